@@ -1,0 +1,1 @@
+"""Data sources and data modules, imported as dllm_var.datamodules."""
