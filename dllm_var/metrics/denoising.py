@@ -1,0 +1,103 @@
+"""Validation metrics of masked diffusion: where on the noise scale the loss sits, and whether the end is recognised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class DenoisingMetrics(Metric):
+    """Loss, loss by mask rate, accuracy, terminator recall and likelihood bound from the tokens that carried a loss.
+
+    `compute()` gives 0-dim tensors:
+
+    - `loss`: mean cross-entropy over the loss tokens (nats).
+    - `loss_t=0.1`, ...: the same for the tokens whose row had a mask rate in that bucket (named by its middle); buckets
+      without a token are left out.
+    - `masked_accuracy`: share of loss tokens whose most likely token is the right one.
+    - `terminator_recall`: the same for the terminators among them; left out when there were none.
+    - `nelbo`: negative evidence lower bound in nats per supervised token, the sum of weight x loss over the supervised
+      tokens (MDLM, arXiv 2406.07524, eq. 10; LLaDA, arXiv 2502.09992, eq. 4). A bound only if mask rates cover
+      [0, 1] evenly. For an autoregressive model (weight 1 everywhere) it is the exact negative log-likelihood.
+    - `perplexity_bound`: exp(nelbo).
+
+    Everything is a sum, so that several processes and uneven batches add up exactly.
+
+    Args:
+        buckets: Number of equal mask-rate buckets in [0, 1].
+        kwargs: Passed on to torchmetrics.
+    """
+
+    full_state_update = False
+    loss_sum: Tensor
+    weighted_loss_sum: Tensor
+    loss_tokens: Tensor
+    correct: Tensor
+    terminators: Tensor
+    terminators_found: Tensor
+    supervised_tokens: Tensor
+    bucket_loss_sum: Tensor
+    bucket_tokens: Tensor
+
+    def __init__(self, buckets: int = 5, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.buckets = buckets
+        for name in ("loss_sum", "weighted_loss_sum"):
+            self.add_state(name, default=torch.tensor(0.0), dist_reduce_fx="sum")
+        for name in ("loss_tokens", "correct", "terminators", "terminators_found", "supervised_tokens"):
+            self.add_state(name, default=torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("bucket_loss_sum", default=torch.zeros(buckets), dist_reduce_fx="sum")
+        self.add_state("bucket_tokens", default=torch.zeros(buckets, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        token_loss: Tensor,
+        correct: Tensor,
+        mask_rate: Tensor | None,
+        is_terminator: Tensor,
+        weight: Tensor,
+        supervised_tokens: int | Tensor,
+    ) -> None:
+        """Add the M loss tokens of one batch.
+
+        Args:
+            token_loss: Cross-entropy of each loss token in nats, [M].
+            correct: Whether the most likely token is the right one, bool [M]. For a terminator any terminator id counts
+                as right, if the caller so decides.
+            mask_rate: Mask rate t in [0, 1] of each token's row, [M]; None if the objective has none (autoregressive).
+            is_terminator: Whether the token to predict is a terminator, bool [M].
+            weight: One over the probability with which this position was masked, [M]: 1/t, and 1 for a terminator that
+                is always masked.
+            supervised_tokens: Number of supervised tokens in the batch, masked or not.
+        """
+        token_loss = token_loss.detach().float()
+        self.loss_sum += token_loss.sum()
+        self.weighted_loss_sum += (token_loss * weight).sum()
+        self.loss_tokens += token_loss.numel()
+        self.correct += correct.sum()
+        self.terminators += is_terminator.sum()
+        self.terminators_found += (correct & is_terminator).sum()
+        self.supervised_tokens += supervised_tokens
+        if mask_rate is not None:
+            bucket = (mask_rate * self.buckets).long().clamp(0, self.buckets - 1)
+            self.bucket_loss_sum.index_add_(0, bucket, token_loss)
+            self.bucket_tokens += torch.bincount(bucket, minlength=self.buckets)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Give the metrics over all tokens so far; without any token the losses are 0."""
+        nelbo = self.weighted_loss_sum / self.supervised_tokens.clamp(min=1)
+        metrics = {
+            "loss": self.loss_sum / self.loss_tokens.clamp(min=1),
+            "masked_accuracy": self.correct / self.loss_tokens.clamp(min=1),
+            "nelbo": nelbo,
+            "perplexity_bound": nelbo.exp(),
+        }
+        if self.terminators > 0:
+            metrics["terminator_recall"] = self.terminators_found / self.terminators
+        for bucket in self.bucket_tokens.nonzero().flatten().tolist():
+            middle = (bucket + 0.5) / self.buckets
+            metrics[f"loss_t={middle:g}"] = self.bucket_loss_sum[bucket] / self.bucket_tokens[bucket]
+        return metrics
