@@ -1,0 +1,99 @@
+"""Keys and values of what a row has already decoded, for rows of different lengths."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from dllm_var.model.transformer import TransformerConfig
+
+
+class KVCache:
+    """A preallocated cache in which every row has its own length.
+
+    A forward writes its window of tokens behind each row's frozen ones and attends to both. Nothing written stays
+    unless `advance` freezes it: a block can be denoised many times at the same place without a copy.
+
+    Args:
+        config: Shape of the transformer.
+        rows: Number of rows, B.
+        capacity: Tokens a row may hold, windows included.
+        device: Where the cache lives.
+        dtype: Type of the keys and values.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, rows: int, capacity: int, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        assert config.num_kv_heads is not None and config.head_dim is not None
+        shape = (config.num_layers, 2, rows, config.num_kv_heads, capacity, config.head_dim)
+        self.storage = torch.zeros(shape, device=device, dtype=dtype)
+        self.capacity = capacity
+        self.lengths = np.zeros(rows, dtype=np.int64)  # frozen tokens; on the host, so that nobody waits for the device
+
+    def open(self, width: int, windows: np.ndarray | None = None, rows: np.ndarray | None = None) -> None:
+        """Prepares one forward of `width` tokens per row.
+
+        Args:
+            width: Tokens of the forward, L.
+            windows: How many of them are real in each row, the rest being padding on the right; all when null.
+            rows: The rows that take part, when not all do; each must be empty (a prefill into free rows).
+        """
+        lengths = self.lengths if rows is None else self.lengths[rows]
+        assert rows is None or not lengths.any(), "a forward of some rows only must start from empty ones"
+        device = self.storage.device
+        self._rows = None if rows is None else torch.from_numpy(rows).to(device)
+        self._width = width
+        self.reach = int(lengths.max()) + width
+        assert self.reach <= self.capacity, f"cache of {self.capacity} tokens is too short for {self.reach}"
+        self._uniform = bool((lengths == lengths[0]).all())
+        self.positions = torch.from_numpy(lengths[:, None] + np.arange(width)).to(device)
+        self._ends = None
+        if not self._uniform or (windows is not None and (windows != width).any()):
+            self._ends = torch.from_numpy(lengths + (width if windows is None else windows)).to(device)
+
+    def mask(self, causal: bool) -> Tensor | None:
+        """Returns the boolean mask [B, 1, 1 or L, reach] of this forward, null when every token sees everything."""
+        keys = torch.arange(self.reach, device=self.storage.device)
+        if causal and self._width > 1:
+            return (keys <= self.positions.unsqueeze(2)).unsqueeze(1)
+        if self._ends is None:
+            return None
+        # A padding query sees what the real ones see: its output is never used, and no softmax is empty.
+        return (keys < self._ends[:, None]).view(-1, 1, 1, self.reach)
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores this forward's keys and values [B, kv_heads, L, D] and returns all that its queries attend to."""
+        stored = self.storage[layer]
+        if self._rows is not None:
+            stored[0, self._rows, :, : self._width] = keys
+            stored[1, self._rows, :, : self._width] = values
+            return keys, values
+        if self._uniform:
+            stored[0, :, :, self.reach - self._width : self.reach] = keys
+            stored[1, :, :, self.reach - self._width : self.reach] = values
+        else:
+            row = torch.arange(keys.size(0), device=keys.device)[:, None]
+            stored[0].transpose(1, 2)[row, self.positions] = keys.transpose(1, 2)
+            stored[1].transpose(1, 2)[row, self.positions] = values.transpose(1, 2)
+        return stored[0, :, :, : self.reach], stored[1, :, :, : self.reach]
+
+    def advance(self, counts: np.ndarray, rows: np.ndarray | None = None) -> None:
+        """Freezes the first `counts[i]` tokens that the last forward wrote into row i (of `rows`, or of all)."""
+        if rows is None:
+            self.lengths += counts
+        else:
+            self.lengths[rows] += counts
+
+    def free(self, row: int) -> None:
+        """Empties a row for another prompt."""
+        self.lengths[row] = 0
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Drops every row but `rows`."""
+        self.storage = self.storage[:, :, torch.from_numpy(rows).to(self.storage.device)]
+        self.lengths = self.lengths[rows]

@@ -1,0 +1,303 @@
+"""A Llama-family transformer that reads in both directions, or causally for the autoregressive twin."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dllm_var.errors import UserError
+from dllm_var.model.attention import attend, causal_mask, segment_mask
+from dllm_var.model.kv_cache import KVCache
+
+
+@dataclass
+class TransformerConfig:
+    """Shape of the transformer; what the tokenizer decides is filled in from it when training starts.
+
+    Args:
+        hidden_size: Width of the residual stream.
+        num_layers: Number of transformer blocks.
+        num_heads: Number of query heads.
+        num_kv_heads: Number of key/value heads, fewer than `num_heads` for grouped-query attention; all when null.
+        head_dim: Width of one head; `hidden_size // num_heads` when null.
+        intermediate_size: Width of the SwiGLU layer; 8/3 of `hidden_size`, rounded up to a multiple of 64, when null.
+        rope_theta: Base of the rotary frequencies.
+        norm_eps: Epsilon of every RMSNorm.
+        qkv_bias: Adds a bias to the query, key and value projections (Qwen2, Dream).
+        qk_norm: Normalises each query and key head (Qwen3).
+        tie_embeddings: Shares the input embedding with the output head.
+        initializer_range: Standard deviation of the initial weights.
+        vocab_size: Number of token ids; taken from the tokenizer when null.
+        mask_id: Id of the mask token; taken from the tokenizer when null.
+        terminator_ids: Ids that end an answer; taken from the tokenizer when null.
+        pad_id: Id that fills unused positions; taken from the tokenizer when null.
+        causal: Each position sees only its left; set by the objective.
+    """
+
+    hidden_size: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    initializer_range: float = 0.02
+    vocab_size: int | None = None
+    mask_id: int | None = None
+    terminator_ids: list[int] | None = None
+    pad_id: int | None = None
+    causal: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads is None:
+            self.num_kv_heads = self.num_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_heads:
+                raise UserError(
+                    f"transformer.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}: "
+                    "change one of them or set head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_heads
+        if self.head_dim % 2:
+            raise UserError(f"transformer.head_dim {self.head_dim} must be even for rotary positions")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"transformer.num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.intermediate_size is None:
+            self.intermediate_size = 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
+        if self.terminator_ids is not None:
+            self.terminator_ids = [int(token) for token in self.terminator_ids]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as plain types, for checkpoints and JSON."""
+        return asdict(self)
+
+
+class RotaryTable:
+    """Cosines and sines of every position, computed once per device and grown on demand (RoFormer, 2104.09864)."""
+
+    def __init__(self, head_dim: int, theta: float) -> None:
+        self.head_dim, self.theta = head_dim, theta
+        self.cos = self.sin = torch.empty(0)
+
+    def __call__(self, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Returns cos and sin, each [B, L, 1, head_dim], for `position_ids` [B, L], all below `length`."""
+        if self.cos.size(0) < length or self.cos.device != position_ids.device:
+            self._grow(max(length, 2 * self.cos.size(0)), position_ids.device)
+        return self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)
+
+    def _grow(self, length: int, device: torch.device) -> None:
+        with torch.inference_mode(False):  # the table outlives the request that first needs it
+            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
+            angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] / self.theta**exponents
+            angles = torch.cat((angles, angles), dim=-1)  # [length, head_dim], the two halves of Llama's layout
+            self.cos, self.sin = angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each head of `x` [B, L, heads, head_dim] by its position's angle."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a learned scale (1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions; queries, keys and values come from one projection."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        assert config.num_kv_heads is not None and config.head_dim is not None
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.qkv = nn.Linear(
+            config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=config.qkv_bias
+        )
+        self.out = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, context: LayerContext, layer: int) -> Tensor:
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).view(batch, length, -1, self.head_dim)
+        queries_keys, values = qkv.split((self.num_heads + self.num_kv_heads, self.num_kv_heads), dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = queries_keys.split((self.num_heads, self.num_kv_heads), dim=2)
+            queries_keys = torch.cat((self.q_norm(queries), self.k_norm(keys)), dim=2)
+        queries_keys = rotate(queries_keys, context.cos, context.sin)
+        queries, keys = queries_keys.transpose(1, 2).split((self.num_heads, self.num_kv_heads), dim=1)
+        values = values.transpose(1, 2)  # queries [B, heads, L, D]; keys and values [B, kv_heads, L, D]
+        if context.cache is not None:
+            keys, values = context.cache.write(layer, keys, values)
+        mixed = attend(queries, keys, values, context.mask, context.is_causal)
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+class SwiGLU(nn.Module):
+    """The gated feed-forward layer of Llama (2002.05202), gate and up in one projection."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        assert config.intermediate_size is not None
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+@dataclass
+class LayerContext:
+    """What every layer of one forward shares: rotary angles, attention mask and cache."""
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None
+    is_causal: bool
+    cache: KVCache | None
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x: Tensor, context: LayerContext, layer: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), context, layer)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """Token ids [B, L] to logits [B, L, V]; with a cache, the ids are each row's next tokens.
+
+    Args:
+        config: The shape; `vocab_size` must be set.
+
+    Raises:
+        UserError: When `config.vocab_size` is missing.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        if config.vocab_size is None:
+            raise UserError("transformer.vocab_size is not set: it comes from the tokenizer, or set it yourself")
+        self.config = config
+        assert config.head_dim is not None
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary = RotaryTable(config.head_dim, config.rope_theta)
+        self.tie_weights()
+        if not self.embedding.weight.is_meta:
+            self.reset_parameters()
+
+    def tie_weights(self) -> None:
+        """Makes the head share the embedding when the config says so (again after materialising from meta)."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws every weight anew: normal with `initializer_range`, the residual outputs scaled down by depth (GPT-2)."""
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
+            elif name.endswith(("attention.out.weight", "mlp.down.weight")):
+                nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.num_layers))
+            else:
+                nn.init.normal_(parameter, std=std)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Returns logits [B, L, V]; see `hidden_states` for the arguments."""
+        return self.lm_head(self.hidden_states(input_ids, position_ids, segment_ids, cache))
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Returns the normalised last hidden states [B, L, hidden], so that the head may run on a few of them.
+
+        Args:
+            input_ids: Token ids [B, L].
+            position_ids: Rotary positions [B, L]; 0, 1, ... when null. Not used with a cache.
+            segment_ids: Document of each token [B, L]; a token sees only its own document. Everything when null.
+            cache: Keys and values of earlier tokens, opened for this forward with `cache.open`; gets this forward's.
+        """
+        length = input_ids.size(1)
+        causal = self.config.causal
+        if cache is not None:
+            assert segment_ids is None, "a cache holds one document per row"
+            positions, mask, reach = cache.positions, cache.mask(causal), cache.reach
+            context_causal = False
+        else:
+            if position_ids is None:
+                position_ids = torch.arange(length, device=input_ids.device).unsqueeze(0)
+            positions, reach = position_ids, length
+            mask = None if segment_ids is None else segment_mask(segment_ids)
+            if causal and mask is not None:
+                mask = mask & causal_mask(length, input_ids.device)
+            context_causal = causal and mask is None
+        cos, sin = self.rotary(positions, reach)
+        context = LayerContext(cos, sin, mask, context_causal, cache)
+        x = self.embedding(input_ids)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, context, layer)
+        return self.norm(x)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of distinct weights."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self, context_length: int, head_share: float = 1.0) -> float:
+        """Returns forward plus backward FLOPs per token: 6 per matrix weight and 12 L d per layer of attention.
+
+        Args:
+            context_length: Tokens each token attends to.
+            head_share: Share of the tokens on which the output head runs.
+        """
+        config = self.config
+        assert config.head_dim is not None
+        in_blocks = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
+        head = self.lm_head.weight.numel() * head_share
+        attention = config.num_layers * 12 * context_length * config.num_heads * config.head_dim
+        return 6 * (in_blocks + head) + attention / (2 if config.causal else 1)

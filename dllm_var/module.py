@@ -1,0 +1,211 @@
+"""The LightningModule: noise the batch, predict what is hidden, learn from the predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dllm_var.errors import UserError
+from dllm_var.metrics.denoising import DenoisingMetrics
+from dllm_var.model.transformer import Transformer, TransformerConfig
+from dllm_var.objectives import EosSchedule, KeyedNoise, NoisedBatch, Objective
+from dllm_var.objectives.base import Batch, is_one_of
+from dllm_var.objectives.cross_entropy import head_cross_entropy
+from dllm_var.objectives.validation import EvenMasking
+from dllm_var.optim import Schedule, parameter_groups
+from dllm_var.tokenization import Tokenizer
+
+OptimizerCallable = Callable[[Any], Optimizer]
+
+VALIDATION_SEED = 20251024  # validation noise is the same in every epoch and every run
+
+
+class DiffusionLM(L.LightningModule):
+    """A diffusion language model that decides its own length (dLLM-Var, arXiv 2510.24605).
+
+    Args:
+        transformer: Shape of the transformer.
+        objective: What is masked and what the loss is; the paper's schedule when null.
+        attention: Each token sees the whole row (`full`, the paper) or its own sample (`document`).
+        optimizer: Builds the optimizer from parameter groups.
+        schedule: Learning rate over the run.
+        seed: Seed of the training noise.
+        compile: Compiles the transformer's blocks with torch.compile.
+    """
+
+    def __init__(
+        self,
+        transformer: TransformerConfig = TransformerConfig(),  # noqa: B008
+        objective: Objective | None = None,
+        attention: Literal["document", "full"] = "document",
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
+            params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        ),
+        schedule: Schedule = Schedule(),  # noqa: B008
+        seed: int = 0,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = transformer
+        self.objective = objective if objective is not None else EosSchedule()
+        self.attention = attention
+        self.optimizer, self.schedule = optimizer, schedule
+        self.noise, self.validation_noise = KeyedNoise(seed), KeyedNoise(VALIDATION_SEED)
+        self.compile_blocks = compile
+        self.transformer: Transformer | None = None
+        self.tokenizer: Tokenizer | None = None
+        self.last_step_stats: dict[str, int] = {}
+        self.objective_metrics, self.bound_metrics = DenoisingMetrics(), DenoisingMetrics()
+
+    # -- building ----------------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Builds the transformer once the tokenizer is known, on the device (or meta) that the strategy asks for."""
+        if self.transformer is not None:
+            return
+        if self.tokenizer is None:
+            self.tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        self.use_tokenizer(self.tokenizer)
+        self.transformer = Transformer(self.config)
+        if self.compile_blocks:
+            for block in self.transformer.blocks:  # one compilation serves all blocks, and state-dict keys stay
+                block.compile()
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """The one place where ids flow from the tokenizer to the model (hence to samplers) and to the objective."""
+        self.tokenizer = tokenizer
+        self.config.vocab_size = self.config.vocab_size or tokenizer.vocab_size
+        if self.config.vocab_size < tokenizer.vocab_size:
+            raise UserError(
+                f"model.transformer.vocab_size {self.config.vocab_size} is smaller than the tokenizer's "
+                f"{tokenizer.vocab_size}: leave it out or raise it"
+            )
+        self.config.mask_id = tokenizer.mask_id
+        self.config.terminator_ids = list(tokenizer.terminator_ids)
+        self.config.pad_id = tokenizer.pad_id
+        self.config.causal = self.objective.causal
+        self.objective.bind(tokenizer.special)
+
+    def configure_optimizers(self) -> Any:
+        assert self.transformer is not None
+        optimizer = self.optimizer(parameter_groups(self.transformer))
+        total_steps = self.trainer.max_steps
+        if total_steps < 0:
+            total_steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = self.schedule.scheduler(optimizer, total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        noised = self.objective.corrupt(batch, self.noise)  # 1. hide tokens, keyed by (seed, row)
+        token_loss, correct = self.predict_hidden(batch, noised)  # 2. forward; the head only where a loss is
+        loss_sum = self.objective.loss(token_loss, noised)  # 3. weighted sum, in nats
+        self._normaliser += noised.normaliser  # 4. the division waits for all ranks and accumulated batches
+        self._loss_sum += loss_sum.detach()
+        self._correct += correct.sum()
+        self._scored += correct.numel()
+        self.last_step_stats = {
+            "tokens": batch["input_ids"].numel(),
+            "supervised_tokens": int(batch["supervised"].sum()),
+            "loss_tokens": correct.numel(),
+            "samples": int((batch["position_ids"] == 0).sum()),
+        }
+        return loss_sum / batch["input_ids"].numel()  # a constant scale, undone below; keeps 16-bit gradients in range
+
+    def predict_hidden(self, batch: Batch, noised: NoisedBatch) -> tuple[Tensor, Tensor]:
+        """Returns the cross-entropy in nats and whether the best guess is right, both [M], at the loss positions."""
+        assert self.transformer is not None
+        document = self.attention == "document"
+        hidden = self.transformer.hidden_states(
+            noised.input_ids,
+            position_ids=batch["position_ids"] if document else None,
+            segment_ids=batch["segment_ids"] if document else None,
+        )
+        targets = noised.targets[noised.loss_mask]
+        token_loss, guesses = head_cross_entropy(self.transformer.lm_head, hidden[noised.loss_mask], targets)
+        return token_loss, guesses == targets
+
+    def on_train_start(self) -> None:
+        self._reset_sums()
+
+    def _reset_sums(self) -> None:
+        self._loss_sum = torch.zeros((), device=self.device)
+        self._normaliser, self._correct, self._scored = (
+            torch.zeros((), dtype=torch.long, device=self.device) for _ in range(3)
+        )
+        self._tokens_per_batch = 0
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divides the gradients by the loss tokens of the whole step: all ranks, all accumulated batches.
+
+        Lightning has averaged the gradients over ranks and divided by the accumulation; both are undone here, so that
+        the same rows give the same step however they are split.
+        """
+        sums = torch.stack((self._loss_sum.double(), self._normaliser.double(), self._correct.double(), self._scored.double()))
+        if self.trainer.world_size > 1:
+            sums = self.all_gather(sums).sum(dim=0)
+        loss_sum, normaliser, correct, scored = sums
+        split = self.trainer.world_size * self.trainer.accumulate_grad_batches * self.last_step_stats["tokens"]
+        scale = (split / normaliser.clamp_min(1)).float()
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, scale)
+        self.log("train/loss", (loss_sum / normaliser.clamp_min(1)).float(), prog_bar=True)
+        self.log("train/masked_accuracy", (correct / scored.clamp_min(1)).float(), prog_bar=True)
+        self._reset_sums()
+
+    # -- validation --------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._measure(batch, self.objective, self.objective_metrics)
+        if not self.objective.causal:
+            assert self.tokenizer is not None
+            self._measure(batch, EvenMasking().bind(self.tokenizer.special), self.bound_metrics)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def _measure(self, batch: Batch, objective: Objective, metrics: DenoisingMetrics) -> None:
+        """Adds a batch under fixed noise to the metrics."""
+        noised = objective.corrupt(batch, self.validation_noise)
+        token_loss, correct = self.predict_hidden(batch, noised)
+        at = noised.loss_mask
+        metrics.update(
+            token_loss,
+            correct,
+            None if objective.causal else noised.mask_rate[at],
+            is_one_of(noised.targets[at], objective.specials().terminator_ids),
+            torch.ones_like(token_loss) if noised.weights is None else noised.weights[at],
+            batch["supervised"].sum(),
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: str) -> None:
+        bound = self.objective_metrics if self.objective.causal else self.bound_metrics
+        values = self.objective_metrics.compute()
+        likelihood = bound.compute()
+        for name in ("loss", "masked_accuracy", "terminator_recall"):
+            if name in values:
+                self.log(f"{stage}/{name}", values[name], prog_bar=name == "loss", sync_dist=False)
+        for name, value in likelihood.items():
+            if name.startswith(("nelbo", "perplexity", "loss_t")):
+                self.log(f"{stage}/{name}", value)
+        self.objective_metrics.reset()
+        self.bound_metrics.reset()
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what is needed to build the model without its config, as plain types."""
+        assert self.tokenizer is not None
+        checkpoint["dllm_var"] = {"transformer": self.config.to_dict(), "tokenizer": self.tokenizer.to_dict()}

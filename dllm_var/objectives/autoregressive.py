@@ -1,0 +1,29 @@
+"""Next-token prediction with a causal transformer: the baseline every diffusion sampler is measured against."""
+
+from __future__ import annotations
+
+import torch
+
+from dllm_var.objectives.base import Batch, NoisedBatch, Objective
+from dllm_var.objectives.noise import KeyedNoise
+
+
+class Autoregressive(Objective):
+    """Predicts each supervised token from everything left of it in its segment; nothing is masked."""
+
+    causal = True
+
+    def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
+        tokens = batch["input_ids"]
+        targets = tokens.roll(-1, dims=1)
+        follows = batch["segment_ids"] == batch["segment_ids"].roll(-1, dims=1)
+        loss_mask = batch["supervised"].roll(-1, dims=1) & follows
+        loss_mask[:, -1] = False  # nothing follows the last position of a row
+        return NoisedBatch(
+            input_ids=tokens,
+            targets=targets,
+            loss_mask=loss_mask,
+            mask_rate=torch.ones_like(tokens, dtype=torch.float32),
+            weights=None,
+            normaliser=loss_mask.sum(),
+        )

@@ -1,0 +1,93 @@
+"""What an objective is: which tokens are hidden from the model, and what its guesses cost."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_var.errors import UserError
+from dllm_var.objectives.noise import KeyedNoise
+from dllm_var.tokenization import SpecialTokens
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class NoisedBatch:
+    """A batch as the model sees it, and what it must predict.
+
+    Args:
+        input_ids: Tokens the model reads [B, L].
+        targets: Token to predict at each position [B, L]; only those under `loss_mask` count.
+        loss_mask: Positions whose prediction is scored [B, L], bool.
+        mask_rate: Probability with which each position was masked [B, L], for weights and for reports.
+        weights: Weight of each position's loss [B, L]; 1 when null.
+        normaliser: What the summed loss is divided by, after adding it up over ranks and accumulated batches.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    loss_mask: Tensor
+    mask_rate: Tensor
+    weights: Tensor | None
+    normaliser: Tensor
+
+
+class Objective(ABC):
+    """An objective corrupts a batch; the module does the rest, the same for all of them.
+
+    Attributes:
+        causal: Whether the transformer reads left to right under this objective.
+    """
+
+    causal: bool = False
+    special: SpecialTokens | None = None
+
+    def bind(self, special: SpecialTokens) -> Objective:
+        """Takes mask, terminator and pad ids from the tokenizer; returns itself."""
+        self.special = special
+        return self
+
+    @abstractmethod
+    def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
+        """Returns the noised batch; a pure function of the batch, its `row` numbers and the generator's seed."""
+
+    def loss(self, token_loss: Tensor, noised: NoisedBatch) -> Tensor:
+        """Returns the weighted sum of the per-token losses [M] at `noised.loss_mask`, not yet normalised."""
+        if noised.weights is None:
+            return token_loss.sum()
+        return (token_loss * noised.weights[noised.loss_mask]).sum()
+
+    def specials(self) -> SpecialTokens:
+        """Returns the bound ids or says that there are none."""
+        if self.special is None:
+            raise UserError(f"{type(self).__name__} has no mask and terminator ids: call bind(tokenizer.special) first")
+        return self.special
+
+
+def is_one_of(tokens: Tensor, ids: tuple[int, ...]) -> Tensor:
+    """Returns where `tokens` is one of a few `ids`, same shape; a few comparisons are faster than torch.isin."""
+    found = tokens == ids[0]
+    for token in ids[1:]:
+        found = found | (tokens == token)
+    return found
+
+
+def mask_rates(
+    batch: Batch, generator: KeyedNoise, low: float, high: float, per_segment: bool, stream: int = 1
+) -> Tensor:
+    """Draws mask rates, uniform in [low, high], one per row or per segment, spread over positions [B, L]."""
+    rows, length = batch["row"], batch["input_ids"].size(1)
+    if not per_segment:
+        return (low + (high - low) * generator.uniform(rows, 1, stream)).expand(-1, length)
+    first = torch.arange(length, device=rows.device) - batch["position_ids"]  # where each token's segment starts
+    return low + (high - low) * generator.uniform(rows, length, stream).gather(1, first)
+
+
+def check_rates(name: str, low: float, high: float) -> None:
+    """Raises UserError unless 0 < low <= high <= 1."""
+    if not 0 < low <= high <= 1:
+        raise UserError(f"objective {name}: mask rates must satisfy 0 < low <= high <= 1, got {low} and {high}")

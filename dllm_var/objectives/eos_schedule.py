@@ -1,0 +1,52 @@
+"""The objective of dLLM-Var: the terminator is always masked and must be predicted (arXiv 2510.24605)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from dllm_var.objectives.base import Batch, NoisedBatch, Objective, check_rates, is_one_of, mask_rates
+from dllm_var.objectives.noise import KeyedNoise
+
+
+class EosSchedule(Objective):
+    """Masks supervised tokens with probability t and supervised terminators always; mean cross-entropy, no 1/t.
+
+    Args:
+        t_min: Smallest mask rate.
+        t_max: Largest mask rate.
+        rate_per: Draws t once per `row` (the paper) or once per `segment` (each sample its own).
+        mask_terminators: Masks supervised terminators with probability 1 (the paper); with t like any token if false.
+
+    Raises:
+        UserError: Unless 0 < t_min <= t_max <= 1.
+    """
+
+    def __init__(
+        self,
+        t_min: float = 0.1,
+        t_max: float = 0.9,
+        rate_per: Literal["row", "segment"] = "row",
+        mask_terminators: bool = True,
+    ) -> None:
+        check_rates("EosSchedule", t_min, t_max)
+        self.t_min, self.t_max = t_min, t_max
+        self.rate_per, self.mask_terminators = rate_per, mask_terminators
+
+    def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
+        special = self.specials()
+        tokens, supervised = batch["input_ids"], batch["supervised"]
+        rate = mask_rates(batch, generator, self.t_min, self.t_max, self.rate_per == "segment")
+        masked = generator.uniform(batch["row"], tokens.size(1), stream=2) < rate
+        if self.mask_terminators:
+            masked = masked | is_one_of(tokens, special.terminator_ids)
+        masked = masked & supervised
+        return NoisedBatch(
+            input_ids=torch.where(masked, special.mask_id, tokens),
+            targets=tokens,
+            loss_mask=masked,
+            mask_rate=rate,
+            weights=None,
+            normaliser=masked.sum(),
+        )

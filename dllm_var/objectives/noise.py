@@ -1,0 +1,47 @@
+"""Randomness as a pure function of (seed, row, position), the same on every device, rank and worker."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
+_MIX_1 = -0x40A7B892E31B1A47
+_MIX_2 = -0x6B2FB644ECCEEE15
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shifts the 64 bits right, filling with zeros (torch fills with the sign)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): each input bit flips each output bit half the time."""
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+class KeyedNoise:
+    """Uniform numbers keyed by (seed, stream, row, position): no state, so nothing to restore and nothing to shard.
+
+    Args:
+        seed: Seed of the whole run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def uniform(self, rows: Tensor, length: int, stream: int = 0) -> Tensor:
+        """Returns float32 numbers in [0, 1) of shape [B, length].
+
+        Args:
+            rows: Global row numbers [B], int64.
+            length: Numbers per row.
+            stream: Which independent sequence; an objective uses one for mask rates and one for positions.
+        """
+        key = torch.tensor([self.seed, stream], dtype=torch.int64, device=rows.device)
+        base = _mix(_mix(key[0] * _GOLDEN + key[1] + 1) + rows * _GOLDEN)
+        counters = torch.arange(1, length + 1, dtype=torch.int64, device=rows.device) * _GOLDEN
+        bits = _shift_right(_mix(base[:, None] + counters), 40)  # the 24 bits a float32 holds exactly
+        return bits.to(torch.float32) * 2.0**-24

@@ -1,0 +1,18 @@
+"""Samplers: from prompts to answers that end themselves."""
+
+from dllm_var.sampling.autoregressive import AutoregressiveSampler
+from dllm_var.sampling.base import Generation, Sampler
+from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
+from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, Decision, FixedSteps, UnmaskingPolicy
+
+__all__ = [
+    "AutoregressiveSampler",
+    "BlockDiffusionSampler",
+    "BlockView",
+    "ConfidenceThreshold",
+    "Decision",
+    "FixedSteps",
+    "Generation",
+    "Sampler",
+    "UnmaskingPolicy",
+]

@@ -1,0 +1,50 @@
+"""From a policy's decision to the block's next tokens, with the guarantees every policy shares."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dllm_var.objectives.base import is_one_of
+from dllm_var.sampling.policies.base import BlockView, Decision
+
+
+def choose_commits(
+    view: BlockView, decision: Decision, mask_id: int, terminators: tuple[int, ...], terminator_last: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Applies a decision and returns the block's tokens, its masked positions and the written ones, each [R, K].
+
+    Every row that has masks gets at least one commit unless the policy remasks or edits, so a block takes at most K
+    steps. With `terminator_last` a terminator is committed only once everything left of it is, and nothing is
+    committed right of one that the policy selected.
+    """
+    tokens = view.predicted if decision.tokens is None else decision.tokens
+    commit = decision.commit & view.masked
+    is_end = is_one_of(tokens, terminators)
+    may_commit = view.masked
+    if terminator_last:
+        sure_end = commit & is_end
+        commit = commit & ~is_end & (sure_end.cumsum(dim=1) == 0)
+        open_left = _count_left(view.masked & ~commit) > 0
+        commit = commit | (sure_end & ~open_left)
+        may_commit = may_commit & ~(is_end & (_count_left(view.masked) > 0))
+    stuck = view.masked.any(dim=1) & ~commit.any(dim=1)
+    if decision.remask is not None:
+        stuck = stuck & ~decision.remask.any(dim=1)
+    best = view.confidence.masked_fill(~may_commit, -1.0).argmax(dim=1, keepdim=True)
+    commit = commit | torch.zeros_like(commit).scatter_(1, best, stuck[:, None])
+    if decision.finish_block is not None:
+        commit = commit | (view.masked & decision.finish_block[:, None])
+    written = commit if decision.edit is None else commit | (decision.edit & view.changeable & ~view.masked)
+    after = torch.where(written, tokens, view.tokens)
+    masked = view.masked & ~commit
+    if decision.remask is not None:
+        remask = decision.remask & view.changeable & ~commit
+        after = torch.where(remask, mask_id, after)
+        masked = masked | remask
+    return after, masked, written
+
+
+def _count_left(positions: Tensor) -> Tensor:
+    """Returns how many true positions lie strictly left of each [R, K]."""
+    return positions.cumsum(dim=1) - positions.long()

@@ -1,0 +1,128 @@
+"""What an unmasking policy sees at a denoising step, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class BlockView:
+    """The active block of every row at one denoising step; R rows, K positions, M scored positions, V tokens.
+
+    Only the scored positions have logits: the masked ones, and also the committed ones for a policy that sets
+    `scores_committed`. Everywhere else the properties below hold 0.
+
+    Args:
+        scored_logits: [M, V] float32 in row-major order; the mask token is -inf, so it is never predicted.
+        scored: Indices of the scored positions in the flattened [R * K] block [M].
+        tokens: Current tokens [R, K], the mask id where masked.
+        masked: Positions still masked [R, K].
+        changeable: Positions the policy may write, masked or not [R, K]: inside the row's block and not given text.
+        step: Denoising steps this row's block has had before this one [R].
+        progress: Share of the row's length limit already decoded, in [0, 1) [R].
+    """
+
+    scored_logits: Tensor
+    scored: Tensor
+    tokens: Tensor
+    masked: Tensor
+    changeable: Tensor
+    step: Tensor
+    progress: Tensor
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Returns per-position values [M, ...] at their places in a block of zeros [R, K, ...]."""
+        rows, width = self.tokens.shape
+        block = values.new_zeros(rows * width, *values.shape[1:]).index_copy_(0, self.scored, values)
+        return block.view(rows, width, *values.shape[1:])
+
+    @cached_property
+    def _top(self) -> tuple[Tensor, Tensor]:
+        top = self.scored_logits.max(dim=-1)
+        return top.values, top.indices
+
+    @cached_property
+    def predicted(self) -> Tensor:
+        """The most likely token at each position [R, K]."""
+        return self.spread(self._top[1])
+
+    @cached_property
+    def confidence(self) -> Tensor:
+        """Probability of the predicted token [R, K]."""
+        return self.spread((self._top[0] - self.scored_logits.logsumexp(dim=-1)).exp())
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """Entropy of each position in nats [R, K]."""
+        log_probs = self.scored_logits.log_softmax(dim=-1)
+        finite = log_probs.clamp_min(torch.finfo(torch.float32).min)  # 0 * -inf would be NaN
+        return self.spread(-(log_probs.exp() * finite).sum(dim=-1))
+
+    @cached_property
+    def logit_margin(self) -> Tensor:
+        """Top-1 minus top-2 logit [R, K]."""
+        top = self.scored_logits.topk(2, dim=-1).values
+        return self.spread(top[:, 0] - top[:, 1])
+
+    @cached_property
+    def probability_margin(self) -> Tensor:
+        """Top-1 minus top-2 probability [R, K]."""
+        top = self.scored_logits.topk(2, dim=-1).values
+        probabilities = (top - self.scored_logits.logsumexp(dim=-1, keepdim=True)).exp()
+        return self.spread(probabilities[:, 0] - probabilities[:, 1])
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """All logits [R, K, V], 0 where not scored; large for a large vocabulary."""
+        return self.spread(self.scored_logits)
+
+
+@dataclass
+class Decision:
+    """What to do with the block; every mask is [R, K] bool and null means nowhere.
+
+    Args:
+        commit: Masked positions to fill.
+        tokens: Token for each committed or edited position [R, K]; the predicted ones when null.
+        remask: Committed positions to mask again.
+        edit: Committed positions to overwrite.
+        finish_block: Rows [R] whose block is to be filled with `tokens` at once.
+        finish_row: Rows [R] that end after this step.
+    """
+
+    commit: Tensor
+    tokens: Tensor | None = None
+    remask: Tensor | None = None
+    edit: Tensor | None = None
+    finish_block: Tensor | None = None
+    finish_row: Tensor | None = None
+
+
+State = dict[str, Tensor]
+
+
+@runtime_checkable
+class UnmaskingPolicy(Protocol):
+    """Decides at each denoising step what becomes of each position of the block.
+
+    `initial_state(block_length)` returns the policy's memory for one row and block as tensors without a row dimension
+    (`{}` for none); the engine keeps one per row, resets it at each new block and hands it to the policy as [R, ...].
+    The engine, not the policy, sees to it that at least one position is committed when masks remain and nothing was
+    decided, that terminators wait for what is left of them, and that the mask token is never committed.
+    """
+
+    def initial_state(self, block_length: int) -> State: ...
+
+    def decide(self, view: BlockView, state: State) -> Decision: ...
+
+
+def top_n(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
+    """Returns where `scores` [R, K] is among the row's `counts` [R] best eligible ones; ties go to the left."""
+    order = scores.masked_fill(~eligible, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.size(1), device=order.device).expand_as(order))
+    return (rank < counts[:, None]) & eligible

@@ -1,0 +1,50 @@
+"""Commit a scheduled number of positions per step."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from dllm_var.errors import UserError
+from dllm_var.sampling.policies.base import BlockView, Decision, State, top_n
+
+
+class FixedSteps:
+    """Fills each block in a fixed number of steps, the best-scored positions first (LLaDA 2502.09992, section 2.4).
+
+    A block of K positions commits K // steps of them at each step, and one more at each of the first K % steps.
+
+    Args:
+        steps: Denoising steps per block; a block shorter than this takes one step per position.
+        score: What makes a position good: `confidence`, `margin` (p1 - p2), `entropy` (low is good) or `random`.
+        seed: Seed of the `random` score.
+
+    Raises:
+        UserError: When steps is below 1.
+    """
+
+    def __init__(
+        self, steps: int = 8, score: Literal["confidence", "margin", "entropy", "random"] = "confidence", seed: int = 0
+    ) -> None:
+        if steps < 1:
+            raise UserError(f"FixedSteps.steps must be at least 1, got {steps}")
+        self.steps, self.score, self.seed = steps, score, seed
+
+    def initial_state(self, block_length: int) -> State:
+        generator = torch.Generator().manual_seed(self.seed)
+        return {"order": torch.rand(block_length, generator=generator)} if self.score == "random" else {}
+
+    def decide(self, view: BlockView, state: State) -> Decision:
+        positions = view.changeable.sum(dim=1)
+        due = positions // self.steps + (view.step < positions % self.steps)
+        return Decision(commit=top_n(self._scores(view, state), view.masked, due.clamp_min(1)))
+
+    def _scores(self, view: BlockView, state: State) -> torch.Tensor:
+        if self.score == "confidence":
+            return view.confidence
+        if self.score == "entropy":
+            return -view.entropy
+        if self.score == "margin":
+            return view.probability_margin
+        return state["order"]
