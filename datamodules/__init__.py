@@ -1,1 +1,31 @@
-"""Data sources and data modules, imported as dllm_var.datamodules."""
+"""Data sources and data modules, imported as ``dllm_var.datamodules``.
+
+Sources and tables do without Lightning; the data modules are imported on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dllm_var.datamodules.cmudict import CmudictSource
+from dllm_var.datamodules.sources import BadRecord, Source
+
+if TYPE_CHECKING:
+    from dllm_var.datamodules.packed import Example, PackedDataModule
+    from dllm_var.datamodules.rows import RowSampler
+
+_LAZY = {
+    "Example": "dllm_var.datamodules.packed",
+    "PackedDataModule": "dllm_var.datamodules.packed",
+    "RowSampler": "dllm_var.datamodules.rows",
+}
+__all__ = ["BadRecord", "CmudictSource", "Example", "PackedDataModule", "RowSampler", "Source"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -191,7 +191,18 @@ def fit_histogram(counts: Ints, capacity: int) -> tuple[list[Ints], Ints]:
     return patterns, np.array(repeats, dtype=np.int64)
 
 
+def count_concat(lengths: Ints, context_length: int) -> int:
+    """Rows that `plan_concat` makes."""
+    return -(-int(lengths.sum(dtype=np.int64)) // context_length)
+
+
+def count_best_fit(lengths: Ints, context_length: int) -> int:
+    """Rows that `plan_best_fit` makes."""
+    return int(fit_histogram(np.bincount(lengths, minlength=context_length + 1), context_length)[1].sum())
+
+
 POLICIES: dict[str, Policy] = {"concat": plan_concat, "best_fit": plan_best_fit}
+COUNTS: dict[str, Callable[[Ints, int], int]] = {"concat": count_concat, "best_fit": count_best_fit}
 
 
 def _arrange(count: int, generator: np.random.Generator | None) -> Ints:
