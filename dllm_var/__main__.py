@@ -1,0 +1,88 @@
+"""python -m dllm_var: finds the command and hands over; imports nothing heavy itself, so that --help is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from dllm_var import __version__
+from dllm_var.errors import UserError
+
+# command: (module, what it does). A module's main(command, arguments) runs the command and returns the exit status.
+COMMANDS = {
+    "fit": ("dllm_var.cli", "train a model; --resume continues the newest run of the same config"),
+    "validate": ("dllm_var.cli", "measure a checkpoint on the validation split (--ckpt_path FILE)"),
+    "test": ("dllm_var.cli", "measure a checkpoint on the test split (--ckpt_path FILE)"),
+    "predict": ("dllm_var.cli", "run a module's predict_step over the data (--ckpt_path FILE)"),
+    "generate": ("dllm_var.commands.generate", "answer prompts with a trained checkpoint"),
+}
+
+
+def overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python -m dllm_var COMMAND [--config FILE ...] [--key=value ...]",
+            "",
+            "Variable-length diffusion language models: training, sampling, measuring.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "options:",
+            f"  {'--help':<{width}}show this text; after a command, its settings",
+            f"  {'--version':<{width}}show the version",
+            "",
+            "example: python -m dllm_var fit --config configs/quickstart.yaml --trainer.max_steps=500",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 2 for a mistake the user can mend, 130 after Ctrl-C.
+
+    Args:
+        arguments: What follows `python -m dllm_var`; the command line when null.
+    """
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if command == "--version":
+        print(f"dllm-var {__version__}")
+        return 0
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"no command '{command}'; commands are: {', '.join(COMMANDS)}")
+        return import_module(COMMANDS[command][0]).main(command, rest)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # a bug keeps its traceback
+        message = mistake(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return 2
+
+
+def mistake(error: BaseException | None) -> str | None:
+    """Returns the one-line message of the UserError that an exception is or was raised from, None for anything else."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__  # the settings parser wraps what a constructor raises
+    if error is None:
+        return None
+    text = str(error).strip()
+    if "Traceback (most recent call last)" in text:  # from a loader's worker process
+        text = text.splitlines()[-1].split("UserError: ", 1)[-1]
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

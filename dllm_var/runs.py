@@ -1,0 +1,123 @@
+"""The run folder: runs/NAME/version_N with config.yaml, checkpoints/, TensorBoard events and what callbacks add."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import SaveConfigCallback
+
+from dllm_var.errors import UserError
+
+CONFIG_FILE = "config.yaml"
+_VERSIONED_LOGGERS = ("TensorBoardLogger", "CSVLogger")  # both keep a run in save_dir/name/version_N
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the resolved settings in the run folder and shows them in TensorBoard's text tab.
+
+    Without a logger there is no run folder, and nothing is saved. A different config.yaml that is already there (a
+    resumed run with changed settings) is kept as config.1.yaml, config.2.yaml and so on.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not trainer.loggers:
+            return
+        self.overwrite = True
+        if trainer.is_global_zero and not self.already_saved and trainer.log_dir is not None:
+            self._keep_earlier(Path(trainer.log_dir) / CONFIG_FILE)
+        super().setup(trainer, pl_module, stage)
+
+    def _keep_earlier(self, path: Path) -> None:
+        if not path.is_file() or path.read_text() == self._text():
+            return
+        number = 1
+        while (kept := path.with_name(f"config.{number}.yaml")).exists():
+            number += 1
+        path.rename(kept)
+
+    def _text(self) -> str:
+        return self.parser.dump(self.config, skip_none=False)
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        for logger in trainer.loggers:
+            add_text = getattr(logger.experiment, "add_text", None)
+            if add_text is not None:
+                add_text("config", f"```yaml\n{self._text()}\n```", global_step=trainer.global_step)
+
+
+def default_logger(name: str) -> dict[str, Any]:
+    """Returns the settings of the logger that makes the run folder runs/NAME/version_N."""
+    return {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": "runs", "name": name, "default_hp_metric": False},
+    }
+
+
+def checkpoint_folder(trainer: L.Trainer) -> Path:
+    """Returns the folder in which the run keeps its checkpoints."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            return Path(callback.dirpath)
+    return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Returns the checkpoint (a file, or a folder of shards) that was written last, or None."""
+    found = [path for path in folder.glob("*.ckpt") if path.exists()]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def continue_newest(trainer_settings: Any) -> Path:
+    """Finds the newest run with a checkpoint under the settings' folder and points the loggers at that run.
+
+    Args:
+        trainer_settings: The `trainer` section; its loggers' versions are set in place.
+
+    Returns:
+        The checkpoint to continue from.
+
+    Raises:
+        UserError: When there is no checkpoint; names the folder.
+    """
+    loggers = trainer_settings.get("logger")
+    loggers = loggers if isinstance(loggers, list) else [loggers]
+    versioned = [
+        logger.init_args
+        for logger in loggers
+        if str(getattr(logger, "class_path", "")).rsplit(".", 1)[-1] in _VERSIONED_LOGGERS
+    ]
+    default_root = trainer_settings.get("default_root_dir") or "."
+    if not versioned:
+        run, searched = Path(default_root), Path(default_root)
+    else:
+        first = versioned[0]
+        searched = Path(first.save_dir or default_root) / (first.name or "")
+        run = searched / version_name(first.version) if first.version is not None else _newest_version(searched)
+    callbacks = trainer_settings.get("callbacks") or []
+    folders = [Path(c.init_args.dirpath) for c in callbacks if "init_args" in c and c.init_args.get("dirpath")]
+    for folder in [*folders, run / "checkpoints"]:
+        checkpoint = newest_checkpoint(folder)
+        if checkpoint is None:
+            continue
+        for init_args in versioned:
+            if init_args.version is None and run != searched:
+                init_args.version = int(run.name.removeprefix("version_"))
+        return checkpoint
+    where = ", ".join(str(folder) for folder in [*folders, run / "checkpoints" if run != searched else searched])
+    raise UserError(f"--resume found no checkpoint in {where}: start the run without --resume")
+
+
+def version_name(version: int | str) -> str:
+    return version if isinstance(version, str) else f"version_{version}"
+
+
+def _newest_version(root: Path) -> Path:
+    """Returns the newest run folder under `root` that holds a checkpoint; `root` itself when there is none."""
+    numbered = [
+        path for path in root.glob("version_*") if path.is_dir() and path.name.removeprefix("version_").isdigit()
+    ]
+    numbered.sort(key=lambda path: int(path.name.removeprefix("version_")), reverse=True)
+    return next((path for path in numbered if newest_checkpoint(path / "checkpoints") is not None), root)

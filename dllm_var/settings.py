@@ -1,0 +1,171 @@
+"""How settings are read: interpolation that sees the whole configuration, and errors that name the setting."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from dllm_var.errors import UserError
+
+_REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.\[\]]*)\}")
+
+
+class SettingsParser(LightningArgumentParser):
+    """Reads a command's settings; every mistake becomes a UserError that names the setting."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)  # or --trainer.max_step would pass for max_steps
+        super().__init__(*args, **kwargs)
+        self.default_classes: dict[str, type] = {}
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        config = super().parse_args(*args, **kwargs)
+        if hasattr(self, "subcommand"):  # all files and arguments are merged here, nothing is resolved yet
+            qualify_references(config, self.subcommand)
+        return config
+
+    def format_help(self) -> str:
+        """Adds the settings of the default classes, which the class-path options alone would not show."""
+        text = super().format_help()
+        if not self.default_classes:
+            return text
+        inner = LightningArgumentParser(description=None, usage="", add_help=False)
+        for key, default in self.default_classes.items():
+            inner.add_class_arguments(default, key, sub_configs=True, fail_untyped=False)
+        return text + inner.format_help().split("\n", 1)[1]
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # a parser inside the parser: the outer one reports
+            super().error(message, ex)
+        command = self._subcommands_action.choices.get(self.args[0]) if self._subcommands_action and self.args else self
+        known = [action.dest for action in getattr(command, "_actions", [])]
+        raise UserError(readable(message, known)) from ex
+
+
+def qualify_references(config: Namespace, root: str) -> None:
+    """Rewrites each `${a.b}` in the merged settings into the full path of the value it names, for OmegaConf to resolve.
+
+    References are written as a user sees the settings, such as `${data.context_length}`; the value is kept under the
+    command's name and, for a class, under its `init_args`.
+
+    Args:
+        config: Settings of one command; changed in place.
+        root: Name of the command.
+
+    Raises:
+        UserError: When a reference names nothing.
+    """
+
+    def walk(node: Any, place: list[str]) -> Any:
+        if isinstance(node, Namespace):
+            for key, value in list(vars(node).items()):
+                vars(node)[key] = walk(value, [*place, key])
+        elif isinstance(node, dict):
+            return {key: walk(value, [*place, str(key)]) for key, value in node.items()}
+        elif isinstance(node, list):
+            return [walk(value, [*place, str(index)]) for index, value in enumerate(node)]
+        elif isinstance(node, str):
+            return _REFERENCE.sub(lambda match: f"${{{root}.{_real_path(config, match[1], place)}}}", node)
+        return node
+
+    walk(config, [])
+
+
+def _real_path(config: Namespace, reference: str, place: list[str]) -> str:
+    path: list[str] = []
+    node: Any = config
+    for token in re.findall(r"[^.\[\]]+", reference):
+        if "class_path" in _children(node) and token not in _children(node):
+            node = _children(node).get("init_args")
+            path.append("init_args")
+        children = _children(node)
+        if token not in children:
+            where = ".".join(key for key in place if key != "init_args")
+            raise UserError(f"{where}: ${{{reference}}} names no setting{_suggestion(token, children)}")
+        node = children[token]
+        path.append(token)
+    return ".".join(path)
+
+
+def _children(node: Any) -> dict[str, Any]:
+    if isinstance(node, Namespace):
+        return vars(node)
+    if isinstance(node, list):
+        return {str(index): value for index, value in enumerate(node)}
+    return node if isinstance(node, dict) else {}
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, [str(name) for name in known], n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+# Lines of the parser's messages that repeat the value or explain the machinery.
+_NOISE = re.compile(
+    r"Does not validate against|Subtypes: |Errors:$|Given value|Expected a <class 'NoneType'>|Subclass types expect|"
+    r"a class path \(str\)|a dict with|a dict without"
+)
+
+
+def readable(message: str, known: Iterable[str] = ()) -> str:
+    """Turns the parser's nested message into one line: the setting's full name, then what is wrong with it.
+
+    Args:
+        message: What jsonargparse says, over several indented lines.
+        known: Names of the settings outside classes, to suggest the nearest.
+    """
+    keys: list[str] = []
+    class_path = ""
+    rest: list[str] = []
+    for line in message.splitlines():
+        line = line.strip().removeprefix("- ")
+        key = re.match(r'Parser key "([^"]+)"(?: element (\d+))?:\s*(.*)', line)
+        wrapper = re.match(r"Problem with given class_path '([^']+)':", line)
+        if key:
+            keys += [key[1], *([str(int(key[2]) - 1)] if key[2] else [])]
+            line = key[3]
+        elif wrapper:
+            class_path = wrapper[1]
+            continue
+        if line and not _NOISE.match(line):
+            rest.append(line)
+    if len(rest) > 1:
+        rest = [line for line in rest if not line.startswith("Not a valid subclass")]
+    text = "; ".join(dict.fromkeys(rest)) or message.strip()
+    unknown = re.search(r"(?:does not accept option|Option) '([\w.]+)'|unrecognized arguments: --([\w.]+)", text)
+    if not unknown:
+        text = _plain_types(text)
+        value = re.search(r"Given value: ([^\s({]+)$", message, re.MULTILINE)
+        if value and "got " not in text:
+            text += f", got {value[1]}"
+        return ": ".join([*([".".join(keys)] if keys else []), text])
+    word = unknown[1] or unknown[2]
+    group = re.search(r"Group '([\w.]+)'", text)
+    inner = re.search(r"Got value: Namespace\(class_path='([\w.]+)'", text)
+    class_path = inner[1] if inner else class_path
+    name = ".".join([*keys, *([group[1]] if group else []), word])
+    suggestion = _suggestion(word, _arguments(class_path, group[1] if group else None) if class_path else known)
+    return f"there is no setting '{name}'" + (f" ({class_path})" if class_path and not group else "") + suggestion
+
+
+def _plain_types(text: str) -> str:
+    text = re.sub(r"Expected (?:a )?<class '([\w.]+)'>", r"expected \1", text)
+    text = re.sub(r"Expected (?:a )?typing\.Literal\[([^\]]*)\]", r"expected one of \1", text)
+    return text.replace(". Got value:", ", got").replace("; expected", " or")
+
+
+def _arguments(class_path: str, group: str | None) -> list[str]:
+    """Returns the names a class takes, or those of the settings group that is its default for one argument."""
+    try:
+        module, name = class_path.rsplit(".", 1)
+        parameters = inspect.signature(getattr(import_module(module), name)).parameters
+        return list(inspect.signature(type(parameters[group].default)).parameters if group else parameters)
+    except (ImportError, AttributeError, KeyError, TypeError, ValueError):
+        return []
