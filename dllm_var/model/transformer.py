@@ -91,7 +91,7 @@ class RotaryTable:
         self.cos = self.sin = torch.empty(0)
 
     def __call__(self, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Returns cos and sin, each [B, L, 1, head_dim], for `position_ids` [B, L], all below `length`."""
+        """Returns cos and signed sin, each [B, L, 1, head_dim], for `position_ids` [B, L], all below `length`."""
         if self.cos.size(0) < length or self.cos.device != position_ids.device:
             self._grow(max(length, 2 * self.cos.size(0)), position_ids.device)
         return self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)
@@ -100,14 +100,15 @@ class RotaryTable:
         with torch.inference_mode(False):  # the table outlives the request that first needs it
             exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
             angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] / self.theta**exponents
-            angles = torch.cat((angles, angles), dim=-1)  # [length, head_dim], the two halves of Llama's layout
-            self.cos, self.sin = angles.cos(), angles.sin()
+            # Both halves of a head turn by the same angles (Llama's layout); the first half subtracts.
+            self.cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
+            self.sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)  # [length, head_dim]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each head of `x` [B, L, heads, head_dim] by its position's angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+    """Turns each head of `x` [B, L, heads, head_dim] by its position's angle; `sin` carries the signs."""
+    swapped = x.roll(x.size(-1) // 2, dims=-1)
+    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
 
 
 class RMSNorm(nn.Module):

@@ -175,7 +175,7 @@ class _Run:
         self, rows: np.ndarray, index: Tensor | None, hidden: Tensor, pending: np.ndarray, width: np.ndarray
     ) -> None:
         """Predicts the active blocks, applies the policy, ends blocks and rows that are complete."""
-        block = int(width.max())
+        block = self.sampler.block_length
         offsets = torch.arange(block, device=self.device)
         width_on_device = torch.from_numpy(width).to(self.device)[:, None]
         inside = offsets < width_on_device
@@ -200,8 +200,13 @@ class _Run:
             step=torch.from_numpy(self.steps[rows]).to(self.device),
             progress=torch.from_numpy(done / self.limit).to(self.device, torch.float32),
         )
-        state = self.state if index is None else {name: value[index] for name, value in self.state.items()}
+        decoded = width > 0
+        state = {name: value.clone() if index is None else value[index] for name, value in self.state.items()}
         decision = self.sampler.policy.decide(view, state)
+        for name, value in state.items():  # a row that only stored a block has not met the policy
+            self.state[name][torch.from_numpy(rows[decoded]).to(self.device)] = value[
+                torch.from_numpy(decoded).to(self.device)
+            ]
         tokens, masked, written = choose_commits(
             view, decision, self.mask_id, self.terminators, self.sampler.terminator_last
         )
@@ -213,14 +218,11 @@ class _Run:
         else:
             self.canvas[index[:, None], place] = torch.where(inside, tokens, canvas.gather(1, place))
             self.committed_at[index[:, None], place] = torch.where(written, at, self.committed_at[index].gather(1, place))
-            for name, value in state.items():
-                self.state[name][index] = value
         # The step's one wait for the device: masks left in each row, and where its answer ends (-1: not yet).
         ends = _answer_ends(tokens, masked, inside, self.terminators)
         if decision.finish_row is not None:
             ends = torch.where(decision.finish_row & (ends < 0), width_on_device.squeeze(1), ends)
         left, end = torch.stack((masked.sum(dim=1), ends)).cpu().numpy()
-        decoded = width > 0
         self.masked_left[rows[decoded]] = left[decoded]
         self.steps[rows[decoded]] += 1
         for at_row in np.flatnonzero(decoded & self.active[rows] & ((left == 0) | (end >= 0))):

@@ -15,19 +15,20 @@ def choose_commits(
     """Applies a decision and returns the block's tokens, its masked positions and the written ones, each [R, K].
 
     Every row that has masks gets at least one commit unless the policy remasks or edits, so a block takes at most K
-    steps. With `terminator_last` a terminator is committed only once everything left of it is, and nothing is
-    committed right of one that the policy selected.
+    steps. With `terminator_last` a terminator is committed only once everything left of it is, nothing is committed
+    right of one that the policy selected, and the commit that every row gets is not right of any predicted one: what
+    stands there is not part of the answer.
     """
     tokens = view.predicted if decision.tokens is None else decision.tokens
     commit = decision.commit & view.masked
-    is_end = is_one_of(tokens, terminators)
+    is_end = is_one_of(tokens, terminators) & view.masked
     may_commit = view.masked
     if terminator_last:
         sure_end = commit & is_end
         commit = commit & ~is_end & (sure_end.cumsum(dim=1) == 0)
         open_left = _count_left(view.masked & ~commit) > 0
         commit = commit | (sure_end & ~open_left)
-        may_commit = may_commit & ~(is_end & (_count_left(view.masked) > 0))
+        may_commit = may_commit & ((is_end.cumsum(dim=1) == 0) | (_count_left(view.masked) == 0))
     stuck = view.masked.any(dim=1) & ~commit.any(dim=1)
     if decision.remask is not None:
         stuck = stuck & ~decision.remask.any(dim=1)

@@ -1,0 +1,69 @@
+"""Samplers as plain data: what a checkpoint remembers of how it is meant to be decoded."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import Any
+
+from dllm_var.errors import UserError
+from dllm_var.sampling.base import Sampler
+
+_PLAIN = (str, int, float, bool, type(None))
+
+
+def sampler_to_config(sampler: Any) -> dict[str, Any] | None:
+    """Returns `{"class_path": ..., "init_args": {...}}` of a sampler or policy.
+
+    Works for every class that keeps its arguments as attributes of the same name; null when one does not.
+    """
+    arguments: dict[str, Any] = {}
+    for name in inspect.signature(type(sampler).__init__).parameters:
+        if name in ("self", "args", "kwargs"):
+            continue
+        if not hasattr(sampler, name):
+            return None
+        value = getattr(sampler, name)
+        if not isinstance(value, _PLAIN):
+            value = sampler_to_config(value)
+            if value is None:
+                return None
+        arguments[name] = value
+    return {"class_path": f"{type(sampler).__module__}.{type(sampler).__qualname__}", "init_args": arguments}
+
+
+def sampler_from_config(config: dict[str, Any], **overrides: Any) -> Sampler:
+    """Builds the sampler that `sampler_to_config` described.
+
+    Only this package's own classes are imported: a checkpoint must not choose what code runs.
+
+    Args:
+        config: The description.
+        overrides: Arguments of the sampler to replace.
+
+    Raises:
+        UserError: When the class is not this package's or does not take these arguments.
+    """
+    config = {**config, "init_args": {**config["init_args"], **overrides}}
+    sampler = _build(config)
+    if not isinstance(sampler, Sampler):
+        raise UserError(f"{config['class_path']} is not a sampler: pass --sampler with one that is")
+    return sampler
+
+
+def _build(config: dict[str, Any]) -> Any:
+    module_name, _, name = str(config["class_path"]).rpartition(".")
+    if not module_name.startswith("dllm_var.sampling"):
+        raise UserError(
+            f"the checkpoint asks for the sampler {config['class_path']}, which is not part of dllm_var.sampling: "
+            "pass it with --sampler if you trust it"
+        )
+    try:
+        kind = getattr(import_module(module_name), name)
+        arguments = {
+            key: _build(value) if isinstance(value, dict) and "class_path" in value else value
+            for key, value in config["init_args"].items()
+        }
+        return kind(**arguments)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise UserError(f"cannot build the sampler {config['class_path']}: {error}") from error

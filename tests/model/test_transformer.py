@@ -1,0 +1,178 @@
+"""The transformer against transformers' own models, and its cache against no cache."""
+
+import numpy as np
+import pytest
+import torch
+
+from dllm_var.errors import UserError
+from dllm_var.model import KVCache, Transformer, TransformerConfig
+
+TINY = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=50, initializer_range=0.2)
+
+
+def tiny(**changes) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(TransformerConfig(**{**TINY, **changes})).eval()
+
+
+def to_hugging_face(model: Transformer, theirs: torch.nn.Module) -> torch.nn.Module:
+    """Copies our weights into a transformers Llama-family model, splitting the fused projections."""
+    config = model.config
+    state = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}
+    state["lm_head.weight"] = model.lm_head.weight
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    for i, block in enumerate(model.blocks):
+        to = f"model.layers.{i}."
+        for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
+            parts = getattr(block.attention.qkv, kind).split((q, kv, kv))
+            for name, part in zip("qkv", parts, strict=True):
+                state[f"{to}self_attn.{name}_proj.{kind}"] = part
+        if config.qk_norm:
+            state[f"{to}self_attn.q_norm.weight"] = block.attention.q_norm.weight
+            state[f"{to}self_attn.k_norm.weight"] = block.attention.k_norm.weight
+        gate, up = block.mlp.gate_up.weight.chunk(2)
+        state[f"{to}self_attn.o_proj.weight"] = block.attention.out.weight
+        state[f"{to}mlp.gate_proj.weight"], state[f"{to}mlp.up_proj.weight"] = gate, up
+        state[f"{to}mlp.down_proj.weight"] = block.mlp.down.weight
+        state[f"{to}input_layernorm.weight"] = block.attention_norm.weight
+        state[f"{to}post_attention_layernorm.weight"] = block.mlp_norm.weight
+    theirs.load_state_dict(state)
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_causal_logits_equal_transformers(family):
+    import transformers
+
+    ours = tiny(causal=True, qkv_bias=family == "qwen2", qk_norm=family == "qwen3", rope_theta=5000.0)
+    for parameter in ours.parameters():  # norms and biases must matter too
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    common = dict(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=ours.config.intermediate_size,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        tie_word_embeddings=False,
+    )
+    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+    config = getattr(transformers, f"{name}Config")(**common)
+    theirs = to_hugging_face(ours, getattr(transformers, f"{name}ForCausalLM")(config))
+    tokens = torch.randint(0, 50, (3, 17))
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_segment_does_not_see_the_others(causal):
+    model = tiny(causal=causal)
+    first, second = torch.randint(0, 50, (1, 6)), torch.randint(0, 50, (1, 9))
+    segments = torch.tensor([[0] * 6 + [1] * 9])
+    positions = torch.tensor([[*range(6), *range(9)]])
+    together = model(torch.cat((first, second), 1), positions, segments)
+    torch.testing.assert_close(together, torch.cat((model(first), model(second)), 1), atol=1e-5, rtol=1e-4)
+
+
+def test_full_attention_sees_both_ways_and_causal_only_left():
+    tokens = torch.randint(0, 50, (1, 8))
+    changed = tokens.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % 50
+    assert not torch.allclose(tiny()(tokens)[:, 0], tiny()(changed)[:, 0])
+    causal = tiny(causal=True)
+    torch.testing.assert_close(causal(tokens)[:, :-1], causal(changed)[:, :-1])
+
+
+def test_causal_cache_equals_no_cache_with_rows_of_different_lengths():
+    model = tiny(causal=True)
+    rows = [torch.randint(0, 50, (n,)) for n in (3, 7, 5)]
+    cache = KVCache(model.config, 3, 16, "cpu", torch.float32)
+    prefix = np.array([2, 5, 1])
+    padded = torch.zeros(3, 5, dtype=torch.long)
+    for i, row in enumerate(rows):
+        padded[i, : prefix[i]] = row[: prefix[i]]
+    cache.open(5, prefix)
+    model.hidden_states(padded, cache=cache)
+    cache.advance(prefix)
+    rest = np.array([len(row) for row in rows]) - prefix
+    window = torch.zeros(3, int(rest.max()), dtype=torch.long)
+    for i, row in enumerate(rows):
+        window[i, : rest[i]] = row[prefix[i] :]
+    cache.open(int(rest.max()), rest)
+    hidden = model.hidden_states(window, cache=cache)
+    for i, row in enumerate(rows):
+        expected = model.hidden_states(row[None])[0, prefix[i] :]
+        torch.testing.assert_close(hidden[i, : rest[i]], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_bidirectional_window_sees_the_frozen_tokens_and_itself():
+    """What block diffusion relies on: frozen keys stay, a window can be written again and again at the same place."""
+    model = tiny()
+    prompt, block = torch.randint(0, 50, (1, 4)), torch.randint(0, 50, (1, 3))
+    cache = KVCache(model.config, 1, 16, "cpu", torch.float32)
+    cache.open(4)
+    model.hidden_states(prompt, cache=cache)
+    cache.advance(np.array([4]))
+    for _ in range(2):  # the second time must not see the first
+        cache.open(3)
+        again = model.hidden_states(block, cache=cache)
+    # The obvious way: the prompt's keys do not depend on the block, the block sees everything.
+    mask = torch.ones(7, 7, dtype=torch.bool)
+    mask[:4, 4:] = False
+    tokens = torch.cat((prompt, block), 1)
+    cos, sin = model.rotary(torch.arange(7)[None], 7)
+    from dllm_var.model.transformer import LayerContext
+
+    context = LayerContext(cos, sin, mask[None, None], False, None)
+    x = model.embedding(tokens)
+    for i, layer in enumerate(model.blocks):
+        x = layer(x, context, i)
+    torch.testing.assert_close(again, model.norm(x)[:, 4:], atol=1e-5, rtol=1e-4)
+
+
+def test_tied_head_shares_the_embedding():
+    model = tiny(tie_embeddings=True)
+    assert model.lm_head.weight is model.embedding.weight
+    assert model.num_parameters == tiny().num_parameters - 50 * 32
+
+
+def test_meta_model_materialises_with_every_weight_drawn():
+    with torch.device("meta"):
+        model = Transformer(TransformerConfig(**TINY))
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, torch.nan)
+    model.reset_parameters()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert model(torch.zeros(1, 3, dtype=torch.long)).isfinite().all()
+
+
+def test_flops_per_token_match_the_counter():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model = Transformer(TransformerConfig(**TINY))
+        tokens = torch.zeros(2, 64, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, position_ids=torch.zeros_like(tokens)).sum().backward()
+    assert counter.get_total_flops() / tokens.numel() == pytest.approx(model.flops_per_token(64), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (dict(hidden_size=30, num_heads=4), "hidden_size 30"),
+        (dict(num_heads=4, num_kv_heads=3), "num_kv_heads 3"),
+        (dict(head_dim=7), "head_dim 7"),
+    ],
+)
+def test_impossible_shapes_are_named(settings, named):
+    with pytest.raises(UserError, match=named):
+        TransformerConfig(**{**TINY, **settings})
+
+
+def test_missing_vocabulary_is_named():
+    with pytest.raises(UserError, match="vocab_size"):
+        Transformer(TransformerConfig(hidden_size=32))

@@ -1,0 +1,158 @@
+"""Objectives against slow loops, and the guarantees of keyed noise."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dllm_var.errors import UserError
+from dllm_var.objectives import Autoregressive, EosSchedule, KeyedNoise, Mdlm
+from dllm_var.objectives.cross_entropy import head_cross_entropy
+from dllm_var.objectives.validation import EvenMasking
+from dllm_var.tokenization import SpecialTokens
+
+MASK, END, OTHER_END, PAD = 0, 1, 2, 3
+SPECIAL = SpecialTokens(mask_id=MASK, terminator_ids=(END, OTHER_END), pad_id=PAD)
+
+
+def make_batch(rows=4, length=64, seed=0, first_row=0):
+    """Rows of samples `3 prompt | 4 response | terminator | 2 overhang`; the second prompt token is a terminator."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(4, 30, (rows, length), generator=generator)
+    position = torch.arange(length).expand(rows, -1) % 10
+    tokens[position == 1] = END
+    tokens[position == 7] = OTHER_END
+    tokens[position >= 8] = MASK
+    return {
+        "input_ids": tokens,
+        "supervised": (position >= 3) & (position <= 7),
+        "segment_ids": torch.arange(length).expand(rows, -1) // 10,
+        "position_ids": position.clone(),
+        "row": torch.arange(first_row, first_row + rows),
+    }
+
+
+@pytest.mark.parametrize("rate_per", ["row", "segment"])
+def test_eos_schedule_equals_a_slow_loop(rate_per):
+    batch, noise = make_batch(), KeyedNoise(7)
+    noised = EosSchedule(0.2, 0.6, rate_per).bind(SPECIAL).corrupt(batch, noise)
+    coins = noise.uniform(batch["row"], 64, stream=2)
+    rates = noise.uniform(batch["row"], 64 if rate_per == "segment" else 1, stream=1)
+    for i in range(4):
+        for j in range(64):
+            token = int(batch["input_ids"][i, j])
+            start = j - int(batch["position_ids"][i, j])
+            rate = 0.2 + 0.4 * rates[i, start if rate_per == "segment" else 0]
+            hidden = bool(batch["supervised"][i, j]) and (token in (END, OTHER_END) or bool(coins[i, j] < rate))
+            assert bool(noised.loss_mask[i, j]) == hidden
+            assert int(noised.input_ids[i, j]) == (MASK if hidden else token)
+            assert float(noised.mask_rate[i, j]) == pytest.approx(float(rate))
+    assert int(noised.normaliser) == int(noised.loss_mask.sum())
+
+
+@given(seed=st.integers(0, 2**31), low=st.floats(0.05, 0.5), span=st.floats(0, 0.5))
+@settings(max_examples=40, deadline=None)
+def test_eos_schedule_guarantees(seed, low, span):
+    batch = make_batch(seed=seed % 100)
+    noised = EosSchedule(low, low + span).bind(SPECIAL).corrupt(batch, KeyedNoise(seed))
+    ends = torch.isin(batch["input_ids"], torch.tensor([END, OTHER_END]))
+    assert noised.loss_mask[ends & batch["supervised"]].all()  # supervised terminators always
+    assert not noised.loss_mask[~batch["supervised"]].any()  # prompt and overhang never
+    assert torch.equal(noised.input_ids[~noised.loss_mask], batch["input_ids"][~noised.loss_mask])
+    assert noised.mask_rate.min() >= low - 1e-6 and noised.mask_rate.max() <= low + span + 1e-6
+
+
+def test_mask_rate_is_the_share_of_masked_tokens():
+    batch = make_batch(rows=400, length=200)
+    ordinary = batch["supervised"] & (batch["position_ids"] != 7)
+    noised = EosSchedule(0.3, 0.3).bind(SPECIAL).corrupt(batch, KeyedNoise(0))
+    assert noised.loss_mask[ordinary].float().mean() == pytest.approx(0.3, abs=0.01)
+    noised = EosSchedule(0.3, 0.3, mask_terminators=False).bind(SPECIAL).corrupt(batch, KeyedNoise(0))
+    assert noised.loss_mask[batch["supervised"]].float().mean() == pytest.approx(0.3, abs=0.01)
+
+
+def test_mdlm_weights_make_the_expected_loss_independent_of_the_rate():
+    batch = make_batch(rows=600, length=200)
+    objective = Mdlm().bind(SPECIAL)
+    noised = objective.corrupt(batch, KeyedNoise(3))
+    token_loss = torch.ones(int(noised.loss_mask.sum()))
+    # With a loss of 1 per token, sum of 1/t over masked tokens estimates the number of supervised tokens.
+    ratio = objective.loss(token_loss, noised) / noised.normaliser
+    assert float(ratio) == pytest.approx(1.0, abs=0.1)
+    assert noised.mask_rate.min() >= objective.eps
+
+
+def test_even_masking_covers_all_rates_evenly():
+    batch = make_batch(rows=100)
+    noised = EvenMasking().bind(SPECIAL).corrupt(batch, KeyedNoise(0))
+    counts = torch.histc(noised.mask_rate[:, 0], bins=10, min=0, max=1)
+    assert counts.min() >= 8 and counts.max() <= 12
+
+
+def test_autoregressive_predicts_the_next_supervised_token_of_the_same_segment():
+    batch = make_batch(length=63)  # the last sample of the row is cut
+    noised = Autoregressive().bind(SPECIAL).corrupt(batch, KeyedNoise(0))
+    for i in range(4):
+        for j in range(63):
+            inside = j + 1 < 63 and bool(batch["segment_ids"][i, j] == batch["segment_ids"][i, j + 1])
+            scored = inside and bool(batch["supervised"][i, j + 1])
+            assert bool(noised.loss_mask[i, j]) == scored
+            if scored:
+                assert noised.targets[i, j] == batch["input_ids"][i, j + 1]
+
+
+@given(st.integers(0, 2**40), st.integers(0, 2**31), st.integers(1, 5))
+@settings(max_examples=50, deadline=None)
+def test_noise_of_a_row_does_not_depend_on_its_batch(row, seed, others):
+    noise = KeyedNoise(seed)
+    alone = noise.uniform(torch.tensor([row]), 50, stream=1)
+    together = noise.uniform(torch.tensor([*range(others), row]), 80, stream=1)
+    assert torch.equal(alone[0], together[-1, :50])
+
+
+def test_noise_is_uniform_and_uncorrelated():
+    noise = KeyedNoise(0)
+    numbers = noise.uniform(torch.arange(2000), 500, stream=2).double()
+    assert numbers.min() >= 0 and numbers.max() < 1
+    histogram = torch.histc(numbers, bins=100, min=0, max=1) / numbers.numel()
+    assert (histogram - 0.01).abs().max() < 5e-4  # five standard deviations of a million uniform numbers
+    centred = numbers - 0.5
+    for other in (
+        centred.roll(1, 0),  # neighbouring rows
+        centred.roll(1, 1),  # neighbouring positions
+        KeyedNoise(1).uniform(torch.arange(2000), 500, stream=2).double() - 0.5,  # neighbouring seeds
+        noise.uniform(torch.arange(2000), 500, stream=3).double() - 0.5,  # neighbouring streams
+    ):
+        assert float((centred * other).mean().abs()) * 12 < 5e-3
+
+
+def test_chunked_head_gives_the_loss_and_gradients_of_the_whole():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 40, bias=False)
+    hidden, targets = torch.randn(23, 16, requires_grad=True), torch.randint(0, 40, (23,))
+    results = []
+    for limit in (10**9, 40 * 5, 1):
+        head.weight.grad = hidden.grad = None
+        loss, guesses = head_cross_entropy(head, hidden, targets, logits_per_chunk=limit)
+        (loss * torch.linspace(0, 1, 23)).sum().backward()
+        results.append((loss, guesses, head.weight.grad.clone(), hidden.grad.clone()))
+    reference = torch.nn.functional.cross_entropy(hidden @ head.weight.T, targets, reduction="none")
+    for result in results:
+        torch.testing.assert_close(result[0], reference)
+        for ours, whole in zip(result, results[0], strict=True):
+            torch.testing.assert_close(ours, whole)
+
+
+def test_no_scored_position_gives_an_empty_loss():
+    head = torch.nn.Linear(4, 5, bias=False)
+    loss, guesses = head_cross_entropy(head, torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
+    assert loss.shape == guesses.shape == (0,)
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(UserError, match="mask rates"):
+        EosSchedule(0.9, 0.1)
+    with pytest.raises(UserError, match="mask rates"):
+        Mdlm(eps=0.0)
+    with pytest.raises(UserError, match="bind"):
+        EosSchedule().corrupt(make_batch(), KeyedNoise(0))

@@ -1,0 +1,178 @@
+"""The engine against the slow reference, and what it promises about rows, ends and counts."""
+
+import pytest
+import torch
+from slow_reference import generate as slow_generate
+
+from dllm_var.errors import UserError
+from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold, Decision, FixedSteps
+
+MASK, ENDS, VOCABULARY = 19, (3, 4), 20
+PROMPTS = [torch.randint(5, 19, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 1, 14, 5, 2, 30)]
+
+
+def random_model(seed=0, scale=0.2, **changes) -> Transformer:
+    torch.manual_seed(seed)
+    settings = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=VOCABULARY, mask_id=MASK)
+    settings |= dict(terminator_ids=list(ENDS), pad_id=0, initializer_range=scale)
+    return Transformer(TransformerConfig(**{**settings, **changes})).eval()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kv_commit", ["joint_next", "alone"])
+@pytest.mark.parametrize("terminator_last", [False, True])
+def test_equals_the_slow_reference(seed, kv_commit, terminator_last):
+    model = random_model(seed)
+    sampler = BlockDiffusionSampler(
+        ConfidenceThreshold(0.2), block_length=5, max_new_tokens=13, terminator_last=terminator_last, kv_commit=kv_commit
+    )
+    for prompt in PROMPTS[:4]:
+        ours = sampler.generate(model, [prompt])[0]
+        slow = slow_generate(model, prompt, 5, 13, lambda c: c > 0.2, terminator_last, kv_commit)
+        assert (ours.tokens, ours.finish_reason, ours.nfe) == slow
+
+
+@pytest.mark.parametrize("policy", [ConfidenceThreshold(0.3), FixedSteps(3), FixedSteps(2, "random")])
+@pytest.mark.parametrize("settings", [{}, {"kv_commit": "alone"}, {"grid": "absolute"}, {"terminator_last": False}])
+def test_a_row_in_a_batch_equals_the_row_alone(policy, settings):
+    """Seven prompts through three places: rows leave, others take their place, and nobody notices."""
+    model = random_model()
+    sampler = BlockDiffusionSampler(policy, block_length=6, max_new_tokens=20, batch_size=3, **settings)
+    for together, prompt in zip(sampler.generate(model, PROMPTS), PROMPTS, strict=True):
+        alone = sampler.generate(model, [prompt])[0]
+        for name in ("tokens", "finish_reason", "nfe", "commit_steps", "prompt_length"):
+            assert getattr(together, name) == getattr(alone, name)
+
+
+def test_some_rows_end_themselves_and_some_do_not():
+    """The comparisons above would prove little if every row ran into the limit."""
+    reasons = [
+        answer.finish_reason
+        for seed in range(6)
+        for answer in BlockDiffusionSampler(ConfidenceThreshold(0.2), 5, 13).generate(random_model(seed), PROMPTS)
+    ]
+    assert {"eos", "length"} == set(reasons)
+
+
+class ScriptedHead(torch.nn.Module):
+    """Predicts `script[p]` with probability `sure[p]` at row position p, which it reads from the hidden state."""
+
+    def __init__(self, script, sure):
+        super().__init__()
+        self.script, self.sure = script, sure
+
+    def forward(self, hidden):
+        logits = torch.zeros(hidden.size(0), VOCABULARY)
+        for i, position in enumerate(hidden[:, 0].long().tolist()):
+            p = self.sure[position]
+            logits[i, self.script[position]] = torch.tensor(p * (VOCABULARY - 2) / (1 - p)).log()
+            logits[i, MASK] = 100.0  # the mask is the favourite everywhere and must never win
+        return logits
+
+
+class Scripted(Transformer):
+    """A transformer that follows a script instead of its weights."""
+
+    def __init__(self, script, sure):
+        super().__init__(random_model().config)
+        self.lm_head = ScriptedHead(script, sure)
+
+    def hidden_states(self, input_ids, position_ids=None, segment_ids=None, cache=None):
+        hidden = super().hidden_states(input_ids, position_ids, segment_ids, cache)
+        hidden[..., 0] = cache.positions
+        return hidden
+
+
+def scripted(script, sure, **settings):
+    """Decodes a prompt of two tokens whose answer is scripted, in blocks of 4 with threshold 0.9."""
+    defaults = dict(policy=ConfidenceThreshold(0.9), block_length=4, max_new_tokens=len(script))
+    sampler = BlockDiffusionSampler(**{**defaults, **settings})
+    return sampler.generate(Scripted([0, 0, *script], [0.5, 0.5, *sure]), [[5, 6]])[0]
+
+
+def test_a_sure_terminator_waits_for_what_is_left_of_it():
+    answer = scripted([7, 8, 3, 9], [0.5, 0.6, 0.99, 0.99])
+    assert (answer.tokens, answer.finish_reason) == ([7, 8], "eos")
+    assert answer.nfe == 3 and answer.commit_steps == [2, 1]  # 8, then 7, then the terminator; 9 never
+
+
+def test_without_terminator_last_the_row_ends_once_the_left_is_filled():
+    answer = scripted([7, 8, 3, 9], [0.5, 0.6, 0.99, 0.99], terminator_last=False)
+    assert (answer.tokens, answer.finish_reason, answer.nfe) == ([7, 8], "eos", 3)
+
+
+def test_nothing_is_computed_once_the_terminator_has_everything_left_of_it():
+    """The positions right of the terminator are unsure: filling them would take two more steps."""
+    answer = scripted([7, 3, 9, 9], [0.99, 0.99, 0.2, 0.2])
+    assert (answer.tokens, answer.nfe) == ([7], 1)
+
+
+def test_the_answer_may_be_empty():
+    assert scripted([3, 9, 9, 9], [0.99] * 4).tokens == []
+
+
+def test_the_mask_token_is_never_committed_and_the_last_block_may_be_partial():
+    answer = scripted([7] * 10, [0.99] * 10)
+    assert (answer.tokens, answer.finish_reason, answer.nfe) == ([7] * 10, "length", 3)  # 4 + 4 + 2 tokens
+
+
+def test_the_second_terminator_of_the_model_ends_too():
+    assert scripted([7, 4, 7, 7], [0.99] * 4).tokens == [7]
+
+
+def test_every_step_commits_something():
+    answer = scripted([7] * 8, [0.3] * 8)
+    assert answer.nfe == 8 and len(answer.tokens) == 8  # one token per step, the prefill being a step too
+
+
+def test_blocks_are_streamed_as_they_are_finished():
+    seen = []
+    sampler = BlockDiffusionSampler(ConfidenceThreshold(0.3), block_length=4, max_new_tokens=11)
+    answers = sampler.generate(random_model(), PROMPTS[:3], on_block=lambda index, tokens: seen.append((index, tokens)))
+    for index, answer in enumerate(answers):
+        pieces = [tokens for row, tokens in seen if row == index]
+        assert pieces[-1] == answer.tokens
+        assert all(longer[: len(shorter)] == shorter for shorter, longer in zip(pieces, pieces[1:], strict=False))
+
+
+def test_a_policy_may_remask_edit_and_finish():
+    """Commits everything, takes the first position back once, and ends the row at its second step."""
+
+    class Hesitant:
+        scores_committed = True
+
+        def initial_state(self, block_length):
+            return {"asked": torch.zeros(1)}
+
+        def decide(self, view, state):
+            state["asked"] += 1
+            first = torch.zeros_like(view.masked)
+            first[:, 0] = (view.step == 0) & (state["asked"][:, 0] == 1)
+            return Decision(commit=view.masked & ~first, remask=first, finish_row=view.step == 1)
+
+    answer = scripted([7, 8, 9, 10], [0.99] * 4, policy=Hesitant(), max_new_tokens=8)
+    assert (answer.tokens, answer.nfe) == ([7, 8, 9, 10], 2)
+
+
+def test_generate_restores_training_mode_and_needs_no_gradient():
+    model = random_model().train()
+    BlockDiffusionSampler(max_new_tokens=4).generate(model, [[5]])
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("prompts", "named"), [([[]], "prompt 0 is empty"), ([[5], [99]], "token id 99"), (["text"], "tokenizer")]
+)
+def test_bad_prompts_are_named(prompts, named):
+    with pytest.raises(UserError, match=named):
+        BlockDiffusionSampler().generate(random_model(), prompts)
+
+
+def test_a_causal_model_is_refused():
+    with pytest.raises(UserError, match="autoregressive"):
+        BlockDiffusionSampler().generate(random_model(causal=True), [[5]])
+
+
+def test_no_prompts_give_no_answers():
+    assert BlockDiffusionSampler().generate(random_model(), []) == []
