@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import sys
 import warnings
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from dllm_var import DiffusionLM, __version__
@@ -19,7 +22,7 @@ from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.interrupt import Interrupted, StopOnInterrupt
 from dllm_var.runs import SaveConfig, continue_newest, default_logger
-from dllm_var.settings import SettingsParser
+from dllm_var.settings import SettingsParser, qualify_references
 
 DEFAULTS = {"model": DiffusionLM, "data": PackedDataModule}
 BASES = {"model": L.LightningModule, "data": L.LightningDataModule}
@@ -43,7 +46,8 @@ def main(command: str, arguments: list[str]) -> int:
     try:
         TrainingCLI(command, settings, resume)
     except Interrupted as interrupted:
-        print(f"\n{interrupted}; continue with: {resume_command(settings)}", file=sys.stderr)
+        if rank_zero_only.rank == 0:
+            print(f"\n{interrupted}; continue with: {resume_command(settings)}", file=sys.stderr)
         return 130
     except OmegaConfBaseException as error:  # a resolver such as ${oc.env:NAME}, or a reference that goes in a circle
         setting = ".".join(key for key in str(error.full_key).split(".")[1:] if key != "init_args")
@@ -59,12 +63,37 @@ def resume_command(settings: list[str]) -> str:
     return shlex.join(["python", "-m", "dllm_var", "fit", *settings, "--resume"])
 
 
+class TrainerParser(SettingsParser, LightningArgumentParser):
+    """Reads the settings of one Trainer command, or hands over to the parsers of all of them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.default_classes: dict[str, type] = {}
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        config = super().parse_args(*args, **kwargs)
+        if hasattr(self, "subcommand"):  # all files and arguments are merged here, nothing is resolved yet
+            qualify_references(config, self.subcommand)
+        return config
+
+    def format_help(self) -> str:
+        """Adds the settings of the default classes, which the class-path options alone would not show."""
+        text = super().format_help()
+        if not self.default_classes:
+            return text
+        inner = LightningArgumentParser(description=None, usage="", add_help=False)
+        for key, default in self.default_classes.items():
+            inner.add_class_arguments(default, key, sub_configs=True, fail_untyped=False)
+        return text + inner.format_help().split("\n", 1)[1]
+
+
 class TrainingCLI(LightningCLI):
     """LightningCLI with default classes, references across files, readable errors and one folder per run."""
 
     def __init__(self, command: str, settings: list[str], resume: bool) -> None:
         self.command, self.resume = command, resume
-        self.run_name = first_config(settings)
+        configs = config_files(settings)
+        self.run_name = configs[0].stem if configs else "default"
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
@@ -72,7 +101,7 @@ class TrainingCLI(LightningCLI):
             trainer_defaults={"callbacks": [StopOnInterrupt()]},
             seed_everything_default=0,
             parser_kwargs={"parser_mode": "omegaconf+"},  # resolved once, after all merging
-            parser_class=SettingsParser,
+            parser_class=TrainerParser,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -89,7 +118,7 @@ class TrainingCLI(LightningCLI):
         for key, base in BASES.items():
             default = {"class_path": f"{DEFAULTS[key].__module__}.{DEFAULTS[key].__name__}"}
             parser.add_subclass_arguments(base, key, as_group=False, default=default, fail_untyped=False)
-        assert isinstance(parser, SettingsParser)
+        assert isinstance(parser, TrainerParser)
         parser.default_classes = dict(DEFAULTS)
         resume = " [--resume]" if self.command == "fit" else ""
         parser.usage = f"python -m dllm_var {self.command}{resume} [--config FILE ...] [--key=value ...]"
@@ -105,13 +134,24 @@ class TrainingCLI(LightningCLI):
         for section in ("trainer", "model", "data"):
             if not isinstance(settings.get(section), Namespace):
                 raise UserError(f"{section}: expected settings by name, got {settings.get(section)!r}")
+        if settings.get("weights_only") is None:
+            settings.weights_only = True  # a checkpoint is data, never code to run
         path = settings.get("ckpt_path")
         if self.resume and path is not None:
             raise UserError(f"--resume finds the newest checkpoint itself: leave out --ckpt_path={path}")
-        if self.resume:
-            settings.ckpt_path = str(continue_newest(settings.trainer))
-        elif path is not None and not is_named(str(path)) and not Path(path).exists():
+        if path is not None and not is_named(str(path)) and not Path(path).exists():
             raise UserError(f"ckpt_path: there is no file or folder '{path}'")
+
+    def before_instantiate_classes(self) -> None:
+        self.as_written = self.config
+        if self.resume:
+            self.config = self.config.clone()
+            settings = self.config[self.command]
+            settings.ckpt_path = str(continue_newest(settings.trainer))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        self.config = self.as_written  # what is saved starts a new run when it is used again
+        return super().instantiate_trainer(**kwargs)
 
     def _parse_ckpt_path(self) -> None:
         """Keeps the configuration as given; LightningCLI would let the checkpoint's hyper-parameters override it."""
@@ -122,19 +162,37 @@ def is_named(path: str) -> bool:
     return path in ("best", "last", "hpc", "registry") or path.startswith("registry:") or "://" in path
 
 
-def first_config(settings: list[str]) -> str:
-    """Returns the stem of the first configuration file, which names the run."""
+def config_files(settings: list[str]) -> list[Path]:
+    """Returns the configuration files among the arguments, after a look at each.
+
+    Raises:
+        UserError: When a file is missing or is not YAML; names the file and the line.
+    """
+    paths = []
     for argument, following in zip(settings, [*settings[1:], ""], strict=False):
-        option, _, value = argument.partition("=")
-        if option in ("--config", "-c") and Path(value or following).suffix in (".yaml", ".yml", ".json"):
-            return Path(value or following).stem
-    return "default"
+        option, equals, value = argument.partition("=")
+        if option not in ("--config", "-c"):
+            continue
+        path = Path(value if equals else following)
+        if not path.is_file():
+            raise UserError(f"there is no configuration file '{path}'")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.MarkedYAMLError as error:
+            line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+            raise UserError(f"{path}{line}: {error.problem}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{path} holds no settings")
+        paths.append(path)
+    return paths
 
 
 def quieten() -> None:
     """Leaves out what Lightning prints that tells a user nothing about the run."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage().lower()
+        lambda record: not re.search("Tip: For seamless|TPU available", record.getMessage())
     )
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the data is in memory
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # inside Lightning

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -70,8 +69,8 @@ class StopOnInterrupt(Callback):
             if isinstance(callback, ModelCheckpoint) and callback.save_last:
                 callback.last_model_path = str(path)
         if trainer.is_global_zero and path.is_symlink():  # save_last="link": what it points to stays as it is
-            Path(path).unlink()
-        trainer.save_checkpoint(path)
+            path.unlink()
+        trainer.save_checkpoint(path, weights_only=False)
         raise Interrupted(f"stopped at step {trainer.global_step}, saved {path}")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -9,37 +9,19 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
-from lightning.pytorch.cli import LightningArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from dllm_var.errors import UserError
 
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.\[\]]*)\}")
 
 
-class SettingsParser(LightningArgumentParser):
+class SettingsParser(ArgumentParser):
     """Reads a command's settings; every mistake becomes a UserError that names the setting."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)  # or --trainer.max_step would pass for max_steps
         super().__init__(*args, **kwargs)
-        self.default_classes: dict[str, type] = {}
-
-    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        config = super().parse_args(*args, **kwargs)
-        if hasattr(self, "subcommand"):  # all files and arguments are merged here, nothing is resolved yet
-            qualify_references(config, self.subcommand)
-        return config
-
-    def format_help(self) -> str:
-        """Adds the settings of the default classes, which the class-path options alone would not show."""
-        text = super().format_help()
-        if not self.default_classes:
-            return text
-        inner = LightningArgumentParser(description=None, usage="", add_help=False)
-        for key, default in self.default_classes.items():
-            inner.add_class_arguments(default, key, sub_configs=True, fail_untyped=False)
-        return text + inner.format_help().split("\n", 1)[1]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a parser inside the parser: the outer one reports
