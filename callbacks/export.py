@@ -1,0 +1,58 @@
+"""The final weights as a small folder that `generate` and others load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from dllm_var.callbacks.decoding import is_sharded, say
+from dllm_var.model.checkpoints import EXPORT_FOLDER, save_checkpoint_folder
+from dllm_var.sampling.config import sampler_to_config
+
+PREFIX = "transformer."
+
+
+class ExportWeights(L.Callback):
+    """Writes the weights, config and tokenizer into the folder `model` of the run when training ends.
+
+    It is a few megabytes of safetensors without optimizer state, loadable by `dllm_var.model.checkpoints`. Beside the
+    weights it remembers the sampler of another callback (the last one that has any), the step and the run's name.
+    Without a logger there is no run folder and nothing is written.
+    """
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        run = trainer.log_dir  # every process must ask
+        if not trainer.loggers or run is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if getattr(trainer.strategy, "zero_stage_3", False):
+            say(trainer, "weights not exported: with DeepSpeed stage 3 take them from the checkpoint")
+            return
+        state = gathered_state(trainer) if is_sharded(trainer) else None
+        self.path = Path(run) / EXPORT_FOLDER
+        if trainer.is_global_zero:
+            transformer: Any = pl_module.transformer
+            tokenizer: Any = pl_module.tokenizer
+            meta = {"sampler": remembered_sampler(trainer), "step": trainer.global_step}
+            save_checkpoint_folder(self.path, transformer, tokenizer, meta, state)
+
+
+def gathered_state(trainer: L.Trainer) -> dict[str, Tensor]:
+    """Collect the transformer's weights of all processes in the memory of the first; empty on the others."""
+    assert trainer.strategy.model is not None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = get_model_state_dict(trainer.strategy.model, options=options)
+    return {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
+
+
+def remembered_sampler(trainer: L.Trainer) -> dict[str, Any] | None:
+    """Describe the sampler of the last callback that has one: how the checkpoint is meant to be decoded."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    samplers = [callback.sampler for callback in callbacks if hasattr(callback, "sampler")]
+    return sampler_to_config(samplers[-1]) if samplers else None

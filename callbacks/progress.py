@@ -1,0 +1,98 @@
+"""One line that moves on a terminal, plain lines where output goes to a file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from dllm_var.callbacks.decoding import say
+from dllm_var.errors import UserError
+
+VALIDATION = {
+    "val/loss": "loss {:.3f}",
+    "val/masked_accuracy": "masked accuracy {:.1%}",
+    "val/terminator_recall": "terminator recall {:.1%}",
+    "val/perplexity_bound": "perplexity bound {:.2f}",
+}
+TRAINING = {"loss": "loss {:.3f}", "masked_accuracy": "masked accuracy {:.1%}", "tokens/s": "{:,.0f} tokens/s"}
+
+
+class ProgressBar(TQDMProgressBar):
+    """Shows what the module logs for the progress bar, and a line after each validation.
+
+    Where stdout is no terminal it prints a line every `plain_every_n_steps` optimizer steps instead of a bar.
+
+    Args:
+        refresh_seconds: Least time between two refreshes of the bar.
+        plain_every_n_steps: Optimizer steps between two plain lines.
+        leave: Leaves the finished bar of an epoch standing.
+
+    Raises:
+        UserError: `plain_every_n_steps` is below one.
+    """
+
+    def __init__(self, refresh_seconds: float = 0.2, plain_every_n_steps: int = 100, leave: bool = False) -> None:
+        if plain_every_n_steps < 1:
+            raise UserError(f"plain_every_n_steps of the progress bar is {plain_every_n_steps}: give at least 1")
+        super().__init__(leave=leave)
+        self.refresh_seconds = refresh_seconds
+        self.plain_every_n_steps = plain_every_n_steps
+        self._plain = False
+        self._shown = 0.0
+        self._began = 0.0
+        self._step = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._plain = not (sys.stdout.isatty() or "ipykernel" in sys.modules)
+        if self._plain:
+            self.disable()
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Give what stands behind the bar: `train/loss` as `loss`, rates in per cent, no version number."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        named = {name.removeprefix("train/"): value for name, value in metrics.items()}
+        return {name: _percent(value) if "accuracy" in name else value for name, value in named.items()}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._began, self._step = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped = trainer.global_step != self._step
+        self._step = trainer.global_step
+        if self._plain:
+            if stepped and self._step % self.plain_every_n_steps == 0:
+                say(trainer, self._plain_line(trainer))
+            return
+        now = time.perf_counter()
+        if now - self._shown >= self.refresh_seconds or batch_idx + 1 == self.total_train_batches:
+            self._shown = now
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _plain_line(self, trainer: L.Trainer) -> str:
+        steps = f"step {self._step}" + (f"/{trainer.max_steps}" if trainer.max_steps > 0 else "")
+        metrics = {name.removeprefix("train/"): value for name, value in trainer.progress_bar_metrics.items()}
+        figures = [form.format(metrics[name]) for name, form in TRAINING.items() if name in metrics]
+        minutes, seconds = divmod(int(time.perf_counter() - self._began), 60)
+        return "  ".join([steps, *figures, f"{minutes}:{seconds:02d}"])
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        metrics = trainer.callback_metrics
+        figures = [form.format(float(metrics[name])) for name, form in VALIDATION.items() if name in metrics]
+        if figures:
+            say(trainer, f"step {trainer.global_step} validation: " + ", ".join(figures))
+
+
+def _percent(value: Any) -> str:
+    return f"{float(value):.1%}"

@@ -1,0 +1,200 @@
+"""SamplingCallback: when it fires, what it shows, and that training does not notice."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+from dllm_var.callbacks import SamplingCallback
+from dllm_var.callbacks.decoding import is_sharded
+from dllm_var.errors import UserError
+from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold
+
+
+@pytest.mark.parametrize(("accumulate", "expected"), [(1, [2, 4, 6]), (3, [2, 4, 6])])
+def test_fires_once_per_so_many_optimizer_steps(fit: Any, spy: Any, accumulate: int, expected: list[int]) -> None:
+    fit(SamplingCallback(spy, every_n_steps=2), accumulate_grad_batches=accumulate)
+    assert spy.steps == expected
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
+def test_a_resumed_run_does_not_sample_the_step_of_its_checkpoint_again(fit: Any, spy: Any, tmp_path: Path) -> None:
+    trainer, _ = fit(SamplingCallback(spy, every_n_steps=2), max_steps=4)
+    trainer.save_checkpoint(tmp_path / "four.ckpt")
+    spy.steps.clear()
+    settings = {"max_steps": 6, "accumulate_grad_batches": 2, "ckpt_path": str(tmp_path / "four.ckpt")}
+    fit(SamplingCallback(spy, every_n_steps=2), **settings)
+    assert spy.steps == [6]
+
+
+def test_samples_in_eval_mode_without_gradients_and_restores_each_mode(fit: Any, spy: Any) -> None:
+    class Frozen(L.Callback):
+        after: list[bool] = []  # noqa: RUF012
+
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            pl_module.transformer.blocks[0].eval()
+
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            transformer = pl_module.transformer
+            self.after.append(transformer.training and not transformer.blocks[0].training)
+
+    frozen = Frozen()
+    fit(frozen, SamplingCallback(spy, every_n_steps=1))
+    assert not any(spy.modes)
+    assert not any(spy.gradients)
+    assert all(frozen.after)
+
+
+def draw_from_everything(model: Any) -> None:
+    random.random()
+    np.random.rand()  # noqa: NPY002
+    torch.rand(1)
+    torch.manual_seed(random.randrange(1000))
+
+
+def test_training_is_the_same_with_and_without_sampling(fit: Any, real_sampler: Any) -> None:
+    class Noisy(L.Callback):
+        """Trains on noise from the global generators, so that a disturbed one shows in the weights."""
+
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            scale = torch.rand(1).item() + random.random() + np.random.rand()  # noqa: NPY002
+            with torch.no_grad():
+                next(pl_module.parameters()).mul_(1 + 0.01 * scale)
+
+    class Disturbing(SamplingCallback):
+        def generate(self, model: Any, prompts: list, tokenizer: Any) -> list:
+            draw_from_everything(model)
+            return super().generate(model, prompts, tokenizer)
+
+    weights = []
+    for callbacks in ([], [Disturbing(real_sampler, every_n_steps=1, num_examples=2)]):
+        L.seed_everything(1, verbose=False)
+        _, model = fit(Noisy(), *callbacks)
+        weights.append([p.detach().clone() for p in model.parameters()])
+    for one, other in zip(*weights, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_failing_sampler_stops_the_run_but_leaves_the_model_in_training_mode(fit: Any, spy: Any) -> None:
+    spy.fail = True
+    seen: list[Any] = []
+
+    class Keep(L.Callback):
+        def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+            seen.append(pl_module.transformer.training)
+
+    with pytest.raises(RuntimeError, match="the sampler is broken"):
+        fit(Keep(), SamplingCallback(spy, every_n_steps=2))
+    assert seen == [True]
+
+
+def test_prints_wrong_tokens_marked_and_why_answers_ended(fit: Any, spy: Any, capsys: Any) -> None:
+    fit(SamplingCallback(spy, every_n_steps=6, num_examples=3, num_shown=2))
+    out = capsys.readouterr().out
+    assert "step 6, 3 answers: 50.0% token errors, 100% of answers wrong, 100% ended by eos" in out
+    assert out.count("eos  ") == 2  # two rows shown
+    assert "bb      K [-]   K K       eos" in out
+
+
+def test_prompts_of_ones_own_need_no_references(fit: Any, spy: Any, capsys: Any) -> None:
+    fit(SamplingCallback(spy, prompts=["key", "board"], every_n_steps=6))
+    out = capsys.readouterr().out
+    assert "2 answers: 100% ended by eos, 1.50 tokens/forward" in out
+    assert "K K K K" in out
+    assert "[" not in out.split("answers:")[1]
+
+
+def test_logs_scalars_and_a_markdown_table(fit: Any, spy: Any, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoardLogger(tmp_path, name="board")
+    fit(SamplingCallback(spy, every_n_steps=3), logger=[board, CSVLogger(tmp_path, name="csv")])
+    events = EventAccumulator(board.log_dir)
+    events.Reload()
+    scalars = {tag for tag in events.Tags()["scalars"] if tag.startswith("sample/")}
+    assert scalars == {
+        "sample/token_error_rate",
+        "sample/answer_error_rate",
+        "sample/ended_by_eos",
+        "sample/length_exact",
+        "sample/tokens_per_forward",
+        "sample/tokens_per_second",
+    }
+    assert [event.step for event in events.Scalars("sample/length_exact")] == [3, 6]
+    text = events.Tensors("sample/answers/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text.startswith("| prompt | answer | expected | end | forwards |")
+    assert "K [-]" in text
+    assert "sample/token_error_rate" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps"),
+        ({"num_examples": 0}, "num_examples"),
+        ({"num_shown": -1}, "num_shown"),
+        ({"prompts": []}, "prompts"),
+    ],
+)
+def test_impossible_settings_are_named(spy: Any, settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SamplingCallback(spy, **settings)
+
+
+def test_without_held_out_examples_it_says_so_before_training(fit: Any, spy: Any) -> None:
+    with pytest.raises(UserError, match="split 'nowhere' has no examples"):
+        fit(SamplingCallback(spy, split="nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("rank", "sharded", "decodes", "prints"),
+    [(0, False, True, True), (1, False, False, False), (0, True, True, True), (1, True, True, False)],
+)
+def test_which_processes_decode_and_which_print(
+    spy: Any, monkeypatch: Any, capsys: Any, rank: int, sharded: bool, decodes: bool, prints: bool, fit: Any
+) -> None:
+    callback = SamplingCallback(spy, every_n_steps=1)
+    trainer, model = fit(callback, max_steps=1)
+    spy.steps.clear()
+    capsys.readouterr()
+    monkeypatch.setattr(type(trainer), "is_global_zero", property(lambda self: rank == 0))
+    monkeypatch.setattr("dllm_var.callbacks.sampling.is_sharded", lambda trainer: sharded)
+    monkeypatch.setattr(callback, "_last_step", 0)
+    callback.on_train_batch_end(trainer, model, None, None, 0)
+    assert bool(spy.steps) == decodes
+    assert bool(capsys.readouterr().out) == prints
+
+
+def test_a_subclass_of_a_few_lines_decodes_in_its_own_way(fit: Any, real_sampler: Any, capsys: Any) -> None:
+    class TwoThresholds(SamplingCallback):
+        """Decodes every other prompt without waiting for confidence."""
+
+        def generate(self, model: Any, prompts: list, tokenizer: Any) -> list:
+            careful = super().generate(model, prompts[::2], tokenizer)
+            hasty = BlockDiffusionSampler(ConfidenceThreshold(0.0), block_length=4, max_new_tokens=8)
+            both = [careful, hasty.generate(model, prompts[1::2], tokenizer=tokenizer)]
+            return [both[i % 2][i // 2] for i in range(len(prompts))]
+
+    fit(TwoThresholds(real_sampler, every_n_steps=6, num_examples=4))
+    assert "step 6, 4 answers:" in capsys.readouterr().out
+
+
+def test_which_strategies_are_sharded() -> None:
+    cases: list[tuple[Any, bool]] = [
+        (SingleDeviceStrategy(), False),
+        (DDPStrategy(), False),
+        (ModelParallelStrategy(), True),
+        (SimpleNamespace(zero_stage_3=True), True),
+        (SimpleNamespace(zero_stage_3=False), False),
+    ]
+    for strategy, expected in cases:
+        assert bool(is_sharded(SimpleNamespace(strategy=strategy))) == expected
