@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning as L
@@ -79,16 +80,20 @@ class DiffusionLM(L.LightningModule):
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:
         """The one place where ids flow from the tokenizer to the model (hence to samplers) and to the objective."""
         self.tokenizer = tokenizer
-        self.config.vocab_size = self.config.vocab_size or tokenizer.vocab_size
-        if self.config.vocab_size < tokenizer.vocab_size:
+        vocab_size = self.config.vocab_size or tokenizer.vocab_size
+        if vocab_size < tokenizer.vocab_size:
             raise UserError(
-                f"model.transformer.vocab_size {self.config.vocab_size} is smaller than the tokenizer's "
+                f"model.transformer.vocab_size {vocab_size} is smaller than the tokenizer's "
                 f"{tokenizer.vocab_size}: leave it out or raise it"
             )
-        self.config.mask_id = tokenizer.mask_id
-        self.config.terminator_ids = list(tokenizer.terminator_ids)
-        self.config.pad_id = tokenizer.pad_id
-        self.config.causal = self.objective.causal
+        self.config = replace(
+            self.config,
+            vocab_size=vocab_size,
+            mask_id=tokenizer.mask_id,
+            terminator_ids=list(tokenizer.terminator_ids),
+            pad_id=tokenizer.pad_id,
+            causal=self.objective.causal,
+        )
         self.objective.bind(tokenizer.special)
 
     def configure_optimizers(self) -> Any:
@@ -207,5 +212,6 @@ class DiffusionLM(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what is needed to build the model without its config, as plain types."""
-        assert self.tokenizer is not None
-        checkpoint["dllm_var"] = {"transformer": self.config.to_dict(), "tokenizer": self.tokenizer.to_dict()}
+        assert self.tokenizer is not None and self.transformer is not None
+        config = self.transformer.config.to_dict()
+        checkpoint["dllm_var"] = {"transformer": config, "tokenizer": self.tokenizer.to_dict()}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
 from dllm_var.errors import UserError
@@ -55,10 +56,126 @@ class Schedule:
         return LambdaLR(optimizer, lambda step: self.share(step, total_steps))
 
 
-def parameter_groups(module: nn.Module) -> list[dict[str, object]]:
-    """Returns two groups: weight matrices, which decay, and norms, biases and embeddings, which do not."""
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Returns the trained parameters by role: `hidden` weight matrices, the `head`, and the `rest` without decay.
+
+    The rest is embeddings, norms and biases; a head tied to the embedding is one of them.
+    """
+    roles: dict[str, list[nn.Parameter]] = {"hidden": [], "head": [], "rest": []}
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    trained = [p for p in module.parameters() if p.requires_grad]
-    matrices = [p for p in trained if p.dim() >= 2 and id(p) not in embeddings]
-    rest: Iterable[nn.Parameter] = [p for p in trained if p.dim() < 2 or id(p) in embeddings]
-    return [{"params": matrices}, {"params": list(rest), "weight_decay": 0.0}]
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        matrix = parameter.dim() >= 2 and id(parameter) not in embeddings
+        roles["rest" if not matrix else "head" if "lm_head" in name else "hidden"].append(parameter)
+    groups: list[dict[str, Any]] = [{"params": params, "role": role} for role, params in roles.items() if params]
+    for group in groups:
+        if group["role"] == "rest":
+            group["weight_decay"] = 0.0
+    return groups
+
+
+class Muon(Optimizer):
+    """Muon for hidden weight matrices, AdamW for embeddings, head and norms, in one optimizer.
+
+    Momentum is orthogonalised by five Newton-Schulz iterations, matrices of one shape together (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon). Whole matrices are needed: with sharded parameters use AdamW.
+
+    Args:
+        params: Groups from `parameter_groups`; those of another role than `hidden` are AdamW's.
+        lr: Learning rate of the hidden matrices.
+        adamw_lr: Learning rate of everything else.
+        momentum: Decay of the momentum, Nesterov's.
+        betas: AdamW's decays.
+        eps: AdamW's epsilon.
+        weight_decay: Decoupled decay of every group that does not set its own.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.02,
+        adamw_lr: float = 3e-3,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        groups = [dict(group) if isinstance(group, dict) else {"params": [group]} for group in params]
+        for group in groups:
+            group["lr"] = lr if group.setdefault("role", "rest") == "hidden" else adamw_lr
+        super().__init__(groups, dict(momentum=momentum, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """Updates every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["role"] == "hidden":
+                self._step_hidden(group)
+            else:
+                self._step_rest(group)
+        return loss
+
+    def _step_rest(self, group: dict[str, Any]) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        if not parameters:
+            return
+        states = [self.state[p] for p in parameters]
+        adamw(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _step_hidden(self, group: dict[str, Any]) -> None:
+        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                shapes.setdefault(parameter.shape, []).append(parameter)
+        for shape, parameters in shapes.items():
+            gradients = torch.stack([p.grad for p in parameters if p.grad is not None])
+            for parameter in parameters:
+                if "momentum_buffer" not in self.state[parameter]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+            momentum = torch.stack(buffers).lerp_(gradients, 1 - group["momentum"])
+            torch._foreach_copy_(buffers, list(momentum.unbind()))
+            update = orthogonalise(gradients.lerp(momentum, group["momentum"]))
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5  # a tall matrix has fewer singular values than rows
+            torch._foreach_add_(parameters, list(update.unbind()), alpha=-group["lr"] * scale)
+
+
+def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
+    """Returns matrices [N, R, C] with all singular values brought near 1 by a quintic Newton-Schulz iteration."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    wide = x.size(-2) <= x.size(-1)
+    x = x if wide else x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).to(matrices.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -57,26 +57,32 @@ class TransformerConfig:
     pad_id: int | None = None
     causal: bool = False
 
-    def __post_init__(self) -> None:
-        if self.num_kv_heads is None:
-            self.num_kv_heads = self.num_heads
-        if self.head_dim is None:
+    def resolved(self) -> TransformerConfig:
+        """Returns a copy with every derived size filled in.
+
+        Raises:
+            UserError: When the sizes do not fit each other.
+        """
+        head_dim = self.head_dim
+        if head_dim is None:
             if self.hidden_size % self.num_heads:
                 raise UserError(
                     f"transformer.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}: "
                     "change one of them or set head_dim"
                 )
-            self.head_dim = self.hidden_size // self.num_heads
-        if self.head_dim % 2:
-            raise UserError(f"transformer.head_dim {self.head_dim} must be even for rotary positions")
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"transformer.num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
-            )
-        if self.intermediate_size is None:
-            self.intermediate_size = 64 * math.ceil(self.hidden_size * 8 / 3 / 64)
-        if self.terminator_ids is not None:
-            self.terminator_ids = [int(token) for token in self.terminator_ids]
+            head_dim = self.hidden_size // self.num_heads
+        if head_dim % 2:
+            raise UserError(f"transformer.head_dim {head_dim} must be even for rotary positions")
+        num_kv_heads = self.num_kv_heads or self.num_heads
+        if self.num_heads % num_kv_heads:
+            raise UserError(f"transformer.num_heads {self.num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
+        return replace(
+            self,
+            head_dim=head_dim,
+            num_kv_heads=num_kv_heads,
+            intermediate_size=self.intermediate_size or 64 * math.ceil(self.hidden_size * 8 / 3 / 64),
+            terminator_ids=None if self.terminator_ids is None else [int(token) for token in self.terminator_ids],
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain types, for checkpoints and JSON."""
@@ -203,14 +209,14 @@ class Transformer(nn.Module):
         config: The shape; `vocab_size` must be set.
 
     Raises:
-        UserError: When `config.vocab_size` is missing.
+        UserError: When `config.vocab_size` is missing or the sizes do not fit each other.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         if config.vocab_size is None:
             raise UserError("transformer.vocab_size is not set: it comes from the tokenizer, or set it yourself")
-        self.config = config
+        self.config = config = config.resolved()
         assert config.head_dim is not None
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))

@@ -1,5 +1,7 @@
 """The transformer against transformers' own models, and its cache against no cache."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -170,7 +172,13 @@ def test_flops_per_token_match_the_counter():
 )
 def test_impossible_shapes_are_named(settings, named):
     with pytest.raises(UserError, match=named):
-        TransformerConfig(**{**TINY, **settings})
+        TransformerConfig(**{**TINY, **settings}).resolved()
+
+
+def test_sizes_left_out_follow_from_the_others_not_from_the_defaults():
+    """A config file overrides fields of a default instance; what is derived must not be derived from that one."""
+    config = replace(TransformerConfig(), hidden_size=128, num_heads=4).resolved()
+    assert (config.head_dim, config.num_kv_heads, config.intermediate_size) == (32, 4, 384)
 
 
 def test_missing_vocabulary_is_named():

@@ -1,0 +1,92 @@
+"""Schedules, parameter groups and Muon."""
+
+import pytest
+import torch
+from torch import nn
+
+from dllm_var.errors import UserError
+from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.optim import Muon, Schedule, orthogonalise, parameter_groups
+
+
+def tiny(**changes) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(TransformerConfig(**{**dict(hidden_size=16, num_layers=2, num_heads=2, vocab_size=11), **changes}))
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
+def test_schedule_warms_up_then_ends_at_its_final_share(kind):
+    schedule = Schedule(kind, warmup_steps=10, final=0.1)
+    shares = [schedule.share(step, 100) for step in range(101)]
+    assert shares[:10] == sorted(shares[:10]) and 0 < shares[0] < 0.2
+    assert shares[10] == pytest.approx(1.0)
+    assert shares[10:] == sorted(shares[10:], reverse=True)
+    assert shares[100] == pytest.approx(1.0 if kind == "constant" else 0.1)
+    if kind == "wsd":
+        assert shares[80] == 1.0 > shares[90]
+
+
+def test_impossible_schedules_are_named():
+    with pytest.raises(UserError, match="warmup_steps"):
+        Schedule(warmup_steps=-1)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(tied):
+    model = tiny(tie_embeddings=tied, qkv_bias=True)
+    groups = {group["role"]: group for group in parameter_groups(model)}
+    ids = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(ids) == sorted({id(p) for p in model.parameters()})
+    assert all(p.dim() == 2 for p in groups["hidden"]["params"])
+    assert groups["rest"]["weight_decay"] == 0.0
+    assert ("head" in groups) != tied
+    assert any(p is model.embedding.weight for p in groups["rest"]["params"])
+
+
+def test_orthogonalise_brings_singular_values_near_one():
+    torch.manual_seed(0)
+    for shape in [(3, 16, 16), (2, 8, 40), (2, 40, 8)]:
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+        assert values.min() > 0.3 and values.max() < 1.4
+
+
+def test_muon_equals_torch_on_hidden_matrices_and_adamw_on_the_rest():
+    """torch's Muon iterates in bfloat16, ours in float32 on CPU: equal up to that."""
+    ours, theirs = tiny(), tiny()
+    muon = Muon(parameter_groups(ours), lr=0.02, adamw_lr=0.01, weight_decay=0.1)
+    hidden = [p for name, p in theirs.named_parameters() if p.dim() == 2 and name.startswith("blocks")]
+    chosen = {id(p) for p in hidden}
+    rest = [p for p in theirs.parameters() if id(p) not in chosen]
+    groups = [{"params": [p], "weight_decay": 0.1 if p is theirs.lm_head.weight else 0.0} for p in rest]
+    references = [torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1), torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95))]
+    tokens = torch.randint(0, 11, (4, 9))
+    for _ in range(3):
+        for model, optimizers in ((ours, [muon]), (theirs, references)):
+            loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+    for start, a, b in zip(tiny().parameters(), ours.parameters(), theirs.parameters(), strict=True):
+        moved, apart = float((b - start).norm()), float((a - b).norm())
+        assert apart < (0.1 if id(b) in chosen else 0.02) * moved
+
+
+def test_muon_state_survives_a_round_trip():
+    def train(model, optimizer, steps):
+        tokens = torch.arange(9)[None] % 11
+        for _ in range(steps):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+            optimizer.step()
+
+    whole, first, second = tiny(), tiny(), tiny()
+    train(whole, Muon(parameter_groups(whole)), 4)
+    optimizer = Muon(parameter_groups(first))
+    train(first, optimizer, 2)
+    second.load_state_dict(first.state_dict())
+    resumed = Muon(parameter_groups(second))
+    resumed.load_state_dict(optimizer.state_dict())
+    train(second, resumed, 2)
+    for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
