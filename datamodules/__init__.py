@@ -7,18 +7,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dllm_var.datamodules.cmudict import CmudictSource
-from dllm_var.datamodules.sources import BadRecord, Source
+from dllm_var.datamodules.sources import BadRecord, DatasetSource, JsonlSource, ParquetSource, Source
 
 if TYPE_CHECKING:
     from dllm_var.datamodules.packed import Example, PackedDataModule
-    from dllm_var.datamodules.rows import RowSampler
+    from dllm_var.datamodules.samplers import RowSampler
 
 _LAZY = {
     "Example": "dllm_var.datamodules.packed",
     "PackedDataModule": "dllm_var.datamodules.packed",
-    "RowSampler": "dllm_var.datamodules.rows",
+    "RowSampler": "dllm_var.datamodules.samplers",
 }
-__all__ = ["BadRecord", "CmudictSource", "Example", "PackedDataModule", "RowSampler", "Source"]
+__all__ = [
+    "BadRecord",
+    "CmudictSource",
+    "DatasetSource",
+    "Example",
+    "JsonlSource",
+    "PackedDataModule",
+    "ParquetSource",
+    "RowSampler",
+    "Source",
+]
 
 
 def __getattr__(name: str) -> Any:

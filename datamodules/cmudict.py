@@ -1,7 +1,7 @@
 """The CMU pronouncing dictionary that ships with the package: letters -> phonemes.
 
 The dictionary (BSD-2-Clause, notice in ``data/cmudict/LICENSE``) lies there compressed beside its tokenizer;
-``python -m dllm_var.datamodules.cmudict`` writes the tokenizer anew.
+`write_tokenizer` made that, and makes it again.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from dllm_var.datamodules.sources import Source
 
@@ -19,9 +20,10 @@ FOLDER = Path(__file__).parent / "data" / "cmudict"
 HELD_OUT_WORDS = 2_000  # words in the validation split, and as many in the test split
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
-PHONES = (
-    "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH"
-).split()
+ALPHABET = set(LETTERS)
+PHONES = tuple(
+    "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH".split(" ")  # noqa: SIM905
+)
 SPECIALS = {"pad_token": "<pad>", "mask_token": "<mask>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
 
@@ -35,11 +37,13 @@ class CmudictSource(Source):
     default_tokenizer = str(FOLDER)
     splits = ("train", "validation", "test")
 
-    def records(self, split: str) -> Iterator[dict]:
-        entries = read_pronunciations()
-        chosen = split_words(entries)[split]
-        for word in chosen:
-            for phones in entries[word]:
+    @cached_property
+    def _pronunciations(self) -> dict[str, list[str]]:
+        return read_pronunciations()
+
+    def records(self, split: str) -> Iterator[dict[str, Any]]:
+        for word in split_words(self._pronunciations)[split]:
+            for phones in self._pronunciations[word]:
                 yield {"prompt": word, "response": phones}
 
     def fingerprint(self) -> str:
@@ -49,23 +53,24 @@ class CmudictSource(Source):
 
 
 def read_pronunciations() -> dict[str, list[str]]:
-    """Reads the dictionary as word -> its distinct pronunciations without stress, words of letters and apostrophe only."""
+    """Reads the dictionary as word -> its pronunciations without stress, words of letters and apostrophe only."""
     entries: dict[str, list[str]] = {}
+    drop_stress = str.maketrans("", "", "012")
     with lzma.open(FOLDER / "cmudict.dict.xz", "rt", encoding="utf-8") as lines:
         for line in lines:
-            word, _, phones = line.partition("#")[0].strip().partition(" ")
-            word = re.sub(r"\(\d+\)$", "", word).lower()  # "word(2)" is another pronunciation of "word"
-            if not re.fullmatch(r"[a-z']+", word):
+            word, _, phones = line.partition("#")[0].strip().lower().partition(" ")
+            word = word.partition("(")[0]  # "word(2)" is another pronunciation of "word"
+            if not set(word) <= ALPHABET:
                 continue
-            phones = re.sub(r"\d", "", phones).strip()
+            phones = phones.translate(drop_stress).upper()
             known = entries.setdefault(word, [])
             if phones not in known:  # alternatives that differ in stress alone are the same answer
                 known.append(phones)
     return entries
 
 
-def split_words(words) -> dict[str, list[str]]:
-    """Puts the words with the smallest SHA-256 into test, the next into validation, and leaves the rest for training."""
+def split_words(words: Iterable[str]) -> dict[str, list[str]]:
+    """Puts the words with the smallest SHA-256 into test, the next ones into validation and the rest into training."""
     ranked = sorted(words, key=lambda word: hashlib.sha256(word.encode()).digest())
     return {
         "test": ranked[:HELD_OUT_WORDS],
@@ -75,10 +80,10 @@ def split_words(words) -> dict[str, list[str]]:
 
 
 def write_tokenizer(folder: Path = FOLDER) -> None:
-    """Writes ``tokenizer.json`` and ``tokenizer_config.json``: lower case is letters, upper case phonemes, spaces separate.
+    """Writes ``tokenizer.json`` and ``tokenizer_config.json``: lower case is letters, upper case phonemes.
 
     Args:
-        folder: where the two files go.
+        folder: Where the two files go.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -87,7 +92,7 @@ def write_tokenizer(folder: Path = FOLDER) -> None:
         models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token=SPECIALS["unk_token"])
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(r"[A-Z]+|[^A-Z\s]"), "isolated"), pre_tokenizers.WhitespaceSplit()]
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[^A-Z]"), "isolated")]
     )
     # A space before each phoneme and none between letters, so that words and pronunciations both read as written.
     tokenizer.decoder = decoders.Sequence(
@@ -98,7 +103,3 @@ def write_tokenizer(folder: Path = FOLDER) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIALS, "clean_up_tokenization_spaces": False}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    write_tokenizer()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from dllm_var.datamodules.cmudict import CmudictSource
-from dllm_var.datamodules.rows import HeldOutSampler, PackedRows, RowSampler, Samples
+from dllm_var.datamodules.fitting import TooLong, fit_samples
+from dllm_var.datamodules.rows import PackedRows
+from dllm_var.datamodules.samplers import HeldOutSampler, RowSampler
 from dllm_var.datamodules.sources import Source
 from dllm_var.datamodules.table import Table, load_table
 from dllm_var.errors import UserError
@@ -28,9 +29,9 @@ class Example:
     """A held-out prompt with every answer the data has for it.
 
     Args:
-        prompt: text of the prompt.
-        prompt_ids: its token ids.
-        references: token ids of the answers, without terminator.
+        prompt: Text of the prompt.
+        prompt_ids: Its token ids.
+        references: Token ids of the answers, without terminator.
     """
 
     prompt: str
@@ -42,21 +43,27 @@ class PackedDataModule(L.LightningDataModule):
     """Packs samples of different lengths into rows of `context_length` tokens.
 
     Args:
-        source: where records come from; the CMU pronouncing dictionary when not given.
-        tokenizer: folder or Hugging Face name; the source's own when not given.
-        batch_size: rows per batch and device.
-        context_length: tokens in a row.
-        packing: ``concat`` strings samples together and cuts every `context_length` tokens; ``best_fit`` cuts none.
-        overhang: after each sample stand 0 to this many unsupervised mask tokens, drawn anew every epoch.
-        eos_padding: repeats the terminator, supervised, until an answer has this many tokens (the LLaDA baseline).
-        on_bad_record: ``error`` stops at the first record that cannot be used, ``skip`` counts them.
-        on_too_long: samples longer than a row: ``drop`` and count them, or ``truncate`` before the terminator.
-        seed: with the epoch, decides order and overhang.
-        num_workers: processes that prepare batches; rows are so cheap that 0 is mostly best.
-        cache_dir: where tokenized data is kept; $DLLM_VAR_CACHE or ~/.cache/dllm_var when not given.
-        mask_token: mask token, if the tokenizer does not say.
-        terminators: tokens that end an answer, if the tokenizer does not say; the first is appended to answers.
-        chat: puts prompts and answers through the tokenizer's chat template.
+        source: Where records come from; the CMU pronouncing dictionary when not given.
+        tokenizer: Folder or Hugging Face name; the source's own when not given.
+        batch_size: Rows per batch and device.
+        context_length: Tokens in a row.
+        packing: ``concat`` strings samples together and cuts every `context_length` tokens, as the paper does;
+            ``best_fit`` cuts no sample and pads the few tokens left over.
+        overhang: After each sample stand 0 to this many unsupervised mask tokens, drawn anew for every epoch, so that
+            the end of a sample is not where its context ends.
+        eos_padding: Repeats the terminator, supervised, until an answer has this many tokens (the LLaDA baseline).
+        on_bad_record: Records that cannot be used: ``error`` stops at the first, ``skip`` leaves out and counts them.
+        on_too_long: Samples longer than a row: ``drop`` and count them; ``truncate`` them before the terminator;
+            ``cut`` them over several rows (``concat`` only); or stop with an ``error``.
+        seed: With the epoch, decides order and overhang.
+        num_workers: Processes that prepare batches; a row takes microseconds, so 0 is mostly best.
+        cache_dir: Where tokenized data is kept; ``$DLLM_VAR_CACHE``, or ``~/.cache/dllm_var``, when not given.
+        mask_token: Mask token, where the tokenizer names none.
+        terminators: Tokens that end an answer, where the tokenizer names none; the first is appended to answers.
+        chat: Puts prompts and answers through the tokenizer's chat template, as messages always are.
+
+    Raises:
+        UserError: When a setting makes no sense, or the tokenizer cannot be loaded.
     """
 
     def __init__(
@@ -69,7 +76,7 @@ class PackedDataModule(L.LightningDataModule):
         overhang: int = 0,
         eos_padding: int = 0,
         on_bad_record: Literal["error", "skip"] = "error",
-        on_too_long: Literal["drop", "truncate"] = "drop",
+        on_too_long: TooLong = "drop",
         seed: int = 0,
         num_workers: int = 0,
         cache_dir: str | None = None,
@@ -78,6 +85,21 @@ class PackedDataModule(L.LightningDataModule):
         chat: bool = False,
     ) -> None:
         super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("context_length", context_length, 2),
+            ("overhang", overhang, 0),
+            ("eos_padding", eos_padding, 0),
+            ("seed", seed, 0),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise UserError(f"data.{name} is {value}; it must be at least {least}")
+        for name, value in (("overhang", overhang), ("eos_padding", eos_padding)):
+            if value >= context_length:
+                raise UserError(f"data.{name} is {value}; it must be less than data.context_length, {context_length}")
+        if on_too_long == "cut" and packing != "concat":
+            raise UserError(f"data.on_too_long=cut needs data.packing=concat; {packing} cuts no sample")
         self.source = source or CmudictSource()
         self.batch_size = batch_size
         self.context_length = context_length
@@ -85,40 +107,57 @@ class PackedDataModule(L.LightningDataModule):
         self.overhang = overhang
         self.eos_padding = eos_padding
         self.on_bad_record = on_bad_record
-        self.on_too_long = on_too_long
+        self.on_too_long: TooLong = on_too_long
         self.seed = seed
         self.num_workers = num_workers
-        self.cache_dir = Path(cache_dir or os.environ.get("DLLM_VAR_CACHE") or Path.home() / ".cache" / "dllm_var")
+        self.cache_dir = Path(cache_dir or os.environ.get("DLLM_VAR_CACHE") or "~/.cache/dllm_var").expanduser()
         self.chat = chat
-        name = tokenizer or self.source.default_tokenizer
-        if name is None:
+        name_or_path = tokenizer or self.source.default_tokenizer
+        if name_or_path is None:
             raise UserError(f"data.tokenizer is not set, and {type(self.source).__name__} has none of its own")
-        self.tokenizer = Tokenizer.from_pretrained(name, mask_token, terminators)
+        self.tokenizer = Tokenizer.from_pretrained(name_or_path, mask_token, terminators)
+        if chat and self.tokenizer.chat_template is None:
+            raise UserError(f"data.chat is set, but the tokenizer {name_or_path} has no chat template")
         self._tables: dict[str, Table] = {}
         self._rows: dict[str, PackedRows] = {}
+        self._lost: dict[str, dict[str, int]] = {}
 
     def prepare_data(self) -> None:
-        """Tokenizes what is not in the cache yet; Lightning calls it in one process."""
+        """Tokenizes what the cache does not have yet; Lightning calls it in one process per node."""
         for split in self.source.splits:
-            self.table(split)
+            load_table(self.source, split, self.tokenizer, self.cache_dir, self.chat, self.on_bad_record == "skip")
 
     def setup(self, stage: str) -> None:
-        """Maps the tokenized data and plans the rows; Lightning calls it in every process."""
+        """Maps the tokenized data and tells what became of it; Lightning calls it in every process."""
         if stage == "fit":
-            rank_zero_info(self._summary())
+            rank_zero_info(self.summary())
 
     def train_dataloader(self) -> DataLoader:
+        """Batches of training rows: the next rows of an endless stream, in as many batches as cover the data once."""
         rows = self.rows("train")
         return self._loader(rows, RowSampler(len(rows), self.batch_size, *self._ranks()))
 
-    def val_dataloader(self) -> DataLoader | list:
+    def val_dataloader(self) -> DataLoader | list[Any]:
+        """Batches of validation rows, always the same, each once over all ranks; none without such a split."""
         return self._held_out_loader("validation")
 
-    def test_dataloader(self) -> DataLoader | list:
+    def test_dataloader(self) -> DataLoader | list[Any]:
+        """Batches of test rows, always the same, each once over all ranks; none without such a split."""
         return self._held_out_loader("test")
 
     def table(self, split: str) -> Table:
-        """Tokenized samples of a split."""
+        """Tokenized samples of a split.
+
+        Args:
+            split: ``train``, ``validation`` or ``test``.
+
+        Raises:
+            UserError: When the source has no such split, or a record in it that cannot be used.
+        """
+        if split not in self.source.splits:
+            raise UserError(
+                f"{type(self.source).__name__} has no split {split}; it has {', '.join(self.source.splits)}"
+            )
         if split not in self._tables:
             self._tables[split] = load_table(
                 self.source, split, self.tokenizer, self.cache_dir, self.chat, self.on_bad_record == "skip"
@@ -126,11 +165,25 @@ class PackedDataModule(L.LightningDataModule):
         return self._tables[split]
 
     def rows(self, split: str) -> PackedRows:
-        """Packed rows of a split."""
+        """Packed rows of a split, numbered over all epochs.
+
+        Args:
+            split: ``train``, ``validation`` or ``test``.
+
+        Raises:
+            UserError: When no sample is left, or one is too long and that is an error.
+        """
         if split not in self._rows:
-            seed = self.seed if split == "train" else HELD_OUT_SEED
+            samples, self._lost[split] = fit_samples(
+                self.table(split), self.context_length, self.on_too_long, self.eos_padding, self.source, split
+            )
             self._rows[split] = PackedRows(
-                self._samples(split), self.tokenizer.special, self.context_length, self.packing, self.overhang, seed
+                samples,
+                self.tokenizer.special,
+                self.context_length,
+                self.packing,
+                self.overhang,
+                self.seed if split == "train" else HELD_OUT_SEED,
             )
         return self._rows[split]
 
@@ -139,53 +192,70 @@ class PackedDataModule(L.LightningDataModule):
 
         Args:
             split: ``validation`` or ``test``.
-            n: how many prompts, picked the same way every time; all when not given.
+            n: How many prompts, the same ones every time; all when not given.
 
         Raises:
-            UserError: the source has no such split.
+            UserError: When the source has no such split.
         """
-        if split not in self.source.splits:
-            raise UserError(f"{type(self.source).__name__} has no {split} split; it has {', '.join(self.source.splits)}")
         table = self.table(split)
-        examples: dict[tuple[int, ...], Example] = {}
+        by_prompt: dict[tuple[int, ...], list[list[int]]] = {}
         for sample in np.random.default_rng(HELD_OUT_SEED).permutation(len(table)).tolist():
             ids, start = table.ids(sample), int(table.answer_start[sample])
-            prompt = ids[:start]
-            key = tuple(prompt)
-            if key not in examples:
-                examples[key] = Example(self.tokenizer.decode(prompt), prompt)
-            examples[key].references.append(ids[start:-1])
-        return list(examples.values())[:n]
+            by_prompt.setdefault(tuple(ids[:start]), []).append(ids[start:-1])
+        chosen = list(by_prompt.items())[:n]
+        return [Example(self.tokenizer.decode(prompt), list(prompt), answers) for prompt, answers in chosen]
 
     def report(self, split: str = "train") -> dict[str, Any]:
-        """What became of the records of a split: counts of samples, tokens and rows, and how full rows are."""
-        table, rows = self.table(split), self.rows(split)
-        samples, plan = rows.samples, rows.plan(0)
-        content = int(samples.body.sum(dtype=np.int64) + samples.ends.sum(dtype=np.int64))
-        hanging = int(rows._plan(0)[1].sum(dtype=np.int64))
+        """What became of a split.
+
+        Args:
+            split: ``train``, ``validation`` or ``test``.
+
+        Returns:
+            ``samples``, ``tokens`` (without overhang), ``rows`` of the first epoch, ``utilisation`` (share of their
+            positions that is not padding), ``cut`` (samples that stand in several rows), ``dropped`` and ``truncated``
+            (too long), ``skipped`` (bad records), ``unknown_tokens`` (what the tokenizer could not spell).
+        """
+        rows, meta = self.rows(split), self.table(split).meta
+        first = rows.epoch(0)
+        tokens = int(rows.samples.content.sum(dtype=np.int64))
+        used = tokens + int(first.overhang.sum(dtype=np.int64))
         return {
-            "samples": len(samples.index),
-            "tokens": content,
-            "rows": plan.rows,
-            "utilisation": (content + hanging) / (plan.rows * self.context_length),
-            "overhang": hanging,
-            "cut": plan.cut,
-            "skipped": table.meta["skipped"],
-            "unknown_tokens": table.meta["unknown_tokens"],
+            "samples": len(rows.samples.index),
+            "tokens": tokens,
+            "rows": first.plan.rows,
+            "utilisation": used / (first.plan.rows * self.context_length),
+            "cut": first.plan.cut,
+            **self._lost[split],
+            "skipped": meta["skipped"],
+            "unknown_tokens": meta["unknown_tokens"],
         }
 
-    def _samples(self, split: str) -> Samples:
-        table = self.table(split)
-        body = np.diff(table.offsets).astype(np.int32)
-        index = np.flatnonzero(body <= self.context_length)
-        return Samples(table, index, body[index], np.zeros(len(index), dtype=np.int32))
+    def summary(self) -> str:
+        """The report on the training data in a line or two."""
+        report = self.report()
+        text = (
+            f"data: {report['samples']:,} samples, {report['tokens']:,} tokens in {report['rows']:,} rows of "
+            f"{self.context_length} ({self.packing}, {report['utilisation']:.1%} used)"
+        )
+        labels = {
+            "cut": "cut over rows",
+            "dropped": "too long and dropped",
+            "truncated": "truncated",
+            "skipped": "bad records skipped",
+            "unknown_tokens": "unknown tokens",
+        }
+        notes = [f"{report[name]:,} {label}" for name, label in labels.items() if report[name]]
+        text += f"\ndata: {', '.join(notes)}" if notes else ""
+        reasons = self.table("train").meta["reasons"]
+        return text + (f", the first: {reasons[0]}" if reasons else "")
 
     def _ranks(self) -> tuple[int, int]:
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return (kwargs["num_replicas"], kwargs["rank"]) if kwargs else (1, 0)
 
-    def _held_out_loader(self, split: str) -> DataLoader | list:
-        if split not in self.source.splits:
+    def _held_out_loader(self, split: str) -> DataLoader | list[Any]:
+        if split not in self.source.splits or not len(self.table(split)):
             return []
         rows = self.rows(split)
         return self._loader(rows, HeldOutSampler(len(rows), *self._ranks()))
@@ -195,19 +265,12 @@ class PackedDataModule(L.LightningDataModule):
             rows,
             batch_size=self.batch_size,
             sampler=sampler,
-            collate_fn=_as_is,
+            collate_fn=_as_it_is,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
 
-    def _summary(self) -> str:
-        report = self.report()
-        return (
-            f"data: {report['samples']:,} samples, {report['tokens']:,} tokens in {report['rows']:,} rows of "
-            f"{self.context_length} ({report['utilisation']:.1%} used, {report['cut']:,} samples cut)"
-        )
 
-
-def _as_is(batch: Any) -> Any:
+def _as_it_is(batch: Any) -> Any:
     """`PackedRows` builds whole batches itself."""
     return batch

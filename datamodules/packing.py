@@ -5,13 +5,16 @@ A plan covers one epoch. It is made of a few flat arrays, so that any row is fou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.integer]
+
+MIXED = 0.48  # share of the short samples that best_fit deals out at random; more, and fewer are left to fill gaps
+SIZES = 8_192  # best_fit tells no more sizes apart than this, however long the context
 
 
 @dataclass(frozen=True)
@@ -101,115 +104,157 @@ class WholePlan:
 
 
 Plan = ConcatPlan | WholePlan
-Policy = Callable[[Ints, int, np.random.Generator | None], Plan]
 
 
-def plan_concat(lengths: Ints, context_length: int, generator: np.random.Generator | None) -> ConcatPlan:
+def plan_concat(lengths: Ints, context_length: int, generator: np.random.Generator) -> ConcatPlan:
     """Strings all samples together and cuts every `context_length` positions (what the paper does).
 
     Args:
         lengths: positions each sample takes, shape [samples].
         context_length: positions in a row.
-        generator: shuffles the samples; None keeps their order.
+        generator: shuffles the samples.
     """
-    order = _arrange(len(lengths), generator)
+    order = _shuffled(len(lengths), generator)
     return ConcatPlan(order, np.cumsum(lengths[order], dtype=np.int64), context_length)
 
 
-def plan_best_fit(lengths: Ints, context_length: int, generator: np.random.Generator | None) -> WholePlan:
-    """Puts each sample, longest first, into the fullest row that still has room; no sample is ever cut.
+def count_concat(lengths: Ints, context_length: int) -> int:
+    """Number of rows that `plan_concat` makes."""
+    return -(-int(lengths.sum(dtype=np.int64)) // context_length)
+
+
+def plan_best_fit(lengths: Ints, context_length: int, generator: np.random.Generator) -> WholePlan:
+    """Puts each sample into the fullest row that still has room, longest first; no sample is ever cut.
 
     Samples of equal length are interchangeable, so rows are laid out on the histogram of lengths and the samples dealt
     to the places afterwards: the cost hardly depends on the number of samples. (Histogram packing, arXiv 2107.02027.)
 
     Args:
-        lengths: positions each sample takes, each at most `context_length`, shape [samples].
+        lengths: positions each sample takes, each from 1 to `context_length`, shape [samples].
         context_length: positions in a row.
-        generator: shuffles rows, samples of equal length and places within a row; None keeps a fixed order.
+        generator: shuffles the rows, the samples of equal length and the places within a row.
     """
-    assert lengths.max() <= context_length
-    patterns, repeats = fit_histogram(np.bincount(lengths, minlength=context_length + 1), context_length)
-    sizes = np.array([len(pattern) for pattern in patterns], dtype=np.int64)
-    flat = np.concatenate(patterns)
-    # A place is one slot of a row; every pattern stands in as many rows as the histogram allows.
-    pattern_of_row = _arrange(int(repeats.sum()), generator)
-    pattern_of_row = np.repeat(np.arange(len(patterns), dtype=np.int32), repeats)[pattern_of_row]
-    pattern_start = np.cumsum(sizes) - sizes
-    row, index = _ragged(pattern_start[pattern_of_row], sizes[pattern_of_row])
-    place_length = flat[index]
-    first = np.zeros(len(pattern_of_row) + 1, dtype=np.int64)
-    np.cumsum(sizes[pattern_of_row], out=first[1:])
-    if generator is not None:  # long samples would always lead their row otherwise
-        place_length = place_length[np.argsort(row + generator.random(len(row)), kind="stable")]
-    dealt = _arrange(len(lengths), generator)
-    dealt = dealt[np.argsort(lengths[dealt], kind="stable")]
-    order = np.empty_like(dealt)
-    order[np.argsort(place_length, kind="stable")] = dealt
-    return WholePlan(order, np.cumsum(place_length, dtype=np.int64), first)
+    sizes, capacity = _coarse(lengths, context_length)
+    size, row = lay_out(np.bincount(sizes, minlength=capacity + 1), capacity)
+    row = _shuffled(int(row.max()) + 1, generator)[row]
+    places = np.argsort(row + generator.random(len(row)))  # rows one after the other, each in a random order
+    size, row = size[places], row[places]
+    samples = _shuffled(len(lengths), generator)
+    order = np.empty_like(samples)
+    order[np.argsort(size, kind="stable")] = samples[np.argsort(sizes[samples], kind="stable")]
+    first = np.zeros(int(row[-1]) + 2, dtype=np.int64)
+    np.cumsum(np.bincount(row), out=first[1:])
+    return WholePlan(order, np.cumsum(lengths[order], dtype=np.int64), first)
 
 
-def fit_histogram(counts: Ints, capacity: int) -> tuple[list[Ints], Ints]:
+def count_best_fit(lengths: Ints, context_length: int) -> int:
+    """Number of rows that `plan_best_fit` makes."""
+    sizes, capacity = _coarse(lengths, context_length)
+    return int(lay_out(np.bincount(sizes, minlength=capacity + 1), capacity)[1].max()) + 1
+
+
+def lay_out(counts: Ints, capacity: int) -> tuple[Ints, Ints]:
+    """Decides which sizes share a row, the same way for the same histogram.
+
+    Best-fit alone fills rows with samples of one length, which would tell a model that attends across them where each
+    ends. So rows are first filled to about a half with short samples at random, and the rest is fitted in.
+
+    Args:
+        counts: number of samples of each size, shape [capacity + 1].
+        capacity: what a row holds.
+
+    Returns:
+        Size and row of every place, each of shape [samples].
+    """
+    short = np.repeat(np.arange(capacity // 4 + 1, dtype=np.uint16), counts[: capacity // 4 + 1])
+    np.random.default_rng(0).shuffle(short)
+    ends = np.cumsum(short, dtype=np.int64)
+    mixed = int(np.searchsorted(ends, MIXED * ends[-1])) if len(ends) else 0
+    mixed_size = short[:mixed]
+    mixed_row = (ends[:mixed] - mixed_size) // (capacity // 2 or 1)
+    rooms = capacity - np.bincount(mixed_row, mixed_size).astype(np.int64)
+    rest = counts - np.bincount(mixed_size, minlength=len(counts))
+    fitted = fit_histogram(rest, capacity, np.bincount(rooms, minlength=len(counts)))
+
+    # Rows with the same room are interchangeable: those begun above are taken by room, new ones are numbered after.
+    rows_by_room = np.argsort(rooms, kind="stable")
+    next_of_room = np.searchsorted(rooms[rows_by_room], np.arange(capacity + 1))
+    next_new = len(rooms)
+    sizes, rows = [mixed_size], [mixed_row]
+    for pattern, room, repeats in fitted:
+        if room is None:
+            row = np.arange(next_new, next_new + repeats)
+            next_new += repeats
+        else:
+            row = rows_by_room[next_of_room[room] : next_of_room[room] + repeats]
+            next_of_room[room] += repeats
+        sizes.append(np.tile(np.array(pattern, dtype=np.uint16), repeats))
+        rows.append(np.repeat(row, len(pattern)))
+    return np.concatenate(sizes), np.concatenate(rows)
+
+
+def fit_histogram(counts: Ints, capacity: int, rooms: Ints) -> Iterator[tuple[list[int], int | None, int]]:
     """Best-fit-decreasing over a histogram of lengths.
 
     Args:
         counts: number of samples of each length, shape [capacity + 1].
-        capacity: positions in a row.
+        capacity: positions in a new row.
+        rooms: number of rows already begun with each room left, shape [capacity + 1].
 
-    Returns:
-        The distinct row patterns (lengths of their samples) and in how many rows each stands, shape [patterns].
+    Yields:
+        Lengths that go into a row, the room it had or None if it is new, and how many such rows.
     """
-    # Rows of the same content are handled as one group (rows, chain of (length, how many)); groups[room] have that room.
-    groups: list[list[tuple[int, tuple]]] = [[] for _ in range(capacity + 1)]
-    groups_with_room = 0  # bit r is set when groups[r] is not empty
-    for length in range(capacity, 0, -1):
+    # Rows of equal content are one group: (how many, room at first, chain of (length, chain)); groups[r] have room r.
+    groups: list[list[tuple[int, int | None, tuple]]] = [[] for _ in range(capacity + 1)]
+    occupied = 0  # bit r tells whether groups[r] has any
+    for room in np.flatnonzero(rooms).tolist():
+        groups[room].append((int(rooms[room]), room, ()))
+        occupied |= 1 << room
+    for length in np.flatnonzero(counts)[::-1].tolist():
         left = int(counts[length])
         while left:
-            fitting = groups_with_room >> length
+            fitting = occupied >> length
             if fitting:
                 room = length + (fitting & -fitting).bit_length() - 1
-                rows, chain = groups[room].pop()
-            else:  # no row has room: open as many new ones as these samples fill
-                room, rows, chain = capacity, -(-left // (capacity // length)), ()
-            each = min(room // length, left)
-            used = min(rows, left // each)
-            left -= used * each
-            for number, content, space in ((used, (length, each, chain), room - each * length), (rows - used, chain, room)):
-                if number and content:
-                    groups[space].append((number, content))
-            for space in (room, room - each * length):
-                present = 1 << space
-                groups_with_room = groups_with_room | present if groups[space] else groups_with_room & ~present
-    patterns, repeats = [], []
+                rows, begun, chain = groups[room].pop()
+            else:  # no row has room: open as many as these samples fill
+                room, rows, begun, chain = capacity, -(-left // (capacity // length)), None, ()
+            used = min(rows, left)
+            left -= used
+            groups[room - length].append((used, begun, (length, chain)))
+            if rows > used:
+                groups[room].append((rows - used, begun, chain))
+            occupied |= 1 << (room - length)
+            occupied = occupied | 1 << room if groups[room] else occupied & ~(1 << room)
     for group in groups:
-        for rows, chain in group:
-            pattern: list[int] = []
+        for rows, begun, chain in group:
+            pattern = []
             while chain:
-                length, each, chain = chain
-                pattern += [length] * each
-            patterns.append(np.array(pattern[::-1], dtype=np.int32))
-            repeats.append(rows)
-    return patterns, np.array(repeats, dtype=np.int64)
+                length, chain = chain
+                pattern.append(length)
+            if pattern:
+                yield pattern, begun, rows
 
 
-def count_concat(lengths: Ints, context_length: int) -> int:
-    """Rows that `plan_concat` makes."""
-    return -(-int(lengths.sum(dtype=np.int64)) // context_length)
-
-
-def count_best_fit(lengths: Ints, context_length: int) -> int:
-    """Rows that `plan_best_fit` makes."""
-    return int(fit_histogram(np.bincount(lengths, minlength=context_length + 1), context_length)[1].sum())
-
-
-POLICIES: dict[str, Policy] = {"concat": plan_concat, "best_fit": plan_best_fit}
+PLANS: dict[str, Callable[[Ints, int, np.random.Generator], Plan]] = {
+    "concat": plan_concat,
+    "best_fit": plan_best_fit,
+}
 COUNTS: dict[str, Callable[[Ints, int], int]] = {"concat": count_concat, "best_fit": count_best_fit}
 
 
-def _arrange(count: int, generator: np.random.Generator | None) -> Ints:
+def _shuffled(count: int, generator: np.random.Generator) -> Ints:
     order = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
-    if generator is not None:
-        generator.shuffle(order)
+    generator.shuffle(order)
     return order
+
+
+def _coarse(lengths: Ints, context_length: int) -> tuple[NDArray[np.uint16], int]:
+    """Lengths rounded up to at most `SIZES` distinct sizes, and how many of their unit a row holds."""
+    unit = -(-context_length // SIZES)
+    capacity = context_length // unit
+    # What is longer than all whole units of a row has the row for itself anyway.
+    return np.minimum(-(-lengths // unit), capacity).astype(np.uint16), capacity
 
 
 def _ragged(starts: Ints, sizes: Ints) -> tuple[Ints, Ints]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-FORMATS = {
+FORMATS = {  # fields that must be there, by the field that shows the format
     "messages": ("messages",),
     "input_ids": ("input_ids",),
     "prompt": ("prompt", "response"),
@@ -24,11 +26,11 @@ class RecordError(Exception):
 
 @dataclass(frozen=True)
 class Turns:
-    """A record as a conversation: texts, and which of them the model learns to write.
+    """A record as texts that follow each other.
 
     Args:
-        texts: the pieces in order.
-        supervised: whether each piece is an answer.
+        texts: The pieces in order.
+        supervised: Whether each piece is an answer.
     """
 
     texts: tuple[str, ...]
@@ -37,7 +39,11 @@ class Turns:
 
 @dataclass(frozen=True)
 class Chat:
-    """A record that goes through the tokenizer's chat template."""
+    """A record that goes through the tokenizer's chat template.
+
+    Args:
+        messages: Turns with ``role`` and ``content``, the last one the assistant's.
+    """
 
     messages: Sequence[dict[str, Any]]
 
@@ -47,11 +53,11 @@ class Ids:
     """A record that comes tokenized.
 
     Args:
-        ids: prompt and answer.
-        prompt_length: how many of them are the prompt.
+        ids: Prompt and answer.
+        prompt_length: How many of them are the prompt.
     """
 
-    ids: Sequence[int]
+    ids: list[int]
     prompt_length: int
 
 
@@ -59,83 +65,105 @@ def parse_record(record: Any, chat: bool) -> Turns | Chat | Ids:
     """Recognises the format of a record by its fields and checks them.
 
     Args:
-        record: a dict with the fields of one of the five formats; other fields are ignored.
-        chat: whether prompts and answers go through the chat template as well.
+        record: A dict with the fields of one of the five formats; other fields are ignored.
+        chat: Whether prompt and answer go through the chat template as messages do.
 
     Raises:
-        RecordError: no such format, a missing or empty field, or one of the wrong type.
+        RecordError: When it has no known format, or a field is missing, empty or of the wrong type.
     """
     if not isinstance(record, dict):
         raise RecordError(f"is {_type_name(record)}, not an object with fields")
-    found = next((fields for key, fields in FORMATS.items() if record.get(key) is not None), None)
-    if found is None:
+    shown_by = next((name for name in FORMATS if record.get(name) is not None), None)
+    if shown_by is None:
         names = ", ".join(map(str, record)) or "none"
         raise RecordError(
-            f"has none of the fields messages, input_ids, prompt, instruction, text (its fields: {names}); rename them with columns"
+            "has none of the fields messages, input_ids, prompt, instruction, text "
+            f"(it has: {names}); columns can rename them"
         )
-    for name in found:
+    fields = FORMATS[shown_by]
+    for name in fields:
         if record.get(name) is None:
-            raise RecordError(f"lacks the field {name!r}")
-    if found == ("messages",):
-        return _parse_messages(record["messages"], chat)
-    if found == ("input_ids",):
+            raise RecordError(f"lacks the field '{name}'")
+    if shown_by == "messages":
+        return _parse_messages(record["messages"])
+    if shown_by == "input_ids":
         return _parse_ids(record)
-    if found == ("text",):
-        return Turns((_text(record, "text", empty=False),), (True,))
-    prompt = _text(record, found[0])
-    if found[0] == "instruction" and record.get("input"):
+    if shown_by == "text":
+        return Turns((_text(record, "text"),), (True,))
+    prompt = _text(record, fields[0], may_be_empty=True)
+    if fields[0] == "instruction" and record.get("input"):
         prompt = f"{prompt}\n\n{_text(record, 'input')}"
-    answer = _text(record, found[1], empty=False)
+    answer = _text(record, fields[1])
     if chat:
         return Chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
     return Turns((prompt, answer), (False, True))
 
 
-def _parse_messages(messages: Any, chat: bool) -> Turns | Chat:
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise RecordError(f"field 'messages' is {_type_name(messages)}, not a list of turns")
+def prompt_key(record: Any) -> int:
+    """A fixed 64-bit hash of a record's prompt; decides its split where the data does not.
+
+    Args:
+        record: Any object; what is no valid record is hashed whole.
+    """
+    key: Any = record
+    if isinstance(record, dict):
+        if record.get("prompt") is not None:
+            key = record["prompt"]
+        elif record.get("instruction") is not None:
+            key = [record["instruction"], record.get("input") or ""]
+        elif isinstance(record.get("messages"), (list, tuple)):
+            key = _before_answer(record["messages"])
+        elif isinstance(record.get("input_ids"), list) and type(record.get("prompt_length")) is int:
+            key = record["input_ids"][: record["prompt_length"]] or record["input_ids"]
+    return int.from_bytes(hashlib.blake2b(json.dumps(key, default=str).encode(), digest_size=8).digest(), "big")
+
+
+def _before_answer(messages: Sequence[Any]) -> list[Any]:
+    """Turns before the first answer: conversations that begin alike are kept together."""
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    return list(messages[: roles.index("assistant")]) if "assistant" in roles else list(messages)
+
+
+def _parse_messages(messages: Any) -> Chat:
+    if not isinstance(messages, (list, tuple)):
+        raise RecordError(f"has {_type_name(messages)} as 'messages', not a list of turns")
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise RecordError(f"messages[{number}] is {_type_name(message)}, not an object with role and content")
+            raise RecordError(f"has {_type_name(message)} as messages[{number}], not an object with role and content")
         if message.get("role") not in ROLES:
-            raise RecordError(f"messages[{number}] has role {message.get('role')!r}; roles are {', '.join(ROLES)}")
+            raise RecordError(f"has role {message.get('role')!r} in messages[{number}]; roles are {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
-            raise RecordError(f"messages[{number}] has {_type_name(message.get('content'))} as content, not text")
+            raise RecordError(f"has {_type_name(message.get('content'))} as content of messages[{number}], not text")
         if message["role"] == "assistant" and not message["content"].strip():
-            raise RecordError(f"messages[{number}], a turn of the assistant, is empty")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise RecordError("field 'messages' has no turn of the assistant")
-    while messages[-1]["role"] != "assistant":  # nothing is learned from what follows the last answer
-        messages = messages[:-1]
-    if chat:
-        return Chat(messages)
-    return Turns(
-        tuple(message["content"] for message in messages), tuple(message["role"] == "assistant" for message in messages)
-    )
+            raise RecordError(f"has an empty answer in messages[{number}]")
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise RecordError("has no turn of the assistant in 'messages'")
+    return Chat(messages[: answers[-1] + 1])  # nothing is learned from what follows the last answer
 
 
 def _parse_ids(record: dict[str, Any]) -> Ids:
     ids = record["input_ids"]
-    ids = ids.tolist() if hasattr(ids, "tolist") else ids  # numpy and Arrow give arrays
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids  # an array
     if not isinstance(ids, list) or not all(type(index) is int for index in ids):
-        raise RecordError("field 'input_ids' is not a list of integers")
+        raise RecordError("has something else than a list of integers as 'input_ids'")
     length = record.get("prompt_length")
     length = 0 if length is None else length
     if type(length) is not int:
-        raise RecordError(f"field 'prompt_length' is {_type_name(length)}, not an integer")
+        raise RecordError(f"has {_type_name(length)} as 'prompt_length', not an integer")
     if not 0 <= length < len(ids):
-        raise RecordError(f"prompt_length {length} leaves no answer in {len(ids)} input_ids")
+        raise RecordError(f"leaves no answer: prompt_length is {length} of {len(ids)} input_ids")
     return Ids(ids, length)
 
 
-def _text(record: dict[str, Any], name: str, empty: bool = True) -> str:
+def _text(record: dict[str, Any], name: str, may_be_empty: bool = False) -> str:
     value = record[name]
     if not isinstance(value, str):
-        raise RecordError(f"field {name!r} is {_type_name(value)}, not text")
-    if not empty and not value.strip():
-        raise RecordError(f"field {name!r} is empty")
+        raise RecordError(f"has {_type_name(value)} as '{name}', not text")
+    if not may_be_empty and not value.strip():
+        raise RecordError(f"has an empty '{name}'")
     return value
 
 
 def _type_name(value: Any) -> str:
-    return "nothing" if value is None else f"of type {type(value).__name__}"
+    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -1,18 +1,19 @@
-"""Rows of packed samples by number, and the sampler that deals them to ranks."""
+"""Rows of packed samples by number."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
-from dllm_var.datamodules.packing import COUNTS, POLICIES, Plan
+from dllm_var.datamodules.packing import COUNTS, PLANS, Plan
 from dllm_var.datamodules.table import Table
 from dllm_var.tokenization import SpecialTokens
 
@@ -21,13 +22,13 @@ PLANS_KEPT = 2  # a batch may reach from one epoch into the next
 
 @dataclass(frozen=True)
 class Samples:
-    """What of each sample goes into rows: tokens of the table, then terminators, then unsupervised masks.
+    """What goes into rows of each sample: tokens of the table, then terminators.
 
     Args:
-        table: tokenized samples.
-        index: which samples of the table are used, shape [samples].
-        body: how many tokens of each are taken from the table, shape [samples].
-        ends: how many supervised terminators are added after them, shape [samples].
+        table: Tokenized samples.
+        index: Which samples of the table are used, shape [samples].
+        body: How many tokens of each are taken from the table, shape [samples].
+        ends: How many supervised terminators are added after them, shape [samples].
     """
 
     table: Table
@@ -35,20 +36,38 @@ class Samples:
     body: NDArray[np.int32]
     ends: NDArray[np.int32]
 
+    @cached_property
+    def content(self) -> NDArray[np.int32]:
+        """Tokens of each sample, shape [samples]."""
+        return self.body + self.ends
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """How one epoch is packed.
+
+    Args:
+        plan: Which piece of which sample stands where.
+        overhang: Unsupervised mask tokens after each sample, shape [samples].
+    """
+
+    plan: Plan
+    overhang: NDArray[np.int32]
+
 
 class PackedRows(Dataset):
     """Rows of `context_length` tokens, each a pure function of the seed and its number.
 
-    Rows are numbered over epochs without end: epoch 0 has the first ones, and so on. Samples and rows are shuffled, and
-    the overhang is drawn, anew for each epoch.
+    Rows are numbered on and on over the epochs. For each epoch samples and rows are shuffled and the overhang drawn
+    anew, keyed by seed and epoch; the number of rows in an epoch follows from that.
 
     Args:
-        samples: what is packed.
-        special: ids of mask, terminators and padding.
-        context_length: tokens in a row.
-        packing: name of the policy, ``concat`` or ``best_fit``.
-        overhang: largest number of unsupervised mask tokens after a sample.
-        seed: with the epoch, decides order and overhang.
+        samples: What is packed.
+        special: Ids of mask, terminators and padding.
+        context_length: Tokens in a row.
+        packing: Name of the policy, ``concat`` or ``best_fit``.
+        overhang: Largest number of unsupervised mask tokens after a sample.
+        seed: With the epoch, decides order and overhang.
     """
 
     def __init__(
@@ -61,22 +80,11 @@ class PackedRows(Dataset):
         self.overhang = overhang
         self.seed = seed
         self._starts = [0]  # number of the first row of each epoch counted so far
-        self._plans: OrderedDict[int, tuple[Plan, NDArray[np.int32]]] = OrderedDict()
+        self._epochs: OrderedDict[int, Epoch] = OrderedDict()
 
     def __len__(self) -> int:
-        """Rows in the first epoch; later ones differ by a few when the overhang is drawn anew."""
-        return self._start(1)
-
-    def plan(self, epoch: int) -> Plan:
-        """The pack plan of an epoch."""
-        return self._plan(epoch)[0]
-
-    def locate(self, row: int) -> tuple[int, int]:
-        """Epoch of a row and its number within that epoch."""
-        epoch = 0 if self.overhang else row // self._start(1)
-        while self._start(epoch + 1) <= row:
-            epoch += 1
-        return epoch, row - self._start(epoch)
+        """Rows of the first epoch; those of others differ by a few, because their overhang is drawn anew."""
+        return self.first_row(1)
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         return {name: value[0] for name, value in self.__getitems__([row]).items()}
@@ -85,165 +93,91 @@ class PackedRows(Dataset):
         """Builds a whole batch at once.
 
         Args:
-            rows: numbers of the rows, over all epochs; -1 is a row of nothing but padding.
+            rows: Numbers of the rows, over all epochs; -1 stands for a row of nothing but padding.
 
         Returns:
-            ``input_ids``, ``supervised``, ``segment_ids``, ``position_ids`` of shape [batch, context] and ``row`` [batch].
+            ``input_ids``, ``supervised``, ``segment_ids``, ``position_ids`` of shape [batch, context], ``row`` [batch].
         """
-        batch = _Batch(len(rows), self.context_length, self.special)
-        by_epoch: dict[int, tuple[list[int], list[int]]] = {}
+        shape = (len(rows), self.context_length)
+        batch = {
+            "input_ids": np.full(shape, self.special.pad_id, dtype=np.int64),
+            "supervised": np.zeros(shape, dtype=np.bool_),
+            "segment_ids": np.full(shape, -1, dtype=np.int64),
+            "position_ids": np.zeros(shape, dtype=np.int64),
+            "row": np.array(rows, dtype=np.int64),
+        }
+        by_epoch: dict[int, list[tuple[int, int]]] = {}
         for place, row in enumerate(rows):
             if row >= 0:
                 epoch, number = self.locate(row)
-                places, numbers = by_epoch.setdefault(epoch, ([], []))
-                places.append(place)
-                numbers.append(number)
-        for epoch, (places, numbers) in by_epoch.items():
-            plan, overhang = self._plan(epoch)
-            batch.fill(np.array(places), plan, np.array(numbers), self.samples, overhang)
-        return batch.tensors(rows)
+                by_epoch.setdefault(epoch, []).append((place, number))
+        for epoch, pairs in by_epoch.items():
+            places, numbers = np.array(pairs).T
+            self._fill(batch, places, numbers, self.epoch(epoch))
+        return {name: torch.from_numpy(value) for name, value in batch.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": OrderedDict()}  # cheaper to make again than to send to a worker
+        return {**self.__dict__, "_epochs": OrderedDict()}  # cheaper to make again than to send to a worker
+
+    def epoch(self, epoch: int) -> Epoch:
+        """Plans an epoch, or recalls it when it is one of the last used."""
+        if epoch not in self._epochs:
+            generator, overhang = self._draw(epoch)
+            lengths = self.samples.content + overhang
+            self._epochs[epoch] = Epoch(PLANS[self.packing](lengths, self.context_length, generator), overhang)
+            while len(self._epochs) > PLANS_KEPT:
+                self._epochs.popitem(last=False)
+        self._epochs.move_to_end(epoch)
+        return self._epochs[epoch]
+
+    def first_row(self, epoch: int) -> int:
+        """Number of an epoch's first row."""
+        while len(self._starts) < 2 or (self.overhang and len(self._starts) <= epoch):
+            _, overhang = self._draw(len(self._starts) - 1)
+            rows = COUNTS[self.packing](self.samples.content + overhang, self.context_length)
+            self._starts.append(self._starts[-1] + rows)
+        # Without overhang lengths never change, and every epoch has as many rows.
+        return self._starts[epoch] if self.overhang else epoch * self._starts[1]
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Epoch of a row and its number within that epoch."""
+        if not self.overhang:
+            return divmod(row, self.first_row(1))
+        while self._starts[-1] <= row:
+            self.first_row(len(self._starts))
+        epoch = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return epoch, row - self._starts[epoch]
 
     def _draw(self, epoch: int) -> tuple[np.random.Generator, NDArray[np.int32]]:
-        """Generator of an epoch, and the overhang of each sample as its first draw."""
+        """Generator of an epoch, and as its first draw the overhang of each sample, as far as a row has room."""
         generator = np.random.default_rng((self.seed, epoch))
-        content = self.samples.body + self.samples.ends
+        content = self.samples.content
         if not self.overhang:
             return generator, np.zeros_like(content)
         overhang = generator.integers(0, self.overhang, size=len(content), endpoint=True, dtype=np.int32)
         return generator, np.minimum(overhang, np.maximum(self.context_length - content, 0))
 
-    def _plan(self, epoch: int) -> tuple[Plan, NDArray[np.int32]]:
-        if epoch not in self._plans:
-            generator, overhang = self._draw(epoch)
-            content = self.samples.body + self.samples.ends
-            self._plans[epoch] = POLICIES[self.packing](content + overhang, self.context_length, generator), overhang
-            while len(self._plans) > PLANS_KEPT:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(epoch)
-        return self._plans[epoch]
+    def _fill(self, batch: dict[str, NDArray], places: NDArray, numbers: NDArray, epoch: Epoch) -> None:
+        """Puts rows `numbers` of an epoch into rows `places` of a batch."""
+        samples, spans = self.samples, epoch.plan.spans(numbers)
+        # One entry per token from here on: its span, its position in the span, in the sample, in the flattened batch.
+        owner = np.repeat(np.arange(len(spans.length)), spans.length)
+        within = np.arange(len(owner)) - (np.cumsum(spans.length) - spans.length)[owner]
+        position = within + spans.start[owner]
+        target = within + (places[spans.row] * self.context_length + spans.column)[owner]
 
-    def _start(self, epoch: int) -> int:
-        """Number of the first row of an epoch."""
-        if not self.overhang:  # every epoch has as many rows as the first
-            return epoch * (self._starts[1] if len(self._starts) > 1 else self._count(0))
-        while len(self._starts) <= epoch:
-            self._count(len(self._starts) - 1)
-        return self._starts[epoch]
-
-    def _count(self, epoch: int) -> int:
-        assert len(self._starts) == epoch + 1
-        content = self.samples.body + self.samples.ends
-        rows = COUNTS[self.packing](content + self._draw(epoch)[1], self.context_length)
-        self._starts.append(self._starts[-1] + rows)
-        return rows
-
-
-class _Batch:
-    """A batch under construction: padding everywhere until rows are filled in."""
-
-    def __init__(self, rows: int, context_length: int, special: SpecialTokens) -> None:
-        self.special = special
-        self.input_ids = np.full((rows, context_length), special.pad_id, dtype=np.int64)
-        self.supervised = np.zeros((rows, context_length), dtype=np.bool_)
-        self.segment_ids = np.full((rows, context_length), -1, dtype=np.int64)
-        self.position_ids = np.zeros((rows, context_length), dtype=np.int64)
-
-    def fill(
-        self, places: NDArray, plan: Plan, numbers: NDArray, samples: Samples, overhang: NDArray[np.int32]
-    ) -> None:
-        """Puts rows `numbers` of a plan into rows `places` of the batch."""
-        spans = plan.spans(numbers)
-        table, sample = samples.table, samples.index[spans.sample]
-        owner = np.repeat(np.arange(len(spans.length)), spans.length)  # which span each position belongs to
-        within = np.arange(len(owner)) - np.repeat(np.cumsum(spans.length) - spans.length, spans.length)
-        place = (places[spans.row] * self.input_ids.shape[1] + spans.column)[owner] + within
-        position = spans.start[owner] + within  # within the sample, of which the span may be a later piece
-        body = samples.body[spans.sample][owner]
-        content = body + samples.ends[spans.sample][owner]
-        source = table.offsets[sample][owner] + np.minimum(position, body - 1)
-        ids = table.tokens[source].astype(np.int64)
-        supervised = table.supervised[source]
-        beyond = position >= body
-        if beyond.any():
-            ids[beyond] = self.special.terminator_ids[0]
-            supervised[beyond] = True
-            hanging = position >= content
+        body = samples.body[spans.sample]
+        token = np.minimum(position, body[owner] - 1) + samples.table.offsets[samples.index[spans.sample]][owner]
+        ids = samples.table.tokens[token].astype(np.int64)
+        supervised = samples.table.supervised[token]
+        after_body = position >= body[owner]
+        if after_body.any():
+            hanging = position >= samples.content[spans.sample][owner]
+            ids[after_body] = self.special.terminator_ids[0]
             ids[hanging] = self.special.mask_id
-            supervised[hanging] = False
-        first_of_row = np.searchsorted(spans.row, np.arange(len(places)))
-        self.input_ids.reshape(-1)[place] = ids
-        self.supervised.reshape(-1)[place] = supervised
-        self.segment_ids.reshape(-1)[place] = (np.arange(len(spans.row)) - first_of_row[spans.row])[owner]
-        self.position_ids.reshape(-1)[place] = within
-
-    def tensors(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        arrays = {
-            "input_ids": self.input_ids,
-            "supervised": self.supervised,
-            "segment_ids": self.segment_ids,
-            "position_ids": self.position_ids,
-        }
-        return {
-            **{name: torch.from_numpy(array) for name, array in arrays.items()},
-            "row": torch.tensor(rows, dtype=torch.int64),
-        }
-
-
-class RowSampler(DistributedSampler):
-    """Deals the endless stream of training rows to ranks; Lightning keeps a `DistributedSampler` as it is.
-
-    Batch j of rank r in global batch s has the rows ``start_row + (s * ranks + r) * batch_size`` and on, so what is trained
-    on up to a step does not depend on how many ranks share the work, and no row is left out or repeated.
-
-    Args:
-        rows: a pass over the data; an epoch is as many whole batches as it takes to cover it.
-        batch_size: rows in a batch of one rank.
-        num_replicas: ranks.
-        rank: this one.
-        start_row: first row of epoch `start_epoch`.
-        start_epoch: the epoch at which the stream begins.
-    """
-
-    def __init__(
-        self, rows: int, batch_size: int, num_replicas: int = 1, rank: int = 0, start_row: int = 0, start_epoch: int = 0
-    ) -> None:
-        super().__init__(range(rows), num_replicas=num_replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self.batch_size = batch_size
-        self.start_row = start_row
-        self.start_epoch = start_epoch
-        self.epoch = start_epoch
-        self.batches = max(1, -(-rows // (batch_size * num_replicas)))
-
-    def __len__(self) -> int:
-        return self.batches * self.batch_size
-
-    def __iter__(self) -> Iterator[int]:
-        first = (self.epoch - self.start_epoch) * self.batches
-        for batch in range(first, first + self.batches):
-            begin = self.start_row + (batch * self.num_replicas + self.rank) * self.batch_size
-            yield from range(begin, begin + self.batch_size)
-
-
-class HeldOutSampler(DistributedSampler):
-    """Deals the rows of a held-out split, each to one rank; -1 (padding) evens out what ranks get.
-
-    Args:
-        rows: how many there are.
-        num_replicas: ranks.
-        rank: this one.
-    """
-
-    def __init__(self, rows: int, num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(range(rows), num_replicas=num_replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return -(-self.rows // self.num_replicas)
-
-    def __iter__(self) -> Iterator[int]:
-        for index in range(len(self)):
-            row = index * self.num_replicas + self.rank
-            yield row if row < self.rows else -1
+            supervised = (supervised | after_body) & ~hanging
+        segment = np.arange(len(spans.row)) - np.searchsorted(spans.row, spans.row)  # counts up from 0 in each row
+        batch["input_ids"].reshape(-1)[target] = ids
+        batch["supervised"].reshape(-1)[target] = supervised
+        batch["segment_ids"].reshape(-1)[target] = segment[owner]
+        batch["position_ids"].reshape(-1)[target] = within
