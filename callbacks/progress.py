@@ -24,21 +24,21 @@ TRAINING = {"loss": "loss {:.3f}", "masked_accuracy": "masked accuracy {:.1%}", 
 class ProgressBar(TQDMProgressBar):
     """Shows what the module logs for the progress bar, and a line after each validation.
 
-    Where stdout is no terminal it prints a line every `plain_every_n_steps` optimizer steps instead of a bar.
+    With `trainer.max_steps` the bar spans the whole run, else an epoch. Where stdout is no terminal there is a line
+    every `plain_every_n_steps` optimizer steps instead of a bar.
 
     Args:
         refresh_seconds: Least time between two refreshes of the bar.
         plain_every_n_steps: Optimizer steps between two plain lines.
-        leave: Leaves the finished bar of an epoch standing.
 
     Raises:
         UserError: `plain_every_n_steps` is below one.
     """
 
-    def __init__(self, refresh_seconds: float = 0.2, plain_every_n_steps: int = 100, leave: bool = False) -> None:
+    def __init__(self, refresh_seconds: float = 0.2, plain_every_n_steps: int = 100) -> None:
         if plain_every_n_steps < 1:
             raise UserError(f"plain_every_n_steps of the progress bar is {plain_every_n_steps}: give at least 1")
-        super().__init__(leave=leave)
+        super().__init__()
         self.refresh_seconds = refresh_seconds
         self.plain_every_n_steps = plain_every_n_steps
         self._plain = False
@@ -62,6 +62,14 @@ class ProgressBar(TQDMProgressBar):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._began, self._step = time.perf_counter(), trainer.global_step
+        self.train_progress_bar.initial = trainer.global_step  # a resumed run's rate is that of its new steps
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.max_steps <= 0:
+            super().on_train_epoch_start(trainer, pl_module)
+            return
+        self.train_progress_bar.total = trainer.max_steps
+        self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -72,10 +80,18 @@ class ProgressBar(TQDMProgressBar):
             if stepped and self._step % self.plain_every_n_steps == 0:
                 say(trainer, self._plain_line(trainer))
             return
+        self.train_progress_bar.n = self._step if trainer.max_steps > 0 else batch_idx + 1
         now = time.perf_counter()
-        if now - self._shown >= self.refresh_seconds or batch_idx + 1 == self.total_train_batches:
+        if now - self._shown >= self.refresh_seconds:
             self._shown = now
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self._refresh(trainer, pl_module)
+
+    def _refresh(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.is_enabled:
+            self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._refresh(trainer, pl_module)
 
     def _plain_line(self, trainer: L.Trainer) -> str:
         steps = f"step {self._step}" + (f"/{trainer.max_steps}" if trainer.max_steps > 0 else "")

@@ -21,6 +21,7 @@ from dllm_var.metrics import AnswerMetrics
 from dllm_var.sampling import Sampler
 
 SUMMARY_FILE = "summary.json"
+LABEL_WIDTH = 22
 ERROR_LABELS = {"per": "phoneme error rate", "wer": "word error rate", "cer": "character error rate"}
 
 
@@ -117,6 +118,8 @@ class RunSummary(L.Callback):
         transformer: Any = pl_module.transformer
         return {
             **{renamed.get(name, name): value for name, value in scores.items()},
+            "tokens": int(scores["tokens"]),
+            "answers": int(scores["answers"]),
             "tokens_per_second": scores["tokens"] / max(decode_seconds, 1e-9),
             "decode_seconds": decode_seconds,
             "train_seconds": self.train_seconds,
@@ -136,38 +139,39 @@ class RunSummary(L.Callback):
         figures = {name: value for name, value in result.items() if isinstance(value, float | int)}
         for logger in trainer.loggers:
             logger.log_metrics({f"{self.split}/{name}": value for name, value in figures.items()}, step=result["steps"])
-        say(trainer, ["", draw(self.table()), *self._next(trainer, run)])
+        say(trainer, ["", draw(self._table()), *self._next(trainer)])
 
-    def table(self) -> Table:
-        """Lay out the figures a reader looks for first."""
+    def _table(self) -> Table:
+        """The figures a reader looks for first."""
         result = self._result
         assert result is not None
-        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-        rows = [
-            (_label(self.token_error_name), f"{result[self.token_error_name]:.1%}"),
-            (_label(self.answer_error_name), f"{result[self.answer_error_name]:.1%}"),
-            ("ended by eos", f"{result['ended_by_eos']:.1%}"),
-            ("length exact", f"{result['length_exact']:.1%}"),
-            ("tokens/forward", f"{result['tokens_per_forward']:.2f}"),
-            ("useful tokens/s", f"{result['tokens_per_second']:,.0f}"),
-            ("training time", f"{result['train_seconds']:.0f} s, validation and sampling included"),
-            ("", f"{result['steps']:,} steps, {result['parameters']:,} parameters"),
-        ]
-        table.add_row(f"{self.split} split", f"{result['answers']:,.0f} prompts", style="bold")
-        for label, value in rows:
-            table.add_row(label, value)
+        rows = {
+            f"{self.split} split": f"{result['answers']:,} prompts",
+            _label(self.token_error_name): f"{result[self.token_error_name]:.1%}",
+            _label(self.answer_error_name): f"{result[self.answer_error_name]:.1%}",
+            "ended by eos": f"{result['ended_by_eos']:.1%}",
+            "length exact": f"{result['length_exact']:.1%}",
+            "tokens/forward": f"{result['tokens_per_forward']:.2f}",
+            "useful tokens/s": f"{result['tokens_per_second']:,.0f}",
+            "training time": f"{result['train_seconds']:.0f} s, validation and sampling included",
+            "training": f"{result['steps']:,} steps, {result['parameters']:,} parameters",
+        }
+        table = Table(box=None, padding=0, show_header=False)
+        table.add_column(width=LABEL_WIDTH, no_wrap=True)
+        for number, (label, value) in enumerate(rows.items()):
+            table.add_row(label, value, style="bold" if number == 0 else "")
         return table
 
-    def _next(self, trainer: L.Trainer, run: str | None) -> list[str]:
+    def _next(self, trainer: L.Trainer) -> list[str]:
         """Where the results are, and a command to try on them."""
         assert self._result is not None
         weights, checkpoint = self._result["weights"], self._result["checkpoint"]
-        lines = [f"{name:<17}{path}" for name, path in (("checkpoint", checkpoint), ("weights", weights)) if path]
-        if weights or checkpoint:
+        lines = {name: path for name, path in (("checkpoint", checkpoint), ("weights", weights)) if path}
+        if lines:
             text = self.prompt if self.prompt is not None else held_out_prompts(trainer, self.split, 1)[0].text
             command = ["python", "-m", "dllm_var", "generate", "--checkpoint", weights or checkpoint, "--prompt", text]
-            lines.append(f"{'try':<17}{shlex.join(command)}")
-        return lines
+            lines["try"] = shlex.join(command)
+        return [f"{name:<{LABEL_WIDTH}}{text}" for name, text in lines.items()]
 
 
 def newest_checkpoint(trainer: L.Trainer) -> str | None:
