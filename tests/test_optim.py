@@ -59,17 +59,17 @@ def test_muon_equals_torch_on_hidden_matrices_and_adamw_on_the_rest():
     rest = [p for p in theirs.parameters() if id(p) not in chosen]
     groups = [{"params": [p], "weight_decay": 0.1 if p is theirs.lm_head.weight else 0.0} for p in rest]
     references = [torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1), torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95))]
-    tokens = torch.randint(0, 11, (4, 9))
-    for _ in range(3):
+    for step in range(3):
         for model, optimizers in ((ours, [muon]), (theirs, references)):
-            loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
-            loss.backward()
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
             for optimizer in optimizers:
                 optimizer.step()
-                optimizer.zero_grad()
     for start, a, b in zip(tiny().parameters(), ours.parameters(), theirs.parameters(), strict=True):
-        moved, apart = float((b - start).norm()), float((a - b).norm())
-        assert apart < (0.1 if id(b) in chosen else 0.02) * moved
+        with torch.no_grad():
+            moved, apart = float((b - start).norm()), float((a - b).norm())
+        assert apart < (0.03 if id(b) in chosen else 1e-5) * moved
 
 
 def test_muon_state_survives_a_round_trip():
