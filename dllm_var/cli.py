@@ -46,14 +46,14 @@ def main(command: str, arguments: list[str]) -> int:
     try:
         TrainingCLI(command, settings, resume)
     except Interrupted as interrupted:
-        if rank_zero_only.rank == 0:
+        if getattr(rank_zero_only, "rank", 0) == 0:
             print(f"\n{interrupted}; continue with: {resume_command(settings)}", file=sys.stderr)
         return 130
     except OmegaConfBaseException as error:  # a resolver such as ${oc.env:NAME}, or a reference that goes in a circle
         setting = ".".join(key for key in str(error.full_key).split(".")[1:] if key != "init_args")
         raise UserError(f"{setting}: {str(error.msg or error).splitlines()[0]}") from error
     except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C outside the training loop into exit(1)
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes exit(1) of Ctrl-C outside training steps
             raise KeyboardInterrupt from None
         return int(stop.code or 0)
     return 0
@@ -76,12 +76,12 @@ class TrainerParser(SettingsParser, LightningArgumentParser):
             qualify_references(config, self.subcommand)
         return config
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Adds the settings of the default classes, which the class-path options alone would not show."""
-        text = super().format_help()
+        text = super().format_help(*args, **kwargs)
         if not self.default_classes:
             return text
-        inner = LightningArgumentParser(description=None, usage="", add_help=False)
+        inner = LightningArgumentParser(description="", usage="", add_help=False)
         for key, default in self.default_classes.items():
             inner.add_class_arguments(default, key, sub_configs=True, fail_untyped=False)
         return text + inner.format_help().split("\n", 1)[1]
@@ -125,7 +125,10 @@ class TrainingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--vars", type=dict[str, Any], default={}, help="Free values, to be used elsewhere as ${vars.NAME} (default: {})"
+            "--vars",
+            type=dict[str, Any],
+            default={},
+            help="Free values, to be used elsewhere as ${vars.NAME} (default: {})",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -43,7 +43,7 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for logger in trainer.loggers:
-            add_text = getattr(logger.experiment, "add_text", None)
+            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
             if add_text is not None:
                 add_text("config", f"```yaml\n{self._text()}\n```", global_step=trainer.global_step)
 

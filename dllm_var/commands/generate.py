@@ -87,14 +87,18 @@ def build_parser(command: str, sampler: dict[str, Any]) -> SettingsParser:
     """
     parser = SettingsParser(prog=f"python -m dllm_var {command}", description=DESCRIPTION)
     parser.usage = f"python -m dllm_var {command} --checkpoint PATH --prompt TEXT [options]"
-    parser.add_argument("--config", action="config", help="YAML file with any of these options, such as configs/sampler/*.yaml")
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of these options, such as configs/sampler/*.yaml"
+    )
     parser.add_argument("--checkpoint", type=str, help="run folder, .ckpt file or exported folder")
     parser.add_argument("--prompt", action="append", type=str, help="text to answer; may be given several times")
     parser.add_argument("--prompts-file", type=str, help="file with one prompt per line")
     parser.add_argument("--json", action="store_true", help="one JSON object per answer and line")
     parser.add_argument("--max-new-tokens", type=int, help="longest answer in tokens (the sampler's max_new_tokens)")
     parser.add_argument("--block-length", type=int, help="tokens decoded together (the sampler's block_length)")
-    parser.add_argument("--threshold", type=float, help="commit tokens above this confidence (policy ConfidenceThreshold)")
+    parser.add_argument(
+        "--threshold", type=float, help="commit tokens above this confidence (policy ConfidenceThreshold)"
+    )
     parser.add_subclass_arguments(
         Sampler,
         "sampler",
@@ -175,7 +179,9 @@ def check_characters(prompts: list[str], tokenizer: Tokenizer) -> None:
         return
     for prompt in prompts:
         encoding = tokenizer.backend.encode(prompt, add_special_tokens=False)
-        spans = [span for index, span in zip(encoding.ids, encoding.offsets, strict=True) if index == tokenizer.unknown_id]
+        spans = [
+            span for index, span in zip(encoding.ids, encoding.offsets, strict=True) if index == tokenizer.unknown_id
+        ]
         if spans:
             unknown = prompt[spans[0][0] : spans[0][1]]
             raise UserError(f"prompt '{prompt}': the checkpoint's vocabulary has nothing for '{unknown}'")

@@ -1,0 +1,16 @@
+"""What every test gets: one torch thread, and a cache of its own for tokenized data."""
+
+import os
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # toy shapes: more threads only get in each other's way
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tokenized_data_cache(tmp_path_factory):
+    """Keeps tokenized data out of the home folder; shared by all tests of the session, and by the processes they start."""
+    if "DLLM_VAR_CACHE" not in os.environ:
+        os.environ["DLLM_VAR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    return os.environ["DLLM_VAR_CACHE"]
