@@ -18,7 +18,11 @@ VALIDATION = {
     "val/terminator_recall": "terminator recall {:.1%}",
     "val/perplexity_bound": "perplexity bound {:.2f}",
 }
-TRAINING = {"loss": "loss {:.3f}", "masked_accuracy": "masked accuracy {:.1%}", "tokens/s": "{:,.0f} tokens/s"}
+TRAINING = {
+    "train/loss": "loss {:.3f}",
+    "train/masked_accuracy": "masked accuracy {:.1%}",
+    "tokens/s": "{:,.0f} tokens/s",
+}
 
 
 class ProgressBar(TQDMProgressBar):
@@ -34,6 +38,8 @@ class ProgressBar(TQDMProgressBar):
     Raises:
         UserError: `plain_every_n_steps` is below one.
     """
+
+    BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
     def __init__(self, refresh_seconds: float = 0.2, plain_every_n_steps: int = 100) -> None:
         if plain_every_n_steps < 1:
@@ -51,13 +57,6 @@ class ProgressBar(TQDMProgressBar):
         self._plain = not (sys.stdout.isatty() or "ipykernel" in sys.modules)
         if self._plain:
             self.disable()
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Give what stands behind the bar: `train/loss` as `loss`, rates in per cent, no version number."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        named = {name.removeprefix("train/"): value for name, value in metrics.items()}
-        return {name: _percent(value) if "accuracy" in name else value for name, value in named.items()}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -84,31 +83,35 @@ class ProgressBar(TQDMProgressBar):
         now = time.perf_counter()
         if now - self._shown >= self.refresh_seconds:
             self._shown = now
-            self._refresh(trainer, pl_module)
+            self._refresh(trainer)
 
-    def _refresh(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _refresh(self, trainer: L.Trainer) -> None:
         if self.is_enabled:
-            self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
+            self.train_progress_bar.set_postfix_str(", ".join(figures(trainer)))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._refresh(trainer, pl_module)
+        self._refresh(trainer)
 
     def _plain_line(self, trainer: L.Trainer) -> str:
         steps = f"step {self._step}" + (f"/{trainer.max_steps}" if trainer.max_steps > 0 else "")
-        metrics = {name.removeprefix("train/"): value for name, value in trainer.progress_bar_metrics.items()}
-        figures = [form.format(metrics[name]) for name, form in TRAINING.items() if name in metrics]
         minutes, seconds = divmod(int(time.perf_counter() - self._began), 60)
-        return "  ".join([steps, *figures, f"{minutes}:{seconds:02d}"])
+        return "  ".join([steps, *figures(trainer), f"{minutes}:{seconds:02d}"])
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_validation_end(trainer, pl_module)
+        if self.is_enabled:
+            self.val_progress_bar.close()
+        self.reset_dataloader_idx_tracker()
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         metrics = trainer.callback_metrics
-        figures = [form.format(float(metrics[name])) for name, form in VALIDATION.items() if name in metrics]
-        if figures:
-            say(trainer, f"step {trainer.global_step} validation: " + ", ".join(figures))
+        shown = [form.format(float(metrics[name])) for name, form in VALIDATION.items() if name in metrics]
+        if shown:
+            say(trainer, f"step {trainer.global_step} validation: " + ", ".join(shown))
 
 
-def _percent(value: Any) -> str:
-    return f"{float(value):.1%}"
+def figures(trainer: L.Trainer) -> list[str]:
+    """What the module logged for the progress bar in training, formatted: the known ones first and in their own way."""
+    metrics = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
+    known = [form.format(metrics[name]) for name, form in TRAINING.items() if name in metrics]
+    others = [name for name in metrics if name not in TRAINING and not name.startswith("val/")]
+    return known + [f"{name.removeprefix('train/')} {metrics[name]:.4g}" for name in others]

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from dllm_var.callbacks import ExportWeights, RunSummary, SamplingCallback
+from dllm_var.callbacks import ExportWeights, RunSummary, SamplingCallback, SpeedMonitor
 from dllm_var.callbacks.summary import shown_path, write_json
 from dllm_var.errors import UserError
 from dllm_var.model.checkpoints import load_checkpoint
@@ -182,3 +182,24 @@ def test_paths_are_shown_as_they_can_be_typed(tmp_path: Path, monkeypatch: Any) 
     assert shown_path(tmp_path / "runs" / "a") == "runs/a"
     assert shown_path("runs/a") == "runs/a"
     assert shown_path("/elsewhere/a") == "/elsewhere/a"
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_summary_of_one(fit: Any, real_sampler: Any, tmp_path: Path) -> None:
+    """Under ddp the first process samples alone while the others wait, and all share the final evaluation."""
+    for name, settings in (("one", {}), ("two", {"strategy": "ddp_fork", "devices": 2})):
+        callbacks = [
+            SamplingCallback(real_sampler, every_n_steps=2),
+            SpeedMonitor(peak_flops=None),
+            ExportWeights(),
+            RunSummary(real_sampler),
+        ]
+        fit(*callbacks, logger=CSVLogger(tmp_path / name, name="csv"), max_steps=4, **settings)
+    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    assert two["answers"] == one["answers"] == 12
+    assert two["weights"] is not None
+    transformer, _, _ = load_checkpoint(tmp_path / "two" / "csv" / "version_0")
+    assert sum(p.numel() for p in transformer.parameters()) == one["parameters"] == two["parameters"]
+    metrics = (tmp_path / "two" / "csv" / "version_0" / "metrics.csv").read_text()
+    assert "sample/token_error_rate" in metrics
+    assert "speed/tokens_per_second" in metrics
