@@ -172,9 +172,9 @@ class _Writer:
             )
         )
         samples: dict[int, Runs] = {}
-        for number, where, record in parsed:
+        for number, where, form in parsed:
             try:
-                samples[number] = self._runs(record, texts)
+                samples[number] = self._runs(form, texts)
             except (RecordError, UserError) as error:
                 self._skip(where, error)
         return samples

@@ -1,0 +1,164 @@
+import json
+
+import pytest
+from byte_tokenizer import CHAT_TEMPLATE, MARKED_TEMPLATE, write_byte_tokenizer
+
+from dllm_var.chat_templates import render
+from dllm_var.datamodules import CmudictSource
+from dllm_var.errors import UserError
+from dllm_var.tokenization import Tokenizer
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "né?"},
+    {"role": "assistant", "content": " yes \n"},
+]
+
+
+@pytest.fixture
+def cmudict():
+    return Tokenizer.from_pretrained(CmudictSource.default_tokenizer)
+
+
+def test_letters_and_phonemes(cmudict):
+    assert cmudict.vocab_size == 4 + 27 + 39
+    assert [cmudict.id_to_token(i) for i in cmudict.encode("o'clock")] == list("o'clock")
+    assert len(cmudict.encode("keyboard")) == 8
+    assert len(cmudict.encode(" K IY  B AO R D ")) == 6
+    assert cmudict.decode(cmudict.encode("K IY B AO R D")) == "K IY B AO R D"
+    assert cmudict.decode(cmudict.encode("keyboard")) == "keyboard"
+    assert cmudict.decode([*cmudict.encode("K IY"), cmudict.terminator_id, cmudict.pad_id]) == "K IY"
+    assert cmudict.encode("é") == [cmudict.unknown_id]
+    assert cmudict.encode_batch(["key", "K IY"]) == [cmudict.encode("key"), cmudict.encode("K IY")]
+
+
+def test_shipped_tokenizer_is_what_the_code_writes(tmp_path):
+    from dllm_var.datamodules.cmudict import FOLDER, write_tokenizer
+
+    write_tokenizer(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((tmp_path / name).read_text()) == json.loads((FOLDER / name).read_text())
+
+
+def test_round_trips_keep_everything(tmp_path):
+    folder = write_byte_tokenizer(tmp_path / "a", MARKED_TEMPLATE, bos_token="<|im_start|>")
+    original = Tokenizer.from_pretrained(folder, terminators=["<|im_end|>", "<|endoftext|>"])
+    state = original.to_dict()
+    assert all(isinstance(value, (str, int, list, dict)) for value in state.values())
+    original.save(tmp_path / "b")
+    for copy in (Tokenizer.from_dict(state), Tokenizer.from_pretrained(tmp_path / "b")):
+        assert copy.special == original.special
+        assert copy.encode_chat(CONVERSATION) == original.encode_chat(CONVERSATION)
+        assert copy.encode("naïve <|im_end|>") == original.encode("naïve <|im_end|>")
+        assert copy.id_to_token(copy.mask_id) == "<|mask|>"
+    assert Tokenizer.from_dict(state).fingerprint == original.fingerprint
+    assert Tokenizer.from_pretrained(folder).fingerprint != original.fingerprint
+
+
+def test_saved_folder_loads_in_transformers(tmp_path, cmudict):
+    transformers = pytest.importorskip("transformers")
+    cmudict.save(tmp_path)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.encode("keyboard", add_special_tokens=False) == cmudict.encode("keyboard")
+    assert (loaded.mask_token_id, loaded.eos_token_id, loaded.pad_token_id) == (
+        cmudict.mask_id,
+        cmudict.terminator_id,
+        cmudict.pad_id,
+    )
+
+
+def test_special_tokens_are_found_where_models_keep_them(tmp_path):
+    folder = write_byte_tokenizer(tmp_path, mask_token=None, pad_token=None, eos_token={"content": "<|endoftext|>"})
+    (folder / "config.json").write_text(json.dumps({"mask_token_id": 257, "eos_token_id": 258}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [258, 260]}))
+    special = Tokenizer.from_pretrained(folder).special
+    assert (special.mask_id, special.terminator_ids, special.pad_id) == (257, (258, 260), 258)
+    given = Tokenizer.from_pretrained(folder, mask_token="<|pad|>", terminators=["<|im_end|>"], pad_token="<|mask|>")
+    assert (given.mask_id, given.terminator_ids, given.pad_id) == (256, (260,), 257)
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "message"),
+    [
+        ({"mask_token": None}, {}, "mask_token"),
+        ({"eos_token": None}, {}, "terminators"),
+        ({}, {"mask_token": "<none>"}, "mask_token '<none>' is not in the vocabulary"),
+        ({}, {"terminators": ["<none>"]}, "terminators '<none>' is not in the vocabulary"),
+        ({}, {"mask_token": "<|im_end|>"}, "same token"),
+    ],
+)
+def test_wrong_special_tokens_are_told_in_one_line(tmp_path, config, arguments, message):
+    folder = write_byte_tokenizer(tmp_path, **config)
+    with pytest.raises(UserError, match=message) as error:
+        Tokenizer.from_pretrained(folder, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_broken_tokenizers_are_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="does not exist"):
+        Tokenizer.from_pretrained(tmp_path / "nowhere")
+    folder = write_byte_tokenizer(tmp_path / "a")
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        Tokenizer.from_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be read"):
+        Tokenizer.from_pretrained(folder)
+
+
+def spelled(tokenizer, ids, supervised, value):
+    return tokenizer.backend.decode(
+        [index for index, flag in zip(ids, supervised, strict=True) if flag == value], skip_special_tokens=False
+    )
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED_TEMPLATE])
+def test_loss_is_on_assistant_turns_with_their_terminators(tmp_path, template):
+    tokenizer = Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path, template))
+    ids, supervised = tokenizer.encode_chat(CONVERSATION)
+    assert spelled(tokenizer, ids, supervised, True) == "2<|im_end|> yes \n<|im_end|>"
+    assert ids[-1] == tokenizer.terminator_id
+    prompt = tokenizer.encode_chat_prompt(CONVERSATION[:4])
+    assert ids[: len(prompt)] == prompt, "training must see the ids that generation starts from"
+    assert prompt == tokenizer.encode(render(tokenizer, CONVERSATION[:4], add_generation_prompt=True)[0])
+
+
+def test_chat_agrees_with_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = write_byte_tokenizer(tmp_path, "{{ bos_token }}" + MARKED_TEMPLATE, bos_token="<|endoftext|>")
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = Tokenizer.from_pretrained(folder)
+    assert render(ours, CONVERSATION)[0] == reference.apply_chat_template(CONVERSATION, tokenize=False)
+    encoded = reference.apply_chat_template(CONVERSATION, return_assistant_tokens_mask=True, return_dict=True)
+    ids, supervised = ours.encode_chat(CONVERSATION)
+    # The line break after the last terminator teaches nothing and is left out.
+    assert ids == encoded["input_ids"][: len(ids)]
+    assert supervised == [bool(flag) for flag in encoded["assistant_masks"][: len(ids)]]
+    assert not any(encoded["assistant_masks"][len(ids) :])
+
+
+def test_turns_follow_each_other_without_a_template(cmudict):
+    messages = [{"role": "user", "content": "key"}, {"role": "assistant", "content": "K IY"}]
+    ids, supervised = cmudict.encode_chat(messages)
+    assert ids == [*cmudict.encode("key"), *cmudict.encode("K IY"), cmudict.terminator_id]
+    assert supervised == [False] * 3 + [True] * 3
+    assert cmudict.encode_chat_prompt(messages[:1]) == cmudict.encode("key")
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments", "message"),
+    [
+        (CHAT_TEMPLATE, {"terminators": ["<|endoftext|>"]}, "data.terminators"),
+        (MARKED_TEMPLATE.replace("{% generation %}", "x{% generation %}"), {}, "disagree"),
+        (CHAT_TEMPLATE.replace("<|im_start|>assistant\n", "<|im_start|>model\n"), {}, "differently"),
+        ("{{ raise_exception('no system role') }}", {}, "no system role"),
+        ("{% for %}", {}, "not valid"),
+    ],
+)
+def test_templates_that_would_train_something_else_are_refused(tmp_path, template, arguments, message):
+    tokenizer = Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path, template), **arguments)
+    with pytest.raises(UserError, match=message):
+        tokenizer.encode_chat(CONVERSATION)
