@@ -1,0 +1,121 @@
+"""All callbacks in one small run on real data, model and sampler; and on processes that share the parameters."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from dllm_var.callbacks import ExportWeights, ProgressBar, RunSummary, SamplingCallback, SpeedMonitor
+from dllm_var.datamodules import JsonlSource, PackedDataModule
+from dllm_var.datamodules.cmudict import CmudictSource
+from dllm_var.metrics import AnswerMetrics
+from dllm_var.model.checkpoints import load_checkpoint
+from dllm_var.sampling import BlockDiffusionSampler
+
+ROOT = Path(__file__).parents[2]
+SOUNDS = {"a": "AA", "b": "B", "d": "D", "e": "EH", "k": "K"}
+
+
+@pytest.fixture
+def spelling(tmp_path: Path) -> PackedDataModule:
+    """Words of five letters that each sound one way: 100 to learn from, 25 to be asked."""
+    words = [a + b + c for a in SOUNDS for b in SOUNDS for c in SOUNDS]
+    for name, part in (("train", words[:100]), ("test", words[100:])):
+        records = [{"prompt": word, "response": " ".join(SOUNDS[x] for x in word)} for word in part]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    test = str(tmp_path / "test.jsonl")
+    source = JsonlSource(path=str(tmp_path / "train.jsonl"), validation_path=test, test_path=test)
+    return PackedDataModule(
+        source, CmudictSource().default_tokenizer, batch_size=4, context_length=32, packing="best_fit", overhang=4
+    )
+
+
+def test_the_exported_weights_score_what_the_summary_says(
+    fit: Any, spelling: PackedDataModule, tmp_path: Path, capsys: Any
+) -> None:
+    sampler = BlockDiffusionSampler(block_length=4, max_new_tokens=8)
+    callbacks = [
+        ProgressBar(plain_every_n_steps=10),
+        SpeedMonitor(),
+        SamplingCallback(sampler, every_n_steps=20, num_examples=5),
+        ExportWeights(),
+        RunSummary(sampler, token_error_name="per"),
+        ModelCheckpoint(save_last=True),
+    ]
+    settings = {"max_steps": 40, "val_check_interval": 3, "limit_val_batches": 1, "log_every_n_steps": 10}
+    logger = TensorBoardLogger(tmp_path, name="run")
+    fit(*callbacks, data=spelling, logger=logger, enable_checkpointing=True, enable_progress_bar=True, **settings)
+
+    summary = json.loads((Path(logger.log_dir) / "summary.json").read_text())
+    transformer, tokenizer, _ = load_checkpoint(logger.log_dir)
+    examples = spelling.held_out("test")
+    answers = sampler.generate(transformer, [example.prompt for example in examples], tokenizer=tokenizer)
+    metrics = AnswerMetrics()
+    metrics.update(answers, [example.references for example in examples])
+    assert metrics.compute()["token_error_rate"] == summary["per"]
+    assert metrics.compute()["tokens_per_forward"] == summary["tokens_per_forward"]
+    assert summary["answers"] == len(examples) == 25
+    out = capsys.readouterr().out
+    assert "step 40/40  loss" in out
+    assert "validation: loss" in out
+    assert "step 20, 5 answers:" in out
+
+
+SHARDED_RUN = """
+import sys
+import torch
+import lightning as L
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from conftest import ToyData
+from dllm_var import DiffusionLM
+from dllm_var.callbacks import ExportWeights, RunSummary, SamplingCallback, SpeedMonitor
+from dllm_var.model.transformer import TransformerConfig
+from dllm_var.sampling import BlockDiffusionSampler
+
+class Sharded(DiffusionLM):
+    def configure_model(self):
+        if self.transformer is None:
+            super().configure_model()
+            mesh = self.device_mesh["data_parallel"]
+            for part in (*self.transformer.blocks, self.transformer):
+                fully_shard(part, mesh=mesh)
+            register_fsdp_forward_method(self.transformer, "hidden_states")
+            self.transformer.set_reshard_after_forward(False)  # the head is used after hidden_states
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+sampler = BlockDiffusionSampler(block_length=4, max_new_tokens=8)
+L.Trainer(
+    strategy=ModelParallelStrategy(), devices=2, accelerator="cpu", max_steps=4, limit_val_batches=0,
+    logger=CSVLogger(sys.argv[1], name="csv"), log_every_n_steps=2, enable_checkpointing=False,
+    callbacks=[SamplingCallback(sampler, every_n_steps=2), SpeedMonitor(), ExportWeights(), RunSummary(sampler)],
+).fit(Sharded(TransformerConfig(num_layers=2, hidden_size=16, num_heads=2, intermediate_size=32)), ToyData())
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_share_the_parameters_decode_together(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SHARDED_RUN)
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    command = [sys.executable, str(script), str(tmp_path)]
+    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("8 answers:") == 2  # one print at steps 2 and 4, not one of each process
+    folder = tmp_path / "csv" / "version_0"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["answers"] == 12
+    transformer, tokenizer, _ = load_checkpoint(folder)
+    examples = [tokenizer.encode(word) for word in ("a", "bb", "ccc")]
+    assert len(BlockDiffusionSampler(block_length=4, max_new_tokens=8).generate(transformer, examples)) == 3
+    assert sum(weight.numel() for weight in transformer.parameters()) == summary["parameters"]
