@@ -51,6 +51,10 @@ class PackedDataModule(L.LightningDataModule):
             ``best_fit`` cuts no sample and pads the few tokens left over.
         overhang: After each sample stand 0 to this many unsupervised mask tokens, drawn anew for every epoch, so that
             the end of a sample is not where its context ends.
+        canvas: Block length of the sampler, in place of `overhang`: a sample ends where the sampler's canvas would, with
+            a block of its answer that is drawn anew for every epoch. In its last block unsupervised mask tokens fill
+            what the answer leaves free; with an earlier one the rest of the answer is left out. So the end of what the
+            model sees tells it as little as it will when decoding. 0 for off.
         eos_padding: Repeats the terminator, supervised, until an answer has this many tokens (the LLaDA baseline).
         on_bad_record: Records that cannot be used: ``error`` stops at the first, ``skip`` leaves out and counts them.
         on_too_long: Samples longer than a row: ``drop`` and count them; ``truncate`` them before the terminator;
@@ -74,6 +78,7 @@ class PackedDataModule(L.LightningDataModule):
         context_length: int = 1024,
         packing: Literal["concat", "best_fit"] = "concat",
         overhang: int = 0,
+        canvas: int = 0,
         eos_padding: int = 0,
         on_bad_record: Literal["error", "skip"] = "error",
         on_too_long: TooLong = "drop",
@@ -89,15 +94,18 @@ class PackedDataModule(L.LightningDataModule):
             ("batch_size", batch_size, 1),
             ("context_length", context_length, 2),
             ("overhang", overhang, 0),
+            ("canvas", canvas, 0),
             ("eos_padding", eos_padding, 0),
             ("seed", seed, 0),
             ("num_workers", num_workers, 0),
         ):
             if value < least:
                 raise UserError(f"data.{name} is {value}; it must be at least {least}")
-        for name, value in (("overhang", overhang), ("eos_padding", eos_padding)):
+        for name, value in (("overhang", overhang), ("canvas", canvas), ("eos_padding", eos_padding)):
             if value >= context_length:
                 raise UserError(f"data.{name} is {value}; it must be less than data.context_length, {context_length}")
+        if sum(map(bool, (overhang, canvas, eos_padding))) > 1:
+            raise UserError("data.overhang, canvas and eos_padding exclude each other: set one of them")
         if on_too_long == "cut" and packing != "concat":
             raise UserError(f"data.on_too_long=cut needs data.packing=concat; {packing} cuts no sample")
         self.source = source or CmudictSource()
@@ -105,6 +113,7 @@ class PackedDataModule(L.LightningDataModule):
         self.context_length = context_length
         self.packing = packing
         self.overhang = overhang
+        self.canvas = canvas
         self.eos_padding = eos_padding
         self.on_bad_record = on_bad_record
         self.on_too_long: TooLong = on_too_long
@@ -184,6 +193,8 @@ class PackedDataModule(L.LightningDataModule):
                 self.packing,
                 self.overhang,
                 self.seed if split == "train" else HELD_OUT_SEED,
+                self.canvas,
+                cut=split == "train",
             )
         return self._rows[split]
 

@@ -48,7 +48,7 @@ class Epoch:
 
     Args:
         plan: Which piece of which sample stands where.
-        overhang: Unsupervised mask tokens after each sample, shape [samples].
+        overhang: Unsupervised mask tokens after each sample, or minus the tokens cut off its end, shape [samples].
     """
 
     plan: Plan
@@ -67,17 +67,30 @@ class PackedRows(Dataset):
         context_length: Tokens in a row.
         packing: Name of the policy, ``concat`` or ``best_fit``.
         overhang: Largest number of unsupervised mask tokens after a sample.
+        canvas: Ends samples where the canvas of a sampler with this block length would end; 0 for off.
+        cut: Lets the canvas also end with an earlier block than the answer's last.
         seed: With the epoch, decides order and overhang.
     """
 
     def __init__(
-        self, samples: Samples, special: SpecialTokens, context_length: int, packing: str, overhang: int, seed: int
+        self,
+        samples: Samples,
+        special: SpecialTokens,
+        context_length: int,
+        packing: str,
+        overhang: int,
+        seed: int,
+        canvas: int = 0,
+        cut: bool = True,
     ) -> None:
         self.samples = samples
         self.special = special
         self.context_length = context_length
         self.packing = packing
         self.overhang = overhang
+        self.canvas = canvas
+        self.cut = cut
+        self.varies = bool(overhang or (canvas and cut))  # whether epochs differ in their lengths
         self.seed = seed
         self._starts = [0]  # number of the first row of each epoch counted so far
         self._epochs: OrderedDict[int, Epoch] = OrderedDict()
@@ -132,16 +145,16 @@ class PackedRows(Dataset):
 
     def first_row(self, epoch: int) -> int:
         """Number of an epoch's first row."""
-        while len(self._starts) < 2 or (self.overhang and len(self._starts) <= epoch):
+        while len(self._starts) < 2 or (self.varies and len(self._starts) <= epoch):
             _, overhang = self._draw(len(self._starts) - 1)
             rows = COUNTS[self.packing](self.samples.content + overhang, self.context_length)
             self._starts.append(self._starts[-1] + rows)
-        # Without overhang lengths never change, and every epoch has as many rows.
-        return self._starts[epoch] if self.overhang else epoch * self._starts[1]
+        # Where lengths never change, every epoch has as many rows.
+        return self._starts[epoch] if self.varies else epoch * self._starts[1]
 
     def locate(self, row: int) -> tuple[int, int]:
         """Epoch of a row and its number within that epoch."""
-        if not self.overhang:
+        if not self.varies:
             return divmod(row, self.first_row(1))
         while self._starts[-1] <= row:
             self.first_row(len(self._starts))
@@ -152,9 +165,15 @@ class PackedRows(Dataset):
         """Generator of an epoch, and as its first draw the overhang of each sample, as far as a row has room."""
         generator = np.random.default_rng((self.seed, epoch))
         content = self.samples.content
-        if not self.overhang:
-            return generator, np.zeros_like(content)
-        overhang = generator.integers(0, self.overhang, size=len(content), endpoint=True, dtype=np.int32)
+        overhang = np.zeros_like(content)
+        if self.canvas:
+            answer = content - self.samples.table.answer_start[self.samples.index].astype(np.int32)
+            blocks = -(-answer // self.canvas)
+            if self.cut:  # a sampler stands before each of the answer's blocks once
+                blocks = generator.integers(1, blocks, endpoint=True, dtype=np.int32)
+            overhang = blocks * self.canvas - answer
+        elif self.overhang:
+            overhang = generator.integers(0, self.overhang, size=len(content), endpoint=True, dtype=np.int32)
         return generator, np.minimum(overhang, np.maximum(self.context_length - content, 0))
 
     def _fill(self, batch: dict[str, NDArray], places: NDArray, numbers: NDArray, epoch: Epoch) -> None:
