@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from dllm_var.errors import UserError
 
