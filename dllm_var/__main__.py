@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command not in COMMANDS:
             raise UserError(f"no command '{command}'; commands are: {', '.join(COMMANDS)}")
         return import_module(COMMANDS[command][0]).main(command, rest)
+    except SystemExit as stop:  # the parser, after --help or --print_config
+        return int(stop.code or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -22,7 +21,7 @@ from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.interrupt import Interrupted, StopOnInterrupt
 from dllm_var.runs import SaveConfig, continue_newest, default_logger
-from dllm_var.settings import SettingsParser, qualify_references
+from dllm_var.settings import SettingsParser, qualify_references, read_settings
 
 DEFAULTS = {"model": DiffusionLM, "data": PackedDataModule}
 BASES = {"model": L.LightningModule, "data": L.LightningDataModule}
@@ -55,7 +54,7 @@ def main(command: str, arguments: list[str]) -> int:
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes exit(1) of Ctrl-C outside training steps
             raise KeyboardInterrupt from None
-        return int(stop.code or 0)
+        raise
     return 0
 
 
@@ -166,7 +165,7 @@ def is_named(path: str) -> bool:
 
 
 def config_files(settings: list[str]) -> list[Path]:
-    """Returns the configuration files among the arguments, after a look at each.
+    """Returns the configuration files among the arguments, after a look at each: the parser would not name the file.
 
     Raises:
         UserError: When a file is missing or is not YAML; names the file and the line.
@@ -174,21 +173,9 @@ def config_files(settings: list[str]) -> list[Path]:
     paths = []
     for argument, following in zip(settings, [*settings[1:], ""], strict=False):
         option, equals, value = argument.partition("=")
-        if option not in ("--config", "-c"):
-            continue
-        path = Path(value if equals else following)
-        if not path.is_file():
-            raise UserError(f"there is no configuration file '{path}'")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.MarkedYAMLError as error:
-            line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-            raise UserError(f"{path}{line}: {error.problem}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
-        if not isinstance(content, dict):
-            raise UserError(f"{path} holds no settings")
-        paths.append(path)
+        if option in ("--config", "-c"):
+            paths.append(Path(value if equals else following))
+            read_settings(paths[-1])
     return paths
 
 

@@ -7,8 +7,10 @@ import inspect
 import re
 from collections.abc import Iterable
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from dllm_var.errors import UserError
@@ -29,6 +31,26 @@ class SettingsParser(ArgumentParser):
         command = self._subcommands_action.choices.get(self.args[0]) if self._subcommands_action and self.args else self
         known = [action.dest for action in getattr(command, "_actions", [])]
         raise UserError(readable(message, known)) from ex
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Reads a YAML file of settings.
+
+    Raises:
+        UserError: When it is missing, is not YAML or holds no settings; names the file and the line.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no configuration file '{path}'")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings")
+    return content
 
 
 def qualify_references(config: Namespace, root: str) -> None:
@@ -128,13 +150,15 @@ def readable(message: str, known: Iterable[str] = ()) -> str:
         if value and "got " not in text:
             text += f", got {value[1]}"
         return ": ".join([*([".".join(keys)] if keys else []), text])
-    word = unknown[1] or unknown[2]
     group = re.search(r"Group '([\w.]+)'", text)
+    *groups, word = ".".join([*([group[1]] if group else []), unknown[1] or unknown[2]]).split(".")
     inner = re.search(r"Got value: Namespace\(class_path='([\w.]+)'", text)
     class_path = inner[1] if inner else class_path
-    name = ".".join([*keys, *([group[1]] if group else []), word])
-    suggestion = _suggestion(word, _arguments(class_path, group[1] if group else None) if class_path else known)
-    return f"there is no setting '{name}'" + (f" ({class_path})" if class_path and not group else "") + suggestion
+    if not class_path:  # a setting of the command itself: known names are full ones
+        *groups, word = [".".join([*groups, word])]
+    suggestion = _suggestion(word, _arguments(class_path, groups) if class_path else known)
+    shown = f" ({class_path})" if class_path and not groups else ""
+    return f"there is no setting '{'.'.join([*keys, *groups, word])}'{shown}{suggestion}"
 
 
 def _plain_types(text: str) -> str:
@@ -143,11 +167,13 @@ def _plain_types(text: str) -> str:
     return text.replace(". Got value:", ", got").replace("; expected", " or")
 
 
-def _arguments(class_path: str, group: str | None) -> list[str]:
+def _arguments(class_path: str, groups: list[str]) -> list[str]:
     """Returns the names a class takes, or those of the settings group that is its default for one argument."""
     try:
         module, name = class_path.rsplit(".", 1)
         parameters = inspect.signature(getattr(import_module(module), name)).parameters
-        return list(inspect.signature(type(parameters[group].default)).parameters if group else parameters)
+        for group in groups:
+            parameters = inspect.signature(type(parameters[group].default)).parameters
+        return list(parameters)
     except (ImportError, AttributeError, KeyError, TypeError, ValueError):
         return []

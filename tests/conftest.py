@@ -10,7 +10,7 @@ torch.set_num_threads(1)  # toy shapes: more threads only get in each other's wa
 
 @pytest.fixture(scope="session", autouse=True)
 def tokenized_data_cache(tmp_path_factory):
-    """Keeps tokenized data out of the home folder; shared by all tests of the session, and by the processes they start."""
+    """Keeps tokenized data out of the home folder; shared by all tests of the session and the processes they start."""
     if "DLLM_VAR_CACHE" not in os.environ:
         os.environ["DLLM_VAR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     return os.environ["DLLM_VAR_CACHE"]

@@ -17,7 +17,7 @@ from jsonargparse import Namespace
 from dllm_var.errors import UserError
 from dllm_var.model.checkpoints import load_checkpoint
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, ConfidenceThreshold, Generation, Sampler
-from dllm_var.settings import SettingsParser
+from dllm_var.settings import SettingsParser, read_settings
 from dllm_var.tokenization import Tokenizer
 
 DESCRIPTION = """Answers prompts with a trained checkpoint.
@@ -43,7 +43,7 @@ def main(command: str, arguments: list[str]) -> int:
     transformer, tokenizer, meta = load_checkpoint(path, device) if path else (None, None, {})
     causal = transformer is not None and transformer.config.causal
     parser = build_parser(command, meta.get("sampler") or {"class_path": class_path(default_sampler(causal))})
-    options = parser.parse_args(unwrap_sampler(arguments))
+    options = parser.parse_args(inline_sampler(arguments))
     apply_shortcuts(options)
     sampler: Sampler = parser.instantiate(options).sampler
     assert transformer is not None and tokenizer is not None
@@ -109,21 +109,20 @@ def build_parser(command: str, sampler: dict[str, Any]) -> SettingsParser:
     return parser
 
 
-def unwrap_sampler(arguments: list[str]) -> list[str]:
-    """Turns `--sampler FILE` into `--config FILE` when the file has the sampler under a `sampler` key, as configs do."""
-    result: list[str] = []
-    for argument in arguments:
+def inline_sampler(arguments: list[str]) -> list[str]:
+    """Replaces `--sampler FILE` by what the file says, under `sampler`, under `vars.sampler` or at its top level."""
+    result = list(arguments)
+    for index, argument in enumerate(arguments):
         option, equals, value = argument.partition("=")
-        follows = bool(result) and result[-1] == "--sampler"
-        name = value if option == "--sampler" and equals else argument if follows else None
-        if name is not None and Path(name).suffix in (".yaml", ".yml", ".json"):
-            if not Path(name).is_file():
-                raise UserError(f"--sampler: there is no file '{name}'")
-            if Path(name).read_text(encoding="utf-8").lstrip("{\n ").startswith(("sampler:", '"sampler"', "#")):
-                result = result[:-1] if follows else result
-                result.append(f"--config={name}")
-                continue
-        result.append(argument)
+        if option != "--sampler" or not (equals or arguments[index + 1 :]):
+            continue
+        place = index if equals else index + 1
+        name = value if equals else arguments[place]
+        if Path(name).suffix not in (".yaml", ".yml", ".json"):
+            continue
+        settings = read_settings(Path(name))
+        settings = settings.get("sampler") or (settings.get("vars") or {}).get("sampler") or settings
+        result[place] = ("--sampler=" if equals else "") + json.dumps(settings)
     return result
 
 
@@ -205,7 +204,8 @@ def summarise(answers: list[Generation], seconds: float) -> None:
     cut = sum(answer.finish_reason == "length" for answer in answers)
     text = (
         f"{count(len(answers), 'answer')}, {count(tokens, 'token')} in {count(forwards, 'forward')} "
-        f"({tokens / max(forwards, 1):.2f} tokens/forward), {seconds:.2f} s ({tokens / max(seconds, 1e-9):.0f} tokens/s)"
+        f"({tokens / max(forwards, 1):.2f} tokens/forward), {seconds:.2f} s "
+        f"({tokens / max(seconds, 1e-9):.0f} tokens/s)"
     )
     if cut:
         text += f"; {cut} reached the length limit"

@@ -1,0 +1,580 @@
+"""The command line as a user meets it, mostly in this process; real signals and processes are marked slow."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+
+from dllm_var import DiffusionLM, UserError
+from dllm_var.__main__ import COMMANDS, main
+from dllm_var.cli import quieten
+from dllm_var.datamodules import CmudictSource, PackedDataModule
+from dllm_var.settings import readable
+
+ROOT = Path(__file__).parent.parent
+HERE = __name__  # where this file's classes are found by class_path
+
+SAMPLER = "{class_path: dllm_var.sampling.BlockDiffusionSampler, init_args: {%s}}"
+OBJECTIVE = "{class_path: dllm_var.objectives.EosSchedule, init_args: {%s}}"
+MONITOR = "{class_path: dllm_var.callbacks.SpeedMonitor, init_args: {%s}}"
+WORDS = [("cat", "K AE T"), ("dog", "D AO G"), ("word", "W ER D"), ("tree", "T R IY"), ("sun", "S AH N")] * 4
+
+
+class PlainModel(L.LightningModule):
+    """No relative of DiffusionLM.
+
+    Args:
+        width: Any number.
+    """
+
+    def __init__(self, width: int = 2) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, width)
+
+
+class NamedModel(DiffusionLM):
+    """A DiffusionLM with one more setting."""
+
+    def __init__(self, note: str = "", **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.note = note
+
+
+class NamedData(PackedDataModule):
+    """A PackedDataModule with one more setting."""
+
+    def __init__(self, note: str = "", **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.note = note
+
+
+class MistakenSource(CmudictSource):
+    """Raises what a user can mend."""
+
+    def __init__(self, path: str = "here") -> None:
+        raise UserError(f"data.source.path: nothing at {path}")
+
+
+class BrokenSource(CmudictSource):
+    """Has a bug."""
+
+    def __init__(self) -> None:
+        raise KeyError("bug")
+
+
+class PressCtrlC(Callback):
+    """Sends this process the signal of Ctrl-C in the middle of a step.
+
+    Args:
+        step: The step, from 1.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        if trainer.global_step + 1 == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A config of a model that trains in a blink, in a working folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    return write_tiny()
+
+
+def write_tiny():
+    records = "".join(json.dumps({"prompt": word, "response": phones}) + "\n" for word, phones in WORDS)
+    Path("words.jsonl").write_text(records)
+    config = {
+        "model": {"transformer": {"hidden_size": 16, "num_layers": 1, "num_heads": 2}},
+        "data": {
+            "source": {
+                "class_path": "dllm_var.datamodules.JsonlSource",
+                "init_args": {"path": "words.jsonl", "validation_size": 4},
+            },
+            "tokenizer": str(ROOT / "datamodules" / "data" / "cmudict"),
+            "batch_size": 2,
+            "context_length": 16,
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": 2,
+            "limit_val_batches": 1,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"save_last": True, "every_n_train_steps": 2},
+                }
+            ],
+        },
+    }
+    return write("tiny.yaml", config)
+
+
+def write(name, content):
+    Path(name).write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return name
+
+
+def settings(capsys, *arguments, command="fit"):
+    """Returns the settings that --print_config shows."""
+    assert main([command, *arguments, "--print_config"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def complaint(capsys, *arguments):
+    """Runs a command that must fail for the user's mistake, and returns the one line it says."""
+    assert main(list(arguments)) == 2
+    text = capsys.readouterr().err.strip().splitlines()[-1]
+    assert text.startswith("error: ")
+    return text
+
+
+def in_new_process(code, *arguments, **kwargs):
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, **kwargs
+    )
+
+
+# -- help --------------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import runpy, sys, atexit\n"
+        "heavy = 'torch lightning transformers datasets jsonargparse numpy'.split()\n"
+        "atexit.register(lambda: print([name for name in heavy if name in sys.modules]))\n"
+        "sys.argv = ['dllm_var', '--help']\n"
+        "runpy.run_module('dllm_var', run_name='__main__')\n"
+    )
+    start = time.perf_counter()
+    result = in_new_process(code)
+    assert time.perf_counter() - start < 3
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+    for command in COMMANDS:
+        assert sum(line.split()[:1] == [command] for line in result.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_commands(arguments, capsys):
+    assert main(arguments) == 0
+    assert "generate" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("dllm-var ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"python -m dllm_var {command}" in text
+    if command == "fit":
+        assert "--model.objective" in text and "--data.context_length" in text and "--trainer.max_steps" in text
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--model.sed=1"], ["model.sed", "did you mean 'seed'"]),
+        (["--model.transformer.hiden_size=1"], ["model.transformer.hiden_size", "hidden_size"]),
+        (["--trainer.max_step=1"], ["trainer.max_step", "trainer.max_steps"]),
+        (["--data.batch_size=many"], ["data.batch_size", "int", "many"]),
+        (["--trainer.max_steps=many"], ["trainer.max_steps", "int", "many"]),
+        (["--model.attention=none"], ["model.attention", "document", "full"]),
+        (["--data.source.path=[1]"], ["data.source.path"]),
+        (["--model.objective=Nowhere"], ["model.objective", "Nowhere"]),
+        (["--model.objective=dllm_var.objectives.Nowhere"], ["model.objective", "Nowhere"]),
+        (["--trainer.callbacks+=Nowhere"], ["trainer.callbacks", "Nowhere"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--config=nowhere.yaml"], ["nowhere.yaml"]),
+        (["--ckpt_path=nowhere.ckpt"], ["ckpt_path", "nowhere.ckpt"]),
+        (["--model.seed=${data.sed}"], ["model.seed", "${data.sed}", "did you mean 'seed'"]),
+        (["--model.seed=${vars.x}"], ["model.seed", "${vars.x}"]),
+        (["--model.seed=${data.seed}", "--data.seed=${model.seed}"], ["ecursive"]),
+        (["--data.cache_dir=${oc.env:DLLM_VAR_NOT_THERE}"], ["data.cache_dir", "DLLM_VAR_NOT_THERE"]),
+        (["--model=3"], ["model"]),
+        (["--trainer=3"], ["trainer"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_mistakes_are_told_in_one_line(changes, words, tiny, capsys):
+    text = complaint(capsys, "fit", "--config", tiny, *changes)
+    assert all(word in text for word in words), text
+    assert len(text) < 300
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("model: [a\n", ["bad.yaml", "line 2"]),
+        ("just words\n", ["bad.yaml", "no settings"]),
+        ("\x00", ["bad.yaml"]),
+        ("modle: {seed: 1}\n", ["modle"]),
+        ("model: {sed: 1}\n", ["model.sed", "'seed'"]),
+        (f"model: {{objective: {OBJECTIVE % 'tmax: 1'}}}\n", ["model.objective.tmax", "'t_max'"]),
+        ("data: {batch_size: [1]}\n", ["data.batch_size", "int"]),
+        (f"trainer: {{callbacks: [{MONITOR % 'x: 1'}]}}\n", ["trainer.callbacks", "x"]),
+    ],
+)
+def test_mistakes_in_files_are_told_in_one_line(content, words, tiny, capsys):
+    text = complaint(capsys, "fit", "--config", tiny, "--config", write("bad.yaml", content))
+    assert all(word in text for word in words), text
+
+
+def test_unknown_command(capsys):
+    assert "no command 'fits'" in complaint(capsys, "fits")
+
+
+def test_mistake_found_by_a_constructor(tiny, capsys):
+    text = complaint(capsys, "fit", "--config", tiny, f"--data.source={HERE}.MistakenSource", "--data.source.path=p")
+    assert text == "error: data.source.path: nothing at p"
+
+
+def test_bug_keeps_its_traceback(tiny):
+    with pytest.raises(Exception, match="bug"):
+        main(["fit", "--config", tiny, f"--data.source={HERE}.BrokenSource"])
+
+
+def test_message_of_the_parser_without_keys_stays():
+    assert readable("something else") == "something else"
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def test_references_across_files_and_command_line(tiny, capsys):
+    first = write(
+        "a.yaml", "model: {seed: '${vars.seed}'}\ndata: {seed: '${model.seed}', batch_size: '${vars.rows}'}\n"
+    )
+    second = write("b.yaml", "vars: {seed: 5, rows: 3}\n")
+    files = ["--config", tiny, "--config", first, "--config", second]
+    found = settings(capsys, *files, "--vars.rows=4", "--trainer.max_steps=${data.batch_size}")
+    assert found["model"]["init_args"]["seed"] == found["data"]["init_args"]["seed"] == 5
+    assert found["data"]["init_args"]["batch_size"] == found["trainer"]["max_steps"] == 4
+
+
+def test_a_default_can_be_referred_to(capsys):
+    found = settings(capsys, "--model.seed=${data.context_length}")
+    assert found["model"]["init_args"]["seed"] == found["data"]["init_args"]["context_length"]
+
+
+def test_sections_can_be_shared_by_reference(tiny, capsys):
+    shared = write(
+        "shared.yaml",
+        f"vars: {{sampler: {SAMPLER % 'block_length: 8'}}}\n"
+        "trainer:\n  callbacks+:\n  - class_path: dllm_var.callbacks.SamplingCallback\n"
+        "    init_args: {sampler: '${vars.sampler}'}\n",
+    )
+    found = settings(capsys, "--config", tiny, "--config", shared, "--vars.sampler.init_args.block_length=4")
+    *_, sampling = found["trainer"]["callbacks"]
+    assert sampling["init_args"]["sampler"]["init_args"]["block_length"] == 4
+
+
+def test_callbacks_can_be_appended(tiny, capsys):
+    more = write("more.yaml", "trainer: {callbacks+: [{class_path: dllm_var.callbacks.SpeedMonitor}]}\n")
+    found = settings(capsys, "--config", tiny, "--config", more, "--trainer.callbacks+=LearningRateMonitor")
+    names = [callback["class_path"].rsplit(".", 1)[-1] for callback in found["trainer"]["callbacks"]]
+    assert names == ["ModelCheckpoint", "SpeedMonitor", "LearningRateMonitor"]
+
+
+def test_default_classes_are_replaceable(tiny, capsys):
+    own = write("own.yaml", {"model": {"class_path": f"{HERE}.NamedModel", "init_args": {"note": "n"}}})
+    found = settings(capsys, "--config", tiny, "--config", own, f"--data={HERE}.NamedData", "--data.note=${model.note}")
+    assert found["model"]["class_path"] == f"{HERE}.NamedModel"
+    assert found["model"]["init_args"]["transformer"]["hidden_size"] == 16  # what came before stays
+    assert found["data"]["class_path"] == f"{HERE}.NamedData"
+    assert found["data"]["init_args"]["note"] == "n"
+    assert found["data"]["init_args"]["context_length"] == 16
+
+
+def test_any_lightning_module_will_do(capsys):
+    found = settings(capsys, f"--model={HERE}.PlainModel", "--model.width=3")
+    assert found["model"]["init_args"] == {"width": 3}
+
+
+def test_objective_is_replaceable(tiny, capsys):
+    found = settings(
+        capsys, "--config", tiny, "--model.objective=dllm_var.objectives.EosSchedule", "--model.objective.t_max=0.5"
+    )
+    assert found["model"]["init_args"]["objective"]["init_args"]["t_max"] == 0.5
+
+
+CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("config", [path for path in CONFIGS if path.parent.name != "sampler"], ids=str)
+def test_every_config_parses(config, capsys):
+    base = ["--config", str(ROOT / "configs" / "quickstart.yaml")] if config.parent.name != "configs" else []
+    settings(capsys, *base, "--config", str(ROOT / config))
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+def test_fit_saves_settings_that_run_again(tiny, capsys):
+    assert main(["fit", "--config", tiny, "--trainer.max_steps=${vars.steps}", "--vars.steps=1"]) == 0
+    run = Path("runs/tiny/version_0")
+    saved = (run / "config.yaml").read_text()
+    assert yaml.safe_load(saved)["trainer"]["max_steps"] == 1
+    assert "Unable to serialize" not in saved
+    assert "max_steps: 1" in text_in_tensorboard(run)["config"]
+
+    assert main(["fit", "--config", str(run / "config.yaml")]) == 0
+    assert (run.parent / "version_1" / "config.yaml").read_text() == saved
+
+
+def text_in_tensorboard(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run))
+    events.Reload()
+    return {
+        tag.split("/")[0]: events.Tensors(tag)[0].tensor_proto.string_val[0].decode()
+        for tag in events.Tags()["tensors"]
+    }
+
+
+def test_without_a_logger_no_settings_are_left_behind(tiny):
+    for _ in range(2):
+        assert main(["fit", "--config", tiny, "--trainer.logger=false", "--trainer.max_steps=1"]) == 0
+    assert not list(Path().glob("*config.yaml"))
+
+
+def steps_of(path):
+    return torch.load(path, weights_only=True)["global_step"]
+
+
+def test_resume_continues_the_newest_run(tiny, capsys):
+    assert main(["fit", "--config", tiny]) == 0
+    run = Path("runs/tiny/version_0")
+    first = (run / "config.yaml").read_text()
+    assert main(["fit", "--config", tiny, "--resume", "--trainer.max_steps=4"]) == 0
+    assert [path.name for path in run.parent.iterdir()] == ["version_0"]
+    assert steps_of(run / "checkpoints" / "last.ckpt") == 4
+    assert (run / "config.1.yaml").read_text() == first
+    again = yaml.safe_load((run / "config.yaml").read_text())
+    assert again["ckpt_path"] is None and again["trainer"]["logger"]["init_args"]["version"] is None
+    assert again["trainer"]["max_steps"] == 4
+
+
+def test_resume_skips_runs_without_a_checkpoint(tiny):
+    assert main(["fit", "--config", tiny]) == 0
+    Path("runs/tiny/version_7/checkpoints").mkdir(parents=True)
+    assert main(["fit", "--config", tiny, "--resume", "--trainer.max_steps=3"]) == 0
+    assert not list(Path("runs/tiny/version_7/checkpoints").iterdir())
+
+
+def test_resume_follows_a_folder_of_one_s_own(tiny):
+    own = ["--trainer.callbacks.dirpath=kept"]
+    assert main(["fit", "--config", tiny, *own]) == 0
+    assert main(["fit", "--config", tiny, *own, "--resume", "--trainer.max_steps=4"]) == 0
+    assert steps_of("kept/last.ckpt") == 4
+
+
+def test_resume_without_a_checkpoint_names_the_folder(tiny, capsys):
+    assert "runs/tiny" in complaint(capsys, "fit", "--config", tiny, "--resume")
+
+
+def test_resume_is_for_fit_and_finds_its_own_file(tiny, capsys):
+    assert "--resume" in complaint(capsys, "validate", "--config", tiny, "--resume")
+    Path("x.ckpt").touch()
+    assert "--ckpt_path=x.ckpt" in complaint(capsys, "fit", "--config", tiny, "--resume", "--ckpt_path=x.ckpt")
+
+
+def test_a_checkpoint_does_not_change_the_settings(tiny):
+    assert main(["fit", "--config", tiny, "--model.seed=1"]) == 0
+    last = "runs/tiny/version_0/checkpoints/last.ckpt"
+    assert main(["fit", "--config", tiny, "--model.seed=2", f"--ckpt_path={last}", "--trainer.max_steps=3"]) == 0
+    saved = yaml.safe_load(Path("runs/tiny/version_1/config.yaml").read_text())
+    assert saved["model"]["init_args"]["seed"] == 2
+
+
+def test_validate_and_test_a_checkpoint(tiny, capsys):
+    assert main(["fit", "--config", tiny]) == 0
+    last = "runs/tiny/version_0/checkpoints/last.ckpt"
+    assert main(["validate", "--config", tiny, f"--ckpt_path={last}"]) == 0
+    assert "val/loss" in capsys.readouterr().out
+
+
+def test_ctrl_c_saves_the_finished_step_and_tells_how_to_go_on(tiny, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    pressed = write(
+        "c.yaml", {"trainer": {"callbacks+": [{"class_path": f"{HERE}.PressCtrlC", "init_args": {"step": 3}}]}}
+    )
+    assert main(["fit", "--config", tiny, "--config", pressed, "--trainer.max_steps=9"]) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    last = Path("runs/tiny/version_0/checkpoints/last.ckpt")
+    assert steps_of(last) == 3
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(last) in line and "step 3" in line and line.endswith("--resume")
+
+    assert main(["fit", "--config", tiny, "--resume", "--trainer.max_steps=6"]) == 0
+    assert steps_of(last) == 6
+    assert len(list(last.parent.iterdir())) == 2  # the newest and last.ckpt, nothing left over from the stop
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_in_a_process_of_its_own(times, tiny):
+    arguments = ["fit", "--config", tiny, "--trainer.max_steps=1000000", "--trainer.limit_val_batches=0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dllm_var", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(Path().glob("runs/tiny/version_0/checkpoints/last.ckpt")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert steps_of("runs/tiny/version_0/checkpoints/last.ckpt") > 0
+
+
+# -- generate ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["fit", "--config", write_tiny(), "--trainer.limit_val_batches=0"]) == 0
+    return str(folder / "runs/tiny/version_0")
+
+
+@pytest.fixture
+def trained(trained_run, tmp_path, monkeypatch):
+    """A run folder, seen from a working folder of one's own."""
+    monkeypatch.chdir(tmp_path)
+    return trained_run
+
+
+def test_generate_prints_one_line_per_prompt(trained, capsys):
+    assert main(["generate", "--checkpoint", trained, "--prompt", "cat", "--prompt=dog", "--max-new-tokens=3"]) == 0
+    captured = capsys.readouterr()
+    assert [line.split(" -> ")[0] for line in captured.out.splitlines()] == ["cat", "dog"]
+    assert "2 answers" in captured.err and "tokens/forward" in captured.err
+
+
+def test_generate_reads_files_and_writes_json(trained, capsys):
+    write("prompts.txt", "cat\ndog\nsun\n")
+    options = ["--prompts-file=prompts.txt", "--json", "--max-new-tokens=3", "--block-length=2", "--threshold=0.5"]
+    assert main(["generate", "--checkpoint", trained, *options]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["cat", "dog", "sun"]
+    for answer in answers:
+        assert set(answer) == {"prompt", "text", "tokens", "finish_reason", "nfe", "seconds"}
+        assert len(answer["tokens"]) <= 3 and answer["nfe"] >= 1 and answer["finish_reason"] in ("eos", "length")
+
+
+def test_generate_reads_standard_input(trained, capsys, monkeypatch, tmp_path):
+    write("prompts.txt", "cat\ndog\n")
+    with open("prompts.txt") as piped:
+        monkeypatch.setattr(sys, "stdin", piped)
+        assert main(["generate", "--checkpoint", trained, "--max-new-tokens=3"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        SAMPLER % "max_new_tokens: 1",
+        f"sampler: {SAMPLER % 'max_new_tokens: 1'}\n",
+        f"vars: {{sampler: {SAMPLER % 'max_new_tokens: 1'}}}\n",
+    ],
+)
+def test_generate_takes_the_sampler_from_a_file(content, trained, capsys):
+    write("sampler.yaml", content)
+    options = ["--sampler", "sampler.yaml", "--sampler.block_length=4", "--json", "--prompt=cat"]
+    assert main(["generate", "--checkpoint", trained, *options]) == 0
+    assert len(json.loads(capsys.readouterr().out)["tokens"]) <= 1
+
+
+@pytest.mark.parametrize("config", [path for path in CONFIGS if path.parent.name == "sampler"], ids=str)
+def test_every_sampler_config_decodes(config, trained):
+    options = ["--prompt=cat", "--max-new-tokens=3"]
+    assert main(["generate", "--checkpoint", trained, "--sampler", str(ROOT / config), *options]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prompt="], ["--prompt is empty"]),
+        (["--prompt=caté"], ["caté", "é"]),
+        (["--prompts-file=nowhere.txt"], ["--prompts-file", "nowhere.txt"]),
+        (["--prompts-file=gap.txt"], ["gap.txt", "line 2", "empty"]),
+        (["--prompts-file=none.txt"], ["no prompts"]),
+        (["--prompt=cat", "--max-new-tokens=x"], ["max_new_tokens", "x"]),
+        (["--prompt=cat", "--max-new-tokens=0"], ["max_new_tokens", "at least 1"]),
+        (["--prompt=cat", "--treshold=1"], ["treshold", "threshold"]),
+        (["--prompt=cat", "--threshold=2"], ["threshold", "[0, 1]"]),
+        (["--prompt=cat", "--sampler=Nowhere"], ["sampler", "Nowhere"]),
+        (["--prompt=cat", "--sampler=nowhere.yaml"], ["nowhere.yaml"]),
+        (["--prompt=cat", "--sampler=AutoregressiveSampler", "--block-length=2"], ["--block-length", "Autoregressive"]),
+    ],
+)
+def test_generate_tells_mistakes_in_one_line(options, words, trained, capsys):
+    write("gap.txt", "cat\n\ndog\n")
+    write("none.txt", "")
+    capsys.readouterr()
+    text = complaint(capsys, "generate", "--checkpoint", trained, *options)
+    assert all(word in text for word in words), text
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no checkpoint", b"PK\x03\x04 cut short"])
+def test_generate_names_a_bad_checkpoint(content, tmp_path, capsys):
+    path = tmp_path / "bad.ckpt"
+    if content is not None:
+        path.write_bytes(content)
+    assert "bad.ckpt" in complaint(capsys, "generate", "--checkpoint", str(path), "--prompt=cat")
+
+
+def test_generate_needs_a_checkpoint(capsys):
+    assert "--checkpoint" in complaint(capsys, "generate", "--prompt=cat")
+
+
+def test_generate_does_without_lightning():
+    code = (
+        "import sys; from dllm_var.__main__ import main; status = main(['generate', '--help'])\n"
+        "print(status, [name for name in ('lightning', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    assert in_new_process(code).stdout.splitlines()[-1] == "0 []"
+
+
+def test_advertisements_are_left_out(caplog):
+    import logging
+
+    quieten()
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    assert not log.filter(logging.LogRecord(log.name, logging.INFO, "", 1, "Tip: For seamless cloud logging", (), None))
+    assert log.filter(logging.LogRecord(log.name, logging.INFO, "", 1, "`Trainer.fit` stopped", (), None))
