@@ -1,0 +1,124 @@
+"""The LightningModule: one step's gradient, its normalisation, validation and checkpoints."""
+
+import lightning as L
+import pytest
+import torch
+
+from dllm_var import DiffusionLM
+from dllm_var.datamodules import PackedDataModule
+from dllm_var.model import TransformerConfig
+from dllm_var.model.checkpoints import load_checkpoint
+from dllm_var.objectives import Autoregressive, EosSchedule, Mdlm
+from dllm_var.optim import Muon, Schedule
+
+SMALL = TransformerConfig(hidden_size=16, num_layers=1, num_heads=2)
+
+
+def trainer(folder, **settings):
+    defaults = dict(accelerator="cpu", max_steps=2, logger=False, enable_progress_bar=False, enable_model_summary=False)
+    defaults |= dict(enable_checkpointing=False, num_sanity_val_steps=0, limit_val_batches=0, default_root_dir=folder)
+    return L.Trainer(**{**defaults, **settings})
+
+
+def fit(folder, batch_size=8, accumulate=1, objective=None, attention="document", seed=0, **settings):
+    L.seed_everything(0, verbose=False)
+    model = DiffusionLM(
+        SMALL, objective, attention, lambda params: torch.optim.SGD(params, lr=1.0), Schedule("constant", 0), seed=seed
+    )
+    data = PackedDataModule(batch_size=batch_size, context_length=48, packing="best_fit", overhang=4)
+    run = trainer(folder, accumulate_grad_batches=accumulate, **settings)
+    run.fit(model, data)
+    return model, run
+
+
+@pytest.mark.parametrize("objective", [EosSchedule, Mdlm, Autoregressive])
+def test_the_step_does_not_depend_on_how_the_rows_are_split(objective, tmp_path):
+    """8 rows at once, or 4 x 2 accumulated: batches differ in loss tokens, the step must not."""
+    whole, _ = fit(tmp_path, 8, 1, objective())
+    split, _ = fit(tmp_path, 2, 4, objective())
+    for a, b in zip(whole.parameters(), split.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_the_gradient_is_that_of_the_mean_over_masked_tokens(tmp_path):
+    model, _ = fit(tmp_path, 8, 1, EosSchedule(), max_steps=1)
+    L.seed_everything(0, verbose=False)
+    fresh = DiffusionLM(SMALL)
+    data = PackedDataModule(batch_size=8, context_length=48, packing="best_fit", overhang=4)
+    fresh.use_tokenizer(data.tokenizer)
+    L.seed_everything(0, verbose=False)
+    fresh.configure_model()
+    batch = data.rows("train").__getitems__(list(range(8)))
+    noised = fresh.objective.corrupt(batch, fresh.noise)
+    logits = fresh.transformer(noised.input_ids, batch["position_ids"], batch["segment_ids"])
+    torch.nn.functional.cross_entropy(logits[noised.loss_mask], batch["input_ids"][noised.loss_mask]).backward()
+    moved = [(before - after).flatten() for before, after in zip(fresh.parameters(), model.parameters(), strict=True)]
+    expected = [parameter.grad.flatten() for parameter in fresh.parameters()]
+    torch.testing.assert_close(torch.cat(moved), torch.cat(expected), atol=1e-6, rtol=1e-3)
+
+
+def test_training_is_reproducible_and_the_seed_matters(tmp_path):
+    first, again, other = (fit(tmp_path, seed=seed)[0] for seed in (0, 0, 1))
+    weights = [torch.cat([p.flatten() for p in model.parameters()]) for model in (first, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_attention_setting_reaches_the_model(tmp_path):
+    document, _ = fit(tmp_path, attention="document")
+    full, _ = fit(tmp_path, attention="full")
+    assert not torch.equal(document.transformer.lm_head.weight, full.transformer.lm_head.weight)
+
+
+@pytest.mark.parametrize("objective", [EosSchedule, Autoregressive])
+def test_validation_logs_what_the_readme_promises(objective, tmp_path):
+    model, run = fit(tmp_path, objective=objective(), limit_val_batches=2, val_check_interval=2)
+    logged = run.callback_metrics
+    for name in ("loss", "masked_accuracy", "terminator_recall", "nelbo", "perplexity_bound"):
+        assert torch.isfinite(logged[f"val/{name}"])
+    assert logged["val/perplexity_bound"] == pytest.approx(float(logged["val/nelbo"].exp()), rel=1e-4)
+    buckets = [name for name in logged if name.startswith("val/loss_t=")]
+    assert len(buckets) == (0 if model.objective.causal else 5)
+    again = run.validate(model, PackedDataModule(batch_size=8, context_length=48, packing="best_fit", overhang=4), verbose=False)
+    assert again[0]["val/nelbo"] == pytest.approx(float(logged["val/nelbo"]), rel=1e-5)  # the noise is fixed
+
+
+def test_untrained_nelbo_is_about_that_of_guessing(tmp_path):
+    """A model that knows nothing pays log V per token; the 1/t weights must not change that."""
+    model, run = fit(tmp_path, limit_val_batches=1.0, val_check_interval=1, max_steps=1)
+    model.transformer.lm_head.weight.data.zero_()
+    data = PackedDataModule(batch_size=8, context_length=48, packing="best_fit", overhang=4)
+    nelbo = run.validate(model, data, verbose=False)[0]["val/nelbo"]
+    assert nelbo == pytest.approx(float(torch.tensor(float(model.config.vocab_size)).log()), rel=0.05)
+
+
+def test_a_checkpoint_is_plain_data_and_loads_without_its_config(tmp_path):
+    model, run = fit(tmp_path)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    torch.load(tmp_path / "x.ckpt", weights_only=True)
+    transformer, tokenizer, _ = load_checkpoint(tmp_path / "x.ckpt")
+    assert tokenizer.encode("ab") == model.tokenizer.encode("ab")
+    for a, b in zip(transformer.parameters(), model.transformer.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_compiled_blocks_keep_the_state_dict(tmp_path):
+    model = DiffusionLM(SMALL, compile=True)
+    model.use_tokenizer(PackedDataModule(context_length=48).tokenizer)
+    model.configure_model()
+    plain = DiffusionLM(SMALL)
+    plain.use_tokenizer(model.tokenizer)
+    plain.configure_model()
+    assert model.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_muon_trains_through_lightning_and_lowers_the_loss(tmp_path):
+    model = DiffusionLM(SMALL, optimizer=Muon, schedule=Schedule(warmup_steps=2))
+    losses = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    data = PackedDataModule(batch_size=8, context_length=48, packing="best_fit", overhang=4)
+    trainer(tmp_path, max_steps=25, callbacks=[Watch()], gradient_clip_val=1.0).fit(model, data)
+    assert sum(losses[-3:]) < 0.92 * sum(losses[:3])
