@@ -7,7 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dllm_var.datamodules.cmudict import CmudictSource
-from dllm_var.datamodules.sources import BadRecord, DatasetSource, JsonlSource, ParquetSource, Source
+from dllm_var.datamodules.dataset_source import DatasetSource
+from dllm_var.datamodules.file_sources import JsonlSource, ParquetSource
+from dllm_var.datamodules.sources import BadRecord, Source, SplitSource
 
 if TYPE_CHECKING:
     from dllm_var.datamodules.packed import Example, PackedDataModule
@@ -28,6 +30,7 @@ __all__ = [
     "ParquetSource",
     "RowSampler",
     "Source",
+    "SplitSource",
 ]
 
 

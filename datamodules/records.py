@@ -136,6 +136,7 @@ def _parse_messages(messages: Any) -> Chat:
             raise RecordError(f"has {_type_name(message.get('content'))} as content of messages[{number}], not text")
         if message["role"] == "assistant" and not message["content"].strip():
             raise RecordError(f"has an empty answer in messages[{number}]")
+        _check_unicode(message["content"], f"messages[{number}]")
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise RecordError("has no turn of the assistant in 'messages'")
@@ -162,7 +163,16 @@ def _text(record: dict[str, Any], name: str, may_be_empty: bool = False) -> str:
         raise RecordError(f"has {_type_name(value)} as '{name}', not text")
     if not may_be_empty and not value.strip():
         raise RecordError(f"has an empty '{name}'")
+    _check_unicode(value, f"'{name}'")
     return value
+
+
+def _check_unicode(text: str, name: str) -> None:
+    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RecordError(f"has broken Unicode in {name}") from None
 
 
 def _type_name(value: Any) -> str:

@@ -100,7 +100,7 @@ def load_table(
         try:
             _build(source, split, tokenizer, folder, chat, skip_bad)
         except OSError as error:
-            raise UserError(f"cannot keep tokenized data in {cache}: {error.strerror}; set data.cache_dir") from None
+            raise UserError(f"cannot keep tokenized data in {cache}: {error}; set data.cache_dir") from None
     table = Table(folder)
     if table.meta["skipped"] and not skip_bad:  # built by a run that skipped them
         raise _bad_record(table.meta["reasons"][0])

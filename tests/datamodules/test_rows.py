@@ -1,0 +1,175 @@
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dllm_var.datamodules.fitting import fit_samples
+from dllm_var.datamodules.rows import PackedRows
+from dllm_var.datamodules.samplers import HeldOutSampler, RowSampler
+
+CONTEXT = 32
+POLICIES = ("concat", "best_fit")
+
+
+@pytest.fixture(scope="module")
+def table(build_table):
+    generator = np.random.default_rng(0)
+    return build_table([(int(a), int(b)) for a, b in generator.integers(1, 12, (60, 2))])
+
+
+@pytest.fixture(scope="module")
+def make_rows(table, tokenizer):
+    def make(packing="best_fit", overhang=0, seed=0, eos_padding=0, context=CONTEXT):
+        samples, _ = fit_samples(table, context, "drop", eos_padding, None, "train")
+        return PackedRows(samples, tokenizer.special, context, packing, overhang, seed)
+
+    return make
+
+
+def pieces(batch):
+    """Token ids and supervision of every segment of a batch, in order, and where each stands."""
+    for row in range(len(batch["row"])):
+        segments = batch["segment_ids"][row]
+        for segment in range(int(segments.max()) + 1):
+            at = torch.nonzero(segments == segment)[:, 0]
+            assert (at.diff() == 1).all()
+            assert batch["position_ids"][row, at].tolist() == list(range(len(at)))
+            yield batch["input_ids"][row, at].tolist(), batch["supervised"][row, at].tolist()
+
+
+def stored(table):
+    return [
+        (table.ids(sample), table.supervised[table.offsets[sample] : table.offsets[sample + 1]].tolist())
+        for sample in range(len(table))
+    ]
+
+
+@pytest.mark.parametrize("packing", POLICIES)
+@pytest.mark.parametrize("overhang", [0, 5])
+def test_an_epoch_holds_every_token_once_with_its_supervision(make_rows, table, tokenizer, packing, overhang):
+    rows = make_rows(packing, overhang)
+    for epoch in (0, 3):
+        batch = rows.__getitems__(list(range(rows.first_row(epoch), rows.first_row(epoch + 1))))
+        keep = (batch["segment_ids"] >= 0) & (batch["input_ids"] != tokenizer.mask_id)
+        seen = sorted(zip(batch["input_ids"][keep].tolist(), batch["supervised"][keep].tolist(), strict=True))
+        assert seen == sorted(pair for sample in stored(table) for pair in zip(*sample, strict=True))
+        padding = batch["segment_ids"] == -1
+        assert (batch["input_ids"][padding] == tokenizer.pad_id).all()
+        assert not batch["supervised"][padding].any()
+        list(pieces(batch))
+
+
+@pytest.mark.parametrize("overhang", [0, 5])
+def test_segments_are_whole_samples_that_end_with_a_supervised_terminator(make_rows, table, tokenizer, overhang):
+    rows = make_rows("best_fit", overhang)
+    batch = rows.__getitems__(range(len(rows)))
+    found, hanging = [], []
+    for ids, supervised in pieces(batch):
+        length = len(ids) - ids.count(tokenizer.mask_id)
+        assert all(index == tokenizer.mask_id for index in ids[length:])
+        assert not any(supervised[length:])
+        assert ids[length - 1] == tokenizer.terminator_id
+        assert supervised[length - 1]
+        found.append((ids[:length], supervised[:length]))
+        hanging.append(len(ids) - length)
+    assert sorted(found) == sorted(stored(table))
+    assert set(hanging) == set(range(overhang + 1)), "overhang takes every length up to the largest"
+
+
+def test_overhang_and_order_are_drawn_anew_for_each_epoch_and_seed(make_rows):
+    def content(rows, epoch):
+        return rows.__getitems__(range(rows.first_row(epoch), rows.first_row(epoch) + 10))["input_ids"]
+
+    rows = make_rows(overhang=4)
+    assert not torch.equal(content(rows, 0), content(rows, 1))
+    assert not torch.equal(content(rows, 0), content(make_rows(overhang=4, seed=1), 0))
+    assert torch.equal(content(rows, 0), content(make_rows(overhang=4), 0))
+    assert (rows.epoch(0).overhang != rows.epoch(1).overhang).any()
+
+
+@pytest.mark.parametrize("packing", POLICIES)
+def test_a_row_depends_on_nothing_but_its_number(make_rows, packing):
+    rows = make_rows(packing, overhang=5)
+    numbers = np.random.default_rng(1).integers(0, 20 * len(rows), 30).tolist()
+    together = rows.__getitems__(numbers)
+    for place, number in enumerate(numbers):
+        for alone in (make_rows(packing, overhang=5)[number], pickle.loads(pickle.dumps(rows))[number]):
+            assert all(torch.equal(alone[name], together[name][place]) for name in together)
+
+
+@given(st.integers(0, 10_000))
+@pytest.mark.parametrize("overhang", [0, 5])
+def test_rows_are_numbered_on_over_the_epochs(make_rows, overhang, number):
+    rows = make_rows("concat", overhang)
+    epoch, inside = rows.locate(number)
+    assert rows.first_row(epoch) + inside == number
+    assert 0 <= inside < rows.epoch(epoch).plan.rows
+
+
+def test_answers_are_padded_with_supervised_terminators(make_rows, table, tokenizer):
+    rows = make_rows(eos_padding=10, overhang=3)
+    batch = rows.__getitems__(range(len(rows)))
+    answers = sorted(
+        len(ids) - 1 - int(start) for (ids, _), start in zip(stored(table), table.answer_start, strict=True)
+    )
+    found = []
+    for ids, supervised in pieces(batch):
+        answer = [index for index, flag in zip(ids, supervised, strict=True) if flag]
+        found.append(next(place for place, index in enumerate(answer) if index == tokenizer.terminator_id))
+        assert set(answer[found[-1] :]) == {tokenizer.terminator_id}
+        room = CONTEXT - supervised.index(True)
+        assert len(answer) == max(min(10, room), found[-1] + 1)
+    assert sorted(found) == answers
+
+
+@given(st.integers(1, 200), st.integers(1, 7), st.integers(1, 5), st.integers(0, 3), st.integers(0, 50))
+def test_ranks_share_the_stream_evenly(rows, batch_size, ranks, epoch, start):
+    samplers = [RowSampler(rows, batch_size, ranks, rank, start_row=start) for rank in range(ranks)]
+    dealt = []
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+        dealt.append(list(sampler))
+        assert len(dealt[-1]) == len(sampler)
+        assert len(sampler) % batch_size == 0
+    assert len({len(numbers) for numbers in dealt}) == 1
+    begin = start + epoch * len(samplers[0]) * ranks
+    assert sorted(itertools.chain(*dealt)) == list(range(begin, begin + len(samplers[0]) * ranks))
+    assert rows <= len(samplers[0]) * ranks < rows + batch_size * ranks
+    # A global batch is the same rows however many ranks share it.
+    alone = RowSampler(rows, batch_size * ranks, start_row=start)
+    alone.set_epoch(epoch)
+    together = [
+        numbers[place : place + batch_size] for place in range(0, len(dealt[0]), batch_size) for numbers in dealt
+    ]
+    assert list(alone) == list(itertools.chain(*together))
+
+
+@given(st.integers(1, 50), st.integers(1, 6))
+def test_held_out_rows_go_to_one_rank_each(rows, ranks):
+    dealt = [list(HeldOutSampler(rows, ranks, rank)) for rank in range(ranks)]
+    assert len({len(numbers) for numbers in dealt}) == 1
+    assert sorted(number for numbers in dealt for number in numbers if number >= 0) == list(range(rows))
+    assert sum(number == -1 for numbers in dealt for number in numbers) < ranks
+
+
+def test_row_minus_one_is_padding(make_rows, tokenizer):
+    batch = make_rows().__getitems__([-1, 3])
+    assert batch["row"].tolist() == [-1, 3]
+    assert (batch["input_ids"][0] == tokenizer.pad_id).all()
+    assert (batch["segment_ids"][0] == -1).all()
+    assert not batch["supervised"][0].any()
+
+
+def test_shapes_and_types(make_rows):
+    batch = make_rows().__getitems__([0, 5, 2])
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in batch.items()} == {
+        "input_ids": (torch.int64, (3, CONTEXT)),
+        "supervised": (torch.bool, (3, CONTEXT)),
+        "segment_ids": (torch.int64, (3, CONTEXT)),
+        "position_ids": (torch.int64, (3, CONTEXT)),
+        "row": (torch.int64, (3,)),
+    }

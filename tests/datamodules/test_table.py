@@ -1,0 +1,193 @@
+import json
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
+
+from dllm_var.datamodules import CmudictSource, JsonlSource
+from dllm_var.datamodules.table import load_table
+from dllm_var.errors import UserError
+from dllm_var.tokenization import Tokenizer
+
+GOOD = {"prompt": "key", "response": "K IY"}
+
+
+@pytest.fixture
+def bytes_tokenizer(tmp_path):
+    return Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path / "tokenizer"))
+
+
+@pytest.fixture
+def load(write_jsonl, tmp_path, tokenizer):
+    def load(records, tokenizer=tokenizer, **kwargs):
+        source = JsonlSource(write_jsonl(records), validation_size=0)
+        return load_table(source, "train", tokenizer, tmp_path / "cache", **kwargs)
+
+    return load
+
+
+def sample(table, tokenizer, number=0):
+    ids = table.ids(number)
+    flags = table.supervised[table.offsets[number] : table.offsets[number + 1]].tolist()
+    text = [tokenizer.backend.decode([index], skip_special_tokens=False) for index in ids]
+    return "".join(text), "".join(piece for piece, flag in zip(text, flags, strict=True) if flag)
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("record", "text", "supervised", "answer_start"),
+    [
+        ({"prompt": "ask", "response": "tell", "more": 1}, "asktell<|im_end|>", "tell<|im_end|>", 3),
+        ({"prompt": "", "response": "tell"}, "tell<|im_end|>", "tell<|im_end|>", 0),
+        ({"instruction": "do", "input": "", "output": "done"}, "dodone<|im_end|>", "done<|im_end|>", 2),
+        ({"instruction": "do", "input": "it", "output": "done"}, "do\n\nitdone<|im_end|>", "done<|im_end|>", 6),
+        ({"text": "story"}, "story<|im_end|>", "story<|im_end|>", 0),
+        ({"input_ids": [68, 69, 70], "prompt_length": 1}, None, 3, 1),
+        ({"input_ids": [68, 69, 260], "prompt_length": 1}, None, 2, 1),
+        ({"input_ids": [68, 69]}, None, 3, 0),
+        (
+            {
+                "messages": [
+                    message("user", "a"),
+                    message("assistant", "bc"),
+                    message("user", "d"),
+                    message("assistant", "e"),
+                ]
+            },
+            "abc<|im_end|>de<|im_end|>",
+            "bc<|im_end|>e<|im_end|>",
+            5,
+        ),
+        (
+            {"messages": [message("system", "s"), message("assistant", "b"), message("user", "unanswered")]},
+            "sb<|im_end|>",
+            "b<|im_end|>",
+            1,
+        ),
+    ],
+)
+def test_formats(load, bytes_tokenizer, record, text, supervised, answer_start):
+    table = load([record], bytes_tokenizer)
+    assert len(table) == 1
+    assert table.answer_start[0] == answer_start
+    assert table.ids(0)[-1] == bytes_tokenizer.terminator_id
+    if text is None:  # tokenized by the user
+        assert table.supervised.sum() == supervised
+        assert table.ids(0)[: len(record["input_ids"])] == record["input_ids"]
+    else:
+        assert sample(table, bytes_tokenizer) == (text, supervised)
+
+
+def test_chat_puts_prompts_through_the_template(load, tmp_path):
+    tokenizer = Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path / "chat", CHAT_TEMPLATE))
+    text = "<|im_start|>user\nask<|im_end|>\n<|im_start|>assistant\ntell<|im_end|>"
+    for records, chat in (
+        ([{"messages": [message("user", "ask"), message("assistant", "tell")]}], False),
+        ([{"prompt": "ask", "response": "tell"}], True),
+    ):
+        assert sample(load(records, tokenizer, chat=chat), tokenizer) == (text, "tell<|im_end|>")
+    assert sample(load([{"prompt": "ask", "response": "tell"}], tokenizer), tokenizer)[0] == "asktell<|im_end|>"
+
+
+BAD = [
+    ('{"prompt": ', "is not valid JSON"),
+    ("[1, 2]", "is a list, not an object"),
+    ({"question": "q", "answer": "a"}, r"has none of the fields .* \(it has: question, answer\)"),
+    ({"prompt": "p"}, "lacks the field 'response'"),
+    ({"prompt": "p", "response": None}, "lacks the field 'response'"),
+    ({"output": "p"}, "lacks the field 'instruction'"),
+    ({"prompt": "p", "response": "  "}, "has an empty 'response'"),
+    ({"prompt": 3, "response": "K"}, "has a int as 'prompt', not text"),
+    ({"text": ""}, "has an empty 'text'"),
+    ('{"text": "\\ud800"}', "has broken Unicode in 'text'"),
+    ({"messages": "hello"}, "not a list of turns"),
+    ({"messages": ["hello"]}, r"messages\[0\], not an object"),
+    ({"messages": [message("user", "a")]}, "no turn of the assistant"),
+    ({"messages": [message("human", "a")]}, "has role 'human'"),
+    ({"messages": [message("user", None)]}, "has nothing as content"),
+    ({"messages": [message("user", "a"), message("assistant", " ")]}, r"empty answer in messages\[1\]"),
+    ({"input_ids": [5, 99]}, "has token id 99, outside the vocabulary of 70"),
+    ({"input_ids": [5, -1]}, "has token id -1"),
+    ({"input_ids": [5, 1]}, "contains the mask token <mask>"),
+    ({"prompt": "a<mask>", "response": "B"}, "contains the mask token <mask>"),
+    ({"input_ids": ["a"]}, "list of integers"),
+    ({"input_ids": []}, "leaves no answer"),
+    ({"input_ids": [5, 6], "prompt_length": 2}, "leaves no answer"),
+    ({"input_ids": [5, 6], "prompt_length": "1"}, "has a str as 'prompt_length'"),
+]
+
+
+@pytest.mark.parametrize(("record", "message"), BAD)
+def test_a_bad_record_is_told_with_file_and_line_or_counted(load, record, message):
+    records = [GOOD, record, GOOD]
+    with pytest.raises(UserError, match=rf"data\.jsonl:2 .*{message}") as error:
+        load(records)
+    assert "\n" not in str(error.value)
+    assert "data.on_bad_record=skip" in str(error.value)
+    table = load(records, skip_bad=True)
+    assert (len(table), table.meta["skipped"], table.meta["records"]) == (2, 1, 3)
+    assert table.record.tolist() == [0, 2]
+    with pytest.raises(UserError, match=r"data\.jsonl:2"):  # a cached table does not hide it
+        load(records)
+
+
+def test_unknown_tokens_are_counted(load):
+    assert load([GOOD, {"prompt": "x7é", "response": "K"}]).meta["unknown_tokens"] == 2
+
+
+def test_nothing_unfinished_stays_behind(load, tmp_path):
+    with pytest.raises(UserError):
+        load([GOOD, "{"])
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_table_is_built_once_and_again_when_something_changes(load, tmp_path, tokenizer, monkeypatch):
+    first = load([GOOD])
+    state = (first.folder / "meta.json").stat()
+    assert load([GOOD]).folder == first.folder
+    assert (first.folder / "meta.json").stat().st_mtime_ns == state.st_mtime_ns
+    assert load([GOOD, GOOD]).folder != first.folder
+    other = Tokenizer.from_pretrained(CmudictSource.default_tokenizer, terminators=["<unk>"])
+    assert load([GOOD], other).folder != first.folder
+
+
+def test_a_cache_that_cannot_be_written_is_told(load, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match=r"data\.cache_dir"):
+        load([GOOD])
+
+
+def build_in_process(path, cache, start, lengths):
+    source, tokenizer = JsonlSource(path, validation_size=0), Tokenizer.from_pretrained(CmudictSource.default_tokenizer)
+    start.wait()
+    lengths.put(len(load_table(source, "train", tokenizer, cache)))
+
+
+def test_processes_may_build_the_same_table_at_once(write_jsonl, tmp_path):
+    path = write_jsonl([{"prompt": "key", "response": "K IY"}] * 20_000)
+    context = multiprocessing.get_context("spawn")
+    start, lengths = context.Barrier(3), context.Queue()
+    processes = [
+        context.Process(target=build_in_process, args=(path, tmp_path / "cache", start, lengths)) for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    assert [lengths.get(timeout=60) for _ in processes] == [20_000] * 3
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_many_chunks_are_one_table(load, tokenizer):
+    records = [{"input_ids": [4 + number % 60] * (1 + number % 7)} for number in range(10_000)]
+    table = load(records)
+    assert len(table) == len(records)
+    assert [table.ids(number)[:-1] for number in range(len(records))] == [record["input_ids"] for record in records]
+    assert np.array_equal(table.record, np.arange(len(records)))
+    assert json.loads((Path(table.folder) / "meta.json").read_text())["tokens"] == table.offsets[-1]
