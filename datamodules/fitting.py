@@ -41,6 +41,7 @@ def fit_samples(
         raise UserError(f"the {split} split of {type(source).__name__} has no records that can be used")
     length = np.diff(table.offsets)
     body, ends = length.astype(np.int32), np.zeros(len(table), dtype=np.int32)
+    answer_start = table.answer_start.astype(np.int32)
     too_long = np.flatnonzero(length > context_length) if on_too_long != "cut" else np.empty(0, dtype=np.int64)
     keep = np.ones(len(table), dtype=np.bool_)
     if on_too_long == "error" and len(too_long):
@@ -50,8 +51,8 @@ def fit_samples(
             "that, or set data.on_too_long to drop or truncate"
         )
     if on_too_long == "truncate":
-        body[too_long] = [_cut_at(table, sample, context_length) for sample in too_long.tolist()]
-        ends[too_long] = body[too_long] == context_length - 1
+        for sample in too_long.tolist():
+            body[sample], ends[sample], answer_start[sample] = _truncate(table, sample, context_length)
         keep[too_long] = body[too_long] > 0
     else:
         keep[too_long] = False
@@ -66,17 +67,17 @@ def fit_samples(
             f"raise it (the shortest has {length.min():,} tokens), or set data.on_too_long=truncate"
         )
     counts = {"dropped": len(table) - len(index), "truncated": int(np.count_nonzero(keep[too_long]))}
-    return Samples(table, index, body[index], ends[index]), counts
+    return Samples(table, index, body[index], ends[index], answer_start[index]), counts
 
 
-def _cut_at(table: Table, sample: int, context_length: int) -> int:
-    """How many tokens of a sample to keep: 0 when no answer would be among them."""
-    start = int(table.offsets[sample])
-    if table.answer_start[sample] < context_length - 1:
-        return context_length - 1  # leaves room for the terminator
-    supervised = np.flatnonzero(table.supervised[start : start + context_length])
-    # An earlier answer that ends in time ends with its own terminator; one that does not is cut like the last one.
-    if not len(supervised):
-        return 0
-    last = int(supervised[-1])
-    return last + 1 if last < context_length - 1 else context_length - 1
+def _truncate(table: Table, sample: int, context_length: int) -> tuple[int, int, int]:
+    """Tokens of a sample to keep (0 for none), terminators to add, and where its last answer begins."""
+    offset = int(table.offsets[sample])
+    supervised = table.supervised[offset : offset + context_length + 1].astype(np.int8)
+    edges = np.flatnonzero(np.diff(supervised[:-1], prepend=0, append=0)).tolist()
+    for start, stop in zip(edges[-2::-2], edges[::-2], strict=True):
+        if stop < context_length or not supervised[-1]:  # the answer fits, with the terminator it has
+            return stop, 0, start
+        if start < context_length - 1:
+            return context_length - 1, 1, start
+    return 0, 0, 0

@@ -51,10 +51,10 @@ class PackedDataModule(L.LightningDataModule):
             ``best_fit`` cuts no sample and pads the few tokens left over.
         overhang: After each sample stand 0 to this many unsupervised mask tokens, drawn anew for every epoch, so that
             the end of a sample is not where its context ends.
-        canvas: Block length of the sampler, in place of `overhang`: a sample ends where the sampler's canvas would, with
-            a block of its answer that is drawn anew for every epoch. In its last block unsupervised mask tokens fill
-            what the answer leaves free; with an earlier one the rest of the answer is left out. So the end of what the
-            model sees tells it as little as it will when decoding. 0 for off.
+        canvas: Block length of the sampler, in place of `overhang`: a sample ends where the sampler's canvas would,
+            with a block of its answer that is drawn anew for every epoch. In its last block unsupervised mask tokens
+            fill what the answer leaves free; with an earlier one the rest of the answer is left out. So the end of what
+            the model sees tells it as little as it will when decoding. 0 for off.
         eos_padding: Repeats the terminator, supervised, until an answer has this many tokens (the LLaDA baseline).
         on_bad_record: Records that cannot be used: ``error`` stops at the first, ``skip`` leaves out and counts them.
         on_too_long: Samples longer than a row: ``drop`` and count them; ``truncate`` them before the terminator;

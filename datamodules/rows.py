@@ -29,12 +29,14 @@ class Samples:
         index: Which samples of the table are used, shape [samples].
         body: How many tokens of each are taken from the table, shape [samples].
         ends: How many supervised terminators are added after them, shape [samples].
+        answer_start: Position where the last answer in what is taken begins, shape [samples].
     """
 
     table: Table
     index: NDArray[np.int64]
     body: NDArray[np.int32]
     ends: NDArray[np.int32]
+    answer_start: NDArray[np.int32]
 
     @cached_property
     def content(self) -> NDArray[np.int32]:
@@ -167,7 +169,7 @@ class PackedRows(Dataset):
         content = self.samples.content
         overhang = np.zeros_like(content)
         if self.canvas:
-            answer = content - self.samples.table.answer_start[self.samples.index].astype(np.int32)
+            answer = content - self.samples.answer_start
             blocks = -(-answer // self.canvas)
             if self.cut:  # a sampler stands before each of the answer's blocks once
                 blocks = generator.integers(1, blocks, endpoint=True, dtype=np.int32)

@@ -28,8 +28,15 @@ def write_byte_tokenizer(folder: Path, chat_template: str | None = None, **confi
     backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS])
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
-    settings = {"pad_token": "<|pad|>", "mask_token": "<|mask|>", "eos_token": "<|im_end|>", "chat_template": chat_template}
+    settings = {
+        "pad_token": "<|pad|>",
+        "mask_token": "<|mask|>",
+        "eos_token": "<|im_end|>",
+        "chat_template": chat_template,
+    }
     settings.update(config)
     settings = {name: value for name, value in settings.items() if value is not None}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **settings}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **settings})
+    )
     return folder

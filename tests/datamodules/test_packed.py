@@ -137,6 +137,38 @@ def test_truncated_samples_keep_their_terminator_and_an_answer(make):
     )
 
 
+@pytest.mark.parametrize("context", range(4, 24))
+def test_truncation_never_leaves_a_false_or_missing_end(make, context):
+    turns = [
+        ("user", "abc"),
+        ("assistant", "K K"),
+        ("user", "de"),
+        ("assistant", "IY"),
+        ("user", "f"),
+        ("assistant", "L L"),
+    ]
+    data = make(
+        [{"messages": [{"role": role, "content": text} for role, text in turns]}, {"input_ids": [4]}],
+        context_length=context,
+        packing="best_fit",
+        on_too_long="truncate",
+        canvas=2,
+    )
+    whole, ends = data.table("train").ids(0), data.tokenizer.terminator_ids
+    flags = data.table("train").supervised[: len(whole)].tolist()
+    samples = data.rows("train").samples
+    if 0 not in samples.index:
+        assert context <= 4, "nothing but the prompt fits"
+        return
+    body, added, start = int(samples.body[0]), int(samples.ends[0]), int(samples.answer_start[0])
+    assert body + added <= context
+    assert flags[start]
+    assert not flags[start - 1]
+    assert all(flags[start:body])
+    assert added == (whole[body - 1] not in ends), "one end, the sample's own or an added one"
+    data.rows("train").__getitems__(range(len(data.rows("train"))))
+
+
 def test_long_samples_may_be_an_error_with_their_place(write_jsonl):
     source = JsonlSource(write_jsonl([LONG[0], LONG[1]]), validation_size=0)
     data = PackedDataModule(source, CmudictSource.default_tokenizer, context_length=32, on_too_long="error")

@@ -23,9 +23,9 @@ def table(build_table):
 
 @pytest.fixture(scope="module")
 def make_rows(table, tokenizer):
-    def make(packing="best_fit", overhang=0, seed=0, eos_padding=0, context=CONTEXT):
-        samples, _ = fit_samples(table, context, "drop", eos_padding, None, "train")
-        return PackedRows(samples, tokenizer.special, context, packing, overhang, seed)
+    def make(packing="best_fit", overhang=0, seed=0, eos_padding=0, **kwargs):
+        samples, _ = fit_samples(table, CONTEXT, "drop", eos_padding, None, "train")
+        return PackedRows(samples, tokenizer.special, CONTEXT, packing, overhang, seed, **kwargs)
 
     return make
 
@@ -124,6 +124,24 @@ def test_answers_are_padded_with_supervised_terminators(make_rows, table, tokeni
         room = CONTEXT - supervised.index(True)
         assert len(answer) == max(min(10, room), found[-1] + 1)
     assert sorted(found) == answers
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_canvas_ends_samples_with_whole_blocks(make_rows, table, tokenizer, cut):
+    block = 4
+    whole = {tuple(ids): int(start) for (ids, _), start in zip(stored(table), table.answer_start, strict=True)}
+    rows = make_rows(canvas=block, cut=cut)
+    blocks_seen = set()
+    batch = rows.__getitems__(range(len(rows)))
+    for ids, supervised in pieces(batch):
+        shown = [index for index in ids if index != tokenizer.mask_id]
+        (start,) = {start for sample, start in whole.items() if sample[: len(shown)] == tuple(shown)} or {None}
+        answer = len(ids) - start
+        assert answer % block == 0 or len(ids) == CONTEXT
+        assert sum(supervised) == len(shown) - start
+        blocks_seen.add((answer // block, shown[-1] == tokenizer.terminator_id))
+        assert cut or shown[-1] == tokenizer.terminator_id
+    assert not cut or {(1, True), (1, False), (2, True), (2, False)} <= blocks_seen
 
 
 @given(st.integers(1, 200), st.integers(1, 7), st.integers(1, 5), st.integers(0, 3), st.integers(0, 50))
