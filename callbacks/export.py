@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from dllm_var.callbacks.decoding import is_sharded, say
 from dllm_var.model.checkpoints import EXPORT_FOLDER, save_checkpoint_folder
-from dllm_var.sampling.config import sampler_to_config
+from dllm_var.sampling.config import remembered_sampler
 
 PREFIX = "transformer."
 
@@ -39,7 +39,7 @@ class ExportWeights(L.Callback):
         if trainer.is_global_zero:
             transformer: Any = pl_module.transformer
             tokenizer: Any = pl_module.tokenizer
-            meta = {"sampler": remembered_sampler(trainer), "step": trainer.global_step}
+            meta = {"sampler": remembered_sampler(trainer.callbacks), "step": trainer.global_step}
             save_checkpoint_folder(self.path, transformer, tokenizer, meta, state)
 
 
@@ -49,10 +49,3 @@ def gathered_state(trainer: L.Trainer) -> dict[str, Tensor]:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = get_model_state_dict(trainer.strategy.model, options=options)
     return {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}
-
-
-def remembered_sampler(trainer: L.Trainer) -> dict[str, Any] | None:
-    """Describe the sampler of the last callback that has one: how the checkpoint is meant to be decoded."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    samplers = [callback.sampler for callback in callbacks if hasattr(callback, "sampler")]
-    return sampler_to_config(samplers[-1]) if samplers else None

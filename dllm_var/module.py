@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,6 +22,7 @@ from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import head_cross_entropy
 from dllm_var.objectives.validation import EvenMasking
 from dllm_var.optim import Schedule, parameter_groups
+from dllm_var.sampling.config import remembered_sampler
 from dllm_var.tokenization import Tokenizer
 
 OptimizerCallable = Callable[[Any], Optimizer]
@@ -73,7 +77,7 @@ class DiffusionLM(L.LightningModule):
             self.tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         self.use_tokenizer(self.tokenizer)
         self.transformer = Transformer(self.config)
-        if self.compile_blocks:
+        if self.compile_blocks and can_compile(self.device):
             for block in self.transformer.blocks:  # one compilation serves all blocks, and state-dict keys stay
                 block.compile()
 
@@ -213,5 +217,16 @@ class DiffusionLM(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what is needed to build the model without its config, as plain types."""
         assert self.tokenizer is not None and self.transformer is not None
-        config = self.transformer.config.to_dict()
-        checkpoint["dllm_var"] = {"transformer": config, "tokenizer": self.tokenizer.to_dict()}
+        checkpoint["dllm_var"] = {
+            "transformer": self.transformer.config.to_dict(),
+            "tokenizer": self.tokenizer.to_dict(),
+            "sampler": remembered_sampler(self.trainer.callbacks),  # type: ignore[attr-defined]
+        }
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs; says what is missing otherwise. On CPU it needs a C++ compiler."""
+    if device.type != "cpu" or any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++", "clang++", "cl"))):
+        return True
+    rank_zero_warn("model.compile is set, but there is no C++ compiler (g++, clang++): training without it, slower")
+    return False

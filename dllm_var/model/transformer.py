@@ -287,7 +287,7 @@ class Transformer(nn.Module):
         context = LayerContext(cos, sin, mask, context_causal, cache)
         x = self.embedding(input_ids)
         for layer, block in enumerate(self.blocks):
-            x = block(x, context, layer)
+            x = block(x, context, layer if cache is not None else 0)  # one number, or each layer is compiled anew
         return self.norm(x)
 
     @property

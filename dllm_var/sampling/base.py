@@ -79,7 +79,8 @@ class Sampler(ABC):
         was_training = transformer.training
         transformer.eval()
         try:
-            with torch.inference_mode():
+            # Blocks compiled for training would be compiled again for every shape that decoding meets.
+            with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
                 answers = self.decode(transformer, ids, max_new_tokens, on_block)
         finally:
             transformer.train(was_training)

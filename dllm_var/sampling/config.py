@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
@@ -30,6 +31,12 @@ def sampler_to_config(sampler: Any) -> dict[str, Any] | None:
                 return None
         arguments[name] = value
     return {"class_path": f"{type(sampler).__module__}.{type(sampler).__qualname__}", "init_args": arguments}
+
+
+def remembered_sampler(callbacks: Iterable[Any]) -> dict[str, Any] | None:
+    """Returns the description of the last callback's sampler: how the model in training is meant to be decoded."""
+    samplers = [callback.sampler for callback in callbacks if hasattr(callback, "sampler")]
+    return sampler_to_config(samplers[-1]) if samplers else None
 
 
 def sampler_from_config(config: dict[str, Any], **overrides: Any) -> Sampler:
