@@ -12,12 +12,13 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
+from dllm_var.datamodules.cache import load_table
 from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.datamodules.fitting import TooLong, fit_samples
 from dllm_var.datamodules.rows import PackedRows
 from dllm_var.datamodules.samplers import HeldOutSampler, RowSampler
 from dllm_var.datamodules.sources import Source
-from dllm_var.datamodules.table import Table, load_table
+from dllm_var.datamodules.table import Table
 from dllm_var.errors import UserError
 from dllm_var.tokenization import Tokenizer
 

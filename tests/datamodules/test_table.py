@@ -7,7 +7,7 @@ import pytest
 from byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
 
 from dllm_var.datamodules import CmudictSource, JsonlSource
-from dllm_var.datamodules.table import load_table
+from dllm_var.datamodules.cache import load_table
 from dllm_var.errors import UserError
 from dllm_var.tokenization import Tokenizer
 
@@ -190,4 +190,4 @@ def test_many_chunks_are_one_table(load, tokenizer):
     assert len(table) == len(records)
     assert [table.ids(number)[:-1] for number in range(len(records))] == [record["input_ids"] for record in records]
     assert np.array_equal(table.record, np.arange(len(records)))
-    assert json.loads((Path(table.folder) / "meta.json").read_text())["tokens"] == table.offsets[-1]
+    assert json.loads((Path(table.folder) / "meta.json").read_text())["records"] == 10_000

@@ -1,0 +1,149 @@
+"""Records to tokenized samples, many at a time."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, pairwise
+from typing import Any
+
+import numpy as np
+
+from dllm_var.datamodules.records import Chat, Ids, RecordError, Turns, parse_record
+from dllm_var.datamodules.sources import BadRecord
+from dllm_var.datamodules.table import Table
+from dllm_var.errors import UserError
+from dllm_var.tokenization import Tokenizer
+
+REASONS_KEPT = 5
+
+Runs = list[tuple[list[int], bool]]  # token ids, and whether they carry loss
+
+
+class RecordEncoder:
+    """Tokenizes records and keeps count of what could not be used.
+
+    Args:
+        tokenizer: Makes token ids of text.
+        chat: Whether prompt and answer go through the tokenizer's chat template.
+        skip_bad: Whether records that cannot be used are counted instead of being an error.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, chat: bool = False, skip_bad: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self.chat = chat
+        self.skip_bad = skip_bad
+        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
+        self.records = self.skipped = self.unknown_tokens = 0
+        self.reasons: list[str] = []
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The counts so far."""
+        return {
+            "records": self.records,
+            "skipped": self.skipped,
+            "reasons": self.reasons,
+            "unknown_tokens": self.unknown_tokens,
+            "dtype": self.dtype.name,
+        }
+
+    def encode(self, records: Sequence[tuple[str, dict[str, Any] | BadRecord]], first: int) -> Table:
+        """Tokenizes a number of records at once.
+
+        Args:
+            records: Each with the place it stands at.
+            first: Number of the first of them in the source.
+
+        Raises:
+            UserError: When a record cannot be used and that is an error; names its place.
+        """
+        with _without_cycle_collection():
+            samples = self._samples(records, first)
+            sizes = [[len(ids) for ids, _ in runs] for runs in samples.values()]
+            tokens = np.fromiter(chain.from_iterable(ids for runs in samples.values() for ids, _ in runs), self.dtype)
+            flags = np.array([flag for runs in samples.values() for _, flag in runs], dtype=np.bool_)
+        self.records += len(records)
+        if self.tokenizer.unknown_id is not None:
+            self.unknown_tokens += int(np.count_nonzero(tokens == self.tokenizer.unknown_id))
+        return Table(
+            tokens=tokens,
+            supervised=np.repeat(flags, np.array(list(chain.from_iterable(sizes)), dtype=np.int64)),
+            offsets=np.cumsum([0, *map(sum, sizes)], dtype=np.int64),
+            answer_start=np.array([sum(size[:-1]) for size in sizes], dtype=np.int64),
+            record=np.array(list(samples), dtype=np.int64),
+            meta=self.meta,
+        )
+
+    def _samples(self, records: Sequence[tuple[str, dict[str, Any] | BadRecord]], first: int) -> dict[int, Runs]:
+        """Runs of each usable record, by its number."""
+        parsed: list[tuple[int, str, Turns | Chat | Ids]] = []
+        for number, (where, record) in enumerate(records, first):
+            try:
+                if isinstance(record, BadRecord):
+                    raise RecordError(record.reason)
+                parsed.append((number, where, parse_record(record, self.chat)))
+            except RecordError as error:
+                self._skip(where, error)
+        plain = [text for _, _, form in parsed if isinstance(form, Turns) for text in form.texts]
+        texts = iter(self.tokenizer.encode_batch(plain))
+        samples: dict[int, Runs] = {}
+        for number, where, form in parsed:
+            try:
+                samples[number] = self._runs(form, texts)
+            except (RecordError, UserError) as error:
+                self._skip(where, error)
+        return samples
+
+    def _runs(self, form: Turns | Chat | Ids, texts: Iterator[list[int]]) -> Runs:
+        """Token ids of a record as runs, the last of them an answer that ends with a terminator."""
+        end = [self.tokenizer.terminator_id]
+        if isinstance(form, Turns):
+            runs = [(next(texts), flag) for flag in form.supervised]
+            if not all(ids for ids, flag in runs if flag):
+                raise RecordError("has an answer of no tokens")
+            runs = [(ids + end if flag else ids, flag) for ids, flag in runs]
+        elif isinstance(form, Chat):
+            ids, flags = self.tokenizer.encode_chat(form.messages)
+            edges = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(ids)]
+            runs = [(ids[start:stop], flags[start]) for start, stop in pairwise(edges)]
+        else:
+            wrong = next((index for index in form.ids if not 0 <= index < self.tokenizer.vocab_size), None)
+            if wrong is not None:
+                raise RecordError(f"has token id {wrong}, outside the vocabulary of {self.tokenizer.vocab_size}")
+            answer = form.ids[form.prompt_length :]
+            end = [] if answer[-1] in self.tokenizer.terminator_ids else end
+            runs = [(form.ids[: form.prompt_length], False), (answer + end, True)]
+        if any(self.tokenizer.mask_id in ids for ids, _ in runs):
+            raise RecordError(f"contains the mask token {self.tokenizer.id_to_token(self.tokenizer.mask_id)}")
+        return runs
+
+    def _skip(self, where: str, error: Exception) -> None:
+        reason = f"{where} {error}"
+        if not self.skip_bad:
+            raise bad_record(reason)
+        self.skipped += 1
+        if len(self.reasons) < REASONS_KEPT:
+            self.reasons.append(reason)
+
+
+def bad_record(reason: str) -> UserError:
+    """The error for a record that cannot be used.
+
+    Args:
+        reason: Where it stands and what is wrong with it.
+    """
+    return UserError(f"{reason} (data.on_bad_record=skip leaves out and counts such records)")
+
+
+@contextmanager
+def _without_cycle_collection() -> Iterator[None]:
+    """Millions of short-lived lists without cycles would keep the collector walking over everything (40 % slower)."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
