@@ -23,26 +23,32 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "eos_ablation.json"
 DOCS = HERE.parent / "docs"
-SHORT, LONG = 500, 2000  # optimizer steps
+SHORT, LONG = 500, 1500  # optimizer steps
 ROWS, CONTEXT = 8, 128
+ATTENTIONS = ("document", "full")
+ENDS = {"none": "nothing", "overhang": "0 to 8 masks", "canvas": "the sampler's canvas"}  # what follows a terminator
 WORDS, BLOCK = 300, 8
 METRICS = ("token_error_rate", "length_exact", "ended_by_eos", "premature", "overrun", "tokens_per_forward")
 
 
 def settings(seeds: list[int]) -> list[dict]:
-    """Every training run of the ablation: the full grid at the short budget, attention x overhang at the long one."""
+    """Every training run: the full grid and the canvas at the short budget, the two attentions at the long one."""
     grid = [
-        dict(attention=attention, overhang=overhang, mask_terminators=always, steps=SHORT, seed=seed)
-        for seed, attention, overhang, always in itertools.product(seeds, ("document", "full"), (0, BLOCK), (True, False))
+        dict(attention=attention, end=end, mask_terminators=always, steps=SHORT, seed=seed)
+        for seed, attention, end, always in itertools.product(seeds, ATTENTIONS, ("none", "overhang"), (True, False))
+    ]
+    canvas = [
+        dict(attention=attention, end="canvas", mask_terminators=True, steps=SHORT, seed=seed)
+        for seed, attention in itertools.product(seeds, ATTENTIONS)
     ]
     longer = [
-        dict(attention=attention, overhang=overhang, mask_terminators=True, steps=LONG, seed=seed)
-        for seed, (attention, overhang) in itertools.product(seeds, (("document", BLOCK), ("full", BLOCK), ("full", 0)))
+        dict(attention=attention, end="overhang", mask_terminators=True, steps=LONG, seed=seed)
+        for seed, attention in itertools.product(seeds, ATTENTIONS)
     ]
-    return grid + longer
+    return grid + canvas + longer
 
 
-def run(attention: str, overhang: int, mask_terminators: bool, steps: int, seed: int) -> dict:
+def run(attention: str, end: str, mask_terminators: bool, steps: int, seed: int) -> dict:
     """Trains one model and decodes the held-out words both ways."""
     import lightning as L
 
@@ -56,7 +62,12 @@ def run(attention: str, overhang: int, mask_terminators: bool, steps: int, seed:
 
     L.seed_everything(seed, verbose=False)
     data = PackedDataModule(
-        batch_size=ROWS, context_length=CONTEXT, packing="best_fit", overhang=overhang, seed=seed
+        batch_size=ROWS,
+        context_length=CONTEXT,
+        packing="best_fit",
+        overhang=BLOCK if end == "overhang" else 0,
+        canvas=BLOCK if end == "canvas" else 0,
+        seed=seed,
     )
     model = DiffusionLM(
         transformer=TransformerConfig(hidden_size=128, num_layers=4, num_heads=4),
@@ -115,11 +126,11 @@ def load() -> list[dict]:
 def summarise(done: list[dict]) -> list[dict]:
     """One line per setting and decoding order: medians and ranges over seeds."""
     lines = []
-    keys = ("steps", "attention", "overhang", "mask_terminators")
+    keys = ("steps", "attention", "end", "mask_terminators")
     groups: dict[tuple, list[dict]] = {}
     for entry in done:
         groups.setdefault(tuple(entry["settings"][key] for key in keys), []).append(entry)
-    for group, entries in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] != "full", item[0][2], -item[0][3])):
+    for group, entries in sorted(groups.items(), key=lambda item: _place(*item[0])):
         for order in ("any_order", "terminator_last"):
             line = {**dict(zip(keys, group, strict=True)), "terminator_last": order == "terminator_last"}
             line["seeds"] = len(entries)
@@ -131,16 +142,21 @@ def summarise(done: list[dict]) -> list[dict]:
     return lines
 
 
+def _place(steps: int, attention: str, end: str, always: bool) -> tuple:
+    """Where a setting stands in the table."""
+    return steps, attention != "full", list(ENDS).index(end), not always
+
+
 def table(lines: list[dict]) -> str:
     rows = [
-        "| steps | attention | overhang | terminator masked | terminator_last | PER (range over seeds) | length exact "
+        "| steps | attention | after the terminator | terminator masked | terminator_last | PER (range over seeds) | length exact "
         "| ended by EOS | ended early | ended late | tokens/forward |",
         "|--:|---|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for line in lines:
         low, high = line["token_error_rate_range"]
         rows.append(
-            f"| {line['steps']} | {line['attention']} | {'0..8' if line['overhang'] else '0'} "
+            f"| {line['steps']} | {line['attention']} | {ENDS[line['end']]} "
             f"| {'always' if line['mask_terminators'] else 'with t'} | {'yes' if line['terminator_last'] else 'no'} "
             f"| {line['token_error_rate']:.1%} ({low:.1%} to {high:.1%}) | {line['length_exact']:.1%} "
             f"| {line['ended_by_eos']:.1%} | {line['premature']:.1%} | {line['overrun']:.1%} "
@@ -157,7 +173,7 @@ def plot(lines: list[dict], path: Path) -> None:
 
     def label(line: dict) -> str:
         return (
-            f"{line['attention']}, overhang {'0..8' if line['overhang'] else '0'}"
+            f"{line['attention']}, {ENDS[line['end']]} after"
             f"{'' if line['mask_terminators'] else ', terminator masked with t'}"
             f"{f', {LONG} steps' if line['steps'] == LONG else ''}"
         )
