@@ -26,8 +26,9 @@ class SaveConfig(SaveConfigCallback):
         if not trainer.loggers:
             return
         self.overwrite = True
-        if trainer.is_global_zero and not self.already_saved and trainer.log_dir is not None:
-            self._keep_earlier(Path(trainer.log_dir) / CONFIG_FILE)
+        log_dir = trainer.log_dir  # asked on every rank: the first one tells the others
+        if trainer.is_global_zero and not self.already_saved and log_dir is not None:
+            self._keep_earlier(Path(log_dir) / CONFIG_FILE)
         super().setup(trainer, pl_module, stage)
 
     def _keep_earlier(self, path: Path) -> None:

@@ -1,5 +1,6 @@
 """The command line as a user meets it, mostly in this process; real signals and processes are marked slow."""
 
+import contextlib
 import json
 import os
 import signal
@@ -435,29 +436,36 @@ def test_ctrl_c_saves_the_finished_step_and_tells_how_to_go_on(tiny, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_in_a_process_of_its_own(times, tiny):
-    arguments = ["fit", "--config", tiny, "--trainer.max_steps=1000000", "--trainer.limit_val_batches=0"]
+@pytest.mark.parametrize(
+    ("times", "options"),
+    [(1, []), (2, []), (1, ["--trainer.devices=2", "--trainer.strategy=ddp"])],
+    ids=["once", "twice", "two ranks"],
+)
+def test_ctrl_c_in_processes_of_its_own(times, options, tiny):
+    arguments = ["fit", "--config", tiny, "--trainer.max_steps=1000000", "--trainer.limit_val_batches=0", *options]
     process = subprocess.Popen(
         [sys.executable, "-m", "dllm_var", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
+    last = Path("runs/tiny/version_0/checkpoints/last.ckpt")
     try:
         deadline = time.monotonic() + 120
-        while not list(Path().glob("runs/tiny/version_0/checkpoints/last.ckpt")):
+        while not last.exists():
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.1)
         for _ in range(times):
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the job
         _, errors = process.communicate(timeout=60)
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert steps_of("runs/tiny/version_0/checkpoints/last.ckpt") > 0
+    assert steps_of(last) > 0
 
 
 # -- generate ----------------------------------------------------------------------------------------------------------
