@@ -14,10 +14,12 @@ from dllm_var.datamodules.sources import BadRecord, Source, SplitSource
 if TYPE_CHECKING:
     from dllm_var.datamodules.packed import Example, PackedDataModule
     from dllm_var.datamodules.samplers import RowSampler
+    from dllm_var.datamodules.streaming import StreamingDataModule
 
 _LAZY = {
     "Example": "dllm_var.datamodules.packed",
     "PackedDataModule": "dllm_var.datamodules.packed",
+    "StreamingDataModule": "dllm_var.datamodules.streaming",
     "RowSampler": "dllm_var.datamodules.samplers",
 }
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "RowSampler",
     "Source",
     "SplitSource",
+    "StreamingDataModule",
 ]
 
 

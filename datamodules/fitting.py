@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 
 from dllm_var.datamodules.rows import Samples
-from dllm_var.datamodules.sources import Source
 from dllm_var.datamodules.table import Table
 from dllm_var.errors import UserError
 
@@ -16,7 +15,7 @@ TooLong = Literal["drop", "truncate", "cut", "error"]
 
 
 def fit_samples(
-    table: Table, context_length: int, on_too_long: TooLong, eos_padding: int, source: Source, split: str
+    table: Table, context_length: int, on_too_long: TooLong, eos_padding: int, place: Callable[[int], str]
 ) -> tuple[Samples, dict[str, int]]:
     """Decides how much of each sample goes into rows.
 
@@ -28,27 +27,24 @@ def fit_samples(
         context_length: Tokens in a row.
         on_too_long: What to do with samples that have more tokens than that.
         eos_padding: Tokens that answers shorter than that are padded to with terminators.
-        source: Tells where a record stands, for an error.
-        split: The split the samples are of.
+        place: Tells where the record with a given number stands, for an error.
 
     Returns:
         The samples, and how many were ``dropped`` and ``truncated``.
 
     Raises:
-        UserError: When a sample is too long and that is an error, or no sample is left.
+        UserError: When a sample is too long and that is an error.
     """
-    if not len(table):
-        raise UserError(f"the {split} split of {type(source).__name__} has no records that can be used")
     length = np.diff(table.offsets)
     body, ends = length.astype(np.int32), np.zeros(len(table), dtype=np.int32)
     answer_start = table.answer_start.astype(np.int32)
     too_long = np.flatnonzero(length > context_length) if on_too_long != "cut" else np.empty(0, dtype=np.int64)
     keep = np.ones(len(table), dtype=np.bool_)
     if on_too_long == "error" and len(too_long):
-        where, _ = next(islice(source.located_records(split), int(table.record[too_long[0]]), None))
+        where = place(int(table.record[too_long[0]]))
         raise UserError(
-            f"{where} has {length[too_long[0]]:,} tokens, more than data.context_length={context_length}; raise "
-            "that, or set data.on_too_long to drop or truncate"
+            f"{where} has {length[too_long[0]]:,} tokens, more than data.context_length={context_length}; raise that, "
+            "or set data.on_too_long to drop or truncate"
         )
     if on_too_long == "truncate":
         for sample in too_long.tolist():
@@ -61,11 +57,6 @@ def fit_samples(
         room = np.minimum(table.answer_start + eos_padding, context_length) - length
         ends[fitting] = np.maximum(room, 0)[fitting]
     index = np.flatnonzero(keep)
-    if not len(index):
-        raise UserError(
-            f"all {len(table):,} samples of the {split} split are longer than data.context_length={context_length}; "
-            f"raise it (the shortest has {length.min():,} tokens), or set data.on_too_long=truncate"
-        )
     counts = {"dropped": len(table) - len(index), "truncated": int(np.count_nonzero(keep[too_long]))}
     return Samples(table, index, body[index], ends[index], answer_start[index]), counts
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,9 +186,18 @@ class PackedDataModule(L.LightningDataModule):
             UserError: When no sample is left, or one is too long and that is an error.
         """
         if split not in self._rows:
+            table = self.table(split)
+            if not len(table):
+                raise UserError(f"the {split} split of {type(self.source).__name__} has no records that can be used")
             samples, self._lost[split] = fit_samples(
-                self.table(split), self.context_length, self.on_too_long, self.eos_padding, self.source, split
+                table, self.context_length, self.on_too_long, self.eos_padding, partial(self._place, split)
             )
+            if not len(samples.index):
+                raise UserError(
+                    f"all {len(table):,} samples of the {split} split are longer than data.context_length="
+                    f"{self.context_length}; raise it (the shortest has {np.diff(table.offsets).min():,} tokens), or "
+                    "set data.on_too_long=truncate"
+                )
             self._rows[split] = PackedRows(
                 samples,
                 self.tokenizer.special,
@@ -261,6 +272,10 @@ class PackedDataModule(L.LightningDataModule):
         text += f"\ndata: {', '.join(notes)}" if notes else ""
         reasons = self.table("train").meta["reasons"]
         return text + (f", the first: {reasons[0]}" if reasons else "")
+
+    def _place(self, split: str, record: int) -> str:
+        """Where a record stands in the source."""
+        return next(islice(self.source.located_records(split), record, None))[0]
 
     def _ranks(self) -> tuple[int, int]:
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None

@@ -71,7 +71,7 @@ class PackedRows(Dataset):
         overhang: Largest number of unsupervised mask tokens after a sample.
         canvas: Ends samples where the canvas of a sampler with this block length would end; 0 for off.
         cut: Lets the canvas also end with an earlier block than the answer's last.
-        seed: With the epoch, decides order and overhang.
+        seed: With the epoch, decides order and overhang; may be several numbers.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class PackedRows(Dataset):
         context_length: int,
         packing: str,
         overhang: int,
-        seed: int,
+        seed: int | tuple[int, ...],
         canvas: int = 0,
         cut: bool = True,
     ) -> None:
@@ -93,7 +93,7 @@ class PackedRows(Dataset):
         self.canvas = canvas
         self.cut = cut
         self.varies = bool(overhang or (canvas and cut))  # whether epochs differ in their lengths
-        self.seed = seed
+        self.seed = seed if isinstance(seed, tuple) else (seed,)
         self._starts = [0]  # number of the first row of each epoch counted so far
         self._epochs: OrderedDict[int, Epoch] = OrderedDict()
 
@@ -165,7 +165,7 @@ class PackedRows(Dataset):
 
     def _draw(self, epoch: int) -> tuple[np.random.Generator, NDArray[np.int32]]:
         """Generator of an epoch, and as its first draw the overhang of each sample, as far as a row has room."""
-        generator = np.random.default_rng((self.seed, epoch))
+        generator = np.random.default_rng((*self.seed, epoch))
         content = self.samples.content
         overhang = np.zeros_like(content)
         if self.canvas:

@@ -24,7 +24,7 @@ def table(build_table):
 @pytest.fixture(scope="module")
 def make_rows(table, tokenizer):
     def make(packing="best_fit", overhang=0, seed=0, eos_padding=0, **kwargs):
-        samples, _ = fit_samples(table, CONTEXT, "drop", eos_padding, None, "train")
+        samples, _ = fit_samples(table, CONTEXT, "drop", eos_padding, str)
         return PackedRows(samples, tokenizer.special, CONTEXT, packing, overhang, seed, **kwargs)
 
     return make
