@@ -1,6 +1,6 @@
 """Does EOS really lead? Attention x overhang x terminator_last x terminator mask rate, measured on CMUdict.
 
-    python benchmarks/eos_ablation.py             # trains what is missing in results/eos_ablation.json, about 90 minutes on one core
+    python benchmarks/eos_ablation.py             # trains what is missing in results/eos_ablation.json, about 45 minutes on one core
     python benchmarks/eos_ablation.py --report    # table (docs/eos_ablation.md) and plot from the results
 
 Every model is the quickstart's (0.87M parameters) trained on the same words with the same number of tokens; only the
@@ -23,7 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "eos_ablation.json"
 DOCS = HERE.parent / "docs"
-SHORT, LONG = 500, 1500  # optimizer steps
+SHORT, LONG = 300, 1200  # optimizer steps
 ROWS, CONTEXT = 8, 128
 ATTENTIONS = ("document", "full")
 ENDS = {"none": "nothing", "overhang": "0 to 8 masks", "canvas": "the sampler's canvas"}  # what follows a terminator

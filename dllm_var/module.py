@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from dllm_var.errors import UserError
 from dllm_var.metrics.denoising import DenoisingMetrics
+from dllm_var.model.initialise import shard
 from dllm_var.model.transformer import Transformer, TransformerConfig
 from dllm_var.objectives import EosSchedule, KeyedNoise, NoisedBatch, Objective
 from dllm_var.objectives.base import Batch, is_one_of
@@ -76,10 +77,28 @@ class DiffusionLM(L.LightningModule):
         if self.tokenizer is None:
             self.tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         self.use_tokenizer(self.tokenizer)
-        self.transformer = Transformer(self.config)
+        self.transformer = self._build()
         if self.compile_blocks and can_compile(self.device):
             for block in self.transformer.blocks:  # one compilation serves all blocks, and state-dict keys stay
                 block.compile()
+
+    def _build(self) -> Transformer:
+        """Builds the transformer; under ModelParallelStrategy sharded before any weight exists, so never as a whole."""
+        mesh = self.device_mesh
+        if mesh is None:
+            return Transformer(self.config)
+        if mesh["tensor_parallel"].size() > 1:  # what Lightning makes of "auto"
+            raise UserError(
+                "trainer.strategy splits each layer over processes, which this model cannot do: set tensor_parallel_size "
+                "to 1 and data_parallel_size to the number of processes, as configs/strategy/fsdp2.yaml does"
+            )
+        with torch.device("meta"):
+            transformer = Transformer(self.config)
+        shard(transformer, mesh["data_parallel"])
+        transformer.to_empty(device=self.trainer.strategy.root_device)
+        transformer.tie_weights()
+        transformer.reset_parameters()
+        return transformer
 
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:
         """The one place where ids flow from the tokenizer to the model (hence to samplers) and to the objective."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dllm_var.errors import UserError
 from dllm_var.model.attention import attend, causal_mask, segment_mask
+from dllm_var.model.initialise import initialise
 from dllm_var.model.kv_cache import KVCache
 
 
@@ -232,17 +233,9 @@ class Transformer(nn.Module):
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws every weight anew: normal with `initializer_range`, the residual outputs scaled down by depth (GPT-2)."""
-        std = self.config.initializer_range
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.ones_(parameter)
-            elif name.endswith(("attention.out.weight", "mlp.down.weight")):
-                nn.init.normal_(parameter, std=std / math.sqrt(2 * self.config.num_layers))
-            else:
-                nn.init.normal_(parameter, std=std)
+        """Draws every weight anew, from the seed that torch was given and each weight's name."""
+        initialise(self, self.config.initializer_range, self.config.num_layers, torch.initial_seed())
 
     def forward(
         self,

@@ -75,31 +75,20 @@ import torch
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from conftest import ToyData
 from dllm_var import DiffusionLM
 from dllm_var.callbacks import ExportWeights, RunSummary, SamplingCallback, SpeedMonitor
 from dllm_var.model.transformer import TransformerConfig
 from dllm_var.sampling import BlockDiffusionSampler
 
-class Sharded(DiffusionLM):
-    def configure_model(self):
-        if self.transformer is None:
-            super().configure_model()
-            mesh = self.device_mesh["data_parallel"]
-            for part in (*self.transformer.blocks, self.transformer):
-                fully_shard(part, mesh=mesh)
-            register_fsdp_forward_method(self.transformer, "hidden_states")
-            self.transformer.set_reshard_after_forward(False)  # the head is used after hidden_states
-
 torch.set_num_threads(1)
 torch.manual_seed(0)
 sampler = BlockDiffusionSampler(block_length=4, max_new_tokens=8)
 L.Trainer(
-    strategy=ModelParallelStrategy(), devices=2, accelerator="cpu", max_steps=4, limit_val_batches=0,
+    strategy=ModelParallelStrategy(2, 1), devices=2, accelerator="cpu", max_steps=4, limit_val_batches=0,
     logger=CSVLogger(sys.argv[1], name="csv"), log_every_n_steps=2, enable_checkpointing=False,
     callbacks=[SamplingCallback(sampler, every_n_steps=2), SpeedMonitor(), ExportWeights(), RunSummary(sampler)],
-).fit(Sharded(TransformerConfig(num_layers=2, hidden_size=16, num_heads=2, intermediate_size=32)), ToyData())
+).fit(DiffusionLM(TransformerConfig(num_layers=2, hidden_size=16, num_heads=2, intermediate_size=32)), ToyData())
 """
 
 
