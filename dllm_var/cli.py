@@ -21,7 +21,8 @@ from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.interrupt import Interrupted, StopOnInterrupt
 from dllm_var.runs import SaveConfig, continue_newest, default_logger
-from dllm_var.settings import SettingsParser, qualify_references, read_settings
+from dllm_var.sampling import Sampler
+from dllm_var.settings import SettingsParser, merged, qualify_references, read_settings, split_vars
 
 DEFAULTS = {"model": DiffusionLM, "data": PackedDataModule}
 BASES = {"model": L.LightningModule, "data": L.LightningDataModule}
@@ -69,10 +70,14 @@ class TrainerParser(SettingsParser, LightningArgumentParser):
         super().__init__(*args, **kwargs)
         self.default_classes: dict[str, type] = {}
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        config = super().parse_args(*args, **kwargs)
-        if hasattr(self, "subcommand"):  # all files and arguments are merged here, nothing is resolved yet
-            qualify_references(config, self.subcommand)
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        if not hasattr(self, "subcommand"):
+            return super().parse_args(args, *rest, **kwargs)
+        others, values = split_vars(args)
+        config = super().parse_args(others, *rest, **kwargs)
+        if values:
+            config.vars = merged(config.vars, values)
+        qualify_references(config, self.subcommand)  # all files and arguments are merged now, nothing is resolved yet
         return config
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
@@ -123,6 +128,13 @@ class TrainingCLI(LightningCLI):
         parser.usage = f"python -m dllm_var {self.command}{resume} [--config FILE ...] [--key=value ...]"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_subclass_arguments(
+            Sampler,
+            "sampler",
+            as_group=False,
+            default={"class_path": "dllm_var.sampling.BlockDiffusionSampler"},
+            help="How prompts are decoded; callbacks refer to it as ${sampler}.",
+        )
         parser.add_argument(
             "--vars",
             type=dict[str, Any],

@@ -53,6 +53,44 @@ def read_settings(path: Path) -> dict[str, Any]:
     return content
 
 
+def split_vars(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Takes `--vars.NAME=VALUE` out of the arguments, at any depth (`--vars.sampler.init_args.block_length=8`).
+
+    The parser would replace a whole `vars.sampler` to set one value inside it.
+
+    Returns:
+        The other arguments, and the values as nested dictionaries.
+    """
+    others: list[str] = []
+    values: dict[str, Any] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        option, equals, text = argument.partition("=")
+        if not option.startswith("--vars."):
+            others.append(argument)
+            continue
+        *path, name = option.removeprefix("--vars.").split(".")
+        try:
+            value = yaml.safe_load(text if equals else next(rest, ""))
+        except yaml.YAMLError:
+            value = text
+        nested = {name: value}
+        for key in reversed(path):
+            nested = {key: nested}
+        values = merged(values, nested)
+    return others, values
+
+
+def merged(base: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    """Returns nested dictionaries with changes put over them, value by value."""
+    if isinstance(base, Namespace):
+        base = base.as_dict()
+    result = dict(base) if isinstance(base, dict) else {}
+    for key, value in changes.items():
+        result[key] = merged(result.get(key), value) if isinstance(value, dict) else value
+    return result
+
+
 def qualify_references(config: Namespace, root: str) -> None:
     """Rewrites each `${a.b}` in the merged settings into the full path of the value it names, for OmegaConf to resolve.
 
@@ -111,6 +149,8 @@ def _suggestion(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+LONGEST = 400  # characters of a message
+
 # Lines of the parser's messages that repeat the value or explain the machinery.
 _NOISE = re.compile(
     r"Does not validate against|Subtypes: |Errors:$|Given value|Expected a <class 'NoneType'>|Subclass types expect|"
@@ -140,9 +180,9 @@ def readable(message: str, known: Iterable[str] = ()) -> str:
             continue
         if line and not _NOISE.match(line):
             rest.append(line)
-    if len(rest) > 1:
-        rest = [line for line in rest if not line.startswith("Not a valid subclass")]
-    text = "; ".join(dict.fromkeys(rest)) or message.strip()
+    rest = [line for line in rest if not line.startswith("Not a valid subclass")] or rest[:1]
+    text = "; ".join(dict.fromkeys(rest)) or " ".join(message.split())
+    text = text if len(text) <= LONGEST else text[:LONGEST] + "..."
     unknown = re.search(r"(?:does not accept option|Option) '([\w.]+)'|unrecognized arguments: --([\w.]+)", text)
     if not unknown:
         text = _plain_types(text)

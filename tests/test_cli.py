@@ -217,6 +217,10 @@ def test_every_command_has_help(command, capsys):
         (["--model=3"], ["model"]),
         (["--trainer=3"], ["trainer"]),
         (["stray"], ["stray"]),
+        (
+            ["--trainer.callbacks+=dllm_var.callbacks.SamplingCallback", "--trainer.callbacks.sampler=x"],
+            ["sampler"],
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(changes, words, tiny, capsys):
@@ -292,6 +296,15 @@ def test_sections_can_be_shared_by_reference(tiny, capsys):
     assert sampling["init_args"]["sampler"]["init_args"]["block_length"] == 4
 
 
+def test_vars_are_merged_value_by_value(capsys):
+    first = ["--vars.a.b=1", "--vars.a.c", "[2, x]", "--vars.text=a: {"]
+    assert settings(capsys, *first, "--vars.a.b=${vars.n}", "--vars.n=7")["vars"] == {
+        "a": {"b": 7, "c": [2, "x"]},
+        "n": 7,
+        "text": "a: {",
+    }
+
+
 def test_callbacks_can_be_appended(tiny, capsys):
     more = write("more.yaml", "trainer: {callbacks+: [{class_path: dllm_var.callbacks.SpeedMonitor}]}\n")
     found = settings(capsys, "--config", tiny, "--config", more, "--trainer.callbacks+=LearningRateMonitor")
@@ -324,7 +337,7 @@ def test_objective_is_replaceable(tiny, capsys):
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("config", [path for path in CONFIGS if path.parent.name != "sampler"], ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_config_parses(config, capsys):
     base = ["--config", str(ROOT / "configs" / "quickstart.yaml")] if config.parent.name != "configs" else []
     settings(capsys, *base, "--config", str(ROOT / config))
