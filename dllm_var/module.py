@@ -176,8 +176,7 @@ class DiffusionLM(L.LightningModule):
         the same rows give the same step however they are split.
         """
         sums = torch.stack((self._loss_sum.double(), self._normaliser.double(), self._correct.double(), self._scored.double()))
-        if self.trainer.world_size > 1:
-            sums = self.all_gather(sums).sum(dim=0)
+        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         loss_sum, normaliser, correct, scored = sums
         split = self.trainer.world_size * self.trainer.accumulate_grad_batches * self.last_step_stats["tokens"]
         scale = (split / normaliser.clamp_min(1)).float()
@@ -221,13 +220,13 @@ class DiffusionLM(L.LightningModule):
     def _log_metrics(self, stage: str) -> None:
         bound = self.objective_metrics if self.objective.causal else self.bound_metrics
         values = self.objective_metrics.compute()
-        likelihood = bound.compute()
+        likelihood = bound.compute()  # already of all ranks; sync_dist below only says so to Lightning
         for name in ("loss", "masked_accuracy", "terminator_recall"):
             if name in values:
-                self.log(f"{stage}/{name}", values[name], prog_bar=name == "loss", sync_dist=False)
+                self.log(f"{stage}/{name}", values[name], prog_bar=name == "loss", sync_dist=True)
         for name, value in likelihood.items():
             if name.startswith(("nelbo", "perplexity", "loss_t")):
-                self.log(f"{stage}/{name}", value)
+                self.log(f"{stage}/{name}", value, sync_dist=True)
         self.objective_metrics.reset()
         self.bound_metrics.reset()
 
