@@ -1,6 +1,6 @@
 """Does EOS really lead? Attention x overhang x terminator_last x terminator mask rate, measured on CMUdict.
 
-    python benchmarks/eos_ablation.py             # trains what is missing in results/eos_ablation.json, about 45 minutes on one core
+    python benchmarks/eos_ablation.py             # trains what results/eos_ablation.json lacks: 45 minutes on one core
     python benchmarks/eos_ablation.py --report    # table (docs/eos_ablation.md) and plot from the results
 
 Every model is the quickstart's (0.87M parameters) trained on the same words with the same number of tokens; only the
@@ -149,8 +149,8 @@ def _place(steps: int, attention: str, end: str, always: bool) -> tuple:
 
 def table(lines: list[dict]) -> str:
     rows = [
-        "| steps | attention | after the terminator | terminator masked | terminator_last | PER (range over seeds) | length exact "
-        "| ended by EOS | ended early | ended late | tokens/forward |",
+        "| steps | attention | after the terminator | terminator masked | terminator_last | PER (range over seeds) "
+        "| length exact | ended by EOS | ended early | ended late | tokens/forward |",
         "|--:|---|---|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for line in lines:
@@ -196,7 +196,9 @@ def plot(lines: list[dict], path: Path) -> None:
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     axes[1].legend(loc="lower right")
-    figure.suptitle("Which setting lets the model end its own answers (median and range of the seeds; longer bars are cut)")
+    figure.suptitle(
+        "Which setting lets the model end its own answers (median and range of the seeds; longer bars are cut)"
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -39,7 +39,8 @@ class ExportWeights(L.Callback):
         if trainer.is_global_zero:
             transformer: Any = pl_module.transformer
             tokenizer: Any = pl_module.tokenizer
-            meta = {"sampler": remembered_sampler(trainer.callbacks), "step": trainer.global_step}
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            meta = {"sampler": remembered_sampler(callbacks), "step": trainer.global_step}
             save_checkpoint_folder(self.path, transformer, tokenizer, meta, state)
 
 

@@ -89,8 +89,8 @@ class DiffusionLM(L.LightningModule):
             return Transformer(self.config)
         if mesh["tensor_parallel"].size() > 1:  # what Lightning makes of "auto"
             raise UserError(
-                "trainer.strategy splits each layer over processes, which this model cannot do: set tensor_parallel_size "
-                "to 1 and data_parallel_size to the number of processes, as configs/strategy/fsdp2.yaml does"
+                "trainer.strategy splits each layer over processes, which this model cannot do: set "
+                "tensor_parallel_size to 1 and data_parallel_size to the number of processes, as configs/strategy/fsdp2.yaml does"
             )
         with torch.device("meta"):
             transformer = Transformer(self.config)
@@ -175,7 +175,9 @@ class DiffusionLM(L.LightningModule):
         Lightning has averaged the gradients over ranks and divided by the accumulation; both are undone here, so that
         the same rows give the same step however they are split.
         """
-        sums = torch.stack((self._loss_sum.double(), self._normaliser.double(), self._correct.double(), self._scored.double()))
+        sums = torch.stack(
+            (self._loss_sum.double(), self._normaliser.double(), self._correct.double(), self._scored.double())
+        )
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         loss_sum, normaliser, correct, scored = sums
         split = self.trainer.world_size * self.trainer.accumulate_grad_batches * self.last_step_stats["tokens"]

@@ -101,13 +101,15 @@ class Muon(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
     ) -> None:
-        groups = [dict(group) if isinstance(group, dict) else {"params": [group]} for group in params]
+        groups: list[dict[str, Any]] = [
+            dict(group) if isinstance(group, dict) else {"params": [group]} for group in params
+        ]
         for group in groups:
             group["lr"] = lr if group.setdefault("role", "rest") == "hidden" else adamw_lr
         super().__init__(groups, dict(momentum=momentum, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         """Updates every parameter that has a gradient."""
         loss = None
         if closure is not None:
@@ -150,7 +152,7 @@ class Muon(Optimizer):
         )
 
     def _step_hidden(self, group: dict[str, Any]) -> None:
-        shapes: dict[torch.Size, list[nn.Parameter]] = {}
+        shapes: dict[torch.Size, list[Tensor]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None:
                 shapes.setdefault(parameter.shape, []).append(parameter)

@@ -78,7 +78,9 @@ def test_validation_logs_what_the_readme_promises(objective, tmp_path):
     assert logged["val/perplexity_bound"] == pytest.approx(float(logged["val/nelbo"].exp()), rel=1e-4)
     buckets = [name for name in logged if name.startswith("val/loss_t=")]
     assert len(buckets) == (0 if model.objective.causal else 5)
-    again = run.validate(model, PackedDataModule(batch_size=8, context_length=48, packing="best_fit", overhang=4), verbose=False)
+    again = run.validate(
+        model, PackedDataModule(batch_size=8, context_length=48, packing="best_fit", overhang=4), verbose=False
+    )
     assert again[0]["val/nelbo"] == pytest.approx(float(logged["val/nelbo"]), rel=1e-5)  # the noise is fixed
 
 

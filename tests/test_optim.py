@@ -11,7 +11,9 @@ from dllm_var.optim import Muon, Schedule, orthogonalise, parameter_groups
 
 def tiny(**changes) -> Transformer:
     torch.manual_seed(0)
-    return Transformer(TransformerConfig(**{**dict(hidden_size=16, num_layers=2, num_heads=2, vocab_size=11), **changes}))
+    return Transformer(
+        TransformerConfig(**{**dict(hidden_size=16, num_layers=2, num_heads=2, vocab_size=11), **changes})
+    )
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
@@ -58,7 +60,10 @@ def test_muon_equals_torch_on_hidden_matrices_and_adamw_on_the_rest():
     chosen = {id(p) for p in hidden}
     rest = [p for p in theirs.parameters() if id(p) not in chosen]
     groups = [{"params": [p], "weight_decay": 0.1 if p is theirs.lm_head.weight else 0.0} for p in rest]
-    references = [torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1), torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95))]
+    references = [
+        torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1),
+        torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95)),
+    ]
     for step in range(3):
         for model, optimizers in ((ours, [muon]), (theirs, references)):
             generator = torch.Generator().manual_seed(step)

@@ -40,7 +40,15 @@ def test_recipe_trains_two_steps_and_writes_its_summary(names, tmp_path, monkeyp
     monkeypatch.setattr("dllm_var.callbacks.summary.held_out_prompts", first_prompts)
     summary = fit(tmp_path, *names)
     assert summary["steps"] == 2
-    for name in ("per", "wer", "ended_by_eos", "length_exact", "tokens_per_forward", "tokens_per_second", "train_seconds"):
+    for name in (
+        "per",
+        "wer",
+        "ended_by_eos",
+        "length_exact",
+        "tokens_per_forward",
+        "tokens_per_second",
+        "train_seconds",
+    ):
         assert summary[name] >= 0
     [weights] = tmp_path.glob("runs/*/version_0/model")
     assert main(["generate", "--checkpoint", str(weights), "--prompt", "keyboard", "--max-new-tokens", "4"]) == 0

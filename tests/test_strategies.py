@@ -26,14 +26,17 @@ if strategy == "fsdp2":
     from lightning.pytorch.strategies import ModelParallelStrategy
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
 adamw = lambda params: torch.optim.AdamW(params, lr=1e-2, eps=1e-4)
-model = DiffusionLM(TransformerConfig(hidden_size=16, num_layers=2, num_heads=2), optimizer=adamw, schedule=Schedule("constant", 0))
+config = TransformerConfig(hidden_size=16, num_layers=2, num_heads=2)
+model = DiffusionLM(config, optimizer=adamw, schedule=Schedule("constant", 0))
 data = PackedDataModule(batch_size=batch_size, context_length=48, packing="best_fit", canvas=4)
 trainer = L.Trainer(
-    strategy=strategy, devices=devices, accelerator="cpu", max_steps=3, limit_val_batches=2, val_check_interval=3, logger=False,
-    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    strategy=strategy, devices=devices, accelerator="cpu", max_steps=3, limit_val_batches=2, val_check_interval=3,
+    logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    num_sanity_val_steps=0,
 )
 trainer.fit(model, data)
-weights = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in model.transformer.named_parameters()}
+named = model.transformer.named_parameters()
+weights = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in named}
 if trainer.is_global_zero:
     torch.save({"weights": weights, "loss": float(trainer.callback_metrics["val/nelbo"])}, path)
 """
@@ -58,5 +61,7 @@ def train(folder: Path, strategy: str, devices: int, batch_size: int) -> dict:
 def test_two_processes_train_as_one(strategy, tmp_path):
     one, two = train(tmp_path, "auto", 1, 8), train(tmp_path, strategy, 2, 4)
     for name, weight in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], weight, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            two["weights"][name], weight, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
     assert two["loss"] == pytest.approx(one["loss"], rel=0.2)  # two of four validation batches against two of eight

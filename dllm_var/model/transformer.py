@@ -218,7 +218,7 @@ class Transformer(nn.Module):
         if config.vocab_size is None:
             raise UserError("transformer.vocab_size is not set: it comes from the tokenizer, or set it yourself")
         self.config = config = config.resolved()
-        assert config.head_dim is not None
+        assert config.vocab_size is not None and config.head_dim is not None
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)

@@ -26,7 +26,9 @@ class AutoregressiveSampler(Sampler):
 
     def __init__(self, max_new_tokens: int = 512, batch_size: int = 32) -> None:
         if max_new_tokens < 1 or batch_size < 1:
-            raise UserError(f"sampler.max_new_tokens and batch_size must be at least 1, got {max_new_tokens}, {batch_size}")
+            raise UserError(
+                f"sampler.max_new_tokens and batch_size must be at least 1, got {max_new_tokens}, {batch_size}"
+            )
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
 
     def decode(

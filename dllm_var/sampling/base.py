@@ -12,7 +12,7 @@ import torch
 from dllm_var.errors import UserError
 
 if TYPE_CHECKING:
-    from dllm_var.model.transformer import Transformer
+    from dllm_var.model.transformer import Transformer, TransformerConfig
     from dllm_var.tokenization import Tokenizer
 
 OnBlock = Callable[[int, list[int]], None]
@@ -73,7 +73,7 @@ class Sampler(ABC):
         """
         transformer = getattr(model, "transformer", model)
         tokenizer = tokenizer or getattr(model, "tokenizer", None)
-        ids = [encode_prompt(index, prompt, tokenizer, transformer) for index, prompt in enumerate(prompts)]
+        ids = [encode_prompt(index, prompt, tokenizer, transformer.config) for index, prompt in enumerate(prompts)]
         if max_new_tokens is not None and max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         was_training = transformer.training
@@ -91,7 +91,7 @@ class Sampler(ABC):
 
 
 def encode_prompt(
-    index: int, prompt: Sequence[int] | str, tokenizer: Tokenizer | None, transformer: Transformer
+    index: int, prompt: Sequence[Any] | str, tokenizer: Tokenizer | None, config: TransformerConfig
 ) -> list[int]:
     """Returns the token ids of one prompt; raises UserError for what cannot be decoded from."""
     if isinstance(prompt, str):
@@ -102,7 +102,8 @@ def encode_prompt(
         ids = [int(token) for token in prompt]
     if not ids:
         raise UserError(f"prompt {index} is empty: give at least one token")
-    vocab_size = transformer.config.vocab_size
+    vocab_size = config.vocab_size
+    assert vocab_size is not None
     wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
     if wrong is not None:
         raise UserError(f"prompt {index} has token id {wrong}, outside the vocabulary of {vocab_size}")

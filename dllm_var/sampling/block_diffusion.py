@@ -27,7 +27,7 @@ class BlockDiffusionSampler(Sampler):
         block_length: Tokens decoded together.
         max_new_tokens: Longest answer; a row that reaches it has finish reason `length`.
         batch_size: Rows decoded at a time; a finished row's place goes to the next prompt.
-        terminator_last: Commits a terminator only when everything left of it is, and nothing right of one it is sure of.
+        terminator_last: Commits a terminator only when everything left of it is, and nothing right of a sure one.
         kv_commit: How a finished block enters the cache: `joint_next` in one forward with the next block (the paper),
             `alone` in a forward of its own.
         grid: Where blocks start: at the `prompt`'s end (the paper) or at `absolute` multiples of the block length.
@@ -103,7 +103,9 @@ class _Run:
         self.state = {name: value.repeat(slots, *[1] * value.dim()) for name, value in self.template.items()}
         # Host-side bookkeeping, one entry per slot; `prompt` is the index of the row's prompt, -1 for a free slot.
         self.prompt = np.full(slots, -1)
-        self.prompt_length, self.pending, self.width, self.steps, self.nfe = (np.zeros(slots, np.int64) for _ in "12345")
+        self.prompt_length, self.pending, self.width, self.steps, self.nfe = (
+            np.zeros(slots, np.int64) for _ in "12345"
+        )
         self.masked_left = np.zeros(slots, np.int64)
         self.began = np.zeros(slots)
 
@@ -217,7 +219,9 @@ class _Run:
             written_at.scatter_(1, place, torch.where(written, at, written_at.gather(1, place)))
         else:
             self.canvas[index[:, None], place] = torch.where(inside, tokens, canvas.gather(1, place))
-            self.committed_at[index[:, None], place] = torch.where(written, at, self.committed_at[index].gather(1, place))
+            self.committed_at[index[:, None], place] = torch.where(
+                written, at, self.committed_at[index].gather(1, place)
+            )
         # The step's one wait for the device: masks left in each row, and where its answer ends (-1: not yet).
         ends = _answer_ends(tokens, masked, inside, self.terminators)
         if decision.finish_row is not None:

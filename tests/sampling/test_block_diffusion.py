@@ -9,7 +9,9 @@ from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold, Decision, FixedSteps
 
 MASK, ENDS, VOCABULARY = 19, (3, 4), 20
-PROMPTS = [torch.randint(5, 19, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 1, 14, 5, 2, 30)]
+PROMPTS = [
+    torch.randint(5, 19, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 1, 14, 5, 2, 30)
+]
 
 
 def random_model(seed=0, scale=0.2, **changes) -> Transformer:
@@ -25,7 +27,11 @@ def random_model(seed=0, scale=0.2, **changes) -> Transformer:
 def test_equals_the_slow_reference(seed, kv_commit, terminator_last):
     model = random_model(seed)
     sampler = BlockDiffusionSampler(
-        ConfidenceThreshold(0.2), block_length=5, max_new_tokens=13, terminator_last=terminator_last, kv_commit=kv_commit
+        ConfidenceThreshold(0.2),
+        block_length=5,
+        max_new_tokens=13,
+        terminator_last=terminator_last,
+        kv_commit=kv_commit,
     )
     for prompt in PROMPTS[:4]:
         ours = sampler.generate(model, [prompt])[0]
