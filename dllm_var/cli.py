@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
@@ -20,7 +21,7 @@ from dllm_var import DiffusionLM, __version__
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.interrupt import Interrupted, StopOnInterrupt
-from dllm_var.runs import SaveConfig, continue_newest, default_logger
+from dllm_var.runs import SaveConfig, checkpoint_at, continue_newest, default_logger
 from dllm_var.sampling import Sampler
 from dllm_var.settings import SettingsParser, merged, qualify_references, read_settings, split_vars
 
@@ -52,6 +53,8 @@ def main(command: str, arguments: list[str]) -> int:
     except OmegaConfBaseException as error:  # a resolver such as ${oc.env:NAME}, or a reference that goes in a circle
         setting = ".".join(key for key in str(error.full_key).split(".")[1:] if key != "init_args")
         raise UserError(f"{setting}: {str(error.msg or error).splitlines()[0]}") from error
+    except MisconfigurationException as error:
+        raise UserError(" ".join(str(error).split())) from error
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes exit(1) of Ctrl-C outside training steps
             raise KeyboardInterrupt from None
@@ -60,7 +63,12 @@ def main(command: str, arguments: list[str]) -> int:
 
 
 def resume_command(settings: list[str]) -> str:
-    return shlex.join(["python", "-m", "dllm_var", "fit", *settings, "--resume"])
+    """Returns the command that goes on where `fit` with these settings stopped."""
+    kept: list[str] = []
+    for previous, argument in zip(["", *settings], settings, strict=False):
+        if previous != "--ckpt_path" and argument.partition("=")[0] != "--ckpt_path":
+            kept.append(argument)
+    return shlex.join(["python", "-m", "dllm_var", "fit", *kept, "--resume"])
 
 
 class TrainerParser(SettingsParser, LightningArgumentParser):
@@ -151,10 +159,14 @@ class TrainingCLI(LightningCLI):
         if settings.get("weights_only") is None:
             settings.weights_only = True  # a checkpoint is data, never code to run
         path = settings.get("ckpt_path")
-        if self.resume and path is not None:
+        if self.resume and path not in (None, "last"):
             raise UserError(f"--resume finds the newest checkpoint itself: leave out --ckpt_path={path}")
-        if path is not None and not is_named(str(path)) and not Path(path).exists():
-            raise UserError(f"ckpt_path: there is no file or folder '{path}'")
+        if path == "last" and self.command == "fit":  # Lightning would look in the new run's folder
+            self.resume, settings.ckpt_path = True, None
+        elif path == "last":
+            settings.ckpt_path = str(continue_newest(settings.trainer.clone()))
+        elif path is not None:
+            settings.ckpt_path = str(checkpoint_at(str(path)))
 
     def before_instantiate_classes(self) -> None:
         self.as_written = self.config
@@ -165,15 +177,13 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.config = self.as_written  # what is saved starts a new run when it is used again
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Keeps the configuration as given; LightningCLI would let the checkpoint's hyper-parameters override it."""
-
-
-def is_named(path: str) -> bool:
-    """Whether Lightning looks the checkpoint up by a word of its own or at a URL."""
-    return path in ("best", "last", "hpc", "registry") or path.startswith("registry:") or "://" in path
 
 
 def config_files(settings: list[str]) -> list[Path]:

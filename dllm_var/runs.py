@@ -71,6 +71,19 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
+def checkpoint_at(path: str) -> str | Path:
+    """Returns the checkpoint that `--ckpt_path` means: a file, a folder of shards, or the newest one of a run folder.
+
+    Raises:
+        UserError: When nothing is there.
+    """
+    if path in ("hpc", "registry") or path.startswith("registry:") or "://" in path:  # Lightning looks these up
+        return path
+    if not Path(path).exists():
+        raise UserError(f"ckpt_path: there is no file or folder '{path}'")
+    return newest_checkpoint(Path(path) / "checkpoints") or Path(path)
+
+
 def continue_newest(trainer_settings: Any) -> Path:
     """Finds the newest run with a checkpoint under the settings' folder and points the loggers at that run.
 

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 
 from dllm_var import DiffusionLM, UserError
 from dllm_var.__main__ import COMMANDS, main
-from dllm_var.cli import quieten
+from dllm_var.cli import quieten, resume_command
 from dllm_var.datamodules import CmudictSource, PackedDataModule
 from dllm_var.settings import readable
 
@@ -217,6 +217,10 @@ def test_every_command_has_help(command, capsys):
         (["--model=3"], ["model"]),
         (["--trainer=3"], ["trainer"]),
         (["stray"], ["stray"]),
+        (["--ckpt_path=last"], ["no checkpoint", "runs/tiny"]),
+        (["--ckpt_path=best"], ["ckpt_path", "best"]),
+        (["--trainer.strategy=somehow"], ["trainer", "strategy", "somehow"]),
+        (["--trainer.accelerator=cuda"], ["CUDA"]),
         (
             ["--trainer.callbacks+=dllm_var.callbacks.SamplingCallback", "--trainer.callbacks.sampler=x"],
             ["sampler"],
@@ -429,6 +433,27 @@ def test_validate_and_test_a_checkpoint(tiny, capsys):
     last = "runs/tiny/version_0/checkpoints/last.ckpt"
     assert main(["validate", "--config", tiny, f"--ckpt_path={last}"]) == 0
     assert "val/loss" in capsys.readouterr().out
+
+
+def test_last_means_the_newest_run(tiny):
+    assert main(["fit", "--config", tiny]) == 0
+    assert main(["fit", "--config", tiny, "--ckpt_path=last", "--trainer.max_steps=4"]) == 0
+    assert [path.name for path in Path("runs/tiny").iterdir()] == ["version_0"]
+    assert main(["validate", "--config", tiny, "--ckpt_path=last"]) == 0
+    saved = yaml.safe_load(Path("runs/tiny/version_1/config.yaml").read_text())
+    assert saved["ckpt_path"] == "runs/tiny/version_0/checkpoints/last.ckpt"
+
+
+def test_a_run_folder_stands_for_its_newest_checkpoint(tiny):
+    assert main(["fit", "--config", tiny]) == 0
+    assert main(["fit", "--config", tiny, "--ckpt_path=runs/tiny/version_0", "--trainer.max_steps=4"]) == 0
+    assert steps_of("runs/tiny/version_1/checkpoints/last.ckpt") == 4
+
+
+def test_resume_command_drops_the_first_checkpoint():
+    settings = ["--config", "a b.yaml", "--ckpt_path", "x.ckpt", "--ckpt_path=y.ckpt", "--trainer.max_steps=4"]
+    expected = "python -m dllm_var fit --config 'a b.yaml' --trainer.max_steps=4 --resume"
+    assert resume_command(settings) == expected
 
 
 def test_ctrl_c_saves_the_finished_step_and_tells_how_to_go_on(tiny, capsys):
