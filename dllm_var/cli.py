@@ -21,7 +21,7 @@ from dllm_var import DiffusionLM, __version__
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.interrupt import Interrupted, StopOnInterrupt
-from dllm_var.runs import SaveConfig, checkpoint_at, continue_newest, default_logger
+from dllm_var.runs import SaveAtEnd, SaveConfig, checkpoint_at, continue_newest, default_logger
 from dllm_var.sampling import Sampler
 from dllm_var.settings import SettingsParser, merged, qualify_references, read_settings, split_vars
 
@@ -110,7 +110,7 @@ class TrainingCLI(LightningCLI):
             L.LightningModule,
             L.LightningDataModule,
             save_config_callback=SaveConfig,
-            trainer_defaults={"callbacks": [StopOnInterrupt()]},
+            trainer_defaults={"callbacks": [StopOnInterrupt(), SaveAtEnd()]},
             seed_everything_default=0,
             parser_kwargs={"parser_mode": "omegaconf+"},  # resolved once, after all merging
             parser_class=TrainerParser,

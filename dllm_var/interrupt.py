@@ -8,9 +8,9 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 
-from dllm_var.runs import checkpoint_folder
+from dllm_var.runs import save_last
 
 
 class Interrupted(Exception):
@@ -64,13 +64,7 @@ class StopOnInterrupt(Callback):
             asked = trainer.strategy.reduce_boolean_decision(asked, all=False)
         if not asked:
             return
-        path = checkpoint_folder(trainer) / "last.ckpt"
-        for callback in trainer.checkpoint_callbacks:  # so that a resumed run replaces this file, not beside it
-            if isinstance(callback, ModelCheckpoint) and callback.save_last:
-                callback.last_model_path = str(path)
-        if trainer.is_global_zero and path.is_symlink():  # save_last="link": what it points to stays as it is
-            path.unlink()
-        trainer.save_checkpoint(path, weights_only=False)
+        path = save_last(trainer)
         raise Interrupted(f"stopped at step {trainer.global_step}, saved {path}")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
 from dllm_var.errors import UserError
@@ -63,6 +63,40 @@ def checkpoint_folder(trainer: L.Trainer) -> Path:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath:
             return Path(callback.dirpath)
     return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+
+
+def save_last(trainer: L.Trainer) -> Path:
+    """Saves the present state as last.ckpt of the run; every rank must call it.
+
+    Returns:
+        The checkpoint.
+    """
+    path = checkpoint_folder(trainer) / "last.ckpt"
+    for callback in trainer.checkpoint_callbacks:  # so that a resumed run replaces this file, not beside it
+        if isinstance(callback, ModelCheckpoint) and callback.save_last:
+            callback.last_model_path = str(path)
+    if trainer.is_global_zero and path.is_symlink():  # save_last="link": what it points to stays as it is
+        path.unlink()
+    trainer.save_checkpoint(path, weights_only=False)
+    return path
+
+
+class SaveAtEnd(Callback):
+    """Saves the last step of a run as last.ckpt when no checkpoint of that step exists.
+
+    Lightning saves at intervals only, so that the steps after the last interval, or a short run altogether, are lost.
+    """
+
+    def __init__(self) -> None:
+        self._saved_step = -1
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._saved_step = trainer.global_step
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        wanted = bool(trainer.checkpoint_callbacks) and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if wanted and self._saved_step != trainer.global_step:
+            save_last(trainer)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -396,6 +396,22 @@ def test_resume_continues_the_newest_run(tiny, capsys):
     assert again["trainer"]["max_steps"] == 4
 
 
+def test_the_last_step_is_never_lost(tiny):
+    assert main(["fit", "--config", tiny, "--trainer.max_steps=3"]) == 0  # saves every 2
+    last = Path("runs/tiny/version_0/checkpoints/last.ckpt")
+    assert steps_of(last) == 3
+    assert main(["fit", "--config", tiny, "--resume", "--trainer.max_steps=5"]) == 0
+    assert steps_of(last) == 5
+    assert len(list(last.parent.iterdir())) == 2
+
+    never = ["--trainer.val_check_interval=100", "--trainer.check_val_every_n_epoch=null"]
+    plain = ["--trainer.callbacks=null", "--trainer.max_steps=1", *never]
+    assert main(["fit", "--config", tiny, *plain]) == 0
+    assert steps_of("runs/tiny/version_1/checkpoints/last.ckpt") == 1
+    assert main(["fit", "--config", tiny, *plain, "--trainer.enable_checkpointing=false"]) == 0
+    assert not list(Path("runs/tiny/version_2").rglob("*.ckpt"))
+
+
 def test_resume_skips_runs_without_a_checkpoint(tiny):
     assert main(["fit", "--config", tiny]) == 0
     Path("runs/tiny/version_7/checkpoints").mkdir(parents=True)
