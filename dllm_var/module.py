@@ -90,7 +90,8 @@ class DiffusionLM(L.LightningModule):
         if mesh["tensor_parallel"].size() > 1:  # what Lightning makes of "auto"
             raise UserError(
                 "trainer.strategy splits each layer over processes, which this model cannot do: set "
-                "tensor_parallel_size to 1 and data_parallel_size to the number of processes, as configs/strategy/fsdp2.yaml does"
+                "tensor_parallel_size to 1 and data_parallel_size to the number of processes, as in "
+                "configs/strategy/fsdp2.yaml"
             )
         with torch.device("meta"):
             transformer = Transformer(self.config)

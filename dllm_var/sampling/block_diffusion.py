@@ -16,6 +16,7 @@ from dllm_var.model.transformer import Transformer
 from dllm_var.objectives.base import is_one_of
 from dllm_var.sampling.base import Generation, OnBlock, Sampler, special_ids
 from dllm_var.sampling.commit import choose_commits
+from dllm_var.sampling.draw import Draw, request_keys
 from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, UnmaskingPolicy
 
 
@@ -31,6 +32,10 @@ class BlockDiffusionSampler(Sampler):
         kv_commit: How a finished block enters the cache: `joint_next` in one forward with the next block (the paper),
             `alone` in a forward of its own.
         grid: Where blocks start: at the `prompt`'s end (the paper) or at `absolute` multiples of the block length.
+        temperature: 0 takes the most likely token; above, tokens are drawn.
+        top_k: Draws among the k most likely tokens; all when 0.
+        top_p: Draws among the most likely tokens that together have this probability.
+        seed: Seed of the draws; a row's draws do not depend on its batch.
 
     Raises:
         UserError: When a length or the batch size is below 1.
@@ -45,6 +50,10 @@ class BlockDiffusionSampler(Sampler):
         terminator_last: bool = True,
         kv_commit: Literal["joint_next", "alone"] = "joint_next",
         grid: Literal["prompt", "absolute"] = "prompt",
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
     ) -> None:
         for name, value in (
             ("block_length", block_length),
@@ -56,6 +65,8 @@ class BlockDiffusionSampler(Sampler):
         self.policy: UnmaskingPolicy = policy if policy is not None else ConfidenceThreshold()
         self.block_length, self.max_new_tokens, self.batch_size = block_length, max_new_tokens, batch_size
         self.terminator_last, self.kv_commit, self.grid = terminator_last, kv_commit, grid
+        self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
+        self.draw = Draw(temperature, top_k, top_p, seed)
 
     def decode(
         self, model: Transformer, prompts: list[list[int]], max_new_tokens: int | None, on_block: OnBlock | None
@@ -89,6 +100,7 @@ class _Run:
         self.sampler, self.model, self.prompts, self.limit, self.on_block = sampler, model, prompts, limit, on_block
         self.mask_id, self.terminators = special_ids(model)
         self.waiting = deque(range(len(prompts)))
+        self.keys = np.array(request_keys(prompts), dtype=np.int64)
         self.answers: dict[int, Generation] = {}
         slots = min(sampler.batch_size, len(prompts))
         weight = model.embedding.weight
@@ -193,6 +205,7 @@ class _Run:
         logits = self.model.lm_head(hidden[from_row, from_offset + shift[from_row]]).float()
         logits[:, self.mask_id] = -torch.inf
         done = self.cache.lengths[rows] - self.prompt_length[rows]
+        key = torch.from_numpy(self.keys[self.prompt[rows]] + self.nfe[rows]).to(self.device)
         view = BlockView(
             scored_logits=logits,
             scored=scored,
@@ -201,6 +214,8 @@ class _Run:
             changeable=inside,
             step=torch.from_numpy(self.steps[rows]).to(self.device),
             progress=torch.from_numpy(done / self.limit).to(self.device, torch.float32),
+            key=key,
+            sampled=self.sampler.draw(logits, key[from_row] * block + from_offset),
         )
         decoded = width > 0
         state = {name: value.clone() if index is None else value[index] for name, value in self.state.items()}
@@ -222,15 +237,23 @@ class _Run:
             self.committed_at[index[:, None], place] = torch.where(
                 written, at, self.committed_at[index].gather(1, place)
             )
-        # The step's one wait for the device: masks left in each row, and where its answer ends (-1: not yet).
         ends = _answer_ends(tokens, masked, inside, self.terminators)
         if decision.finish_row is not None:
             ends = torch.where(decision.finish_row & (ends < 0), width_on_device.squeeze(1), ends)
-        left, end = torch.stack((masked.sum(dim=1), ends)).cpu().numpy()
-        self.masked_left[rows[decoded]] = left[decoded]
+        left = masked.sum(dim=1)
+        over = (left == 0) | (ends >= 0)
+        if decision.keep_open is not None:
+            over = over & ~decision.keep_open
+        # The step's one wait for the device.
+        left_on_host, end, over_on_host = torch.stack((left, ends, over.long())).cpu().numpy()
+        self.masked_left[rows[decoded]] = left_on_host[decoded]
         self.steps[rows[decoded]] += 1
-        for at_row in np.flatnonzero(decoded & self.active[rows] & ((left == 0) | (end >= 0))):
-            self._end_block(int(rows[at_row]), int(end[at_row]))
+        for at_row in np.flatnonzero(decoded & self.active[rows] & ((end >= 0) | (over_on_host == 1))):
+            slot = int(rows[at_row])
+            if over_on_host[at_row]:
+                self._end_block(slot, int(end[at_row]))
+            else:  # kept open for edits: nothing behind the answer's end is decoded any more
+                self.width[slot], self.masked_left[slot] = int(end[at_row]) + 1, 0
 
     def _end_block(self, slot: int, end: int) -> None:
         """Ends a row whose answer is complete, or moves it to its next block."""

@@ -8,6 +8,8 @@ from torch import Tensor
 from dllm_var.objectives.base import is_one_of
 from dllm_var.sampling.policies.base import BlockView, Decision
 
+STEPS_WITH_REMASKING = 4
+
 
 def choose_commits(
     view: BlockView, decision: Decision, mask_id: int, terminators: tuple[int, ...], terminator_last: bool
@@ -17,7 +19,8 @@ def choose_commits(
     Every row that has masks gets at least one commit unless the policy remasks or edits, so a block takes at most K
     steps. With `terminator_last` a terminator is committed only once everything left of it is, nothing is committed
     right of one that the policy selected, and the commit that every row gets is not right of any predicted one: what
-    stands there is not part of the answer.
+    stands there is not part of the answer. A block that remasks without end is filled without remasking after
+    `STEPS_WITH_REMASKING` steps per position.
     """
     tokens = view.predicted if decision.tokens is None else decision.tokens
     commit = decision.commit & view.masked
@@ -29,9 +32,11 @@ def choose_commits(
         open_left = _count_left(view.masked & ~commit) > 0
         commit = commit | (sure_end & ~open_left)
         may_commit = may_commit & ((is_end.cumsum(dim=1) == 0) | (_count_left(view.masked) == 0))
+    may_remask = view.step < STEPS_WITH_REMASKING * view.tokens.size(1)
+    remask = None if decision.remask is None else decision.remask & may_remask[:, None]
     stuck = view.masked.any(dim=1) & ~commit.any(dim=1)
-    if decision.remask is not None:
-        stuck = stuck & ~decision.remask.any(dim=1)
+    if remask is not None:
+        stuck = stuck & ~remask.any(dim=1)
     best = view.confidence.masked_fill(~may_commit, -1.0).argmax(dim=1, keepdim=True)
     commit = commit | torch.zeros_like(commit).scatter_(1, best, stuck[:, None])
     if decision.finish_block is not None:
@@ -39,8 +44,8 @@ def choose_commits(
     written = commit if decision.edit is None else commit | (decision.edit & view.changeable & ~view.masked)
     after = torch.where(written, tokens, view.tokens)
     masked = view.masked & ~commit
-    if decision.remask is not None:
-        remask = decision.remask & view.changeable & ~commit
+    if remask is not None:
+        remask = remask & view.changeable & ~commit
         after = torch.where(remask, mask_id, after)
         masked = masked | remask
     return after, masked, written

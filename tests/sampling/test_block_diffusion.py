@@ -7,6 +7,8 @@ from slow_reference import generate as slow_generate
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold, Decision, FixedSteps
+from dllm_var.sampling import policies as P
+from dllm_var.sampling.config import sampler_from_config, sampler_to_config
 
 MASK, ENDS, VOCABULARY = 19, (3, 4), 20
 PROMPTS = [
@@ -182,3 +184,55 @@ def test_a_causal_model_is_refused():
 
 def test_no_prompts_give_no_answers():
     assert BlockDiffusionSampler().generate(random_model(), []) == []
+
+
+ALL_POLICIES = [
+    P.CoherentCandidates(warmup_steps=1),
+    P.ConfidenceFactor(),
+    P.EntropyBounded(),
+    P.EntropyThreshold(),
+    P.FirstHitting(),
+    P.JointThreshold(0.3, 0.2),
+    P.Prophet(high=2.0, middle=1.0, low=0.5),
+    P.RunningConfidenceRemasking(3),
+    P.Saber(),
+    P.SchED(high=2.0, low=0.5),
+    P.Sequential(2),
+]
+
+
+@pytest.mark.parametrize("policy", ALL_POLICIES, ids=lambda policy: type(policy).__name__)
+@pytest.mark.parametrize("terminator_last", [False, True])
+def test_every_policy_decodes_a_batch_as_single_rows(policy, terminator_last):
+    model = random_model(3)
+    settings = dict(block_length=6, max_new_tokens=15, batch_size=3, terminator_last=terminator_last)
+    sampler = BlockDiffusionSampler(policy, **settings)
+    for together, prompt in zip(sampler.generate(model, PROMPTS), PROMPTS, strict=True):
+        alone = sampler.generate(model, [prompt])[0]
+        assert (together.tokens, together.finish_reason, together.nfe) == (alone.tokens, alone.finish_reason, alone.nfe)
+        assert MASK not in together.tokens and not set(ENDS) & set(together.tokens)
+        assert together.finish_reason == "eos" or len(together.tokens) == 15
+
+
+@pytest.mark.parametrize("policy", ALL_POLICIES, ids=lambda policy: type(policy).__name__)
+def test_every_policy_is_remembered_by_a_checkpoint(policy):
+    config = sampler_to_config(BlockDiffusionSampler(policy))
+    again = sampler_from_config(config)
+    assert sampler_to_config(again) == config and type(again.policy) is type(policy)
+
+
+def test_a_policy_that_remasks_for_ever_is_stopped():
+    class Sisyphus:
+        def initial_state(self, block_length):
+            return {}
+
+        def decide(self, view, state):
+            return Decision(commit=torch.zeros_like(view.masked), remask=view.changeable)
+
+    answer = scripted([7] * 4, [0.99] * 4, policy=Sisyphus())
+    assert answer.tokens == [7] * 4
+
+
+def test_a_checkpoint_does_not_choose_what_code_runs():
+    with pytest.raises(UserError, match=r"os\.system"):
+        sampler_from_config({"class_path": "os.system", "init_args": {"command": "true"}})

@@ -1,7 +1,35 @@
 """Unmasking policies: which positions of the block become tokens at each denoising step."""
 
 from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy, top_n
-from dllm_var.sampling.policies.confidence_threshold import ConfidenceThreshold
+from dllm_var.sampling.policies.confidence import (
+    CoherentCandidates,
+    ConfidenceFactor,
+    ConfidenceThreshold,
+    EntropyBounded,
+    EntropyThreshold,
+)
+from dllm_var.sampling.policies.early_exit import Prophet, SchED
 from dllm_var.sampling.policies.fixed_steps import FixedSteps
+from dllm_var.sampling.policies.order import FirstHitting, Sequential
+from dllm_var.sampling.policies.remasking import JointThreshold, RunningConfidenceRemasking, Saber
 
-__all__ = ["BlockView", "ConfidenceThreshold", "Decision", "FixedSteps", "State", "UnmaskingPolicy", "top_n"]
+__all__ = [
+    "BlockView",
+    "CoherentCandidates",
+    "ConfidenceFactor",
+    "ConfidenceThreshold",
+    "Decision",
+    "EntropyBounded",
+    "EntropyThreshold",
+    "FirstHitting",
+    "FixedSteps",
+    "JointThreshold",
+    "Prophet",
+    "RunningConfidenceRemasking",
+    "Saber",
+    "SchED",
+    "Sequential",
+    "State",
+    "UnmaskingPolicy",
+    "top_n",
+]

@@ -25,6 +25,8 @@ class BlockView:
         changeable: Positions the policy may write, masked or not [R, K]: inside the row's block and not given text.
         step: Denoising steps this row's block has had before this one [R].
         progress: Share of the row's length limit already decoded, in [0, 1) [R].
+        key: Number of the request and forward [R], int64, for randomness that does not depend on the batch.
+        sampled: Tokens drawn at the scored positions [M], when the temperature is above 0.
     """
 
     scored_logits: Tensor
@@ -34,6 +36,8 @@ class BlockView:
     changeable: Tensor
     step: Tensor
     progress: Tensor
+    key: Tensor
+    sampled: Tensor | None = None
 
     def spread(self, values: Tensor) -> Tensor:
         """Returns per-position values [M, ...] at their places in a block of zeros [R, K, ...]."""
@@ -48,13 +52,29 @@ class BlockView:
 
     @cached_property
     def predicted(self) -> Tensor:
-        """The most likely token at each position [R, K]."""
-        return self.spread(self._top[1])
+        """The token to put at each position [R, K]: the most likely one, or the one drawn when sampling."""
+        return self.spread(self._top[1] if self.sampled is None else self.sampled)
 
     @cached_property
     def confidence(self) -> Tensor:
         """Probability of the predicted token [R, K]."""
-        return self.spread((self._top[0] - self.scored_logits.logsumexp(dim=-1)).exp())
+        if self.sampled is not None:
+            return self.probability_of(self.predicted)
+        return self.spread((self._top[0] - self._normaliser).exp())
+
+    @cached_property
+    def _normaliser(self) -> Tensor:
+        return self.scored_logits.logsumexp(dim=-1)
+
+    def probability_of(self, tokens: Tensor) -> Tensor:
+        """Probability of given tokens [R, K] at the scored positions."""
+        chosen = self.scored_logits.gather(1, tokens.reshape(-1)[self.scored, None]).squeeze(1)
+        return self.spread((chosen - self._normaliser).exp())
+
+    @cached_property
+    def block_share(self) -> Tensor:
+        """Share of the block's positions that are committed [R]."""
+        return 1 - self.masked.sum(dim=1) / self.changeable.sum(dim=1).clamp_min(1)
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -73,7 +93,7 @@ class BlockView:
     def probability_margin(self) -> Tensor:
         """Top-1 minus top-2 probability [R, K]."""
         top = self.scored_logits.topk(2, dim=-1).values
-        probabilities = (top - self.scored_logits.logsumexp(dim=-1, keepdim=True)).exp()
+        probabilities = (top - self._normaliser[:, None]).exp()
         return self.spread(probabilities[:, 0] - probabilities[:, 1])
 
     @cached_property
@@ -93,6 +113,7 @@ class Decision:
         edit: Committed positions to overwrite.
         finish_block: Rows [R] whose block is to be filled with `tokens` at once.
         finish_row: Rows [R] that end after this step.
+        keep_open: Rows [R] whose block gets another step even when it is full, to be edited.
     """
 
     commit: Tensor
@@ -101,6 +122,7 @@ class Decision:
     edit: Tensor | None = None
     finish_block: Tensor | None = None
     finish_row: Tensor | None = None
+    keep_open: Tensor | None = None
 
 
 State = dict[str, Tensor]
@@ -123,6 +145,28 @@ class UnmaskingPolicy(Protocol):
 
 def top_n(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
     """Returns where `scores` [R, K] is among the row's `counts` [R] best eligible ones; ties go to the left."""
+    return (ranks(scores, eligible) < counts[:, None]) & eligible
+
+
+def ranks(scores: Tensor, eligible: Tensor) -> Tensor:
+    """Returns each position's place [R, K] in its row sorted by score, best eligible one first, ties left first."""
     order = scores.masked_fill(~eligible, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.size(1), device=order.device).expand_as(order))
-    return (rank < counts[:, None]) & eligible
+    places = torch.arange(order.size(1), device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
+
+
+def mean_where(values: Tensor, where: Tensor) -> Tensor:
+    """Returns each row's mean of `values` [R, K] over `where`; 0 for a row without any."""
+    return (values * where).sum(dim=1) / where.sum(dim=1).clamp_min(1)
+
+
+def scheduled(positions: Tensor, steps: int, step: Tensor) -> Tensor:
+    """Returns how many of `positions` [R] are due at `step` [R] of `steps`, the first ones taking one more."""
+    return positions // steps + (step < positions % steps)
+
+
+def scheduled_after(positions: Tensor, steps: int, step: Tensor) -> Tensor:
+    """Returns how many of `positions` [R] are due after `step` [R]."""
+    left = (steps - 1 - step).clamp_min(0)
+    extra = (positions % steps - 1 - step).clamp_min(0)
+    return (positions // steps) * left + torch.minimum(extra, left)

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 
 from dllm_var.errors import UserError
-from dllm_var.sampling.policies.base import BlockView, Decision, State, top_n
+from dllm_var.objectives.noise import KeyedNoise
+from dllm_var.sampling.policies.base import BlockView, Decision, State, scheduled, top_n
 
 
 class FixedSteps:
@@ -32,19 +33,17 @@ class FixedSteps:
         self.steps, self.score, self.seed = steps, score, seed
 
     def initial_state(self, block_length: int) -> State:
-        generator = torch.Generator().manual_seed(self.seed)
-        return {"order": torch.rand(block_length, generator=generator)} if self.score == "random" else {}
+        return {}
 
     def decide(self, view: BlockView, state: State) -> Decision:
-        positions = view.changeable.sum(dim=1)
-        due = positions // self.steps + (view.step < positions % self.steps)
-        return Decision(commit=top_n(self._scores(view, state), view.masked, due.clamp_min(1)))
+        due = scheduled(view.changeable.sum(dim=1), self.steps, view.step).clamp_min(1)
+        return Decision(commit=top_n(self._scores(view), view.masked, due))
 
-    def _scores(self, view: BlockView, state: State) -> torch.Tensor:
+    def _scores(self, view: BlockView) -> torch.Tensor:
         if self.score == "confidence":
             return view.confidence
         if self.score == "entropy":
             return -view.entropy
         if self.score == "margin":
             return view.probability_margin
-        return state["order"]
+        return KeyedNoise(self.seed).uniform(view.key, view.tokens.size(1), stream=3)

@@ -1,0 +1,82 @@
+"""Drawing tokens: temperature, top-k and top-p, with noise that depends on the request and not on its batch."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllm_var.errors import UserError
+from dllm_var.objectives.noise import KeyedNoise
+
+_FORWARDS = 1 << 20  # forwards of one request that get keys of their own
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How tokens are drawn.
+
+    Args:
+        temperature: 0 takes the most likely token; otherwise logits + temperature x Gumbel noise (LLaDA's form).
+        top_k: Draws among the k most likely tokens; all when 0.
+        top_p: Draws among the most likely tokens that together have this probability.
+        seed: Seed of the noise.
+
+    Raises:
+        UserError: When a value is out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise UserError(
+                "sampler needs temperature >= 0, top_k >= 0 and top_p in (0, 1], got "
+                f"{self.temperature}, {self.top_k} and {self.top_p}"
+            )
+
+    def __call__(self, logits: Tensor, keys: Tensor) -> Tensor | None:
+        """Returns one token per position [M], or null when the most likely one is meant.
+
+        Args:
+            logits: [M, V] float32.
+            keys: Number of each position's draw [M], int64; equal keys draw equal tokens.
+        """
+        if self.temperature == 0:
+            return None
+        logits = keep_likely(logits, self.temperature, self.top_k, self.top_p)
+        # float64, or the tail of the noise is cut off and rare tokens are drawn too seldom (2409.02908, section 5)
+        uniform = KeyedNoise(self.seed).uniform(keys, logits.size(1), stream=5).double() + 2.0**-25
+        gumbel = -(-uniform.log()).log()
+        return (logits.double() + self.temperature * gumbel).argmax(dim=-1)
+
+
+def keep_likely(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Sets the logits [M, V] of unlikely tokens to -inf; the most likely one always stays."""
+    if 0 < top_k < logits.size(1):
+        least = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = (ordered / temperature).softmax(dim=-1)
+        before = probabilities.cumsum(dim=-1) - probabilities
+        unlikely = torch.zeros_like(before, dtype=torch.bool).scatter_(1, order, before >= top_p)
+        logits = logits.masked_fill(unlikely, -torch.inf)
+    return logits
+
+
+def request_keys(prompts: list[list[int]]) -> list[int]:
+    """Returns a number for each request from its prompt and how often that prompt came before it."""
+    seen: dict[tuple[int, ...], int] = {}
+    keys = []
+    for prompt in prompts:
+        tokens = tuple(prompt)
+        occurrence = seen[tokens] = seen.get(tokens, -1) + 1
+        digest = hashlib.sha256(repr((tokens, occurrence)).encode()).digest()
+        keys.append((int.from_bytes(digest[:8], "little") >> 21) * _FORWARDS)
+    return keys

@@ -1,0 +1,347 @@
+"""Each policy against an obvious slow version on random logits, and the property that defines it."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dllm_var.errors import UserError
+from dllm_var.sampling import policies as P
+from dllm_var.sampling.policies.base import scheduled, scheduled_after
+
+VOCABULARY = 7
+
+
+def make_view(seed=0, rows=3, width=8, masked=0.6, scores_committed=False, step=0, scale=3.0, logits=None, tokens=None):
+    """A block with random logits, some positions masked (token 0), some committed."""
+    generator = torch.Generator().manual_seed(seed)
+    is_masked = torch.rand(rows, width, generator=generator) < masked
+    is_masked[:, 0] |= ~is_masked.any(dim=1)
+    if logits is None:
+        logits = scale * torch.randn(rows, width, VOCABULARY, generator=generator)
+    logits = logits.clone()
+    logits[..., 0] = -torch.inf
+    if tokens is None:
+        tokens = torch.randint(1, VOCABULARY, (rows, width), generator=generator)
+    scored = torch.ones_like(is_masked) if scores_committed else is_masked
+    return P.BlockView(
+        scored_logits=logits[scored],
+        scored=scored.flatten().nonzero().squeeze(1),
+        tokens=torch.where(is_masked, 0, tokens),
+        masked=is_masked,
+        changeable=torch.ones_like(is_masked),
+        step=torch.full((rows,), step),
+        progress=torch.zeros(rows),
+        key=torch.arange(rows) * 1000 + step,
+    ), logits
+
+
+def state_of(policy, rows=3, width=8):
+    return {name: value.repeat(rows, *[1] * value.dim()) for name, value in policy.initial_state(width).items()}
+
+
+def confidences(logits):
+    return logits[..., 1:].softmax(-1).max(-1).values  # token 0 is the mask
+
+
+seeds = pytest.mark.parametrize("seed", range(8))
+
+
+@seeds
+def test_view_spreads_what_it_computes_at_scored_positions(seed):
+    view, logits = make_view(seed)
+    probabilities = logits.softmax(-1)
+    top = probabilities.topk(2, -1).values
+    entropy = -(probabilities * probabilities.clamp_min(1e-30).log()).sum(-1)
+    for ours, expected in (
+        (view.confidence, top[..., 0]),
+        (view.predicted, logits.argmax(-1)),
+        (view.entropy, entropy),
+        (view.probability_margin, top[..., 0] - top[..., 1]),
+        (view.logit_margin, logits.topk(2, -1).values.diff(dim=-1).neg().squeeze(-1)),
+    ):
+        torch.testing.assert_close(ours, torch.where(view.masked, expected, 0), atol=1e-5, rtol=1e-4)
+
+
+@seeds
+def test_factor_commits_the_longest_run(seed):
+    view, logits = make_view(seed, scale=6)
+    commit = P.ConfidenceFactor(1.5).decide(view, {}).commit
+    for row in range(3):
+        positions = [j for j in range(8) if view.masked[row, j]]
+        positions.sort(key=lambda j: -float(confidences(logits)[row, j]))
+        count = 0
+        while count < len(positions):
+            if float(confidences(logits)[row, positions[count]]) < 1 - 1.5 / (count + 2):
+                break
+            count += 1
+        assert set(positions[: max(1, count)]) == set(commit[row].nonzero().flatten().tolist())
+
+
+@seeds
+def test_entropy_policies(seed):
+    view, _ = make_view(seed, scale=5)
+    assert torch.equal(P.EntropyThreshold(0.4).decide(view, {}).commit, view.masked & (view.entropy <= 0.4))
+    commit = P.EntropyBounded(0.6).decide(view, {}).commit
+    for row in range(3):
+        positions = sorted((float(view.entropy[row, j]), j) for j in range(8) if view.masked[row, j])
+        total, chosen = 0.0, []
+        for entropy, j in positions:
+            total += entropy
+            if total >= 0.6:
+                break
+            chosen.append(j)
+        assert set(chosen or [positions[0][1]]) == set(commit[row].nonzero().flatten().tolist())
+
+
+@seeds
+@pytest.mark.parametrize("score", ["confidence", "margin", "entropy", "random"])
+def test_fixed_steps_commits_the_best_due(seed, score):
+    view, _ = make_view(seed, step=1, masked=1.0)
+    commit = P.FixedSteps(3, score).decide(view, {}).commit
+    assert commit.sum(dim=1).tolist() == [3, 3, 3]  # 8 positions in 3 steps: 3, 3, 2
+    if score == "entropy":
+        assert (view.entropy[commit].max() <= view.entropy[~commit].max()) and commit[0, view.entropy[0].argmin()]
+    if score == "margin":
+        assert commit[0, view.probability_margin[0].argmax()]
+
+
+def test_random_order_differs_between_requests_and_steps():
+    first, _ = make_view(0, masked=1.0)
+    second, _ = make_view(0, masked=1.0, step=1)
+    policy = P.FixedSteps(8, "random")
+    a, b = policy.decide(first, {}).commit, policy.decide(second, {}).commit
+    assert not torch.equal(a, b) and not (a[0] == a).all()
+
+
+@given(st.integers(1, 40), st.integers(1, 50))
+@settings(max_examples=60, deadline=None)
+def test_the_schedule_adds_up(positions, steps):
+    due = [int(scheduled(torch.tensor([positions]), steps, torch.tensor([i]))[0]) for i in range(steps)]
+    assert sum(due) == positions and due == sorted(due, reverse=True) and due[0] - due[-1] <= 1
+    for i in range(steps):
+        assert int(scheduled_after(torch.tensor([positions]), steps, torch.tensor([i]))[0]) == sum(due[i + 1 :])
+
+
+@seeds
+def test_sequential_takes_the_leftmost(seed):
+    view, _ = make_view(seed)
+    commit = P.Sequential(2).decide(view, {}).commit
+    for row in range(3):
+        assert commit[row].nonzero().flatten().tolist() == view.masked[row].nonzero().flatten().tolist()[:2]
+
+
+def test_first_hitting_takes_one_masked_position_each_equally_often():
+    counts = torch.zeros(8)
+    for step in range(400):
+        view, _ = make_view(0, masked=1.0, step=step)
+        commit = P.FirstHitting().decide(view, {}).commit
+        assert commit.sum(dim=1).tolist() == [1, 1, 1]
+        counts += commit.sum(dim=0)
+    assert counts.min() > 100 and counts.max() < 200  # 150 on average, standard deviation 11
+
+
+def play(policy, logits_of_step, width=8, steps=40):
+    """Runs a policy on one row until its block is closed; returns the masked positions before each step."""
+    state = state_of(policy, 1, width)
+    tokens = torch.zeros(1, width, dtype=torch.long)
+    history = []
+    for step in range(steps):
+        masked = tokens == 0
+        history.append(masked[0].tolist())
+        logits = logits_of_step(step).clone()
+        logits[..., 0] = -torch.inf
+        scored = torch.ones_like(masked) if getattr(policy, "scores_committed", False) else masked
+        view = P.BlockView(
+            logits[scored], scored.flatten().nonzero().squeeze(1), tokens, masked, torch.ones_like(masked),
+            torch.tensor([step]), torch.zeros(1), torch.tensor([step]),
+        )  # fmt: skip
+        decision = policy.decide(view, state)
+        commit = decision.commit & masked
+        if decision.finish_block is not None and decision.finish_block[0]:
+            commit = masked
+        predicted = logits.argmax(-1)
+        tokens = torch.where(commit, predicted, tokens)
+        if decision.edit is not None:
+            tokens = torch.where(decision.edit & ~masked, predicted, tokens)
+        if decision.remask is not None:
+            tokens = torch.where(decision.remask & ~commit, 0, tokens)
+        if not (tokens == 0).any() and (decision.keep_open is None or not decision.keep_open[0]):
+            break
+    return history, tokens[0].tolist()
+
+
+def random_logits(seed):
+    return lambda step: 3 * torch.randn(1, 8, VOCABULARY, generator=torch.Generator().manual_seed(100 * seed + step))
+
+
+@seeds
+def test_rcr_keeps_the_most_confident_and_follows_the_schedule(seed):
+    policy, logits = P.RunningConfidenceRemasking(3), random_logits(seed)
+    history, _ = play(policy, logits)
+    assert [sum(masked) for masked in history] == [8, 5, 2]
+    recorded = confidences(logits(0))[0]  # worked by hand: after step 0 the best 3 of 8 stay
+    expected = set(recorded.argsort(descending=True)[:3].tolist())
+    assert {j for j in range(8) if not history[1][j]} == expected
+    recorded = torch.where(torch.tensor(history[1]), confidences(logits(1))[0], recorded)
+    assert {j for j in range(8) if not history[2][j]} == set(recorded.argsort(descending=True)[:6].tolist())
+
+
+def test_rcr_takes_back_a_token_that_was_less_sure_than_later_ones():
+    history, _ = play(
+        P.RunningConfidenceRemasking(3), lambda step: random_logits(0)(step) * (0.1 if step == 0 else 3.0)
+    )
+    first, second = ({j for j in range(8) if not masked[j]} for masked in history[1:])
+    assert len(first) == 3 and len(second) == 6 and not first <= second
+
+
+@seeds
+def test_saber_against_a_slow_version(seed):
+    logits = random_logits(seed)
+    history, _ = play(P.Saber(2), logits)
+    tokens: list[int] = [0] * 8
+    recorded, previous = [0.0] * 8, [0.0] * 8
+    for step, masked in enumerate(history):
+        assert masked == [token == 0 for token in tokens]
+        values = logits(step)[0].clone()
+        values[:, 0] = -torch.inf
+        p = values.softmax(-1)
+        now = [float(p[j].max()) if tokens[j] == 0 else float(p[j, tokens[j]]) for j in range(8)]
+        done = [j for j in range(8) if tokens[j]]
+        bar = sum(recorded[j] for j in done) / len(done) if done else 1.0
+        still = sorted((j for j in range(8) if not tokens[j]), key=lambda j: -now[j])
+        commit = still[: max(2, sum(now[j] > bar for j in still))]
+        number = max(2, len(commit))
+        for j in commit:
+            recorded[j] = now[j]
+        take_back = []
+        if len(commit) < len(still):
+            amount = min(max(1, math.ceil(number / 8)), number - 1)
+            take_back = sorted(done, key=lambda j: now[j] - previous[j])[:amount]
+        for j in commit:
+            tokens[j] = int(values[j].argmax())
+        for j in take_back:
+            tokens[j] = 0
+        previous = now
+    assert all(tokens)
+
+
+@seeds
+def test_coherent_candidates_against_a_slow_version(seed):
+    policy, logits = P.CoherentCandidates(count=1, warmup_steps=2), random_logits(seed)
+
+    def slowly_changing(step):
+        return logits(0) + 0.3 * logits(step)
+
+    history, _ = play(policy, slowly_changing)
+    done: set[int] = set()
+    candidates: set[int] = set()
+    predicted, size = [-1] * 8, 1
+    for step, masked in enumerate(history):
+        assert {j for j in range(8) if not masked[j]} == done
+        values = slowly_changing(step)[0].clone()
+        values[:, 0] = -torch.inf
+        p = values.softmax(-1)
+        entropy = -(p * p.clamp_min(1e-30).log()).sum(-1)
+        still = sorted((j for j in range(8) if j not in done), key=lambda j: float(entropy[j]))
+        best, wide = still[:1], set(still[:size])
+        commit = set(best)
+        if step >= 2 and set(best) & candidates:
+            same = {j for j in wide & candidates if int(values[j].argmax()) == predicted[j]}
+            commit = same if len(same) >= 1 else commit
+        size = 1 if len(still) * 10 <= 8 else min(size + 1, 5)
+        candidates = wide
+        predicted = [int(values[j].argmax()) if j in still else 0 for j in range(8)]
+        done |= commit
+
+
+def margins(values):
+    """Logits of one row whose top-1 minus top-2 margin is given per position."""
+    logits = torch.full((1, len(values), VOCABULARY), -20.0)
+    logits[..., 1] = torch.tensor(values)
+    logits[..., 2] = 0.0
+    return logits
+
+
+@pytest.mark.parametrize(("margin", "steps"), [(7.6, 1), (7.4, 4), (4.9, 7), (2.4, 8)])
+def test_prophet_closes_a_block_when_and_only_when(margin, steps):
+    """8 positions, one per step: below 0.33 committed (steps 1-3) 7.5 is needed, below 0.67 (4-6) 5.0, after 2.5."""
+    history, tokens = play(P.Prophet(), lambda step: margins([margin] * 8))
+    assert len(history) == steps and all(tokens)
+
+
+def test_prophet_looks_at_masked_positions_only():
+    history, _ = play(P.Prophet(), lambda step: margins([30.0, 30.0, 30.0, 30.0, 4.0, 4.0, 4.0, 4.0]))
+    assert len(history) == 1  # mean margin 17
+    history, _ = play(P.Prophet(base=P.Sequential()), lambda step: margins([30.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0]))
+    assert len(history) == 7  # mean 7.25 at first; then 4, enough only in the last third
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "exponential"])
+def test_sched_needs_margin_and_calm(shape):
+    def expected(margin):
+        for committed in range(8):
+            t = committed / 8
+            fall = {"cosine": 2.5 + 5 * (1 + math.cos(math.pi * t)) / 2, "linear": 7.5 - 5 * t}
+            threshold = fall.get(shape, 7.5 * (2.5 / 7.5) ** t)
+            if margin >= threshold and committed > 0:  # at the first step there is nothing to compare with
+                return committed + 1
+        return 8
+
+    for margin in (8.0, 7.0, 5.5, 4.0, 2.6):
+        history, _ = play(P.SchED(shape=shape), lambda step, m=margin: margins([m] * 8))
+        assert len(history) == expected(margin)
+
+    def restless(step):
+        logits = margins([9.0] * 8)
+        logits[0, 7, [1, 2]] = logits[0, 7, [2, 1]] if step % 2 else logits[0, 7, [1, 2]]
+        return logits
+
+    history, _ = play(P.SchED(base=P.Sequential(), shape=shape), restless)
+    assert len(history) == 8  # the last position keeps changing its mind until it is the last one
+
+
+def test_joint_threshold_edits_until_calm_and_not_for_ever():
+    def changing(until):
+        def logits(step):
+            values = torch.full((1, 8, VOCABULARY), 0.0)
+            values[..., 3 if step >= until else 1 + step % 2] = 9.0
+            return values
+
+        return logits
+
+    history, tokens = play(P.JointThreshold(), changing(3))
+    assert tokens == [3] * 8 and len(history) == 5  # filled at 0, edited at 1, 2, 3; calm at 4
+    history, _ = play(P.JointThreshold(max_edit_steps=4), changing(99))
+    assert len(history) == 5
+
+
+def test_joint_threshold_keeps_what_it_is_not_sure_to_replace():
+    values = torch.zeros(1, 8, VOCABULARY)
+    values[..., 2] = 1.0  # predicted everywhere, with a confidence below both thresholds
+    view, _ = make_view(1, rows=1, scores_committed=True, logits=values, tokens=torch.full((1, 8), 4))
+    decision = P.JointThreshold().decide(view, state_of(P.JointThreshold(), 1))
+    assert not decision.commit.any() and not decision.edit.any()
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: P.ConfidenceThreshold(1.5), "ConfidenceThreshold.threshold"),
+        (lambda: P.ConfidenceFactor(0), "ConfidenceFactor.factor"),
+        (lambda: P.EntropyThreshold(-1), "EntropyThreshold.threshold"),
+        (lambda: P.EntropyBounded(-1), "EntropyBounded.gamma"),
+        (lambda: P.FixedSteps(0), "FixedSteps.steps"),
+        (lambda: P.Sequential(0), "Sequential.count"),
+        (lambda: P.RunningConfidenceRemasking(0), "RunningConfidenceRemasking.steps"),
+        (lambda: P.Saber(0), "Saber.count"),
+        (lambda: P.CoherentCandidates(0), "CoherentCandidates"),
+        (lambda: P.JointThreshold(2.0), "JointThreshold"),
+        (lambda: P.SchED(low=8.0), "SchED"),
+    ],
+)
+def test_settings_out_of_range_are_named(make, named):
+    with pytest.raises(UserError, match=named):
+        make()
