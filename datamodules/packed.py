@@ -157,6 +157,12 @@ class PackedDataModule(L.LightningDataModule):
         """Batches of test rows, always the same, each once over all ranks; none without such a split."""
         return self._held_out_loader("test")
 
+    def predict_dataloader(self) -> DataLoader:
+        """Batches of the test split's prompts, as lists of token ids, for `predict`."""
+        prompts = [example.prompt_ids for example in self.held_out("test")]
+        replicas, rank = self._ranks()
+        return DataLoader(prompts[rank::replicas], batch_size=self.batch_size, collate_fn=_as_it_is)  # type: ignore[arg-type]
+
     def table(self, split: str) -> Table:
         """Tokenized samples of a split.
 

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from dllm_var import DiffusionLM, __version__
+from dllm_var.callbacks import AnswerWriter
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.interrupt import Interrupted, StopOnInterrupt
@@ -110,7 +111,7 @@ class TrainingCLI(LightningCLI):
             L.LightningModule,
             L.LightningDataModule,
             save_config_callback=SaveConfig,
-            trainer_defaults={"callbacks": [StopOnInterrupt(), SaveAtEnd()]},
+            trainer_defaults={"callbacks": [StopOnInterrupt(), SaveAtEnd(), AnswerWriter()]},
             seed_everything_default=0,
             parser_kwargs={"parser_mode": "omegaconf+"},  # resolved once, after all merging
             parser_class=TrainerParser,
@@ -167,6 +168,8 @@ class TrainingCLI(LightningCLI):
             settings.ckpt_path = str(continue_newest(settings.trainer.clone()))
         elif path is not None:
             settings.ckpt_path = str(checkpoint_at(str(path)))
+        elif self.command != "fit":
+            raise UserError(f"{self.command} needs --ckpt_path FILE, or --ckpt_path last for the newest run")
 
     def before_instantiate_classes(self) -> None:
         self.as_written = self.config

@@ -22,7 +22,8 @@ from dllm_var.objectives import EosSchedule, KeyedNoise, NoisedBatch, Objective
 from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import head_cross_entropy
 from dllm_var.objectives.validation import EvenMasking
-from dllm_var.optim import Schedule, parameter_groups
+from dllm_var.optim import AdamW, Schedule, parameter_groups
+from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
 from dllm_var.sampling.config import remembered_sampler
 from dllm_var.tokenization import Tokenizer
 
@@ -49,9 +50,7 @@ class DiffusionLM(L.LightningModule):
         transformer: TransformerConfig = TransformerConfig(),  # noqa: B008
         objective: Objective | None = None,
         attention: Literal["document", "full"] = "document",
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(
-            params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        ),
+        optimizer: OptimizerCallable = lambda params: AdamW(params),
         schedule: Schedule = Schedule(),  # noqa: B008
         seed: int = 0,
         compile: bool = False,
@@ -232,6 +231,17 @@ class DiffusionLM(L.LightningModule):
                 self.log(f"{stage}/{name}", value, sync_dist=True)
         self.objective_metrics.reset()
         self.bound_metrics.reset()
+
+    # -- prediction --------------------------------------------------------------------------------------------------
+
+    def predict_step(self, batch: list[list[int]], batch_idx: int) -> list[Generation]:
+        """Decodes a batch of prompts (token ids) with the sampler of the last callback that has one."""
+        samplers = [c.sampler for c in self.trainer.callbacks if hasattr(c, "sampler")]  # type: ignore[attr-defined]
+        sampler = samplers[-1] if samplers else self._default_sampler()
+        return sampler.generate(self, batch)
+
+    def _default_sampler(self) -> Sampler:
+        return AutoregressiveSampler() if self.objective.causal else BlockDiffusionSampler()
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

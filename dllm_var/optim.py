@@ -75,6 +75,22 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     return groups
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW with the defaults of language-model training.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate.
+        betas: Decays of the two moments.
+        weight_decay: Decoupled decay of every group that does not set its own.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.1
+    ) -> None:
+        super().__init__(params, lr=lr, betas=tuple(betas), weight_decay=weight_decay, fused=True)
+
+
 class Muon(Optimizer):
     """Muon for hidden weight matrices, AdamW for embeddings, head and norms, in one optimizer.
 

@@ -17,6 +17,7 @@ from jsonargparse import Namespace
 from dllm_var.errors import UserError
 from dllm_var.model.checkpoints import load_checkpoint
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, ConfidenceThreshold, Generation, Sampler
+from dllm_var.sampling.config import check_own
 from dllm_var.settings import SettingsParser, read_settings
 from dllm_var.tokenization import Tokenizer
 
@@ -42,7 +43,10 @@ def main(command: str, arguments: list[str]) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     transformer, tokenizer, meta = load_checkpoint(path, device) if path else (None, None, {})
     causal = transformer is not None and transformer.config.causal
-    parser = build_parser(command, meta.get("sampler") or {"class_path": class_path(default_sampler(causal))})
+    chosen = any(argument.partition("=")[0] == "--sampler" for argument in arguments)
+    remembered = None if chosen else meta.get("sampler")
+    check_own(remembered)
+    parser = build_parser(command, remembered or {"class_path": class_path(default_sampler(causal))})
     options = parser.parse_args(inline_sampler(arguments))
     apply_shortcuts(options)
     sampler: Sampler = parser.instantiate(options).sampler

@@ -58,13 +58,22 @@ def sampler_from_config(config: dict[str, Any], **overrides: Any) -> Sampler:
     return sampler
 
 
-def _build(config: dict[str, Any]) -> Any:
-    module_name, _, name = str(config["class_path"]).rpartition(".")
-    if not module_name.startswith("dllm_var.sampling"):
+def check_own(config: Any) -> None:
+    """Raises UserError when a description, or one inside it, names a class that is not this package's own."""
+    if not isinstance(config, dict) or "class_path" not in config:
+        return
+    if not str(config["class_path"]).startswith("dllm_var.sampling."):
         raise UserError(
             f"the checkpoint asks for the sampler {config['class_path']}, which is not part of dllm_var.sampling: "
             "pass it with --sampler if you trust it"
         )
+    for value in (config.get("init_args") or {}).values():
+        check_own(value)
+
+
+def _build(config: dict[str, Any]) -> Any:
+    check_own(config)
+    module_name, _, name = str(config["class_path"]).rpartition(".")
     try:
         kind = getattr(import_module(module_name), name)
         arguments = {

@@ -1,0 +1,60 @@
+"""The answers of `predict`, as JSON lines in the run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from dllm_var.callbacks.decoding import say
+from dllm_var.sampling import Generation
+
+
+class AnswerWriter(BasePredictionWriter):
+    """Writes one JSON object per prompt: prompt, text, tokens, finish_reason, nfe, seconds.
+
+    The file is `answers.jsonl` in the run folder (the working folder without a logger), complete lines only, with the
+    rank in its name when there are several processes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("batch")
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+        folder = Path(trainer.log_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"answers{rank}.jsonl"
+        self.file = self.path.open("w", encoding="utf-8")
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        tokenizer: Any = pl_module.tokenizer
+        answers: list[Generation] = prediction
+        for prompt, answer in zip(batch, answers, strict=True):
+            fields = {
+                "prompt": tokenizer.decode(prompt),
+                "text": answer.text,
+                "tokens": answer.tokens,
+                "finish_reason": answer.finish_reason,
+                "nfe": answer.nfe,
+                "seconds": round(answer.seconds, 6),
+            }
+            self.file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.file.close()
+        say(trainer, f"answers in {self.path}")

@@ -1,0 +1,61 @@
+"""What the README shows is run, not read."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dllm_var.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+
+
+def block(language: str, word: str) -> str:
+    [text] = [text for kind, text in BLOCKS if kind == language and word in text]
+    return text
+
+
+@pytest.fixture
+def policy(tmp_path, monkeypatch):
+    """The README's policy and its config, saved where the README says."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_policy.py").write_text(block("python", "class LeftToRight"))
+    (tmp_path / "my_policy.yaml").write_text(block("yaml", "my_policy.LeftToRight"))
+    return "my_policy.yaml"
+
+
+def test_the_policy_of_the_readme_samples_during_training(policy, capfd):
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    toy = ["--model.transformer.hidden_size=16", "--model.transformer.num_layers=1", "--model.transformer.num_heads=2"]
+    toy += ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=2"]
+    toy += ["--sampler.max_new_tokens=4", "--data.batch_size=2"]
+    assert main(["fit", "--config", config, "--config", policy, *toy]) == 0
+    [saved] = Path("runs").glob("*/version_0/config.yaml")
+    assert "my_policy.LeftToRight" in saved.read_text()
+
+
+def test_the_policy_of_the_readme_decodes_with_the_shipped_model(policy, capsys):
+    checkpoint = str(ROOT / "checkpoints" / "cmudict")
+    assert main(["generate", "--checkpoint", checkpoint, "--sampler", policy, "--prompt", "keyboard"]) == 0
+    assert capsys.readouterr().out.strip() == "keyboard -> K IY B AO R D"
+
+
+def test_the_python_example_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    exec(compile(block("python", "load_checkpoint"), "README.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[0].startswith("K IY B AO R D eos ")
+
+
+def test_the_shipped_model_answers_as_the_readme_shows(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    shown = re.search(r"\$ python -m dllm_var (generate .*)\n((?:.* -> .*\n)+)", README)
+    assert main(shown[1].split()) == 0
+    assert capsys.readouterr().out == shown[2]
+
+
+def test_paths_in_the_readme_exist():
+    for path in re.findall(r"(?:configs|docs|checkpoints|benchmarks)/[\w/.]*\w", README):
+        assert (ROOT / path).exists(), path
