@@ -35,26 +35,33 @@ class KVCache:
         self.capacity = capacity
         self.lengths = np.zeros(rows, dtype=np.int64)  # frozen tokens; on the host, so that nobody waits for the device
 
-    def open(self, width: int, windows: np.ndarray | None = None, rows: np.ndarray | None = None) -> None:
+    def open(
+        self,
+        width: int,
+        windows: np.ndarray | None = None,
+        rows: np.ndarray | None = None,
+        visible: np.ndarray | None = None,
+    ) -> None:
         """Prepares one forward of `width` tokens per row.
 
         Args:
             width: Tokens of the forward, L.
             windows: How many of them are real in each row, the rest being padding on the right; all when null.
             rows: The rows that take part, when not all do; each must be empty (a prefill into free rows).
+            visible: Tokens that each row attends to, when what an earlier forward wrote behind the window counts too.
         """
         lengths = self.lengths if rows is None else self.lengths[rows]
         assert rows is None or not lengths.any(), "a forward of some rows only must start from empty ones"
         device = self.storage.device
         self._rows = None if rows is None else torch.from_numpy(rows).to(device)
         self._width = width
-        self.reach = int(lengths.max()) + width
+        self._end = int(lengths.max()) + width  # where the longest row's window ends
+        self.reach = self._end if visible is None else max(self._end, int(visible.max()))
         assert self.reach <= self.capacity, f"cache of {self.capacity} tokens is too short for {self.reach}"
         self._uniform = bool((lengths == lengths[0]).all())
         self.positions = torch.from_numpy(lengths[:, None] + np.arange(width)).to(device)
-        self._ends = None
-        if not self._uniform or (windows is not None and (windows != width).any()):
-            self._ends = torch.from_numpy(lengths + (width if windows is None else windows)).to(device)
+        ends = lengths + (width if windows is None else windows) if visible is None else visible
+        self._ends = None if (ends == self.reach).all() else torch.from_numpy(ends).to(device)
 
     def mask(self, causal: bool) -> Tensor | None:
         """Returns the boolean mask [B, 1, 1 or L, reach] of this forward, null when every token sees everything."""
@@ -74,8 +81,8 @@ class KVCache:
             stored[1, self._rows, :, : self._width] = values
             return keys, values
         if self._uniform:
-            stored[0, :, :, self.reach - self._width : self.reach] = keys
-            stored[1, :, :, self.reach - self._width : self.reach] = values
+            stored[0, :, :, self._end - self._width : self._end] = keys
+            stored[1, :, :, self._end - self._width : self._end] = values
         else:
             row = torch.arange(keys.size(0), device=keys.device)[:, None]
             stored[0].transpose(1, 2)[row, self.positions] = keys.transpose(1, 2)

@@ -3,6 +3,7 @@
 from dllm_var.sampling.autoregressive import AutoregressiveSampler
 from dllm_var.sampling.base import Generation, Sampler
 from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
+from dllm_var.sampling.fixed_length import FixedLengthSampler
 from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, Decision, FixedSteps, UnmaskingPolicy
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "BlockView",
     "ConfidenceThreshold",
     "Decision",
+    "FixedLengthSampler",
     "FixedSteps",
     "Generation",
     "Sampler",

@@ -18,6 +18,7 @@ from dllm_var.sampling.base import Generation, OnBlock, Sampler, special_ids
 from dllm_var.sampling.commit import choose_commits
 from dllm_var.sampling.draw import Draw, request_keys
 from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, UnmaskingPolicy
+from dllm_var.sampling.scoring import position_keys, score_positions
 
 
 class BlockDiffusionSampler(Sampler):
@@ -199,11 +200,8 @@ class _Run:
         masked = (tokens == self.mask_id) & inside
         all_scored = getattr(self.sampler.policy, "scores_committed", False)
         count = int(width.sum() if all_scored else self.masked_left[rows][width > 0].sum())
-        scored = (inside if all_scored else masked).view(-1).nonzero_static(size=count).squeeze(1)
-        from_row, from_offset = scored // block, scored % block
         shift = torch.from_numpy(pending).to(self.device)
-        logits = self.model.lm_head(hidden[from_row, from_offset + shift[from_row]]).float()
-        logits[:, self.mask_id] = -torch.inf
+        scored, logits = score_positions(self.model, hidden, inside if all_scored else masked, shift, count)
         done = self.cache.lengths[rows] - self.prompt_length[rows]
         key = torch.from_numpy(self.keys[self.prompt[rows]] + self.nfe[rows]).to(self.device)
         view = BlockView(
@@ -215,7 +213,7 @@ class _Run:
             step=torch.from_numpy(self.steps[rows]).to(self.device),
             progress=torch.from_numpy(done / self.limit).to(self.device, torch.float32),
             key=key,
-            sampled=self.sampler.draw(logits, key[from_row] * block + from_offset),
+            sampled=self.sampler.draw(logits, position_keys(key, scored, block)),
         )
         decoded = width > 0
         state = {name: value.clone() if index is None else value[index] for name, value in self.state.items()}
