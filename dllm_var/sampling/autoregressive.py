@@ -10,7 +10,7 @@ import torch
 from dllm_var.errors import UserError
 from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.transformer import Transformer
-from dllm_var.sampling.base import Generation, OnBlock, Sampler
+from dllm_var.sampling.base import Generation, OnBlock, Sampler, check_at_least_one
 
 
 class AutoregressiveSampler(Sampler):
@@ -25,10 +25,7 @@ class AutoregressiveSampler(Sampler):
     """
 
     def __init__(self, max_new_tokens: int = 512, batch_size: int = 32) -> None:
-        if max_new_tokens < 1 or batch_size < 1:
-            raise UserError(
-                f"sampler.max_new_tokens and batch_size must be at least 1, got {max_new_tokens}, {batch_size}"
-            )
+        check_at_least_one(max_new_tokens=max_new_tokens, batch_size=batch_size)
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
 
     def decode(

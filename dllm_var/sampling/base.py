@@ -110,6 +110,13 @@ def encode_prompt(
     return ids
 
 
+def check_at_least_one(**settings: int | None) -> None:
+    """Raises UserError for a sampler's setting below 1; null is left to the sampler."""
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise UserError(f"sampler.{name} must be at least 1, got {value}")
+
+
 def special_ids(model: Transformer) -> tuple[int, tuple[int, ...]]:
     """Returns the model's mask id and terminator ids, or says what is missing."""
     config = model.config

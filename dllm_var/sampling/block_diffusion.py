@@ -14,7 +14,7 @@ from dllm_var.errors import UserError
 from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.transformer import Transformer
 from dllm_var.objectives.base import is_one_of
-from dllm_var.sampling.base import Generation, OnBlock, Sampler, special_ids
+from dllm_var.sampling.base import Generation, OnBlock, Sampler, check_at_least_one, special_ids
 from dllm_var.sampling.commit import choose_commits
 from dllm_var.sampling.draw import Draw, request_keys
 from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, UnmaskingPolicy
@@ -56,13 +56,7 @@ class BlockDiffusionSampler(Sampler):
         top_p: float = 1.0,
         seed: int = 0,
     ) -> None:
-        for name, value in (
-            ("block_length", block_length),
-            ("max_new_tokens", max_new_tokens),
-            ("batch_size", batch_size),
-        ):
-            if value < 1:
-                raise UserError(f"sampler.{name} must be at least 1, got {value}")
+        check_at_least_one(block_length=block_length, max_new_tokens=max_new_tokens, batch_size=batch_size)
         self.policy: UnmaskingPolicy = policy if policy is not None else ConfidenceThreshold()
         self.block_length, self.max_new_tokens, self.batch_size = block_length, max_new_tokens, batch_size
         self.terminator_last, self.kv_commit, self.grid = terminator_last, kv_commit, grid

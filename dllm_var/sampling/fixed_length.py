@@ -12,7 +12,7 @@ from torch import Tensor
 from dllm_var.errors import UserError
 from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.transformer import Transformer
-from dllm_var.sampling.base import Generation, OnBlock, Sampler, special_ids
+from dllm_var.sampling.base import Generation, OnBlock, Sampler, check_at_least_one, special_ids
 from dllm_var.sampling.commit import choose_commits
 from dllm_var.sampling.draw import Draw, request_keys
 from dllm_var.sampling.policies import BlockView, FixedSteps, UnmaskingPolicy
@@ -52,13 +52,7 @@ class FixedLengthSampler(Sampler):
         top_p: float = 1.0,
         seed: int = 0,
     ) -> None:
-        for name, value in (
-            ("canvas_length", canvas_length),
-            ("block_length", block_length),
-            ("batch_size", batch_size),
-        ):
-            if value is not None and value < 1:
-                raise UserError(f"sampler.{name} must be at least 1, got {value}")
+        check_at_least_one(canvas_length=canvas_length, block_length=block_length, batch_size=batch_size)
         self.policy: UnmaskingPolicy = policy if policy is not None else FixedSteps(steps=1 << 30)
         self.canvas_length, self.block_length = canvas_length, block_length
         self.cache, self.batch_size = cache, batch_size
