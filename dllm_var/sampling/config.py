@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
@@ -30,7 +31,15 @@ def sampler_to_config(sampler: Any) -> dict[str, Any] | None:
             if value is None:
                 return None
         arguments[name] = value
-    return {"class_path": f"{type(sampler).__module__}.{type(sampler).__qualname__}", "init_args": arguments}
+    return {"class_path": public_path(type(sampler)), "init_args": arguments}
+
+
+def public_path(kind: type) -> str:
+    """Returns the shortest path that names a class, so that a checkpoint outlives the files being rearranged."""
+    parts = kind.__module__.split(".")
+    packages = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+    exporting = (p for p in packages if getattr(sys.modules.get(p), kind.__qualname__, None) is kind)
+    return f"{next(exporting, kind.__module__)}.{kind.__qualname__}"
 
 
 def remembered_sampler(callbacks: Iterable[Any]) -> dict[str, Any] | None:

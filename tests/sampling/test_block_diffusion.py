@@ -221,6 +221,12 @@ def test_every_policy_is_remembered_by_a_checkpoint(policy):
     assert sampler_to_config(again) == config and type(again.policy) is type(policy)
 
 
+def test_a_checkpoint_names_classes_by_their_public_path():
+    config = sampler_to_config(BlockDiffusionSampler(P.Saber()))
+    assert config["class_path"] == "dllm_var.sampling.BlockDiffusionSampler"
+    assert config["init_args"]["policy"]["class_path"] == "dllm_var.sampling.policies.Saber"
+
+
 def test_a_policy_that_remasks_for_ever_is_stopped():
     class Sisyphus:
         def initial_state(self, block_length):
