@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -23,8 +24,8 @@ from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import head_cross_entropy
 from dllm_var.objectives.validation import EvenMasking
 from dllm_var.optim import AdamW, Schedule, parameter_groups
-from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
-from dllm_var.sampling.config import remembered_sampler
+from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation
+from dllm_var.sampling.config import last_sampler, remembered_sampler
 from dllm_var.tokenization import Tokenizer
 
 OptimizerCallable = Callable[[Any], Optimizer]
@@ -74,7 +75,12 @@ class DiffusionLM(L.LightningModule):
         if self.transformer is not None:
             return
         if self.tokenizer is None:
-            self.tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+            self.tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        if self.tokenizer is None:
+            raise UserError(
+                "the model takes its vocabulary from the data module's tokenizer, and there is none: "
+                "give the Trainer a data module that has one, or call use_tokenizer before"
+            )
         self.use_tokenizer(self.tokenizer)
         self.transformer = self._build()
         if self.compile_blocks and can_compile(self.device):
@@ -122,10 +128,17 @@ class DiffusionLM(L.LightningModule):
     def configure_optimizers(self) -> Any:
         assert self.transformer is not None
         optimizer = self.optimizer(parameter_groups(self.transformer))
-        total_steps = self.trainer.max_steps
+        total_steps: float = self.trainer.max_steps
         if total_steps < 0:
-            total_steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = self.schedule.scheduler(optimizer, total_steps)
+            total_steps = self.trainer.estimated_stepping_batches
+        if not 0 <= total_steps < math.inf:  # max_time alone, or a stream without end
+            if self.schedule.kind != "constant":
+                raise UserError(
+                    f"model.schedule.kind {self.schedule.kind} must know how long training lasts: set "
+                    "trainer.max_steps, or model.schedule.kind to constant"
+                )
+            total_steps = 0
+        scheduler = self.schedule.scheduler(optimizer, int(total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # -- training ----------------------------------------------------------------------------------------------------
@@ -142,7 +155,7 @@ class DiffusionLM(L.LightningModule):
             "tokens": batch["input_ids"].numel(),
             "supervised_tokens": int(batch["supervised"].sum()),
             "loss_tokens": correct.numel(),
-            "samples": int((batch["position_ids"] == 0).sum()),
+            "samples": int(((batch["position_ids"] == 0) & (batch["segment_ids"] >= 0)).sum()),  # padding is at 0 too
         }
         return loss_sum / batch["input_ids"].numel()  # a constant scale, undone below; keeps 16-bit gradients in range
 
@@ -167,7 +180,6 @@ class DiffusionLM(L.LightningModule):
         self._normaliser, self._correct, self._scored = (
             torch.zeros((), dtype=torch.long, device=self.device) for _ in range(3)
         )
-        self._tokens_per_batch = 0
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divides the gradients by the loss tokens of the whole step: all ranks, all accumulated batches.
@@ -236,12 +248,10 @@ class DiffusionLM(L.LightningModule):
 
     def predict_step(self, batch: list[list[int]], batch_idx: int) -> list[Generation]:
         """Decodes a batch of prompts (token ids) with the sampler of the last callback that has one."""
-        samplers = [c.sampler for c in self.trainer.callbacks if hasattr(c, "sampler")]  # type: ignore[attr-defined]
-        sampler = samplers[-1] if samplers else self._default_sampler()
+        sampler = last_sampler(self.trainer.callbacks)  # type: ignore[attr-defined]
+        if sampler is None:
+            sampler = AutoregressiveSampler() if self.objective.causal else BlockDiffusionSampler()
         return sampler.generate(self, batch)
-
-    def _default_sampler(self) -> Sampler:
-        return AutoregressiveSampler() if self.objective.causal else BlockDiffusionSampler()
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ import torch
 
 from dllm_var import DiffusionLM
 from dllm_var.datamodules import PackedDataModule
+from dllm_var.errors import UserError
 from dllm_var.model import TransformerConfig
 from dllm_var.model.checkpoints import load_checkpoint
 from dllm_var.objectives import Autoregressive, EosSchedule, Mdlm
@@ -70,7 +71,7 @@ def test_attention_setting_reaches_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("objective", [EosSchedule, Autoregressive])
-def test_validation_logs_what_the_readme_promises(objective, tmp_path):
+def test_validation_logs_loss_accuracy_terminators_and_likelihood(objective, tmp_path):
     model, run = fit(tmp_path, objective=objective(), limit_val_batches=2, val_check_interval=2)
     logged = run.callback_metrics
     for name in ("loss", "masked_accuracy", "terminator_recall", "nelbo", "perplexity_bound"):
@@ -91,6 +92,31 @@ def test_untrained_nelbo_is_about_that_of_guessing(tmp_path):
     data = PackedDataModule(batch_size=8, context_length=48, packing="best_fit", overhang=4)
     nelbo = run.validate(model, data, verbose=False)[0]["val/nelbo"]
     assert nelbo == pytest.approx(float(torch.tensor(float(model.config.vocab_size)).log()), rel=0.05)
+
+
+def test_samples_are_counted_without_the_padding(tmp_path):
+    """Padding stands at position 0 as the first token of a sample does."""
+    model, _ = fit(tmp_path, max_steps=1)
+    batch = (
+        PackedDataModule(batch_size=8, context_length=48, packing="best_fit", overhang=4)
+        .rows("train")
+        .__getitems__(range(8))
+    )
+    assert (batch["segment_ids"] == -1).any()
+    assert model.last_step_stats["samples"] == int((batch["segment_ids"].amax(dim=1) + 1).sum())
+
+
+def test_a_schedule_that_needs_the_length_of_the_run_says_so(tmp_path):
+    data = PackedDataModule(batch_size=8, context_length=48)
+    endless = dict(max_steps=-1, max_epochs=-1, max_time={"seconds": 0})
+    with pytest.raises(UserError, match=r"trainer\.max_steps"):
+        trainer(tmp_path, **endless).fit(DiffusionLM(SMALL), data)
+    trainer(tmp_path, **endless).fit(DiffusionLM(SMALL, schedule=Schedule("constant")), data)
+
+
+def test_without_a_tokenizer_the_model_says_where_it_looks_for_one(tmp_path):
+    with pytest.raises(UserError, match="tokenizer"):
+        trainer(tmp_path).fit(DiffusionLM(SMALL), [])
 
 
 def test_a_checkpoint_is_plain_data_and_loads_without_its_config(tmp_path):

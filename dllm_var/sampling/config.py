@@ -17,21 +17,28 @@ _PLAIN = (str, int, float, bool, type(None))
 def sampler_to_config(sampler: Any) -> dict[str, Any] | None:
     """Returns `{"class_path": ..., "init_args": {...}}` of a sampler or policy.
 
-    Works for every class that keeps its arguments as attributes of the same name; null when one does not.
+    Works for every class that keeps its arguments as attributes of the same name: plain values, lists of them and
+    objects of the same kind. Null where one does not, or takes arguments without a name (`**kwargs`).
     """
+    kind = type(sampler)
+    try:
+        bare = kind.__init__ is object.__init__ and kind.__new__ is object.__new__
+        parameters = {} if bare else dict(inspect.signature(kind).parameters)
+    except ValueError:  # written in C
+        return None
     arguments: dict[str, Any] = {}
-    for name in inspect.signature(type(sampler).__init__).parameters:
-        if name in ("self", "args", "kwargs"):
-            continue
-        if not hasattr(sampler, name):
+    for name, parameter in parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or not hasattr(sampler, name):
             return None
         value = getattr(sampler, name)
-        if not isinstance(value, _PLAIN):
+        if isinstance(value, list | tuple) and all(isinstance(item, _PLAIN) for item in value):
+            value = list(value)
+        elif not isinstance(value, _PLAIN):
             value = sampler_to_config(value)
             if value is None:
                 return None
         arguments[name] = value
-    return {"class_path": public_path(type(sampler)), "init_args": arguments}
+    return {"class_path": public_path(kind), "init_args": arguments}
 
 
 def public_path(kind: type) -> str:
@@ -42,10 +49,16 @@ def public_path(kind: type) -> str:
     return f"{next(exporting, kind.__module__)}.{kind.__qualname__}"
 
 
-def remembered_sampler(callbacks: Iterable[Any]) -> dict[str, Any] | None:
-    """Returns the description of the last callback's sampler: how the model in training is meant to be decoded."""
+def last_sampler(callbacks: Iterable[Any]) -> Sampler | None:
+    """Returns the sampler of the last callback that has one: how the model in training is meant to be decoded."""
     samplers = [callback.sampler for callback in callbacks if hasattr(callback, "sampler")]
-    return sampler_to_config(samplers[-1]) if samplers else None
+    return samplers[-1] if samplers else None
+
+
+def remembered_sampler(callbacks: Iterable[Any]) -> dict[str, Any] | None:
+    """Returns the description of `last_sampler`, for checkpoints."""
+    sampler = last_sampler(callbacks)
+    return None if sampler is None else sampler_to_config(sampler)
 
 
 def sampler_from_config(config: dict[str, Any], **overrides: Any) -> Sampler:

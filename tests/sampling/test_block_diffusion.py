@@ -239,6 +239,23 @@ def test_a_policy_that_remasks_for_ever_is_stopped():
     assert answer.tokens == [7] * 4
 
 
+class OwnPolicy:
+    def __init__(self, order=None, **others):
+        self.order, self.others = order, others
+
+
+class ListPolicy(ConfidenceThreshold):
+    def __init__(self, thresholds=(0.5, 0.9)):
+        self.thresholds = thresholds
+
+
+def test_what_cannot_be_described_in_full_is_not_remembered():
+    described = sampler_to_config(BlockDiffusionSampler(ListPolicy()))
+    assert described["init_args"]["policy"]["init_args"] == {"thresholds": [0.5, 0.9]}
+    for policy in (OwnPolicy(), ListPolicy({"first": 0.5}), ListPolicy(torch.ones(2))):
+        assert sampler_to_config(BlockDiffusionSampler(policy)) is None
+
+
 def test_a_checkpoint_does_not_choose_what_code_runs():
     with pytest.raises(UserError, match=r"os\.system"):
         sampler_from_config({"class_path": "os.system", "init_args": {"command": "true"}})
