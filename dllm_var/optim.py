@@ -122,7 +122,9 @@ class Muon(Optimizer):
         ]
         for group in groups:
             group["lr"] = lr if group.setdefault("role", "rest") == "hidden" else adamw_lr
-        super().__init__(groups, dict(momentum=momentum, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
+        defaults = dict(momentum=momentum, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+        # `fused` is for torch: it makes load_state_dict bring AdamW's step counts to the parameters' device.
+        super().__init__(groups, {**defaults, "fused": True})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

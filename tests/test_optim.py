@@ -95,3 +95,17 @@ def test_muon_state_survives_a_round_trip():
     train(second, resumed, 2)
     for a, b in zip(whole.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_muon_takes_its_step_counts_to_the_parameters_device():
+    """The fused AdamW kernel wants them there; torch leaves them where the checkpoint was read otherwise."""
+    here = tiny()
+    optimizer = Muon(parameter_groups(here))
+    here(torch.arange(3)[None]).sum().backward()
+    optimizer.step()
+    with torch.device("meta"):
+        elsewhere = tiny()
+    resumed = Muon(parameter_groups(elsewhere))
+    resumed.load_state_dict(optimizer.state_dict())
+    devices = {value.device.type for state in resumed.state.values() for value in state.values()}
+    assert devices == {"meta"}
