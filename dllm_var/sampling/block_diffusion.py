@@ -231,7 +231,8 @@ class _Run:
             )
         ends = _answer_ends(tokens, masked, inside, self.terminators)
         if decision.finish_row is not None:
-            ends = torch.where(decision.finish_row & (ends < 0), width_on_device.squeeze(1), ends)
+            decided = torch.where(masked.any(dim=1), masked.int().argmax(dim=1), width_on_device.squeeze(1))
+            ends = torch.where(decision.finish_row & (ends < 0), decided, ends)
         left = masked.sum(dim=1)
         over = (left == 0) | (ends >= 0)
         if decision.keep_open is not None:

@@ -163,6 +163,20 @@ def test_a_policy_may_remask_edit_and_finish():
     assert (answer.tokens, answer.nfe) == ([7, 8, 9, 10], 2)
 
 
+def test_a_row_that_a_policy_finishes_early_ends_before_its_first_mask():
+    class Hasty:
+        def initial_state(self, block_length):
+            return {}
+
+        def decide(self, view, state):
+            commit = view.masked.clone()
+            commit[:, 2] = False
+            return Decision(commit=commit, finish_row=torch.ones_like(view.step, dtype=torch.bool))
+
+    answer = scripted([7, 8, 9, 10], [0.99] * 4, policy=Hasty())
+    assert (answer.tokens, answer.nfe, answer.commit_steps) == ([7, 8], 1, [1, 1])
+
+
 def test_generate_restores_training_mode_and_needs_no_gradient():
     model = random_model().train()
     BlockDiffusionSampler(max_new_tokens=4).generate(model, [[5]])

@@ -112,7 +112,7 @@ class Decision:
         remask: Committed positions to mask again.
         edit: Committed positions to overwrite.
         finish_block: Rows [R] whose block is to be filled with `tokens` at once.
-        finish_row: Rows [R] that end after this step.
+        finish_row: Rows [R] that end after this step, before their first mask if they still have one.
         keep_open: Rows [R] whose block gets another step even when it is full, to be edited.
     """
 
