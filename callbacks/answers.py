@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,15 +43,7 @@ class AnswerWriter(BasePredictionWriter):
         tokenizer: Any = pl_module.tokenizer
         answers: list[Generation] = prediction
         for prompt, answer in zip(batch, answers, strict=True):
-            fields = {
-                "prompt": tokenizer.decode(prompt),
-                "text": answer.text,
-                "tokens": answer.tokens,
-                "finish_reason": answer.finish_reason,
-                "nfe": answer.nfe,
-                "seconds": round(answer.seconds, 6),
-            }
-            self.file.write(json.dumps(fields, ensure_ascii=False) + "\n")
+            self.file.write(answer.as_json(tokenizer.decode(prompt)) + "\n")
         self.file.flush()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

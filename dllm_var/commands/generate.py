@@ -58,17 +58,19 @@ def main(command: str, arguments: list[str]) -> int:
     answers = sampler.generate(transformer, prompts, tokenizer=tokenizer)
     seconds = time.perf_counter() - start
     for prompt, answer in zip(prompts, answers, strict=True):
-        print(as_json(prompt, answer) if options.json else f"{prompt} -> {answer.text}")
+        print(answer.as_json(prompt) if options.json else f"{prompt} -> {answer.text}")
     sys.stdout.flush()
     summarise(answers, seconds)
     return 0
 
 
 def default_sampler(causal: bool) -> type[Sampler]:
+    """Returns the sampler of a checkpoint that remembers none."""
     return AutoregressiveSampler if causal else BlockDiffusionSampler
 
 
 def class_path(cls: type) -> str:
+    """Returns the name by which settings know a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -170,6 +172,7 @@ def read_prompts(options: Namespace) -> list[str]:
 
 
 def lines(content: Iterable[str], where: str) -> list[str]:
+    """Returns one prompt per line; raises UserError for an empty one, with its line number."""
     prompts = [line.strip() for line in content]
     if "" in prompts:
         raise UserError(f"{where}, line {prompts.index('') + 1}: the prompt is empty; give at least one token")
@@ -190,18 +193,6 @@ def check_characters(prompts: list[str], tokenizer: Tokenizer) -> None:
             raise UserError(f"prompt '{prompt}': the checkpoint's vocabulary has nothing for '{unknown}'")
 
 
-def as_json(prompt: str, answer: Generation) -> str:
-    fields = {
-        "prompt": prompt,
-        "text": answer.text,
-        "tokens": answer.tokens,
-        "finish_reason": answer.finish_reason,
-        "nfe": answer.nfe,
-        "seconds": round(answer.seconds, 6),
-    }
-    return json.dumps(fields, ensure_ascii=False)
-
-
 def summarise(answers: list[Generation], seconds: float) -> None:
     """Prints one dim line to standard error: what it took."""
     tokens, forwards = sum(len(answer.tokens) for answer in answers), sum(answer.nfe for answer in answers)
@@ -218,4 +209,5 @@ def summarise(answers: list[Generation], seconds: float) -> None:
 
 
 def count(number: int, noun: str) -> str:
+    """Returns `1 token`, `2 tokens`."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,18 @@ class Generation:
     prompt_length: int
     text: str | None = None
     commit_steps: list[int] | None = None
+
+    def as_json(self, prompt: str) -> str:
+        """Returns the answer and its prompt's text as one line of JSON, as `generate --json` and `predict` write it."""
+        fields = {
+            "prompt": prompt,
+            "text": self.text,
+            "tokens": self.tokens,
+            "finish_reason": self.finish_reason,
+            "nfe": self.nfe,
+            "seconds": round(self.seconds, 6),
+        }
+        return json.dumps(fields, ensure_ascii=False)
 
 
 class Sampler(ABC):
