@@ -12,6 +12,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from dllm_var.errors import UserError
 
 CONFIG_FILE = "config.yaml"
+_SHARD_MARKS = ("meta.pt", "latest")  # what Lightning's sharded strategies and DeepSpeed leave in a checkpoint folder
 _VERSIONED_LOGGERS = ("TensorBoardLogger", "CSVLogger")  # both keep a run in save_dir/name/version_N
 
 
@@ -109,13 +110,19 @@ def checkpoint_at(path: str) -> str | Path:
     """Returns the checkpoint that `--ckpt_path` means: a file, a folder of shards, or the newest one of a run folder.
 
     Raises:
-        UserError: When nothing is there.
+        UserError: When nothing is there, or a folder without a checkpoint.
     """
     if path in ("hpc", "registry") or path.startswith("registry:") or "://" in path:  # Lightning looks these up
         return path
-    if not Path(path).exists():
+    place = Path(path)
+    if not place.exists():
         raise UserError(f"ckpt_path: there is no file or folder '{path}'")
-    return newest_checkpoint(Path(path) / "checkpoints") or Path(path)
+    found = newest_checkpoint(place / "checkpoints") or place
+    if found.is_dir() and not any((found / name).exists() for name in _SHARD_MARKS):
+        raise UserError(
+            f"ckpt_path: there is no checkpoint in '{path}': give a .ckpt file or a run folder that has one"
+        )
+    return found
 
 
 def continue_newest(trainer_settings: Any) -> Path:
@@ -145,6 +152,7 @@ def continue_newest(trainer_settings: Any) -> Path:
         searched = Path(first.save_dir or default_root) / (first.name or "")
         run = searched / version_name(first.version) if first.version is not None else _newest_version(searched)
     callbacks = trainer_settings.get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     folders = [Path(c.init_args.dirpath) for c in callbacks if "init_args" in c and c.init_args.get("dirpath")]
     for folder in [*folders, run / "checkpoints"]:
         checkpoint = newest_checkpoint(folder)
@@ -159,6 +167,7 @@ def continue_newest(trainer_settings: Any) -> Path:
 
 
 def version_name(version: int | str) -> str:
+    """Returns the name of a run's folder, as Lightning's loggers form it."""
     return version if isinstance(version, str) else f"version_{version}"
 
 

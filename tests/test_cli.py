@@ -219,6 +219,7 @@ def test_every_command_has_help(command, capsys):
         (["stray"], ["stray"]),
         (["--ckpt_path=last"], ["no checkpoint", "runs/tiny"]),
         (["--ckpt_path=best"], ["ckpt_path", "best"]),
+        (["--ckpt_path=."], ["ckpt_path", "no checkpoint in '.'"]),
         (["--trainer.strategy=somehow"], ["trainer", "strategy", "somehow"]),
         (["--trainer.accelerator=cuda"], ["CUDA"]),
         (
@@ -422,7 +423,12 @@ def test_resume_skips_runs_without_a_checkpoint(tiny):
 def test_resume_follows_a_folder_of_one_s_own(tiny):
     own = ["--trainer.callbacks.dirpath=kept"]
     assert main(["fit", "--config", tiny, *own]) == 0
-    assert main(["fit", "--config", tiny, *own, "--resume", "--trainer.max_steps=4"]) == 0
+    one = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"dirpath": "kept", "save_last": True},
+    }
+    alone = ["--config", write("one.yaml", {"trainer": {"callbacks": one}})]  # a callback needs no list around it
+    assert main(["fit", "--config", tiny, *alone, "--resume", "--trainer.max_steps=4"]) == 0
     assert steps_of("kept/last.ckpt") == 4
 
 
