@@ -51,7 +51,9 @@ def held_out_prompts(trainer: L.Trainer, split: str, count: int | None) -> list[
         raise UserError("decoding held-out examples needs a data module with held_out(split, n): pass prompts instead")
     examples = datamodule.held_out(split, count)
     if not examples:
-        raise UserError(f"split '{split}' has no examples to decode: pass prompts, or give the source such a split")
+        raise UserError(
+            f"split '{split}' has no examples to decode: pass prompts, or give the source such a split, with prompts"
+        )
     return [Prompt(e.prompt, list(e.prompt_ids), [list(r) for r in e.references]) for e in examples]
 
 

@@ -51,9 +51,7 @@ class DatasetSource(SplitSource):
         saved = (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file()
         try:
             loaded = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(self.path, self.name)
-        except (
-            Exception
-        ) as error:  # offline, not found, gated, broken files: many libraries raise through this one call
+        except Exception as error:  # offline, not found, gated, broken: many libraries raise through this one call
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"data.source path: no dataset {self.path}: {reason}") from None
         if not isinstance(loaded, dict):

@@ -118,7 +118,7 @@ class ParquetSource(FileSource):
 
         try:
             parquet = pyarrow.parquet.ParquetFile(file)
-        except pyarrow.ArrowInvalid as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{file} is no Parquet file: {error}") from None
         wanted = {*FIELDS, *self.columns.values()}
         columns = [name for name in parquet.schema_arrow.names if name in wanted]

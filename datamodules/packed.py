@@ -219,6 +219,8 @@ class PackedDataModule(L.LightningDataModule):
     def held_out(self, split: str, n: int | None = None) -> list[Example]:
         """Prompts of a split with their answers, those with the same prompt put together.
 
+        Samples without a prompt, such as records of the form ``{text}``, are left out.
+
         Args:
             split: ``validation`` or ``test``.
             n: How many prompts, the same ones every time; all when not given.
@@ -230,7 +232,8 @@ class PackedDataModule(L.LightningDataModule):
         by_prompt: dict[tuple[int, ...], list[list[int]]] = {}
         for sample in np.random.default_rng(HELD_OUT_SEED).permutation(len(table)).tolist():
             ids, start = table.ids(sample), int(table.answer_start[sample])
-            by_prompt.setdefault(tuple(ids[:start]), []).append(ids[start:-1])
+            if start:
+                by_prompt.setdefault(tuple(ids[:start]), []).append(ids[start:-1])
         chosen = list(by_prompt.items())[:n]
         return [Example(self.tokenizer.decode(prompt), list(prompt), answers) for prompt, answers in chosen]
 

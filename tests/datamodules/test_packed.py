@@ -59,6 +59,11 @@ def test_conversations_are_held_out_up_to_their_last_answer(make):
     assert example.references == [spell("IY K")]
 
 
+def test_samples_without_a_prompt_are_not_held_out_examples(make):
+    data = make(splits={"validation": [{"text": "K IY"}, {"prompt": "", "response": "K"}, WORDS[0]]})
+    assert [example.prompt for example in data.held_out("validation")] == ["a"]
+
+
 def test_held_out_splits_must_exist(make):
     with pytest.raises(UserError, match="no split test"):
         make().held_out("test")
