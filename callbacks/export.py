@@ -20,7 +20,7 @@ class ExportWeights(L.Callback):
     """Writes the weights, config and tokenizer into the folder `model` of the run when training ends.
 
     It is a few megabytes of safetensors without optimizer state, loadable by `dllm_var.model.checkpoints`. Beside the
-    weights it remembers the sampler of another callback (the last one that has any), the step and the run's name.
+    weights it remembers the sampler of another callback (the last one that has any) and the step.
     Without a logger there is no run folder and nothing is written.
     """
 

@@ -33,8 +33,8 @@ class RunSummary(L.Callback):
     run folder (none without a logger), has the figures of `AnswerMetrics` under the names given here and
 
     - `tokens_per_second`: useful tokens over the wall time of decoding the split, all devices together;
-    - `train_seconds`: wall time of training with its validation, sampling and checkpoints, over all sessions of a
-      resumed run; without this evaluation; `decode_seconds`: the time of this evaluation;
+    - `train_seconds`: wall time of training with its validation, sampling and checkpoints, before and after
+      any resume; without this evaluation; `decode_seconds`: the time of this evaluation;
     - `parameters`, `steps`, `split`, `checkpoint` and `weights` (the folder of `ExportWeights`).
 
     The figures are also logged as `test/...` (the split's name).
@@ -78,7 +78,7 @@ class RunSummary(L.Callback):
 
     @property
     def train_seconds(self) -> float:
-        """Wall time of training so far, over all sessions of the run."""
+        """Wall time of training so far, before and after any resume."""
         return self._earlier_seconds + (0.0 if self._began is None else time.perf_counter() - self._began)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -15,12 +15,13 @@ COMMANDS = {
     "fit": ("dllm_var.cli", "train a model; --resume continues the newest run of the same config"),
     "validate": ("dllm_var.cli", "measure a checkpoint on the validation split (--ckpt_path FILE)"),
     "test": ("dllm_var.cli", "measure a checkpoint on the test split (--ckpt_path FILE)"),
-    "predict": ("dllm_var.cli", "run a module's predict_step over the data (--ckpt_path FILE)"),
+    "predict": ("dllm_var.cli", "answer the test split's prompts, into answers.jsonl (--ckpt_path FILE)"),
     "generate": ("dllm_var.commands.generate", "answer prompts with a trained checkpoint"),
 }
 
 
 def overview() -> str:
+    """Returns what `python -m dllm_var --help` shows."""
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:<{width}}{summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(

@@ -28,7 +28,7 @@ class SpecialTokens:
     Args:
         mask_id: Stands for a token not yet known.
         terminator_ids: Tokens that end an answer; the first is the one appended to answers.
-        pad_id: Fills what is left of a row; never attended to, never supervised.
+        pad_id: Fills what is left of a row; never supervised, and a segment of its own.
     """
 
     mask_id: int

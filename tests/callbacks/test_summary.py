@@ -124,7 +124,7 @@ def test_mistakes_show_before_training(fit: Any, spy: Any, data: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:Be aware that when using `ckpt_path`")
-def test_training_time_adds_up_over_sessions_without_the_final_evaluation(
+def test_training_time_adds_up_over_resumes_without_the_final_evaluation(
     fit: Any, spy: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     now = [100.0]
