@@ -423,10 +423,8 @@ def test_resume_skips_runs_without_a_checkpoint(tiny):
 def test_resume_follows_a_folder_of_one_s_own(tiny):
     own = ["--trainer.callbacks.dirpath=kept"]
     assert main(["fit", "--config", tiny, *own]) == 0
-    one = {
-        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "init_args": {"dirpath": "kept", "save_last": True},
-    }
+    arguments = {"dirpath": "kept", "save_last": True, "every_n_train_steps": 2}
+    one = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": arguments}
     alone = ["--config", write("one.yaml", {"trainer": {"callbacks": one}})]  # a callback needs no list around it
     assert main(["fit", "--config", tiny, *alone, "--resume", "--trainer.max_steps=4"]) == 0
     assert steps_of("kept/last.ckpt") == 4
