@@ -64,6 +64,9 @@ class TransformerConfig:
         Raises:
             UserError: When the sizes do not fit each other.
         """
+        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise UserError(f"transformer.{name} must be at least 1, got {size}")
         head_dim = self.head_dim
         if head_dim is None:
             if self.hidden_size % self.num_heads:

@@ -168,6 +168,8 @@ def test_flops_per_token_match_the_counter():
         (dict(hidden_size=30, num_heads=4), "hidden_size 30"),
         (dict(num_heads=4, num_kv_heads=3), "num_kv_heads 3"),
         (dict(head_dim=7), "head_dim 7"),
+        (dict(num_heads=0), "num_heads must be at least 1"),
+        (dict(num_kv_heads=-1), "num_kv_heads must be at least 1"),
     ],
 )
 def test_impossible_shapes_are_named(settings, named):
