@@ -130,6 +130,8 @@ class PackedDataModule(L.LightningDataModule):
         self.tokenizer = Tokenizer.from_pretrained(name_or_path, mask_token, terminators)
         if chat and self.tokenizer.chat_template is None:
             raise UserError(f"data.chat is set, but the tokenizer {name_or_path} has no chat template")
+        self._next_row = 0
+        self._train_sampler: RowSampler | None = None
         self._tables: dict[str, Table] = {}
         self._rows: dict[str, PackedRows] = {}
         self._lost: dict[str, dict[str, int]] = {}
@@ -147,7 +149,23 @@ class PackedDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Batches of training rows: the next rows of an endless stream, in as many batches as cover the data once."""
         rows = self.rows("train")
-        return self._loader(rows, RowSampler(len(rows), self.batch_size, *self._ranks()))
+        self._train_sampler = RowSampler(len(rows), self.batch_size, *self._ranks(), next_row=self._next_row)
+        return self._loader(rows, self._train_sampler)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Notes how far training has come; a batch that was only prefetched does not count."""
+        if self.trainer is not None and self.trainer.training and self._train_sampler is not None:
+            self._train_sampler.trained(int(batch["row"][0]))
+            self._next_row = self._train_sampler.next_row
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The row with which training goes on, whatever the number of ranks and workers then."""
+        return {"next_row": self._next_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the row after the last one that was trained."""
+        self._next_row = state_dict["next_row"]
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         """Batches of validation rows, always the same, each once over all ranks; none without such a split."""

@@ -209,5 +209,7 @@ def quieten() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not re.search("Tip: For seamless|TPU available", record.getMessage())
     )
+    # Rows need no loader state: the data module goes on with the row after the last one trained.
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the data is in memory
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # inside Lightning

@@ -58,6 +58,26 @@ def test_the_gradient_is_that_of_the_mean_over_masked_tokens(tmp_path):
     torch.testing.assert_close(torch.cat(moved), torch.cat(expected), atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_resumed_within_an_epoch_ends_bit_for_bit_as_if_it_had_not_stopped(workers, tmp_path):
+    def run(steps, checkpoint=None):
+        L.seed_everything(0, verbose=False)
+        model = DiffusionLM(SMALL, schedule=Schedule("constant", 0))
+        data = PackedDataModule(batch_size=4, context_length=48, packing="best_fit", canvas=4, num_workers=workers)
+        loop = trainer(tmp_path, max_steps=steps, limit_train_batches=5)  # three steps, and two, of an epoch of five
+        loop.fit(model, data, ckpt_path=checkpoint, weights_only=True)
+        return model, loop
+
+    whole, _ = run(8)
+    _, first = run(3)
+    first.save_checkpoint(tmp_path / "three.ckpt")
+    _, second = run(7, tmp_path / "three.ckpt")
+    second.save_checkpoint(tmp_path / "seven.ckpt")
+    resumed, _ = run(8, tmp_path / "seven.ckpt")
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_training_is_reproducible_and_the_seed_matters(tmp_path):
     first, again, other = (fit(tmp_path, seed=seed)[0] for seed in (0, 0, 1))
     weights = [torch.cat([p.flatten() for p in model.parameters()]) for model in (first, again, other)]

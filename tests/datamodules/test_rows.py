@@ -144,26 +144,28 @@ def test_a_canvas_ends_samples_with_whole_blocks(make_rows, table, tokenizer, cu
     assert not cut or {(1, True), (1, False), (2, True), (2, False)} <= blocks_seen
 
 
-@given(st.integers(1, 200), st.integers(1, 7), st.integers(1, 5), st.integers(0, 3), st.integers(0, 50))
-def test_ranks_share_the_stream_evenly(rows, batch_size, ranks, epoch, start):
-    samplers = [RowSampler(rows, batch_size, ranks, rank, start_row=start) for rank in range(ranks)]
+@given(st.integers(1, 200), st.integers(1, 7), st.integers(1, 5), st.integers(0, 50))
+def test_ranks_share_the_stream_evenly(rows, batch_size, ranks, begin):
+    samplers = [RowSampler(rows, batch_size, ranks, rank, begin) for rank in range(ranks)]
     dealt = []
     for sampler in samplers:
-        sampler.set_epoch(epoch)
         dealt.append(list(sampler))
         assert len(dealt[-1]) == len(sampler)
         assert len(sampler) % batch_size == 0
     assert len({len(numbers) for numbers in dealt}) == 1
-    begin = start + epoch * len(samplers[0]) * ranks
     assert sorted(itertools.chain(*dealt)) == list(range(begin, begin + len(samplers[0]) * ranks))
     assert rows <= len(samplers[0]) * ranks < rows + batch_size * ranks
     # A global batch is the same rows however many ranks share it.
-    alone = RowSampler(rows, batch_size * ranks, start_row=start)
-    alone.set_epoch(epoch)
+    alone = RowSampler(rows, batch_size * ranks, next_row=begin)
     together = [
         numbers[place : place + batch_size] for place in range(0, len(dealt[0]), batch_size) for numbers in dealt
     ]
     assert list(alone) == list(itertools.chain(*together))
+    # Every rank agrees on the next row, whichever batch was the last one trained.
+    for place in range(0, len(dealt[0]), batch_size):
+        for sampler, numbers in zip(samplers, dealt, strict=True):
+            sampler.trained(numbers[place])
+        assert {sampler.next_row for sampler in samplers} == {begin + (place + batch_size) * ranks}
 
 
 @given(st.integers(1, 50), st.integers(1, 6))
