@@ -185,6 +185,11 @@ class TrainingCLI(LightningCLI):
         except ValueError as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if isinstance(self.model, DiffusionLM):
+            self.model.sampler = self._get(self.config_init, "sampler")  # what predict decodes with
+
     def _parse_ckpt_path(self) -> None:
         """Keeps the configuration as given; LightningCLI would let the checkpoint's hyper-parameters override it."""
 

@@ -17,19 +17,22 @@ from torch.optim import Optimizer
 
 from dllm_var.errors import UserError
 from dllm_var.metrics.denoising import DenoisingMetrics
+from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import shard
-from dllm_var.model.transformer import Transformer, TransformerConfig
+from dllm_var.model.transformer import Transformer
 from dllm_var.objectives import EosSchedule, KeyedNoise, NoisedBatch, Objective
 from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import head_cross_entropy
 from dllm_var.objectives.validation import EvenMasking
 from dllm_var.optim import AdamW, Schedule, parameter_groups
-from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation
+from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
 from dllm_var.sampling.config import last_sampler, remembered_sampler
 from dllm_var.tokenization import Tokenizer
 
 OptimizerCallable = Callable[[Any], Optimizer]
 
+LOSS_SCALE = 2.0**-12  # keeps the gradients of summed losses in the range of 16-bit floats
+CHANGEABLE = {"rope_theta", "norm_eps", "initializer_range"}  # may differ from a checkpoint that is loaded
 VALIDATION_SEED = 20251024  # validation noise is the same in every epoch and every run
 
 
@@ -65,6 +68,7 @@ class DiffusionLM(L.LightningModule):
         self.compile_blocks = compile
         self.transformer: Transformer | None = None
         self.tokenizer: Tokenizer | None = None
+        self.sampler: Sampler | None = None  # the `sampler` section, set by the command line
         self.last_step_stats: dict[str, int] = {}
         self.objective_metrics, self.bound_metrics = DenoisingMetrics(), DenoisingMetrics()
 
@@ -157,7 +161,7 @@ class DiffusionLM(L.LightningModule):
             "loss_tokens": correct.numel(),
             "samples": int(((batch["position_ids"] == 0) & (batch["segment_ids"] >= 0)).sum()),  # padding is at 0 too
         }
-        return loss_sum / batch["input_ids"].numel()  # a constant scale, undone below; keeps 16-bit gradients in range
+        return loss_sum * LOSS_SCALE  # undone below
 
     def predict_hidden(self, batch: Batch, noised: NoisedBatch) -> tuple[Tensor, Tensor]:
         """Returns the cross-entropy in nats and whether the best guess is right, both [M], at the loss positions."""
@@ -187,12 +191,11 @@ class DiffusionLM(L.LightningModule):
         Lightning has averaged the gradients over ranks and divided by the accumulation; both are undone here, so that
         the same rows give the same step however they are split.
         """
-        sums = torch.stack(
-            (self._loss_sum.double(), self._normaliser.double(), self._correct.double(), self._scored.double())
-        )
+        exact = torch.float32 if self.device.type == "mps" else torch.float64  # counts beyond 2^24 need 64 bits
+        sums = torch.stack([s.to(exact) for s in (self._loss_sum, self._normaliser, self._correct, self._scored)])
         sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
         loss_sum, normaliser, correct, scored = sums
-        split = self.trainer.world_size * self.trainer.accumulate_grad_batches * self.last_step_stats["tokens"]
+        split = self.trainer.world_size * self.trainer.accumulate_grad_batches / LOSS_SCALE
         scale = (split / normaliser.clamp_min(1)).float()
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         torch._foreach_mul_(gradients, scale)
@@ -247,8 +250,8 @@ class DiffusionLM(L.LightningModule):
     # -- prediction --------------------------------------------------------------------------------------------------
 
     def predict_step(self, batch: list[list[int]], batch_idx: int) -> list[Generation]:
-        """Decodes a batch of prompts (token ids) with the sampler of the last callback that has one."""
-        sampler = last_sampler(self.trainer.callbacks)  # type: ignore[attr-defined]
+        """Decodes a batch of prompts (token ids) with the run's sampler."""
+        sampler = self.sampler or last_sampler(self.trainer.callbacks)  # type: ignore[attr-defined]
         if sampler is None:
             sampler = AutoregressiveSampler() if self.objective.causal else BlockDiffusionSampler()
         return sampler.generate(self, batch)
@@ -263,6 +266,22 @@ class DiffusionLM(L.LightningModule):
             "tokenizer": self.tokenizer.to_dict(),
             "sampler": remembered_sampler(self.trainer.callbacks),  # type: ignore[attr-defined]
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another model or tokenizer, naming the setting, before any weight is touched."""
+        assert self.tokenizer is not None and self.transformer is not None
+        saved = checkpoint.get("dllm_var")
+        if not isinstance(saved, dict):
+            raise UserError("the checkpoint was not written by dllm_var: it has no 'dllm_var' entry")
+        theirs, ours = saved["transformer"], self.transformer.config.to_dict()
+        for name in ours:
+            if name in theirs and name not in CHANGEABLE and theirs[name] != ours[name]:
+                raise UserError(
+                    f"the checkpoint has model.transformer.{name}={theirs[name]}, the settings say {ours[name]}: "
+                    "use the settings it was trained with"
+                )
+        if Tokenizer.from_dict(saved["tokenizer"]).fingerprint != self.tokenizer.fingerprint:
+            raise UserError("the checkpoint was trained with another tokenizer than data.tokenizer")
 
 
 def can_compile(device: torch.device) -> bool:

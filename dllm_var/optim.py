@@ -83,12 +83,19 @@ class AdamW(torch.optim.AdamW):
         lr: Learning rate.
         betas: Decays of the two moments.
         weight_decay: Decoupled decay of every group that does not set its own.
+        fused: One kernel for all parameters; set to false for 16-mixed precision with gradient clipping, which
+            Lightning refuses with fused optimizers.
     """
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.1
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        fused: bool = True,
     ) -> None:
-        super().__init__(params, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=True)
+        super().__init__(params, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=fused)
 
 
 class Muon(Optimizer):

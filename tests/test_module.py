@@ -170,3 +170,18 @@ def test_muon_trains_through_lightning_and_lowers_the_loss(tmp_path):
     data = PackedDataModule(batch_size=8, context_length=48, packing="best_fit", overhang=4)
     trainer(tmp_path, max_steps=25, callbacks=[Watch()], gradient_clip_val=1.0).fit(model, data)
     assert sum(losses[-3:]) < 0.92 * sum(losses[:3])
+
+
+def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(tmp_path):
+    _, run = fit(tmp_path, max_steps=1)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    wider = DiffusionLM(TransformerConfig(hidden_size=32, num_layers=1, num_heads=2))
+    data = PackedDataModule(batch_size=8, context_length=48, packing="best_fit", overhang=4)
+    with pytest.raises(UserError, match=r"hidden_size=16, the settings say 32"):
+        trainer(tmp_path).fit(wider, data, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    tokenizer = checkpoint["dllm_var"]["tokenizer"]
+    tokenizer["tokenizer_json"] = tokenizer["tokenizer_json"].replace('"ZH"', '"ZX"')
+    torch.save(checkpoint, tmp_path / "y.ckpt")
+    with pytest.raises(UserError, match="another tokenizer"):
+        trainer(tmp_path).fit(DiffusionLM(SMALL), data, ckpt_path=tmp_path / "y.ckpt", weights_only=True)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dllm_var.errors import UserError
-from dllm_var.model.transformer import Transformer, TransformerConfig
+from dllm_var.model.config import TransformerConfig
+from dllm_var.model.transformer import Transformer
 from dllm_var.tokenization import Tokenizer
 
 CONFIG, WEIGHTS, EXPORT_FOLDER = "config.json", "model.safetensors", "model"

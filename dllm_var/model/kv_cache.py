@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dllm_var.model.transformer import TransformerConfig
+from dllm_var.model.config import TransformerConfig
 
 
 class KVCache:

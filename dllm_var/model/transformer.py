@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,85 +10,9 @@ from torch import Tensor, nn
 
 from dllm_var.errors import UserError
 from dllm_var.model.attention import attend, causal_mask, segment_mask
+from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import initialise
 from dllm_var.model.kv_cache import KVCache
-
-
-@dataclass
-class TransformerConfig:
-    """Shape of the transformer; what the tokenizer decides is filled in from it when training starts.
-
-    Args:
-        hidden_size: Width of the residual stream.
-        num_layers: Number of transformer blocks.
-        num_heads: Number of query heads.
-        num_kv_heads: Number of key/value heads, fewer than `num_heads` for grouped-query attention; all when null.
-        head_dim: Width of one head; `hidden_size // num_heads` when null.
-        intermediate_size: Width of the SwiGLU layer; 8/3 of `hidden_size`, rounded up to a multiple of 64, when null.
-        rope_theta: Base of the rotary frequencies.
-        norm_eps: Epsilon of every RMSNorm.
-        qkv_bias: Adds a bias to the query, key and value projections (Qwen2, Dream).
-        qk_norm: Normalises each query and key head (Qwen3).
-        tie_embeddings: Shares the input embedding with the output head.
-        initializer_range: Standard deviation of the initial weights.
-        vocab_size: Number of token ids; taken from the tokenizer when null.
-        mask_id: Id of the mask token; taken from the tokenizer when null.
-        terminator_ids: Ids that end an answer; taken from the tokenizer when null.
-        pad_id: Id that fills unused positions; taken from the tokenizer when null.
-        causal: Each position sees only its left; set by the objective.
-    """
-
-    hidden_size: int = 256
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    intermediate_size: int | None = None
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-6
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    tie_embeddings: bool = False
-    initializer_range: float = 0.02
-    vocab_size: int | None = None
-    mask_id: int | None = None
-    terminator_ids: list[int] | None = None
-    pad_id: int | None = None
-    causal: bool = False
-
-    def resolved(self) -> TransformerConfig:
-        """Returns a copy with every derived size filled in.
-
-        Raises:
-            UserError: When the sizes do not fit each other.
-        """
-        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
-            if (size := getattr(self, name)) is not None and size < 1:
-                raise UserError(f"transformer.{name} must be at least 1, got {size}")
-        head_dim = self.head_dim
-        if head_dim is None:
-            if self.hidden_size % self.num_heads:
-                raise UserError(
-                    f"transformer.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}: "
-                    "change one of them or set head_dim"
-                )
-            head_dim = self.hidden_size // self.num_heads
-        if head_dim % 2:
-            raise UserError(f"transformer.head_dim {head_dim} must be even for rotary positions")
-        num_kv_heads = self.num_kv_heads or self.num_heads
-        if self.num_heads % num_kv_heads:
-            raise UserError(f"transformer.num_heads {self.num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
-        return replace(
-            self,
-            head_dim=head_dim,
-            num_kv_heads=num_kv_heads,
-            intermediate_size=self.intermediate_size or 64 * math.ceil(self.hidden_size * 8 / 3 / 64),
-            terminator_ids=None if self.terminator_ids is None else [int(token) for token in self.terminator_ids],
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as plain types, for checkpoints and JSON."""
-        return asdict(self)
 
 
 class RotaryTable:

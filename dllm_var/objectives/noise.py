@@ -22,6 +22,11 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def golden_fractions(numbers: Tensor) -> Tensor:
+    """Returns the fractional part of each number times the golden ratio, in float32 [B]: spread evenly over [0, 1)."""
+    return _shift_right(numbers * _GOLDEN, 40).to(torch.float32) * 2.0**-24
+
+
 class KeyedNoise:
     """Uniform numbers keyed by (seed, stream, row, position): no state, so nothing to restore and nothing to shard.
 

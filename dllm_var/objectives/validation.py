@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 
 from dllm_var.objectives.base import Batch, NoisedBatch, Objective
-from dllm_var.objectives.noise import KeyedNoise
-
-_GOLDEN_SHARE = 0.6180339887498949
+from dllm_var.objectives.noise import KeyedNoise, golden_fractions
 
 
 class EvenMasking(Objective):
@@ -26,8 +24,8 @@ class EvenMasking(Objective):
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
         special = self.specials()
         tokens, supervised, rows = batch["input_ids"], batch["supervised"], batch["row"]
-        even = ((rows.double() + 0.5) * _GOLDEN_SHARE) % 1.0
-        rate = (self.smallest + (1 - self.smallest) * even).float()[:, None].expand(-1, tokens.size(1))
+        even = golden_fractions(rows)
+        rate = (self.smallest + (1 - self.smallest) * even)[:, None].expand(-1, tokens.size(1))
         masked = (generator.uniform(rows, tokens.size(1), stream=2) < rate) & supervised
         return NoisedBatch(
             input_ids=torch.where(masked, special.mask_id, tokens),

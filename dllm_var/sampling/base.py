@@ -13,7 +13,8 @@ import torch
 from dllm_var.errors import UserError
 
 if TYPE_CHECKING:
-    from dllm_var.model.transformer import Transformer, TransformerConfig
+    from dllm_var.model.config import TransformerConfig
+    from dllm_var.model.transformer import Transformer
     from dllm_var.tokenization import Tokenizer
 
 OnBlock = Callable[[int, list[int]], None]

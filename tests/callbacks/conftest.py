@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from dllm_var import DiffusionLM
 from dllm_var.datamodules.cmudict import CmudictSource
-from dllm_var.model.transformer import TransformerConfig
+from dllm_var.model.config import TransformerConfig
 from dllm_var.sampling import BlockDiffusionSampler, Generation
 from dllm_var.sampling.base import Sampler
 from dllm_var.tokenization import Tokenizer

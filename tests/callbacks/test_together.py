@@ -78,7 +78,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from conftest import ToyData
 from dllm_var import DiffusionLM
 from dllm_var.callbacks import ExportWeights, RunSummary, SamplingCallback, SpeedMonitor
-from dllm_var.model.transformer import TransformerConfig
+from dllm_var.model.config import TransformerConfig
 from dllm_var.sampling import BlockDiffusionSampler
 
 torch.set_num_threads(1)
