@@ -39,14 +39,14 @@ def test_the_policy_of_the_readme_samples_during_training(policy, capfd):
 
 def test_the_policy_of_the_readme_decodes_with_the_shipped_model(policy, capsys):
     checkpoint = str(ROOT / "checkpoints" / "cmudict")
-    assert main(["generate", "--checkpoint", checkpoint, "--sampler", policy, "--prompt", "keyboard"]) == 0
-    assert capsys.readouterr().out.strip() == "keyboard -> K IY B AO R D"
+    assert main(["generate", "--checkpoint", checkpoint, "--sampler", policy, "--prompt", "lightning"]) == 0
+    assert capsys.readouterr().out.strip() == "lightning -> L AY T N IH NG"
 
 
 def test_the_python_example_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     exec(compile(block("python", "load_checkpoint"), "README.md", "exec"), {})
-    assert capsys.readouterr().out.splitlines()[0].startswith("K IY B AO R D eos ")
+    assert capsys.readouterr().out.splitlines()[1].startswith("L AY T N IH NG eos ")
 
 
 def test_the_shipped_model_answers_as_the_readme_shows(monkeypatch, capsys):
@@ -54,6 +54,10 @@ def test_the_shipped_model_answers_as_the_readme_shows(monkeypatch, capsys):
     shown = re.search(r"\$ python -m dllm_var (generate .*)\n((?:.* -> .*\n)+)", README)
     assert main(shown[1].split()) == 0
     assert capsys.readouterr().out == shown[2]
+
+
+def test_no_placeholder_is_left():
+    assert "@@" not in README
 
 
 def test_paths_in_the_readme_exist():
