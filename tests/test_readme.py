@@ -61,5 +61,5 @@ def test_no_placeholder_is_left():
 
 
 def test_paths_in_the_readme_exist():
-    for path in re.findall(r"(?:configs|docs|checkpoints|benchmarks)/[\w/.]*\w", README):
+    for path in re.findall(r"(?<![\w/])(?:configs|docs|checkpoints|benchmarks)/[\w/.]*\w", README):
         assert (ROOT / path).exists(), path

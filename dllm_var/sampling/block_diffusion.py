@@ -192,7 +192,7 @@ class _Run:
         canvas = self.canvas if index is None else self.canvas[index]
         tokens = canvas.gather(1, place)
         masked = (tokens == self.mask_id) & inside
-        all_scored = getattr(self.sampler.policy, "scores_committed", False)
+        all_scored = self.sampler.policy.scores_committed
         count = int(width.sum() if all_scored else self.masked_left[rows][width > 0].sum())
         shift = torch.from_numpy(pending).to(self.device)
         scored, logits = score_positions(self.model, hidden, inside if all_scored else masked, shift, count)

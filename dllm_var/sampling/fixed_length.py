@@ -122,7 +122,7 @@ class _Canvas:
             open_rows = torch.from_numpy(left > 0).to(self.device)[:, None]
             masked = (tokens == self.mask_id) & open_rows
             inside = open_rows.expand_as(masked)
-            all_scored = getattr(self.sampler.policy, "scores_committed", False)
+            all_scored = self.sampler.policy.scores_committed
             count = int((left > 0).sum()) * width if all_scored else int(left.sum())
             scored, logits = score_positions(self.model, hidden, inside if all_scored else masked, shift, count)
             key = torch.from_numpy(self.keys + self.nfe).to(self.device)

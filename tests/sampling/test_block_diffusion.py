@@ -147,7 +147,7 @@ def test_blocks_are_streamed_as_they_are_finished():
 def test_a_policy_may_remask_edit_and_finish():
     """Commits everything, takes the first position back once, and ends the row at its second step."""
 
-    class Hesitant:
+    class Hesitant(P.UnmaskingPolicy):
         scores_committed = True
 
         def initial_state(self, block_length):
@@ -164,7 +164,7 @@ def test_a_policy_may_remask_edit_and_finish():
 
 
 def test_a_row_that_a_policy_finishes_early_ends_before_its_first_mask():
-    class Hasty:
+    class Hasty(P.UnmaskingPolicy):
         def initial_state(self, block_length):
             return {}
 
@@ -242,7 +242,7 @@ def test_a_checkpoint_names_classes_by_their_public_path():
 
 
 def test_a_policy_that_remasks_for_ever_is_stopped():
-    class Sisyphus:
+    class Sisyphus(P.UnmaskingPolicy):
         def initial_state(self, block_length):
             return {}
 

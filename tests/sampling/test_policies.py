@@ -153,7 +153,7 @@ def play(policy, logits_of_step, width=8, steps=40):
         history.append(masked[0].tolist())
         logits = logits_of_step(step).clone()
         logits[..., 0] = -torch.inf
-        scored = torch.ones_like(masked) if getattr(policy, "scores_committed", False) else masked
+        scored = torch.ones_like(masked) if policy.scores_committed else masked
         view = P.BlockView(
             logits[scored], scored.flatten().nonzero().squeeze(1), tokens, masked, torch.ones_like(masked),
             torch.tensor([step]), torch.zeros(1), torch.tensor([step]),

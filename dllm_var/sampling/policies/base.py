@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -128,19 +128,29 @@ class Decision:
 State = dict[str, Tensor]
 
 
-@runtime_checkable
-class UnmaskingPolicy(Protocol):
+class UnmaskingPolicy(ABC):
     """Decides at each denoising step what becomes of each position of the block.
 
-    `initial_state(block_length)` returns the policy's memory for one row and block as tensors without a row dimension
-    (`{}` for none); the engine keeps one per row, resets it at each new block and hands it to the policy as [R, ...].
     The engine, not the policy, sees to it that at least one position is committed when masks remain and nothing was
     decided, that terminators wait for what is left of them, and that the mask token is never committed.
+
+    Attributes:
+        scores_committed: Whether committed positions get logits, too.
     """
 
-    def initial_state(self, block_length: int) -> State: ...
+    scores_committed: bool = False
 
-    def decide(self, view: BlockView, state: State) -> Decision: ...
+    def initial_state(self, block_length: int) -> State:
+        """Returns the policy's memory for one row and block, as tensors without a row dimension.
+
+        The engine keeps one per row, resets it at each new block and hands it to `decide` as [R, ...], to be changed in
+        place.
+        """
+        return {}
+
+    @abstractmethod
+    def decide(self, view: BlockView, state: State) -> Decision:
+        """Returns what to commit, remask or edit at this step."""
 
 
 def top_n(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from dllm_var.errors import UserError
-from dllm_var.sampling.policies.base import BlockView, Decision, State, ranks, top_n
+from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy, ranks, top_n
 
 
-class ConfidenceThreshold:
+class ConfidenceThreshold(UnmaskingPolicy):
     """Commits every masked position whose confidence exceeds the threshold (dLLM-Var 2510.24605, Fast-dLLM 2505.22618).
 
     Args:
@@ -23,14 +23,11 @@ class ConfidenceThreshold:
             raise UserError(f"ConfidenceThreshold.threshold must be in [0, 1], got {threshold}")
         self.threshold = threshold
 
-    def initial_state(self, block_length: int) -> State:
-        return {}
-
     def decide(self, view: BlockView, state: State) -> Decision:
         return Decision(commit=view.masked & (view.confidence > self.threshold))
 
 
-class ConfidenceFactor:
+class ConfidenceFactor(UnmaskingPolicy):
     """Commits the longest run, most confident first, in which the n-th confidence is at least 1 - factor / (n + 1).
 
     The more tokens are committed at once, the surer each must be (Fast-dLLM 2505.22618, section 3.3).
@@ -47,9 +44,6 @@ class ConfidenceFactor:
             raise UserError(f"ConfidenceFactor.factor must be above 0, got {factor}")
         self.factor = factor
 
-    def initial_state(self, block_length: int) -> State:
-        return {}
-
     def decide(self, view: BlockView, state: State) -> Decision:
         ordered = view.confidence.masked_fill(~view.masked, -1.0).sort(dim=1, descending=True).values
         place = torch.arange(1, ordered.size(1) + 1, device=ordered.device)
@@ -58,7 +52,7 @@ class ConfidenceFactor:
         return Decision(commit=top_n(view.confidence, view.masked, counts))
 
 
-class EntropyThreshold:
+class EntropyThreshold(UnmaskingPolicy):
     """Commits every masked position whose entropy is at most the threshold (dParallel 2509.26488).
 
     Args:
@@ -73,14 +67,11 @@ class EntropyThreshold:
             raise UserError(f"EntropyThreshold.threshold must be at least 0 nats, got {threshold}")
         self.threshold = threshold
 
-    def initial_state(self, block_length: int) -> State:
-        return {}
-
     def decide(self, view: BlockView, state: State) -> Decision:
         return Decision(commit=view.masked & (view.entropy <= self.threshold))
 
 
-class EntropyBounded:
+class EntropyBounded(UnmaskingPolicy):
     """Commits positions from the lowest entropy up while their entropies add up to less than gamma (2505.24857).
 
     Args:
@@ -95,16 +86,13 @@ class EntropyBounded:
             raise UserError(f"EntropyBounded.gamma must be at least 0 nats, got {gamma}")
         self.gamma = gamma
 
-    def initial_state(self, block_length: int) -> State:
-        return {}
-
     def decide(self, view: BlockView, state: State) -> Decision:
         ordered = view.entropy.masked_fill(~view.masked, torch.inf).sort(dim=1).values
         counts = (ordered.cumsum(dim=1) < self.gamma).sum(dim=1).clamp_min(1)
         return Decision(commit=top_n(-view.entropy, view.masked, counts))
 
 
-class CoherentCandidates:
+class CoherentCandidates(UnmaskingPolicy):
     """Commits candidates that stay the same from step to step; otherwise the best n (CCD-DS, 2512.02044).
 
     Positions are ranked by low entropy. After a warm-up, the best V of this step (V grows by 1 per step up to 1 + 4n,

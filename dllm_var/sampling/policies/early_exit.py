@@ -13,7 +13,7 @@ from dllm_var.sampling.policies.base import BlockView, Decision, State, Unmaskin
 from dllm_var.sampling.policies.fixed_steps import FixedSteps
 
 
-class Prophet:
+class Prophet(UnmaskingPolicy):
     """Fills what is left by argmax once the mean logit margin of the masked positions is large enough (2508.19982).
 
     The margin is top-1 minus top-2 logit; the threshold falls with the share of the block that is committed: `high`
@@ -43,7 +43,7 @@ class Prophet:
         return decision
 
 
-class SchED:
+class SchED(UnmaskingPolicy):
     """As Prophet with a smooth threshold, and only if no masked prediction changed since the last step (2512.02892).
 
     Args:

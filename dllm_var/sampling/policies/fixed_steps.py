@@ -8,10 +8,10 @@ import torch
 
 from dllm_var.errors import UserError
 from dllm_var.objectives.noise import KeyedNoise
-from dllm_var.sampling.policies.base import BlockView, Decision, State, scheduled, top_n
+from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy, scheduled, top_n
 
 
-class FixedSteps:
+class FixedSteps(UnmaskingPolicy):
     """Fills each block in a fixed number of steps, the best-scored positions first (LLaDA 2502.09992, section 2.4).
 
     A block of K positions commits K // steps of them at each step, and one more at each of the first K % steps.
@@ -31,9 +31,6 @@ class FixedSteps:
         if steps < 1:
             raise UserError(f"FixedSteps.steps must be at least 1, got {steps}")
         self.steps, self.score, self.seed = steps, score, seed
-
-    def initial_state(self, block_length: int) -> State:
-        return {}
 
     def decide(self, view: BlockView, state: State) -> Decision:
         due = scheduled(view.changeable.sum(dim=1), self.steps, view.step).clamp_min(1)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dllm_var.errors import UserError
 from dllm_var.objectives.noise import KeyedNoise
-from dllm_var.sampling.policies.base import BlockView, Decision, State, top_n
+from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy, top_n
 
 
-class Sequential:
+class Sequential(UnmaskingPolicy):
     """Commits the leftmost masked positions.
 
     Args:
@@ -22,14 +22,11 @@ class Sequential:
             raise UserError(f"Sequential.count must be at least 1, got {count}")
         self.count = count
 
-    def initial_state(self, block_length: int) -> State:
-        return {}
-
     def decide(self, view: BlockView, state: State) -> Decision:
         return Decision(commit=view.masked & (view.masked.cumsum(dim=1) <= self.count))
 
 
-class FirstHitting:
+class FirstHitting(UnmaskingPolicy):
     """Commits one random masked position per step, at the time the first of them would unmask (BD3-LM 2503.09573).
 
     That time falls by u^(1 / masked) per step (first-hitting sampler, 2409.02908); models without a time input do not
@@ -41,9 +38,6 @@ class FirstHitting:
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-
-    def initial_state(self, block_length: int) -> State:
-        return {}
 
     def decide(self, view: BlockView, state: State) -> Decision:
         scores = KeyedNoise(self.seed).uniform(view.key, view.tokens.size(1), stream=4)

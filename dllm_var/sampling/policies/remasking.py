@@ -5,10 +5,18 @@ from __future__ import annotations
 import torch
 
 from dllm_var.errors import UserError
-from dllm_var.sampling.policies.base import BlockView, Decision, State, mean_where, scheduled_after, top_n
+from dllm_var.sampling.policies.base import (
+    BlockView,
+    Decision,
+    State,
+    UnmaskingPolicy,
+    mean_where,
+    scheduled_after,
+    top_n,
+)
 
 
-class RunningConfidenceRemasking:
+class RunningConfidenceRemasking(UnmaskingPolicy):
     """Commits everything at every step and takes back the least confident, as many as are due later (RCR, 2508.13148).
 
     Each token keeps the confidence it had when it was committed. After step i of the schedule as many positions are
@@ -37,7 +45,7 @@ class RunningConfidenceRemasking:
         return Decision(commit=view.masked & ~taken_back, remask=taken_back & ~view.masked)
 
 
-class Saber:
+class Saber(UnmaskingPolicy):
     """Commits what beats the mean confidence so far and takes back what lost most since the last step (2510.18165).
 
     At each step positions above the mean recorded confidence of the committed ones are committed, at least the best n;
@@ -77,7 +85,7 @@ class Saber:
         return Decision(commit=commit, remask=remask)
 
 
-class JointThreshold:
+class JointThreshold(UnmaskingPolicy):
     """Commits sure positions and overwrites committed ones that now have another sure token (LLaDA2.1, 2602.08676).
 
     A full block stays open until nothing is edited any more, for at most `max_edit_steps`.
