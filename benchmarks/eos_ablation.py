@@ -174,7 +174,7 @@ def plot(lines: list[dict], path: Path) -> None:
     def label(line: dict) -> str:
         return (
             f"{line['attention']}, {ENDS[line['end']]} after"
-            f"{'' if line['mask_terminators'] else ', terminator masked with t'}"
+            f"{'' if line['mask_terminators'] else ', masked with t'}"
             f"{f', {LONG} steps' if line['steps'] == LONG else ''}"
         )
 
@@ -195,7 +195,7 @@ def plot(lines: list[dict], path: Path) -> None:
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    axes[1].legend(loc="lower right")
+    axes[1].legend(loc="upper right")
     figure.suptitle(
         "Which setting lets the model end its own answers (median and range of the seeds; longer bars are cut)"
     )
