@@ -1,7 +1,7 @@
 """Samplers: from prompts to answers that end themselves."""
 
 from dllm_var.sampling.autoregressive import AutoregressiveSampler
-from dllm_var.sampling.base import Generation, Sampler
+from dllm_var.sampling.base import Generation, Request, Sampler
 from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
 from dllm_var.sampling.fixed_length import FixedLengthSampler
 from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, Decision, FixedSteps, UnmaskingPolicy
@@ -15,6 +15,7 @@ __all__ = [
     "FixedLengthSampler",
     "FixedSteps",
     "Generation",
+    "Request",
     "Sampler",
     "UnmaskingPolicy",
 ]

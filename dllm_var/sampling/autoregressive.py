@@ -10,7 +10,7 @@ import torch
 from dllm_var.errors import UserError
 from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.transformer import Transformer
-from dllm_var.sampling.base import Generation, OnBlock, Sampler, check_at_least_one
+from dllm_var.sampling.base import Generation, Request, Sampler, check_at_least_one
 
 
 class AutoregressiveSampler(Sampler):
@@ -28,21 +28,19 @@ class AutoregressiveSampler(Sampler):
         check_at_least_one(max_new_tokens=max_new_tokens, batch_size=batch_size)
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
 
-    def decode(
-        self, model: Transformer, prompts: list[list[int]], max_new_tokens: int | None, on_block: OnBlock | None
-    ) -> list[Generation]:
+    def decode(self, model: Transformer, prompts: list[list[int]], request: Request) -> list[Generation]:
         if not model.config.causal:
             raise UserError("this checkpoint is bidirectional: decode it with dllm_var.sampling.BlockDiffusionSampler")
-        limit = max_new_tokens or self.max_new_tokens
+        limit = request.max_new_tokens or self.max_new_tokens
         answers: list[Generation] = []
         for first in range(0, len(prompts), self.batch_size):
             group = prompts[first : first + self.batch_size]
-            answers += _decode_group(model, group, limit, first, on_block)
+            answers += _decode_group(model, group, limit, first, request)
         return answers
 
 
 def _decode_group(
-    model: Transformer, prompts: list[list[int]], limit: int, first: int, on_block: OnBlock | None
+    model: Transformer, prompts: list[list[int]], limit: int, first: int, request: Request
 ) -> list[Generation]:
     began = time.perf_counter()
     device, terminators = model.embedding.weight.device, set(model.config.terminator_ids or [])
@@ -71,8 +69,8 @@ def _decode_group(
             ended = token in terminators
             if not ended:
                 generated[row].append(token)
-                if on_block is not None:
-                    on_block(first + row, list(generated[row]))
+                if request.on_block is not None:
+                    request.on_block(first + row, list(generated[row]))
             if ended or len(generated[row]) == limit:
                 answers[row] = Generation(
                     tokens=generated[row],

@@ -18,6 +18,24 @@ if TYPE_CHECKING:
     from dllm_var.tokenization import Tokenizer
 
 OnBlock = Callable[[int, list[int]], None]
+FindStop = Callable[[list[int]], "int | None"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the caller of `generate` asks of every prompt, beside the sampler's own settings.
+
+    Args:
+        max_new_tokens: Longest answer, instead of the sampler's own limit.
+        on_block: Called with (prompt index, the answer's tokens so far) each time a row gets further.
+        suppressed: Token ids that are never produced; the mask token never is.
+        find_stop: Says how many of an answer's finished tokens stay when a stop string is in them, null when none is.
+    """
+
+    max_new_tokens: int | None = None
+    on_block: OnBlock | None = None
+    suppressed: tuple[int, ...] = ()
+    find_stop: FindStop | None = None
 
 
 @dataclass
@@ -59,9 +77,7 @@ class Sampler(ABC):
     """Turns prompts into answers with a model; a new sampler is a subclass named by `class_path` in a config."""
 
     @abstractmethod
-    def decode(
-        self, model: Transformer, prompts: list[list[int]], max_new_tokens: int | None, on_block: OnBlock | None
-    ) -> list[Generation]:
+    def decode(self, model: Transformer, prompts: list[list[int]], request: Request) -> list[Generation]:
         """Decodes token-id prompts with a transformer in eval mode; the one method a sampler must have."""
 
     def generate(
@@ -95,7 +111,7 @@ class Sampler(ABC):
         try:
             # Blocks compiled for training would be compiled again for every shape that decoding meets.
             with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-                answers = self.decode(transformer, ids, max_new_tokens, on_block)
+                answers = self.decode(transformer, ids, Request(max_new_tokens, on_block))
         finally:
             transformer.train(was_training)
         if tokenizer is not None:

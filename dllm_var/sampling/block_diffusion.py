@@ -14,7 +14,7 @@ from dllm_var.errors import UserError
 from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.transformer import Transformer
 from dllm_var.objectives.base import is_one_of
-from dllm_var.sampling.base import Generation, OnBlock, Sampler, check_at_least_one, special_ids
+from dllm_var.sampling.base import Generation, Request, Sampler, check_at_least_one, special_ids
 from dllm_var.sampling.commit import choose_commits
 from dllm_var.sampling.draw import Draw, request_keys
 from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, UnmaskingPolicy
@@ -63,12 +63,10 @@ class BlockDiffusionSampler(Sampler):
         self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
         self.draw = Draw(temperature, top_k, top_p, seed)
 
-    def decode(
-        self, model: Transformer, prompts: list[list[int]], max_new_tokens: int | None, on_block: OnBlock | None
-    ) -> list[Generation]:
+    def decode(self, model: Transformer, prompts: list[list[int]], request: Request) -> list[Generation]:
         if model.config.causal:
             raise UserError("this checkpoint is autoregressive: decode it with dllm_var.sampling.AutoregressiveSampler")
-        run = _Run(self, model, prompts, max_new_tokens or self.max_new_tokens, on_block)
+        run = _Run(self, model, prompts, request)
         while run.waiting or run.active.any():
             run.admit()
             run.step()
@@ -89,10 +87,10 @@ class _Run:
         sampler: BlockDiffusionSampler,
         model: Transformer,
         prompts: list[list[int]],
-        limit: int,
-        on_block: OnBlock | None,
+        request: Request,
     ) -> None:
-        self.sampler, self.model, self.prompts, self.limit, self.on_block = sampler, model, prompts, limit, on_block
+        self.sampler, self.model, self.prompts, self.request = sampler, model, prompts, request
+        self.limit = limit = request.max_new_tokens or sampler.max_new_tokens
         self.mask_id, self.terminators = special_ids(model)
         self.waiting = deque(range(len(prompts)))
         self.keys = np.array(request_keys(prompts), dtype=np.int64)
@@ -254,10 +252,10 @@ class _Run:
         index = int(self.prompt[slot])
         stop = int(self.cache.lengths[slot]) + end if end >= 0 else finished
         ended = end >= 0 or finished - start >= self.limit
-        if ended or self.on_block is not None:
+        if ended or self.request.on_block is not None:
             answer = self.canvas[slot, start:stop].tolist()
-            if self.on_block is not None:
-                self.on_block(index, answer)
+            if self.request.on_block is not None:
+                self.request.on_block(index, answer)
         if not ended:
             self.pending[slot] = self.width[slot]
             self._start_block(slot)

@@ -12,7 +12,7 @@ from torch import Tensor
 from dllm_var.errors import UserError
 from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.transformer import Transformer
-from dllm_var.sampling.base import Generation, OnBlock, Sampler, check_at_least_one, special_ids
+from dllm_var.sampling.base import Generation, Request, Sampler, check_at_least_one, special_ids
 from dllm_var.sampling.commit import choose_commits
 from dllm_var.sampling.draw import Draw, request_keys
 from dllm_var.sampling.policies import BlockView, FixedSteps, UnmaskingPolicy
@@ -59,12 +59,10 @@ class FixedLengthSampler(Sampler):
         self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
         self.draw = Draw(temperature, top_k, top_p, seed)
 
-    def decode(
-        self, model: Transformer, prompts: list[list[int]], max_new_tokens: int | None, on_block: OnBlock | None
-    ) -> list[Generation]:
+    def decode(self, model: Transformer, prompts: list[list[int]], request: Request) -> list[Generation]:
         if model.config.causal:
             raise UserError("this checkpoint is autoregressive: decode it with dllm_var.sampling.AutoregressiveSampler")
-        length = max_new_tokens or self.canvas_length
+        length = request.max_new_tokens or self.canvas_length
         keys = request_keys(prompts)
         answers: list[Generation] = []
         for first in range(0, len(prompts), self.batch_size):
@@ -72,9 +70,9 @@ class FixedLengthSampler(Sampler):
             canvas = _Canvas(self, model, prompts[places], keys[places], length)
             for start in range(0, length, canvas.block):
                 canvas.fill_block(start, min(canvas.block, length - start))
-                if on_block is not None:
+                if request.on_block is not None:
                     for row, answer in enumerate(canvas.answers()):
-                        on_block(first + row, answer.tokens)
+                        request.on_block(first + row, answer.tokens)
             answers += canvas.answers()
         return answers
 

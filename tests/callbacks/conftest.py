@@ -78,7 +78,7 @@ class SpySampler(Sampler):
         self.modes: list[bool] = []
         self.gradients: list[bool] = []
 
-    def decode(self, model: Any, prompts: list, max_new_tokens: int | None, on_block: Any) -> list[Generation]:
+    def decode(self, model: Any, prompts: list, request: Any) -> list[Generation]:
         raise AssertionError("generate is overridden")
 
     def generate(
