@@ -32,7 +32,7 @@ from dllm_var.tokenization import Tokenizer
 OptimizerCallable = Callable[[Any], Optimizer]
 
 LOSS_SCALE = 2.0**-12  # keeps the gradients of summed losses in the range of 16-bit floats
-CHANGEABLE = {"rope_theta", "norm_eps", "initializer_range"}  # may differ from a checkpoint that is loaded
+CHANGEABLE = {"rope_theta", "rope_scaling", "norm_eps", "initializer_range"}  # may differ from a loaded checkpoint
 VALIDATION_SEED = 20251024  # validation noise is the same in every epoch and every run
 
 

@@ -16,6 +16,7 @@ from jsonargparse import Namespace
 
 from dllm_var.errors import UserError
 from dllm_var.model.checkpoints import load_checkpoint
+from dllm_var.model.rope_scaling import read_rope_scaling
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, ConfidenceThreshold, Generation, Sampler
 from dllm_var.sampling.config import check_own
 from dllm_var.settings import SettingsParser, read_settings
@@ -51,6 +52,8 @@ def main(command: str, arguments: list[str]) -> int:
     apply_shortcuts(options)
     sampler: Sampler = parser.instantiate(options).sampler
     assert transformer is not None and tokenizer is not None
+    if options.rope_scaling is not None:
+        transformer.scale_rope(read_rope_scaling(options.rope_scaling, transformer.config))
 
     prompts = read_prompts(options)
     check_characters(prompts, tokenizer)
@@ -104,6 +107,11 @@ def build_parser(command: str, sampler: dict[str, Any]) -> SettingsParser:
     parser.add_argument("--block-length", type=int, help="tokens decoded together (the sampler's block_length)")
     parser.add_argument(
         "--threshold", type=float, help="commit tokens above this confidence (policy ConfidenceThreshold)"
+    )
+    parser.add_argument(
+        "--rope-scaling",
+        type=str,
+        help="read contexts longer than trained on: factor on rope_theta (4), or trained and wanted length (4096:8192)",
     )
     parser.add_subclass_arguments(
         Sampler,

@@ -21,6 +21,7 @@ class TransformerConfig:
         head_dim: Width of one head; `hidden_size // num_heads` when null.
         intermediate_size: Width of the SwiGLU layer; 8/3 of `hidden_size`, rounded up to a multiple of 64, when null.
         rope_theta: Base of the rotary frequencies.
+        rope_scaling: Factor on `rope_theta`, to read beyond the trained length: see `dllm_var.model.rope_scaling`.
         norm_eps: Epsilon of every RMSNorm.
         qkv_bias: Adds a bias to the query, key and value projections (Qwen2, Dream).
         qk_norm: Normalises each query and key head (Qwen3).
@@ -40,6 +41,7 @@ class TransformerConfig:
     head_dim: int | None = None
     intermediate_size: int | None = None
     rope_theta: float = 10000.0
+    rope_scaling: float = 1.0
     norm_eps: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -70,6 +72,9 @@ class TransformerConfig:
             head_dim = self.hidden_size // self.num_heads
         if head_dim % 2:
             raise UserError(f"transformer.head_dim {head_dim} must be even for rotary positions")
+        for name in ("rope_theta", "rope_scaling"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"transformer.{name} must be a number above 0, got {getattr(self, name)}")
         num_kv_heads = self.num_kv_heads or self.num_heads
         if self.num_heads % num_kv_heads:
             raise UserError(f"transformer.num_heads {self.num_heads} must be a multiple of num_kv_heads {num_kv_heads}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rotary = RotaryTable(config.head_dim, config.rope_theta)
+        self.rotary = RotaryTable(config.head_dim, config.rope_theta * config.rope_scaling)
         self.tie_weights()
         if not self.embedding.weight.is_meta:
             self.reset_parameters()
@@ -157,6 +157,21 @@ class Transformer(nn.Module):
         """Makes the head share the embedding when the config says so (again after materialising from meta)."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
+
+    def scale_rope(self, scaling: float) -> None:
+        """Reads beyond the trained length from now on: multiplies the trained `rope_theta` by `scaling` (1 undoes it).
+
+        LongLLaDA (arXiv 2506.14429, section 4): no training, one factor; `dllm_var.model.rope_scaling` computes it.
+
+        Args:
+            scaling: The factor, lambda in the paper; saved with the model as `rope_scaling`.
+
+        Raises:
+            UserError: When it is not above 0.
+        """
+        self.config = config = replace(self.config, rope_scaling=float(scaling)).resolved()
+        assert config.head_dim is not None
+        self.rotary = RotaryTable(config.head_dim, config.rope_theta * config.rope_scaling)
 
     def reset_parameters(self) -> None:
         """Draws every weight anew, from the seed that torch was given and each weight's name."""
