@@ -1,0 +1,42 @@
+"""Every overlay in configs/sampler is a sampler that decodes, by the very command its users type."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dllm_var.__main__ import main
+from dllm_var.model.checkpoints import load_checkpoint, save_checkpoint_folder
+
+ROOT = Path(__file__).parent.parent.parent
+OVERLAYS = sorted(path.stem for path in (ROOT / "configs" / "sampler").glob("*.yaml"))
+SHORTER = {"fixed_length": ["--sampler.canvas_length=24"]}  # 256 forwards of 256 tokens are for the benchmark
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The shipped model, and the same weights read causally: an autoregressive model, if a bad one."""
+    diffusion = ROOT / "checkpoints" / "cmudict"
+    transformer, tokenizer, _ = load_checkpoint(diffusion)
+    transformer.config.causal = True
+    causal = tmp_path_factory.mktemp("causal")
+    save_checkpoint_folder(causal, transformer, tokenizer)
+    return {"diffusion": diffusion, "autoregressive": causal}
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_overlay_decodes(name, checkpoints, capsys):
+    checkpoint = checkpoints["autoregressive" if name == "autoregressive" else "diffusion"]
+    overlay = str(ROOT / "configs" / "sampler" / f"{name}.yaml")
+    arguments = ["--sampler", overlay, *SHORTER.get(name, []), "--prompt", "keyboard", "--prompt", "ink", "--json"]
+    assert main(["generate", "--checkpoint", str(checkpoint), *arguments]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["prompt"] for answer in answers] == ["keyboard", "ink"]
+    if name != "autoregressive":
+        assert all(answer["finish_reason"] == "eos" and answer["tokens"] for answer in answers)
+
+
+def test_overlay_names_are_the_methods():
+    policies = "factor entropy_threshold entropy_bounded ccd fixed_steps sequential first_hitting rcr saber"
+    expected = f"threshold {policies} joint_threshold prophet sched fixed_length autoregressive".split()
+    assert set(expected) <= set(OVERLAYS)
