@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,29 +16,13 @@ from torch.utils.data import DataLoader
 from dllm_var.datamodules.cache import load_table
 from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.datamodules.fitting import TooLong, fit_samples
+from dllm_var.datamodules.held_out import HELD_OUT_SEED, Example, held_out_examples
 from dllm_var.datamodules.rows import PackedRows
 from dllm_var.datamodules.samplers import HeldOutSampler, RowSampler
 from dllm_var.datamodules.sources import Source
 from dllm_var.datamodules.table import Table
 from dllm_var.errors import UserError
 from dllm_var.tokenization import Tokenizer
-
-HELD_OUT_SEED = 0  # held-out rows and examples are the same whatever the training seed
-
-
-@dataclass(frozen=True)
-class Example:
-    """A held-out prompt with every answer the data has for it.
-
-    Args:
-        prompt: Text of the prompt.
-        prompt_ids: Its token ids.
-        references: Token ids of the answers, without terminator.
-    """
-
-    prompt: str
-    prompt_ids: list[int]
-    references: list[list[int]] = field(default_factory=list)
 
 
 class PackedDataModule(L.LightningDataModule):
@@ -246,14 +229,7 @@ class PackedDataModule(L.LightningDataModule):
         Raises:
             UserError: When the source has no such split.
         """
-        table = self.table(split)
-        by_prompt: dict[tuple[int, ...], list[list[int]]] = {}
-        for sample in np.random.default_rng(HELD_OUT_SEED).permutation(len(table)).tolist():
-            ids, start = table.ids(sample), int(table.answer_start[sample])
-            if start:
-                by_prompt.setdefault(tuple(ids[:start]), []).append(ids[start:-1])
-        chosen = list(by_prompt.items())[:n]
-        return [Example(self.tokenizer.decode(prompt), list(prompt), answers) for prompt, answers in chosen]
+        return held_out_examples(self.table(split), self.tokenizer, n)
 
     def report(self, split: str = "train") -> dict[str, Any]:
         """What became of a split.
