@@ -3,92 +3,168 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dllm_var.errors import UserError
 from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import Generation, Request, Sampler, check_at_least_one
+from dllm_var.sampling.draw import Draw, request_keys
+
+ADMIT_SHARE = 4  # waiting prompts enter when one in this many places is free: a prefill costs as much as a step
 
 
 class AutoregressiveSampler(Sampler):
-    """Greedy next-token decoding of a causal transformer.
+    """Next-token decoding of a causal transformer; finished rows leave the batch and waiting prompts enter.
 
     Args:
         max_new_tokens: Longest answer; a row that reaches it has finish reason `length`.
-        batch_size: Rows decoded at a time; a finished row leaves the batch.
+        batch_size: Rows decoded at a time.
+        temperature: 0 takes the most likely token; above, tokens are drawn.
+        top_k: Draws among the k most likely tokens; all when 0.
+        top_p: Draws among the most likely tokens that together have this probability.
+        seed: Seed of the draws; a row's draws do not depend on its batch.
 
     Raises:
-        UserError: When a setting is below 1.
+        UserError: When a length or the batch size is below 1, or a setting of the draws is out of range.
     """
 
-    def __init__(self, max_new_tokens: int = 512, batch_size: int = 32) -> None:
+    def __init__(
+        self,
+        max_new_tokens: int = 512,
+        batch_size: int = 32,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> None:
         check_at_least_one(max_new_tokens=max_new_tokens, batch_size=batch_size)
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
+        self.draw = Draw(temperature, top_k, top_p, seed)
 
     def decode(self, model: Transformer, prompts: list[list[int]], request: Request) -> list[Generation]:
         if not model.config.causal:
             raise UserError("this checkpoint is bidirectional: decode it with dllm_var.sampling.BlockDiffusionSampler")
-        limit = request.max_new_tokens or self.max_new_tokens
-        answers: list[Generation] = []
-        for first in range(0, len(prompts), self.batch_size):
-            group = prompts[first : first + self.batch_size]
-            answers += _decode_group(model, group, limit, first, request)
-        return answers
+        run = _Run(self, model, prompts, request)
+        while run.waiting or run.active.any():
+            run.admit()
+            if run.active.any():
+                run.step()
+        return [run.answers[index] for index in range(len(prompts))]
 
 
-def _decode_group(
-    model: Transformer, prompts: list[list[int]], limit: int, first: int, request: Request
-) -> list[Generation]:
-    began = time.perf_counter()
-    device, terminators = model.embedding.weight.device, set(model.config.terminator_ids or [])
-    lengths = np.array([len(prompt) for prompt in prompts])
-    longest = int(lengths.max())
-    cache = KVCache(model.config, len(prompts), longest + limit, device, model.embedding.weight.dtype)
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt, device=device)
-    cache.open(longest, lengths)
-    hidden = model.hidden_states(tokens, cache=cache)
-    cache.advance(lengths)
-    last = hidden[torch.arange(len(prompts), device=device), torch.from_numpy(lengths - 1).to(device)]
-    rows = np.arange(len(prompts))  # the prompt of each row still in the batch
-    generated: list[list[int]] = [[] for _ in prompts]
-    answers: dict[int, Generation] = {}
-    nfe = 1
-    while True:
-        logits = model.lm_head(last).float()
-        if model.config.mask_id is not None:
-            logits[:, model.config.mask_id] = -torch.inf
-        chosen = logits.argmax(dim=-1)
-        stay = []
-        for place, token in enumerate(chosen.tolist()):
-            row = int(rows[place])
-            ended = token in terminators
-            if not ended:
-                generated[row].append(token)
-                if request.on_block is not None:
-                    request.on_block(first + row, list(generated[row]))
-            if ended or len(generated[row]) == limit:
-                answers[row] = Generation(
-                    tokens=generated[row],
-                    finish_reason="eos" if ended else "length",
-                    nfe=nfe,
-                    seconds=time.perf_counter() - began,
-                    prompt_length=len(prompts[row]),
-                    commit_steps=list(range(1, len(generated[row]) + 1)),
-                )
-            else:
-                stay.append(place)
-        if not stay:
-            return [answers[row] for row in range(len(prompts))]
-        if len(stay) < len(rows):
-            kept = np.array(stay)
-            cache.keep(kept)
-            rows, chosen = rows[kept], chosen[torch.from_numpy(kept).to(device)]
-        cache.open(1)
-        last = model.hidden_states(chosen[:, None], cache=cache)[:, 0]
-        cache.advance(np.ones(len(rows), dtype=np.int64))
-        nfe += 1
+class _Run:
+    """One call of `generate`: the rows in flight, one per slot of the cache.
+
+    The cache holds all of a row but its newest token, which is what the next forward reads. The answers are kept on
+    the host, where every token arrives anyway to be compared with the terminators.
+    """
+
+    def __init__(
+        self, sampler: AutoregressiveSampler, model: Transformer, prompts: list[list[int]], request: Request
+    ) -> None:
+        self.sampler, self.model, self.prompts, self.request = sampler, model, prompts, request
+        self.limit = limit = request.max_new_tokens or sampler.max_new_tokens
+        self.waiting = deque(range(len(prompts)))
+        self.answers: dict[int, Generation] = {}
+        slots = min(sampler.batch_size, len(prompts))
+        config, weight = model.config, model.embedding.weight
+        self.device = weight.device
+        capacity = max(map(len, prompts), default=0) + limit
+        self.cache = KVCache(config, slots, capacity, self.device, weight.dtype)
+        banned = {*request.suppressed} if config.mask_id is None else {config.mask_id, *request.suppressed}
+        self.banned = torch.tensor(sorted(banned), dtype=torch.long, device=self.device)
+        self.terminators = np.array(config.terminator_ids or [], dtype=np.int64)
+        self.keys = np.array(request_keys(prompts), dtype=np.int64) if sampler.temperature else None
+        self.newest = torch.zeros(slots, dtype=torch.long, device=self.device)
+        # Host-side bookkeeping, one entry per slot; `prompt` is the index of the row's prompt, -1 for a free slot.
+        self.prompt = np.full(slots, -1)
+        self.tokens = np.zeros((slots, limit), dtype=np.int64)
+        self.length = np.zeros(slots, dtype=np.int64)
+        self.began = np.zeros(slots)
+
+    @property
+    def active(self) -> np.ndarray:
+        return self.prompt >= 0
+
+    def admit(self) -> None:
+        """Gives free slots to waiting prompts, several at a time, and prefills them together."""
+        free = np.flatnonzero(~self.active)
+        if not self.waiting or ADMIT_SHARE * free.size < self.prompt.size:
+            return
+        free = free[: len(self.waiting)]
+        indices = [self.waiting.popleft() for _ in free]
+        lengths = np.array([len(self.prompts[index]) for index in indices])
+        tokens = np.zeros((free.size, int(lengths.max())), dtype=np.int64)
+        for row, index in enumerate(indices):
+            tokens[row, : lengths[row]] = self.prompts[index]
+        self.prompt[free], self.length[free], self.began[free] = indices, 0, time.perf_counter()
+        self.cache.lengths[free] = 0
+        rows = None if free.size == self.prompt.size else free
+        self.cache.open(tokens.shape[1], lengths, rows)
+        hidden = self.model.hidden_states(torch.from_numpy(tokens).to(self.device), cache=self.cache)
+        self.cache.advance(lengths, rows)
+        ends = torch.from_numpy(lengths - 1).to(self.device)
+        self._append(free, hidden[torch.arange(free.size, device=self.device), ends])
+
+    def step(self) -> None:
+        """One forward of every row in flight, one token further."""
+        active = self.active
+        if not self.waiting and np.count_nonzero(active) <= 0.75 * active.size:
+            self._compact(np.flatnonzero(active))
+            active = self.active
+        self.cache.open(1)
+        hidden = self.model.hidden_states(self.newest[:, None], cache=self.cache)
+        self.cache.advance(active.astype(np.int64))
+        self._append(np.arange(active.size), hidden[:, 0])
+
+    def _append(self, rows: np.ndarray, hidden: Tensor) -> None:
+        """Gives each row its next token from the last hidden states [R, hidden], and ends those that are complete."""
+        logits = self.model.lm_head(hidden).float().index_fill_(1, self.banned, -torch.inf)
+        drawn = None
+        if self.keys is not None:
+            keys = torch.from_numpy(self.keys[self.prompt[rows]] + self.length[rows] + 1)
+            drawn = self.sampler.draw(logits, keys.to(self.device))
+        chosen = logits.argmax(dim=-1) if drawn is None else drawn
+        if rows.size == self.prompt.size:
+            self.newest = chosen
+        else:
+            self.newest[torch.from_numpy(rows).to(self.device)] = chosen
+        tokens = chosen.cpu().numpy()  # the step's one wait for the device
+        ended = (tokens[:, None] == self.terminators).any(axis=1)
+        goes_on = self.active[rows] & ~ended
+        grown = rows[goes_on]
+        self.tokens[grown, self.length[grown]] = tokens[goes_on]
+        self.length[grown] += 1
+        if self.request.on_block is not None:
+            for slot in grown:
+                self.request.on_block(int(self.prompt[slot]), self.tokens[slot, : self.length[slot]].tolist())
+        for slot in rows[ended & self.active[rows]]:
+            self._end(slot, "eos")
+        for slot in grown[self.length[grown] == self.limit]:
+            self._end(slot, "length")
+
+    def _end(self, slot: int, finish_reason: str) -> None:
+        index, length = int(self.prompt[slot]), int(self.length[slot])
+        self.answers[index] = Generation(
+            tokens=self.tokens[slot, :length].tolist(),
+            finish_reason=finish_reason,
+            nfe=length + (finish_reason == "eos"),
+            seconds=time.perf_counter() - float(self.began[slot]),
+            prompt_length=len(self.prompts[index]),
+            commit_steps=list(range(1, length + 1)),
+        )
+        self.prompt[slot] = -1
+        self.cache.free(slot)
+
+    def _compact(self, rows: np.ndarray) -> None:
+        """Drops the free slots; done when a quarter is free, so that the copies cost little in all."""
+        self.cache.keep(rows)
+        self.newest = self.newest[torch.from_numpy(rows).to(self.device)]
+        for name in ("prompt", "tokens", "length", "began"):
+            setattr(self, name, getattr(self, name)[rows])

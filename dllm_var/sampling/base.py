@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dllm_var.errors import UserError
+from dllm_var.sampling.stopping import StopStrings
 
 if TYPE_CHECKING:
     from dllm_var.model.config import TransformerConfig
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from dllm_var.tokenization import Tokenizer
 
 OnBlock = Callable[[int, list[int]], None]
-FindStop = Callable[[list[int]], "int | None"]
+OnAnswer = Callable[[int, "Generation"], None]
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,27 @@ class Request:
         max_new_tokens: Longest answer, instead of the sampler's own limit.
         on_block: Called with (prompt index, the answer's tokens so far) each time a row gets further.
         suppressed: Token ids that are never produced; the mask token never is.
-        find_stop: Says how many of an answer's finished tokens stay when a stop string is in them, null when none is.
+        stop: Finds the texts that end an answer.
+        on_answer: Called with (prompt index, answer) when a row ends, by samplers that tell before all rows have.
     """
 
     max_new_tokens: int | None = None
     on_block: OnBlock | None = None
     suppressed: tuple[int, ...] = ()
-    find_stop: FindStop | None = None
+    stop: StopStrings | None = None
+    on_answer: OnAnswer | None = None
+
+    def stopped(self, index: int, answer: list[int]) -> bool:
+        """Says whether a stop string is among an answer's finished tokens: then no more need be decoded.
+
+        Where the answer is cut, and its finish reason, `Sampler.generate` sees to.
+        """
+        return self.stop is not None and self.stop.found(index, answer)
+
+    def finished(self, index: int, answer: Generation) -> None:
+        """Hands on an answer that is complete before the others are."""
+        if self.on_answer is not None:
+            self.on_answer(index, answer)
 
 
 @dataclass
@@ -44,7 +59,7 @@ class Generation:
 
     Args:
         tokens: Token ids of the answer, up to and excluding the terminator.
-        finish_reason: `eos` when the model ended the answer, `length` when the limit did.
+        finish_reason: `eos` when the model ended the answer, `length` when the limit did, `stop` when a stop string did.
         nfe: Forward passes this row took part in, the prefill included.
         seconds: Wall time from the row's admission to its end.
         prompt_length: Tokens of the prompt.
@@ -60,17 +75,26 @@ class Generation:
     text: str | None = None
     commit_steps: list[int] | None = None
 
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens were decoded."""
+        return len(self.tokens)
+
     def as_json(self, prompt: str) -> str:
         """Returns the answer and its prompt's text as one line of JSON, as `generate --json` and `predict` write it."""
-        fields = {
+        line = {
             "prompt": prompt,
             "text": self.text,
             "tokens": self.tokens,
+            "prompt_tokens": self.prompt_length,
             "finish_reason": self.finish_reason,
             "nfe": self.nfe,
+            "tokens_per_forward": round(self.new_tokens / max(self.nfe, 1), 4),
             "seconds": round(self.seconds, 6),
         }
-        return json.dumps(fields, ensure_ascii=False)
+        shown = {*line, "prompt_length"}
+        others = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in shown}
+        return json.dumps({**line, **others}, ensure_ascii=False)
 
 
 class Sampler(ABC):
@@ -87,7 +111,10 @@ class Sampler(ABC):
         *,
         tokenizer: Tokenizer | None = None,
         max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        suppress: Sequence[int] = (),
         on_block: OnBlock | None = None,
+        on_answer: OnAnswer | None = None,
     ) -> list[Generation]:
         """Decodes prompts, in order, each to its own end.
 
@@ -96,28 +123,88 @@ class Sampler(ABC):
             prompts: Token ids or, with a tokenizer, texts.
             tokenizer: Encodes text prompts and decodes the answers.
             max_new_tokens: Overrides the sampler's limit.
+            stop: Texts that an answer ends before; needs a tokenizer.
+            suppress: Token ids that are never produced. Without a terminator an answer runs into its limit.
             on_block: Called with (prompt index, the answer's tokens so far) each time a row gets further.
+            on_answer: Called with (prompt index, answer) once for each prompt, as soon as the sampler tells.
 
         Raises:
-            UserError: When a prompt is empty or holds ids outside the vocabulary, or text comes without a tokenizer.
+            UserError: When a prompt is empty or holds ids outside the vocabulary, text or stop strings come without a
+                tokenizer, or no token is left to produce.
         """
         transformer = getattr(model, "transformer", model)
         tokenizer = tokenizer or getattr(model, "tokenizer", None)
         ids = [encode_prompt(index, prompt, tokenizer, transformer.config) for index, prompt in enumerate(prompts)]
         if max_new_tokens is not None and max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_suppressed(suppress, transformer.config)
+        delivery = _Delivery(tokenizer, stop, on_block, on_answer)
+        request = Request(max_new_tokens, delivery.on_block, tuple(suppress), delivery.stop, delivery.on_answer)
         was_training = transformer.training
         transformer.eval()
         try:
             # Blocks compiled for training would be compiled again for every shape that decoding meets.
-            with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-                answers = self.decode(transformer, ids, Request(max_new_tokens, on_block))
+            # Mixed precision is for training: decoding runs in the type of the weights, which is also the cache's.
+            with (
+                torch.inference_mode(),
+                torch.compiler.set_stance("force_eager"),
+                torch.autocast(transformer.embedding.weight.device.type, enabled=False),
+            ):
+                answers = self.decode(transformer, ids, request)
         finally:
             transformer.train(was_training)
-        if tokenizer is not None:
-            for answer in answers:
-                answer.text = tokenizer.decode(answer.tokens)
+        for index, answer in enumerate(answers):
+            delivery.on_answer(index, answer)
         return answers
+
+
+class _Delivery:
+    """Between a sampler and who asked it: answers get their text and are cut at stop strings, each is told once."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        stop: Sequence[str],
+        on_block: OnBlock | None,
+        on_answer: OnAnswer | None,
+    ) -> None:
+        self.stop: StopStrings | None = None
+        if stop:
+            if tokenizer is None:
+                raise UserError("stop strings need a tokenizer: pass generate(..., tokenizer=...)")
+            self.stop = StopStrings([stop] if isinstance(stop, str) else stop, tokenizer)
+        self.tokenizer, self.tell_block, self.tell_answer = tokenizer, on_block, on_answer
+        self.on_block = None if on_block is None else self._on_block
+        self.done: set[int] = set()
+
+    def _on_block(self, index: int, tokens: list[int]) -> None:
+        assert self.tell_block is not None
+        cut = self.stop.cut(tokens) if self.stop is not None and self.stop.found(index, tokens) else None
+        self.tell_block(index, tokens if cut is None else tokens[: cut[0]])
+
+    def on_answer(self, index: int, answer: Generation) -> None:
+        if index in self.done:
+            return
+        self.done.add(index)
+        cut = None if self.stop is None else self.stop.cut(answer.tokens)
+        if cut is not None:
+            kept, answer.text = cut
+            answer.tokens, answer.finish_reason = answer.tokens[:kept], "stop"
+            answer.commit_steps = None if answer.commit_steps is None else answer.commit_steps[:kept]
+        elif self.tokenizer is not None:
+            answer.text = self.tokenizer.decode(answer.tokens)
+        if self.tell_answer is not None:
+            self.tell_answer(index, answer)
+
+
+def check_suppressed(suppress: Sequence[int], config: TransformerConfig) -> None:
+    """Raises UserError for an id outside the vocabulary, or when no token is left."""
+    assert config.vocab_size is not None
+    wrong = next((token for token in suppress if not 0 <= token < config.vocab_size), None)
+    if wrong is not None:
+        raise UserError(f"suppress has token id {wrong}, outside the vocabulary of {config.vocab_size}")
+    if len({*suppress, config.mask_id} - {None}) >= config.vocab_size:
+        raise UserError("suppress names every token: leave at least one that can be produced")
 
 
 def encode_prompt(

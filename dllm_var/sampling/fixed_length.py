@@ -67,13 +67,17 @@ class FixedLengthSampler(Sampler):
         answers: list[Generation] = []
         for first in range(0, len(prompts), self.batch_size):
             places = slice(first, first + self.batch_size)
-            canvas = _Canvas(self, model, prompts[places], keys[places], length)
+            canvas = _Canvas(self, model, prompts[places], keys[places], length, request)
             for start in range(0, length, canvas.block):
                 canvas.fill_block(start, min(canvas.block, length - start))
-                if request.on_block is not None:
+                if request.on_block is not None or request.stop is not None:
                     for row, answer in enumerate(canvas.answers()):
-                        request.on_block(first + row, answer.tokens)
+                        if request.on_block is not None:
+                            request.on_block(first + row, answer.tokens)
+                        canvas.stopped[row] = request.stopped(first + row, answer.tokens)
             answers += canvas.answers()
+            for index in range(first, len(answers)):
+                request.finished(index, answers[index])
         return answers
 
 
@@ -81,9 +85,15 @@ class _Canvas:
     """A batch of rows `prompt | canvas`, each with its own prompt length, all working on the same block."""
 
     def __init__(
-        self, sampler: FixedLengthSampler, model: Transformer, prompts: list[list[int]], keys: list[int], length: int
+        self,
+        sampler: FixedLengthSampler,
+        model: Transformer,
+        prompts: list[list[int]],
+        keys: list[int],
+        length: int,
+        request: Request,
     ) -> None:
-        self.sampler, self.model, self.length = sampler, model, length
+        self.sampler, self.model, self.length, self.suppressed = sampler, model, length, request.suppressed
         self.began = time.perf_counter()
         self.mask_id, self.terminators = special_ids(model)
         self.block = min(sampler.block_length or length, length)
@@ -98,6 +108,7 @@ class _Canvas:
         real = torch.arange(width) < torch.from_numpy(self.row_lengths)[:, None]
         self.segments = None if bool(real.all()) else (~real).long().to(self.device)  # padding is a segment of its own
         self.nfe = np.zeros(len(prompts), np.int64)
+        self.stopped = np.zeros(len(prompts), bool)  # rows with a stop string: nothing more is decoded for them
         self.keys = np.array(keys, dtype=np.int64)
         self.cache: KVCache | None = None
         if sampler.cache != "none":
@@ -111,7 +122,7 @@ class _Canvas:
         template = self.sampler.policy.initial_state(width)
         rows = len(start)
         state = {name: value.to(self.device).repeat(rows, *[1] * value.dim()) for name, value in template.items()}
-        left = np.full(rows, width)
+        left = np.where(self.stopped, 0, width)
         step = 0
         while (left > 0).any():
             self.nfe += left > 0
@@ -122,7 +133,9 @@ class _Canvas:
             inside = open_rows.expand_as(masked)
             all_scored = self.sampler.policy.scores_committed
             count = int((left > 0).sum()) * width if all_scored else int(left.sum())
-            scored, logits = score_positions(self.model, hidden, inside if all_scored else masked, shift, count)
+            scored, logits = score_positions(
+                self.model, hidden, inside if all_scored else masked, shift, count, self.suppressed
+            )
             key = torch.from_numpy(self.keys + self.nfe).to(self.device)
             view = BlockView(
                 scored_logits=logits,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from dllm_var.model.transformer import Transformer
 
 
 def score_positions(
-    model: Transformer, hidden: Tensor, where: Tensor, shift: Tensor, count: int
+    model: Transformer, hidden: Tensor, where: Tensor, shift: Tensor, count: int, suppressed: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
     """Runs the head at some positions of every row's block.
 
@@ -19,6 +21,7 @@ def score_positions(
         where: The positions wanted, in the block [R, K].
         shift: Where each row's block begins within the forward [R].
         count: How many positions that is, known beforehand so that the device need not be asked.
+        suppressed: Token ids that get -inf, too.
 
     Returns:
         Indices of the positions in the flattened block [M], and their logits [M, V] in float32.
@@ -26,8 +29,16 @@ def score_positions(
     scored = where.reshape(-1).nonzero_static(size=count).squeeze(1)
     row, offset = scored // where.size(1), scored % where.size(1)
     logits = model.lm_head(hidden[row, offset + shift[row]]).float()
-    logits[:, model.config.mask_id] = -torch.inf
-    return scored, logits
+    return scored, forbid(logits, model.config.mask_id, suppressed)
+
+
+def forbid(logits: Tensor, mask_id: int | None, suppressed: Sequence[int] = ()) -> Tensor:
+    """Sets the logits [M, V] of the mask token and of suppressed ones to -inf, in place."""
+    if mask_id is not None:
+        logits[:, mask_id] = -torch.inf
+    if suppressed:
+        logits[:, list(suppressed)] = -torch.inf
+    return logits
 
 
 def position_keys(key: Tensor, scored: Tensor, width: int) -> Tensor:

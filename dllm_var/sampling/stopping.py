@@ -1,0 +1,82 @@
+"""Stop strings: where in its text an answer ends, besides at a terminator."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dllm_var.errors import UserError
+
+if TYPE_CHECKING:
+    from dllm_var.tokenization import Tokenizer
+
+_SLACK = 8  # characters: a text decoded from its middle may begin differently
+
+
+class StopStrings:
+    """Finds the first stop string in answers that grow.
+
+    Args:
+        strings: The texts an answer ends before.
+        tokenizer: Decodes answers.
+
+    Raises:
+        UserError: When a stop string is empty.
+    """
+
+    def __init__(self, strings: Sequence[str], tokenizer: Tokenizer) -> None:
+        if not all(strings):
+            raise UserError("a stop string is empty: give at least one character")
+        self.strings, self.tokenizer = list(strings), tokenizer
+        self._longest = max(map(len, strings))
+        self._checked: dict[int, int] = {}  # answer: tokens known to hold no stop string
+
+    def found(self, index: int, tokens: list[int]) -> bool:
+        """Says whether a stop string is in an answer; looks only at what is new since the last time.
+
+        Args:
+            index: Which answer.
+            tokens: Its tokens so far; those of the last call come first.
+        """
+        start = self._checked.get(index, 0)
+        while start > 0:  # back to where a stop string that ends in the new tokens may begin
+            tail = self.tokenizer.decode(tokens[start : self._checked[index]])
+            if len(tail) >= self._longest + _SLACK:
+                break
+            start -= 1
+        if self._first(self.tokenizer.decode(tokens[start:])) is not None and self.cut(tokens) is not None:
+            return True
+        self._checked[index] = len(tokens)
+        return False
+
+    def cut(self, tokens: list[int]) -> tuple[int, str] | None:
+        """Returns how many tokens of an answer stay and its text up to the first stop string; null when none is in it.
+
+        A token that holds both the end of the text and the beginning of the stop string stays. Blanks that the stop
+        string's first token brings along do not.
+        """
+        text = self.tokenizer.decode(tokens)
+        at = self._first(text)
+        if at is None:
+            return None
+        # The most tokens that lie before the stop string; lengths may waver within a character of several tokens.
+        kept = bisect_left(range(1, len(tokens) + 1), True, key=lambda n: len(self.tokenizer.decode(tokens[:n])) > at)
+        while not text.startswith(before := self.tokenizer.decode(tokens[:kept])):
+            kept -= 1
+        if not text[len(before) : at].strip():
+            return kept, before
+        while not self.tokenizer.decode(tokens[:kept]).startswith(text[:at]):
+            kept += 1
+        return kept, text[:at]
+
+    def settled(self, text: str) -> str:
+        """Returns the part of an unfinished text that no stop string can take back any more."""
+        at = self._first(text)
+        if at is not None:
+            return text[:at].rstrip()
+        held = max((n for s in self.strings for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        return text[: len(text) - held].rstrip()
+
+    def _first(self, text: str) -> int | None:
+        return min((at for string in self.strings if (at := text.find(string)) >= 0), default=None)
