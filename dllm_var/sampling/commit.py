@@ -54,3 +54,25 @@ def choose_commits(
 def _count_left(positions: Tensor) -> Tensor:
     """Returns how many true positions lie strictly left of each [R, K]."""
     return positions.cumsum(dim=1) - positions.long()
+
+
+def outcome(
+    decision: Decision, tokens: Tensor, masked: Tensor, inside: Tensor, terminators: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns of each block after a step [R]: how many masks are left, where the answer ends or -1, if it is over."""
+    ends = _answer_ends(tokens, masked, inside, terminators)
+    if decision.finish_row is not None:
+        decided = torch.where(masked.any(dim=1), masked.int().argmax(dim=1), inside.sum(dim=1))
+        ends = torch.where(decision.finish_row & (ends < 0), decided, ends)
+    left = masked.sum(dim=1)
+    over = (left == 0) | (ends >= 0)
+    if decision.keep_open is not None:
+        over = over & ~decision.keep_open
+    return left, ends, over
+
+
+def _answer_ends(tokens: Tensor, masked: Tensor, inside: Tensor, terminators: tuple[int, ...]) -> Tensor:
+    """Returns where in its block each row's answer ends [R]: its first terminator with no mask left of it, or -1."""
+    is_end = is_one_of(tokens, terminators) & ~masked & inside
+    none_left = (masked.cumsum(dim=1) == 0) & is_end
+    return torch.where(none_left.any(dim=1), none_left.int().argmax(dim=1), -1)

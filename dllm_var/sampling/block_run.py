@@ -1,0 +1,257 @@
+"""One call of `generate` by block diffusion: rows in flight, each with its own lengths, forward after forward."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dllm_var.model.kv_cache import KVCache
+from dllm_var.model.transformer import Transformer
+from dllm_var.sampling.base import Generation, Request, special_ids
+from dllm_var.sampling.commit import choose_commits, outcome
+from dllm_var.sampling.draw import request_keys
+from dllm_var.sampling.policies.base import BlockView, State
+from dllm_var.sampling.scoring import position_keys, score_positions
+
+if TYPE_CHECKING:
+    from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
+
+
+class BlockRun:
+    """One call of `generate`: the rows in flight, one per slot of the cache.
+
+    A row's canvas is `prompt | finished blocks | active block | masks`. The cache holds the first `cache.lengths`
+    tokens; the next `pending` are finished but not cached yet; the `width` after them are the active block. One
+    forward takes a row's pending tokens and active block, keeps the keys and values of the former and predicts the
+    latter, whether the pending ones are a prompt (prefill), a finished block (`joint_next`) or nothing.
+    """
+
+    def __init__(
+        self,
+        sampler: BlockDiffusionSampler,
+        model: Transformer,
+        prompts: list[list[int]],
+        request: Request,
+    ) -> None:
+        self.sampler, self.model, self.prompts, self.request = sampler, model, prompts, request
+        self.limit = limit = request.max_new_tokens or sampler.max_new_tokens
+        self.mask_id, self.terminators = special_ids(model)
+        self.waiting = deque(range(len(prompts)))
+        self.keys = np.array(request_keys(prompts), dtype=np.int64)
+        self.answers: dict[int, Generation] = {}
+        slots = min(sampler.batch_size, len(prompts))
+        weight = model.embedding.weight
+        self.device = weight.device
+        # The slack is for padding: a forward is as wide as its widest row, even for a row that is nearly at its end.
+        capacity = max(map(len, prompts), default=0) + limit + 2 * sampler.block_length
+        self.cache = KVCache(model.config, slots, capacity, self.device, weight.dtype)
+        self.canvas = torch.full((slots, capacity), self.mask_id, device=self.device)
+        self.committed_at = torch.zeros((slots, capacity), dtype=torch.int32, device=self.device)
+        template = sampler.policy.initial_state(sampler.block_length)
+        self.template = {name: value.to(self.device) for name, value in template.items()}
+        self.state = {name: value.repeat(slots, *[1] * value.dim()) for name, value in self.template.items()}
+        # Host-side bookkeeping, one entry per slot; `prompt` is the index of the row's prompt, -1 for a free slot.
+        self.prompt = np.full(slots, -1)
+        self.prompt_length, self.pending, self.width, self.steps, self.nfe, self.masked_left = (
+            np.zeros(slots, np.int64) for _ in "123456"
+        )
+        self.began = np.zeros(slots)
+
+    @property
+    def active(self) -> np.ndarray:
+        return self.prompt >= 0
+
+    def admit(self) -> None:
+        """Gives free slots to waiting prompts and prefills them together."""
+        free = np.flatnonzero(~self.active)[: len(self.waiting)]
+        if not free.size:
+            return
+        for slot in free:
+            index = self.waiting.popleft()
+            tokens = self.prompts[index]
+            self.prompt[slot], self.prompt_length[slot] = index, len(tokens)
+            self.canvas[slot] = self.mask_id
+            self.canvas[slot, : len(tokens)] = torch.tensor(tokens, device=self.device)
+            self.pending[slot], self.nfe[slot], self.began[slot] = len(tokens), 0, time.perf_counter()
+            self.cache.free(slot)
+            self._start_block(slot)
+        self._forward(free if free.size < self.prompt.size else None)
+
+    def step(self) -> None:
+        """One forward of every row in flight."""
+        if not self.active.any():
+            return
+        if not self.waiting and np.count_nonzero(self.active) <= 0.75 * self.prompt.size:
+            self._compact(np.flatnonzero(self.active))
+        self._forward(None)
+
+    def _start_block(self, slot: int) -> None:
+        """Opens the block behind the row's finished tokens."""
+        finished = int(self.cache.lengths[slot] + self.pending[slot])
+        length = self.sampler.block_length
+        width = length - finished % length if self.sampler.grid == "absolute" else length
+        self.width[slot] = min(width, int(self.prompt_length[slot]) + self.limit - finished)
+        self.masked_left[slot] = self.width[slot]
+        self.steps[slot] = 0
+        for name, value in self.template.items():
+            self.state[name][slot] = value
+
+    def _forward(self, slots: np.ndarray | None) -> None:
+        """One forward of some slots (free ones until now) or of all, and what the policy makes of it."""
+        rows = np.arange(self.prompt.size) if slots is None else slots
+        pending, width = self.pending[rows], self.width[rows]
+        if self.sampler.kv_commit == "alone":  # a finished block (or prompt) has a forward of its own
+            width = np.where(pending > 0, 0, width)
+        index = None if slots is None else torch.from_numpy(rows).to(self.device)
+        tokens = self._open_window(rows, index, slots, pending, width)
+        hidden = self.model.hidden_states(tokens, cache=self.cache)
+        self.cache.advance(pending, slots)
+        self.pending[rows] = 0
+        self.nfe[rows] += 1
+        if width.any():
+            self._denoise(rows, index, hidden, pending, width)
+
+    def _open_window(
+        self, rows: np.ndarray, index: Tensor | None, slots: np.ndarray | None, pending: np.ndarray, width: np.ndarray
+    ) -> Tensor:
+        """Opens the cache for pending tokens and active block, and returns them [R, L]."""
+        windows = pending + width
+        longest = int(windows.max())
+        windows = np.where(windows == 0, longest, windows)  # a free slot: anything but an empty softmax
+        self.cache.open(longest, windows, slots)
+        canvas = self.canvas if index is None else self.canvas[index]
+        if index is None and rows.size == 1:
+            start = int(self.cache.lengths[0])
+            return canvas[:, start : start + longest]
+        return canvas.gather(1, self.cache.positions)
+
+    def _denoise(
+        self, rows: np.ndarray, index: Tensor | None, hidden: Tensor, pending: np.ndarray, width: np.ndarray
+    ) -> None:
+        """Predicts the active blocks, applies the policy, ends blocks and rows that are complete."""
+        place, tokens, inside = self._active_blocks(rows, index, width)
+        all_scored = self.sampler.policy.scores_committed
+        count = int(width.sum() if all_scored else self.masked_left[rows][width > 0].sum())
+        shift = torch.from_numpy(pending).to(self.device)
+        key = torch.from_numpy(self.keys[self.prompt[rows]] + self.nfe[rows]).to(self.device)
+        steps = torch.from_numpy(self.steps[rows]).to(self.device)
+        view = self._view(hidden, shift, tokens, inside, count, steps, self._progress(rows), key)
+        decoded = width > 0
+        state = {name: value.clone() if index is None else value[index] for name, value in self.state.items()}
+        decision = self.sampler.policy.decide(view, state)
+        self._keep_state(rows, np.flatnonzero(decoded), state)
+        tokens, masked, written = choose_commits(
+            view, decision, self.mask_id, self.terminators, self.sampler.terminator_last
+        )
+        self._write(rows, index, place, inside, tokens, written)
+        left, ends, over = outcome(decision, tokens, masked, inside, self.terminators)
+        # The step's one wait for the device.
+        left_on_host, end, over_on_host = torch.stack((left, ends, over.long())).cpu().numpy()
+        self.masked_left[rows[decoded]] = left_on_host[decoded]
+        self.steps[rows[decoded]] += 1
+        self._settle(rows, decoded, end, over_on_host == 1)
+
+    def _active_blocks(
+        self, rows: np.ndarray, index: Tensor | None, width: np.ndarray
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the active blocks' places in the canvas, their tokens, and which of these are real, each [R, K]."""
+        offsets = torch.arange(self.sampler.block_length, device=self.device)
+        place = torch.from_numpy(self.cache.lengths[rows]).to(self.device)[:, None] + offsets
+        canvas = self.canvas if index is None else self.canvas[index]
+        return place, canvas.gather(1, place), offsets < torch.from_numpy(width).to(self.device)[:, None]
+
+    def _view(
+        self,
+        hidden: Tensor,
+        shift: Tensor,
+        tokens: Tensor,
+        inside: Tensor,
+        count: int,
+        steps: Tensor,
+        progress: Tensor,
+        key: Tensor,
+    ) -> BlockView:
+        """Scores the blocks `tokens` [R, K], which begin `shift` [R] into `hidden`, at `count` positions in all."""
+        masked = (tokens == self.mask_id) & inside
+        where = inside if self.sampler.policy.scores_committed else masked
+        scored, logits = score_positions(self.model, hidden, where, shift, count)
+        return BlockView(
+            scored_logits=logits,
+            scored=scored,
+            tokens=tokens,
+            masked=masked,
+            changeable=inside,
+            step=steps,
+            progress=progress,
+            key=key,
+            sampled=self.sampler.draw(logits, position_keys(key, scored, tokens.size(1))),
+        )
+
+    def _progress(self, rows: np.ndarray) -> Tensor:
+        """Returns the share of its limit that each row has decoded [R]."""
+        done = self.cache.lengths[rows] - self.prompt_length[rows]
+        return torch.from_numpy(done / self.limit).to(self.device, torch.float32)
+
+    def _keep_state(self, rows: np.ndarray, decoded: np.ndarray, state: State) -> None:
+        """Stores the policy's memory of the rows that met it; one that only stored a block did not."""
+        source, target = torch.from_numpy(np.stack((decoded, rows[decoded]))).to(self.device)
+        for name, value in state.items():
+            self.state[name][target] = value[source]
+
+    def _write(
+        self, rows: np.ndarray, index: Tensor | None, place: Tensor, inside: Tensor, tokens: Tensor, written: Tensor
+    ) -> None:
+        """Stores the blocks' tokens [R, K] and, where they were written, the number of this forward."""
+        at = torch.from_numpy(self.nfe[rows]).to(self.device, torch.int32)[:, None].expand_as(tokens)
+        for target, values, where in ((self.canvas, tokens, inside), (self.committed_at, at, written)):
+            if index is None:
+                target.scatter_(1, place, torch.where(where, values, target.gather(1, place)))
+            else:
+                target[index[:, None], place] = torch.where(where, values, target[index].gather(1, place))
+
+    def _settle(self, rows: np.ndarray, decoded: np.ndarray, end: np.ndarray, over: np.ndarray) -> None:
+        """Ends the blocks that are over, after a step."""
+        for at_row in np.flatnonzero(decoded & self.active[rows] & ((end >= 0) | over)):
+            slot = int(rows[at_row])
+            if over[at_row]:
+                self._end_block(slot, int(end[at_row]))
+            else:  # kept open for edits: nothing behind the answer's end is decoded any more
+                self.width[slot], self.masked_left[slot] = int(end[at_row]) + 1, 0
+
+    def _end_block(self, slot: int, end: int) -> None:
+        """Ends a row whose answer is complete, or moves it to its next block."""
+        start, finished = int(self.prompt_length[slot]), int(self.cache.lengths[slot] + self.width[slot])
+        index = int(self.prompt[slot])
+        stop = int(self.cache.lengths[slot]) + end if end >= 0 else finished
+        ended = end >= 0 or finished - start >= self.limit
+        if ended or self.request.on_block is not None:
+            answer = self.canvas[slot, start:stop].tolist()
+            if self.request.on_block is not None:
+                self.request.on_block(index, answer)
+        if not ended:
+            self.pending[slot] = self.width[slot]
+            self._start_block(slot)
+            return
+        self.answers[index] = Generation(
+            tokens=answer,
+            finish_reason="eos" if end >= 0 else "length",
+            nfe=int(self.nfe[slot]),
+            seconds=time.perf_counter() - float(self.began[slot]),
+            prompt_length=start,
+            commit_steps=self.committed_at[slot, start:stop].tolist(),
+        )
+        self.prompt[slot], self.pending[slot], self.width[slot], self.masked_left[slot] = -1, 0, 0, 0
+
+    def _compact(self, rows: np.ndarray) -> None:
+        """Drops the free slots; done when a quarter is free, so that the copies cost little in all."""
+        self.cache.keep(rows)
+        index = torch.from_numpy(rows).to(self.device)
+        self.canvas, self.committed_at = self.canvas[index], self.committed_at[index]
+        self.state = {name: value[index] for name, value in self.state.items()}
+        for name in ("prompt", "prompt_length", "pending", "width", "steps", "nfe", "masked_left", "began"):
+            setattr(self, name, getattr(self, name)[rows])
