@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.datamodules.dataset_source import DatasetSource
 from dllm_var.datamodules.file_sources import JsonlSource, ParquetSource
+from dllm_var.datamodules.reasoning_gym import GsmSymbolicSource, ReasoningGymSource
 from dllm_var.datamodules.sources import BadRecord, Source, SplitSource
 
 if TYPE_CHECKING:
@@ -27,9 +28,11 @@ __all__ = [
     "CmudictSource",
     "DatasetSource",
     "Example",
+    "GsmSymbolicSource",
     "JsonlSource",
     "PackedDataModule",
     "ParquetSource",
+    "ReasoningGymSource",
     "RowSampler",
     "Source",
     "SplitSource",
