@@ -179,7 +179,7 @@ class BlockRun:
         """Scores the blocks `tokens` [R, K], which begin `shift` [R] into `hidden`, at `count` positions in all."""
         masked = (tokens == self.mask_id) & inside
         where = inside if self.sampler.policy.scores_committed else masked
-        scored, logits = score_positions(self.model, hidden, where, shift, count)
+        scored, logits = score_positions(self.model, hidden, where, shift, count, self.request.suppressed)
         return BlockView(
             scored_logits=logits,
             scored=scored,
@@ -229,10 +229,11 @@ class BlockRun:
         index = int(self.prompt[slot])
         stop = int(self.cache.lengths[slot]) + end if end >= 0 else finished
         ended = end >= 0 or finished - start >= self.limit
-        if ended or self.request.on_block is not None:
+        if ended or self.request.on_block is not None or self.request.stop is not None:
             answer = self.canvas[slot, start:stop].tolist()
             if self.request.on_block is not None:
                 self.request.on_block(index, answer)
+            ended = ended or self.request.stopped(index, answer)
         if not ended:
             self.pending[slot] = self.width[slot]
             self._start_block(slot)
@@ -245,6 +246,7 @@ class BlockRun:
             prompt_length=start,
             commit_steps=self.committed_at[slot, start:stop].tolist(),
         )
+        self.request.finished(index, self.answers[index])
         self.prompt[slot], self.pending[slot], self.width[slot], self.masked_left[slot] = -1, 0, 0, 0
 
     def _compact(self, rows: np.ndarray) -> None:
