@@ -51,10 +51,9 @@ class AutoregressiveSampler(Sampler):
         if not model.config.causal:
             raise UserError("this checkpoint is bidirectional: decode it with dllm_var.sampling.BlockDiffusionSampler")
         run = _Run(self, model, prompts, request)
-        while run.waiting or run.active.any():
+        while run.waiting or run.in_flight.any():
             run.admit()
-            if run.active.any():
-                run.step()
+            run.step()
         return [run.answers[index] for index in range(len(prompts))]
 
 
@@ -74,28 +73,29 @@ class _Run:
         self.answers: dict[int, Generation] = {}
         slots = min(sampler.batch_size, len(prompts))
         config, weight = model.config, model.embedding.weight
+        assert config.vocab_size is not None
         self.device = weight.device
         capacity = max(map(len, prompts), default=0) + limit
         self.cache = KVCache(config, slots, capacity, self.device, weight.dtype)
         banned = {*request.suppressed} if config.mask_id is None else {config.mask_id, *request.suppressed}
         self.banned = torch.tensor(sorted(banned), dtype=torch.long, device=self.device)
-        self.terminators = np.array(config.terminator_ids or [], dtype=np.int64)
+        self.is_terminator = np.zeros(config.vocab_size, dtype=bool)
+        self.is_terminator[config.terminator_ids or []] = True
         self.keys = np.array(request_keys(prompts), dtype=np.int64) if sampler.temperature else None
         self.newest = torch.zeros(slots, dtype=torch.long, device=self.device)
-        # Host-side bookkeeping, one entry per slot; `prompt` is the index of the row's prompt, -1 for a free slot.
-        self.prompt = np.full(slots, -1)
+        # Host-side bookkeeping, one entry per slot; `prompt` is the index of the row's prompt.
+        self.in_flight = np.zeros(slots, dtype=bool)
+        self.prompt = np.zeros(slots, dtype=np.int64)
         self.tokens = np.zeros((slots, limit), dtype=np.int64)
         self.length = np.zeros(slots, dtype=np.int64)
         self.began = np.zeros(slots)
 
-    @property
-    def active(self) -> np.ndarray:
-        return self.prompt >= 0
-
     def admit(self) -> None:
         """Gives free slots to waiting prompts, several at a time, and prefills them together."""
-        free = np.flatnonzero(~self.active)
-        if not self.waiting or ADMIT_SHARE * free.size < self.prompt.size:
+        if not self.waiting:
+            return
+        free = np.flatnonzero(~self.in_flight)
+        if ADMIT_SHARE * free.size < self.in_flight.size:
             return
         free = free[: len(self.waiting)]
         indices = [self.waiting.popleft() for _ in free]
@@ -103,9 +103,9 @@ class _Run:
         tokens = np.zeros((free.size, int(lengths.max())), dtype=np.int64)
         for row, index in enumerate(indices):
             tokens[row, : lengths[row]] = self.prompts[index]
-        self.prompt[free], self.length[free], self.began[free] = indices, 0, time.perf_counter()
-        self.cache.lengths[free] = 0
-        rows = None if free.size == self.prompt.size else free
+        self.in_flight[free], self.prompt[free], self.length[free] = True, indices, 0
+        self.began[free] = time.perf_counter()
+        rows = None if free.size == self.in_flight.size else free
         self.cache.open(tokens.shape[1], lengths, rows)
         hidden = self.model.hidden_states(torch.from_numpy(tokens).to(self.device), cache=self.cache)
         self.cache.advance(lengths, rows)
@@ -114,57 +114,72 @@ class _Run:
 
     def step(self) -> None:
         """One forward of every row in flight, one token further."""
-        active = self.active
-        if not self.waiting and np.count_nonzero(active) <= 0.75 * active.size:
-            self._compact(np.flatnonzero(active))
-            active = self.active
+        count = np.count_nonzero(self.in_flight)
+        if not count:
+            return
+        if not self.waiting and count <= 0.75 * self.in_flight.size:
+            self._compact(np.flatnonzero(self.in_flight))
         self.cache.open(1)
         hidden = self.model.hidden_states(self.newest[:, None], cache=self.cache)
-        self.cache.advance(active.astype(np.int64))
-        self._append(np.arange(active.size), hidden[:, 0])
+        self.cache.advance(self.in_flight)
+        self._append(None, hidden[:, 0])
 
-    def _append(self, rows: np.ndarray, hidden: Tensor) -> None:
-        """Gives each row its next token from the last hidden states [R, hidden], and ends those that are complete."""
+    def _append(self, rows: np.ndarray | None, hidden: Tensor) -> None:
+        """Gives each of the rows (all when null) its next token, and ends those that are complete.
+
+        Args:
+            rows: The slots.
+            hidden: Their last hidden states [R, hidden].
+        """
+        where = slice(None) if rows is None else rows
+        self.length[where] += self.in_flight[where]
         logits = self.model.lm_head(hidden).float().index_fill_(1, self.banned, -torch.inf)
         drawn = None
         if self.keys is not None:
-            keys = torch.from_numpy(self.keys[self.prompt[rows]] + self.length[rows] + 1)
+            keys = torch.from_numpy(self.keys[self.prompt[where]] + self.length[where])
             drawn = self.sampler.draw(logits, keys.to(self.device))
         chosen = logits.argmax(dim=-1) if drawn is None else drawn
-        if rows.size == self.prompt.size:
+        if rows is None:
             self.newest = chosen
         else:
             self.newest[torch.from_numpy(rows).to(self.device)] = chosen
         tokens = chosen.cpu().numpy()  # the step's one wait for the device
-        ended = (tokens[:, None] == self.terminators).any(axis=1)
-        goes_on = self.active[rows] & ~ended
-        grown = rows[goes_on]
-        self.tokens[grown, self.length[grown]] = tokens[goes_on]
-        self.length[grown] += 1
-        if self.request.on_block is not None:
-            for slot in grown:
-                self.request.on_block(int(self.prompt[slot]), self.tokens[slot, : self.length[slot]].tolist())
-        for slot in rows[ended & self.active[rows]]:
-            self._end(slot, "eos")
-        for slot in grown[self.length[grown] == self.limit]:
-            self._end(slot, "length")
+        slots = np.arange(tokens.size) if rows is None else rows
+        self.tokens[slots, self.length[where] - 1] = tokens
+        ended = self.is_terminator[tokens]
+        over = ended | (self.length[where] == self.limit)
+        if self.request.on_block is not None or self.request.stop is not None:
+            for place in np.flatnonzero(self.in_flight[where] & ~ended):
+                over[place] |= self._tell(int(slots[place]))
+        over &= self.in_flight[where]
+        for place in np.flatnonzero(over):
+            self._end(int(slots[place]), bool(ended[place]))
 
-    def _end(self, slot: int, finish_reason: str) -> None:
-        index, length = int(self.prompt[slot]), int(self.length[slot])
+    def _tell(self, slot: int) -> bool:
+        """Streams a row's tokens so far; says whether a stop string is among them."""
+        index, tokens = int(self.prompt[slot]), self.tokens[slot, : self.length[slot]].tolist()
+        if self.request.on_block is not None:
+            self.request.on_block(index, tokens)
+        return self.request.stopped(index, tokens)
+
+    def _end(self, slot: int, by_terminator: bool) -> None:
+        index, nfe = int(self.prompt[slot]), int(self.length[slot])
+        tokens = self.tokens[slot, : nfe - by_terminator].tolist()
         self.answers[index] = Generation(
-            tokens=self.tokens[slot, :length].tolist(),
-            finish_reason=finish_reason,
-            nfe=length + (finish_reason == "eos"),
+            tokens=tokens,
+            finish_reason="eos" if by_terminator else "length",
+            nfe=nfe,
             seconds=time.perf_counter() - float(self.began[slot]),
             prompt_length=len(self.prompts[index]),
-            commit_steps=list(range(1, length + 1)),
+            commit_steps=list(range(1, len(tokens) + 1)),
         )
-        self.prompt[slot] = -1
+        self.request.finished(index, self.answers[index])
+        self.in_flight[slot], self.length[slot] = False, 0
         self.cache.free(slot)
 
     def _compact(self, rows: np.ndarray) -> None:
         """Drops the free slots; done when a quarter is free, so that the copies cost little in all."""
         self.cache.keep(rows)
         self.newest = self.newest[torch.from_numpy(rows).to(self.device)]
-        for name in ("prompt", "tokens", "length", "began"):
+        for name in ("in_flight", "prompt", "tokens", "length", "began"):
             setattr(self, name, getattr(self, name)[rows])

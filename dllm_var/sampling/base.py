@@ -32,6 +32,7 @@ class Request:
         suppressed: Token ids that are never produced; the mask token never is.
         stop: Finds the texts that end an answer.
         on_answer: Called with (prompt index, answer) when a row ends, by samplers that tell before all rows have.
+        tokenizer: The model's, when known; a second model must have the same.
     """
 
     max_new_tokens: int | None = None
@@ -39,6 +40,7 @@ class Request:
     suppressed: tuple[int, ...] = ()
     stop: StopStrings | None = None
     on_answer: OnAnswer | None = None
+    tokenizer: Tokenizer | None = None
 
     def stopped(self, index: int, answer: list[int]) -> bool:
         """Says whether a stop string is among an answer's finished tokens: then no more need be decoded.
@@ -60,11 +62,12 @@ class Generation:
     Args:
         tokens: Token ids of the answer, up to and excluding the terminator.
         finish_reason: `eos` when the model ended the answer, `length` when the limit did, `stop` when a stop string did.
-        nfe: Forward passes this row took part in, the prefill included.
+        nfe: Forward passes of the model that this row took part in, the prefill included.
         seconds: Wall time from the row's admission to its end.
         prompt_length: Tokens of the prompt.
         text: The answer decoded, when a tokenizer was given.
         commit_steps: For each token the forward pass, counted from 1, that committed it.
+        auxiliary_nfe: Forward passes of a sampler's second model that this row took part in.
     """
 
     tokens: list[int]
@@ -74,6 +77,7 @@ class Generation:
     prompt_length: int
     text: str | None = None
     commit_steps: list[int] | None = None
+    auxiliary_nfe: int = 0
 
     @property
     def new_tokens(self) -> int:
@@ -125,7 +129,8 @@ class Sampler(ABC):
             max_new_tokens: Overrides the sampler's limit.
             stop: Texts that an answer ends before; needs a tokenizer.
             suppress: Token ids that are never produced. Without a terminator an answer runs into its limit.
-            on_block: Called with (prompt index, the answer's tokens so far) each time a row gets further.
+            on_block: Called with (prompt index, the answer's tokens so far) each time a row gets further. A stop string
+                takes those back that turn out to be its beginning.
             on_answer: Called with (prompt index, answer) once for each prompt, as soon as the sampler tells.
 
         Raises:
@@ -139,9 +144,12 @@ class Sampler(ABC):
             raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         check_suppressed(suppress, transformer.config)
         delivery = _Delivery(tokenizer, stop, on_block, on_answer)
-        request = Request(max_new_tokens, delivery.on_block, tuple(suppress), delivery.stop, delivery.on_answer)
+        request = Request(
+            max_new_tokens, delivery.on_block, tuple(suppress), delivery.stop, delivery.on_answer, tokenizer
+        )
         was_training = transformer.training
-        transformer.eval()
+        if was_training:  # visiting every module takes a noticeable part of a short answer's time
+            transformer.eval()
         try:
             # Blocks compiled for training would be compiled again for every shape that decoding meets.
             # Mixed precision is for training: decoding runs in the type of the weights, which is also the cache's.
@@ -152,7 +160,8 @@ class Sampler(ABC):
             ):
                 answers = self.decode(transformer, ids, request)
         finally:
-            transformer.train(was_training)
+            if was_training:
+                transformer.train()
         for index, answer in enumerate(answers):
             delivery.on_answer(index, answer)
         return answers
