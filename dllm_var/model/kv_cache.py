@@ -38,6 +38,9 @@ class KVCache:
         windows: np.ndarray | None = None,
         rows: np.ndarray | None = None,
         visible: np.ndarray | None = None,
+        slots: Tensor | None = None,
+        positions: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> None:
         """Prepares one forward of `width` tokens per row.
 
@@ -46,17 +49,24 @@ class KVCache:
             windows: How many of them are real in each row, the rest being padding on the right; all when null.
             rows: The rows that take part, when not all do; each must be empty (a prefill into free rows).
             visible: Tokens that each row attends to, when what an earlier forward wrote behind the window counts too.
+            slots: Where each token is stored [B, L], when that is not right behind the frozen ones; needs `visible`.
+            positions: Rotary position of each token [B, L], when that is not where it is stored.
+            seen: Which of the window's tokens each of them sees [B, L, L], beside the frozen ones; all when null.
         """
         lengths = self.lengths if rows is None else self.lengths[rows]
-        assert rows is None or not lengths.any(), "a forward of some rows only must start from empty ones"
+        assert rows is None or (seen is None and not lengths.any()), "a forward of some rows starts from empty ones"
+        assert slots is None or visible is not None
         device = self.storage.device
         self._rows = None if rows is None else torch.from_numpy(rows).to(device)
         self._width = width
         self._end = int(lengths.max()) + width  # where the longest row's window ends
         self.reach = self._end if visible is None else max(self._end, int(visible.max()))
         assert self.reach <= self.capacity, f"cache of {self.capacity} tokens is too short for {self.reach}"
-        self._uniform = bool((lengths == lengths[0]).all())
-        self.positions = torch.from_numpy(lengths[:, None] + np.arange(width)).to(device)
+        self._uniform = slots is None and bool((lengths == lengths[0]).all())
+        starts = torch.from_numpy(lengths).to(device)
+        self._slots = starts[:, None] + torch.arange(width, device=device) if slots is None else slots
+        self.positions = self._slots if positions is None else positions
+        self._starts, self._seen = starts, seen
         ends = lengths + (width if windows is None else windows) if visible is None else visible
         self._ends = None if (ends == self.reach).all() else torch.from_numpy(ends).to(device)
 
@@ -65,6 +75,11 @@ class KVCache:
         keys = torch.arange(self.reach, device=self.storage.device)
         if causal and self._width > 1:
             return (keys <= self.positions.unsqueeze(2)).unsqueeze(1)
+        if self._seen is not None:
+            window = keys - self._starts[:, None]  # each key's place in the window [B, reach], below 0 when frozen
+            place = window.clamp(0, self._width - 1)[:, None].expand(-1, self._width, -1)
+            inside = (window < self._width)[:, None] & self._seen.gather(2, place)
+            return ((window < 0)[:, None] | inside).unsqueeze(1)
         if self._ends is None:
             return None
         # A padding query sees what the real ones see: its output is never used, and no softmax is empty.
@@ -82,8 +97,8 @@ class KVCache:
             stored[1, :, :, self._end - self._width : self._end] = values
         else:
             row = torch.arange(keys.size(0), device=keys.device)[:, None]
-            stored[0].transpose(1, 2)[row, self.positions] = keys.transpose(1, 2)
-            stored[1].transpose(1, 2)[row, self.positions] = values.transpose(1, 2)
+            stored[0].transpose(1, 2)[row, self._slots] = keys.transpose(1, 2)
+            stored[1].transpose(1, 2)[row, self._slots] = values.transpose(1, 2)
         return stored[0, :, :, : self.reach], stored[1, :, :, : self.reach]
 
     def advance(self, counts: np.ndarray, rows: np.ndarray | None = None) -> None:

@@ -34,6 +34,7 @@ class BlockDiffusionSampler(Sampler):
     """
 
     run_class: ClassVar[type[BlockRun]] = BlockRun
+    blocks_per_window: int = 2  # a finished block and the next; what a row's cache has room for
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -31,6 +31,17 @@ class BlockRun:
     latter, whether the pending ones are a prompt (prefill), a finished block (`joint_next`) or nothing.
     """
 
+    per_slot: ClassVar[tuple[str, ...]] = (
+        "prompt",
+        "prompt_length",
+        "pending",
+        "width",
+        "steps",
+        "nfe",
+        "masked_left",
+        "began",
+    )
+
     def __init__(
         self,
         sampler: BlockDiffusionSampler,
@@ -48,7 +59,7 @@ class BlockRun:
         weight = model.embedding.weight
         self.device = weight.device
         # The slack is for padding: a forward is as wide as its widest row, even for a row that is nearly at its end.
-        capacity = max(map(len, prompts), default=0) + limit + 2 * sampler.block_length
+        capacity = max(map(len, prompts), default=0) + limit + sampler.blocks_per_window * sampler.block_length
         self.cache = KVCache(model.config, slots, capacity, self.device, weight.dtype)
         self.canvas = torch.full((slots, capacity), self.mask_id, device=self.device)
         self.committed_at = torch.zeros((slots, capacity), dtype=torch.int32, device=self.device)
@@ -255,5 +266,5 @@ class BlockRun:
         index = torch.from_numpy(rows).to(self.device)
         self.canvas, self.committed_at = self.canvas[index], self.committed_at[index]
         self.state = {name: value[index] for name, value in self.state.items()}
-        for name in ("prompt", "prompt_length", "pending", "width", "steps", "nfe", "masked_left", "began"):
+        for name in self.per_slot:
             setattr(self, name, getattr(self, name)[rows])

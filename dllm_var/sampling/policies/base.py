@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -38,6 +38,21 @@ class BlockView:
     progress: Tensor
     key: Tensor
     sampled: Tensor | None = None
+
+    def after(self, tokens: Tensor, masked: Tensor, sampled: Tensor | None = None) -> BlockView:
+        """Returns the view of the next step if it had the same logits; what they gave is not computed again.
+
+        Args:
+            tokens: The block by then [R, K].
+            masked: Its masked positions [R, K].
+            sampled: Tokens drawn anew at the scored positions [M], when the temperature is above 0.
+        """
+        later = replace(self, tokens=tokens, masked=masked, step=self.step + 1, key=self.key + 1, sampled=sampled)
+        fresh = {field.name for field in fields(self)} | {"block_share"}
+        if sampled is not None:
+            fresh |= {"predicted", "confidence"}
+        later.__dict__.update({name: value for name, value in self.__dict__.items() if name not in fresh})
+        return later
 
     def spread(self, values: Tensor) -> Tensor:
         """Returns per-position values [M, ...] at their places in a block of zeros [R, K, ...]."""

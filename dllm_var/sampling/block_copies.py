@@ -1,0 +1,54 @@
+"""Several versions of a block in one forward: where their tokens stand and what they see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dllm_var.model.kv_cache import KVCache
+
+
+@dataclass
+class BlockCopies:
+    """Windows `pending | block | copy 1 | copy 2 ...` of R rows; every tensor is [R, L].
+
+    The copies stand where the block stands: they repeat its rotary positions, and what each token sees of the window
+    is up to the sampler. Nothing of the cache is copied.
+
+    Args:
+        copy: The copy each token belongs to; 0 for the block itself and what is left of it.
+        offset: Its place in the block.
+        real: Whether it is there at all, rather than padding.
+        positions: Its place in the row, for tokens and rotary embedding.
+    """
+
+    copy: Tensor
+    offset: Tensor
+    real: Tensor
+    positions: Tensor
+
+    def open(self, cache: KVCache, seen: Tensor) -> None:
+        """Opens the cache for these windows, in which each token sees `seen` [R, L, L] of the real others."""
+        seen = (seen & self.real[:, None]) | ~self.real[:, :, None]  # whatever padding sees, no softmax is empty
+        cache.open(self.copy.size(1), positions=self.positions, seen=seen)
+
+
+def lay_out(
+    starts: np.ndarray, pending: np.ndarray, width: np.ndarray, copies: np.ndarray, device: torch.device
+) -> BlockCopies:
+    """Lays out windows of `pending` tokens, a block of `width` and `copies` of it behind `starts` tokens, each [R]."""
+    in_blocks = width * (1 + copies)
+    start, left, block, real = torch.from_numpy(np.stack((starts, pending, width, in_blocks))).to(device)[..., None]
+    place = torch.arange(int((pending + in_blocks).max()), device=device)
+    inside = place - left  # [R, L], below 0 for what is left of the block
+    block = block.clamp_min(1)
+    offset = inside % block
+    return BlockCopies(
+        copy=(inside // block).clamp_min(0),
+        offset=offset,
+        real=inside < real,
+        positions=start + torch.where(inside < 0, place, left + offset),
+    )
