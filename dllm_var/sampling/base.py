@@ -61,7 +61,7 @@ class Generation:
 
     Args:
         tokens: Token ids of the answer, up to and excluding the terminator.
-        finish_reason: `eos` when the model ended the answer, `length` when the limit did, `stop` when a stop string did.
+        finish_reason: `eos` when the model ended the answer, `length` when the limit did, `stop` for a stop string.
         nfe: Forward passes of the model that this row took part in, the prefill included.
         seconds: Wall time from the row's admission to its end.
         prompt_length: Tokens of the prompt.
@@ -84,8 +84,13 @@ class Generation:
         """How many tokens were decoded."""
         return len(self.tokens)
 
-    def as_json(self, prompt: str) -> str:
-        """Returns the answer and its prompt's text as one line of JSON, as `generate --json` and `predict` write it."""
+    def as_json(self, prompt: str, **more: Any) -> str:
+        """Returns the answer and its prompt's text as one line of JSON, as `generate --json` and `predict` write it.
+
+        Args:
+            prompt: The prompt's text.
+            more: Further entries.
+        """
         line = {
             "prompt": prompt,
             "text": self.text,
@@ -98,7 +103,7 @@ class Generation:
         }
         shown = {*line, "prompt_length"}
         others = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in shown}
-        return json.dumps({**line, **others}, ensure_ascii=False)
+        return json.dumps({**line, **others, **more}, ensure_ascii=False)
 
 
 class Sampler(ABC):

@@ -169,7 +169,7 @@ class _Run:
         nfe = torch.from_numpy(self.nfe[self.rows]).to(tokens.device)
         scored, logits = score_positions(self.model, hidden, where, torch.zeros_like(nfe), count, self.suppressed)
         key = self.keys + nfe
-        row, slot = scored // tokens.size(1), scored % tokens.size(1)  # a draw must not depend on the widest row
+        owner, slot = scored // tokens.size(1), scored % tokens.size(1)  # a draw must not depend on the widest row
         view = BlockView(
             scored_logits=logits,
             scored=scored,
@@ -179,7 +179,7 @@ class _Run:
             step=nfe - 1,
             progress=torch.zeros(len(self.rows), device=tokens.device),
             key=key,
-            sampled=self.filler.draw(logits, key[row] * self.tokens_in_row[row] + slot),
+            sampled=self.filler.draw(logits, key[owner] * self.tokens_in_row[owner] + slot),
         )
         decision = self.filler.policy.decide(view, self.state)
         tokens, masked, written = choose_commits(view, decision, self.mask_id, self.terminators, False)

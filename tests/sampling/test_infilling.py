@@ -63,7 +63,7 @@ def test_given_tokens_stay_and_gaps_get_tokens(rows, policy, temperature, block_
         new = [token for token, before in zip(answer.tokens, text, strict=True) if before == MASK]
         assert [a for a, b in zip(answer.tokens, text, strict=True) if b != MASK] == [b for b in text if b != MASK]
         assert not {*new} & {MASK, *ENDS, SUPPRESSED}
-        assert sum(answer.gaps, []) == new and answer.new_tokens == len(new)
+        assert [token for gap in answer.gaps for token in gap] == new and answer.new_tokens == len(new)
         assert len(answer.gaps) == sum(a == MASK and b != MASK for a, b in zip(text, [None, *text], strict=False))
         assert all((step == 0) == (token != MASK) for step, token in zip(answer.commit_steps, text, strict=True))
         assert max(answer.commit_steps) <= answer.nfe
