@@ -12,10 +12,11 @@ from torch import Tensor
 
 from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.transformer import Transformer
+from dllm_var.sampling.arrays import arrays, on_host, row_index, tensors
 from dllm_var.sampling.base import Generation, Request, special_ids
 from dllm_var.sampling.commit import choose_commits, outcome
 from dllm_var.sampling.draw import request_keys
-from dllm_var.sampling.policies.base import BlockView, State
+from dllm_var.sampling.policies.base import BlockView, Decision, State
 from dllm_var.sampling.scoring import position_keys, score_positions
 
 if TYPE_CHECKING:
@@ -154,27 +155,34 @@ class BlockRun:
         view = self._view(hidden, shift, tokens, inside, count, steps, self._progress(rows), key)
         decoded = width > 0
         state = {name: value.clone() if index is None else value[index] for name, value in self.state.items()}
-        decision = self.sampler.policy.decide(view, state)
+        decision = self._decide(rows, index, width, view, state)
         self._keep_state(rows, np.flatnonzero(decoded), state)
         tokens, masked, written = choose_commits(
             view, decision, self.mask_id, self.terminators, self.sampler.terminator_last
         )
-        self._write(rows, index, place, inside, tokens, written)
+        self._write(rows, place, tokens, written)
         left, ends, over = outcome(decision, tokens, masked, inside, self.terminators)
         # The step's one wait for the device.
-        left_on_host, end, over_on_host = torch.stack((left, ends, over.long())).cpu().numpy()
+        left_on_host, end, over_on_host = on_host(left, ends, over)
         self.masked_left[rows[decoded]] = left_on_host[decoded]
         self.steps[rows[decoded]] += 1
-        self._settle(rows, decoded, end, over_on_host == 1)
+        self._settle(rows, decoded, end, over_on_host != 0)
+
+    def _decide(
+        self, rows: np.ndarray, index: Tensor | None, width: np.ndarray, view: BlockView, state: State
+    ) -> Decision:
+        """Returns what becomes of the active blocks."""
+        return self.sampler.policy.decide(view, state)
 
     def _active_blocks(
         self, rows: np.ndarray, index: Tensor | None, width: np.ndarray
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the active blocks' places in the canvas, their tokens, and which of these are real, each [R, K]."""
-        offsets = torch.arange(self.sampler.block_length, device=self.device)
-        place = torch.from_numpy(self.cache.lengths[rows]).to(self.device)[:, None] + offsets
-        canvas = self.canvas if index is None else self.canvas[index]
-        return place, canvas.gather(1, place), offsets < torch.from_numpy(width).to(self.device)[:, None]
+        offsets = np.arange(self.sampler.block_length)
+        place = torch.from_numpy(self.cache.lengths[rows][:, None] + offsets).to(self.device)
+        xp, canvas, at = arrays(self.canvas, place)
+        (tokens,) = tensors(canvas[row_index(xp, rows, self.device), at])
+        return place, tokens, torch.from_numpy(offsets < width[:, None]).to(self.device)
 
     def _view(
         self,
@@ -188,9 +196,13 @@ class BlockRun:
         key: Tensor,
     ) -> BlockView:
         """Scores the blocks `tokens` [R, K], which begin `shift` [R] into `hidden`, at `count` positions in all."""
-        masked = (tokens == self.mask_id) & inside
+        _, given, real = arrays(tokens, inside)
+        (masked,) = tensors((given == self.mask_id) & real)
         where = inside if self.sampler.policy.scores_committed else masked
         scored, logits = score_positions(self.model, hidden, where, shift, count, self.request.suppressed)
+        sampled = None
+        if self.sampler.temperature > 0:
+            sampled = self.sampler.draw(logits, position_keys(key, scored, tokens.size(1)))
         return BlockView(
             scored_logits=logits,
             scored=scored,
@@ -200,30 +212,31 @@ class BlockRun:
             step=steps,
             progress=progress,
             key=key,
-            sampled=self.sampler.draw(logits, position_keys(key, scored, tokens.size(1))),
+            sampled=sampled,
         )
 
     def _progress(self, rows: np.ndarray) -> Tensor:
         """Returns the share of its limit that each row has decoded [R]."""
         done = self.cache.lengths[rows] - self.prompt_length[rows]
-        return torch.from_numpy(done / self.limit).to(self.device, torch.float32)
+        return torch.from_numpy((done / self.limit).astype(np.float32)).to(self.device)
 
     def _keep_state(self, rows: np.ndarray, decoded: np.ndarray, state: State) -> None:
         """Stores the policy's memory of the rows that met it; one that only stored a block did not."""
+        if not state:
+            return
         source, target = torch.from_numpy(np.stack((decoded, rows[decoded]))).to(self.device)
         for name, value in state.items():
             self.state[name][target] = value[source]
 
-    def _write(
-        self, rows: np.ndarray, index: Tensor | None, place: Tensor, inside: Tensor, tokens: Tensor, written: Tensor
-    ) -> None:
+    def _write(self, rows: np.ndarray, place: Tensor, tokens: Tensor, written: Tensor) -> None:
         """Stores the blocks' tokens [R, K] and, where they were written, the number of this forward."""
-        at = torch.from_numpy(self.nfe[rows]).to(self.device, torch.int32)[:, None].expand_as(tokens)
-        for target, values, where in ((self.canvas, tokens, inside), (self.committed_at, at, written)):
-            if index is None:
-                target.scatter_(1, place, torch.where(where, values, target.gather(1, place)))
-            else:
-                target[index[:, None], place] = torch.where(where, values, target[index].gather(1, place))
+        forward = torch.from_numpy(self.nfe[rows, None]).to(self.device, torch.int32)
+        xp, canvas, committed_at, place, tokens, written, now = arrays(
+            self.canvas, self.committed_at, place, tokens, written, forward
+        )
+        row = row_index(xp, rows, self.device)
+        canvas[row, place] = tokens
+        committed_at[row, place] = xp.where(written, now, committed_at[row, place])
 
     def _settle(self, rows: np.ndarray, decoded: np.ndarray, end: np.ndarray, over: np.ndarray) -> None:
         """Ends the blocks that are over, after a step."""
@@ -249,16 +262,20 @@ class BlockRun:
             self.pending[slot] = self.width[slot]
             self._start_block(slot)
             return
-        self.answers[index] = Generation(
-            tokens=answer,
-            finish_reason="eos" if end >= 0 else "length",
+        self.answers[index] = self._answer(slot, answer, "eos" if end >= 0 else "length")
+        self.request.finished(index, self.answers[index])
+        self.prompt[slot], self.pending[slot], self.width[slot], self.masked_left[slot] = -1, 0, 0, 0
+
+    def _answer(self, slot: int, tokens: list[int], finish_reason: str) -> Generation:
+        start = int(self.prompt_length[slot])
+        return Generation(
+            tokens=tokens,
+            finish_reason=finish_reason,
             nfe=int(self.nfe[slot]),
             seconds=time.perf_counter() - float(self.began[slot]),
             prompt_length=start,
-            commit_steps=self.committed_at[slot, start:stop].tolist(),
+            commit_steps=self.committed_at[slot, start : start + len(tokens)].tolist(),
         )
-        self.request.finished(index, self.answers[index])
-        self.prompt[slot], self.pending[slot], self.width[slot], self.masked_left[slot] = -1, 0, 0, 0
 
     def _compact(self, rows: np.ndarray) -> None:
         """Drops the free slots; done when a quarter is free, so that the copies cost little in all."""

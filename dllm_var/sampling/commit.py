@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dllm_var.objectives.base import is_one_of
+from dllm_var.sampling.arrays import arrays, tensors
 from dllm_var.sampling.policies.base import BlockView, Decision
 
 STEPS_WITH_REMASKING = 4
@@ -22,57 +26,70 @@ def choose_commits(
     stands there is not part of the answer. A block that remasks without end is filled without remasking after
     `STEPS_WITH_REMASKING` steps per position.
     """
-    tokens = view.predicted if decision.tokens is None else decision.tokens
-    commit = decision.commit & view.masked
-    is_end = is_one_of(tokens, terminators) & view.masked
-    may_commit = view.masked
+    xp, tokens, before, masked, commit = arrays(
+        view.predicted if decision.tokens is None else decision.tokens, view.tokens, view.masked, decision.commit
+    )
+    commit = commit & masked
+    may_commit = masked
     if terminator_last:
+        is_end = is_one_of(tokens, terminators) & masked
         sure_end = commit & is_end
-        commit = commit & ~is_end & (sure_end.cumsum(dim=1) == 0)
-        open_left = _count_left(view.masked & ~commit) > 0
-        commit = commit | (sure_end & ~open_left)
-        may_commit = may_commit & ((is_end.cumsum(dim=1) == 0) | (_count_left(view.masked) == 0))
-    may_remask = view.step < STEPS_WITH_REMASKING * view.tokens.size(1)
-    remask = None if decision.remask is None else decision.remask & may_remask[:, None]
-    stuck = view.masked.any(dim=1) & ~commit.any(dim=1)
-    if remask is not None:
-        stuck = stuck & ~remask.any(dim=1)
-    best = view.confidence.masked_fill(~may_commit, -1.0).argmax(dim=1, keepdim=True)
-    commit = commit | torch.zeros_like(commit).scatter_(1, best, stuck[:, None])
+        commit = commit & ~is_end & (sure_end.cumsum(1) == 0)
+        commit = commit | (sure_end & (_count_left(masked & ~commit) == 0))
+        may_commit = masked & ((is_end.cumsum(1) == 0) | (_count_left(masked) == 0))
+    stuck = masked.any(1) & ~commit.any(1)
+    remask = None
+    if decision.remask is not None:
+        _, remask, step = arrays(decision.remask, view.step)
+        remask = remask & (step < STEPS_WITH_REMASKING * tokens.shape[1])[:, None]
+        stuck = stuck & ~remask.any(1)
+    if xp is torch or stuck.any():
+        _, confidence = arrays(view.confidence)
+        best = xp.where(may_commit, confidence, -1.0).argmax(1)
+        _, offsets = arrays(torch.arange(tokens.shape[1], device=view.tokens.device))
+        commit = commit | ((offsets == best[:, None]) & stuck[:, None])
     if decision.finish_block is not None:
-        commit = commit | (view.masked & decision.finish_block[:, None])
-    written = commit if decision.edit is None else commit | (decision.edit & view.changeable & ~view.masked)
-    after = torch.where(written, tokens, view.tokens)
-    masked = view.masked & ~commit
+        commit = commit | (masked & arrays(decision.finish_block)[1][:, None])
+    written = commit
+    if decision.edit is not None:
+        _, edit, changeable = arrays(decision.edit, view.changeable)
+        written = commit | (edit & changeable & ~masked)
+    after = xp.where(written, tokens, before)
+    masked = masked & ~commit
     if remask is not None:
-        remask = remask & view.changeable & ~commit
-        after = torch.where(remask, mask_id, after)
+        remask = remask & arrays(view.changeable)[1] & ~commit
+        after = xp.where(remask, mask_id, after)
         masked = masked | remask
-    return after, masked, written
-
-
-def _count_left(positions: Tensor) -> Tensor:
-    """Returns how many true positions lie strictly left of each [R, K]."""
-    return positions.cumsum(dim=1) - positions.long()
+    return tensors(after, masked, written)
 
 
 def outcome(
     decision: Decision, tokens: Tensor, masked: Tensor, inside: Tensor, terminators: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns of each block after a step [R]: how many masks are left, where the answer ends or -1, if it is over."""
-    ends = _answer_ends(tokens, masked, inside, terminators)
+    xp, tokens, masked, inside = arrays(tokens, masked, inside)
+    ends = _answer_ends(xp, tokens, masked, inside, terminators)
     if decision.finish_row is not None:
-        decided = torch.where(masked.any(dim=1), masked.int().argmax(dim=1), inside.sum(dim=1))
-        ends = torch.where(decision.finish_row & (ends < 0), decided, ends)
-    left = masked.sum(dim=1)
+        decided = xp.where(masked.any(1), _first(masked), inside.sum(1))
+        ends = xp.where(arrays(decision.finish_row)[1] & (ends < 0), decided, ends)
+    left = masked.sum(1)
     over = (left == 0) | (ends >= 0)
     if decision.keep_open is not None:
-        over = over & ~decision.keep_open
-    return left, ends, over
+        over = over & ~arrays(decision.keep_open)[1]
+    return tensors(left, ends, over)
 
 
-def _answer_ends(tokens: Tensor, masked: Tensor, inside: Tensor, terminators: tuple[int, ...]) -> Tensor:
+def _answer_ends(xp: ModuleType, tokens: Any, masked: Any, inside: Any, terminators: tuple[int, ...]) -> Any:
     """Returns where in its block each row's answer ends [R]: its first terminator with no mask left of it, or -1."""
-    is_end = is_one_of(tokens, terminators) & ~masked & inside
-    none_left = (masked.cumsum(dim=1) == 0) & is_end
-    return torch.where(none_left.any(dim=1), none_left.int().argmax(dim=1), -1)
+    is_end = is_one_of(tokens, terminators) & inside & (masked.cumsum(1) == 0)
+    return xp.where(is_end.any(1), _first(is_end), -1)
+
+
+def _first(positions: Any) -> Any:
+    """Returns where each row's first true position is [R]."""
+    return (positions * 1).argmax(1)
+
+
+def _count_left(positions: Any) -> Any:
+    """Returns how many true positions lie strictly left of each [R, K]."""
+    return positions.cumsum(1) - positions

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dllm_var.model.transformer import Transformer
+from dllm_var.sampling.arrays import arrays, tensors
 
 
 def score_positions(
@@ -26,16 +28,26 @@ def score_positions(
     Returns:
         Indices of the positions in the flattened block [M], and their logits [M, V] in float32.
     """
-    scored = where.reshape(-1).nonzero_static(size=count).squeeze(1)
-    row, offset = scored // where.size(1), scored % where.size(1)
-    logits = model.lm_head(hidden[row, offset + shift[row]]).float()
+    rows, length = hidden.shape[:2]
+    xp, where, starts = arrays(where, shift)
+    if xp is np:
+        scored = np.flatnonzero(where)
+        places = (starts[:, None] + np.arange(where.shape[1]))[where]
+        places = places + np.repeat(np.arange(0, rows * length, length), where.sum(1)) if rows > 1 else places
+    else:
+        scored = where.reshape(-1).nonzero_static(size=count).squeeze(1)
+        row = scored // where.size(1)
+        places = row * length + starts[row] + scored % where.size(1)
+    scored, places = tensors(scored, places)
+    chosen = hidden.flatten(0, 1).index_select(0, places)
+    logits = model.lm_head(chosen).float()
     return scored, forbid(logits, model.config.mask_id, suppressed)
 
 
 def forbid(logits: Tensor, mask_id: int | None, suppressed: Sequence[int] = ()) -> Tensor:
     """Sets the logits [M, V] of the mask token and of suppressed ones to -inf, in place."""
     if mask_id is not None:
-        logits[:, mask_id] = -torch.inf
+        logits.select(1, mask_id).fill_(-torch.inf)
     if suppressed:
         logits[:, list(suppressed)] = -torch.inf
     return logits

@@ -57,6 +57,8 @@ class BlockView:
     def spread(self, values: Tensor) -> Tensor:
         """Returns per-position values [M, ...] at their places in a block of zeros [R, K, ...]."""
         rows, width = self.tokens.shape
+        if values.size(0) == rows * width:  # every position is scored
+            return values.view(rows, width, *values.shape[1:])
         block = values.new_zeros(rows * width, *values.shape[1:]).index_copy_(0, self.scored, values)
         return block.view(rows, width, *values.shape[1:])
 
@@ -75,7 +77,7 @@ class BlockView:
         """Probability of the predicted token [R, K]."""
         if self.sampled is not None:
             return self.probability_of(self.predicted)
-        return self.spread((self._top[0] - self._normaliser).exp())
+        return self.spread(self.scored_logits.softmax(dim=-1).amax(dim=-1))
 
     @cached_property
     def _normaliser(self) -> Tensor:
