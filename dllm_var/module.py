@@ -17,12 +17,13 @@ from torch.optim import Optimizer
 
 from dllm_var.errors import UserError
 from dllm_var.metrics.denoising import DenoisingMetrics
+from dllm_var.model.checkpoints import start_from
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import shard
 from dllm_var.model.transformer import Transformer
 from dllm_var.objectives import EosSchedule, KeyedNoise, NoisedBatch, Objective
 from dllm_var.objectives.base import Batch, is_one_of
-from dllm_var.objectives.cross_entropy import head_cross_entropy
+from dllm_var.objectives.cross_entropy import TokenLoss, cross_entropy, head_loss
 from dllm_var.objectives.validation import EvenMasking
 from dllm_var.optim import AdamW, Schedule, parameter_groups
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
@@ -47,6 +48,7 @@ class DiffusionLM(L.LightningModule):
         schedule: Learning rate over the run.
         seed: Seed of the training noise.
         compile: Compiles the transformer's blocks with torch.compile.
+        init_from: Run folder, `.ckpt` file or exported folder whose weights `fit` starts from; new ones when null.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class DiffusionLM(L.LightningModule):
         schedule: Schedule = Schedule(),  # noqa: B008
         seed: int = 0,
         compile: bool = False,
+        init_from: str | None = None,
     ) -> None:
         super().__init__()
         self.config = transformer
@@ -65,7 +68,7 @@ class DiffusionLM(L.LightningModule):
         self.attention = attention
         self.optimizer, self.schedule = optimizer, schedule
         self.noise, self.validation_noise = KeyedNoise(seed), KeyedNoise(VALIDATION_SEED)
-        self.compile_blocks = compile
+        self.compile_blocks, self.init_from = compile, init_from
         self.transformer: Transformer | None = None
         self.tokenizer: Tokenizer | None = None
         self.sampler: Sampler | None = None  # the `sampler` section, set by the command line
@@ -87,6 +90,8 @@ class DiffusionLM(L.LightningModule):
             )
         self.use_tokenizer(self.tokenizer)
         self.transformer = self._build()
+        if self.init_from is not None and self.trainer.state.fn == "fit":
+            start_from(self.transformer, self.tokenizer, self.init_from)
         if self.compile_blocks and can_compile(self.device):
             for block in self.transformer.blocks:  # one compilation serves all blocks, and state-dict keys stay
                 block.compile()
@@ -149,7 +154,7 @@ class DiffusionLM(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         noised = self.objective.corrupt(batch, self.noise)  # 1. hide tokens, keyed by (seed, row)
-        token_loss, correct = self.predict_hidden(batch, noised)  # 2. forward; the head only where a loss is
+        token_loss, correct = self.predict_hidden(batch, noised, self.objective.token_loss)  # 2. forward; the head only where a loss is
         loss_sum = self.objective.loss(token_loss, noised)  # 3. weighted sum, in nats
         self._normaliser += noised.normaliser  # 4. the division waits for all ranks and accumulated batches
         self._loss_sum += loss_sum.detach()
@@ -163,8 +168,10 @@ class DiffusionLM(L.LightningModule):
         }
         return loss_sum * LOSS_SCALE  # undone below
 
-    def predict_hidden(self, batch: Batch, noised: NoisedBatch) -> tuple[Tensor, Tensor]:
-        """Returns the cross-entropy in nats and whether the best guess is right, both [M], at the loss positions."""
+    def predict_hidden(
+        self, batch: Batch, noised: NoisedBatch, token_loss: TokenLoss = cross_entropy
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the loss in nats and whether the best guess is right, both [M], at the loss positions."""
         assert self.transformer is not None
         document = self.attention == "document"
         hidden = self.transformer.hidden_states(
@@ -173,8 +180,8 @@ class DiffusionLM(L.LightningModule):
             segment_ids=batch["segment_ids"] if document else None,
         )
         targets = noised.targets[noised.loss_mask]
-        token_loss, guesses = head_cross_entropy(self.transformer.lm_head, hidden[noised.loss_mask], targets)
-        return token_loss, guesses == targets
+        loss, guesses = head_loss(self.transformer.lm_head, hidden[noised.loss_mask], targets, token_loss)
+        return loss, guesses == targets
 
     def on_train_start(self) -> None:
         self._reset_sums()

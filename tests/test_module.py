@@ -185,3 +185,23 @@ def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(tmp_path):
     torch.save(checkpoint, tmp_path / "y.ckpt")
     with pytest.raises(UserError, match="another tokenizer"):
         trainer(tmp_path).fit(DiffusionLM(SMALL), data, ckpt_path=tmp_path / "y.ckpt", weights_only=True)
+
+
+def test_a_run_may_start_from_another_runs_weights(tmp_path):
+    trained, run = fit(tmp_path)
+    run.save_checkpoint(tmp_path / "first.ckpt")
+    data = PackedDataModule(batch_size=8, context_length=48)
+
+    def start(**changes):
+        still = lambda params: torch.optim.SGD(params, lr=0.0)  # noqa: E731
+        model = DiffusionLM(**{"transformer": SMALL, "optimizer": still, "schedule": Schedule("constant", 0), **changes})
+        trainer(tmp_path, max_steps=1).fit(model, data)
+        return model
+
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(trained.parameters(), start(init_from=str(tmp_path / "first.ckpt")).parameters(), strict=True)
+    )
+    wider = TransformerConfig(hidden_size=32, num_layers=1, num_heads=2)
+    with pytest.raises(UserError, match="hidden_size=16, the settings say 32"):
+        start(transformer=wider, init_from=str(tmp_path / "first.ckpt"))

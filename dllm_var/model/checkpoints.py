@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
+from dllm_var.model.initialise import placed_like
 from dllm_var.model.transformer import Transformer
 from dllm_var.tokenization import Tokenizer
 
@@ -96,6 +97,32 @@ def load_pretrained(path: str | Path, causal: bool = False) -> Transformer:
     return transformer
 
 
+def start_from(transformer: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
+    """Copies a checkpoint's weights into a transformer, sharded or not, to go on training them as another run.
+
+    Args:
+        transformer: Of the same shape as the checkpoint's.
+        tokenizer: The run's, which must be the checkpoint's.
+        path: As for `load_checkpoint`.
+
+    Raises:
+        UserError: When shape or tokenizer are not the checkpoint's.
+    """
+    place = locate_checkpoint(path)
+    config, weights, saved, _ = _read_lightning(place) if place.is_file() else _read_folder(place)
+    ours, theirs = asdict(transformer.config), asdict(config.resolved())
+    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size"):
+        if ours[name] != theirs[name]:
+            raise UserError(
+                f"model.init_from {path} has transformer.{name}={theirs[name]}, the settings say {ours[name]}: "
+                "make them the same"
+            )
+    if saved.fingerprint != tokenizer.fingerprint:
+        raise UserError(f"model.init_from {path} was trained with another tokenizer than data.tokenizer")
+    with torch.no_grad():
+        _copy_weights(transformer, weights, place)
+
+
 def locate_checkpoint(path: str | Path) -> Path:
     """Returns the exported folder or the `.ckpt` file that `path` means; the newest when a run has several."""
     place = Path(path)
@@ -171,4 +198,4 @@ def _copy_weights(transformer: Transformer, weights: dict[str, Tensor], place: P
             raise UserError(
                 f"{place}: weight {name} has shape {list(value.shape)}, the config says {list(expected[name].shape)}"
             )
-        expected[name].copy_(value)
+        expected[name].copy_(placed_like(value, expected[name]))

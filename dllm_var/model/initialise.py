@@ -31,10 +31,10 @@ def initialise(module: nn.Module, std: float, num_layers: int, seed: int) -> Non
             values.normal_(std=std / math.sqrt(2 * num_layers) if residual else std, generator=generator)
         elif not name.endswith("bias"):
             values.fill_(1.0)
-        parameter.copy_(_like(values, parameter))
+        parameter.copy_(placed_like(values, parameter))
 
 
-def _like(values: Tensor, parameter: nn.Parameter) -> Tensor:
+def placed_like(values: Tensor, parameter: Tensor) -> Tensor:
     """Places values as the parameter is placed."""
     values = values.to(device=parameter.device, dtype=parameter.dtype)
     if not isinstance(parameter, DTensor):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm_var.errors import UserError
+from dllm_var.objectives.cross_entropy import cross_entropy
 from dllm_var.objectives.noise import KeyedNoise
 from dllm_var.tokenization import SpecialTokens
 
@@ -54,6 +55,10 @@ class Objective(ABC):
     @abstractmethod
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
         """Returns the noised batch; a pure function of the batch, its `row` numbers and the generator's seed."""
+
+    def token_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns what each prediction costs in training [M], from logits [M, V] in float32: its cross-entropy."""
+        return cross_entropy(logits, targets)
 
     def loss(self, token_loss: Tensor, noised: NoisedBatch) -> Tensor:
         """Returns the weighted sum of the per-token losses [M] at `noised.loss_mask`, not yet normalised."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from torch import Tensor
 
+from dllm_var.errors import UserError
 from dllm_var.objectives.base import Batch, NoisedBatch, Objective, check_rates, is_one_of, mask_rates
 from dllm_var.objectives.noise import KeyedNoise
 
@@ -18,9 +20,12 @@ class EosSchedule(Objective):
         t_max: Largest mask rate.
         rate_per: Draws t once per `row` (the paper) or once per `segment` (each sample its own).
         mask_terminators: Masks supervised terminators with probability 1 (the paper); with t like any token if false.
+        certainty: Weight of the entropy of predictions that are already right, which makes a model sure of more tokens
+            at once (dParallel, arXiv 2509.26488, section 3; there 2.0, on a trained model). 0 leaves it out.
+        certainty_temperature: Divides the logits before that entropy (there 0.5).
 
     Raises:
-        UserError: Unless 0 < t_min <= t_max <= 1.
+        UserError: Unless 0 < t_min <= t_max <= 1, certainty >= 0 and certainty_temperature > 0.
     """
 
     def __init__(
@@ -29,10 +34,27 @@ class EosSchedule(Objective):
         t_max: float = 0.9,
         rate_per: Literal["row", "segment"] = "row",
         mask_terminators: bool = True,
+        certainty: float = 0.0,
+        certainty_temperature: float = 0.5,
     ) -> None:
         check_rates("EosSchedule", t_min, t_max)
+        if certainty < 0 or certainty_temperature <= 0:
+            raise UserError(
+                "objective EosSchedule needs certainty >= 0 and certainty_temperature > 0, got "
+                f"{certainty} and {certainty_temperature}"
+            )
+        self.certainty, self.certainty_temperature = certainty, certainty_temperature
         self.t_min, self.t_max = t_min, t_max
         self.rate_per, self.mask_terminators = rate_per, mask_terminators
+
+    def token_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        loss = super().token_loss(logits, targets)
+        if self.certainty == 0:
+            return loss
+        right = logits.argmax(dim=-1) == targets
+        log_probs = (logits / self.certainty_temperature).log_softmax(dim=-1)
+        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+        return loss + self.certainty * entropy * right
 
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
         special = self.specials()

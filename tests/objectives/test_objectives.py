@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dllm_var.errors import UserError
 from dllm_var.objectives import Autoregressive, EosSchedule, KeyedNoise, Mdlm
-from dllm_var.objectives.cross_entropy import head_cross_entropy
+from dllm_var.objectives.cross_entropy import head_loss
 from dllm_var.objectives.validation import EvenMasking
 from dllm_var.tokenization import SpecialTokens
 
@@ -133,7 +133,7 @@ def test_chunked_head_gives_the_loss_and_gradients_of_the_whole():
     results = []
     for limit in (10**9, 40 * 5, 1):
         head.weight.grad = hidden.grad = None
-        loss, guesses = head_cross_entropy(head, hidden, targets, logits_per_chunk=limit)
+        loss, guesses = head_loss(head, hidden, targets, logits_per_chunk=limit)
         (loss * torch.linspace(0, 1, 23)).sum().backward()
         results.append((loss, guesses, head.weight.grad.clone(), hidden.grad.clone()))
     reference = torch.nn.functional.cross_entropy(hidden @ head.weight.T, targets, reduction="none")
@@ -145,7 +145,7 @@ def test_chunked_head_gives_the_loss_and_gradients_of_the_whole():
 
 def test_no_scored_position_gives_an_empty_loss():
     head = torch.nn.Linear(4, 5, bias=False)
-    loss, guesses = head_cross_entropy(head, torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
+    loss, guesses = head_loss(head, torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
     assert loss.shape == guesses.shape == (0,)
 
 
@@ -156,3 +156,14 @@ def test_bad_settings_are_named():
         Mdlm(eps=0.0)
     with pytest.raises(UserError, match="bind"):
         EosSchedule().corrupt(make_batch(), KeyedNoise(0))
+
+
+def test_certainty_adds_the_entropy_of_right_predictions_only():
+    logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 3.0, 0.0]])
+    targets = torch.tensor([0, 2])  # the first prediction is right, the second is not
+    plain = EosSchedule().token_loss(logits, targets)
+    certain = EosSchedule(certainty=3.0, certainty_temperature=0.5).token_loss(logits, targets)
+    p = (logits[0] / 0.5).softmax(0)
+    torch.testing.assert_close(certain - plain, torch.tensor([-3.0 * float((p * p.log()).sum()), 0.0]))
+    with pytest.raises(UserError, match="certainty_temperature"):
+        EosSchedule(certainty_temperature=0.0)
