@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,13 +31,13 @@ def choose_commits(
         view.predicted if decision.tokens is None else decision.tokens, view.tokens, view.masked, decision.commit
     )
     commit = commit & masked
-    may_commit = masked
-    if terminator_last:
-        is_end = is_one_of(tokens, terminators) & masked
-        sure_end = commit & is_end
-        commit = commit & ~is_end & (sure_end.cumsum(1) == 0)
-        commit = commit | (sure_end & (_count_left(masked & ~commit) == 0))
-        may_commit = masked & ((is_end.cumsum(1) == 0) | (_count_left(masked) == 0))
+    is_end = is_one_of(tokens, terminators) & masked
+    if terminator_last and (xp is torch or (commit & is_end).any()):
+        offsets = _offsets(xp, tokens)
+        first_sure = xp.where((commit & is_end).any(1), _first(commit & is_end), tokens.shape[1])[:, None]
+        commit = commit & ~is_end & (offsets < first_sure)
+        first_open = _first(masked & ~commit)[:, None]  # the sure terminator is open itself
+        commit = commit | ((offsets == first_sure) & (first_open == first_sure))
     stuck = masked.any(1) & ~commit.any(1)
     remask = None
     if decision.remask is not None:
@@ -45,9 +46,11 @@ def choose_commits(
         stuck = stuck & ~remask.any(1)
     if xp is torch or stuck.any():
         _, confidence = arrays(view.confidence)
-        best = xp.where(may_commit, confidence, -1.0).argmax(1)
-        _, offsets = arrays(torch.arange(tokens.shape[1], device=view.tokens.device))
-        commit = commit | ((offsets == best[:, None]) & stuck[:, None])
+        may_commit = masked
+        if terminator_last:
+            may_commit = masked & ((is_end.cumsum(1) == 0) | (_count_left(masked) == 0))
+        best = xp.where(may_commit, confidence, -1.0).argmax(1)[:, None]
+        commit = commit | ((_offsets(xp, tokens) == best) & stuck[:, None])
     if decision.finish_block is not None:
         commit = commit | (masked & arrays(decision.finish_block)[1][:, None])
     written = commit
@@ -85,6 +88,11 @@ def _answer_ends(xp: ModuleType, tokens: Any, masked: Any, inside: Any, terminat
     return xp.where(is_end.any(1), _first(is_end), -1)
 
 
+def _offsets(xp: ModuleType, tokens: Any) -> Any:
+    """Returns 0, 1, ... K - 1 beside `tokens` [R, K]."""
+    return xp.arange(tokens.shape[1]) if xp is np else torch.arange(tokens.shape[1], device=tokens.device)
+
+
 def _first(positions: Any) -> Any:
     """Returns where each row's first true position is [R]."""
     return (positions * 1).argmax(1)
@@ -92,4 +100,4 @@ def _first(positions: Any) -> Any:
 
 def _count_left(positions: Any) -> Any:
     """Returns how many true positions lie strictly left of each [R, K]."""
-    return positions.cumsum(1) - positions
+    return positions.cumsum(1) - positions * 1
