@@ -79,12 +79,13 @@ def _state(cells: list[str], steps: list[int], step: int, width: int, paint: dic
     new = [index for index, when in enumerate(steps) if when == step]
     first, last = 0, len(row)
     if sum(map(len, row)) + len(row) - 1 > width:
+        room = width - len("… ") - len(" …")
         first = max(0, new[0] - LEFT_IN_VIEW)
-        used = 2 * (first > 0) + 2
-        last = first
-        while last < len(row) and (used := used + 1 + len(row[last])) <= width + 1:
+        while first < new[0] and sum(map(len, row[first : new[0] + 1])) + new[0] - first > room:
+            first += 1
+        last = first + 1
+        while last < len(row) and sum(map(len, row[first : last + 1])) + last - first <= room:
             last += 1
-        last = max(last, first + 1)
     pieces = [_painted(row[i], paint.get(steps[i], "") if steps[i] <= step else "") for i in range(first, last)]
     return " ".join(["…"] * (first > 0) + pieces + ["…"] * (last < len(row)))
 
