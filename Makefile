@@ -21,7 +21,7 @@ test: $(DEV_STAMP)
 	$(PY) -m pytest
 
 test-slow: $(DEV_STAMP)
-	$(PY) -m pytest -m "slow and not gpu and not real_weights"
+	$(PY) -m pytest -m "slow and not gpu and not real_weights and not reasoning_gym"
 
 lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff check
