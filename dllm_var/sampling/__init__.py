@@ -4,6 +4,7 @@ from dllm_var.sampling.autoregressive import AutoregressiveSampler
 from dllm_var.sampling.base import Generation, Request, Sampler
 from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
 from dllm_var.sampling.fixed_length import FixedLengthSampler
+from dllm_var.sampling.guided import GuidedSampler
 from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, Decision, FixedSteps, UnmaskingPolicy
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "FixedLengthSampler",
     "FixedSteps",
     "Generation",
+    "GuidedSampler",
     "Request",
     "Sampler",
     "UnmaskingPolicy",
