@@ -3,6 +3,7 @@
 from dllm_var.sampling.autoregressive import AutoregressiveSampler
 from dllm_var.sampling.base import Generation, Request, Sampler
 from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
+from dllm_var.sampling.diffuspec import DiffuSpecSampler
 from dllm_var.sampling.fixed_length import FixedLengthSampler
 from dllm_var.sampling.guided import GuidedSampler
 from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, Decision, FixedSteps, UnmaskingPolicy
@@ -13,6 +14,7 @@ __all__ = [
     "BlockView",
     "ConfidenceThreshold",
     "Decision",
+    "DiffuSpecSampler",
     "FixedLengthSampler",
     "FixedSteps",
     "Generation",

@@ -11,6 +11,7 @@ from dllm_var.model.checkpoints import load_checkpoint, save_checkpoint_folder
 ROOT = Path(__file__).parent.parent.parent
 OVERLAYS = sorted(path.stem for path in (ROOT / "configs" / "sampler").glob("*.yaml"))
 SHORTER = {"fixed_length": ["--sampler.canvas_length=24"]}  # 256 forwards of 256 tokens are for the benchmark
+AUTOREGRESSIVE = {"autoregressive", "diffuspec"}  # decode an autoregressive checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +27,24 @@ def checkpoints(tmp_path_factory):
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_overlay_decodes(name, checkpoints, capsys):
-    checkpoint = checkpoints["autoregressive" if name == "autoregressive" else "diffusion"]
+    checkpoint = checkpoints["autoregressive" if name in AUTOREGRESSIVE else "diffusion"]
+    second = {
+        "guided": [f"--sampler.guide={checkpoints['autoregressive']}"],
+        "diffuspec": [f"--sampler.drafter={checkpoints['diffusion']}"],
+    }
+    options = [*SHORTER.get(name, []), *second.get(name, [])]
     overlay = str(ROOT / "configs" / "sampler" / f"{name}.yaml")
-    arguments = ["--sampler", overlay, *SHORTER.get(name, []), "--prompt", "keyboard", "--prompt", "ink", "--json"]
+    arguments = ["--sampler", overlay, *options, "--prompt", "keyboard", "--prompt", "ink", "--json"]
     assert main(["generate", "--checkpoint", str(checkpoint), *arguments]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["prompt"] for answer in answers] == ["keyboard", "ink"]
-    if name != "autoregressive":
+    if name not in AUTOREGRESSIVE:
         assert all(answer["finish_reason"] == "eos" and answer["tokens"] for answer in answers)
 
 
 def test_overlay_names_are_the_methods():
     policies = "factor entropy_threshold entropy_bounded ccd fixed_steps sequential first_hitting rcr saber"
-    expected = f"threshold {policies} joint_threshold prophet sched fixed_length autoregressive".split()
+    expected = (
+        f"threshold {policies} joint_threshold prophet sched fixed_length autoregressive guided diffuspec".split()
+    )
     assert set(expected) <= set(OVERLAYS)
