@@ -3,6 +3,7 @@
 from dllm_var.sampling.autoregressive import AutoregressiveSampler
 from dllm_var.sampling.base import Generation, Request, Sampler
 from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
+from dllm_var.sampling.block_length import BlockLengthPolicy, BlockStart, ConstantSteps, DelimiterLength
 from dllm_var.sampling.diffuspec import DiffuSpecSampler
 from dllm_var.sampling.fixed_length import FixedLengthSampler
 from dllm_var.sampling.guided import GuidedSampler
@@ -11,9 +12,13 @@ from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, Decision,
 __all__ = [
     "AutoregressiveSampler",
     "BlockDiffusionSampler",
+    "BlockLengthPolicy",
+    "BlockStart",
     "BlockView",
     "ConfidenceThreshold",
+    "ConstantSteps",
     "Decision",
+    "DelimiterLength",
     "DiffuSpecSampler",
     "FixedLengthSampler",
     "FixedSteps",

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from dllm_var.errors import UserError
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import Generation, Request, Sampler, check_at_least_one
+from dllm_var.sampling.block_length import AdaptiveRun, BlockLengthPolicy
 from dllm_var.sampling.block_run import BlockRun
 from dllm_var.sampling.draw import Draw
 from dllm_var.sampling.policies import ConfidenceThreshold, UnmaskingPolicy
@@ -28,6 +29,7 @@ class BlockDiffusionSampler(Sampler):
         top_k: Draws among the k most likely tokens; all when 0.
         top_p: Draws among the most likely tokens that together have this probability.
         seed: Seed of the draws; a row's draws do not depend on its batch.
+        block_length_policy: Decides how wide each block is, `block_length` being the widest; all are when null.
 
     Raises:
         UserError: When a length or the batch size is below 1.
@@ -49,18 +51,21 @@ class BlockDiffusionSampler(Sampler):
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        block_length_policy: BlockLengthPolicy | None = None,
     ) -> None:
         check_at_least_one(block_length=block_length, max_new_tokens=max_new_tokens, batch_size=batch_size)
         self.policy: UnmaskingPolicy = policy if policy is not None else ConfidenceThreshold()
         self.block_length, self.max_new_tokens, self.batch_size = block_length, max_new_tokens, batch_size
         self.terminator_last, self.kv_commit, self.grid = terminator_last, kv_commit, grid
         self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
+        self.block_length_policy = block_length_policy
         self.draw = Draw(temperature, top_k, top_p, seed)
 
     def decode(self, model: Transformer, prompts: list[list[int]], request: Request) -> list[Generation]:
         if model.config.causal:
             raise UserError("this checkpoint is autoregressive: decode it with dllm_var.sampling.AutoregressiveSampler")
-        run = self.run_class(self, model, prompts, request)
+        run_class = self.run_class if self.block_length_policy is None else AdaptiveRun
+        run = run_class(self, model, prompts, request)
         while run.waiting or run.active.any():
             run.admit()
             run.step()

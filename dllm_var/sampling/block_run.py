@@ -105,13 +105,16 @@ class BlockRun:
     def _start_block(self, slot: int) -> None:
         """Opens the block behind the row's finished tokens."""
         finished = int(self.cache.lengths[slot] + self.pending[slot])
-        length = self.sampler.block_length
-        width = length - finished % length if self.sampler.grid == "absolute" else length
-        self.width[slot] = min(width, int(self.prompt_length[slot]) + self.limit - finished)
-        self.masked_left[slot] = self.width[slot]
+        self.width[slot] = self.masked_left[slot] = self._next_width(slot, finished)
         self.steps[slot] = 0
         for name, value in self.template.items():
             self.state[name][slot] = value
+
+    def _next_width(self, slot: int, finished: int) -> int:
+        """Returns how wide a row's block behind its first `finished` tokens is."""
+        length = self.sampler.block_length
+        width = length - finished % length if self.sampler.grid == "absolute" else length
+        return min(width, int(self.prompt_length[slot]) + self.limit - finished)
 
     def _forward(self, slots: np.ndarray | None) -> None:
         """One forward of some slots (free ones until now) or of all, and what the policy makes of it."""
@@ -161,7 +164,7 @@ class BlockRun:
             view, decision, self.mask_id, self.terminators, self.sampler.terminator_last
         )
         self._write(rows, place, tokens, written)
-        left, ends, over = outcome(decision, tokens, masked, inside, self.terminators)
+        left, ends, over = outcome(decision, tokens, masked, view.changeable, self.terminators)
         # The step's one wait for the device.
         left_on_host, end, over_on_host = on_host(left, ends, over)
         self.masked_left[rows[decoded]] = left_on_host[decoded]
