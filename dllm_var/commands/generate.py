@@ -173,7 +173,7 @@ def decode(
     settings: dict[str, Any] = {
         name: getattr(sampler, name)
         for name in ("policy", "batch_size", "temperature", "top_k", "top_p", "seed")
-        if hasattr(sampler, name)
+        if name in options.sampler.init_args  # a sampler with a policy of its own does not lend it
     }
     infill(
         model,

@@ -189,14 +189,16 @@ def apply_shortcuts(options: Namespace, policy_was_chosen: bool) -> None:
     """
     settings = options.sampler.init_args
     changes: dict[str, Any] = {name: options[name] for name in SHORTCUTS if options[name] is not None}
-    if options.threshold is not None:
+    if options.threshold is not None and "policy" not in settings:
+        changes["threshold"] = options.threshold  # a sampler whose policy is its own
+    elif options.threshold is not None:
         if policy_was_chosen:
             raise UserError("--threshold chooses the policy ConfidenceThreshold: leave out --policy, or --threshold")
         threshold = "dllm_var.sampling.ConfidenceThreshold"
         changes["policy"] = Namespace(class_path=threshold, init_args=Namespace(threshold=options.threshold))
     for name, value in changes.items():
         if name not in settings:
-            option = "threshold" if name == "policy" else name.replace("_", "-")
+            option = name.replace("_", "-")
             kind = options.sampler.class_path.rsplit(".", 1)[-1]
             raise UserError(f"--{option} does not go with {kind}, which has no {name}")
         settings[name] = value
