@@ -14,7 +14,7 @@ from dllm_var.sampling import Generation
 
 
 class AnswerWriter(BasePredictionWriter):
-    """Writes one JSON object per prompt: prompt, text, tokens, finish_reason, nfe, seconds.
+    """Writes one JSON object per prompt, with the entries of `generate --json`.
 
     The file is `answers.jsonl` in the run folder (the working folder without a logger), complete lines only, with the
     rank in its name when there are several processes.
