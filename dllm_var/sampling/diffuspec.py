@@ -1,7 +1,4 @@
-"""Speculative decoding with a diffusion model as drafter: the text of an autoregressive model in fewer of its forwards.
-
-DiffuSpec, arXiv 2510.02358.
-"""
+"""Speculative decoding with a diffusion model as drafter (DiffuSpec, arXiv 2510.02358)."""
 
 from __future__ import annotations
 
@@ -39,7 +36,7 @@ class DiffuSpecSampler(Sampler):
         batch_size: Rows decoded at a time; a finished row's place goes to the next prompt.
         shortest_draft: Least number of tokens drafted.
         longest_draft: Largest number; in between, drafts are as long as the drafter's answers have been lately, and
-            longer while all of them is accepted.
+            longer while all of them is accepted. For a drafter trained on blocks, no more than their length.
         nucleus: Probability that a position's candidates have together.
         candidates: Most candidates of a position.
         beam: Drafts kept at each position of the search.
@@ -67,10 +64,7 @@ class DiffuSpecSampler(Sampler):
         check_at_least_one(max_new_tokens=max_new_tokens, batch_size=batch_size, shortest_draft=shortest_draft)
         check_at_least_one(candidates=candidates, beam=beam)
         if longest_draft < shortest_draft:
-            raise UserError(
-                f"sampler.longest_draft {longest_draft} is below shortest_draft {shortest_draft}: raise one or lower "
-                "the other"
-            )
+            raise UserError(f"sampler.longest_draft {longest_draft} is below shortest_draft {shortest_draft}: raise it")
         if not (0 < nucleus <= 1 and 0 <= mix <= 1):
             raise UserError(f"sampler needs nucleus in (0, 1] and mix in [0, 1], got {nucleus} and {mix}")
         self.drafter, self.max_new_tokens, self.batch_size = drafter, max_new_tokens, batch_size
@@ -257,8 +251,7 @@ class _Run:
         accepted = next((n for n, token in enumerate(draft) if token != said[n]), len(draft))
         new = said[: accepted + 1]
         end = next((n for n, token in enumerate(new) if token in self.terminators), -1)
-        if end >= 0:
-            new = new[:end]
+        new = new[:end] if end >= 0 else new
         self._adapt(slot, drafted, accepted)
         start = int(self.length[slot])
         self.proxies[slot].add(new, self.text[slot, max(0, start - 2) : start].tolist())
@@ -268,10 +261,13 @@ class _Run:
         self.length[slot] = stop
         self.target_cache.lengths[slot] = start + accepted
         index, begin = int(self.prompt[slot]), int(self.prompt_length[slot])
+        over = end >= 0 or stop - begin == self.limit
+        if not over and self.request.on_block is None and self.request.stop is None:
+            return
         answer = self.text[slot, begin:stop].tolist()
         if self.request.on_block is not None:
             self.request.on_block(index, answer)
-        if end < 0 and len(answer) < self.limit and not self.request.stopped(index, answer):
+        if not over and not self.request.stopped(index, answer):
             return
         self.answers[index] = Generation(
             tokens=answer,
