@@ -1,0 +1,88 @@
+"""What makes an answer right: a scorer is a subclass named by `class_path` in a benchmark's config."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+from typing import TYPE_CHECKING
+
+from dllm_var.metrics import AnswerMetrics
+from dllm_var.sampling import Generation
+
+if TYPE_CHECKING:
+    from dllm_var.datamodules import Example
+    from dllm_var.tokenization import Tokenizer
+
+
+class Scorer(ABC):
+    """Compares answers with what the data has for their prompts."""
+
+    @abstractmethod
+    def score(
+        self, answers: Sequence[Generation], examples: Sequence[Example], tokenizer: Tokenizer
+    ) -> dict[str, float]:
+        """Returns `accuracy`, which everything is ranked by, and any other figure, all as shares of 1.
+
+        Args:
+            answers: One per example.
+            examples: The prompts with their acceptable answers.
+            tokenizer: Turns tokens into text.
+        """
+
+
+class TokenErrorScorer(Scorer):
+    """Accuracy is 1 minus the token error rate, at least 0; `exact_match` is the share of answers without an error.
+
+    With phonemes as tokens these are 1 - PER and 1 - WER.
+    """
+
+    def score(
+        self, answers: Sequence[Generation], examples: Sequence[Example], tokenizer: Tokenizer
+    ) -> dict[str, float]:
+        metrics = AnswerMetrics(sync_on_compute=False)
+        metrics.update(answers, [example.references for example in examples])
+        scores = metrics.compute()
+        return {
+            "accuracy": max(0.0, 1 - scores["token_error_rate"]),
+            "exact_match": 1 - scores["answer_error_rate"],
+            "token_error_rate": scores["token_error_rate"],
+        }
+
+
+class FinalNumberScorer(Scorer):
+    """Accuracy is the share of answers whose final number equals the reference's; `exact_match` wants the same text.
+
+    The final number is the first one behind the last marker; an answer without marker and number is wrong. Thousands
+    separators and trailing zeros do not matter.
+
+    Args:
+        marker: What stands before the number, as `####` in GSM8K.
+    """
+
+    def __init__(self, marker: str = "####") -> None:
+        self.marker = marker
+
+    def score(
+        self, answers: Sequence[Generation], examples: Sequence[Example], tokenizer: Tokenizer
+    ) -> dict[str, float]:
+        right = same = 0
+        for answer, example in zip(answers, examples, strict=True):
+            number = self.final_number(tokenizer.decode(answer.tokens))
+            expected = [self.final_number(tokenizer.decode(reference)) for reference in example.references]
+            right += number is not None and number in expected
+            same += list(answer.tokens) in [list(reference) for reference in example.references]
+        count = max(len(answers), 1)
+        return {"accuracy": right / count, "exact_match": same / count}
+
+    def final_number(self, text: str) -> Decimal | None:
+        """Returns the first number behind the last marker of a text, null when there is none."""
+        _, marker, rest = text.rpartition(self.marker)
+        found = re.search(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", rest) if marker else None
+        if found is None:
+            return None
+        try:
+            return Decimal(found[0].replace(",", ""))
+        except InvalidOperation:
+            return None

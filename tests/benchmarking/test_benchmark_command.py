@@ -1,0 +1,115 @@
+"""`python -m dllm_var benchmark`, from a config to its files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from test_benchmark_report import forget_matplotlib
+
+from dllm_var.__main__ import main
+from dllm_var.benchmarking.settings import expand, read_task
+from dllm_var.commands.benchmark import build_parser, only
+from dllm_var.sampling import BlockDiffusionSampler
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def benchmark(config, output, *options):
+    return main(["benchmark", "--config", config, "--output", str(output), *options])
+
+
+def test_quick_run_writes_json_markdown_and_plot(tiny_task, write_config, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    output = tmp_path / "out" / "result.json"
+    assert benchmark(write_config(tiny_task), output, "--quick") == 0
+    shown = capsys.readouterr()
+    assert "threshold 0.9" in shown.out and "quick run: not for comparison" in shown.out
+    assert f"wrote {output}" in shown.err
+    result = json.loads(output.read_text())
+    assert (result["kind"], result["quick"], result["partial"], result["repeats"]) == ("samplers", True, False, 1)
+    assert {"cpu", "threads", "torch", "commit"} <= set(result["machine"]) and "--quick" not in result["date"]
+    bars = {"over_fixed_length", "over_autoregressive", "batch_32_over_1", "sampler_overhead"}
+    assert bars <= set(result["ratios"]) and all(result["ratios"][name] is not None for name in bars)
+    assert bars == set(result["ratios"]["tasks"]["tiny"]["bars"])
+    assert "![accuracy and speed of tiny](result_tiny.png)" in output.with_suffix(".md").read_text()
+    assert (output.parent / "result_tiny.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_rest_is_written(tiny_task, write_config, tmp_path, capsys, monkeypatch):
+    forget_matplotlib(monkeypatch)
+    output = tmp_path / "result.json"
+    assert benchmark(write_config(tiny_task), output, "--quick", "--only", "autoregressive") == 0
+    assert "no plots: plots need matplotlib" in capsys.readouterr().err
+    assert json.loads(output.read_text())["partial"] is False
+    assert ".png" not in output.with_suffix(".md").read_text() and not list(tmp_path.glob("*.png"))
+
+
+def test_ctrl_c_saves_what_is_measured(tiny_task, write_config, tmp_path, capsys, monkeypatch):
+    decode, calls = BlockDiffusionSampler.decode, []
+
+    def interrupted(self, *args):
+        calls.append(self)
+        if len(calls) == 7:  # 2 settings checked, warmed up and scored
+            raise KeyboardInterrupt
+        return decode(self, *args)
+
+    monkeypatch.setattr(BlockDiffusionSampler, "decode", interrupted)
+    output = tmp_path / "result.json"
+    assert benchmark(write_config(tiny_task), output, "--quick") == 130
+    shown = capsys.readouterr()
+    assert "interrupted: writing what has been measured" in shown.err and "partial and quick run" in shown.out
+    result = json.loads(output.read_text())
+    assert result["partial"] is True
+    settings = {setting["name"]: setting for setting in result["tasks"][0]["settings"]}
+    assert "accuracy" in settings["threshold 0.9"] and settings["threshold 0.9"]["single"] == {}
+    assert settings["autoregressive"]["single"]["tokens_per_second"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ({"tasks": []}, ["--output", "x.txt"], "--output must end in .json, got 'x.txt'"),
+        ({"tasks": []}, [], "benchmark needs --output FILE.json"),
+        ({"repeats": 2}, ["--output", "x.json"], "says nothing to measure: give it a list of tasks"),
+        ({"tasks": []}, ["--output", "x.json", "--repeats", "0"], "--repeats must be at least 1, got 0"),
+        ({"tasks": []}, ["--output", "x.json", "--only", "a"], "--only: nothing is called 'a'"),
+        ({"tasks": [{"name": "a"}]}, ["--output", "x.json"], "source"),
+        ({"tasks": [{"nam": "a"}]}, ["--output", "x.json"], "tasks"),
+    ],
+)
+def test_mistakes_take_one_line(config, options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text(yaml.safe_dump(config))
+    assert main(["benchmark", "--config", "bad.yaml", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_a_config_is_needed(capsys):
+    assert main(["benchmark", "--output", "x.json"]) == 2
+    assert "benchmark needs --config FILE" in capsys.readouterr().err
+
+
+def test_only_takes_entries_sweeps_and_tasks(tiny_task):
+    first, second = read_task(tiny_task), read_task({**tiny_task, "name": "other"})
+
+    def names(*chosen):
+        return [
+            (t.name, [e.name for e in t.entries], [s.name for s in t.sweeps]) for t in only([first, second], chosen)
+        ]
+
+    assert names("tiny") == [("tiny", ["autoregressive", "fixed length", "threshold 0.9"], ["threshold"])]
+    assert names("threshold") == [("tiny", [], ["threshold"]), ("other", [], ["threshold"])]
+    assert names("other", "autoregressive") == [("other", ["autoregressive"], [])]
+
+
+def test_the_shipped_config_is_whole(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    options = build_parser("benchmark").parse_args(["--config", "benchmarks/samplers.yaml"])
+    for values in options.tasks:
+        settings = expand(read_task(values.as_dict()))
+        roles = {setting.role: setting.name for setting in settings}
+        assert {"default", "autoregressive", "fixed_length"} <= set(roles), "ratios need all three"
+        fixed = next(setting for setting in settings if setting.role == "fixed_length")
+        assert fixed.sampler["init_args"]["canvas_length"] >= 256 and "policy" not in fixed.sampler["init_args"]

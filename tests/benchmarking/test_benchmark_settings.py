@@ -1,0 +1,83 @@
+"""From a config to the settings that are measured, and what is said about a bad one."""
+
+import pytest
+
+from dllm_var.benchmarking.settings import Entry, Sweep, Task, build, expand
+from dllm_var.errors import UserError
+from dllm_var.sampling import Sampler
+
+THRESHOLD = {
+    "class_path": "dllm_var.sampling.BlockDiffusionSampler",
+    "init_args": {
+        "policy": {"class_path": "dllm_var.sampling.ConfidenceThreshold", "init_args": {"threshold": 0.9}},
+        "block_length": 4,
+    },
+}
+OVER = "init_args.policy.init_args.threshold"
+
+
+def task(entries=(), sweeps=(), **settings):
+    return Task("t", "a.Source", "c", entries=list(entries), sweeps=list(sweeps), **settings)
+
+
+def test_a_point_that_is_an_entry_is_measured_once():
+    settings = expand(
+        task([Entry("default", THRESHOLD, role="default")], [Sweep("threshold", THRESHOLD, OVER, [0.5, 0.9])])
+    )
+    assert [(s.name, s.role, [p.value for p in s.points]) for s in settings] == [
+        ("default", "default", [0.9]),
+        ("threshold 0.5", "candidate", [0.5]),
+    ]
+    assert settings[1].sampler["init_args"]["policy"]["init_args"] == {"threshold": 0.5}
+    assert settings[0].sampler == THRESHOLD
+
+
+def test_numbers_of_prompts_are_the_tasks_unless_the_entry_has_its_own():
+    one, other = expand(task([Entry("a", THRESHOLD), Entry("b", THRESHOLD, prompts=3, batched_prompts=0)], prompts=70))
+    assert (one.prompts, one.single_prompts, one.batched_prompts) == (70, 48, 96)
+    assert (other.prompts, other.single_prompts, other.batched_prompts) == (3, 48, 0)
+
+
+def test_an_overlay_with_arguments_over_it(tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        "sampler:\n  class_path: dllm_var.sampling.FixedLengthSampler\n  init_args: {canvas_length: 9}\n"
+    )
+    [setting] = expand(task([Entry("a", str(overlay), arguments={"cache": "dual"})]))
+    sampler = build(Sampler, "sampler", setting.sampler, "here")
+    assert (type(sampler).__name__, sampler.canvas_length, sampler.cache) == ("FixedLengthSampler", 9, "dual")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(entries=[Entry("a", THRESHOLD), Entry("a", THRESHOLD)]), "task t: two are called 'a'"),
+        (dict(), "task t: nothing to measure"),
+        (dict(entries=[Entry("a", THRESHOLD)], prompts=0), "task t: prompts must be at least 1, got 0"),
+        (dict(entries=[Entry("a", THRESHOLD, prompts=0)]), "task t, entry a: prompts must be at least 1, got 0"),
+        (dict(sweeps=[Sweep("s", THRESHOLD, "init_args.nothing.x", [1])]), "sweep s: over 'init_args.nothing.x' leads"),
+        (dict(entries=[Entry("a", {"init_args": {}})]), "a: the sampler has no class_path"),
+        (dict(entries=[Entry("a", "nowhere.yaml")]), "there is no configuration file 'nowhere.yaml'"),
+        (
+            dict(entries=[Entry("a", THRESHOLD, role="default"), Entry("b", THRESHOLD, role="default")]),
+            "task t: 'a' and 'b' both have role default",
+        ),
+    ],
+)
+def test_mistakes_are_named(settings, message):
+    with pytest.raises(UserError, match=message):
+        expand(task(**settings))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({**THRESHOLD, "init_args": {"block_lenght": 3}}, "block_lenght.*block_length"),
+        ({**THRESHOLD, "init_args": {"block_length": 0}}, "task t, a: sampler.block_length must be at least 1, got 0"),
+        ({"class_path": "dllm_var.sampling.NoSampler"}, "NoSampler"),
+    ],
+)
+def test_samplers_that_cannot_be_built_are_named(config, message):
+    with pytest.raises(UserError, match=message) as error:
+        build(Sampler, "sampler", config, "task t, a")
+    assert str(error.value).startswith("task t, a: ") and "\n" not in str(error.value)
