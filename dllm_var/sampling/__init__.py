@@ -6,6 +6,7 @@ from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
 from dllm_var.sampling.block_length import BlockLengthPolicy, BlockStart, ConstantSteps, DelimiterLength
 from dllm_var.sampling.diffuspec import DiffuSpecSampler
 from dllm_var.sampling.fixed_length import FixedLengthSampler
+from dllm_var.sampling.freedave import FreeDaveSampler
 from dllm_var.sampling.guided import GuidedSampler
 from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, Decision, FixedSteps, UnmaskingPolicy
 
@@ -22,6 +23,7 @@ __all__ = [
     "DiffuSpecSampler",
     "FixedLengthSampler",
     "FixedSteps",
+    "FreeDaveSampler",
     "Generation",
     "GuidedSampler",
     "Request",
