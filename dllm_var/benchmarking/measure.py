@@ -22,6 +22,7 @@ from dllm_var.metrics import AnswerMetrics
 from dllm_var.model.checkpoints import load_checkpoint
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling import Generation, Request, Sampler
+from dllm_var.sampling.auxiliary import AuxiliaryModel
 from dllm_var.tokenization import Tokenizer
 
 T = TypeVar("T")
@@ -94,10 +95,10 @@ class Contender:
 
     @property
     def models(self) -> list[Transformer]:
-        """The model and what the sampler brings: transformers, and what loads them (`AuxiliaryModel`)."""
+        """The model and those the sampler brings."""
         brought = vars(self.sampler).values()
-        loaded = [value.beside(self.model, Request()) for value in brought if hasattr(value, "beside")]
-        models = [self.model, *(value for value in brought if isinstance(value, Transformer)), *loaded]
+        auxiliary = [value.beside(self.model, Request()) for value in brought if isinstance(value, AuxiliaryModel)]
+        models = [self.model, *(value for value in brought if isinstance(value, Transformer)), *auxiliary]
         return list({id(model): model for model in models}.values())
 
 
@@ -206,16 +207,18 @@ class TaskRun:
                 contender.selection_single.append(self._decode(contender, timed))
 
     def score(self, answers: Sequence[Generation], examples: Sequence[Example]) -> dict[str, float]:
-        """Returns the scorer's figures of some answers, how they end, and their forwards."""
+        """Returns the scorer's figures of some answers, how they end, and the forwards of all models they took."""
         metrics = AnswerMetrics(sync_on_compute=False)
         metrics.update(answers, [example.references for example in examples])
         ends = metrics.compute()
+        forwards = sum(answer.nfe + answer.auxiliary_nfe for answer in answers)
         names = ("ended_by_eos", "hit_limit", "length_exact", "premature", "overrun", "length_error")
         return {
             **self.scorer.score(answers, examples, self.tokenizer),
             **{name: ends[name] for name in names},
-            "nfe": sum(answer.nfe for answer in answers) / max(len(answers), 1),
-            "tokens_per_forward": ends["tokens_per_forward"],
+            "nfe": forwards / max(len(answers), 1),
+            "auxiliary_nfe": sum(answer.auxiliary_nfe for answer in answers) / max(len(answers), 1),
+            "tokens_per_forward": ends["tokens"] / max(forwards, 1),
             "prompts": len(answers),
         }
 

@@ -111,7 +111,7 @@ def _seconds(run: Run, count: int) -> float:
 
 
 def _forwards(run: Run, count: int) -> float:
-    return sum(answer.nfe for answer in run.answers[:count])
+    return sum(answer.nfe + answer.auxiliary_nfe for answer in run.answers[:count])
 
 
 def _over(

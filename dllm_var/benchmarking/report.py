@@ -60,9 +60,9 @@ BAR_LABELS = {
     "sampler_overhead": "time outside the model's forwards",
 }
 NOTE = (
-    "The last three columns are for batches of {batch_size}, those before for batch 1. tok: useful tokens. "
-    "MB: peak memory beyond the models. x AR: tokens/s over the autoregressive twin's; x AR fwd: the same where a "
-    "forward costs the same whatever its width, which is a GPU's cost model."
+    "The last three columns are for batches of {batch_size}, those before for batch 1. NFE: forwards per request, of "
+    "all models. tok: useful tokens. MB: peak memory beyond the models. x AR: tokens/s over the autoregressive twin's; "
+    "x AR fwd: the same where a forward costs the same whatever its width, which is a GPU's cost model."
 )
 
 

@@ -14,7 +14,7 @@ from dllm_var.benchmarking.results import task_result
 from dllm_var.benchmarking.settings import Setting, read_task
 from dllm_var.errors import UserError
 from dllm_var.model.checkpoints import load_checkpoint
-from dllm_var.sampling import BlockDiffusionSampler
+from dllm_var.sampling import BlockDiffusionSampler, DiffuSpecSampler, GuidedSampler, Sampler
 
 CPU = torch.device("cpu")
 
@@ -44,6 +44,21 @@ def test_one_at_a_time_every_forward_is_counted(model):
     assert len(run.seconds) == 4
     assert run.forward_calls == sum(answer.nfe for answer in run.answers) > 4
     assert 0 < run.forward_seconds < sum(run.seconds)
+
+
+@pytest.mark.parametrize("name", ["guided", "diffuspec"])
+def test_forwards_of_a_second_model_are_counted_too(name, tiny_task):
+    paths = {kind: tiny_task[key] for kind, key in (("guide", "autoregressive_checkpoint"), ("drafter", "checkpoint"))}
+    if name == "guided":
+        sampler: Sampler = GuidedSampler(paths["guide"], block_length=4, max_new_tokens=8)
+        main_model = load_checkpoint(paths["drafter"])[0]
+    else:
+        sampler = DiffuSpecSampler(paths["drafter"], shortest_draft=2, longest_draft=4, max_new_tokens=8)
+        main_model = load_checkpoint(paths["guide"])[0]
+    subject = Contender(Setting(name, {}, "diffusion", "candidate", 1, 1, 1), sampler, main_model)
+    run = decode(subject, PROMPTS, 1, None, CPU)
+    assert len(subject.models) == 2
+    assert run.forward_calls == sum(answer.nfe + answer.auxiliary_nfe for answer in run.answers)
 
 
 def test_batches_give_the_same_answers_with_fewer_forwards(model):

@@ -1,6 +1,8 @@
 """What counts as a right answer."""
 
+import re
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
@@ -66,3 +68,10 @@ def test_final_number_decides_and_not_the_way_there():
 def test_another_marker():
     scorer = FinalNumberScorer(marker="answer:")
     assert scorer.score(answers("answer: 4"), examples(["so answer: 4"]), Characters())["accuracy"] == 1
+
+
+def test_the_scorer_of_the_documentation():
+    text = (Path(__file__).parent.parent.parent / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
+    assert names["SameLength"]().score(answers("ab", "c"), examples(["xy"], ["xyz", "xy"]), None) == {"accuracy": 0.5}
