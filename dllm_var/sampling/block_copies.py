@@ -40,15 +40,16 @@ def lay_out(
     starts: np.ndarray, pending: np.ndarray, width: np.ndarray, copies: np.ndarray, device: torch.device
 ) -> BlockCopies:
     """Lays out windows of `pending` tokens, a block of `width` and `copies` of it behind `starts` tokens, each [R]."""
+    starts, pending, width, copies = (values[:, None] for values in (starts, pending, width, copies))
     in_blocks = width * (1 + copies)
-    start, left, block, real = torch.from_numpy(np.stack((starts, pending, width, in_blocks))).to(device)[..., None]
-    place = torch.arange(int((pending + in_blocks).max()), device=device)
-    inside = place - left  # [R, L], below 0 for what is left of the block
-    block = block.clamp_min(1)
+    place = np.arange(int((pending + in_blocks).max()))
+    inside = place - pending  # [R, L], below 0 for what is left of the block
+    block = np.maximum(width, 1)
     offset = inside % block
-    return BlockCopies(
-        copy=(inside // block).clamp_min(0),
-        offset=offset,
-        real=inside < real,
-        positions=start + torch.where(inside < 0, place, left + offset),
+    layout = (
+        np.maximum(inside // block, 0),
+        offset,
+        inside < in_blocks,
+        starts + np.where(inside < 0, place, pending + offset),
     )
+    return BlockCopies(*(torch.from_numpy(values).to(device) for values in layout))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm_var.errors import UserError
 from dllm_var.model.transformer import Transformer
-from dllm_var.sampling.arrays import on_host
+from dllm_var.sampling.arrays import arrays, on_host, tensors
 from dllm_var.sampling.base import Request, check_at_least_one
 from dllm_var.sampling.block_copies import lay_out
 from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
@@ -68,51 +68,65 @@ class FreeDaveRun(BlockRun):
         slots = slice(None) if index is None else index
         further = int(self.live[rows].max())
         versions = torch.cat((block[:, None], self.drafts[slots][:, :further]), dim=1)  # [R, D, K]: block and drafts
-        view = self._view_versions(rows, hidden, pending, width, versions, inside)
+        view = self._view_versions(rows, hidden, pending, width, versions)
         incoming = {
             name: torch.cat((value[slots][:, None], self.draft_state[name][slots][:, :further]), dim=1)
             for name, value in self.state.items()
         }
         state = {name: value.flatten(0, 1).clone() for name, value in incoming.items()}
         tokens, masked, left, ends, over = self._step(view, state)
-        going_on = ~over & (ends < 0)
+        right = self._right_drafts(versions, tokens, (ends < 0) & ~over, view.changeable, incoming, state)
+        (accepted,) = tensors((right * 1).cumprod(1).sum(1))  # [R] drafts that were right
+        last_right = torch.arange(rows.size, device=self.device) * (1 + further) + accepted  # among R * D versions
 
-        right = (_grouped(tokens, versions)[:, :-1] == versions[:, 1:]).all(dim=2)
-        right = right & _grouped(going_on, versions)[:, :-1] & _grouped(view.changeable.any(1), versions)[:, 1:]
-        for name, value in incoming.items():
-            same = _grouped(state[name], versions)[:, :-1] == value[:, 1:]
-            right = right & same.unsqueeze(2).flatten(2).all(dim=2)
-        accepted = right.long().cumprod(dim=1).sum(dim=1)  # [R] drafts that were right
-
-        def last_right(values: Tensor) -> Tensor:
-            return _grouped(values, versions)[torch.arange(accepted.size(0), device=self.device), accepted]
-
-        decoded = np.flatnonzero(width > 0)
-        result = last_right(tokens)
-        self._keep_state(rows, decoded, {name: last_right(value) for name, value in state.items()})
+        result = tokens[last_right]
+        self._keep_state(rows, np.flatnonzero(width > 0), {name: value[last_right] for name, value in state.items()})
         self._write(rows, place, result, (result != block) & inside)
-        outcomes = [last_right(left), last_right(ends), last_right(over), accepted]
+        outcomes = [left[last_right], ends[last_right], over[last_right], accepted]
 
-        live, masks = torch.zeros_like(left), torch.zeros_like(left)
+        going_on = (outcomes[1] < 0) & ~outcomes[2]
+        live, masks = torch.zeros_like(accepted), torch.zeros_like(accepted)
         for draft in range(self.sampler.drafts - 1):
+            if self.device.type == "cpu" and not going_on.any():  # elsewhere asking would take longer than going on
+                break
             sampled = None
             if self.sampler.temperature > 0:
                 keys = position_keys(view.key + 1, view.scored, block.size(1))
                 sampled = self.sampler.draw(view.scored_logits, keys)
             view = view.after(tokens, masked, sampled)
             tokens, masked, left, ends, over = self._step(view, state)
-            going_on = going_on & ~over & (ends < 0)  # what the next forward need not predict is not a draft
-            live, masks = live + going_on, masks + left * going_on
-            self.drafts[slots, draft] = last_right(tokens)
+            # What the next forward need not predict is not a draft.
+            going_on = going_on & ((ends < 0) & ~over)[last_right]
+            live, masks = live + going_on, masks + left[last_right] * going_on
+            self.drafts[slots, draft] = tokens[last_right]
             for name, value in state.items():
-                self.draft_state[name][slots, draft] = last_right(value)
-        outcomes += [last_right(live), last_right(masks)]
+                self.draft_state[name][slots, draft] = value[last_right]
         # The step's one wait for the device.
-        left_now, end, over_now, saved, self.live[rows], self.masked_in_drafts[rows] = on_host(*outcomes)
+        left_now, end, over_now, saved, self.live[rows], self.masked_in_drafts[rows] = on_host(*outcomes, live, masks)
+        decoded = width > 0
         self.masked_left[rows[decoded]] = left_now[decoded]
-        self.steps[rows] += np.where(width > 0, 1 + saved, 0)
+        self.steps[rows] += np.where(decoded, 1 + saved, 0)
         self.steps_saved[rows] += saved
-        self._settle(rows, width > 0, end, over_now != 0)
+        self._settle(rows, decoded, end, over_now != 0)
+
+    def _right_drafts(
+        self,
+        versions: Tensor,
+        tokens: Tensor,
+        going_on: Tensor,
+        inside: Tensor,
+        incoming: State,
+        state: State,
+    ) -> Any:
+        """Says of each draft if it is what a step makes of the version before it, memory included [R, D - 1]."""
+        _, before, after, open_still, there = arrays(versions, tokens, going_on, inside)
+        after = after.reshape(before.shape)
+        right = (after[:, :-1] == before[:, 1:]).all(2)
+        right = right & open_still.reshape(before.shape[:2])[:, :-1] & there.any(1).reshape(before.shape[:2])[:, 1:]
+        for name, value in incoming.items():
+            same = (state[name].view_as(value)[:, :-1] == value[:, 1:]).unsqueeze(2).flatten(2).all(dim=2)
+            right = right & arrays(same)[1]
+        return right
 
     def _view_versions(
         self,
@@ -121,31 +135,28 @@ class FreeDaveRun(BlockRun):
         pending: np.ndarray,
         width: np.ndarray,
         versions: Tensor,
-        inside: Tensor,
     ) -> BlockView:
         """Scores every version [R, D, K] of the blocks, as R * D rows; one that is not live has no positions."""
         depth, block_length = versions.shape[1:]
-        nth = torch.arange(depth, device=self.device)[:, None]  # [D, 1]
-        start, wide, live, step, base_forward = torch.from_numpy(
-            np.stack((pending, width, self.live[rows], self.steps[rows], self.nfe[rows] + self.steps_saved[rows]))
-        ).to(self.device)[:, :, None, None]
-        at = start + nth * wide + torch.arange(block_length, device=self.device)  # [R, D, K] in the forward
-        at = at.clamp_max(hidden.size(1) - 1).flatten(1)
-        hidden = hidden.gather(1, at[:, :, None].expand(-1, -1, hidden.size(2))).view(-1, block_length, hidden.size(2))
-        there = (inside[:, None] & (nth <= live)).flatten(0, 1)
-        all_scored = self.sampler.policy.scores_committed
-        counts = width * (1 + self.live[rows]) if all_scored else self.masked_left[rows] + self.masked_in_drafts[rows]
-        request = torch.from_numpy(self.keys[self.prompt[rows]]).to(self.device)[:, None, None]
-        return self._view(
-            hidden,
-            torch.zeros_like(there[:, 0], dtype=torch.long),
-            versions.flatten(0, 1),
-            there,
-            int(counts[width > 0].sum()),
-            (step + nth).flatten(),
-            self._progress(rows).repeat_interleave(depth),
-            (request + base_forward + nth).flatten(),
+        live, width = self.live[rows, None], width[:, None]
+        nth = np.arange(depth)  # all that follows is [R, D] or [R, D, K], and known to the host
+        forwards = self.nfe[rows, None] + self.steps_saved[rows, None] + nth  # the base sampler's
+        offsets = np.arange(block_length)
+        start = (np.arange(rows.size) * hidden.size(1) + pending)[:, None] + np.minimum(nth, live) * width
+        at = np.minimum(start[:, :, None] + offsets, hidden.size(0) * hidden.size(1) - 1)
+        there = (offsets < width[:, :, None]) & (nth <= live)[:, :, None]
+        if self.sampler.policy.scores_committed:
+            count = int((width * (1 + live)).sum())
+        else:
+            count = int((self.masked_left[rows] + self.masked_in_drafts[rows])[width[:, 0] > 0].sum())
+        steps, keys = self.steps[rows, None] + nth, self.keys[self.prompt[rows], None] + forwards
+        place, real, step, key, shift = (
+            torch.from_numpy(values).to(self.device).flatten(0, 1)
+            for values in (at, there, steps, keys, np.zeros_like(steps))
         )
+        chosen = hidden.flatten(0, 1).index_select(0, place.view(-1)).view(-1, block_length, hidden.size(2))
+        progress = self._progress(rows).repeat_interleave(depth)
+        return self._view(chosen, shift, versions.flatten(0, 1), real, count, step, progress, key)
 
     def _step(self, view: BlockView, state: State) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Returns what a step of the base sampler makes of blocks: tokens, masked positions and `outcome`."""
@@ -158,11 +169,6 @@ class FreeDaveRun(BlockRun):
         index = torch.from_numpy(rows).to(self.device)
         self.drafts = self.drafts[index]
         self.draft_state = {name: value[index] for name, value in self.draft_state.items()}
-
-
-def _grouped(values: Tensor, versions: Tensor) -> Tensor:
-    """Returns values of R * D versions [R * D, ...] as [R, D, ...]."""
-    return values.view(*versions.shape[:2], *values.shape[1:])
 
 
 class FreeDaveSampler(BlockDiffusionSampler):
