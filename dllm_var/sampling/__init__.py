@@ -8,6 +8,7 @@ from dllm_var.sampling.diffuspec import DiffuSpecSampler
 from dllm_var.sampling.fixed_length import FixedLengthSampler
 from dllm_var.sampling.freedave import FreeDaveSampler
 from dllm_var.sampling.guided import GuidedSampler
+from dllm_var.sampling.multi_block import MultiBlockSampler
 from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, Decision, FixedSteps, UnmaskingPolicy
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "FreeDaveSampler",
     "Generation",
     "GuidedSampler",
+    "MultiBlockSampler",
     "Request",
     "Sampler",
     "UnmaskingPolicy",

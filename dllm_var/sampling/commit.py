@@ -48,7 +48,7 @@ def choose_commits(
         _, confidence = arrays(view.confidence)
         may_commit = masked
         if terminator_last:
-            may_commit = masked & ((is_end.cumsum(1) == 0) | (_count_left(masked) == 0))
+            may_commit = masked & ((is_end.cumsum(1) == 0) | (count_left(masked) == 0))
         best = xp.where(may_commit, confidence, -1.0).argmax(1)[:, None]
         commit = commit | ((_offsets(xp, tokens) == best) & stuck[:, None])
     if decision.finish_block is not None:
@@ -73,7 +73,8 @@ def outcome(
     xp, tokens, masked, inside = arrays(tokens, masked, inside)
     ends = _answer_ends(xp, tokens, masked, inside, terminators)
     if decision.finish_row is not None:
-        decided = xp.where(masked.any(1), _first(masked), inside.sum(1))
+        behind_last = inside.cumsum(1).argmax(1) + 1
+        decided = xp.where(masked.any(1), _first(masked), behind_last)
         ends = xp.where(arrays(decision.finish_row)[1] & (ends < 0), decided, ends)
     left = masked.sum(1)
     over = (left == 0) | (ends >= 0)
@@ -98,6 +99,6 @@ def _first(positions: Any) -> Any:
     return (positions * 1).argmax(1)
 
 
-def _count_left(positions: Any) -> Any:
+def count_left(positions: Any) -> Any:
     """Returns how many true positions lie strictly left of each [R, K]."""
     return positions.cumsum(1) - positions * 1

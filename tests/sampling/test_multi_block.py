@@ -1,0 +1,225 @@
+"""Multi-block decoding against a slow version, and what it promises about the leading block and about ends."""
+
+import pytest
+import torch
+from slow_reference import forward as slow_forward
+from test_block_diffusion import ALL_POLICIES, ENDS, MASK, PROMPTS, Scripted, random_model
+
+from dllm_var.errors import UserError
+from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold, Decision, FixedSteps, MultiBlockSampler
+from dllm_var.sampling import policies as P
+from dllm_var.sampling.config import sampler_from_config, sampler_to_config
+
+POLICIES = [ConfidenceThreshold(0.3), FixedSteps(3), FixedSteps(2, "random"), *ALL_POLICIES]
+POLICIES = [P.JointThreshold(0.3, 0.2, 3) if isinstance(p, P.JointThreshold) else p for p in POLICIES]
+SETTINGS = [{}, {"kv_commit": "alone", "grid": "absolute"}, {"terminator_last": False, "temperature": 0.7}]
+EACH = [(policy, SETTINGS[n % 3]) for n, policy in enumerate(POLICIES)] + [(POLICIES[0], SETTINGS[1])]
+EAGER = dict(open_at=0.0, settled_at=0.5, ahead_threshold=0.2)
+
+
+def everything(answers):
+    return [(a.tokens, a.finish_reason, a.nfe, a.commit_steps) for a in answers]
+
+
+def share(block):
+    return 1 - block.count(MASK) / len(block)
+
+
+def slow_multi_block(model, prompt, settings, threshold, ahead):
+    """One row; blocks are lists of tokens, and all that is kept is computed again from them at each step."""
+    limit, block_length, terminator_last = (settings[n] for n in ("max_new_tokens", "block_length", "terminator_last"))
+    open_at, settled_at, blocks = (settings[name] for name in ("open_at", "settled_at", "blocks"))
+    row, window, keys, frozen, nfe = list(prompt), [[MASK] * min(block_length, limit)], [], 0, 0
+    while True:
+        flat = [token for block in window for token in block]
+        hidden, made = slow_forward(model, row[frozen:] + flat, range(frozen, len(row) + len(flat)), keys)
+        nfe, pending, frozen = nfe + 1, len(row) - frozen, len(row)
+        keys.append([(k[:, :, :pending], v[:, :, :pending]) for k, v in made])
+        logits = model.lm_head(hidden)[0, pending:].float()
+        logits[:, MASK] = -torch.inf
+        confidence, predicted = (values.tolist() for values in logits.softmax(-1).max(-1))
+        owner = [n for n, block in enumerate(window) for _ in block]
+        masked = [g for g, token in enumerate(flat) if token == MASK]
+        ends = [g for g in masked if predicted[g] in ENDS]
+        ahead_of = [n > 0 and share(window[n - 1]) < settled_at for n in range(len(window))]
+        sure = [g for g in masked if confidence[g] > (max(threshold, ahead) if ahead_of[owner[g]] else threshold)]
+
+        leading = [g for g in masked if owner[g] == 0]
+        wanted = [g for g in sure if owner[g] == 0]
+        if terminator_last:
+            first = min((g for g in wanted if g in ends), default=len(flat))
+            plain = [g for g in wanted if g < first]
+            wanted = plain + [g for g in wanted if g == first and all(m in plain for m in leading if m < g)]
+        if leading and not wanted:
+            fit = [g for g in leading if not terminator_last or g < min(ends, default=len(flat)) or g == leading[0]]
+            wanted = [max(fit, key=lambda g: (confidence[g], -g))]
+        for g in sure:
+            if owner[g] > 0 and not any(end < g for end in ends):
+                left_open = [m for m in masked if m < g and m not in wanted]
+                if not (terminator_last and g in ends and left_open):
+                    wanted.append(g)
+
+        in_sight = bool(ends) or any(token in ENDS for token in flat)
+        for g in wanted:
+            flat[g] = predicted[g]
+        known = flat[: flat.index(MASK)] if MASK in flat else flat
+        end = next((g for g, token in enumerate(known) if token in ENDS), None)
+        if end is not None:
+            return row[len(prompt) :] + known[:end], "eos", nfe
+        window = [[token for g, token in enumerate(flat) if owner[g] == n] for n in range(len(window))]
+        while window and MASK not in window[0]:
+            row += window.pop(0)
+        if len(row) - len(prompt) == limit:
+            return row[len(prompt) :], "length", nfe
+
+        def open_one(window=window, row=row):
+            room = limit - (len(row) - len(prompt)) - sum(map(len, window))
+            window.extend([[MASK] * min(block_length, room)] if room else [])
+
+        if not window:
+            open_one()
+        if len(window) < blocks and share(window[-1]) >= open_at and not in_sight:
+            open_one()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("terminator_last", [False, True])
+@pytest.mark.parametrize(
+    ("blocks", "open_at", "settled_at", "ahead"), [(2, 0.2, 0.6, 0.3), (3, 0.0, 1.0, 0.2), (2, 0.5, 0.0, 0.9)]
+)
+def test_equals_the_slow_version(seed, terminator_last, blocks, open_at, settled_at, ahead):
+    model = random_model(seed)
+    settings = dict(blocks=blocks, open_at=open_at, settled_at=settled_at, block_length=4, max_new_tokens=14)
+    settings["terminator_last"] = terminator_last
+    sampler = MultiBlockSampler(ConfidenceThreshold(0.2), ahead_threshold=ahead, batch_size=3, **settings)
+    for ours, prompt in zip(sampler.generate(model, PROMPTS[:5]), PROMPTS, strict=False):
+        with torch.no_grad():
+            slow = slow_multi_block(model, prompt, settings, 0.2, ahead)
+        assert (ours.tokens, ours.finish_reason, ours.nfe) == slow
+
+
+@pytest.mark.parametrize(("policy", "settings"), EACH, ids=lambda value: type(value).__name__)
+def test_with_one_block_it_is_the_base_sampler(policy, settings):
+    model = random_model(3)
+    settings = dict(block_length=6, max_new_tokens=15, batch_size=3, **settings)
+    base = BlockDiffusionSampler(policy, **settings).generate(model, PROMPTS)
+    ours = MultiBlockSampler(policy, blocks=1, **EAGER, **settings).generate(model, PROMPTS)
+    assert everything(ours) == everything(base)
+
+
+@pytest.mark.parametrize("policy", [ConfidenceThreshold(0.3), FixedSteps(3), P.Saber()])
+def test_where_a_block_opens_only_behind_full_ones_it_is_the_base_sampler(policy):
+    model = random_model(2)
+    settings = dict(block_length=6, max_new_tokens=15, batch_size=3)
+    base = BlockDiffusionSampler(policy, **settings).generate(model, PROMPTS)
+    ours = MultiBlockSampler(policy, blocks=3, open_at=1.0, **settings).generate(model, PROMPTS)
+    assert everything(ours) == everything(base)
+
+
+@pytest.mark.parametrize(("policy", "settings"), EACH, ids=lambda value: type(value).__name__)
+def test_a_row_in_a_batch_equals_the_row_alone(policy, settings):
+    model = random_model(1)
+    settings = dict(blocks=3, block_length=4, max_new_tokens=14, batch_size=3, **EAGER, **settings)
+    sampler = MultiBlockSampler(policy, **settings)
+    together = sampler.generate(model, PROMPTS)
+    assert everything(together) == everything([sampler.generate(model, [prompt])[0] for prompt in PROMPTS])
+    for answer in together:
+        assert MASK not in answer.tokens and not set(ENDS) & set(answer.tokens)
+        assert answer.finish_reason == "eos" or len(answer.tokens) == 14
+
+
+def scripted(script, sure, **settings):
+    defaults = dict(policy=ConfidenceThreshold(0.9), block_length=4, max_new_tokens=len(script), open_at=0.0)
+    pieces = []
+    [answer] = MultiBlockSampler(**{**defaults, **settings}).generate(
+        Scripted([0, 0, *script], [0.5, 0.5, *sure]), [[5, 6]], on_block=lambda _, tokens: pieces.append(len(tokens))
+    )
+    return answer, pieces
+
+
+def test_two_blocks_are_decoded_in_the_time_of_the_slower():
+    """Each block has one sure position and three that are filled one by one while it leads."""
+    answer, pieces = scripted([7] * 8, [0.99, 0.5, 0.5, 0.5, 0.99, 0.99, 0.5, 0.99])
+    assert answer.commit_steps == [1, 2, 3, 4, 2, 2, 5, 2] and pieces == [4, 8]
+
+
+def test_all_open_blocks_may_be_finished_at_once():
+    answer, pieces = scripted([7] * 12, [0.5, 0.99, 0.99, 0.99, *[0.99] * 8], blocks=3)
+    assert answer.commit_steps == [2, 1, 1, 1, *[2] * 4, *[3] * 4] and pieces == [8, 12]
+    assert answer.tokens == [7] * 12 and answer.nfe == 3
+
+
+def test_a_block_behind_needs_more_confidence_until_the_one_left_of_it_is_settled():
+    settings = dict(policy=ConfidenceThreshold(0.6), ahead_threshold=0.95, settled_at=0.75)
+    answer, _ = scripted([7] * 8, [0.5, 0.52, 0.54, 0.56, 0.97, 0.9, 0.9, 0.9], **settings)
+    assert answer.commit_steps == [4, 3, 2, 1, 2, 4, 4, 4]
+
+
+def test_the_next_block_opens_when_the_last_is_decoded_far_enough():
+    """Half of a block is sure; the other half is filled one by one."""
+    sure = [0.99, 0.99, 0.5, 0.5] * 2
+    assert scripted([7] * 8, sure, open_at=0.5)[0].commit_steps == [1, 1, 2, 3, 2, 2, 4, 5]
+    assert scripted([7] * 8, sure, open_at=0.75)[0].commit_steps == [1, 1, 2, 3, 3, 3, 4, 5]
+    assert scripted([7] * 8, sure, open_at=1.0)[0].commit_steps == [1, 1, 2, 3, 4, 4, 5, 6]
+
+
+def test_nothing_is_decoded_right_of_a_terminator_in_sight():
+    """The leading block expects a terminator, if not a sure one: what is behind it waits, and no block opens."""
+    answer, _ = scripted([7, 7, 7, 3, 8, 8, 8, 8], [0.5, 0.5, 0.5, 0.4, *[0.99] * 4])
+    assert (answer.tokens, answer.finish_reason, answer.nfe) == ([7, 7, 7], "eos", 4)
+
+
+def test_a_terminator_ahead_waits_for_all_left_of_it():
+    answer, _ = scripted([7] * 5 + [3, 9, 9], [0.5, 0.99, 0.99, 0.5, 0.5, 0.99, 0.99, 0.99])
+    assert (answer.tokens, answer.finish_reason) == ([7] * 5, "eos")
+    assert answer.commit_steps == [2, 1, 1, 3, 4] and answer.nfe == 5
+    unsorted, _ = scripted([7] * 5 + [3, 9, 9], [0.5, 0.99, 0.99, 0.5, 0.99, 0.99, 0.99, 0.99], terminator_last=False)
+    assert (unsorted.tokens, unsorted.finish_reason, unsorted.nfe) == ([7] * 5, "eos", 3)
+
+
+def test_a_policy_may_end_a_row_whose_window_has_blocks_of_any_width():
+    """The first block ends at a multiple of 4: two positions behind the prompt of two."""
+
+    class Ends(P.UnmaskingPolicy):
+        def decide(self, view, state):
+            return Decision(commit=view.masked, finish_row=view.step == 1)
+
+    class Waits(Ends):
+        def decide(self, view, state):
+            behind = view.tokens.eq(MASK) & (view.step[:, None] < 2)
+            return Decision(commit=view.masked & ~behind, finish_row=view.step == 1)
+
+    answer, _ = scripted([7] * 14, [0.99] * 14, policy=Ends(), grid="absolute")
+    assert answer.tokens == [7] * 14  # every block is finished at its first step
+    answer, _ = scripted([7] * 14, [0.99] * 14, policy=Waits(), grid="absolute", blocks=1)
+    assert answer.tokens == [7, 7]
+    answer, _ = scripted([7] * 14, [0.99] * 14, policy=Waits(), grid="absolute")
+    assert answer.tokens == [7, 7]
+
+
+def test_it_takes_fewer_forwards():
+    model, settings = random_model(4), dict(block_length=4, max_new_tokens=24)
+    base = BlockDiffusionSampler(ConfidenceThreshold(0.4), **settings).generate(model, PROMPTS)
+    ours = MultiBlockSampler(ConfidenceThreshold(0.4), **EAGER, **settings).generate(model, PROMPTS)
+    per_forward = [sum(len(a.tokens) for a in answers) / sum(a.nfe for a in answers) for answers in (base, ours)]
+    assert per_forward[1] > 1.2 * per_forward[0]
+
+
+def test_the_arrays_of_another_device_give_the_same(monkeypatch):
+    from dllm_var.sampling import multi_block
+
+    model, settings = random_model(5), dict(blocks=3, block_length=4, max_new_tokens=14, **EAGER)
+    for policy in (ConfidenceThreshold(0.3), P.Saber(), P.JointThreshold(0.3, 0.2, 3), P.Prophet(high=2.0, low=0.5)):
+        base = everything(MultiBlockSampler(policy, **settings).generate(model, PROMPTS[:3]))
+        with monkeypatch.context() as patch:
+            patch.setattr(multi_block, "arrays", lambda *values: (torch, *values))
+            assert everything(MultiBlockSampler(policy, **settings).generate(model, PROMPTS[:3])) == base
+
+
+def test_settings():
+    for name, value in (("blocks", 0), ("open_at", 1.5), ("settled_at", -1), ("ahead_threshold", 2)):
+        with pytest.raises(UserError, match=name):
+            MultiBlockSampler(**{name: value})
+    config = sampler_to_config(MultiBlockSampler(blocks=3, open_at=0.3))
+    assert config["class_path"] == "dllm_var.sampling.MultiBlockSampler"
+    assert sampler_to_config(sampler_from_config(config)) == config
