@@ -46,14 +46,26 @@ def _draw_accuracy(axis: Any, task: dict[str, Any], speed: str) -> None:
         label = f"{curve['name']} (AUP {curve['aup']:.0f})" if curve["aup"] is not None else curve["name"]
         axis.plot(*zip(*sorted(points), strict=True) if points else ([], []), marker="o", markersize=4, label=label)
     markers = "sDv^<>PXp*hd"
-    others = [s for s in task["settings"] if s["name"] not in on_a_curve and "accuracy" in s]
+    scored = [setting for setting in task["settings"] if "accuracy" in setting]
+    bottom = _lowest_shown([100 * setting["accuracy"] for setting in scored])
+    others = [setting for setting in scored if setting["name"] not in on_a_curve]
     for number, setting in enumerate(others):
         x = setting["single"].get(speed) if speed == "tokens_per_second" else setting[speed]
+        y, label = 100 * setting["accuracy"], setting["name"]
+        if y < bottom:  # at the edge, so that it does not flatten all the others
+            y, label = bottom, f"{label} ({y:.0f} %)"
         marker = markers[number % len(markers)]
         size = 60 if setting["name"] == task["chosen"] else 28
-        axis.scatter([x or 0], [100 * setting["accuracy"]], marker=marker, s=size, label=setting["name"])
+        axis.scatter([x or 0], [y], marker=marker, s=size, label=label, clip_on=False)
+    axis.set_ylim(bottom=bottom)
     axis.set_xlabel("tokens per forward" if speed == "tokens_per_forward" else "useful tokens/s, batch 1")
     axis.set_ylabel("accuracy (%)")
+
+
+def _lowest_shown(accuracies: list[float]) -> float:
+    """Returns where the axis begins: a little below the worst accuracy that is at least half of the best."""
+    best = max(accuracies, default=0.0)
+    return max(0.0, min((y for y in accuracies if y >= best / 2), default=0.0) - 3)
 
 
 def _draw_cost(axis: Any, task: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ def task_result(run: TaskRun) -> dict[str, Any]:
         "checkpoint": task.checkpoint,
         "autoregressive_checkpoint": task.autoregressive_checkpoint,
         "parameters": run.model.num_parameters,
+        "weights_bytes": sum(weight.numel() * weight.element_size() for weight in run.model.parameters()),
         "split": task.split,
         "selection_split": task.selection_split,
         "batch_size": task.batch_size,
