@@ -326,10 +326,21 @@ def test_joint_threshold_keeps_what_it_is_not_sure_to_replace():
     assert not decision.commit.any() and not decision.edit.any()
 
 
+@seeds
+def test_a_decaying_threshold_falls_with_each_rows_own_step(seed):
+    view, logits = make_view(seed)
+    view.step = torch.tensor([0, 1, 3])
+    commit = P.ConfidenceThreshold(0.9, decay=0.5).decide(view, {}).commit
+    for row, bar in enumerate((0.9, 0.45, 0.1125)):
+        expected = [bool(view.masked[row, at]) and float(confidences(logits)[row, at]) > bar for at in range(8)]
+        assert commit[row].tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [
         (lambda: P.ConfidenceThreshold(1.5), "ConfidenceThreshold.threshold"),
+        (lambda: P.ConfidenceThreshold(0.9, decay=1.1), "ConfidenceThreshold.decay"),
         (lambda: P.ConfidenceFactor(0), "ConfidenceFactor.factor"),
         (lambda: P.EntropyThreshold(-1), "EntropyThreshold.threshold"),
         (lambda: P.EntropyBounded(-1), "EntropyBounded.gamma"),

@@ -13,18 +13,24 @@ class ConfidenceThreshold(UnmaskingPolicy):
 
     Args:
         threshold: Confidence to exceed, in [0, 1]; LLaDA2 uses 0.95.
+        decay: Multiplies the threshold at each further step of a block, in [0, 1]. Below 1 a block takes few steps: the
+            first step's sure tokens decide much of what the others are, so that these may follow at less confidence.
 
     Raises:
-        UserError: Unless the threshold is in [0, 1].
+        UserError: Unless both are in [0, 1].
     """
 
-    def __init__(self, threshold: float = 0.9) -> None:
-        if not 0 <= threshold <= 1:
-            raise UserError(f"ConfidenceThreshold.threshold must be in [0, 1], got {threshold}")
-        self.threshold = threshold
+    def __init__(self, threshold: float = 0.9, decay: float = 1.0) -> None:
+        for name, value in (("threshold", threshold), ("decay", decay)):
+            if not 0 <= value <= 1:
+                raise UserError(f"ConfidenceThreshold.{name} must be in [0, 1], got {value}")
+        self.threshold, self.decay = threshold, decay
 
     def decide(self, view: BlockView, state: State) -> Decision:
-        return Decision(commit=view.masked & (view.confidence > self.threshold))
+        if self.decay == 1:
+            return Decision(commit=view.masked & (view.confidence > self.threshold))
+        thresholds = self.threshold * self.decay ** view.step.to(view.confidence.dtype)  # [R]
+        return Decision(commit=view.masked & (view.confidence > thresholds[:, None]))
 
 
 class ConfidenceFactor(UnmaskingPolicy):
