@@ -10,6 +10,7 @@ from dllm_var.sampling.freedave import FreeDaveSampler
 from dllm_var.sampling.guided import GuidedSampler
 from dllm_var.sampling.multi_block import MultiBlockSampler
 from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, Decision, FixedSteps, UnmaskingPolicy
+from dllm_var.sampling.wino import WinoSampler
 
 __all__ = [
     "AutoregressiveSampler",
@@ -31,4 +32,5 @@ __all__ = [
     "Request",
     "Sampler",
     "UnmaskingPolicy",
+    "WinoSampler",
 ]

@@ -64,7 +64,15 @@ def generate(
 
 
 def _forward_block(model, finished, block, block_length, limit, prompt_length, kv_commit):
-    """Logits of the active block, every earlier segment's keys made the way they were when it was committed."""
+    """Logits of the active block."""
+    keys = prefix_keys(model, finished, block_length, limit, prompt_length, kv_commit)
+    start = sum(map(len, finished))
+    hidden, _ = forward(model, block, range(start, start + len(block)), keys)
+    return model.lm_head(hidden)[0].float()
+
+
+def prefix_keys(model, finished, block_length, limit, prompt_length, kv_commit="joint_next"):
+    """Keys and values of every earlier segment, made the way they were when it was committed."""
     mask = model.config.mask_id
     keys: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
     position = 0
@@ -72,17 +80,20 @@ def _forward_block(model, finished, block, block_length, limit, prompt_length, k
     for k, segment in enumerate(segments):
         done = sum(map(len, segments[: k + 1])) - prompt_length
         behind = [] if kv_commit == "alone" else [mask] * min(block_length, limit - done)
-        _, segment_keys = _forward(model, segment + behind, position, keys)
+        tokens = segment + behind
+        _, segment_keys = forward(model, tokens, range(position, position + len(tokens)), keys)
         keys.append([(key[:, :, : len(segment)], value[:, :, : len(segment)]) for key, value in segment_keys])
         position += len(segment)
-    hidden, _ = _forward(model, block, position, keys)
-    return model.lm_head(hidden)[0].float()
+    return keys
 
 
-def _forward(model, tokens, position, keys):
-    """Hidden states of `tokens` on top of frozen keys, with attention written out."""
+def forward(model, tokens, positions, keys, sees=None):
+    """Hidden states of `tokens` on top of frozen keys, and their own keys, with attention written out.
+
+    `sees[i][j]` says whether token i sees token j; all of them when null.
+    """
     length = len(tokens)
-    cos, sin = model.rotary(torch.arange(position, position + length)[None], position + length)
+    cos, sin = model.rotary(torch.tensor([list(positions)]), max(positions) + 1)
     x = model.embedding(torch.tensor(tokens)[None])
     made = []
     for i, block in enumerate(model.blocks):
@@ -102,7 +113,10 @@ def _forward(model, tokens, position, keys):
         all_v = torch.cat([segment[i][1] for segment in keys] + [v], dim=2)
         repeats = attention.num_heads // attention.num_kv_heads
         all_k, all_v = all_k.repeat_interleave(repeats, 1), all_v.repeat_interleave(repeats, 1)
-        weights = (q @ all_k.transpose(-1, -2) / attention.head_dim**0.5).softmax(-1)
+        scores = q @ all_k.transpose(-1, -2) / attention.head_dim**0.5
+        if sees is not None:
+            scores[..., -length:].masked_fill_(~torch.tensor(sees), -torch.inf)
+        weights = scores.softmax(-1)
         x = x + attention.out((weights @ all_v).transpose(1, 2).reshape(1, length, -1))
         x = x + block.mlp(block.mlp_norm(x))
     return model.norm(x), made
