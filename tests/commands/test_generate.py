@@ -129,6 +129,12 @@ def test_a_policy_by_name_with_its_own_settings(run):
     assert len(set(many["commit_steps"])) == len(many["tokens"]) == 6
 
 
+def test_a_sampler_with_a_policy_of_its_own(run):
+    wino = ["--sampler=dllm_var.sampling.wino.WinoSampler", "--threshold=0.7", "--block-length=12", "--prompt=keyboard"]
+    assert run(*wino, "--answers-only").split()[0] == "K"
+    assert run(*wino, "--infill=K IY <gap:2> R D", "--answers-only") == "K IY B AO R D\n"
+
+
 def test_stop_strings_and_suppressed_tokens(run):
     options = ["--prompt=lightning", "--prompt=cat", "--json"]
     cut, whole = map(json.loads, run(*options, "--stop", "N IH", "--stop=XX").splitlines())

@@ -17,6 +17,7 @@ from dllm_var.sampling.freedave import FreeDaveSampler
 from dllm_var.sampling.guided import GuidedSampler
 from dllm_var.sampling.multi_block import MultiBlockSampler
 from dllm_var.sampling.stopping import StopStrings
+from dllm_var.sampling.wino import WinoSampler
 from dllm_var.tokenization import SpecialTokens, Tokenizer
 
 LETTERS = [*"abcdefghijklmnop", "<pad>", "<mask>", "<eos>"]
@@ -29,6 +30,7 @@ SAMPLERS = {
     "autoregressive": lambda path: AutoregressiveSampler(**LIMITS),
     "FreeDave": lambda path: FreeDaveSampler(block_length=4, **LIMITS),
     "multi-block": lambda path: MultiBlockSampler(ConfidenceThreshold(0.2), block_length=4, blocks=3, **LIMITS),
+    "WINO": lambda path: WinoSampler(0.2, 0.1, block_length=4, **LIMITS),
     "guided": lambda path: GuidedSampler(path(causal=True), block_length=4, **LIMITS),
     "DiffuSpec": lambda path: DiffuSpecSampler(path(causal=False), shortest_draft=2, longest_draft=4, **LIMITS),
 }
