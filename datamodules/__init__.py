@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.datamodules.dataset_source import DatasetSource
 from dllm_var.datamodules.file_sources import JsonlSource, ParquetSource
+from dllm_var.datamodules.held_out import Example
 from dllm_var.datamodules.reasoning_gym import GsmSymbolicSource, ReasoningGymSource
 from dllm_var.datamodules.sources import BadRecord, Source, SplitSource
 
 if TYPE_CHECKING:
-    from dllm_var.datamodules.packed import Example, PackedDataModule
+    from dllm_var.datamodules.packed import PackedDataModule
     from dllm_var.datamodules.samplers import RowSampler
     from dllm_var.datamodules.streaming import StreamingDataModule
 
 _LAZY = {
-    "Example": "dllm_var.datamodules.packed",
     "PackedDataModule": "dllm_var.datamodules.packed",
     "StreamingDataModule": "dllm_var.datamodules.streaming",
     "RowSampler": "dllm_var.datamodules.samplers",

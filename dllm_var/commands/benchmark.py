@@ -30,7 +30,7 @@ Writes FILE.json (--output) with every figure, FILE.md with the tables and, with
 writes what has been measured so far.
 """
 KINDS = ("tasks",)  # the key that says what a config measures
-QUICK: dict[str, Any] = dict(prompts=6, selection_prompts=6, single_prompts=2, batched_prompts=4, batch_size=4)
+QUICK: dict[str, Any] = dict(prompts=4, selection_prompts=4, single_prompts=1, batched_prompts=4, batch_size=4)
 
 
 def main(command: str, arguments: list[str]) -> int:
