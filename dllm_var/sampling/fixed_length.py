@@ -1,4 +1,4 @@
-"""Diffusion on a canvas of fixed length, as LLaDA decodes, with or without Fast-dLLM's caches: the baseline."""
+"""Diffusion on a canvas of fixed length, as LLaDA decodes, with or without approximate caches: the baseline."""
 
 from __future__ import annotations
 
@@ -22,22 +22,31 @@ from dllm_var.sampling.scoring import position_keys, score_positions
 class FixedLengthSampler(Sampler):
     """Fills a canvas of fixed length block by block, with every later mask in view, and cuts at the first terminator.
 
-    LLaDA, arXiv 2502.09992, algorithm 5; the caches of Fast-dLLM, arXiv 2505.22618, section 3.2.
+    LLaDA, arXiv 2502.09992, algorithm 5. Without a cache every step runs the whole row; a cache keeps the keys and
+    values of some positions from an earlier step:
+
+    - `prefix`, `dual` (Fast-dLLM, 2505.22618, section 3.2): a block's first step runs the whole row; later steps run
+      the block and what is right of it, or the block alone.
+    - `dkv` (dKV-Cache-Decode, 2505.15781): a step runs what is masked and what the step before committed, so that a
+      token is run once as itself and then kept; the first and every `refresh_every`-th step of a block run the row.
+    - `free` (FreeCache, 2505.21467): a step runs the block and what is right of it; the prompt and finished blocks keep
+      what their own last step gave. Nothing is refreshed: a block's last tokens are remembered as masks.
 
     Args:
         policy: Decides what is committed at each step; one token per step when null.
         canvas_length: Masks behind the prompt; the answer's length limit.
         block_length: The canvas is filled from left to right in blocks of this many positions; all at once when null.
-        cache: `none` runs the whole row at every step. The others do so at each block's first step; later steps run the
-            block and what is right of it (`prefix`), or the block alone (`dual`), on the keys and values from then.
+        cache: `none`, or one of the above.
         batch_size: Rows decoded at a time.
         temperature: 0 takes the most likely token; above, tokens are drawn.
         top_k: Draws among the k most likely tokens; all when 0.
         top_p: Draws among the most likely tokens that together have this probability.
         seed: Seed of the draws.
+        refresh_every: Steps of a block from one run of the whole row to the next, for `dkv`.
 
     Raises:
-        UserError: When a length or the batch size is below 1.
+        UserError: When a length, refresh_every or the batch size is below 1, or for `dkv` with a policy that needs to
+            see committed positions predicted again.
     """
 
     def __init__(
@@ -45,17 +54,22 @@ class FixedLengthSampler(Sampler):
         policy: UnmaskingPolicy | None = None,
         canvas_length: int = 256,
         block_length: int | None = None,
-        cache: Literal["none", "prefix", "dual"] = "none",
+        cache: Literal["none", "prefix", "dual", "dkv", "free"] = "none",
         batch_size: int = 32,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        refresh_every: int = 8,
     ) -> None:
         check_at_least_one(canvas_length=canvas_length, block_length=block_length, batch_size=batch_size)
+        check_at_least_one(refresh_every=refresh_every)
         self.policy: UnmaskingPolicy = policy if policy is not None else FixedSteps(steps=1 << 30)
+        if cache == "dkv" and self.policy.scores_committed:
+            name = type(self.policy).__name__
+            raise UserError(f"sampler.cache dkv does not run the committed positions that {name} needs: use another")
         self.canvas_length, self.block_length = canvas_length, block_length
-        self.cache, self.batch_size = cache, batch_size
+        self.cache, self.batch_size, self.refresh_every = cache, batch_size, refresh_every
         self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
         self.draw = Draw(temperature, top_k, top_p, seed)
 
@@ -105,8 +119,10 @@ class _Canvas:
         for row, prompt in enumerate(prompts):
             self.tokens[row, : len(prompt)] = torch.tensor(prompt, device=self.device)
         self.committed_at = torch.zeros_like(self.tokens)
-        real = torch.arange(width) < torch.from_numpy(self.row_lengths)[:, None]
-        self.segments = None if bool(real.all()) else (~real).long().to(self.device)  # padding is a segment of its own
+        self.real = (torch.arange(width) < torch.from_numpy(self.row_lengths)[:, None]).to(self.device)
+        self.segments = None if bool(self.real.all()) else (~self.real).long()  # padding is a segment of its own
+        self.settled = torch.zeros_like(self.real)  # `dkv`: positions that have been run as what they are,
+        self.unsettled = self.row_lengths  # and how many of each row have not
         self.nfe = np.zeros(len(prompts), np.int64)
         self.stopped = np.zeros(len(prompts), bool)  # rows with a stop string: nothing more is decoded for them
         self.keys = np.array(keys, dtype=np.int64)
@@ -126,8 +142,8 @@ class _Canvas:
         step = 0
         while (left > 0).any():
             self.nfe += left > 0
-            hidden, shift = self._forward(start, width, refresh=step == 0)
-            tokens = self.tokens.gather(1, place)
+            hidden, shift = self._forward(start, place, step, done=left == 0)
+            tokens = before = self.tokens.gather(1, place)
             open_rows = torch.from_numpy(left > 0).to(self.device)[:, None]
             masked = (tokens == self.mask_id) & open_rows
             inside = open_rows.expand_as(masked)
@@ -153,23 +169,61 @@ class _Canvas:
             at = torch.from_numpy(self.nfe).to(self.device)[:, None].expand_as(tokens)
             self.tokens.scatter_(1, place, tokens)
             self.committed_at.scatter_(1, place, torch.where(written, at, self.committed_at.gather(1, place)))
-            left = masked.sum(dim=1).cpu().numpy()
+            counts = [masked.sum(dim=1)]
+            if self.sampler.cache == "dkv":
+                self.settled.scatter_(1, place, self.settled.gather(1, place) & (tokens == before))
+                counts.append((self.real & ~self.settled).sum(dim=1))
+            left, *unsettled = torch.stack(counts).cpu().numpy()
+            self.unsettled = unsettled[0] if unsettled else self.unsettled
             step += 1
 
-    def _forward(self, start: np.ndarray, width: int, refresh: bool) -> tuple[Tensor, Tensor]:
-        """Returns hidden states [R, L, hidden] of a forward and where each row's block begins in them [R]."""
+    def _forward(self, start: np.ndarray, place: Tensor, step: int, done: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Returns hidden states [R, L, hidden] of a step's forward and where each row's block begins in them [R].
+
+        Args:
+            start: Where each row's block begins in the row [R].
+            place: Where its positions are [R, K].
+            step: Steps the block has had.
+            done: Rows whose block is full [R]; the forward is for the others.
+        """
         begin = torch.from_numpy(start).to(self.device)
         if self.cache is None:
             return self.model.hidden_states(self.tokens, segment_ids=self.segments), begin
-        if refresh:
+        kind, width = self.sampler.cache, place.size(1)
+        if self._runs_whole_row(start, step):
             self.cache.lengths[:] = 0
             self.cache.open(self.tokens.size(1), self.row_lengths)
+            self.settled = self.tokens != self.mask_id
             return self.model.hidden_states(self.tokens, cache=self.cache), begin
+        if kind == "dkv":
+            return self._forward_unsettled(place), torch.zeros_like(begin)
         self.cache.lengths[:] = start
-        window = width if self.sampler.cache == "dual" else int((self.row_lengths - start).max())
-        self.cache.open(window, visible=self.row_lengths)
-        place = self.cache.positions.clamp(max=self.tokens.size(1) - 1)
-        return self.model.hidden_states(self.tokens.gather(1, place), cache=self.cache), torch.zeros_like(begin)
+        if kind == "free":  # a full block keeps what its last step gave
+            self.cache.lengths += width * done
+        self.cache.open(width if kind == "dual" else int((self.row_lengths - start).max()), visible=self.row_lengths)
+        window = self.cache.positions.clamp(max=self.tokens.size(1) - 1)
+        return self.model.hidden_states(self.tokens.gather(1, window), cache=self.cache), torch.zeros_like(begin)
+
+    def _runs_whole_row(self, start: np.ndarray, step: int) -> bool:
+        if self.sampler.cache == "dkv":
+            return step % self.sampler.refresh_every == 0
+        return step == 0 and (self.sampler.cache != "free" or bool((start == self.prompt_lengths).all()))
+
+    def _forward_unsettled(self, place: Tensor) -> Tensor:
+        """Runs the positions that are masked or have just changed; returns the block's hidden states [R, K, hidden]."""
+        assert self.cache is not None
+        run = self.real & ~self.settled
+        width, number = int(self.unsettled.max()), torch.from_numpy(self.unsettled).to(self.device)
+        window = (~run).long().argsort(dim=1, stable=True)[:, :width]  # [R, L], the positions to run first
+        beyond = torch.arange(width, device=self.device) >= number[:, None]
+        # A row with fewer positions than the widest stores its padding behind the canvas, where nobody looks.
+        slots = window.masked_fill(beyond, self.tokens.size(1))
+        self.cache.lengths[:] = 0
+        self.cache.open(width, visible=self.row_lengths, slots=slots, positions=window)
+        hidden = self.model.hidden_states(self.tokens.gather(1, window), cache=self.cache)
+        self.settled = self.settled | (run & (self.tokens != self.mask_id))
+        order = (run.cumsum(dim=1) - 1).gather(1, place).clamp(0, width - 1)  # where in the window, if it is there
+        return hidden.gather(1, order[:, :, None].expand(-1, -1, hidden.size(2)))
 
     def answers(self) -> list[Generation]:
         """Cuts every row at its first terminator, or at its first mask while it is not finished."""

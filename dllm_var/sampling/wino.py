@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dllm_var.errors import UserError
-from dllm_var.errors import UserError
 from dllm_var.sampling.block_copies import lay_out
 from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
 from dllm_var.sampling.block_run import BlockRun
