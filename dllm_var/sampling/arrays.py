@@ -1,7 +1,7 @@
 """Small work on whichever array library starts it faster.
 
 A decoding step does some hundred operations on a few positions each, and each takes longer to start than to run.
-Written for either array library, they run in numpy on CPU tensors, without a copy; tensors of another device stay there.
+Written for either array library, they run in numpy on CPU tensors, without a copy; those of other devices stay there.
 """
 
 from __future__ import annotations
