@@ -94,6 +94,9 @@ def footer(task: dict[str, Any]) -> list[str]:
     if task["chosen"] is None:
         return ["no entry has role default: no best setting is chosen and no ratio is taken"]
     lines = [f"* {task['chosen']}: {task['rule']}."]
+    if task["accuracy_over_default"] is not None and task["chosen"] != task["default"]:
+        points = 100 * task["accuracy_over_default"]
+        lines.append(f"its accuracy on the {task['split']} split: {points:+.1f} points against {task['default']}")
     for name, bar in task["bars"].items():
         sign = ">=" if bar["direction"] == "at least" else "<="
         value, wanted = (_bar_value(name, number) for number in (bar["value"], bar["bar"]))

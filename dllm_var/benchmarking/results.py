@@ -38,6 +38,7 @@ def task_result(run: TaskRun) -> dict[str, Any]:
         "chosen": None if chosen is None else chosen.setting.name,
         "default": None if default is None else default.setting.name,
         "rule": rule,
+        "accuracy_over_default": _difference(chosen, default),
         "ratios": values,
         "bars": against_bars(values),
         "credit": credited(contenders, lengths),
@@ -46,6 +47,13 @@ def task_result(run: TaskRun) -> dict[str, Any]:
         "curves": _curves(run),
         "per_forward": [asdict(cost) for cost in run.forward_costs],
     }
+
+
+def _difference(chosen: Contender | None, default: Contender | None) -> float | None:
+    """Returns how much more accurate the best setting is than the default one, on the split that is reported."""
+    if chosen is None or default is None or not chosen.scores or not default.scores:
+        return None
+    return chosen.scores["accuracy"] - default.scores["accuracy"]
 
 
 def _setting_result(contender: Contender, contenders: Sequence[Contender], lengths: Sequence[int]) -> dict[str, Any]:

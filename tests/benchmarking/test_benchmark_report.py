@@ -66,6 +66,7 @@ RESULT = {
             "chosen": "threshold_0.7",
             "default": "default",
             "rule": "the fastest",
+            "accuracy_over_default": -0.0042,
             "ratios": RATIOS,
             "default_ratios": {**RATIOS, "over_autoregressive": 1.5},
             "credit": "'fixed' answers with nothing",
@@ -99,6 +100,7 @@ def test_text_has_the_figures_and_the_verdicts(result):
     assert "threshold: AUP 234.4 (accuracy at tokens/forward: 0.7: 89.8% at 2.61)" in text
     assert "a CPU, 2 cores, 1 threads, device cpu, torch 2.13.0, commit abc" in text
     assert "'fixed' answers with nothing." in text
+    assert "its accuracy on the test split: -0.4 points against default" in text
     assert "with default: 300.00x" in " ".join(text.split())
     assert "not for comparison" not in text
 
