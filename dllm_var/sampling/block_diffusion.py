@@ -23,7 +23,8 @@ class BlockDiffusionSampler(Sampler):
         batch_size: Rows decoded at a time; a finished row's place goes to the next prompt.
         terminator_last: Commits a terminator only when everything left of it is, and nothing right of a sure one.
         kv_commit: How a finished block enters the cache: `joint_next` in one forward with the next block (the paper),
-            `alone` in a forward of its own.
+            `alone` in a forward of its own, `last_step` as its last denoising step left it (FreeCache, 2505.21467):
+            what that step committed is remembered as masks, so accuracy suffers.
         grid: Where blocks start: at the `prompt`'s end (the paper) or at `absolute` multiples of the block length.
         temperature: 0 takes the most likely token; above, tokens are drawn.
         top_k: Draws among the k most likely tokens; all when 0.
@@ -45,7 +46,7 @@ class BlockDiffusionSampler(Sampler):
         max_new_tokens: int = 512,
         batch_size: int = 32,
         terminator_last: bool = True,
-        kv_commit: Literal["joint_next", "alone"] = "joint_next",
+        kv_commit: Literal["joint_next", "alone", "last_step"] = "joint_next",
         grid: Literal["prompt", "absolute"] = "prompt",
         temperature: float = 0.0,
         top_k: int = 0,

@@ -262,7 +262,10 @@ class BlockRun:
                 self.request.on_block(index, answer)
             ended = ended or self.request.stopped(index, answer)
         if not ended:
-            self.pending[slot] = self.width[slot]
+            if self.sampler.kv_commit == "last_step":  # what the last forward wrote is where it belongs
+                self.cache.lengths[slot] = finished
+            else:
+                self.pending[slot] = self.width[slot]
             self._start_block(slot)
             return
         self.answers[index] = self._answer(slot, answer, "eos" if end >= 0 else "length")

@@ -19,10 +19,12 @@ def generate(
     """Returns tokens, finish reason and number of forwards.
 
     Every forward computes the keys of the prompt and of each finished block again, each the way it was made when it
-    was committed: under `joint_next` with the next block behind it as masks, under `alone` with nothing behind it.
+    was committed: under `joint_next` with the next block behind it as masks, under `alone` with nothing behind it,
+    under `last_step` as it stood before its last commits.
     """
     mask, ends = model.config.mask_id, set(model.config.terminator_ids)
     finished: list[list[int]] = [list(prompt)]  # prompt, then finished blocks
+    as_run = [list(prompt)]  # the same, as they stood at their last forward
     nfe, decoded = 0, 0
     with torch.no_grad():
         while True:
@@ -32,7 +34,8 @@ def generate(
                 nfe += 1
             while mask in block:
                 nfe += 1
-                logits = _forward_block(model, finished, block, block_length, limit, len(prompt), kv_commit)
+                before, kept = list(block), as_run if kv_commit == "last_step" else finished
+                logits = _forward_block(model, kept, block, block_length, limit, len(prompt), kv_commit)
                 logits[:, mask] = -torch.inf
                 probs = logits.softmax(-1)
                 confidence, predicted = probs.max(-1)
@@ -59,6 +62,7 @@ def generate(
                         return [t for seg in finished[1:] for t in seg] + block[:j], "eos", nfe
             decoded += width
             finished.append(block)
+            as_run.append(before)
             if decoded >= limit:
                 return [t for seg in finished[1:] for t in seg], "length", nfe
 
@@ -79,7 +83,8 @@ def prefix_keys(model, finished, block_length, limit, prompt_length, kv_commit="
     segments = list(finished)
     for k, segment in enumerate(segments):
         done = sum(map(len, segments[: k + 1])) - prompt_length
-        behind = [] if kv_commit == "alone" else [mask] * min(block_length, limit - done)
+        nothing = kv_commit == "alone" or (kv_commit == "last_step" and k > 0)
+        behind = [] if nothing else [mask] * min(block_length, limit - done)
         tokens = segment + behind
         _, segment_keys = forward(model, tokens, range(position, position + len(tokens)), keys)
         keys.append([(key[:, :, : len(segment)], value[:, :, : len(segment)]) for key, value in segment_keys])

@@ -24,7 +24,7 @@ def random_model(seed=0, scale=0.2, **changes) -> Transformer:
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("kv_commit", ["joint_next", "alone"])
+@pytest.mark.parametrize("kv_commit", ["joint_next", "alone", "last_step"])
 @pytest.mark.parametrize("terminator_last", [False, True])
 def test_equals_the_slow_reference(seed, kv_commit, terminator_last):
     model = random_model(seed)
@@ -42,7 +42,10 @@ def test_equals_the_slow_reference(seed, kv_commit, terminator_last):
 
 
 @pytest.mark.parametrize("policy", [ConfidenceThreshold(0.3), FixedSteps(3), FixedSteps(2, "random")])
-@pytest.mark.parametrize("settings", [{}, {"kv_commit": "alone"}, {"grid": "absolute"}, {"terminator_last": False}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"kv_commit": "alone"}, {"kv_commit": "last_step"}, {"grid": "absolute"}, {"terminator_last": False}],
+)
 def test_a_row_in_a_batch_equals_the_row_alone(policy, settings):
     """Seven prompts through three places: rows leave, others take their place, and nobody notices."""
     model = random_model()
