@@ -24,13 +24,14 @@ def choose_commits(
     Every row that has masks gets at least one commit unless the policy remasks or edits, so a block takes at most K
     steps. With `terminator_last` a terminator is committed only once everything left of it is, nothing is committed
     right of one that the policy selected, and the commit that every row gets is not right of any predicted one: what
-    stands there is not part of the answer. A block that remasks without end is filled without remasking after
-    `STEPS_WITH_REMASKING` steps per position.
+    stands there is not part of the answer. Where these rules leave no more commits than positions that the policy
+    would mask again, nothing is masked again: the policy had counted on progress. A block that remasks without end is
+    filled without remasking after `STEPS_WITH_REMASKING` steps per position.
     """
     xp, tokens, before, masked, commit = arrays(
         view.predicted if decision.tokens is None else decision.tokens, view.tokens, view.masked, decision.commit
     )
-    commit = commit & masked
+    wanted = commit = commit & masked
     is_end = is_one_of(tokens, terminators) & masked
     if terminator_last and (xp is torch or (commit & is_end).any()):
         offsets = _offsets(xp, tokens)
@@ -42,7 +43,8 @@ def choose_commits(
     remask = None
     if decision.remask is not None:
         _, remask, step = arrays(decision.remask, view.step)
-        remask = remask & (step < STEPS_WITH_REMASKING * tokens.shape[1])[:, None]
+        in_vain = (commit != wanted).any(1) & (commit.sum(1) <= remask.sum(1))
+        remask = remask & (~in_vain & (step < STEPS_WITH_REMASKING * tokens.shape[1]))[:, None]
         stuck = stuck & ~remask.any(1)
     if xp is torch or stuck.any():
         _, confidence = arrays(view.confidence)

@@ -276,3 +276,12 @@ def test_what_cannot_be_described_in_full_is_not_remembered():
 def test_a_checkpoint_does_not_choose_what_code_runs():
     with pytest.raises(UserError, match=r"os\.system"):
         sampler_from_config({"class_path": "os.system", "init_args": {"command": "true"}})
+
+
+def test_a_terminator_that_waits_does_not_make_saber_go_in_circles():
+    """What the engine holds back, Saber counts as committed; for each such token it would mask another one again."""
+    longest = 0
+    for seed in range(8):
+        answers = BlockDiffusionSampler(P.Saber(), 12, 12).generate(random_model(seed, scale=0.4), PROMPTS)
+        longest = max(longest, *(answer.nfe for answer in answers))
+    assert longest <= 2 * 12
