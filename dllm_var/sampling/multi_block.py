@@ -238,7 +238,7 @@ class MultiBlockSampler(BlockDiffusionSampler):
         max_new_tokens: Longest answer; a row that reaches it has finish reason `length`.
         batch_size: Rows decoded at a time; a finished row's place goes to the next prompt.
         terminator_last: Commits a terminator only when everything left of it is, and nothing right of a sure one.
-        kv_commit: How a finished block enters the cache: `joint_next` or `alone`.
+        kv_commit: How a finished block enters the cache: `joint_next`, `alone` or `last_step`.
         grid: Where blocks start: at the `prompt`'s end or at `absolute` multiples of the block length.
         temperature: 0 takes the most likely token; above, tokens are drawn.
         top_k: Draws among the k most likely tokens; all when 0.
@@ -262,7 +262,7 @@ class MultiBlockSampler(BlockDiffusionSampler):
         max_new_tokens: int = 512,
         batch_size: int = 32,
         terminator_last: bool = True,
-        kv_commit: Literal["joint_next", "alone"] = "joint_next",
+        kv_commit: Literal["joint_next", "alone", "last_step"] = "joint_next",
         grid: Literal["prompt", "absolute"] = "prompt",
         temperature: float = 0.0,
         top_k: int = 0,

@@ -12,8 +12,13 @@ from dllm_var.sampling.config import sampler_from_config, sampler_to_config
 
 POLICIES = [ConfidenceThreshold(0.3), FixedSteps(3), FixedSteps(2, "random"), *ALL_POLICIES]
 POLICIES = [P.JointThreshold(0.3, 0.2, 3) if isinstance(p, P.JointThreshold) else p for p in POLICIES]
-SETTINGS = [{}, {"kv_commit": "alone", "grid": "absolute"}, {"terminator_last": False, "temperature": 0.7}]
-EACH = [(policy, SETTINGS[n % 3]) for n, policy in enumerate(POLICIES)] + [(POLICIES[0], SETTINGS[1])]
+SETTINGS = [
+    {},
+    {"kv_commit": "alone", "grid": "absolute"},
+    {"terminator_last": False, "temperature": 0.7},
+    {"kv_commit": "last_step"},
+]
+EACH = [(policy, SETTINGS[n % 4]) for n, policy in enumerate(POLICIES)] + [(POLICIES[0], SETTINGS[1])]
 EAGER = dict(open_at=0.0, settled_at=0.5, ahead_threshold=0.2)
 
 
