@@ -17,7 +17,8 @@ from dllm_var.datamodules.sources import SPLITS, Source
 from dllm_var.errors import UserError
 
 GSM_SYMBOLIC = Path(__file__).parent / "data" / "gsm_symbolic"
-SPLIT_DISTANCE = 1 << 28  # item i of a dataset uses seed + i, so the splits' seeds must be further apart than their sizes
+# Item i of a dataset uses seed + i, so the splits' seeds must be further apart than their sizes.
+SPLIT_DISTANCE = 1 << 28
 SPECIALS = {"pad_token": "<|pad|>", "mask_token": "<|mask|>", "eos_token": "<|eos|>"}
 
 

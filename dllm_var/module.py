@@ -154,7 +154,8 @@ class DiffusionLM(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         noised = self.objective.corrupt(batch, self.noise)  # 1. hide tokens, keyed by (seed, row)
-        token_loss, correct = self.predict_hidden(batch, noised, self.objective.token_loss)  # 2. forward; the head only where a loss is
+        # 2. forward; the head only where a loss is
+        token_loss, correct = self.predict_hidden(batch, noised, self.objective.token_loss)
         loss_sum = self.objective.loss(token_loss, noised)  # 3. weighted sum, in nats
         self._normaliser += noised.normaliser  # 4. the division waits for all ranks and accumulated batches
         self._loss_sum += loss_sum.detach()

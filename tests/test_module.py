@@ -194,7 +194,9 @@ def test_a_run_may_start_from_another_runs_weights(tmp_path):
 
     def start(**changes):
         still = lambda params: torch.optim.SGD(params, lr=0.0)  # noqa: E731
-        model = DiffusionLM(**{"transformer": SMALL, "optimizer": still, "schedule": Schedule("constant", 0), **changes})
+        model = DiffusionLM(
+            **{"transformer": SMALL, "optimizer": still, "schedule": Schedule("constant", 0), **changes}
+        )
         trainer(tmp_path, max_steps=1).fit(model, data)
         return model
 

@@ -21,8 +21,8 @@ def arrays(*values: Tensor) -> tuple[Any, ...]:
     return torch, *values
 
 
-def tensors(*values: Any) -> tuple[Tensor, ...]:
-    """Returns what was computed from `arrays` as tensors again."""
+def tensors(*values: Any) -> Any:
+    """Returns a tuple of what was computed from `arrays`, as tensors again."""
     return tuple(value if isinstance(value, Tensor) else torch.from_numpy(value) for value in values)
 
 

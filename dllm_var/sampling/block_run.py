@@ -32,6 +32,7 @@ class BlockRun:
     latter, whether the pending ones are a prompt (prefill), a finished block (`joint_next`) or nothing.
     """
 
+    steps: np.ndarray
     per_slot: ClassVar[tuple[str, ...]] = (
         "prompt",
         "prompt_length",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -216,8 +216,9 @@ def _leading(view: BlockView, decision: Decision, blocks: int) -> tuple[BlockVie
     of_row = ("tokens", "masked", "changeable", "step", "progress", "key")
     leading = replace(view, **{name: getattr(view, name)[first] for name in of_row})
     leading.__dict__.update(predicted=view.predicted[first], confidence=view.confidence[first])
-    decided = {field.name: getattr(decision, field.name) for field in fields(decision)}
-    return leading, Decision(**{name: None if value is None else value[first] for name, value in decided.items()})
+    decided: dict[str, Any] = {field.name: getattr(decision, field.name) for field in fields(decision)}
+    taken: dict[str, Any] = {name: None if value is None else value[first] for name, value in decided.items()}
+    return leading, Decision(**taken)
 
 
 class MultiBlockSampler(BlockDiffusionSampler):

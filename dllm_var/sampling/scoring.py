@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,8 @@ def score_positions(
     """
     rows, length = hidden.shape[:2]
     xp, where, starts = arrays(where, shift)
+    scored: Any
+    places: Any
     if xp is np:
         scored = np.flatnonzero(where)
         places = (starts[:, None] + np.arange(where.shape[1]))[where]

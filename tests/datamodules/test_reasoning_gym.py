@@ -71,7 +71,11 @@ def test_the_response_is_the_answer_or_an_entry_of_the_metadata(gym):
 
 
 def test_settings_change_the_fingerprint(gym):
-    sources = [ReasoningGymSource("sums"), ReasoningGymSource("sums", seed=1), ReasoningGymSource("sums", response="steps")]
+    sources = [
+        ReasoningGymSource("sums"),
+        ReasoningGymSource("sums", seed=1),
+        ReasoningGymSource("sums", response="steps"),
+    ]
     assert len({source.fingerprint() for source in sources}) == 3
 
 

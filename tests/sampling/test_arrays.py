@@ -4,8 +4,16 @@ import pytest
 import torch
 from test_block_diffusion import PROMPTS, random_model
 
-from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold, FixedLengthSampler, FixedSteps, arrays
-from dllm_var.sampling import block_run, commit, scoring
+from dllm_var.sampling import (
+    BlockDiffusionSampler,
+    ConfidenceThreshold,
+    FixedLengthSampler,
+    FixedSteps,
+    arrays,
+    block_run,
+    commit,
+    scoring,
+)
 from dllm_var.sampling import policies as P
 
 POLICIES = [
