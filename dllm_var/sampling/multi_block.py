@@ -203,7 +203,6 @@ class MultiBlockRun(BlockRun):
                 continue
             self.widths[slot, block] = self.left[slot, block] = width
             self.width[slot], self.masked_left[slot] = self.width[slot] + width, self.masked_left[slot] + width
-            self.steps[slot, block] = 0
             for name, value in self.template.items():
                 self.state[name][slot, block] = value
 

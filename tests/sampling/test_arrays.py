@@ -7,11 +7,15 @@ from test_block_diffusion import PROMPTS, random_model
 from dllm_var.sampling import (
     BlockDiffusionSampler,
     ConfidenceThreshold,
+    DelimiterLength,
     FixedLengthSampler,
     FixedSteps,
+    MultiBlockSampler,
     arrays,
+    block_length,
     block_run,
     commit,
+    multi_block,
     scoring,
 )
 from dllm_var.sampling import policies as P
@@ -28,10 +32,11 @@ POLICIES = [
 @pytest.fixture
 def as_on_another_device(monkeypatch):
     """Makes CPU tensors go the way of a GPU's."""
-    for module in (block_run, commit, scoring):
+    for module in (block_run, commit, multi_block, scoring):
         monkeypatch.setattr(module, "arrays", lambda *values: (torch, *values))
     stacked = lambda *values: tuple(torch.stack([value.long() for value in values]).numpy())  # noqa: E731
-    monkeypatch.setattr(block_run, "on_host", stacked)
+    for module in (block_run, block_length, multi_block):
+        monkeypatch.setattr(module, "on_host", stacked)
 
 
 def answers(sampler):
@@ -42,6 +47,9 @@ def samplers(policy):
     for terminator_last in (True, False):
         yield BlockDiffusionSampler(policy, 6, 20, 3, terminator_last=terminator_last)
     yield BlockDiffusionSampler(policy, 6, 20, 3, kv_commit="alone", grid="absolute")
+    yield BlockDiffusionSampler(policy, 6, 20, 3, block_length_policy=DelimiterLength([7, 8, 9], 0.1))
+    eager = dict(open_at=0.0, settled_at=0.5, ahead_threshold=0.2)
+    yield MultiBlockSampler(policy, 3, block_length=4, max_new_tokens=14, batch_size=3, **eager)
     yield FixedLengthSampler(policy, canvas_length=20, block_length=6, cache="dual")
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from slow_reference import forward as slow_forward
 from test_block_diffusion import ALL_POLICIES, ENDS, MASK, PROMPTS, Scripted, random_model
+from tiny_models import lookup_model
 
 from dllm_var.errors import UserError
 from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold, Decision, FixedSteps, MultiBlockSampler
@@ -210,15 +211,52 @@ def test_it_takes_fewer_forwards():
     assert per_forward[1] > 1.2 * per_forward[0]
 
 
-def test_the_arrays_of_another_device_give_the_same(monkeypatch):
-    from dllm_var.sampling import multi_block
+def test_every_block_has_a_memory_and_a_count_of_steps_of_its_own():
+    class Counts(P.UnmaskingPolicy):
+        seen = 0
 
-    model, settings = random_model(5), dict(blocks=3, block_length=4, max_new_tokens=14, **EAGER)
-    for policy in (ConfidenceThreshold(0.3), P.Saber(), P.JointThreshold(0.3, 0.2, 3), P.Prophet(high=2.0, low=0.5)):
-        base = everything(MultiBlockSampler(policy, **settings).generate(model, PROMPTS[:3]))
-        with monkeypatch.context() as patch:
-            patch.setattr(multi_block, "arrays", lambda *values: (torch, *values))
-            assert everything(MultiBlockSampler(policy, **settings).generate(model, PROMPTS[:3])) == base
+        def initial_state(self, block_length):
+            return {"asked": torch.zeros(1, dtype=torch.long)}
+
+        def decide(self, view, state):
+            here = view.changeable.any(dim=1)
+            assert state["asked"][here, 0].equal(view.step[here])
+            self.seen += int((view.step[here] > 0).sum())
+            state["asked"] += 1
+            return Decision(commit=view.masked & (view.confidence > 0.3))
+
+    policy = Counts()
+    MultiBlockSampler(policy, blocks=3, block_length=4, max_new_tokens=16, batch_size=3, **EAGER).generate(
+        random_model(1), PROMPTS
+    )
+    assert policy.seen > 20
+
+
+def test_blocks_draw_apart():
+    """Two blocks are drawn in the same forward from the same probabilities."""
+    model = lookup_model({}, tuple(range(5, 19)))
+    sampler = MultiBlockSampler(
+        ConfidenceThreshold(0.0), ahead_threshold=0.0, open_at=0.0, block_length=6, max_new_tokens=18, temperature=1.0
+    )
+    [answer] = sampler.generate(model, [[5, 6]], suppress=ENDS)
+    assert answer.commit_steps == [1] * 6 + [2] * 12
+    assert answer.tokens[6:12] != answer.tokens[12:]
+
+
+def test_a_terminator_ahead_is_not_committed_while_it_may_yet_change():
+    """Until one position is left in the leading block, the model expects the answer to end ahead of it."""
+    model = Scripted([0, 0, *[7] * 4, 7, 3, 7, 7], [0.5, 0.5, *[0.5] * 4, *[0.99] * 4])
+    original = model.hidden_states
+
+    def changing(tokens, *others, **named):
+        if tokens.size(1) == 8 and tokens[0, :4].eq(MASK).sum() == 1:
+            model.lm_head.script[7] = 8
+        return original(tokens, *others, **named)
+
+    model.hidden_states = changing
+    sampler = MultiBlockSampler(ConfidenceThreshold(0.9), open_at=0.0, block_length=4, max_new_tokens=8)
+    [answer] = sampler.generate(model, [[5, 6]])
+    assert answer.tokens == [7] * 5 + [8, 7, 7]
 
 
 def test_settings():
