@@ -285,3 +285,10 @@ def test_a_terminator_that_waits_does_not_make_saber_go_in_circles():
         answers = BlockDiffusionSampler(P.Saber(), 12, 12).generate(random_model(seed, scale=0.4), PROMPTS)
         longest = max(longest, *(answer.nfe for answer in answers))
     assert longest <= 2 * 12
+
+
+def test_mixed_precision_training_does_not_reach_the_sampler():
+    model, sampler = random_model(), BlockDiffusionSampler(block_length=5, max_new_tokens=10, batch_size=3)
+    expected = [answer.tokens for answer in sampler.generate(model, PROMPTS)]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [answer.tokens for answer in sampler.generate(model, PROMPTS)] == expected
