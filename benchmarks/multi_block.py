@@ -1,15 +1,18 @@
 """Does it pay to vary the block length, or to decode several blocks at a time? Tokens per forward, error and work.
 
-    python benchmarks/multi_block.py                      # checkpoints/cmudict: a minute on one core
-    python benchmarks/multi_block.py --task gsm_symbolic  # checkpoints/gsm_symbolic: needs reasoning-gym, five minutes
+    python benchmarks/multi_block.py                      # checkpoints/cmudict: a minute on an idle core
+    python benchmarks/multi_block.py --task gsm_symbolic  # checkpoints/gsm_symbolic: seven, with reasoning-gym
 
 Prints the tables of docs/multi_block.md. `computed` is the work: positions that a row's forwards computed, its prompt
-included, over its useful tokens.
+included, over its useful tokens. `tokens/s` is of rows decoded one at a time: the median of three rounds in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +24,7 @@ from dllm_var.benchmarking.scorers import Scorer
 from dllm_var.datamodules import CmudictSource, GsmSymbolicSource, Source
 from dllm_var.datamodules.packed import PackedDataModule
 from dllm_var.metrics import AnswerMetrics
+from dllm_var.model import Transformer
 from dllm_var.model.checkpoints import load_checkpoint
 from dllm_var.sampling import (
     BlockDiffusionSampler,
@@ -28,7 +32,6 @@ from dllm_var.sampling import (
     ConstantSteps,
     DelimiterLength,
     MultiBlockSampler,
-    Sampler,
 )
 from dllm_var.sampling.block_run import BlockRun
 
@@ -41,6 +44,7 @@ class Task:
         source: Where the prompts come from.
         scorer: What is counted as right.
         prompts: How many.
+        single: How many of them are timed one at a time.
         limit: Longest answer, in tokens.
         block: The block length that the checkpoint was trained for.
         parts: Multi-block settings: (blocks, block length).
@@ -52,6 +56,7 @@ class Task:
     source: Source
     scorer: Scorer
     prompts: int
+    single: int
     limit: int
     block: int
     parts: list[tuple[int, int]]
@@ -63,18 +68,19 @@ class Task:
 def task(name: str) -> Task:
     """Returns a task by its name."""
     if name == "cmudict":
-        pairs, pace = [(2, 12), (2, 6), (3, 4)], [(2, 2, 12)]
-        return Task(CmudictSource(), TokenErrorScorer(), 300, 48, 12, pairs, pace, [], (0.9, 0.6))
-    pairs, pace = [(2, 32), (2, 16), (4, 8)], [(8, 8, 32)]
-    return Task(GsmSymbolicSource(), FinalNumberScorer(), 60, 320, 32, pairs, pace, ["Ċ", "."], (0.9,))
+        return Task(
+            CmudictSource(), TokenErrorScorer(), 300, 60, 48, 12, [(2, 12), (2, 6)], [(2, 2, 12)], [], (0.9, 0.6)
+        )
+    parts, delimiters = [(2, 32), (2, 16), (4, 8)], ["Ċ", "."]
+    return Task(GsmSymbolicSource(), FinalNumberScorer(), 100, 5, 320, 32, parts, [(8, 8, 32)], delimiters, (0.9, 0.7))
 
 
-def samplers(task: Task, threshold: float, ids: list[int]) -> dict[str, Sampler]:
+def samplers(task: Task, threshold: float, ids: list[int]) -> dict[str, BlockDiffusionSampler]:
     """Returns what is compared, by name."""
     policy = ConfidenceThreshold(threshold)
     every: dict[str, Any] = dict(policy=policy, max_new_tokens=task.limit, batch_size=64)
     lengths = sorted({task.block, *(length for _, length in task.parts)}, reverse=True)
-    found: dict[str, Sampler] = {f"blocks of {n}": BlockDiffusionSampler(block_length=n, **every) for n in lengths}
+    found = {f"blocks of {n}": BlockDiffusionSampler(block_length=n, **every) for n in lengths}
     for steps, narrowest, widest in task.pace:
         adaptive = ConstantSteps(steps, narrowest)
         found[f"as wide as {steps} steps fill, {narrowest} to {widest}"] = BlockDiffusionSampler(
@@ -85,10 +91,9 @@ def samplers(task: Task, threshold: float, ids: list[int]) -> dict[str, Sampler]
             block_length=task.block, block_length_policy=DelimiterLength(ids), **every
         )
     for blocks, length in task.parts:
-        for open_at in (0.1, 0.5):
-            found[f"{blocks} blocks of {length} open, the next at {open_at}"] = MultiBlockSampler(
-                blocks=blocks, open_at=open_at, block_length=length, **every
-            )
+        found[f"{blocks} blocks of {length} at a time"] = MultiBlockSampler(
+            blocks=blocks, open_at=0.5, block_length=length, **every
+        )
     return found
 
 
@@ -108,11 +113,27 @@ class Work:
         BlockRun._open_window = counted  # type: ignore[method-assign]
 
 
+def tokens_per_second(
+    samplers: Iterable[BlockDiffusionSampler], model: Transformer, prompts: list[list[int]]
+) -> list[float]:
+    """Returns each sampler's useful tokens per second at batch 1: the median of three rounds, run in turn."""
+    rounds = []
+    for _ in range(3):
+        rates = []
+        for sampler in samplers:
+            sampler.batch_size = 1
+            began = time.perf_counter()
+            answers = sampler.generate(model, prompts)
+            rates.append(sum(len(answer.tokens) for answer in answers) / (time.perf_counter() - began))
+        rounds.append(rates)
+    return [statistics.median(rates) for rates in zip(*rounds, strict=True)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--task", choices=["cmudict", "gsm_symbolic"], default="cmudict")
     parser.add_argument("--checkpoint", help="checkpoints/TASK when left out")
-    parser.add_argument("--prompts", type=int, help="held-out prompts; 300 of cmudict, 60 of gsm_symbolic")
+    parser.add_argument("--prompts", type=int, help="held-out prompts; 300 of cmudict, 100 of gsm_symbolic")
     given = parser.parse_args()
     torch.set_num_threads(1)
     chosen = task(given.task)
@@ -121,20 +142,27 @@ def main() -> None:
         "validation", given.prompts or chosen.prompts
     )
     ids = [i for i in range(model.config.vocab_size or 0) if tokenizer.id_to_token(i) in chosen.delimiters]
+    prompts = [example.prompt_ids for example in examples]
     work = Work()
-    print("| threshold | sampler | tokens/forward | token error | wrong | computed |\n|--:|---|--:|--:|--:|--:|")
+    print("| threshold | sampler | tokens/forward | token error | wrong | computed | tokens/s |")
+    print("|--:|---|--:|--:|--:|--:|--:|")
     for threshold in chosen.thresholds:
-        for name, sampler in samplers(chosen, threshold, ids).items():
+        compared, lines = samplers(chosen, threshold, ids), []
+        for name, sampler in compared.items():
             before = work.positions
-            answers = sampler.generate(model, [example.prompt_ids for example in examples])
+            answers = sampler.generate(model, prompts)
             metrics = AnswerMetrics()
             metrics.update(answers, [example.references for example in examples])
             scores = metrics.compute()
             right = chosen.scorer.score(answers, examples, tokenizer)
             wrong = 1 - right["exact_match" if given.task == "cmudict" else "accuracy"]
-            figures = [f"{scores['tokens_per_forward']:.2f}", f"{scores['token_error_rate']:.1%}", f"{wrong:.1%}"]
-            figures.append(f"{(work.positions - before) / scores['tokens']:.1f}")
-            print(f"| {threshold} | {name} | {' | '.join(figures)} |", flush=True)
+            computed = (work.positions - before) / scores["tokens"]
+            figures = (
+                f"{scores['tokens_per_forward']:.2f} | {scores['token_error_rate']:.1%} | {wrong:.1%} | {computed:.1f}"
+            )
+            lines.append(f"| {threshold} | {name} | {figures} |")
+        rates = tokens_per_second(compared.values(), model, prompts[: chosen.single])
+        print("\n".join(f"{line} {rate:.0f} |" for line, rate in zip(lines, rates, strict=True)), flush=True)
 
 
 if __name__ == "__main__":
