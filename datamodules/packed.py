@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from dllm_var.datamodules.cache import load_table
 from dllm_var.datamodules.cmudict import CmudictSource
-from dllm_var.datamodules.fitting import TooLong, fit_samples
+from dllm_var.datamodules.fitting import Sections, TooLong
 from dllm_var.datamodules.held_out import HELD_OUT_SEED, Example, held_out_examples
 from dllm_var.datamodules.rows import PackedRows
 from dllm_var.datamodules.samplers import HeldOutSampler, RowSampler
@@ -117,7 +117,7 @@ class PackedDataModule(L.LightningDataModule):
         self._train_sampler: RowSampler | None = None
         self._tables: dict[str, Table] = {}
         self._rows: dict[str, PackedRows] = {}
-        self._lost: dict[str, dict[str, int]] = {}
+        self._totals: dict[str, dict[str, int]] = {}
 
     def prepare_data(self) -> None:
         """Tokenizes what the cache does not have yet; Lightning calls it in one process per node."""
@@ -196,17 +196,16 @@ class PackedDataModule(L.LightningDataModule):
             table = self.table(split)
             if not len(table):
                 raise UserError(f"the {split} split of {type(self.source).__name__} has no records that can be used")
-            samples, self._lost[split] = fit_samples(
-                table, self.context_length, self.on_too_long, self.eos_padding, partial(self._place, split)
-            )
-            if not len(samples.index):
+            sections = Sections(table, self.context_length, self.on_too_long, self.eos_padding)
+            self._totals[split] = sections.totals(partial(self._place, split))
+            if not self._totals[split]["samples"]:
                 raise UserError(
                     f"all {len(table):,} samples of the {split} split are longer than data.context_length="
                     f"{self.context_length}; raise it (the shortest has {np.diff(table.offsets).min():,} tokens), or "
                     "set data.on_too_long=truncate"
                 )
             self._rows[split] = PackedRows(
-                samples,
+                sections,
                 self.tokenizer.special,
                 self.context_length,
                 self.packing,
@@ -243,16 +242,19 @@ class PackedDataModule(L.LightningDataModule):
             (too long), ``skipped`` (bad records), ``unknown_tokens`` (what the tokenizer could not spell).
         """
         rows, meta = self.rows(split), self.table(split).meta
-        first = rows.epoch(0)
-        tokens = int(rows.samples.content.sum(dtype=np.int64))
-        used = tokens + int(first.overhang.sum(dtype=np.int64))
+        totals, used, cut = self._totals[split], 0, 0
+        for section in range(len(rows.sections)):
+            packed = rows.packed(0, section)
+            used += int((packed.samples.content + packed.overhang).sum(dtype=np.int64))
+            cut += packed.plan.cut
         return {
-            "samples": len(rows.samples.index),
-            "tokens": tokens,
-            "rows": first.plan.rows,
-            "utilisation": used / (first.plan.rows * self.context_length),
-            "cut": first.plan.cut,
-            **self._lost[split],
+            "samples": totals["samples"],
+            "tokens": totals["tokens"],
+            "rows": len(rows),
+            "utilisation": used / (len(rows) * self.context_length),
+            "cut": cut,
+            "dropped": totals["dropped"],
+            "truncated": totals["truncated"],
             "skipped": meta["skipped"],
             "unknown_tokens": meta["unknown_tokens"],
         }

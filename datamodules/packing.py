@@ -52,7 +52,7 @@ class ConcatPlan:
 
     @property
     def rows(self) -> int:
-        return -(-int(self.ends[-1]) // self.context_length)
+        return -(-int(self.ends[-1]) // self.context_length) if len(self.ends) else 0
 
     @property
     def cut(self) -> int:
@@ -136,21 +136,20 @@ def plan_best_fit(lengths: Ints, context_length: int, generator: np.random.Gener
     """
     sizes, capacity = _coarse(lengths, context_length)
     size, row = lay_out(np.bincount(sizes, minlength=capacity + 1), capacity)
-    row = _shuffled(int(row.max()) + 1, generator)[row]
+    row = _shuffled(int(row.max(initial=-1)) + 1, generator)[row]
     places = np.argsort(row + generator.random(len(row)))  # rows one after the other, each in a random order
     size, row = size[places], row[places]
     samples = _shuffled(len(lengths), generator)
     order = np.empty_like(samples)
     order[np.argsort(size, kind="stable")] = samples[np.argsort(sizes[samples], kind="stable")]
-    first = np.zeros(int(row[-1]) + 2, dtype=np.int64)
-    np.cumsum(np.bincount(row), out=first[1:])
+    first = np.concatenate([[0], np.cumsum(np.bincount(row))])
     return WholePlan(order, np.cumsum(lengths[order], dtype=np.int64), first)
 
 
 def count_best_fit(lengths: Ints, context_length: int) -> int:
     """Number of rows that `plan_best_fit` makes."""
     sizes, capacity = _coarse(lengths, context_length)
-    return int(lay_out(np.bincount(sizes, minlength=capacity + 1), capacity)[1].max()) + 1
+    return int(lay_out(np.bincount(sizes, minlength=capacity + 1), capacity)[1].max(initial=-1)) + 1
 
 
 def lay_out(counts: Ints, capacity: int) -> tuple[Ints, Ints]:

@@ -17,7 +17,7 @@ from dllm_var.datamodules.packing import COUNTS, PLANS, Plan
 from dllm_var.datamodules.table import Table
 from dllm_var.tokenization import SpecialTokens
 
-PLANS_KEPT = 2  # a batch may reach from one epoch into the next
+PLANS_KEPT = 2  # a batch may reach from one section into the next
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,16 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """How one epoch is packed.
+class Packed:
+    """How one section of the samples is packed in one epoch.
 
     Args:
+        samples: What is packed.
         plan: Which piece of which sample stands where.
         overhang: Unsupervised mask tokens after each sample, or minus the tokens cut off its end, shape [samples].
     """
 
+    samples: Samples
     plan: Plan
     overhang: NDArray[np.int32]
 
@@ -60,11 +62,12 @@ class Epoch:
 class PackedRows(Dataset):
     """Rows of `context_length` tokens, each a pure function of the seed and its number.
 
-    Rows are numbered on and on over the epochs. For each epoch samples and rows are shuffled and the overhang drawn
-    anew, keyed by seed and epoch; the number of rows in an epoch follows from that.
+    Rows are numbered on and on over the epochs, and within an epoch over the sections of the samples. For each epoch
+    the samples and rows of a section are shuffled and the overhang drawn anew, keyed by seed, epoch and section; the
+    number of rows follows from that. Memory depends on the size of a section, not on how many there are.
 
     Args:
-        samples: What is packed.
+        sections: What is packed, in one or more sections.
         special: Ids of mask, terminators and padding.
         context_length: Tokens in a row.
         packing: Name of the policy, ``concat`` or ``best_fit``.
@@ -76,7 +79,7 @@ class PackedRows(Dataset):
 
     def __init__(
         self,
-        samples: Samples,
+        sections: Sequence[Samples],
         special: SpecialTokens,
         context_length: int,
         packing: str,
@@ -85,7 +88,7 @@ class PackedRows(Dataset):
         canvas: int = 0,
         cut: bool = True,
     ) -> None:
-        self.samples = samples
+        self.sections = sections
         self.special = special
         self.context_length = context_length
         self.packing = packing
@@ -94,8 +97,8 @@ class PackedRows(Dataset):
         self.cut = cut
         self.varies = bool(overhang or (canvas and cut))  # whether epochs differ in their lengths
         self.seed = seed if isinstance(seed, tuple) else (seed,)
-        self._starts = [0]  # number of the first row of each epoch counted so far
-        self._epochs: OrderedDict[int, Epoch] = OrderedDict()
+        self._starts = [0]  # number of the first row of each section, epoch after epoch, as far as they are counted
+        self._kept: OrderedDict[tuple[int, int], Packed] = OrderedDict()
 
     def __len__(self) -> int:
         """Rows of the first epoch; those of others differ by a few, because their overhang is drawn anew."""
@@ -121,55 +124,68 @@ class PackedRows(Dataset):
             "position_ids": np.zeros(shape, dtype=np.int64),
             "row": np.array(rows, dtype=np.int64),
         }
-        by_epoch: dict[int, list[tuple[int, int]]] = {}
+        by_section: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for place, row in enumerate(rows):
             if row >= 0:
-                epoch, number = self.locate(row)
-                by_epoch.setdefault(epoch, []).append((place, number))
-        for epoch, pairs in by_epoch.items():
+                epoch, section, number = self.locate(row)
+                by_section.setdefault((epoch, section), []).append((place, number))
+        for (epoch, section), pairs in by_section.items():
             places, numbers = np.array(pairs).T
-            self._fill(batch, places, numbers, self.epoch(epoch))
+            self._fill(batch, places, numbers, self.packed(epoch, section))
         return {name: torch.from_numpy(value) for name, value in batch.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_epochs": OrderedDict()}  # cheaper to make again than to send to a worker
+        return {**self.__dict__, "_kept": OrderedDict()}  # cheaper to make again than to send to a worker
 
-    def epoch(self, epoch: int) -> Epoch:
-        """Plans an epoch, or recalls it when it is one of the last used."""
-        if epoch not in self._epochs:
-            generator, overhang = self._draw(epoch)
-            lengths = self.samples.content + overhang
-            self._epochs[epoch] = Epoch(PLANS[self.packing](lengths, self.context_length, generator), overhang)
-            while len(self._epochs) > PLANS_KEPT:
-                self._epochs.popitem(last=False)
-        self._epochs.move_to_end(epoch)
-        return self._epochs[epoch]
+    def packed(self, epoch: int, section: int = 0) -> Packed:
+        """Plans a section of an epoch, or recalls it when it is one of the last used."""
+        if (epoch, section) not in self._kept:
+            samples = self.sections[section]
+            generator, overhang = self._draw(samples, epoch, section)
+            plan = PLANS[self.packing](samples.content + overhang, self.context_length, generator)
+            self._kept[epoch, section] = Packed(samples, plan, overhang)
+            while len(self._kept) > PLANS_KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end((epoch, section))
+        return self._kept[epoch, section]
 
     def first_row(self, epoch: int) -> int:
         """Number of an epoch's first row."""
-        while len(self._starts) < 2 or (self.varies and len(self._starts) <= epoch):
-            _, overhang = self._draw(len(self._starts) - 1)
-            rows = COUNTS[self.packing](self.samples.content + overhang, self.context_length)
+        sections = len(self.sections)
+        if not self.varies:  # every epoch has as many rows
+            self._count(sections)
+            return epoch * self._starts[sections]
+        self._count(epoch * sections)
+        return self._starts[epoch * sections]
+
+    def locate(self, row: int) -> tuple[int, int, int]:
+        """Epoch of a row, its section, and its number within that section of that epoch."""
+        epoch = 0
+        if self.varies:
+            while self._starts[-1] <= row:
+                self._count(len(self._starts))
+        else:
+            epoch, row = divmod(row, self.first_row(1))
+        begun = int(np.searchsorted(self._starts, row, side="right")) - 1  # sections without rows are passed over
+        more, section = divmod(begun, len(self.sections))
+        return epoch + more, section, row - self._starts[begun]
+
+    def _count(self, sections: int) -> None:
+        """Counts rows until the first row after so many sections, over all epochs, is known."""
+        while len(self._starts) <= sections:
+            epoch, section = divmod(len(self._starts) - 1, len(self.sections))
+            samples = self.sections[section]
+            _, overhang = self._draw(samples, epoch, section)
+            rows = COUNTS[self.packing](samples.content + overhang, self.context_length)
             self._starts.append(self._starts[-1] + rows)
-        # Where lengths never change, every epoch has as many rows.
-        return self._starts[epoch] if self.varies else epoch * self._starts[1]
 
-    def locate(self, row: int) -> tuple[int, int]:
-        """Epoch of a row and its number within that epoch."""
-        if not self.varies:
-            return divmod(row, self.first_row(1))
-        while self._starts[-1] <= row:
-            self.first_row(len(self._starts))
-        epoch = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return epoch, row - self._starts[epoch]
-
-    def _draw(self, epoch: int) -> tuple[np.random.Generator, NDArray[np.int32]]:
-        """Generator of an epoch, and as its first draw the overhang of each sample, as far as a row has room."""
-        generator = np.random.default_rng((*self.seed, epoch))
-        content = self.samples.content
+    def _draw(self, samples: Samples, epoch: int, section: int) -> tuple[np.random.Generator, NDArray[np.int32]]:
+        """Generator of a section, and as its first draw the overhang of each sample, as far as a row has room."""
+        generator = np.random.default_rng((*self.seed, epoch, section) if section else (*self.seed, epoch))
+        content = samples.content
         overhang = np.zeros_like(content)
         if self.canvas:
-            answer = content - self.samples.answer_start
+            answer = content - samples.answer_start
             blocks = -(-answer // self.canvas)
             if self.cut:  # a sampler stands before each of the answer's blocks once
                 blocks = generator.integers(1, blocks, endpoint=True, dtype=np.int32)
@@ -178,9 +194,9 @@ class PackedRows(Dataset):
             overhang = generator.integers(0, self.overhang, size=len(content), endpoint=True, dtype=np.int32)
         return generator, np.minimum(overhang, np.maximum(self.context_length - content, 0))
 
-    def _fill(self, batch: dict[str, NDArray], places: NDArray, numbers: NDArray, epoch: Epoch) -> None:
-        """Puts rows `numbers` of an epoch into rows `places` of a batch."""
-        samples, spans = self.samples, epoch.plan.spans(numbers)
+    def _fill(self, batch: dict[str, NDArray], places: NDArray, numbers: NDArray, packed: Packed) -> None:
+        """Puts rows `numbers` of a section into rows `places` of a batch."""
+        samples, spans = packed.samples, packed.plan.spans(numbers)
         # One entry per token from here on: its span, its position in the span, in the sample, in the flattened batch.
         owner = np.repeat(np.arange(len(spans.length)), spans.length)
         within = np.arange(len(owner)) - (np.cumsum(spans.length) - spans.length)[owner]

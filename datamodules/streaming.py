@@ -106,7 +106,7 @@ class RowStream(IterableDataset):
             samples, _ = fit_samples(table, *self.fitting, place=lambda record: chunk[record - begin][0])  # noqa: B023
             if len(samples.index):
                 key = (self.seed, epoch, block)
-                yield block, PackedRows(samples, self.special, *self.packing, key, self.canvas)
+                yield block, PackedRows([samples], self.special, *self.packing, key, self.canvas)
 
 
 class _StreamLoader:

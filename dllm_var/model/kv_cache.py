@@ -9,11 +9,15 @@ from torch import Tensor
 from dllm_var.model.config import TransformerConfig
 
 
+PACKED_BELOW = 0.9  # share of real tokens under which leaving out the padding pays for the two extra copies per layer
+
+
 class KVCache:
     """A preallocated cache in which every row has its own length.
 
     A forward writes its window of tokens behind each row's frozen ones and attends to both. Nothing written stays
-    unless `advance` freezes it: a block can be denoised many times at the same place without a copy.
+    unless `advance` freezes it: a block can be denoised many times at the same place without a copy. Where much of a
+    forward would be padding, its real tokens go through the layers as one row, `packed`, and only attention sees rows.
 
     Args:
         config: Shape of the transformer.
@@ -27,7 +31,7 @@ class KVCache:
         self, config: TransformerConfig, rows: int, capacity: int, device: torch.device | str, dtype: torch.dtype
     ) -> None:
         assert config.num_kv_heads is not None and config.head_dim is not None
-        shape = (config.num_layers, 2, rows, config.num_kv_heads, capacity, config.head_dim)
+        shape = (config.num_layers, 2, rows, capacity, config.num_kv_heads, config.head_dim)
         self.storage = torch.zeros(shape, device=device, dtype=dtype)
         self.capacity = capacity
         self.lengths = np.zeros(rows, dtype=np.int64)  # frozen tokens; on the host, so that nobody waits for the device
@@ -69,6 +73,32 @@ class KVCache:
         self._starts, self._seen = starts, seen
         ends = lengths + (width if windows is None else windows) if visible is None else visible
         self._ends = None if (ends == self.reach).all() else torch.from_numpy(ends).to(device)
+        self.packed: Tensor | None = None
+        if windows is not None and visible is None and seen is None:
+            self._pack(windows, rows)
+
+    def _pack(self, windows: np.ndarray, rows: np.ndarray | None) -> None:
+        """Finds the real tokens of a forward when much of it is padding."""
+        real = np.arange(self._width) < windows[:, None]  # [B, L]
+        if np.count_nonzero(real) > PACKED_BELOW * real.size:
+            return
+        device = self.storage.device
+        row = np.arange(windows.size) if rows is None else rows
+        lengths = self.lengths if rows is None else self.lengths[rows]
+        places = (row * self.capacity + lengths)[:, None] + np.arange(self._width)
+        self.packed = torch.from_numpy(np.flatnonzero(real)).to(device)  # [T], in the flattened window
+        self._places = torch.from_numpy(places[real]).to(device)  # [T], in the flattened cache
+        self._padded = torch.from_numpy((np.cumsum(real) - 1).clip(min=0)).to(device)  # [B * L], in the packed row
+
+    def pack(self, values: Tensor) -> Tensor:
+        """Returns the real tokens' values as one row [1, T, ...], from a window's [B, L, ...]; all when not packed."""
+        return values if self.packed is None else values.flatten(0, 1).index_select(0, self.packed).unsqueeze(0)
+
+    def pad(self, values: Tensor) -> Tensor:
+        """Returns a window's values [B, L, ...] from the packed row's [1, T, ...]; padding repeats real ones."""
+        if self.packed is None:
+            return values
+        return values.squeeze(0).index_select(0, self._padded).view(-1, self._width, *values.shape[2:])
 
     def mask(self, causal: bool) -> Tensor | None:
         """Returns the boolean mask [B, 1, 1 or L, reach] of this forward, null when every token sees everything."""
@@ -86,20 +116,30 @@ class KVCache:
         return (keys < self._ends[:, None]).view(-1, 1, 1, self.reach)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores this forward's keys and values [B, kv_heads, L, D] and returns all that its queries attend to."""
-        stored = self.storage[layer]
-        if self._rows is not None:
-            stored[0, self._rows, :, : self._width] = keys
-            stored[1, self._rows, :, : self._width] = values
-            return keys, values
-        if self._uniform:
-            stored[0, :, :, self._end - self._width : self._end] = keys
-            stored[1, :, :, self._end - self._width : self._end] = values
+        """Stores this forward's keys and values and returns all that its queries attend to [B, kv_heads, reach, D].
+
+        Args:
+            layer: Whose they are.
+            keys: [B, L, kv_heads, D], or [1, T, kv_heads, D] when packed.
+            values: As `keys`.
+        """
+        stored = self.storage[layer]  # [2, rows, capacity, kv_heads, D]
+        for kind, fresh in ((stored[0], keys), (stored[1], values)):
+            if self.packed is not None:
+                kind.flatten(0, 1).index_copy_(0, self._places, fresh.squeeze(0))
+            elif self._rows is not None:
+                kind[self._rows, : self._width] = fresh
+            elif self._uniform:
+                kind[:, self._end - self._width : self._end] = fresh
+            else:
+                kind[torch.arange(fresh.size(0), device=fresh.device)[:, None], self._slots] = fresh
+        if self._rows is None:
+            seen_keys, seen_values = stored[:, :, : self.reach]
+        elif self.packed is None:  # they were empty: these are all there is
+            seen_keys, seen_values = keys, values
         else:
-            row = torch.arange(keys.size(0), device=keys.device)[:, None]
-            stored[0].transpose(1, 2)[row, self._slots] = keys.transpose(1, 2)
-            stored[1].transpose(1, 2)[row, self._slots] = values.transpose(1, 2)
-        return stored[0, :, :, : self.reach], stored[1, :, :, : self.reach]
+            seen_keys, seen_values = stored[:, self._rows, : self.reach]
+        return seen_keys.transpose(1, 2), seen_values.transpose(1, 2)
 
     def advance(self, counts: np.ndarray, rows: np.ndarray | None = None) -> None:
         """Freezes the first `counts[i]` tokens that the last forward wrote into row i (of `rows`, or of all)."""

@@ -80,12 +80,16 @@ class Attention(nn.Module):
             queries, keys = queries_keys.split((self.num_heads, self.num_kv_heads), dim=2)
             queries_keys = torch.cat((self.q_norm(queries), self.k_norm(keys)), dim=2)
         queries_keys = rotate(queries_keys, context.cos, context.sin)
-        queries, keys = queries_keys.transpose(1, 2).split((self.num_heads, self.num_kv_heads), dim=1)
-        values = values.transpose(1, 2)  # queries [B, heads, L, D]; keys and values [B, kv_heads, L, D]
-        if context.cache is not None:
-            keys, values = context.cache.write(layer, keys, values)
-        mixed = attend(queries, keys, values, context.mask, context.is_causal)
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+        queries, keys = queries_keys.split((self.num_heads, self.num_kv_heads), dim=2)
+        cache = context.cache
+        if cache is None:
+            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        else:
+            queries, (keys, values) = cache.pad(queries), cache.write(layer, keys, values)
+        # queries [B, heads, L, D]; keys and values [B, kv_heads, reach, D]
+        mixed = attend(queries.transpose(1, 2), keys, values, context.mask, context.is_causal)
+        mixed = mixed.transpose(1, 2).flatten(2)
+        return self.out(mixed if cache is None else cache.pack(mixed))
 
 
 class SwiGLU(nn.Module):
@@ -193,26 +197,32 @@ class Transformer(nn.Module):
         position_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
         cache: KVCache | None = None,
+        attention_mask: Tensor | None = None,
     ) -> Tensor:
         """Returns the normalised last hidden states [B, L, hidden], so that the head may run on a few of them.
 
         Args:
             input_ids: Token ids [B, L].
-            position_ids: Rotary positions [B, L]; 0, 1, ... when null. Not used with a cache.
+            position_ids: Rotary positions [B, L], below L; 0, 1, ... when null. Not used with a cache.
             segment_ids: Document of each token [B, L]; a token sees only its own document. Everything when null.
             cache: Keys and values of earlier tokens, opened for this forward with `cache.open`; gets this forward's.
+            attention_mask: Which token sees which [B, L, L], bool, in place of `segment_ids`; not with a cache.
         """
         length = input_ids.size(1)
         causal = self.config.causal
         if cache is not None:
             assert segment_ids is None, "a cache holds one document per row"
-            positions, mask, reach = cache.positions, cache.mask(causal), cache.reach
+            positions, mask, reach = cache.pack(cache.positions), cache.mask(causal), cache.reach
+            input_ids = cache.pack(input_ids)
             context_causal = False
         else:
             if position_ids is None:
                 position_ids = torch.arange(length, device=input_ids.device).unsqueeze(0)
             positions, reach = position_ids, length
-            mask = None if segment_ids is None else segment_mask(segment_ids)
+            if attention_mask is not None:
+                mask = attention_mask.unsqueeze(1)
+            else:
+                mask = None if segment_ids is None else segment_mask(segment_ids)
             if causal and mask is not None:
                 mask = mask & causal_mask(length, input_ids.device)
             context_causal = causal and mask is None
@@ -221,7 +231,8 @@ class Transformer(nn.Module):
         x = self.embedding(input_ids)
         for layer, block in enumerate(self.blocks):
             x = block(x, context, layer if cache is not None else 0)  # one number, or each layer is compiled anew
-        return self.norm(x)
+        x = self.norm(x)
+        return x if cache is None else cache.pad(x)
 
     @property
     def num_parameters(self) -> int:

@@ -138,7 +138,7 @@ class BlockRun:
         """Opens the cache for pending tokens and active block, and returns them [R, L]."""
         windows = pending + width
         longest = int(windows.max())
-        windows = np.where(windows == 0, longest, windows)  # a free slot: anything but an empty softmax
+        windows = np.maximum(windows, 1)  # a free slot: anything but an empty softmax
         self.cache.open(longest, windows, slots)
         canvas = self.canvas if index is None else self.canvas[index]
         if index is None and rows.size == 1:
