@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
+import time
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dllm_var.datamodules.encoding import RecordEncoder, bad_record
 from dllm_var.datamodules.sources import Source
-from dllm_var.datamodules.table import Table
+from dllm_var.datamodules.table import COLUMNS, Table
 from dllm_var.errors import UserError
 from dllm_var.tokenization import Tokenizer
 
-VERSION = 1  # of the files' layout and meaning; part of the cache key
+VERSION = 2  # of the files' layout and meaning; part of the cache key
 CHUNK = 4_096  # records tokenized at a time
 PROGRESS_AFTER = 5.0  # seconds of tokenizing before progress is shown
+ABANDONED_AFTER = 60.0  # seconds that an unfinished folder without an owner is left alone
+_UNFINISHED = re.compile(r"\.[0-9a-f]{32}-\w+-\w+")
 
 
 def load_table(
@@ -59,10 +64,14 @@ def load_table(
 
 def _build(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _clear_abandoned(folder.parent)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    owned = os.open(unfinished, os.O_RDONLY)
     try:
+        fcntl.flock(owned, fcntl.LOCK_EX)  # the lock ends with this process, however it ends
         unfinished.chmod(0o755)  # others may share the cache
         _write(source, split, encoder, unfinished)
+        os.fsync(owned)
         try:
             os.rename(unfinished, folder)
         except OSError:  # another process was faster with the same table, which is as good
@@ -70,27 +79,48 @@ def _build(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> 
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        os.close(owned)
+
+
+def _clear_abandoned(cache: Path) -> None:
+    """Removes what processes that were killed while building left behind."""
+    for folder in cache.iterdir():
+        if not _UNFINISHED.fullmatch(folder.name):
+            continue
+        try:
+            opened = os.open(folder, os.O_RDONLY)
+        except OSError:  # its owner has just finished, or it is someone else's
+            continue
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - folder.stat().st_mtime > ABANDONED_AFTER:  # else it may not have been locked yet
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # its owner is at work
+            pass
+        finally:
+            os.close(opened)
 
 
 def _write(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> None:
-    """Writes the files of a table, chunk by chunk."""
-    columns: dict[str, list[NDArray[np.int64]]] = {"length": [], "answer_start": [], "record": []}
+    """Writes the files of a table, chunk by chunk, and waits until they are on the disk."""
     records = source.located_records(split)
-    with (
-        open(folder / "tokens.bin", "wb") as tokens,
-        open(folder / "supervised.bin", "wb") as supervised,
-        tqdm(desc=f"tokenizing {split}", unit=" records", delay=PROGRESS_AFTER, leave=False) as progress,
-    ):
+    samples = tokens = 0
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in COLUMNS}
+        progress = stack.enter_context(
+            tqdm(desc=f"tokenizing {split}", unit=" records", delay=PROGRESS_AFTER, leave=False)
+        )
+        np.zeros(1, np.int64).tofile(files["offsets"])
         while chunk := list(islice(records, CHUNK)):
             table = encoder.encode(chunk, encoder.records)
-            table.tokens.tofile(tokens)
-            table.supervised.tofile(supervised)
-            columns["length"].append(np.diff(table.offsets))
-            columns["answer_start"].append(table.answer_start)
-            columns["record"].append(table.record)
+            columns = {name: getattr(table, name) for name in COLUMNS}
+            columns["offsets"] = table.offsets[1:] + tokens
+            for name, column in columns.items():
+                column.tofile(files[name])
+            samples, tokens = samples + len(table), tokens + len(table.tokens)
             progress.update(len(chunk))
-    joined = {name: np.concatenate([np.empty(0, np.int64), *parts]) for name, parts in columns.items()}
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(joined.pop("length"))])
-    for name, column in {"offsets": offsets, **joined}.items():
-        np.save(folder / f"{name}.npy", column)
-    (folder / "meta.json").write_text(json.dumps(encoder.meta, indent=1), encoding="utf-8")
+        meta = stack.enter_context(open(folder / "meta.json", "w", encoding="utf-8"))
+        json.dump({**encoder.meta, "samples": samples, "tokens": tokens}, meta, indent=1)
+        for file in (*files.values(), meta):
+            file.flush()
+            os.fsync(file.fileno())

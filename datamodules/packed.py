@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as L
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader
 
 from dllm_var.datamodules.cache import load_table
@@ -126,7 +126,7 @@ class PackedDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Maps the tokenized data and tells what became of it; Lightning calls it in every process."""
-        if stage == "fit":
+        if stage == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
             rank_zero_info(self.summary())
 
     def train_dataloader(self) -> DataLoader:

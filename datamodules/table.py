@@ -10,6 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dllm_var.errors import UserError
+
+COLUMNS = {"tokens": None, "supervised": "bool", "offsets": "int64", "answer_start": "int64", "record": "int64"}
+"""Files of a table and the types in them; the tokens' own is in ``meta.json``."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -21,7 +26,8 @@ class Table:
         offsets: Where samples begin, and where the last one ends, shape [samples + 1].
         answer_start: Position within each sample where its last answer begins, shape [samples].
         record: Number of the record each sample was made from, shape [samples].
-        meta: ``records`` seen, how many were ``skipped`` and the first ``reasons``, ``unknown_tokens``, ``dtype``.
+        meta: ``records`` seen, how many were ``skipped`` and the first ``reasons``, ``unknown_tokens``, ``dtype``; on
+            disk also how many ``samples`` and ``tokens`` there are.
         folder: Where the arrays are mapped from, if they are.
     """
 
@@ -39,17 +45,22 @@ class Table:
 
         Args:
             folder: Written by `dllm_var.datamodules.cache.load_table`.
+
+        Raises:
+            UserError: When a file is missing or is not as long as it must be.
         """
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        columns = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("offsets", "answer_start", "record")
-        }
-        if len(columns["record"]):
-            tokens = np.memmap(folder / "tokens.bin", dtype=meta["dtype"], mode="r")
-            supervised = np.memmap(folder / "supervised.bin", dtype=np.bool_, mode="r")
-            return cls(tokens, supervised, **columns, meta=meta, folder=folder)
-        # An empty file cannot be mapped.
-        return cls(np.empty(0, meta["dtype"]), np.empty(0, np.bool_), **columns, meta=meta, folder=folder)
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            lengths = dict.fromkeys(COLUMNS, meta["samples"])
+            lengths |= {"tokens": meta["tokens"], "supervised": meta["tokens"], "offsets": meta["samples"] + 1}
+            columns = {
+                name: _map(folder / f"{name}.bin", np.dtype(dtype or meta["dtype"]), lengths[name])
+                for name, dtype in COLUMNS.items()
+            }
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"tokenized data is damaged ({reason}): delete {folder}, it is made again") from None
+        return cls(**columns, meta=meta, folder=folder)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -61,3 +72,11 @@ class Table:
     def ids(self, sample: int) -> list[int]:
         """Token ids of one sample."""
         return self.tokens[self.offsets[sample] : self.offsets[sample + 1]].tolist()
+
+
+def _map(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
+    size = path.stat().st_size
+    if size != length * dtype.itemsize:
+        raise ValueError(f"{path.name} has {size:,} bytes instead of {length * dtype.itemsize:,}")
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype=dtype, mode="r") if length else np.empty(0, dtype)

@@ -161,7 +161,7 @@ def test_truncation_never_leaves_a_false_or_missing_end(make, context):
     )
     whole, ends = data.table("train").ids(0), data.tokenizer.terminator_ids
     flags = data.table("train").supervised[: len(whole)].tolist()
-    samples = data.rows("train").samples
+    samples = data.rows("train").sections[0]
     if 0 not in samples.index:
         assert context <= 4, "nothing but the prompt fits"
         return

@@ -41,6 +41,12 @@ def test_every_position_stands_in_exactly_one_place(policy, case, seed):
     assert (np.diff(placed, axis=1) <= 0).all(), "padding is at the end of a row"
 
 
+@pytest.mark.parametrize("policy", PLANS)
+def test_no_samples_are_no_rows(policy):
+    nothing = np.empty(0, dtype=np.int32)
+    assert PLANS[policy](nothing, CONTEXT, np.random.default_rng(0)).rows == COUNTS[policy](nothing, CONTEXT) == 0
+
+
 @given(lengths_and_context(), st.integers(0, 3))
 def test_best_fit_cuts_no_sample(case, seed):
     lengths, context = np.array(case[0]), case[1]

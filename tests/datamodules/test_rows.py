@@ -1,13 +1,15 @@
 import itertools
 import pickle
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm_var.datamodules.fitting import fit_samples
+from dllm_var.datamodules.fitting import SECTION, Sections
 from dllm_var.datamodules.rows import PackedRows
 from dllm_var.datamodules.samplers import HeldOutSampler, RowSampler
 
@@ -23,9 +25,9 @@ def table(build_table):
 
 @pytest.fixture(scope="module")
 def make_rows(table, tokenizer):
-    def make(packing="best_fit", overhang=0, seed=0, eos_padding=0, **kwargs):
-        samples, _ = fit_samples(table, CONTEXT, "drop", eos_padding, str)
-        return PackedRows(samples, tokenizer.special, CONTEXT, packing, overhang, seed, **kwargs)
+    def make(packing="best_fit", overhang=0, seed=0, eos_padding=0, section=SECTION, **kwargs):
+        sections = Sections(table, CONTEXT, "drop", eos_padding, section=section, stretch=2)
+        return PackedRows(sections, tokenizer.special, CONTEXT, packing, overhang, seed, **kwargs)
 
     return make
 
@@ -50,8 +52,9 @@ def stored(table):
 
 @pytest.mark.parametrize("packing", POLICIES)
 @pytest.mark.parametrize("overhang", [0, 5])
-def test_an_epoch_holds_every_token_once_with_its_supervision(make_rows, table, tokenizer, packing, overhang):
-    rows = make_rows(packing, overhang)
+@pytest.mark.parametrize("section", [SECTION, 25, 8])
+def test_an_epoch_holds_every_token_once_with_its_supervision(make_rows, table, tokenizer, packing, overhang, section):
+    rows = make_rows(packing, overhang, section=section)
     for epoch in (0, 3):
         batch = rows.__getitems__(list(range(rows.first_row(epoch), rows.first_row(epoch + 1))))
         keep = (batch["segment_ids"] >= 0) & (batch["input_ids"] != tokenizer.mask_id)
@@ -88,26 +91,58 @@ def test_overhang_and_order_are_drawn_anew_for_each_epoch_and_seed(make_rows):
     assert not torch.equal(content(rows, 0), content(rows, 1))
     assert not torch.equal(content(rows, 0), content(make_rows(overhang=4, seed=1), 0))
     assert torch.equal(content(rows, 0), content(make_rows(overhang=4), 0))
-    assert (rows.epoch(0).overhang != rows.epoch(1).overhang).any()
+    assert (rows.packed(0).overhang != rows.packed(1).overhang).any()
 
 
 @pytest.mark.parametrize("packing", POLICIES)
-def test_a_row_depends_on_nothing_but_its_number(make_rows, packing):
-    rows = make_rows(packing, overhang=5)
+@pytest.mark.parametrize("section", [SECTION, 20])
+def test_a_row_depends_on_nothing_but_its_number(make_rows, packing, section):
+    make_rows = partial(make_rows, packing, 5, section=section)
+    rows = make_rows()
     numbers = np.random.default_rng(1).integers(0, 20 * len(rows), 30).tolist()
     together = rows.__getitems__(numbers)
     for place, number in enumerate(numbers):
-        for alone in (make_rows(packing, overhang=5)[number], pickle.loads(pickle.dumps(rows))[number]):
+        for alone in (make_rows()[number], pickle.loads(pickle.dumps(rows))[number]):
             assert all(torch.equal(alone[name], together[name][place]) for name in together)
 
 
 @given(st.integers(0, 10_000))
 @pytest.mark.parametrize("overhang", [0, 5])
-def test_rows_are_numbered_on_over_the_epochs(make_rows, overhang, number):
-    rows = make_rows("concat", overhang)
-    epoch, inside = rows.locate(number)
-    assert rows.first_row(epoch) + inside == number
-    assert 0 <= inside < rows.epoch(epoch).plan.rows
+@pytest.mark.parametrize("section", [SECTION, 20])
+def test_rows_are_numbered_on_over_the_epochs(make_rows, overhang, section, number):
+    rows = make_rows("concat", overhang, section=section)
+    epoch, place, inside = rows.locate(number)
+    before = sum(rows.packed(epoch, earlier).plan.rows for earlier in range(place))
+    assert rows.first_row(epoch) + before + inside == number
+    assert 0 <= inside < rows.packed(epoch, place).plan.rows
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 9))
+def test_sections_share_the_samples(table, tokenizer, samples, section, stretch):
+    lengths = np.random.default_rng(samples).integers(1, 2 * CONTEXT, samples)
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    table = replace(table, offsets=ends, answer_start=np.zeros(samples, np.int64), record=np.arange(samples))
+    sections = Sections(table, CONTEXT, "drop", 0, section, stretch)
+    kept = np.concatenate([part.index for part in sections])
+    assert sorted(kept) == np.flatnonzero(lengths <= CONTEXT).tolist()
+    assert max(len(part.index) for part in sections) <= section + stretch
+    totals = sections.totals(str)
+    assert totals == {
+        "samples": len(kept),
+        "tokens": lengths[kept].sum(),
+        "dropped": samples - len(kept),
+        "truncated": 0,
+    }
+
+
+def test_sections_with_nothing_left_in_them_are_passed_over(table, tokenizer):
+    lengths = np.where(np.arange(len(table)) // 10 % 2, 2 * CONTEXT, 5)
+    table = replace(table, offsets=np.concatenate([[0], np.cumsum(lengths)]))
+    sections = Sections(table, CONTEXT, "drop", 0, section=10, stretch=10)
+    assert [len(part.index) for part in sections] == [10, 0] * 3
+    rows = PackedRows(sections, tokenizer.special, CONTEXT, "best_fit", 0, 0)
+    assert [rows.locate(row)[1] for row in range(len(rows))] == [0, 0, 2, 2, 4, 4]
+    assert rows.locate(len(rows)) == (1, 0, 0)
 
 
 def test_answers_are_padded_with_supervised_terminators(make_rows, table, tokenizer):
@@ -166,6 +201,17 @@ def test_ranks_share_the_stream_evenly(rows, batch_size, ranks, begin):
         for sampler, numbers in zip(samplers, dealt, strict=True):
             sampler.trained(numbers[place])
         assert {sampler.next_row for sampler in samplers} == {begin + (place + batch_size) * ranks}
+
+
+@settings(max_examples=25)
+@given(st.integers(1, 20_000), st.integers(1, 9), st.integers(1, 4096), st.integers(0, 10**12))
+def test_thousands_of_ranks_get_each_row_once_and_equally_many(rows, batch_size, ranks, begin):
+    dealt = [list(RowSampler(rows, batch_size, ranks, rank, begin)) for rank in range(ranks)]
+    assert {len(numbers) for numbers in dealt} == {-(-rows // (batch_size * ranks)) * batch_size}
+    assert sorted(itertools.chain(*dealt)) == list(range(begin, begin + len(dealt[0]) * ranks))
+    held_out = [list(HeldOutSampler(rows, ranks, rank)) for rank in range(ranks)]
+    assert {len(numbers) for numbers in held_out} == {-(-rows // ranks)}
+    assert sorted(row for numbers in held_out for row in numbers if row >= 0) == list(range(rows))
 
 
 @given(st.integers(1, 50), st.integers(1, 6))

@@ -1,5 +1,7 @@
 import json
 import multiprocessing
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
 
 from dllm_var.datamodules import CmudictSource, JsonlSource
-from dllm_var.datamodules.cache import load_table
+from dllm_var.datamodules.cache import CHUNK, load_table
 from dllm_var.errors import UserError
 from dllm_var.tokenization import Tokenizer
 
@@ -182,6 +184,55 @@ def test_processes_may_build_the_same_table_at_once(write_jsonl, tmp_path):
         process.join()
         assert process.exitcode == 0
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def build_slowly(path, cache, written):
+    """Builds a table until it is killed: the second chunk never comes."""
+
+    class Slow(JsonlSource):
+        def located_records(self, split):
+            for number, located in enumerate(super().located_records(split)):
+                if number == CHUNK + 10:
+                    written.set()
+                    time.sleep(60)
+                yield located
+
+    load_table(
+        Slow(path, validation_size=0), "train", Tokenizer.from_pretrained(CmudictSource.default_tokenizer), cache
+    )
+
+
+def test_a_build_that_is_killed_leaves_no_table_and_is_cleared_away(write_jsonl, tmp_path, tokenizer):
+    path, cache = write_jsonl([GOOD] * (CHUNK + 20)), tmp_path / "cache"
+    context = multiprocessing.get_context("spawn")
+    written = context.Event()
+    process = context.Process(target=build_slowly, args=(path, cache, written))
+    process.start()
+    assert written.wait(60)
+    (left,) = cache.iterdir()
+    assert (left / "tokens.bin").exists()
+    os.utime(left, (0, 0))
+    load_table(JsonlSource(path, validation_size=0), "train", tokenizer, cache)
+    assert left.exists(), "its owner is at work"
+    process.kill()
+    process.join()
+    table = load_table(JsonlSource(write_jsonl([GOOD]), validation_size=0), "train", tokenizer, cache)
+    assert not left.exists()
+    assert len(table) == 1
+    assert len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin", "record.bin", "meta.json"])
+@pytest.mark.parametrize("damage", ["shorter", "longer", "gone"])
+def test_a_damaged_table_is_told(load, name, damage):
+    file = load([GOOD] * 3).folder / name
+    content = file.read_bytes()
+    if damage == "gone" and name != "meta.json":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-1] if damage == "shorter" else content + b"1")
+    with pytest.raises(UserError, match=rf"damaged .*: delete {file.parent}, it is made again"):
+        load([GOOD] * 3)
 
 
 def test_many_chunks_are_one_table(load, tokenizer):
