@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
-
 
 PACKED_BELOW = 0.9  # share of real tokens under which leaving out the padding pays for the two extra copies per layer
 
@@ -32,7 +32,11 @@ class KVCache:
     ) -> None:
         assert config.num_kv_heads is not None and config.head_dim is not None
         shape = (config.num_layers, 2, rows, capacity, config.num_kv_heads, config.head_dim)
-        self.storage = torch.zeros(shape, device=device, dtype=dtype)
+        # A single row reads nothing that it has not written; of several, the masked part must at least be numbers.
+        new = torch.empty if rows == 1 else torch.zeros
+        self.storage = new(shape, device=device, dtype=dtype)
+        shifted = config.token_shift and not config.causal
+        self.hidden = torch.zeros((rows, capacity, config.hidden_size), device=device, dtype=dtype) if shifted else None
         self.capacity = capacity
         self.lengths = np.zeros(rows, dtype=np.int64)  # frozen tokens; on the host, so that nobody waits for the device
 
@@ -60,17 +64,19 @@ class KVCache:
         lengths = self.lengths if rows is None else self.lengths[rows]
         assert rows is None or (seen is None and not lengths.any()), "a forward of some rows starts from empty ones"
         assert slots is None or visible is not None
+        placed = slots is not None
         device = self.storage.device
         self._rows = None if rows is None else torch.from_numpy(rows).to(device)
         self._width = width
         self._end = int(lengths.max()) + width  # where the longest row's window ends
         self.reach = self._end if visible is None else max(self._end, int(visible.max()))
         assert self.reach <= self.capacity, f"cache of {self.capacity} tokens is too short for {self.reach}"
-        self._uniform = slots is None and bool((lengths == lengths[0]).all())
-        starts = torch.from_numpy(lengths).to(device)
-        self._slots = starts[:, None] + torch.arange(width, device=device) if slots is None else slots
+        self._uniform = not placed and (lengths.size == 1 or bool((lengths == lengths[0]).all()))
+        if slots is None:  # counted on the host, where it takes less time to begin
+            slots = torch.from_numpy(lengths[:, None] + np.arange(width)).to(device)
+        self._slots = slots
         self.positions = self._slots if positions is None else positions
-        self._starts, self._seen = starts, seen
+        self._starts, self._seen = lengths, seen
         ends = lengths + (width if windows is None else windows) if visible is None else visible
         self._ends = None if (ends == self.reach).all() else torch.from_numpy(ends).to(device)
         self.packed: Tensor | None = None
@@ -106,7 +112,8 @@ class KVCache:
         if causal and self._width > 1:
             return (keys <= self.positions.unsqueeze(2)).unsqueeze(1)
         if self._seen is not None:
-            window = keys - self._starts[:, None]  # each key's place in the window [B, reach], below 0 when frozen
+            starts = torch.from_numpy(self._starts).to(self.storage.device)
+            window = keys - starts[:, None]  # each key's place in the window [B, reach], below 0 when frozen
             place = window.clamp(0, self._width - 1)[:, None].expand(-1, self._width, -1)
             inside = (window < self._width)[:, None] & self._seen.gather(2, place)
             return ((window < 0)[:, None] | inside).unsqueeze(1)
@@ -141,6 +148,19 @@ class KVCache:
             seen_keys, seen_values = stored[:, self._rows, : self.reach]
         return seen_keys.transpose(1, 2), seen_values.transpose(1, 2)
 
+    def shift(self, hidden: Tensor) -> Tensor:
+        """Stores this forward's last hidden states [B, L, hidden] and returns those left of each token.
+
+        A block's first token is predicted at the token before it: as that came out of the forward that froze it, like
+        its keys and values. Position 0 keeps its own.
+        """
+        assert self.hidden is not None
+        if self.positions is not self._slots and self._seen is not None:
+            raise UserError("this sampler decodes copies of a block, which a model with token_shift cannot do yet")
+        row = torch.arange(hidden.size(0), device=hidden.device) if self._rows is None else self._rows
+        self.hidden[row[:, None], self._slots] = hidden
+        return self.hidden[row[:, None], (self.positions - 1).clamp(min=0)]
+
     def advance(self, counts: np.ndarray, rows: np.ndarray | None = None) -> None:
         """Freezes the first `counts[i]` tokens that the last forward wrote into row i (of `rows`, or of all)."""
         if rows is None:
@@ -154,5 +174,7 @@ class KVCache:
 
     def keep(self, rows: np.ndarray) -> None:
         """Drops every row but `rows`."""
-        self.storage = self.storage[:, :, torch.from_numpy(rows).to(self.storage.device)]
+        index = torch.from_numpy(rows).to(self.storage.device)
+        self.storage = self.storage[:, :, index]
+        self.hidden = None if self.hidden is None else self.hidden[index]
         self.lengths = self.lengths[rows]

@@ -13,13 +13,14 @@ from dllm_var.model.attention import attend, causal_mask, segment_mask
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import initialise
 from dllm_var.model.kv_cache import KVCache
+from dllm_var.model.rope_scaling import llama3_periods
 
 
 class RotaryTable:
     """Cosines and sines of every position, computed once per device and grown on demand (RoFormer, 2104.09864)."""
 
-    def __init__(self, head_dim: int, theta: float) -> None:
-        self.head_dim, self.theta = head_dim, theta
+    def __init__(self, head_dim: int, theta: float, llama3: dict[str, float] | None = None) -> None:
+        self.head_dim, self.theta, self.llama3 = head_dim, theta, llama3
         self.cos = self.sin = torch.empty(0)
 
     def __call__(self, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -31,7 +32,9 @@ class RotaryTable:
     def _grow(self, length: int, device: torch.device) -> None:
         with torch.inference_mode(False):  # the table outlives the request that first needs it
             exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
-            angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] / self.theta**exponents
+            periods = self.theta**exponents
+            periods = periods if self.llama3 is None else llama3_periods(periods, self.llama3)
+            angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] / periods
             # Both halves of a head turn by the same angles (Llama's layout); the first half subtracts.
             self.cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
             self.sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)  # [length, head_dim]
@@ -41,6 +44,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each head of `x` [B, L, heads, head_dim] by its position's angle; `sin` carries the signs."""
     swapped = x.roll(x.size(-1) // 2, dims=-1)
     return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
+
+
+def moved_right(hidden: Tensor, segment_ids: Tensor | None) -> Tensor:
+    """Gives each position of `hidden` [B, L, hidden] its left neighbour's; the first of a segment keeps its own."""
+    left = torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)
+    if segment_ids is None:
+        return left
+    inside = segment_ids == torch.cat((segment_ids[:, :1], segment_ids[:, :-1]), dim=1)
+    return torch.where(inside.unsqueeze(2), left, hidden)
 
 
 class RMSNorm(nn.Module):
@@ -152,7 +164,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rotary = RotaryTable(config.head_dim, config.rope_theta * config.rope_scaling)
+        self.rotary = RotaryTable(config.head_dim, config.rope_theta * config.rope_scaling, config.rope_llama3)
+        self.compiled = False
         self.tie_weights()
         if not self.embedding.weight.is_meta:
             self.reset_parameters()
@@ -161,6 +174,12 @@ class Transformer(nn.Module):
         """Makes the head share the embedding when the config says so (again after materialising from meta)."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embedding.weight
+
+    def compile_blocks(self) -> None:
+        """Compiles the layers with torch.compile: one compilation serves all, and the state dict's keys stay."""
+        self.compiled = True
+        for block in self.blocks:
+            block.compile()
 
     def scale_rope(self, scaling: float) -> None:
         """Reads beyond the trained length from now on: multiplies the trained `rope_theta` by `scaling` (1 undoes it).
@@ -175,7 +194,7 @@ class Transformer(nn.Module):
         """
         self.config = config = replace(self.config, rope_scaling=float(scaling)).resolved()
         assert config.head_dim is not None
-        self.rotary = RotaryTable(config.head_dim, config.rope_theta * config.rope_scaling)
+        self.rotary = RotaryTable(config.head_dim, config.rope_theta * config.rope_scaling, config.rope_llama3)
 
     def reset_parameters(self) -> None:
         """Draws every weight anew, from the seed that torch was given and each weight's name."""
@@ -201,6 +220,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Returns the normalised last hidden states [B, L, hidden], so that the head may run on a few of them.
 
+        The head on position i predicts token i, or token i + 1 in a causal model. With `token_shift`, the hidden states
+        are moved right by one for that: position i has what the layers made of i - 1.
+
         Args:
             input_ids: Token ids [B, L].
             position_ids: Rotary positions [B, L], below L; 0, 1, ... when null. Not used with a cache.
@@ -220,6 +242,8 @@ class Transformer(nn.Module):
                 position_ids = torch.arange(length, device=input_ids.device).unsqueeze(0)
             positions, reach = position_ids, length
             if attention_mask is not None:
+                if self.config.token_shift:
+                    raise UserError("transformer.token_shift does not go with an objective that has its own attention")
                 mask = attention_mask.unsqueeze(1)
             else:
                 mask = None if segment_ids is None else segment_mask(segment_ids)
@@ -232,7 +256,10 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.blocks):
             x = block(x, context, layer if cache is not None else 0)  # one number, or each layer is compiled anew
         x = self.norm(x)
-        return x if cache is None else cache.pad(x)
+        x = x if cache is None else cache.pad(x)
+        if not self.config.token_shift or causal:
+            return x
+        return moved_right(x, segment_ids) if cache is None else cache.shift(x)
 
     @property
     def num_parameters(self) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -156,13 +157,7 @@ class Sampler(ABC):
         if was_training:  # visiting every module takes a noticeable part of a short answer's time
             transformer.eval()
         try:
-            # Blocks compiled for training would be compiled again for every shape that decoding meets.
-            # Mixed precision is for training: decoding runs in the type of the weights, which is also the cache's.
-            with (
-                torch.inference_mode(),
-                torch.compiler.set_stance("force_eager"),
-                torch.autocast(transformer.embedding.weight.device.type, enabled=False),
-            ):
+            with torch.inference_mode(), _as_is(transformer):
                 answers = self.decode(transformer, ids, request)
         finally:
             if was_training:
@@ -170,6 +165,22 @@ class Sampler(ABC):
         for index, answer in enumerate(answers):
             delivery.on_answer(index, answer)
         return answers
+
+
+@contextmanager
+def _as_is(transformer: Transformer) -> Iterator[None]:
+    """Undoes what is for training only, where it is on; entering what is not would take a share of a short answer.
+
+    Mixed precision: decoding runs in the type of the weights, which is also the cache's. Compiled blocks would be
+    compiled again for every shape that decoding meets.
+    """
+    device_type = transformer.embedding.weight.device.type
+    with ExitStack() as stack:
+        if torch.is_autocast_enabled(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        if transformer.compiled:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 class _Delivery:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -70,8 +70,8 @@ class BlockRun:
         self.state = {name: value.repeat(slots, *[1] * value.dim()) for name, value in self.template.items()}
         # Host-side bookkeeping, one entry per slot; `prompt` is the index of the row's prompt, -1 for a free slot.
         self.prompt = np.full(slots, -1)
-        self.prompt_length, self.pending, self.width, self.steps, self.nfe, self.masked_left = (
-            np.zeros(slots, np.int64) for _ in "123456"
+        self.prompt_length, self.pending, self.width, self.steps, self.nfe, self.masked_left = np.zeros(
+            (6, slots), np.int64
         )
         self.began = np.zeros(slots)
 
@@ -88,12 +88,16 @@ class BlockRun:
             index = self.waiting.popleft()
             tokens = self.prompts[index]
             self.prompt[slot], self.prompt_length[slot] = index, len(tokens)
-            self.canvas[slot] = self.mask_id
-            self.canvas[slot, : len(tokens)] = torch.tensor(tokens, device=self.device)
+            self._fill(slot, tokens)
             self.pending[slot], self.nfe[slot], self.began[slot] = len(tokens), 0, time.perf_counter()
             self.cache.free(slot)
             self._start_block(slot)
         self._forward(free if free.size < self.prompt.size else None)
+
+    def _fill(self, slot: int, prompt: list[int]) -> None:
+        """Writes a prompt and masks behind it."""
+        canvas, row = arrays(self.canvas[slot], torch.from_numpy(np.array(prompt)).to(self.device))[1:]
+        canvas[: len(prompt)], canvas[len(prompt) :] = row, self.mask_id
 
     def step(self) -> None:
         """One forward of every row in flight."""
@@ -152,15 +156,16 @@ class BlockRun:
         """Predicts the active blocks, applies the policy, ends blocks and rows that are complete."""
         place, tokens, inside = self._active_blocks(rows, index, width)
         all_scored = self.sampler.policy.scores_committed
-        count = int(width.sum() if all_scored else self.masked_left[rows][width > 0].sum())
+        decoded = width > 0
+        count = int((width if all_scored else self.masked_left[rows] * decoded).sum())
         shift = torch.from_numpy(pending).to(self.device)
         key = torch.from_numpy(self.keys[self.prompt[rows]] + self.nfe[rows]).to(self.device)
         steps = torch.from_numpy(self.steps[rows]).to(self.device)
         view = self._view(hidden, shift, tokens, inside, count, steps, self._progress(rows), key)
-        decoded = width > 0
         state = {name: value.clone() if index is None else value[index] for name, value in self.state.items()}
         decision = self._decide(rows, index, width, view, state)
-        self._keep_state(rows, np.flatnonzero(decoded), state)
+        if state:
+            self._keep_state(rows, np.flatnonzero(decoded), state)
         tokens, masked, written = choose_commits(
             view, decision, self.mask_id, self.terminators, self.sampler.terminator_last
         )
@@ -168,8 +173,8 @@ class BlockRun:
         left, ends, over = outcome(decision, tokens, masked, view.changeable, self.terminators)
         # The step's one wait for the device.
         left_on_host, end, over_on_host = on_host(left, ends, over)
-        self.masked_left[rows[decoded]] = left_on_host[decoded]
-        self.steps[rows[decoded]] += 1
+        self.masked_left[rows] = np.where(decoded, left_on_host, self.masked_left[rows])
+        self.steps[rows] += decoded
         self._settle(rows, decoded, end, over_on_host != 0)
 
     def _decide(
@@ -184,9 +189,14 @@ class BlockRun:
         """Returns the active blocks' places in the canvas, their tokens, and which of these are real, each [R, K]."""
         offsets = np.arange(self.sampler.block_length)
         place = torch.from_numpy(self.cache.lengths[rows][:, None] + offsets).to(self.device)
-        xp, canvas, at = arrays(self.canvas, place)
-        (tokens,) = tensors(canvas[row_index(xp, rows, self.device), at])
+        canvas, cells = self._cells(self.canvas, rows, place)
+        (tokens,) = tensors(canvas[cells])
         return place, tokens, torch.from_numpy(offsets < width[:, None]).to(self.device)
+
+    def _cells(self, table: Tensor, rows: np.ndarray, place: Tensor) -> tuple[Any, Any]:
+        """Returns a table [slots, capacity] flattened, and where in it the places [R, K] of some rows are."""
+        xp, flat, place = arrays(table.view(-1), place)
+        return flat, place + row_index(xp, rows * table.size(1), self.device)
 
     def _view(
         self,
@@ -226,8 +236,6 @@ class BlockRun:
 
     def _keep_state(self, rows: np.ndarray, decoded: np.ndarray, state: State) -> None:
         """Stores the policy's memory of the rows that met it; one that only stored a block did not."""
-        if not state:
-            return
         source, target = torch.from_numpy(np.stack((decoded, rows[decoded]))).to(self.device)
         for name, value in state.items():
             self.state[name][target] = value[source]
@@ -235,12 +243,10 @@ class BlockRun:
     def _write(self, rows: np.ndarray, place: Tensor, tokens: Tensor, written: Tensor) -> None:
         """Stores the blocks' tokens [R, K] and, where they were written, the number of this forward."""
         forward = torch.from_numpy(self.nfe[rows, None]).to(self.device, torch.int32)
-        xp, canvas, committed_at, place, tokens, written, now = arrays(
-            self.canvas, self.committed_at, place, tokens, written, forward
-        )
-        row = row_index(xp, rows, self.device)
-        canvas[row, place] = tokens
-        committed_at[row, place] = xp.where(written, now, committed_at[row, place])
+        xp, committed_at, tokens, written, now = arrays(self.committed_at.view(-1), tokens, written, forward)
+        canvas, cells = self._cells(self.canvas, rows, place)
+        canvas[cells] = tokens
+        committed_at[cells] = xp.where(written, now, committed_at[cells])
 
     def _settle(self, rows: np.ndarray, decoded: np.ndarray, end: np.ndarray, over: np.ndarray) -> None:
         """Ends the blocks that are over, after a step."""

@@ -28,17 +28,18 @@ def choose_commits(
     would mask again, nothing is masked again: the policy had counted on progress. A block that remasks without end is
     filled without remasking after `STEPS_WITH_REMASKING` steps per position.
     """
-    xp, tokens, before, masked, commit = arrays(
+    xp, tokens, given, masked, commit = arrays(
         view.predicted if decision.tokens is None else decision.tokens, view.tokens, view.masked, decision.commit
     )
     wanted = commit = commit & masked
     is_end = is_one_of(tokens, terminators) & masked
-    if terminator_last and (xp is torch or (commit & is_end).any()):
-        offsets = _offsets(xp, tokens)
-        first_sure = xp.where((commit & is_end).any(1), _first(commit & is_end), tokens.shape[1])[:, None]
-        commit = commit & ~is_end & (offsets < first_sure)
-        first_open = _first(masked & ~commit)[:, None]  # the sure terminator is open itself
-        commit = commit | ((offsets == first_sure) & (first_open == first_sure))
+    sure_end = commit & is_end
+    if terminator_last and (xp is torch or sure_end.any()):
+        sure_ends = sure_end.cumsum(1)
+        before = sure_ends == 0  # left of the first one, or everywhere
+        commit = commit & before
+        waits = (masked & before & ~commit).any(1)
+        commit = commit | (sure_end & (sure_ends == 1) & ~waits[:, None])
     stuck = masked.any(1) & ~commit.any(1)
     remask = None
     if decision.remask is not None:
@@ -59,7 +60,7 @@ def choose_commits(
     if decision.edit is not None:
         _, edit, changeable = arrays(decision.edit, view.changeable)
         written = commit | (edit & changeable & ~masked)
-    after = xp.where(written, tokens, before)
+    after = xp.where(written, tokens, given)
     masked = masked & ~commit
     if remask is not None:
         remask = remask & arrays(view.changeable)[1] & ~commit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from dataclasses import dataclass
 
 import torch
@@ -72,11 +73,11 @@ def keep_likely(logits: Tensor, temperature: float, top_k: int, top_p: float) ->
 
 def request_keys(prompts: list[list[int]]) -> list[int]:
     """Returns a number for each request from its prompt and how often that prompt came before it."""
-    seen: dict[tuple[int, ...], int] = {}
+    seen: dict[bytes, int] = {}
     keys = []
     for prompt in prompts:
-        tokens = tuple(prompt)
+        tokens = array("q", prompt).tobytes()
         occurrence = seen[tokens] = seen.get(tokens, -1) + 1
-        digest = hashlib.sha256(repr((tokens, occurrence)).encode()).digest()
-        keys.append((int.from_bytes(digest[:8], "little") >> 21) * _FORWARDS)
+        digest = hashlib.blake2b(tokens, digest_size=8, salt=occurrence.to_bytes(8, "little")).digest()
+        keys.append((int.from_bytes(digest, "little") >> 21) * _FORWARDS)
     return keys

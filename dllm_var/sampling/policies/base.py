@@ -6,8 +6,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from dllm_var.sampling.arrays import arrays, tensors
 
 
 @dataclass
@@ -59,8 +62,11 @@ class BlockView:
         rows, width = self.tokens.shape
         if values.size(0) == rows * width:  # every position is scored
             return values.view(rows, width, *values.shape[1:])
-        block = values.new_zeros(rows * width, *values.shape[1:]).index_copy_(0, self.scored, values)
-        return block.view(rows, width, *values.shape[1:])
+        xp, values, scored = arrays(values, self.scored)
+        shape = (rows * width, *values.shape[1:])
+        block = np.zeros(shape, values.dtype) if xp is np else values.new_zeros(shape)
+        block[scored] = values
+        return tensors(block.reshape(rows, width, *shape[1:]))[0]
 
     @cached_property
     def _top(self) -> tuple[Tensor, Tensor]:
