@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from dllm_var.errors import UserError
 from dllm_var.metrics.denoising import DenoisingMetrics
-from dllm_var.model.checkpoints import start_from
+from dllm_var.model.checkpoints import start_from, starting_config
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import shard
 from dllm_var.model.transformer import Transformer
@@ -33,7 +33,8 @@ from dllm_var.tokenization import Tokenizer
 OptimizerCallable = Callable[[Any], Optimizer]
 
 LOSS_SCALE = 2.0**-12  # keeps the gradients of summed losses in the range of 16-bit floats
-CHANGEABLE = {"rope_theta", "rope_scaling", "norm_eps", "initializer_range"}  # may differ from a loaded checkpoint
+# What may differ from a checkpoint that a run goes on from.
+CHANGEABLE = {"rope_theta", "rope_scaling", "norm_eps", "initializer_range", "context_length"}
 VALIDATION_SEED = 20251024  # validation noise is the same in every epoch and every run
 
 
@@ -48,7 +49,8 @@ class DiffusionLM(L.LightningModule):
         schedule: Learning rate over the run.
         seed: Seed of the training noise.
         compile: Compiles the transformer's blocks with torch.compile.
-        init_from: Run folder, `.ckpt` file or exported folder whose weights `fit` starts from; new ones when null.
+        init_from: Run folder, `.ckpt` file, model folder or hub name whose weights `fit` starts from, new ones when
+            null. What `transformer` leaves at its default is then the checkpoint's to say.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class DiffusionLM(L.LightningModule):
         init_from: str | None = None,
     ) -> None:
         super().__init__()
-        self.config = transformer
+        self.config = transformer if init_from is None else starting_config(transformer, init_from)
         self.objective = objective if objective is not None else EosSchedule()
         self.attention = attention
         self.optimizer, self.schedule = optimizer, schedule
@@ -89,19 +91,20 @@ class DiffusionLM(L.LightningModule):
                 "give the Trainer a data module that has one, or call use_tokenizer before"
             )
         self.use_tokenizer(self.tokenizer)
-        self.transformer = self._build()
-        if self.init_from is not None and self.trainer.state.fn == "fit":
-            start_from(self.transformer, self.tokenizer, self.init_from)
+        starts_elsewhere = self.init_from is not None and self.trainer.state.fn == "fit"
+        self.transformer = self._build(draw=not starts_elsewhere)
+        if starts_elsewhere:
+            start_from(self.transformer, self.tokenizer, str(self.init_from))
         if self.compile_blocks and can_compile(self.device):
             for block in self.transformer.blocks:  # one compilation serves all blocks, and state-dict keys stay
                 block.compile()
 
-    def _build(self) -> Transformer:
+    def _build(self, draw: bool) -> Transformer:
         """Builds the transformer; under ModelParallelStrategy sharded before any weight exists, so never as a whole."""
         mesh = self.device_mesh
-        if mesh is None:
+        if mesh is None and draw:
             return Transformer(self.config)
-        if mesh["tensor_parallel"].size() > 1:  # what Lightning makes of "auto"
+        if mesh is not None and mesh["tensor_parallel"].size() > 1:  # what Lightning makes of "auto"
             raise UserError(
                 "trainer.strategy splits each layer over processes, which this model cannot do: set "
                 "tensor_parallel_size to 1 and data_parallel_size to the number of processes, as in "
@@ -109,10 +112,12 @@ class DiffusionLM(L.LightningModule):
             )
         with torch.device("meta"):
             transformer = Transformer(self.config)
-        shard(transformer, mesh["data_parallel"])
-        transformer.to_empty(device=self.trainer.strategy.root_device)
+        if mesh is not None:
+            shard(transformer, mesh["data_parallel"])
+        transformer.to_empty(device=torch.get_default_device() if mesh is None else self.trainer.strategy.root_device)
         transformer.tie_weights()
-        transformer.reset_parameters()
+        if draw:
+            transformer.reset_parameters()
         return transformer
 
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -128,6 +133,8 @@ class DiffusionLM(L.LightningModule):
             self.config,
             vocab_size=vocab_size,
             mask_id=tokenizer.mask_id,
+        if vocab_size < tokenizer.vocab_size and self.init_from is not None:
+            vocab_size = tokenizer.vocab_size  # the checkpoint gets rows for tokens that are new, such as a mask
             terminator_ids=list(tokenizer.terminator_ids),
             pad_id=tokenizer.pad_id,
             causal=self.objective.causal,

@@ -17,7 +17,9 @@ from typing import Any
 import tokenizers
 
 from dllm_var.errors import UserError
+from dllm_var.hub import TOKENIZER_FILES, download, is_hub_name
 
+ADDED_MASK = "<|mask|>"  # what a tokenizer without a mask token gets
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
 
 
@@ -188,11 +190,12 @@ class Tokenizer:
 
         What is not given is looked up: the mask token in ``tokenizer_config.json`` or as ``mask_token_id`` of
         ``config.json``; the terminators as ``terminators`` or ``eos_token`` of the former and ``eos_token_id`` of
-        ``generation_config.json`` and ``config.json``; padding as ``pad_token``, else the first terminator.
+        ``generation_config.json`` and ``config.json``; padding as ``pad_token``, else the first terminator. A tokenizer
+        that names no mask token gets one: `mask_token`, which may be a token it has no other use for, or a new one.
 
         Args:
             path_or_name: Folder with ``tokenizer.json``, or a hub name such as ``GSAI-ML/LLaDA-8B-Base``.
-            mask_token: Token that stands for the unknown; must be in the vocabulary.
+            mask_token: Token that stands for the unknown.
             terminators: Tokens that end an answer, the one to append first.
             pad_token: Token that fills rows.
 
@@ -219,13 +222,12 @@ class Tokenizer:
                 ids += index if isinstance(index, list) else [] if index is None else [index]
             return list(dict.fromkeys(ids))
 
-        masks = (
-            [to_id(mask_token, "mask_token")]
-            if mask_token
-            else known(named.get("mask_token"), model.get("mask_token_id"))
-        )
+        masks = known(named.get("mask_token"), model.get("mask_token_id"))
         if not masks:
-            raise UserError(f"{path_or_name} has no mask token; name a token of its vocabulary with mask_token")
+            mask_token = mask_token or ADDED_MASK
+            backend.add_special_tokens([tokenizers.AddedToken(mask_token, special=True, normalized=False)])
+        if mask_token:
+            masks = [to_id(mask_token, "mask_token")]
         given = terminators or config.get("terminators")
         ends = (
             list(dict.fromkeys(to_id(token, "terminators") for token in given))
@@ -255,26 +257,13 @@ def _find_folder(path_or_name: str | Path) -> Path:
     folder = Path(path_or_name).expanduser()
     if folder.is_dir():
         return folder
-    name = str(path_or_name)
-    if isinstance(path_or_name, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:  # no hub name
-        raise UserError(f"tokenizer folder {name} does not exist")
-    from huggingface_hub import snapshot_download
+    if not is_hub_name(path_or_name):
+        raise UserError(f"tokenizer folder {path_or_name} does not exist")
+    return download(str(path_or_name), "tokenizer", TOKENIZER_FILES)
 
-    patterns = [
-        "tokenizer*",
-        "special_tokens_map.json",
-        "chat_template*",
-        "vocab*",
-        "merges.txt",
-        "*config.json",
-        "*.model",
-    ]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # offline, not found, gated: the hub has many ways to say no
-        raise UserError(
-            f"tokenizer {name} is no folder, and cannot be had from the hub: {_first_line(error)}"
-        ) from None
+
+# Classes that come as code with a checkpoint, and what they are a copy of.
+_SAME_AS = {"DreamTokenizer": "Qwen2TokenizerFast"}
 
 
 def _load_backend(folder: Path, name: str | Path) -> tokenizers.Tokenizer:
@@ -284,9 +273,10 @@ def _load_backend(folder: Path, name: str | Path) -> tokenizers.Tokenizer:
         except Exception as error:  # the Rust side raises a bare Exception
             raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {_first_line(error)}") from None
     try:  # older formats (vocab.json and merges.txt, sentencepiece) are converted there
-        from transformers import AutoTokenizer
+        import transformers
 
-        backend = AutoTokenizer.from_pretrained(str(folder)).backend_tokenizer
+        kind = _SAME_AS.get(_read_json(folder / "tokenizer_config.json").get("tokenizer_class"), "AutoTokenizer")
+        backend = getattr(transformers, kind).from_pretrained(str(folder)).backend_tokenizer
     except Exception as error:
         raise UserError(f"no tokenizer.json in {name}, and it cannot be converted: {_first_line(error)}") from None
     return backend

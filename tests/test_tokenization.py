@@ -82,7 +82,6 @@ def test_special_tokens_are_found_where_models_keep_them(tmp_path):
 @pytest.mark.parametrize(
     ("config", "arguments", "message"),
     [
-        ({"mask_token": None}, {}, "mask_token"),
         ({"eos_token": None}, {}, "terminators"),
         ({}, {"mask_token": "<none>"}, "mask_token '<none>' is not in the vocabulary"),
         ({}, {"terminators": ["<none>"]}, "terminators '<none>' is not in the vocabulary"),
@@ -94,6 +93,22 @@ def test_wrong_special_tokens_are_told_in_one_line(tmp_path, config, arguments, 
     with pytest.raises(UserError, match=message) as error:
         Tokenizer.from_pretrained(folder, **arguments)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "index"), [(None, "<|new|>", 261), ("<x>", "<x>", 261), ("<|pad|>", "<|pad|>", 256)]
+)
+def test_a_tokenizer_without_a_mask_token_gets_one_and_keeps_every_other_id(given, name, index, tmp_path, monkeypatch):
+    monkeypatch.setattr("dllm_var.tokenization.ADDED_MASK", "<|new|>")  # the test's vocabulary has the usual one
+    folder = write_byte_tokenizer(tmp_path, mask_token=None)
+    tokenizer = Tokenizer.from_pretrained(folder, mask_token=given)
+    assert (tokenizer.id_to_token(tokenizer.mask_id), tokenizer.mask_id) == (name, index)
+    assert tokenizer.encode("né<|im_end|>") == Tokenizer.from_pretrained(folder, mask_token="<|mask|>").encode(
+        "né<|im_end|>"
+    )
+    assert tokenizer.encode(name) == [index] and tokenizer.decode([index]) == ""
+    tokenizer.save(tmp_path / "saved")
+    assert Tokenizer.from_pretrained(tmp_path / "saved").special == tokenizer.special
 
 
 def test_missing_and_broken_tokenizers_are_told_in_one_line(tmp_path, monkeypatch):

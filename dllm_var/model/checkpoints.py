@@ -4,24 +4,45 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import placed_like
+from dllm_var.model.safetensors_files import WEIGHTS
+from dllm_var.model.stored import (
+    CONFIG,
+    EXPORT_FOLDER,
+    MODEL_TYPE,
+    StoredModel,
+    locate_checkpoint,
+    open_checkpoint,
+    weight_names,
+)
 from dllm_var.model.transformer import Transformer
 from dllm_var.tokenization import Tokenizer
 
-CONFIG, WEIGHTS, EXPORT_FOLDER = "config.json", "model.safetensors", "model"
-MODEL_TYPE = "dllm_var"
-_PREFIX = "transformer."
+__all__ = [
+    "EXPORT_FOLDER",
+    "load_checkpoint",
+    "load_pretrained",
+    "locate_checkpoint",
+    "open_checkpoint",
+    "save_checkpoint_folder",
+    "start_from",
+    "starting_config",
+]
+
+# Settings in which a run may differ from the checkpoint it starts from, and those that others decide.
+ADJUSTABLE = {"rope_theta", "rope_scaling", "norm_eps", "initializer_range", "token_shift", "context_length"}
+FROM_TOKENIZER = {"vocab_size", "mask_id", "terminator_ids", "pad_id", "causal"}
 
 
 def save_checkpoint_folder(
@@ -59,85 +80,120 @@ def save_checkpoint_folder(
 def load_checkpoint(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Transformer, Tokenizer, dict[str, Any]]:
-    """Loads a run folder, a Lightning `.ckpt` or an exported folder; never executes pickled code.
+    """Loads a checkpoint to decode with; never executes pickled code.
 
     Args:
-        path: `runs/quickstart/version_0`, `.../checkpoints/last.ckpt` or a folder with `config.json`.
+        path: `runs/quickstart/version_0`, `.../checkpoints/last.ckpt`, a folder with `config.json` (our own or that of
+            a published model, see docs/checkpoints.md), or a published model's name on the hub.
         device: Where the weights go.
         dtype: Converts the weights; as stored when null.
 
     Returns:
-        The transformer in eval mode, its tokenizer, and what else the checkpoint remembers (`sampler`, ...).
+        The transformer in eval mode, its tokenizer, and what else the checkpoint remembers (`sampler`, ...). A
+        published model without a mask token gets one, and a row for it if none is free.
 
     Raises:
-        UserError: When there is no checkpoint, or it is damaged, or it is not one of ours.
+        UserError: When there is no checkpoint, or it is damaged, or holds something that is not fully understood.
     """
-    place = locate_checkpoint(path)
-    parts = _read_lightning(place) if place.is_file() else _read_folder(place)
-    config, weights, tokenizer, meta = parts
-    with torch.device("meta"):
-        transformer = Transformer(config)
-    transformer.to_empty(device=device)
-    transformer.tie_weights()
-    _copy_weights(transformer, weights, place)
-    if dtype is not None:
-        transformer.to(dtype)
-    if torch.device(device).type == "cpu":
-        _lay_out_for_few_tokens(transformer)
-    return transformer.eval(), tokenizer, meta
+    stored = open_checkpoint(path)
+    tokenizer = stored.load_tokenizer()
+    config = stored.config
+    if stored.published:
+        assert config.vocab_size is not None
+        config = replace(
+            config,
+            vocab_size=max(config.vocab_size, tokenizer.vocab_size),
+            mask_id=tokenizer.mask_id,
+            terminator_ids=list(tokenizer.terminator_ids),
+            pad_id=tokenizer.pad_id,
+        )
+    return _load(stored, config, device, dtype), tokenizer, stored.meta
 
 
 def load_pretrained(path: str | Path, causal: bool = False) -> Transformer:
     """Loads a checkpoint as a bare model from token ids [B, L] to logits [B, L, V].
 
     Args:
-        path: As for `load_checkpoint`.
-        causal: Reads left to right; a checkpoint that was trained causally always does.
+        path: As for `load_checkpoint`; of a published model, the tokenizer is not needed.
+        causal: Reads left to right, as published Llama and Qwen models were trained to; one of our own checkpoints
+            that was trained causally always does.
     """
-    transformer, _, _ = load_checkpoint(path)
-    transformer.config.causal = transformer.config.causal or causal
-    return transformer
+    stored = open_checkpoint(path)
+    return _load(stored, replace(stored.config, causal=causal or (stored.config.causal and not stored.published)))
+
+
+def starting_config(settings: TransformerConfig, path: str | Path) -> TransformerConfig:
+    """Returns the shape of a model that starts from a checkpoint: the checkpoint's, with the settings' adjustments.
+
+    Args:
+        settings: The user's; what has its default value is the checkpoint's to say.
+        path: As for `load_checkpoint`.
+
+    Raises:
+        UserError: When a setting contradicts the checkpoint.
+    """
+    return _adjusted(open_checkpoint(path).config, settings, path)
 
 
 def start_from(transformer: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
     """Copies a checkpoint's weights into a transformer, sharded or not, to go on training them as another run.
 
     Args:
-        transformer: Of the same shape as the checkpoint's.
-        tokenizer: The run's, which must be the checkpoint's.
+        transformer: Of the shape that `starting_config` gives.
+        tokenizer: The run's: the checkpoint's own, or a published model's with further tokens, such as a mask.
         path: As for `load_checkpoint`.
 
     Raises:
         UserError: When shape or tokenizer are not the checkpoint's.
     """
-    place = locate_checkpoint(path)
-    config, weights, saved, _ = _read_lightning(place) if place.is_file() else _read_folder(place)
-    ours, theirs = asdict(transformer.config), asdict(config.resolved())
-    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size"):
-        if ours[name] != theirs[name]:
+    stored = open_checkpoint(path)
+    _adjusted(stored.config, transformer.config, path)
+    if not stored.published:
+        if stored.load_tokenizer().fingerprint != tokenizer.fingerprint:
+            raise UserError(f"model.init_from {path} was trained with another tokenizer than data.tokenizer")
+    elif (stored.place / "tokenizer.json").is_file():
+        vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+        theirs = stored.load_tokenizer().backend.get_vocab(with_added_tokens=True)
+        moved = next((token for token, index in theirs.items() if vocabulary.get(token, index) != index), None)
+        if moved is not None or len(theirs.keys() - vocabulary.keys()) > 1:  # one may be the mask we give it
+            raise UserError(f"model.init_from {path} has another tokenizer than data.tokenizer: set both to the same")
+    _copy_weights(transformer, stored)
+
+
+def _adjusted(stored: TransformerConfig, settings: TransformerConfig, path: str | Path) -> TransformerConfig:
+    given = settings.resolved()
+    changes: dict[str, Any] = {}
+    for field in fields(TransformerConfig):
+        name, value = field.name, getattr(settings, field.name)
+        if value == field.default or name in FROM_TOKENIZER:
+            continue
+        if name in ADJUSTABLE:
+            changes[name] = value
+        elif getattr(given, name) != getattr(stored, name):
             raise UserError(
-                f"model.init_from {path} has transformer.{name}={theirs[name]}, the settings say {ours[name]}: "
-                "make them the same"
+                f"model.init_from {path} has transformer.{name}={getattr(stored, name)}, the settings say {value}: "
+                "leave it out"
             )
-    if saved.fingerprint != tokenizer.fingerprint:
-        raise UserError(f"model.init_from {path} was trained with another tokenizer than data.tokenizer")
-    with torch.no_grad():
-        _copy_weights(transformer, weights, place)
+    rows = max(settings.vocab_size or 0, stored.vocab_size or 0)
+    return replace(stored, vocab_size=rows, **changes)
 
 
-def locate_checkpoint(path: str | Path) -> Path:
-    """Returns the exported folder or the `.ckpt` file that `path` means; the newest when a run has several."""
-    place = Path(path)
-    if not place.exists():
-        raise UserError(f"no checkpoint at {place}: give a run folder, a .ckpt file or an exported folder")
-    if place.is_file() or (place / CONFIG).is_file():
-        return place
-    if (place / EXPORT_FOLDER / CONFIG).is_file():
-        return place / EXPORT_FOLDER
-    found = [file for pattern in ("*.ckpt", "checkpoints/*.ckpt") for file in place.glob(pattern)]
-    if not found:
-        raise UserError(f"no checkpoint in {place}: neither {EXPORT_FOLDER}/{CONFIG} nor a .ckpt file is there")
-    return max(found, key=lambda file: file.stat().st_mtime)
+def _load(
+    stored: StoredModel,
+    config: TransformerConfig,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Transformer:
+    """Builds a transformer without weights and fills it, one weight at a time."""
+    with torch.device("meta"):
+        transformer = Transformer(config)
+    transformer.to(dtype or stored.weights["blocks.0.attention.out.weight"].dtype)
+    transformer.to_empty(device=device)
+    transformer.tie_weights()
+    _copy_weights(transformer, stored)
+    if torch.device(device).type == "cpu":
+        _lay_out_for_few_tokens(transformer)
+    return transformer.eval()
 
 
 def _lay_out_for_few_tokens(transformer: Transformer) -> None:
@@ -147,64 +203,31 @@ def _lay_out_for_few_tokens(transformer: Transformer) -> None:
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
-Parts = tuple[TransformerConfig, dict[str, Tensor], Tokenizer, dict[str, Any]]
-
-
-def _read_folder(folder: Path) -> Parts:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read {folder / CONFIG}: {error}") from error
-    if not isinstance(config, dict) or config.get("model_type") != MODEL_TYPE:
-        kind = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f"{folder / CONFIG} is of model_type {kind!r}, not {MODEL_TYPE!r}")
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {folder / WEIGHTS}: {error}") from error
-    meta = {key: value for key, value in config.items() if key not in ("model_type", "transformer")}
-    return _config(config.get("transformer"), folder), weights, Tokenizer.from_pretrained(str(folder)), meta
-
-
-def _read_lightning(file: Path) -> Parts:
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot read the checkpoint {file}: {reason}; try an earlier one") from error
-    ours = checkpoint.get("dllm_var") if isinstance(checkpoint, dict) else None
-    if not isinstance(ours, dict):
-        raise UserError(f"{file} was not written by dllm_var: it has no 'dllm_var' entry")
-    weights = {
-        name.removeprefix(_PREFIX): value
-        for name, value in checkpoint["state_dict"].items()
-        if name.startswith(_PREFIX)
-    }
-    meta = {key: value for key, value in ours.items() if key not in ("transformer", "tokenizer")}
-    return _config(ours.get("transformer"), file), weights, Tokenizer.from_dict(ours["tokenizer"]), meta
-
-
-def _config(values: Any, place: Path) -> TransformerConfig:
-    """Checks the names, so that a checkpoint of another version is named and not misread."""
-    known = {field.name for field in fields(TransformerConfig)}
-    if not isinstance(values, dict) or not set(values) <= known:
-        unknown = sorted(set(values) - known) if isinstance(values, dict) else values
-        raise UserError(f"{place} has transformer settings this version does not know: {unknown}")
-    return TransformerConfig(**values)
-
-
-def _copy_weights(transformer: Transformer, weights: dict[str, Tensor], place: Path) -> None:
-    if transformer.config.tie_embeddings:
-        weights = {name: value for name, value in weights.items() if name != "lm_head.weight"}
-    expected = dict(transformer.state_dict())
-    if transformer.config.tie_embeddings:
-        expected.pop("lm_head.weight")
-    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+@torch.no_grad()
+def _copy_weights(transformer: Transformer, stored: StoredModel) -> None:
+    """Fills the transformer's weights, which may be sharded, one at a time."""
+    own = transformer.state_dict()
+    expected = {name: own[name] for name in weight_names(transformer.config)}
+    weights: Mapping[str, Tensor] = stored.weights
+    names = weights.keys() - ({"lm_head.weight"} if transformer.config.tie_embeddings else set())
+    missing, unknown = sorted(expected.keys() - names), sorted(names - expected.keys())
     if missing or unknown:
-        raise UserError(f"{place} does not fit its own config: missing {missing[:3]}, unknown {unknown[:3]}")
-    for name, value in weights.items():
-        if value.shape != expected[name].shape:
+        raise UserError(f"{stored.place} does not fit its own config: missing {missing[:3]}, unknown {unknown[:3]}")
+    for name, parameter in expected.items():
+        value = weights[name]
+        if stored.published and name in ("embedding.weight", "lm_head.weight"):
+            value = _with_rows(value, parameter.shape[0])
+        if value.shape != parameter.shape:
             raise UserError(
-                f"{place}: weight {name} has shape {list(value.shape)}, the config says {list(expected[name].shape)}"
+                f"{stored.place}: weight {name} has shape {list(value.shape)}, the config says {list(parameter.shape)}"
             )
-        expected[name].copy_(placed_like(value, expected[name]))
+        parameter.copy_(placed_like(value, parameter))
+
+
+def _with_rows(matrix: Tensor, rows: int) -> Tensor:
+    """Adds rows for tokens that the model had not: the mean of the others, from which they are soon learned."""
+    more = rows - matrix.size(0)
+    if more <= 0:
+        return matrix
+    mean = matrix.float().mean(dim=0, keepdim=True).to(matrix.dtype)
+    return torch.cat((matrix, mean.expand(more, -1)))

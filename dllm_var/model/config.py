@@ -8,6 +8,8 @@ from typing import Any
 
 from dllm_var.errors import UserError
 
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
 
 @dataclass
 class TransformerConfig:
@@ -22,11 +24,15 @@ class TransformerConfig:
         intermediate_size: Width of the SwiGLU layer; 8/3 of `hidden_size`, rounded up to a multiple of 64, when null.
         rope_theta: Base of the rotary frequencies.
         rope_scaling: Factor on `rope_theta`, to read beyond the trained length: see `dllm_var.model.rope_scaling`.
+        rope_llama3: How Llama 3.1 and later slow their low frequencies down: `factor`, `low_freq_factor`,
+            `high_freq_factor` and `original_max_position_embeddings`; not at all when null.
         norm_eps: Epsilon of every RMSNorm.
         qkv_bias: Adds a bias to the query, key and value projections (Qwen2, Dream).
         qk_norm: Normalises each query and key head (Qwen3).
+        token_shift: Predicts each token at the position left of it, as causal models do and Dream still does.
         tie_embeddings: Shares the input embedding with the output head.
         initializer_range: Standard deviation of the initial weights.
+        context_length: Longest context in training, for those who serve the model; not enforced.
         vocab_size: Number of token ids; taken from the tokenizer when null.
         mask_id: Id of the mask token; taken from the tokenizer when null.
         terminator_ids: Ids that end an answer; taken from the tokenizer when null.
@@ -42,11 +48,14 @@ class TransformerConfig:
     intermediate_size: int | None = None
     rope_theta: float = 10000.0
     rope_scaling: float = 1.0
+    rope_llama3: dict[str, float] | None = None
     norm_eps: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
+    token_shift: bool = False
     tie_embeddings: bool = False
     initializer_range: float = 0.02
+    context_length: int | None = None
     vocab_size: int | None = None
     mask_id: int | None = None
     terminator_ids: list[int] | None = None
@@ -75,6 +84,10 @@ class TransformerConfig:
         for name in ("rope_theta", "rope_scaling"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"transformer.{name} must be a number above 0, got {getattr(self, name)}")
+        if self.rope_llama3 is not None and set(self.rope_llama3) != set(LLAMA3_KEYS):
+            raise UserError(
+                f"transformer.rope_llama3 needs {', '.join(LLAMA3_KEYS)}; it has {sorted(self.rope_llama3)}"
+            )
         num_kv_heads = self.num_kv_heads or self.num_heads
         if self.num_heads % num_kv_heads:
             raise UserError(f"transformer.num_heads {self.num_heads} must be a multiple of num_kv_heads {num_kv_heads}")

@@ -91,7 +91,7 @@ def change_config(**changes):
     [
         (truncate, "model.safetensors"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
-        (change_config(model_type="llama"), "'llama'"),
+        (change_config(model_type="gpt2"), "'gpt2'"),
         (change_config(colour="red"), "colour"),
         (change_config(num_layers=3), "missing"),
         (change_config(num_layers=1), "unknown"),

@@ -1,0 +1,176 @@
+"""Finds a checkpoint and says what is in it; its weights are read one at a time, when they are asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm_var.errors import UserError
+from dllm_var.hub import MODEL_FILES, download, is_hub_name
+from dllm_var.model.config import TransformerConfig
+from dllm_var.model.layout_config import EXTRAS, layout_of, read_config
+from dllm_var.model.layouts import Layout
+from dllm_var.model.safetensors_files import SafetensorsFolder
+from dllm_var.model.transformer import Transformer
+from dllm_var.tokenization import Tokenizer
+
+CONFIG, EXPORT_FOLDER = "config.json", "model"
+MODEL_TYPE = "dllm_var"
+_PREFIX = "transformer."
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """What a checkpoint holds.
+
+    Args:
+        place: The folder or file.
+        config: Shape of its transformer, resolved.
+        weights: Its weights under our names; nothing is read before it is asked for.
+        load_tokenizer: Reads its tokenizer; one without a mask token gets one.
+        meta: What else it remembers (`sampler`, `step`, ...).
+        published: Whether others wrote it, so that it says nothing about how we are to read it.
+    """
+
+    place: Path
+    config: TransformerConfig
+    weights: Mapping[str, Tensor]
+    load_tokenizer: Callable[[], Tokenizer]
+    meta: dict[str, Any]
+    published: bool = False
+
+
+def open_checkpoint(path: str | Path) -> StoredModel:
+    """Looks at a checkpoint without reading its weights; never executes pickled code.
+
+    Args:
+        path: A run folder, a Lightning `.ckpt`, an exported folder, a folder of a published model (`LAYOUTS`), or the
+            name of one on the hub.
+
+    Raises:
+        UserError: When there is none, or it is damaged, or holds something that is not fully understood.
+    """
+    place = locate_checkpoint(path)
+    return _open_lightning(place) if place.is_file() else _open_folder(place)
+
+
+def locate_checkpoint(path: str | Path) -> Path:
+    """Returns the model folder or the `.ckpt` file that `path` means; the newest when a run has several."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        if "/" in str(path) and is_hub_name(path):
+            return download(str(path), "checkpoint", MODEL_FILES)
+        raise UserError(f"no checkpoint at {place}: give a run folder, a .ckpt file, a model folder or a hub name")
+    if place.is_file() or (place / CONFIG).is_file():
+        return place
+    if (place / EXPORT_FOLDER / CONFIG).is_file():
+        return place / EXPORT_FOLDER
+    found = [file for pattern in ("*.ckpt", "checkpoints/*.ckpt") for file in place.glob(pattern)]
+    if not found:
+        raise UserError(f"no checkpoint in {place}: neither {EXPORT_FOLDER}/{CONFIG} nor a .ckpt file is there")
+    return max(found, key=lambda file: file.stat().st_mtime)
+
+
+def _open_folder(folder: Path) -> StoredModel:
+    file = folder / CONFIG
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{file} is a {type(values).__name__}, no model's settings")
+
+    def load_tokenizer() -> Tokenizer:
+        return Tokenizer.from_pretrained(folder)
+
+    if values.get("model_type") == MODEL_TYPE:
+        meta = {key: value for key, value in values.items() if key not in ("model_type", "transformer")}
+        config = _own_config(values.get("transformer"), folder)
+        return StoredModel(folder, config, SafetensorsFolder(folder), load_tokenizer, meta)
+    config = read_config(values, file)
+    weights = FamilyWeights(layout_of(values, file), config, SafetensorsFolder(folder))
+    extras = values.get(EXTRAS)
+    return StoredModel(folder, config, weights, load_tokenizer, dict(extras or {}), published=extras is None)
+
+
+def _open_lightning(file: Path) -> StoredModel:
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"cannot read the checkpoint {file}: {reason}; try an earlier one") from error
+    ours = checkpoint.get("dllm_var") if isinstance(checkpoint, dict) else None
+    if not isinstance(ours, dict):
+        raise UserError(f"{file} was not written by dllm_var: it has no 'dllm_var' entry")
+    weights = {
+        name.removeprefix(_PREFIX): value
+        for name, value in checkpoint["state_dict"].items()
+        if name.startswith(_PREFIX)
+    }
+    meta = {key: value for key, value in ours.items() if key not in ("transformer", "tokenizer")}
+    config = _own_config(ours.get("transformer"), file)
+    return StoredModel(file, config, weights, lambda: Tokenizer.from_dict(ours["tokenizer"]), meta)
+
+
+def _own_config(values: Any, place: Path) -> TransformerConfig:
+    """Checks the names, so that a checkpoint of another version is named and not misread."""
+    known = {field.name for field in fields(TransformerConfig)}
+    if not isinstance(values, dict) or not set(values) <= known:
+        unknown = sorted(set(values) - known) if isinstance(values, dict) else values
+        raise UserError(f"{place} has transformer settings this version does not know: {unknown}")
+    return TransformerConfig(**values).resolved()
+
+
+class FamilyWeights(Mapping[str, Tensor]):
+    """A published checkpoint's weights under our names; what ours holds in one is put together when it is read.
+
+    Args:
+        layout: The family.
+        config: Our settings of the model.
+        files: Its weights under their names.
+
+    Raises:
+        UserError: When weights are missing, or there are some that our model has no use for.
+    """
+
+    def __init__(self, layout: Layout, config: TransformerConfig, files: SafetensorsFolder) -> None:
+        self._files = files
+        self._theirs = {name: layout.theirs(name) for name in weight_names(config)}
+        wanted = {name for names in self._theirs.values() for name in names}
+        surplus = {name for name in files if not name.endswith(".rotary_emb.inv_freq")} - wanted
+        (head,) = layout.theirs("lm_head.weight")
+        if config.tie_embeddings and head in surplus:
+            if not torch.equal(files[head], self["embedding.weight"]):
+                raise UserError(f"{files.folder} ties {head} to the embedding, but holds another {head}")
+            surplus.remove(head)
+        missing, unknown = sorted(wanted - files.keys()), sorted(surplus)
+        if missing:
+            raise UserError(f"{files.folder} lacks {len(missing)} weights of its config, such as {missing[0]}")
+        if unknown:
+            raise UserError(
+                f"{files.folder} has {len(unknown)} weights that a {layout.model_type} model of its config has not, "
+                f"such as {unknown[0]}"
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        parts = [self._files[theirs] for theirs in self._theirs[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._theirs)
+
+    def __len__(self) -> int:
+        return len(self._theirs)
+
+
+def weight_names(config: TransformerConfig) -> list[str]:
+    """Returns the names of a transformer's distinct weights, in order; a tied head is none."""
+    with torch.device("meta"):
+        names = list(Transformer(config).state_dict())
+    return [name for name in names if not (config.tie_embeddings and name == "lm_head.weight")]
