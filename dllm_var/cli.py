@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import re
 import shlex
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -13,16 +16,29 @@ from typing import Any
 import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
 from dllm_var import DiffusionLM, __version__
 from dllm_var.callbacks import AnswerWriter
+from dllm_var.checkpointing.choose import check_or_offer
+from dllm_var.checkpointing.files import CannotSave
+from dllm_var.checkpointing.trainer import CheckedFiles, Trainer
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
-from dllm_var.interrupt import Interrupted, StopOnInterrupt
-from dllm_var.runs import SaveAtEnd, SaveConfig, checkpoint_at, continue_newest, default_logger
+from dllm_var.interrupt import Interrupted, SaveAtEnd, StopOnSignal
+from dllm_var.ranks import enter, is_launched_child, is_lost_contact, killed_worker
+from dllm_var.runs import (
+    NothingToResume,
+    SaveConfig,
+    checkpoint_at,
+    continue_from,
+    continue_newest,
+    default_checkpoints,
+    default_logger,
+)
 from dllm_var.sampling import Sampler
 from dllm_var.settings import SettingsParser, merged, qualify_references, read_settings, split_vars
 
@@ -31,36 +47,99 @@ BASES = {"model": L.LightningModule, "data": L.LightningDataModule}
 
 
 def main(command: str, arguments: list[str]) -> int:
-    """Runs one Trainer command.
+    """Runs one Trainer command and returns its exit status: 0, or 128 and the number of the signal that stopped it.
 
     Args:
         command: `fit`, `validate`, `test` or `predict`.
         arguments: Settings: `--config FILE`, `--key=value`, and for `fit` also `--resume`.
 
     Raises:
-        UserError: For a mistake in the settings, the data or a checkpoint.
+        UserError: For a mistake in the settings, the data or a checkpoint, and when a process or a disk fails.
     """
     quieten()
-    resume = "--resume" in arguments
-    if resume and command != "fit":
-        raise UserError(f"--resume belongs to fit; {command} takes --ckpt_path FILE")
-    settings = [argument for argument in arguments if argument != "--resume"]
+    enter()
+    settings, resume = split_resume(command, arguments)
+    stop = StopOnSignal()
     try:
-        TrainingCLI(command, settings, resume)
+        status = run(command, settings, resume, stop)
+    except BaseException as error:
+        lost = stop.children.end(failed=True)
+        if lost is not None and is_lost_contact(error):
+            raise UserError(stop.children.explain(lost)) from error
+        if is_launched_child() and isinstance(error, CannotSave):  # the first process says why
+            return 1
+        raise
+    stop.children.end(failed=False)
+    return status
+
+
+def run(command: str, settings: list[str], resume: str | None, stop: StopOnSignal) -> int:
+    """Runs one Trainer command; what ends it from outside becomes one line.
+
+    Args:
+        command: As for `main`.
+        settings: Its arguments but `--resume`.
+        resume: What `split_resume` found.
+        stop: Listens to signals.
+    """
+    try:
+        TrainingCLI(command, settings, resume, stop)
     except Interrupted as interrupted:
         if getattr(rank_zero_only, "rank", 0) == 0:
-            print(f"\n{interrupted}; continue with: {resume_command(settings)}", file=sys.stderr)
-        return 130
+            after = "SLURM runs the job again" if interrupted.requeued else f"continue with: {resume_command(settings)}"
+            print(f"\n{interrupted}; {after}", file=sys.stderr)
+        return 0 if is_launched_child() else interrupted.status  # the first process speaks for all it has started
     except OmegaConfBaseException as error:  # a resolver such as ${oc.env:NAME}, or a reference that goes in a circle
         setting = ".".join(key for key in str(error.full_key).split(".")[1:] if key != "init_args")
         raise UserError(f"{setting}: {str(error.msg or error).splitlines()[0]}") from error
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
-    except SystemExit as stop:
-        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes exit(1) of Ctrl-C outside training steps
+    except SIGTERMException:  # before our own handler was in place
+        return 128 + signal.SIGTERM
+    except SystemExit as stopped:
+        if isinstance(stopped.__context__, KeyboardInterrupt):  # Lightning makes exit(1) of Ctrl-C outside of steps
             raise KeyboardInterrupt from None
         raise
+    except (OSError, RuntimeError) as error:
+        message = from_outside(error)
+        if message is None:
+            raise
+        raise UserError("; ".join([message, *getattr(error, "__notes__", [])])) from error
     return 0
+
+
+def from_outside(error: OSError | RuntimeError) -> str | None:
+    """Returns a line for what befell the run and is no bug of it: a full disk, a process that is gone; else None."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"cannot write {error.filename or 'a file of the run'}: {error.strerror}"
+    if is_lost_contact(error):
+        return "lost contact with another process of this run"
+    worker = killed_worker(error)
+    return f"{worker}; too little memory is the usual cause: lower data.num_workers" if worker else None
+
+
+def split_resume(command: str, arguments: list[str]) -> tuple[list[str], str | None]:
+    """Takes `--resume` out of the arguments.
+
+    Returns:
+        The other arguments, and `newest`, `auto` or a path; `auto` also for a job that SLURM has requeued.
+
+    Raises:
+        UserError: When the command has no such option.
+    """
+    settings: list[str] = []
+    resume = None
+    for argument in arguments:
+        option, _, value = argument.partition("=")
+        if option == "--resume":
+            resume = value or "newest"
+        else:
+            settings.append(argument)
+    if resume and command != "fit":
+        raise UserError(f"--resume belongs to fit; {command} takes --ckpt_path FILE")
+    if command == "fit" and resume is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0:
+        resume = "auto"
+    return settings, resume
 
 
 def resume_command(settings: list[str]) -> str:
@@ -103,15 +182,17 @@ class TrainerParser(SettingsParser, LightningArgumentParser):
 class TrainingCLI(LightningCLI):
     """LightningCLI with default classes, references across files, readable errors and one folder per run."""
 
-    def __init__(self, command: str, settings: list[str], resume: bool) -> None:
+    def __init__(self, command: str, settings: list[str], resume: str | None, stop: StopOnSignal) -> None:
         self.command, self.resume = command, resume
+        self.save_at_end = SaveAtEnd(stop)
         configs = config_files(settings)
         self.run_name = configs[0].stem if configs else "default"
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
             save_config_callback=SaveConfig,
-            trainer_defaults={"callbacks": [StopOnInterrupt(), SaveAtEnd(), AnswerWriter()]},
+            trainer_class=Trainer,
+            trainer_defaults={"callbacks": [self.save_at_end, AnswerWriter(), stop]},
             seed_everything_default=0,
             parser_kwargs={"parser_mode": "omegaconf+"},  # resolved once, after all merging
             parser_class=TrainerParser,
@@ -133,7 +214,7 @@ class TrainingCLI(LightningCLI):
             parser.add_subclass_arguments(base, key, as_group=False, default=default, fail_untyped=False)
         assert isinstance(parser, TrainerParser)
         parser.default_classes = dict(DEFAULTS)
-        resume = " [--resume]" if self.command == "fit" else ""
+        resume = " [--resume[=auto|PATH]]" if self.command == "fit" else ""
         parser.usage = f"python -m dllm_var {self.command}{resume} [--config FILE ...] [--key=value ...]"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -157,15 +238,17 @@ class TrainingCLI(LightningCLI):
         for section in ("trainer", "model", "data"):
             if not isinstance(settings.get(section), Namespace):
                 raise UserError(f"{section}: expected settings by name, got {settings.get(section)!r}")
-        if settings.get("weights_only") is None:
-            settings.weights_only = True  # a checkpoint is data, never code to run
+        if settings.get("weights_only") is False:
+            raise UserError("weights_only=false would run code that a checkpoint may hold: leave it out")
+        settings.weights_only = True  # a checkpoint is data, never code to run
         path = settings.get("ckpt_path")
         if self.resume and path not in (None, "last"):
             raise UserError(f"--resume finds the newest checkpoint itself: leave out --ckpt_path={path}")
         if path == "last" and self.command == "fit":  # Lightning would look in the new run's folder
-            self.resume, settings.ckpt_path = True, None
+            self.resume, settings.ckpt_path = self.resume or "newest", None
         elif path == "last":
             settings.ckpt_path = str(continue_newest(settings.trainer.clone()))
+            check_or_offer(Path(settings.ckpt_path), "--ckpt_path")
         elif path is not None:
             settings.ckpt_path = str(checkpoint_at(str(path)))
         elif self.command != "fit":
@@ -173,17 +256,43 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         self.as_written = self.config
+        settings = self.config[self.command]
+        self.trainer_defaults["callbacks"] += default_checkpoints(settings)
         if self.resume:
             self.config = self.config.clone()
             settings = self.config[self.command]
-            settings.ckpt_path = str(continue_newest(settings.trainer))
+            checkpoint = self.to_resume(settings.trainer)
+            settings.ckpt_path = None if checkpoint is None else str(checkpoint)
+
+    def to_resume(self, trainer_settings: Any) -> Path | None:
+        """Finds the checkpoint that `--resume` means, and checks it before anything else is done."""
+        assert self.resume is not None
+        try:
+            if self.resume in ("newest", "auto"):
+                checkpoint = continue_newest(trainer_settings)
+            else:
+                checkpoint = continue_from(self.resume, trainer_settings)
+        except NothingToResume:
+            if self.resume == "auto":
+                return None
+            raise
+        if not is_launched_child():  # the first process has looked
+            check_or_offer(checkpoint, "--resume")
+        return checkpoint
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.config = self.as_written  # what is saved starts a new run when it is used again
+        plugins = self._get(self.config_init, "trainer.plugins") or []
+        plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(CheckedFiles())
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
         except ValueError as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.sort(key=lambda callback: callback is not self.save_at_end)
+        return trainer
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()

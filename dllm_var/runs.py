@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
+from dllm_var.checkpointing.choose import check_or_offer, is_sharded, newest_checkpoint
 from dllm_var.errors import UserError
+from dllm_var.module import DiffusionLM
 
 CONFIG_FILE = "config.yaml"
-_SHARD_MARKS = ("meta.pt", "latest")  # what Lightning's sharded strategies and DeepSpeed leave in a checkpoint folder
+SAVE_EVERY = 500  # steps, when the settings do not say how checkpoints are kept
 _VERSIONED_LOGGERS = ("TensorBoardLogger", "CSVLogger")  # both keep a run in save_dir/name/version_N
 
 
@@ -58,6 +61,27 @@ def default_logger(name: str) -> dict[str, Any]:
     }
 
 
+def default_checkpoints(settings: Any) -> list[ModelCheckpoint]:
+    """Returns what keeps checkpoints when the settings name nothing that does: the last two, and the best.
+
+    Args:
+        settings: Of a Trainer command.
+    """
+    trainer = settings.trainer
+    if trainer.get("enable_checkpointing") is False:
+        return []
+    named = trainer.get("callbacks") or []
+    for callback in named if isinstance(named, list) else [named]:
+        module, _, name = str(getattr(callback, "class_path", "")).rpartition(".")
+        if module and issubclass(getattr(import_module(module), name), Checkpoint):
+            return []
+    kept = [ModelCheckpoint(monitor="step", mode="max", save_top_k=2, save_last=True, every_n_train_steps=SAVE_EVERY)]
+    kind = str(settings.model.class_path).rpartition(".")
+    if issubclass(getattr(import_module(kind[0]), kind[2]), DiffusionLM):
+        kept.append(ModelCheckpoint(filename="best-{epoch}-{step}", monitor="val/loss", save_on_train_epoch_end=False))
+    return kept
+
+
 def checkpoint_folder(trainer: L.Trainer) -> Path:
     """Returns the folder in which the run keeps its checkpoints."""
     for callback in trainer.checkpoint_callbacks:
@@ -82,45 +106,32 @@ def save_last(trainer: L.Trainer) -> Path:
     return path
 
 
-class SaveAtEnd(Callback):
-    """Saves the last step of a run as last.ckpt when no checkpoint of that step exists.
-
-    Lightning saves at intervals only, so that the steps after the last interval, or a short run altogether, are lost.
-    """
-
-    def __init__(self) -> None:
-        self._saved_step = -1
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._saved_step = trainer.global_step
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        wanted = bool(trainer.checkpoint_callbacks) and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if wanted and self._saved_step != trainer.global_step:
-            save_last(trainer)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Returns the checkpoint (a file, or a folder of shards) that was written last, or None."""
-    found = [path for path in folder.glob("*.ckpt") if path.exists()]
-    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
-
-
 def checkpoint_at(path: str) -> str | Path:
     """Returns the checkpoint that `--ckpt_path` means: a file, a folder of shards, or the newest one of a run folder.
 
     Raises:
-        UserError: When nothing is there, or a folder without a checkpoint.
+        UserError: When nothing is there, a folder without a checkpoint, or one that cannot be used.
     """
     if path in ("hpc", "registry") or path.startswith("registry:") or "://" in path:  # Lightning looks these up
         return path
+    found = find_checkpoint(path, "ckpt_path")
+    check_or_offer(found, "--ckpt_path")
+    return found
+
+
+def find_checkpoint(path: str, setting: str) -> Path:
+    """Returns the checkpoint at a path, or the newest one of the run folder it is.
+
+    Raises:
+        UserError: When there is none; names the setting.
+    """
     place = Path(path)
     if not place.exists():
-        raise UserError(f"ckpt_path: there is no file or folder '{path}'")
+        raise UserError(f"{setting}: there is no file or folder '{path}'")
     found = newest_checkpoint(place / "checkpoints") or place
-    if found.is_dir() and not any((found / name).exists() for name in _SHARD_MARKS):
+    if found.is_dir() and not is_sharded(found):
         raise UserError(
-            f"ckpt_path: there is no checkpoint in '{path}': give a .ckpt file or a run folder that has one"
+            f"{setting}: there is no checkpoint in '{path}': give a .ckpt file or a run folder that has one"
         )
     return found
 
@@ -137,33 +148,70 @@ def continue_newest(trainer_settings: Any) -> Path:
     Raises:
         UserError: When there is no checkpoint; names the folder.
     """
-    loggers = trainer_settings.get("logger")
-    loggers = loggers if isinstance(loggers, list) else [loggers]
-    versioned = [
-        logger.init_args
-        for logger in loggers
-        if str(getattr(logger, "class_path", "")).rsplit(".", 1)[-1] in _VERSIONED_LOGGERS
-    ]
-    default_root = trainer_settings.get("default_root_dir") or "."
-    if not versioned:
-        run, searched = Path(default_root), Path(default_root)
-    else:
-        first = versioned[0]
-        searched = Path(first.save_dir or default_root) / (first.name or "")
-        run = searched / version_name(first.version) if first.version is not None else _newest_version(searched)
+    versioned = _versioned(trainer_settings)
+    searched = _runs_folder(trainer_settings, versioned)
+    run = searched
+    if versioned:
+        version = versioned[0].version
+        run = searched / version_name(version) if version is not None else _newest_version(searched)
     callbacks = trainer_settings.get("callbacks") or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
     folders = [Path(c.init_args.dirpath) for c in callbacks if "init_args" in c and c.init_args.get("dirpath")]
     for folder in [*folders, run / "checkpoints"]:
         checkpoint = newest_checkpoint(folder)
-        if checkpoint is None:
-            continue
-        for init_args in versioned:
-            if init_args.version is None and run != searched:
-                init_args.version = int(run.name.removeprefix("version_"))
-        return checkpoint
+        if checkpoint is not None:
+            if run != searched:
+                _go_on_in(run, versioned)
+            return checkpoint
     where = ", ".join(str(folder) for folder in [*folders, run / "checkpoints" if run != searched else searched])
-    raise UserError(f"--resume found no checkpoint in {where}: start the run without --resume")
+    raise NothingToResume(
+        f"--resume found no checkpoint in {where}: start the run without --resume, or give --resume=auto, which starts "
+        "one when there is nothing to resume"
+    )
+
+
+class NothingToResume(UserError):
+    """There is no checkpoint to continue from."""
+
+
+def continue_from(path: str, trainer_settings: Any) -> Path:
+    """Finds a checkpoint that `--resume=PATH` names and points the loggers at its run, when it is one of theirs.
+
+    Raises:
+        UserError: When there is no checkpoint.
+    """
+    checkpoint = find_checkpoint(path, "--resume")
+    versioned = _versioned(trainer_settings)
+    run = checkpoint.absolute().parent.parent
+    if versioned and run.parent == _runs_folder(trainer_settings, versioned).absolute():
+        _go_on_in(run, versioned)
+    return checkpoint
+
+
+def _versioned(trainer_settings: Any) -> list[Any]:
+    """Returns the settings of the loggers that number their runs."""
+    loggers = trainer_settings.get("logger")
+    loggers = loggers if isinstance(loggers, list) else [loggers]
+    return [
+        logger.init_args
+        for logger in loggers
+        if str(getattr(logger, "class_path", "")).rsplit(".", 1)[-1] in _VERSIONED_LOGGERS
+    ]
+
+
+def _runs_folder(trainer_settings: Any, versioned: list[Any]) -> Path:
+    """Returns the folder that holds the numbered runs, or the one run when there is no logger to number them."""
+    default_root = trainer_settings.get("default_root_dir") or "."
+    if not versioned:
+        return Path(default_root)
+    return Path(versioned[0].save_dir or default_root) / (versioned[0].name or "")
+
+
+def _go_on_in(run: Path, versioned: list[Any]) -> None:
+    number = run.name.removeprefix("version_")
+    for init_args in versioned:
+        if init_args.version is None:
+            init_args.version = int(number) if number.isdigit() else run.name
 
 
 def version_name(version: int | str) -> str:

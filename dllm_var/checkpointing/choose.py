@@ -1,0 +1,85 @@
+"""Which checkpoint of a folder is meant, and whether it can be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dllm_var.checkpointing.files import UnusableCheckpoint, check_file, recover
+from dllm_var.checkpointing.shards import SEAL
+
+_SHARD_MARKS = ("meta.pt", "latest")  # what Lightning's sharded strategies and DeepSpeed leave in a checkpoint folder
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a folder is a checkpoint in parts."""
+    return path.is_dir() and any((path / name).exists() for name in (SEAL, *_SHARD_MARKS))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Returns the checkpoint (a file, or a folder of shards) that was written last, or None."""
+    return next(iter(newest_first(folder)), None)
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Returns the checkpoints of a folder; links that lead nowhere are left out."""
+    recover(folder)
+    dated: list[tuple[int, str, Path]] = []
+    for path in folder.glob("*.ckpt"):
+        try:
+            seal = path / SEAL if path.is_dir() and (path / SEAL).exists() else path
+            dated.append((seal.stat().st_mtime_ns, path.name, path))
+        except OSError:
+            continue
+    return [path for *_, path in sorted(dated, reverse=True)]
+
+
+def check(path: Path) -> None:
+    """Reads all of a checkpoint and compares its checksums.
+
+    Raises:
+        UnusableCheckpoint: When it is damaged, of another format, or no checkpoint.
+    """
+    if path.is_dir():
+        from dllm_var.checkpointing.shards import check_folder
+
+        check_folder(path)
+    else:
+        check_file(path)
+
+
+def check_or_offer(path: Path, option: str) -> None:
+    """Checks a checkpoint, and finds the one to take in its place when it cannot be used.
+
+    Args:
+        path: The checkpoint.
+        option: Under which the user would name another, such as `--resume`.
+
+    Raises:
+        UnusableCheckpoint: Says what is wrong with it, and gives the option with the newest good one beside it.
+    """
+    try:
+        check(path)
+    except UnusableCheckpoint as error:
+        raise UnusableCheckpoint(f"{error}; {offer(path, option)}") from None
+
+
+def offer(path: Path, option: str) -> str:
+    """Says with which option to go on in place of a checkpoint that cannot be used."""
+    other = newest_usable(path.parent, {path})
+    if other is None:
+        return f"no other checkpoint in {path.parent} can be used: start anew, or use one of another run"
+    return f"the newest good one is {option}={other}"
+
+
+def newest_usable(folder: Path, but: Any = ()) -> Path | None:
+    """Returns the newest checkpoint of a folder that passes `check`, or None."""
+    for path in newest_first(folder):
+        if path in but:
+            continue
+        try:
+            check(path)
+        except UnusableCheckpoint:
+            continue
+        return path
+    return None

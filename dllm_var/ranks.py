@@ -1,0 +1,125 @@
+"""Processes that train together and end together: none is left waiting for one that is gone."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+_LAUNCHER = "DLLM_VAR_LAUNCHER"  # process id of the first process, for those it starts
+POLL = 0.25  # seconds between looks
+GRACE = 5.0  # seconds a process has to end by itself
+_parent: int | None = None
+
+
+def enter() -> None:
+    """Tells processes that will be started from this one by whom; a process started so ends with the one it is from."""
+    global _parent
+    launcher = os.environ.get(_LAUNCHER)
+    if int(os.environ.get("LOCAL_RANK") or 0) > 0 and launcher == str(os.getppid()):
+        _parent = int(launcher)
+        threading.Thread(target=_end_with_parent, args=(_parent,), daemon=True, name="end-with-parent").start()
+    else:
+        os.environ[_LAUNCHER] = str(os.getpid())
+
+
+def is_launched_child() -> bool:
+    """Whether the first process of the run, on this machine, has started this one."""
+    return _parent is not None
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL)
+    os._exit(1)
+
+
+class Children:
+    """The processes that Lightning's launcher has started, watched from the first one.
+
+    Lightning's own watch kills the first process without a word when another has failed; this one takes its place.
+    """
+
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen[Any]] = []
+        self.explain: Callable[[str], str] = str
+        self._ending = threading.Event()
+
+    def take_over(self, launcher: Any, explain: Callable[[str], str]) -> None:
+        """Begins to watch.
+
+        Args:
+            launcher: The strategy's; has started its processes.
+            explain: Makes the message of what befell one of them.
+        """
+        started = getattr(launcher, "procs", None)
+        if not started:
+            return
+        self.processes, self.explain = list(started), explain
+        started.clear()  # Lightning's observer has the same list
+        threading.Thread(target=self._watch, daemon=True, name="watch-ranks").start()
+
+    def _watch(self) -> None:
+        while not self._ending.wait(POLL):
+            if self.lost() is not None and not self._ending.wait(GRACE):
+                print(f"error: {self.explain(self.lost() or '')}", file=sys.stderr, flush=True)
+                self.kill()
+                os._exit(1)
+
+    def lost(self) -> str | None:
+        """Says which process has failed, and how; None when all are well."""
+        for rank, process in enumerate(self.processes, 1):
+            status = process.poll()
+            if status:
+                how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+                return f"rank {rank} of {len(self.processes) + 1} (process {process.pid}) {how}"
+        return None
+
+    def end(self, failed: bool) -> str | None:
+        """Waits for the processes to end, and ends those that do not.
+
+        Args:
+            failed: Whether this process ends with an error, so that the others may be waiting for it in vain.
+
+        Returns:
+            Which of them had failed before.
+        """
+        self._ending.set()
+        deadline = time.monotonic() + (GRACE / 2 if failed else 2 * GRACE)
+        while any(process.poll() is None for process in self.processes) and time.monotonic() < deadline:
+            if failed and self.lost():
+                break
+            time.sleep(POLL / 5)
+        lost = self.lost()
+        self.kill()
+        return lost
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an exception only says that another process is gone."""
+    import torch
+
+    distributed = getattr(torch.distributed, "DistError", ())
+    text = str(error)
+    return isinstance(error, distributed) or (
+        isinstance(error, RuntimeError)
+        and re.search(r"gloo|NCCL|ProcessGroup", text) is not None
+        and re.search(r"[Cc]onnection|closed|reset|peer|[Tt]imed out|abort", text) is not None
+    )
+
+
+def killed_worker(error: BaseException) -> str | None:
+    """Returns what torch says about a data loading process that is gone; None for any other error."""
+    found = re.search(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) [^.\n]*", str(error))
+    return found[0] if isinstance(error, RuntimeError) and found else None
