@@ -5,13 +5,15 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
+from dllm_var.benchmarking.contenders import Contender, Run
 from dllm_var.benchmarking.forward_cost import WIDTHS, ForwardCost, measure_forwards
 from dllm_var.benchmarking.instruments import ForwardClock, PeakMemory, synchronise
+from dllm_var.benchmarking.ratios import TOLERANCE, choose, with_role
 from dllm_var.benchmarking.scorers import Scorer
 from dllm_var.benchmarking.settings import Setting, Task, build, expand
 from dllm_var.datamodules import Example, Source
@@ -21,13 +23,12 @@ from dllm_var.errors import UserError
 from dllm_var.metrics import AnswerMetrics
 from dllm_var.model.checkpoints import load_checkpoint
 from dllm_var.model.transformer import Transformer
-from dllm_var.sampling import Generation, Request, Sampler
-from dllm_var.sampling.auxiliary import AuxiliaryModel
+from dllm_var.sampling import Generation, Sampler
 from dllm_var.tokenization import Tokenizer
 
 T = TypeVar("T")
 Say = Callable[[str, str, str], None]  # task, phase, item
-TOLERANCE = 0.01  # accuracy that the best setting may lose against the default one
+FINAL_ROUNDS = 3  # times the usual number, for the two settings whose ratio is asked for
 
 
 @dataclass
@@ -43,63 +44,6 @@ class Effort:
     repeats: int = 3
     limit: int | None = None
     widths: Sequence[int] = WIDTHS
-
-
-@dataclass
-class Run:
-    """One decode of a list of prompts.
-
-    Args:
-        answers: One per prompt.
-        seconds: Wall time of each call of `generate`.
-        forward_seconds: Of these, time inside transformers.
-        forward_calls: Forwards of the layers, auxiliary models' included.
-    """
-
-    answers: list[Generation]
-    seconds: list[float]
-    forward_seconds: float
-    forward_calls: int
-
-    @property
-    def tokens(self) -> int:
-        """Useful tokens: neither prompts nor terminators nor anything behind them."""
-        return sum(len(answer.tokens) for answer in self.answers)
-
-
-@dataclass
-class Contender:
-    """A setting with its sampler and model, and what has been measured of it so far.
-
-    Args:
-        setting: What it is.
-        sampler: The sampler.
-        model: The model it decodes with.
-        scores: The scorer's figures and those of how answers end; empty until scored.
-        single: Timed runs, one prompt at a time.
-        batched: Timed runs in batches.
-        memory: Peak bytes beyond the models, `single` and `batched`.
-        selection_scores: As `scores`, on the split that chooses the best setting.
-        selection_single: As `single`, on that split.
-    """
-
-    setting: Setting
-    sampler: Sampler
-    model: Transformer
-    scores: dict[str, float] = field(default_factory=dict)
-    single: list[Run] = field(default_factory=list)
-    batched: list[Run] = field(default_factory=list)
-    memory: dict[str, int | None] = field(default_factory=dict)
-    selection_scores: dict[str, float] = field(default_factory=dict)
-    selection_single: list[Run] = field(default_factory=list)
-
-    @property
-    def models(self) -> list[Transformer]:
-        """The model and those the sampler brings."""
-        brought = vars(self.sampler).values()
-        auxiliary = [value.beside(self.model, Request()) for value in brought if isinstance(value, AuxiliaryModel)]
-        models = [self.model, *(value for value in brought if isinstance(value, Transformer)), *auxiliary]
-        return list({id(model): model for model in models}.values())
 
 
 class TaskRun:
@@ -145,6 +89,7 @@ class TaskRun:
             self._score()
             self._time()
             self._select()
+            self._time_finalists()
             self.say(self.task.name, "cost of a forward", "")
             self.forward_costs = measure_forwards(self.model, self.effort.widths, 5 * self.effort.repeats)
         finally:
@@ -205,6 +150,22 @@ class TaskRun:
         for number, order in enumerate(turns(near, self.effort.repeats), 1):
             for contender in self._each(f"{self.task.selection_split} split, round {number}", order):
                 contender.selection_single.append(self._decode(contender, timed))
+
+    def _time_finalists(self) -> None:
+        """Times the chosen setting and the autoregressive twin once more, by turns and side by side.
+
+        Their ratio is what the benchmark is for; on a machine that is not idle the rounds so far are too few to tell.
+        """
+        chosen, twin = choose(self.contenders), with_role(self.contenders, "autoregressive")
+        if chosen is None or twin is None:
+            return
+        rounds = FINAL_ROUNDS * self.effort.repeats
+        for number, order in enumerate(turns([chosen, twin], rounds), 1):
+            for contender in self._each(f"the best setting and its twin, round {number} of {rounds}", order):
+                contender.single.append(self._decode(contender, self.examples[: contender.setting.single_prompts]))
+                if contender.batched:
+                    examples = self.examples[: contender.setting.batched_prompts]
+                    contender.batched.append(self._decode(contender, examples, self.task.batch_size))
 
     def score(self, answers: Sequence[Generation], examples: Sequence[Example]) -> dict[str, float]:
         """Returns the scorer's figures of some answers, how they end, and the forwards of all models they took."""

@@ -80,7 +80,7 @@ class KVCache:
         ends = lengths + (width if windows is None else windows) if visible is None else visible
         self._ends = None if (ends == self.reach).all() else torch.from_numpy(ends).to(device)
         self.packed: Tensor | None = None
-        if windows is not None and visible is None and seen is None:
+        if windows is not None and windows.size > 1 and visible is None and seen is None:
             self._pack(windows, rows)
 
     def _pack(self, windows: np.ndarray, rows: np.ndarray | None) -> None:

@@ -6,7 +6,6 @@ Written for either array library, they run in numpy on CPU tensors, without a co
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,25 +13,29 @@ import torch
 from torch import Tensor
 
 
-def arrays(*values: Tensor) -> tuple[Any, ...]:
+def arrays(*values: Any) -> tuple[Any, ...]:
     """Returns numpy and views of CPU tensors as its arrays, or torch and the tensors of any other device."""
-    if values[0].device.type == "cpu":
-        return np, *(value.numpy() for value in values)
+    if isinstance(values[0], np.ndarray) or values[0].device.type == "cpu":
+        return np, *[value if isinstance(value, np.ndarray) else value.numpy() for value in values]
     return torch, *values
+
+
+def there(device: torch.device, *values: np.ndarray) -> tuple[Any, ...]:
+    """Returns the library for small work on a device, and what the host counted as that library's arrays."""
+    if device.type == "cpu":
+        return np, *values
+    return torch, *(torch.from_numpy(value).to(device) for value in values)
 
 
 def tensors(*values: Any) -> Any:
     """Returns a tuple of what was computed from `arrays`, as tensors again."""
-    return tuple(value if isinstance(value, Tensor) else torch.from_numpy(value) for value in values)
+    return tuple([value if isinstance(value, Tensor) else torch.from_numpy(value) for value in values])
 
 
-def on_host(*values: Tensor) -> tuple[np.ndarray, ...]:
-    """Returns tensors of one shape as numpy arrays, waiting for their device once."""
+def on_host(*values: Any) -> tuple[np.ndarray, ...]:
+    """Returns arrays of one shape as numpy's, waiting for their device once."""
+    if isinstance(values[0], np.ndarray):
+        return values
     if values[0].device.type == "cpu":
         return tuple(value.numpy() for value in values)
     return tuple(torch.stack([value.long() for value in values]).cpu().numpy())
-
-
-def row_index(xp: ModuleType, rows: np.ndarray, device: torch.device) -> Any:
-    """Returns row numbers [R, 1] for indexing arrays of `xp`."""
-    return rows[:, None] if xp is np else torch.from_numpy(rows).to(device)[:, None]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +157,7 @@ class Sampler(ABC):
         if was_training:  # visiting every module takes a noticeable part of a short answer's time
             transformer.eval()
         try:
-            with torch.inference_mode(), _as_is(transformer):
+            with torch.inference_mode(), _without_training_modes(transformer):
                 answers = self.decode(transformer, ids, request)
         finally:
             if was_training:
@@ -167,20 +167,24 @@ class Sampler(ABC):
         return answers
 
 
-@contextmanager
-def _as_is(transformer: Transformer) -> Iterator[None]:
+def _without_training_modes(transformer: Transformer) -> AbstractContextManager[Any]:
     """Undoes what is for training only, where it is on; entering what is not would take a share of a short answer.
 
     Mixed precision: decoding runs in the type of the weights, which is also the cache's. Compiled blocks would be
     compiled again for every shape that decoding meets.
     """
     device_type = transformer.embedding.weight.device.type
+    modes: list[AbstractContextManager[Any]] = []
+    if torch.is_autocast_enabled(device_type):
+        modes.append(torch.autocast(device_type, enabled=False))
+    if transformer.compiled:
+        modes.append(torch.compiler.set_stance("force_eager"))
+    if not modes:
+        return nullcontext()
     with ExitStack() as stack:
-        if torch.is_autocast_enabled(device_type):
-            stack.enter_context(torch.autocast(device_type, enabled=False))
-        if transformer.compiled:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
+        for mode in modes:
+            stack.enter_context(mode)
+        return stack.pop_all()
 
 
 class _Delivery:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -139,8 +140,8 @@ class AdaptiveRun(BlockRun):
         self,
         hidden: Tensor,
         shift: Tensor,
-        tokens: Tensor,
-        inside: Tensor,
+        tokens: Any,
+        inside: Any,
         count: int,
         steps: Tensor,
         progress: Tensor,
@@ -151,10 +152,10 @@ class AdaptiveRun(BlockRun):
         assert self.sampler.block_length_policy is not None
         cut = self.sampler.block_length_policy.cut(view) if self._opening.any() else None
         if cut is not None:
-            whole = inside.sum(dim=1)
+            whole = view.changeable.sum(dim=1)
             opening = torch.from_numpy(self._opening).to(self.device)
             self._cut = torch.where(opening, torch.minimum(cut.clamp_min(1), whole), whole)
-            left_of_cut = torch.arange(tokens.size(1), device=self.device) < self._cut[:, None]
+            left_of_cut = torch.arange(view.tokens.size(1), device=self.device) < self._cut[:, None]
             view.masked, view.changeable = view.masked & left_of_cut, view.changeable & left_of_cut
         return view
 

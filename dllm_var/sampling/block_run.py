@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.transformer import Transformer
-from dllm_var.sampling.arrays import arrays, on_host, row_index, tensors
+from dllm_var.sampling.arrays import arrays, on_host, tensors, there
 from dllm_var.sampling.base import Generation, Request, special_ids
-from dllm_var.sampling.commit import choose_commits, outcome
+from dllm_var.sampling.commit import apply_decision, block_outcome
 from dllm_var.sampling.draw import request_keys
 from dllm_var.sampling.policies.base import BlockView, Decision, State
 from dllm_var.sampling.scoring import position_keys, score_positions
@@ -63,17 +63,24 @@ class BlockRun:
         # The slack is for padding: a forward is as wide as its widest row, even for a row that is nearly at its end.
         capacity = max(map(len, prompts), default=0) + limit + sampler.blocks_per_window * sampler.block_length
         self.cache = KVCache(model.config, slots, capacity, self.device, weight.dtype)
-        self.canvas = torch.full((slots, capacity), self.mask_id, device=self.device)
-        self.committed_at = torch.zeros((slots, capacity), dtype=torch.int32, device=self.device)
+        self.canvas, self.committed_at = (
+            torch.from_numpy(np.full((slots, capacity), value)).to(self.device) for value in (self.mask_id, 0)
+        )
+        self._flatten()
         template = sampler.policy.initial_state(sampler.block_length)
         self.template = {name: value.to(self.device) for name, value in template.items()}
         self.state = {name: value.repeat(slots, *[1] * value.dim()) for name, value in self.template.items()}
+        self._offsets = np.arange(sampler.block_length)
         # Host-side bookkeeping, one entry per slot; `prompt` is the index of the row's prompt, -1 for a free slot.
         self.prompt = np.full(slots, -1)
         self.prompt_length, self.pending, self.width, self.steps, self.nfe, self.masked_left = np.zeros(
             (6, slots), np.int64
         )
         self.began = np.zeros(slots)
+
+    def _flatten(self) -> None:
+        """Remembers canvas and commit times as flat arrays of the library that does the small work."""
+        self._flat = arrays(self.canvas.view(-1), self.committed_at.view(-1))[1:]
 
     @property
     def active(self) -> np.ndarray:
@@ -96,8 +103,10 @@ class BlockRun:
 
     def _fill(self, slot: int, prompt: list[int]) -> None:
         """Writes a prompt and masks behind it."""
-        canvas, row = arrays(self.canvas[slot], torch.from_numpy(np.array(prompt)).to(self.device))[1:]
-        canvas[: len(prompt)], canvas[len(prompt) :] = row, self.mask_id
+        _, tokens = there(self.device, np.array(prompt))
+        start, size = slot * self.canvas.size(1), self.canvas.size(1)
+        self._flat[0][start : start + len(prompt)] = tokens
+        self._flat[0][start + len(prompt) : start + size] = self.mask_id
 
     def step(self) -> None:
         """One forward of every row in flight."""
@@ -133,7 +142,7 @@ class BlockRun:
         self.cache.advance(pending, slots)
         self.pending[rows] = 0
         self.nfe[rows] += 1
-        if width.any():
+        if np.count_nonzero(width):
             self._denoise(rows, index, hidden, pending, width)
 
     def _open_window(
@@ -154,10 +163,10 @@ class BlockRun:
         self, rows: np.ndarray, index: Tensor | None, hidden: Tensor, pending: np.ndarray, width: np.ndarray
     ) -> None:
         """Predicts the active blocks, applies the policy, ends blocks and rows that are complete."""
-        place, tokens, inside = self._active_blocks(rows, index, width)
+        cells, tokens, inside = self._active_blocks(rows, width)
         all_scored = self.sampler.policy.scores_committed
         decoded = width > 0
-        count = int((width if all_scored else self.masked_left[rows] * decoded).sum())
+        count = sum((width if all_scored else self.masked_left[rows] * decoded).tolist())
         shift = torch.from_numpy(pending).to(self.device)
         key = torch.from_numpy(self.keys[self.prompt[rows]] + self.nfe[rows]).to(self.device)
         steps = torch.from_numpy(self.steps[rows]).to(self.device)
@@ -166,11 +175,11 @@ class BlockRun:
         decision = self._decide(rows, index, width, view, state)
         if state:
             self._keep_state(rows, np.flatnonzero(decoded), state)
-        tokens, masked, written = choose_commits(
+        tokens, masked, written = apply_decision(
             view, decision, self.mask_id, self.terminators, self.sampler.terminator_last
         )
-        self._write(rows, place, tokens, written)
-        left, ends, over = outcome(decision, tokens, masked, view.changeable, self.terminators)
+        self._write(rows, cells, tokens, written)
+        left, ends, over = block_outcome(decision, tokens, masked, view.changeable, self.terminators)
         # The step's one wait for the device.
         left_on_host, end, over_on_host = on_host(left, ends, over)
         self.masked_left[rows] = np.where(decoded, left_on_host, self.masked_left[rows])
@@ -183,27 +192,22 @@ class BlockRun:
         """Returns what becomes of the active blocks."""
         return self.sampler.policy.decide(view, state)
 
-    def _active_blocks(
-        self, rows: np.ndarray, index: Tensor | None, width: np.ndarray
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the active blocks' places in the canvas, their tokens, and which of these are real, each [R, K]."""
-        offsets = np.arange(self.sampler.block_length)
-        place = torch.from_numpy(self.cache.lengths[rows][:, None] + offsets).to(self.device)
-        canvas, cells = self._cells(self.canvas, rows, place)
-        (tokens,) = tensors(canvas[cells])
-        return place, tokens, torch.from_numpy(offsets < width[:, None]).to(self.device)
+    def _active_blocks(self, rows: np.ndarray, width: np.ndarray) -> tuple[Any, Any, Any]:
+        """Returns the active blocks' places in the flattened canvas, their tokens, and which are real, each [R, K]."""
+        cells = self._cells(rows, self.cache.lengths[rows][:, None] + self._offsets)
+        _, cells, inside = there(self.device, cells, self._offsets < width[:, None])
+        return cells, self._flat[0][cells], inside
 
-    def _cells(self, table: Tensor, rows: np.ndarray, place: Tensor) -> tuple[Any, Any]:
-        """Returns a table [slots, capacity] flattened, and where in it the places [R, K] of some rows are."""
-        xp, flat, place = arrays(table.view(-1), place)
-        return flat, place + row_index(xp, rows * table.size(1), self.device)
+    def _cells(self, rows: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """Returns where the places [R, K] of some rows are in the flattened canvas."""
+        return place + rows[:, None] * self.canvas.size(1)
 
     def _view(
         self,
         hidden: Tensor,
         shift: Tensor,
-        tokens: Tensor,
-        inside: Tensor,
+        tokens: Any,
+        inside: Any,
         count: int,
         steps: Tensor,
         progress: Tensor,
@@ -211,12 +215,13 @@ class BlockRun:
     ) -> BlockView:
         """Scores the blocks `tokens` [R, K], which begin `shift` [R] into `hidden`, at `count` positions in all."""
         _, given, real = arrays(tokens, inside)
-        (masked,) = tensors((given == self.mask_id) & real)
+        masked = (given == self.mask_id) & real
         where = inside if self.sampler.policy.scores_committed else masked
         scored, logits = score_positions(self.model, hidden, where, shift, count, self.request.suppressed)
         sampled = None
         if self.sampler.temperature > 0:
-            sampled = self.sampler.draw(logits, position_keys(key, scored, tokens.size(1)))
+            sampled = self.sampler.draw(logits, position_keys(key, scored, tokens.shape[1]))
+        tokens, masked, inside = tensors(tokens, masked, inside)
         return BlockView(
             scored_logits=logits,
             scored=scored,
@@ -240,13 +245,12 @@ class BlockRun:
         for name, value in state.items():
             self.state[name][target] = value[source]
 
-    def _write(self, rows: np.ndarray, place: Tensor, tokens: Tensor, written: Tensor) -> None:
-        """Stores the blocks' tokens [R, K] and, where they were written, the number of this forward."""
-        forward = torch.from_numpy(self.nfe[rows, None]).to(self.device, torch.int32)
-        xp, committed_at, tokens, written, now = arrays(self.committed_at.view(-1), tokens, written, forward)
-        canvas, cells = self._cells(self.canvas, rows, place)
+    def _write(self, rows: np.ndarray, cells: Any, tokens: Any, written: Any) -> None:
+        """Stores the blocks' tokens [R, K] at their cells and, where they were written, this forward's number."""
+        xp, forward = there(self.device, self.nfe[rows, None])
+        canvas, committed_at = self._flat
         canvas[cells] = tokens
-        committed_at[cells] = xp.where(written, now, committed_at[cells])
+        committed_at[cells] = xp.where(written, forward, committed_at[cells])
 
     def _settle(self, rows: np.ndarray, decoded: np.ndarray, end: np.ndarray, over: np.ndarray) -> None:
         """Ends the blocks that are over, after a step."""
@@ -295,6 +299,7 @@ class BlockRun:
         self.cache.keep(rows)
         index = torch.from_numpy(rows).to(self.device)
         self.canvas, self.committed_at = self.canvas[index], self.committed_at[index]
+        self._flatten()
         self.state = {name: value[index] for name, value in self.state.items()}
         for name in self.per_slot:
             setattr(self, name, getattr(self, name)[rows])

@@ -19,6 +19,13 @@ STEPS_WITH_REMASKING = 4
 def choose_commits(
     view: BlockView, decision: Decision, mask_id: int, terminators: tuple[int, ...], terminator_last: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `apply_decision`, with tensors."""
+    return tensors(*apply_decision(view, decision, mask_id, terminators, terminator_last))
+
+
+def apply_decision(
+    view: BlockView, decision: Decision, mask_id: int, terminators: tuple[int, ...], terminator_last: bool
+) -> tuple[Any, Any, Any]:
     """Applies a decision and returns the block's tokens, its masked positions and the written ones, each [R, K].
 
     Every row that has masks gets at least one commit unless the policy remasks or edits, so a block takes at most K
@@ -66,12 +73,19 @@ def choose_commits(
         remask = remask & arrays(view.changeable)[1] & ~commit
         after = xp.where(remask, mask_id, after)
         masked = masked | remask
-    return tensors(after, masked, written)
+    return after, masked, written
 
 
 def outcome(
     decision: Decision, tokens: Tensor, masked: Tensor, inside: Tensor, terminators: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `block_outcome`, with tensors."""
+    return tensors(*block_outcome(decision, tokens, masked, inside, terminators))
+
+
+def block_outcome(
+    decision: Decision, tokens: Any, masked: Any, inside: Any, terminators: tuple[int, ...]
+) -> tuple[Any, Any, Any]:
     """Returns of each block after a step [R]: how many masks are left, where the answer ends or -1, if it is over."""
     xp, tokens, masked, inside = arrays(tokens, masked, inside)
     ends = _answer_ends(xp, tokens, masked, inside, terminators)
@@ -83,7 +97,7 @@ def outcome(
     over = (left == 0) | (ends >= 0)
     if decision.keep_open is not None:
         over = over & ~arrays(decision.keep_open)[1]
-    return tensors(left, ends, over)
+    return left, ends, over
 
 
 def _answer_ends(xp: ModuleType, tokens: Any, masked: Any, inside: Any, terminators: tuple[int, ...]) -> Any:
@@ -99,7 +113,7 @@ def _offsets(xp: ModuleType, tokens: Any) -> Any:
 
 def _first(positions: Any) -> Any:
     """Returns where each row's first true position is [R]."""
-    return (positions * 1).argmax(1)
+    return positions.argmax(1) if isinstance(positions, np.ndarray) else positions.int().argmax(1)
 
 
 def count_left(positions: Any) -> Any:

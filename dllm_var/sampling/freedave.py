@@ -64,7 +64,8 @@ class FreeDaveRun(BlockRun):
         self, rows: np.ndarray, index: Tensor | None, hidden: Tensor, pending: np.ndarray, width: np.ndarray
     ) -> None:
         """Goes along the drafts while they are right, and drafts anew from the last right one's prediction."""
-        place, block, inside = self._active_blocks(rows, index, width)
+        cells, *blocks = self._active_blocks(rows, width)
+        block, inside = tensors(*blocks)
         slots = slice(None) if index is None else index
         further = int(self.live[rows].max())
         versions = torch.cat((block[:, None], self.drafts[slots][:, :further]), dim=1)  # [R, D, K]: block and drafts
@@ -81,7 +82,7 @@ class FreeDaveRun(BlockRun):
 
         result = tokens[last_right]
         self._keep_state(rows, np.flatnonzero(width > 0), {name: value[last_right] for name, value in state.items()})
-        self._write(rows, place, result, (result != block) & inside)
+        self._write(rows, cells, *arrays(result, (result != block) & inside)[1:])
         outcomes = [left[last_right], ends[last_right], over[last_right], accepted]
 
         going_on = (outcomes[1] < 0) & ~outcomes[2]

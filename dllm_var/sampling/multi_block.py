@@ -12,7 +12,7 @@ from torch import Tensor
 from dllm_var.errors import UserError
 from dllm_var.model.transformer import Transformer
 from dllm_var.objectives.base import is_one_of
-from dllm_var.sampling.arrays import arrays, on_host, tensors
+from dllm_var.sampling.arrays import arrays, on_host, tensors, there
 from dllm_var.sampling.base import Request, check_at_least_one
 from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
 from dllm_var.sampling.block_run import BlockRun
@@ -79,7 +79,8 @@ class MultiBlockRun(BlockRun):
         share = 1 - self.left[rows][:, :blocks] / np.maximum(widths, 1)  # decoded before this step
         settled = np.concatenate((np.ones_like(share[:, :1]), share[:, :-1]), axis=1) >= self.sampler.settled_at
         tokens, masked, written, ending = self._commit(view, decision, torch.from_numpy(settled).to(self.device))
-        self._write(rows, place, tokens.flatten(1), written.flatten(1))
+        _, cells = there(self.device, self._cells(rows, place_on_host.reshape(rows.size, -1)))
+        self._write(rows, cells, *arrays(tokens.flatten(1), written.flatten(1))[1:])
         finish_row = None if decision.finish_row is None else decision.finish_row[::blocks]
         whole = Decision(commit=inside, finish_row=finish_row)
         _, ends, _ = outcome(whole, tokens.flatten(1), masked.flatten(1), inside, self.terminators)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm_var.errors import UserError
+from dllm_var.sampling.arrays import tensors
 from dllm_var.sampling.block_copies import lay_out
 from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
 from dllm_var.sampling.block_run import BlockRun
@@ -79,7 +80,7 @@ class WinoRun(BlockRun):
         self, rows: np.ndarray, index: Tensor | None, hidden: Tensor, pending: np.ndarray, width: np.ndarray
     ) -> None:
         """Lets the policy see committed positions as their shadows predict them."""
-        _, tokens, inside = self._active_blocks(rows, index, width)
+        tokens, inside = tensors(*self._active_blocks(rows, width)[1:])
         start, wide = torch.from_numpy(np.stack((pending, width))).to(self.device)[:, :, None]
         at = start + torch.arange(tokens.size(1), device=self.device) + wide * ((tokens != self.mask_id) & inside)
         at = at.clamp_max(hidden.size(1) - 1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from dllm_var.benchmarking.measure import Contender, Run
+from dllm_var.benchmarking.contenders import Contender, Run
 from dllm_var.benchmarking.settings import Setting
 from dllm_var.datamodules import CmudictSource
 from dllm_var.model.checkpoints import save_checkpoint_folder

@@ -34,6 +34,8 @@ def as_on_another_device(monkeypatch):
     """Makes CPU tensors go the way of a GPU's."""
     for module in (block_run, commit, multi_block, scoring):
         monkeypatch.setattr(module, "arrays", lambda *values: (torch, *values))
+    for module in (block_run, multi_block):
+        monkeypatch.setattr(module, "there", lambda device, *values: (torch, *map(torch.from_numpy, values)))
     stacked = lambda *values: tuple(torch.stack([value.long() for value in values]).numpy())  # noqa: E731
     for module in (block_run, block_length, multi_block):
         monkeypatch.setattr(module, "on_host", stacked)

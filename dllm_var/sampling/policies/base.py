@@ -69,21 +69,20 @@ class BlockView:
         return tensors(block.reshape(rows, width, *shape[1:]))[0]
 
     @cached_property
-    def _top(self) -> tuple[Tensor, Tensor]:
-        top = self.scored_logits.max(dim=-1)
-        return top.values, top.indices
+    def _best(self) -> Tensor:
+        return self.scored_logits.argmax(dim=-1)
 
     @cached_property
     def predicted(self) -> Tensor:
         """The token to put at each position [R, K]: the most likely one, or the one drawn when sampling."""
-        return self.spread(self._top[1] if self.sampled is None else self.sampled)
+        return self.spread(self._best if self.sampled is None else self.sampled)
 
     @cached_property
     def confidence(self) -> Tensor:
         """Probability of the predicted token [R, K]."""
         if self.sampled is not None:
             return self.probability_of(self.predicted)
-        return self.spread(self.scored_logits.softmax(dim=-1).amax(dim=-1))
+        return self.spread(self.scored_logits.softmax(dim=-1).gather(1, self._best[:, None]).squeeze(1))
 
     @cached_property
     def _normaliser(self) -> Tensor:

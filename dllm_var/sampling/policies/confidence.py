@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dllm_var.errors import UserError
+from dllm_var.sampling.arrays import arrays, tensors
 from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy, ranks, top_n
 
 
@@ -29,8 +30,9 @@ class ConfidenceThreshold(UnmaskingPolicy):
     def decide(self, view: BlockView, state: State) -> Decision:
         if self.decay == 1:
             return Decision(commit=view.masked & (view.confidence > self.threshold))
-        thresholds = self.threshold * self.decay ** view.step.to(view.confidence.dtype)  # [R]
-        return Decision(commit=view.masked & (view.confidence > thresholds[:, None]))
+        _, step, masked, confidence = arrays(view.step, view.masked, view.confidence)
+        thresholds = self.threshold * self.decay**step  # [R]
+        return Decision(*tensors(masked & (confidence > thresholds[:, None])))
 
 
 class ConfidenceFactor(UnmaskingPolicy):
