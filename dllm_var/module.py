@@ -68,6 +68,11 @@ class DiffusionLM(L.LightningModule):
         self.config = transformer if init_from is None else starting_config(transformer, init_from)
         self.objective = objective if objective is not None else EosSchedule()
         self.attention = attention
+        if self.objective.document_attention_only and attention != "document":
+            raise UserError(
+                f"model.attention {attention} does not go with {type(self.objective).__name__}, which decides what a "
+                "sample's tokens see: leave it out or set it to document"
+            )
         self.optimizer, self.schedule = optimizer, schedule
         self.noise, self.validation_noise = KeyedNoise(seed), KeyedNoise(VALIDATION_SEED)
         self.compile_blocks, self.init_from = compile, init_from
@@ -181,11 +186,11 @@ class DiffusionLM(L.LightningModule):
     ) -> tuple[Tensor, Tensor]:
         """Returns the loss in nats and whether the best guess is right, both [M], at the loss positions."""
         assert self.transformer is not None
-        document = self.attention == "document"
+        position_ids, segment_ids = noised.position_ids, None
+        if noised.attention_mask is None and self.attention == "document":
+            position_ids, segment_ids = batch["position_ids"], batch["segment_ids"]
         hidden = self.transformer.hidden_states(
-            noised.input_ids,
-            position_ids=batch["position_ids"] if document else None,
-            segment_ids=batch["segment_ids"] if document else None,
+            noised.input_ids, position_ids, segment_ids, attention_mask=noised.attention_mask
         )
         targets = noised.targets[noised.loss_mask]
         loss, guesses = head_loss(self.transformer.lm_head, hidden[noised.loss_mask], targets, token_loss)
@@ -224,7 +229,8 @@ class DiffusionLM(L.LightningModule):
         self._measure(batch, self.objective, self.objective_metrics)
         if not self.objective.causal:
             assert self.tokenizer is not None
-            self._measure(batch, EvenMasking().bind(self.tokenizer.special), self.bound_metrics)
+            likelihood = self.objective.likelihood() or EvenMasking().bind(self.tokenizer.special)
+            self._measure(batch, likelihood, self.bound_metrics)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)

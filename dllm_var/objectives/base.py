@@ -27,6 +27,11 @@ class NoisedBatch:
         mask_rate: Probability with which each position was masked [B, L], for weights and for reports.
         weights: Weight of each position's loss [B, L]; 1 when null.
         normaliser: What the summed loss is divided by, after adding it up over ranks and accumulated batches.
+        position_ids: Rotary position of each token [B, L]; the batch's when null.
+        attention_mask: Which token sees which [B, L, L], bool; what `model.attention` says when null.
+
+    An objective that gives the model more to read than the batch's tokens may choose its own L; it then gives both of
+    the last two.
     """
 
     input_ids: Tensor
@@ -35,6 +40,8 @@ class NoisedBatch:
     mask_rate: Tensor
     weights: Tensor | None
     normaliser: Tensor
+    position_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
 
 
 class Objective(ABC):
@@ -42,9 +49,11 @@ class Objective(ABC):
 
     Attributes:
         causal: Whether the transformer reads left to right under this objective.
+        document_attention_only: Whether it decides itself which token of a sample sees which.
     """
 
     causal: bool = False
+    document_attention_only: bool = False
     special: SpecialTokens | None = None
 
     def bind(self, special: SpecialTokens) -> Objective:
@@ -55,6 +64,10 @@ class Objective(ABC):
     @abstractmethod
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
         """Returns the noised batch; a pure function of the batch, its `row` numbers and the generator's seed."""
+
+    def likelihood(self) -> Objective | None:
+        """Returns the noise under which a bound on the likelihood is measured; `EvenMasking` when null."""
+        return None
 
     def token_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Returns what each prediction costs in training [M], from logits [M, V] in float32: its cross-entropy."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from dllm_var.errors import UserError
-from dllm_var.objectives.base import Batch, NoisedBatch, Objective, check_rates, is_one_of, mask_rates
+from dllm_var.objectives.base import Batch, NoisedBatch, check_rates, is_one_of, mask_rates
+from dllm_var.objectives.certainty import Certainty
 from dllm_var.objectives.noise import KeyedNoise
 
 
-class EosSchedule(Objective):
+class EosSchedule(Certainty):
     """Masks supervised tokens with probability t and supervised terminators always; mean cross-entropy, no 1/t.
 
     Args:
@@ -37,24 +36,10 @@ class EosSchedule(Objective):
         certainty: float = 0.0,
         certainty_temperature: float = 0.5,
     ) -> None:
+        super().__init__(certainty, certainty_temperature)
         check_rates("EosSchedule", t_min, t_max)
-        if certainty < 0 or certainty_temperature <= 0:
-            raise UserError(
-                "objective EosSchedule needs certainty >= 0 and certainty_temperature > 0, got "
-                f"{certainty} and {certainty_temperature}"
-            )
-        self.certainty, self.certainty_temperature = certainty, certainty_temperature
         self.t_min, self.t_max = t_min, t_max
         self.rate_per, self.mask_terminators = rate_per, mask_terminators
-
-    def token_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        loss = super().token_loss(logits, targets)
-        if self.certainty == 0:
-            return loss
-        right = logits.argmax(dim=-1) == targets
-        log_probs = (logits / self.certainty_temperature).log_softmax(dim=-1)
-        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
-        return loss + self.certainty * entropy * right
 
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
         special = self.specials()

@@ -1,0 +1,240 @@
+"""Block diffusion: blocks are denoised behind clean text, as a sampler with a cache meets them (arXiv 2503.09573)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from dllm_var.errors import UserError
+from dllm_var.objectives.base import Batch, NoisedBatch, Objective, check_rates, is_one_of
+from dllm_var.objectives.certainty import Certainty
+from dllm_var.objectives.noise import KeyedNoise, golden_fractions
+
+CLEAN, FIRST_COPY = 0, 1  # which copy a token belongs to
+
+
+@dataclass
+class Copy:
+    """One copy of the blocks: which tokens it masks [B, N, K], the rates, and whether their predictions are scored."""
+
+    masked: Tensor
+    rate: Tensor
+    scored: bool = True
+
+
+@dataclass
+class Blocks:
+    """Where the supervised blocks of a batch lie; N is the most that a row has, K their length.
+
+    Args:
+        number: Block of each clean token [B, L]: counts up along the row, an unsupervised span being one block.
+        start: Column where each supervised block starts [B, N].
+        exists: Which of them exist, rows having different numbers [B, N].
+        column: Column of each of their tokens [B, N, K], inside the row also where nothing is.
+        answer: Which of their tokens are the answer's; what the last block of an answer has behind it is not [B, N, K].
+    """
+
+    number: Tensor
+    start: Tensor
+    exists: Tensor
+    column: Tensor
+    answer: Tensor
+
+
+class BlockDiffusion(Certainty):
+    """Masks tokens of every block of an answer; a block sees itself and the clean text before it, nothing behind it.
+
+    The model reads `[clean | copies of the answers' blocks]` at once. A clean token sees its own block and those before
+    it; a prompt, or any span without supervision, is one block. A copied token sees its own copy of its block and the
+    clean blocks before. Block diffusion: BD3-LM, arXiv 2503.09573, section 3; without token shift and with clean
+    context, as in Efficient-DLM, arXiv 2512.14067. Blocks are counted from each answer's start. Masks fill what an
+    answer leaves free in its last block, so that the end of what is seen does not tell where the answer ends.
+
+    Each block has a mask rate t ~ U(t_min, t_max) of its own. The terminator is always masked, as in dLLM-Var (arXiv
+    2510.24605). The loss is the mean cross-entropy over the masked tokens of all copies.
+
+    Args:
+        block_length: The sampler's `block_length`.
+        kv_commit: The sampler's `kv_commit`. `alone`: clean tokens are read as above. `joint_next`: those of a block
+            also see the next one as nothing but masks, with which the sampler reads them. That takes one more copy,
+            which is scored too: it is the first step of every block.
+        t_min: Smallest mask rate.
+        t_max: Largest mask rate.
+        complementary: Adds to each copy one that masks what it shows, so that every token is predicted (Fast-dLLM v2,
+            arXiv 2509.26328, section 3).
+        right_heavy: Masks rather what is further right, as decoding leaves it: the token at offset i of its block is
+            drawn with weight exp(right_heavy * (1 - t) * i), their number staying what it is (Efficient-DLM). 0 for
+            evenly.
+        mask_terminators: Masks supervised terminators with probability 1; with t like any token if false.
+        certainty: Weight of the entropy of predictions that are already right (dParallel, arXiv 2509.26488, section 3).
+        certainty_temperature: Divides the logits before that entropy.
+
+    Raises:
+        UserError: Unless block_length >= 1, 0 < t_min <= t_max <= 1, right_heavy >= 0, certainty >= 0 and
+            certainty_temperature > 0.
+    """
+
+    document_attention_only = True
+    scores_first_step: ClassVar[bool] = True  # whether the copy that is nothing but masks counts
+
+    def __init__(
+        self,
+        block_length: int = 32,
+        kv_commit: Literal["joint_next", "alone"] = "joint_next",
+        t_min: float = 0.1,
+        t_max: float = 1.0,
+        complementary: bool = False,
+        right_heavy: float = 0.0,
+        mask_terminators: bool = True,
+        certainty: float = 0.0,
+        certainty_temperature: float = 0.5,
+    ) -> None:
+        super().__init__(certainty, certainty_temperature)
+        check_rates("BlockDiffusion", t_min, t_max)
+        if block_length < 1 or right_heavy < 0:
+            raise UserError(
+                "objective BlockDiffusion needs block_length >= 1 and right_heavy >= 0, got "
+                f"{block_length} and {right_heavy}"
+            )
+        self.block_length, self.kv_commit = block_length, kv_commit
+        self.t_min, self.t_max = t_min, t_max
+        self.complementary, self.right_heavy, self.mask_terminators = complementary, right_heavy, mask_terminators
+
+    def likelihood(self) -> Objective:
+        """The same blocks and contexts, with rates and weights that bound the likelihood (BD3-LM, equation 8)."""
+        return EvenBlockMasking(self).bind(self.specials())
+
+    def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
+        tokens = batch["input_ids"]
+        blocks = find_blocks(batch, self.block_length)
+        rate = self.rates(batch, blocks, generator)[:, :, None].expand_as(blocks.column)
+        masked = self.masked(batch, blocks, rate, generator) & blocks.answer
+        copies = [Copy(masked, rate)]
+        if self.complementary:
+            copies.append(Copy(blocks.answer & ~masked, 1 - rate))
+        if self.mask_terminators:
+            ends = is_one_of(_take(tokens, blocks.column), self.specials().terminator_ids) & blocks.answer
+            for copy in copies:
+                copy.masked = copy.masked | ends
+        if self.kv_commit == "joint_next":  # the first copy is the one that clean tokens see
+            copies.insert(0, Copy(blocks.answer, torch.ones_like(rate), self.scores_first_step))
+        return self.lay_out(batch, blocks, copies)
+
+    def rates(self, batch: Batch, blocks: Blocks, generator: KeyedNoise) -> Tensor:
+        """Draws the mask rate of each block [B, N], keyed by the column where it starts."""
+        uniform = generator.uniform(batch["row"], batch["input_ids"].size(1), stream=1).gather(1, blocks.start)
+        return self.t_min + (self.t_max - self.t_min) * uniform
+
+    def masked(self, batch: Batch, blocks: Blocks, rate: Tensor, generator: KeyedNoise) -> Tensor:
+        """Draws which tokens of the blocks are masked [B, N, K]."""
+        rows, length = batch["row"], batch["input_ids"].size(1)
+        masked = (_take(generator.uniform(rows, length, stream=2), blocks.column) < rate) & blocks.answer
+        if self.right_heavy == 0:
+            return masked
+        # As many as that, but which: the largest of log weight + Gumbel noise are a draw without replacement.
+        uniform = _take(generator.uniform(rows, length, stream=3), blocks.column).clamp_min(1e-7)
+        offset = torch.arange(self.block_length, device=rate.device)
+        keys = self.right_heavy * (1 - rate) * offset - (-uniform.log()).log()
+        keys = keys.masked_fill(~blocks.answer, -torch.inf)
+        place = keys.argsort(dim=-1, descending=True).argsort(dim=-1)
+        return (place < masked.sum(dim=-1, keepdim=True)) & blocks.answer
+
+    def lay_out(self, batch: Batch, blocks: Blocks, copies: list[Copy]) -> NoisedBatch:
+        """Returns the batch as `[clean | copy | copy ...]`."""
+        tokens = batch["input_ids"]
+        answer, targets = blocks.answer.flatten(1), _take(tokens, blocks.column).flatten(1)
+        first = batch["position_ids"].gather(1, blocks.start)[:, :, None]
+        positions = (first + torch.arange(self.block_length, device=tokens.device)).flatten(1)
+        read, masked = [tokens], [torch.zeros_like(batch["supervised"])]
+        rate = [torch.zeros_like(tokens, dtype=torch.float32)]
+        for copy in copies:
+            hidden = copy.masked.flatten(1)
+            read.append(torch.where(answer & ~hidden, targets, self.specials().mask_id))
+            masked.append(hidden if copy.scored else torch.zeros_like(hidden))
+            rate.append(copy.rate.flatten(1))
+        loss_mask = torch.cat(masked, dim=1)
+        return NoisedBatch(
+            input_ids=torch.cat(read, dim=1),
+            targets=torch.cat([tokens, *[targets] * len(copies)], dim=1),
+            loss_mask=loss_mask,
+            mask_rate=torch.cat(rate, dim=1),
+            weights=None,
+            normaliser=loss_mask.sum(),
+            position_ids=torch.cat([batch["position_ids"], *[positions] * len(copies)], dim=1),
+            attention_mask=self.attention_mask(batch, blocks, len(copies)),
+        )
+
+    def attention_mask(self, batch: Batch, blocks: Blocks, copies: int) -> Tensor:
+        """Returns which token sees which [B, S, S] in `[clean | copies]`, S = L + copies * N * K."""
+        clean_segment, length = batch["segment_ids"], batch["input_ids"].size(1)
+        block = _take(blocks.number, blocks.start).masked_fill(~blocks.exists, -1)  # what is not there sees its like
+        block = block.repeat_interleave(self.block_length, dim=1)
+        segment = clean_segment.gather(1, blocks.start).repeat_interleave(self.block_length, dim=1)
+        copy = torch.arange(FIRST_COPY, FIRST_COPY + copies, device=block.device).repeat_interleave(block.size(1))
+        copy = torch.cat([copy.new_full((length,), CLEAN), copy])
+        block = torch.cat([blocks.number, *[block] * copies], dim=1)
+        segment = torch.cat([clean_segment, *[segment] * copies], dim=1)
+
+        query, key, clean = block[:, :, None], block[:, None, :], copy == CLEAN
+        seen = ((query == key) & (copy[:, None] == copy)) | ((query > key) & clean)
+        if self.kv_commit == "joint_next":
+            seen = seen | ((query + 1 == key) & clean[:, None] & (copy == FIRST_COPY))
+        return seen & (segment[:, :, None] == segment[:, None, :])
+
+
+class EvenBlockMasking(BlockDiffusion):
+    """Masks every supervised token of a block with a rate that walks evenly over (0, 1), weighted by 1 / rate.
+
+    Args:
+        objective: Whose blocks and contexts these are.
+        smallest: Smallest mask rate; keeps the weights finite.
+    """
+
+    scores_first_step = False
+
+    def __init__(self, objective: BlockDiffusion, smallest: float = 1e-2) -> None:
+        super().__init__(objective.block_length, objective.kv_commit, smallest, mask_terminators=False)
+
+    def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
+        noised = super().corrupt(batch, generator)
+        noised.weights = 1 / noised.mask_rate.clamp_min(self.t_min)
+        noised.normaliser = batch["supervised"].sum()
+        return noised
+
+    def rates(self, batch: Batch, blocks: Blocks, generator: KeyedNoise) -> Tensor:
+        first = golden_fractions(batch["row"])[:, None]
+        even = (first + golden_fractions(torch.arange(blocks.start.size(1), device=first.device))) % 1
+        return self.t_min + (1 - self.t_min) * even
+
+
+def find_blocks(batch: Batch, block_length: int) -> Blocks:
+    """Finds the blocks of `block_length` of every supervised span, counted from where it starts."""
+    supervised, segment = batch["supervised"], batch["segment_ids"]
+    length = supervised.size(1)
+    columns = torch.arange(length, device=supervised.device).expand_as(segment)
+    changes = torch.ones_like(supervised)
+    changes[:, 1:] = (supervised[:, 1:] != supervised[:, :-1]) | (segment[:, 1:] != segment[:, :-1])
+    span_start = torch.where(changes, columns, 0).cummax(dim=1).values
+    begins = changes | (supervised & ((columns - span_start) % block_length == 0))
+    number = begins.cumsum(dim=1)
+
+    begins = begins & supervised
+    count = begins.sum(dim=1)
+    most = int(count.max())
+    # The columns of the blocks' starts, in order, in front of all others.
+    start = torch.where(begins, columns, length).sort(dim=1).values[:, :most]
+    exists = start < length
+    start = start.clamp_max(length - 1)
+    column = start[:, :, None] + torch.arange(block_length, device=start.device)
+    inside = column < length
+    column = column.clamp_max(length - 1)
+    same = _take(number, column) == number.gather(1, start)[:, :, None]
+    return Blocks(number, start, exists, column, inside & same & exists[:, :, None])
+
+
+def _take(values: Tensor, columns: Tensor) -> Tensor:
+    """Returns `values` [B, L] at `columns` [B, ...]."""
+    return values.gather(1, columns.flatten(1)).view(columns.shape)

@@ -1,0 +1,308 @@
+"""Block diffusion against slow readings of one block at a time, and against what its sampler computes."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dllm_var import DiffusionLM
+from dllm_var.errors import UserError
+from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.objectives import BlockDiffusion, KeyedNoise
+from dllm_var.objectives.block_diffusion import Copy, find_blocks
+from dllm_var.objectives.cross_entropy import head_loss
+from dllm_var.sampling import BlockDiffusionSampler
+from dllm_var.sampling.policies import UnmaskingPolicy
+from dllm_var.sampling.policies.base import Decision
+from dllm_var.tokenization import SpecialTokens
+
+MASK, END, PAD, VOCABULARY = 0, 1, 2, 30
+SPECIAL = SpecialTokens(mask_id=MASK, terminator_ids=(END,), pad_id=PAD)
+BLOCK = 4
+# Rows of samples, a sample being spans (supervised or not, length); a supervised span ends with a terminator.
+ROWS = [
+    [[(False, 3), (True, 6)], [(False, 5), (True, 4), (False, 2), (True, 9)]],  # the second has two turns
+    [[(False, 7), (True, 1)], [(True, 5)], [(False, 2), (True, 8)]],  # the second is text without prompt
+    [[(False, 20)], [(False, 4), (True, 3)]],
+]
+MODES = ["alone", "joint_next"]
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    shape = TransformerConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=VOCABULARY)
+    shape.mask_id, shape.terminator_ids, shape.pad_id, shape.initializer_range = MASK, [END], PAD, 0.3
+    return Transformer(shape).eval()
+
+
+def make_batch(rows=ROWS, length=34, seed=0, first_row=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(rows), length)
+    batch = {
+        "input_ids": torch.full(shape, PAD),
+        "supervised": torch.zeros(shape, dtype=torch.bool),
+        "segment_ids": torch.full(shape, -1),
+        "position_ids": torch.zeros(shape, dtype=torch.long),
+        "row": torch.arange(first_row, first_row + len(rows)),
+    }
+    for i, samples in enumerate(rows):
+        at = 0
+        for segment, spans in enumerate(samples):
+            begin = at
+            for supervised, width in spans:
+                here = slice(at, at + width)
+                batch["input_ids"][i, here] = torch.randint(3, VOCABULARY, (width,), generator=generator)
+                batch["supervised"][i, here] = supervised
+                if supervised:
+                    batch["input_ids"][i, at + width - 1] = END
+                at += width
+            batch["segment_ids"][i, begin:at] = segment
+            batch["position_ids"][i, begin:at] = torch.arange(at - begin)
+    return batch
+
+
+def bound(**settings):
+    return BlockDiffusion(BLOCK, **settings).bind(SPECIAL)
+
+
+def walk(batch):
+    """Yields row, segment and blocks (supervised, columns) of every sample, in order."""
+    for i in range(len(batch["row"])):
+        for segment in range(int(batch["segment_ids"][i].max()) + 1):
+            blocks = []
+            for j in (batch["segment_ids"][i] == segment).nonzero().flatten().tolist():
+                supervised = bool(batch["supervised"][i, j])
+                full = supervised and blocks and len(blocks[-1][1]) == BLOCK
+                if not blocks or blocks[-1][0] != supervised or full:
+                    blocks.append((supervised, []))
+                blocks[-1][1].append(j)
+            yield i, segment, blocks
+
+
+def copies_of(noised, batch):
+    """Returns {(row, first column of a block): slices of its copies} for a noised batch."""
+    length, blocks = batch["input_ids"].size(1), find_blocks(batch, BLOCK)
+    per_copy = blocks.start.size(1) * BLOCK
+    copies = (noised.input_ids.size(1) - length) // per_copy if per_copy else 0
+    return {
+        (i, int(blocks.start[i, n])): [
+            slice(length + c * per_copy + n * BLOCK, length + c * per_copy + (n + 1) * BLOCK) for c in range(copies)
+        ]
+        for i in range(blocks.start.size(0))
+        for n in range(blocks.start.size(1))
+        if blocks.exists[i, n]
+    }
+
+
+def read_alone(transformer, batch, i, blocks, number, tokens, joint):
+    """Reads block `number` of a sample with the given tokens, as one short row with a mask made by loops.
+
+    Clean blocks before it are read as a cache holds them: each from itself and those before, and with `joint` from the
+    masks of the next one, if that is supervised.
+    """
+    begin = blocks[0][1][0]
+    row, positions, role = [], [], []  # role: (block, "clean" / "masks" / "noisy")
+    for b, (_, columns) in enumerate(blocks[:number]):
+        row += [int(batch["input_ids"][i, j]) for j in columns]
+        positions += [j - begin for j in columns]
+        role += [(b, "clean")] * len(columns)
+        if joint and blocks[b + 1][0]:
+            row += [MASK] * BLOCK
+            positions += [blocks[b + 1][1][0] - begin + k for k in range(BLOCK)]
+            role += [(b + 1, "masks")] * BLOCK
+    row += tokens
+    positions += [blocks[number][1][0] - begin + k for k in range(BLOCK)]
+    role += [(number, "noisy")] * BLOCK
+    seen = torch.zeros(len(row), len(row), dtype=torch.bool)
+    for q, (block, kind) in enumerate(role):
+        for k, (other, its_kind) in enumerate(role):
+            if its_kind == "clean":
+                seen[q, k] = other <= block if kind == "clean" else other < block
+            elif its_kind == "masks" and kind == "clean":
+                seen[q, k] = other == block + 1
+            else:
+                seen[q, k] = (other, its_kind) == (block, kind)
+    # Position ids may exceed a short row's length, which only sizes the rotary table.
+    transformer.rotary(torch.zeros(1, 1, dtype=torch.long), 64)
+    hidden = transformer.hidden_states(
+        torch.tensor([row]), position_ids=torch.tensor([positions]), attention_mask=seen[None]
+    )
+    return transformer.lm_head(hidden)[0, -BLOCK:]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("complementary", [False, True])
+def test_packed_rows_give_the_logits_and_gradients_of_one_block_at_a_time(mode, complementary):
+    batch, transformer = make_batch(), model()
+    objective = bound(kv_commit=mode, complementary=complementary, t_min=0.3, t_max=0.8)
+    noised = objective.corrupt(batch, KeyedNoise(3))
+    hidden = transformer.hidden_states(
+        noised.input_ids, position_ids=noised.position_ids, attention_mask=noised.attention_mask
+    )
+    logits = transformer.lm_head(hidden)
+    loss, _ = head_loss(transformer.lm_head, hidden[noised.loss_mask], noised.targets[noised.loss_mask])
+    objective.loss(loss, noised).backward()
+    ours = [parameter.grad.clone() for parameter in transformer.parameters()]
+    transformer.zero_grad()
+
+    where, slow_loss, compared = copies_of(noised, batch), torch.zeros(()), 0
+    for i, _, blocks in walk(batch):
+        for number, (supervised, columns) in enumerate(blocks):
+            if not supervised:
+                continue
+            for here in where[i, columns[0]]:
+                expected = read_alone(
+                    transformer, batch, i, blocks, number, noised.input_ids[i, here].tolist(), mode == "joint_next"
+                )
+                torch.testing.assert_close(logits[i, here], expected, atol=1e-4, rtol=0)
+                for k, column in enumerate(columns):
+                    if noised.loss_mask[i, here][k]:
+                        target = batch["input_ids"][i, column]
+                        slow_loss = slow_loss + F.cross_entropy(expected[k], target)
+                compared += 1
+    assert compared == sum(map(len, where.values())) > 10
+    slow_loss.backward()
+    for gradient, parameter in zip(ours, transformer.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-4, rtol=1e-4)
+
+
+class Dictation(UnmaskingPolicy):
+    """Commits a given answer: in each block first the offsets `early`, then the rest; keeps the logits it is shown."""
+
+    def __init__(self, answer, early):
+        self.answer, self.early, self.block, self.seen = answer, early, -1, []
+
+    def decide(self, view, state):
+        first = int(view.step[0]) == 0
+        self.block += first
+        tokens = self.answer[self.block * BLOCK : (self.block + 1) * BLOCK]
+        self.seen.append((self.block, first, view.logits[0], view.masked[0].clone()))
+        padded = torch.tensor([[*tokens, *[PAD] * (BLOCK - len(tokens))]])
+        offsets = torch.arange(BLOCK)
+        due = torch.isin(offsets, torch.tensor(self.early)) & (offsets < len(tokens) - 1) if first else None
+        if due is None or not due.any():
+            due = offsets < len(tokens)
+        return Decision(commit=due[None] & view.masked, tokens=padded)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("answer_length", [3, 5, 8, 12])
+def test_the_sampler_computes_the_trained_conditionals(mode, answer_length):
+    """Its logits, step by step, are those of the training row with the same tokens masked."""
+    transformer, early = model(), [0, 2]
+    prompt, row = 5, [[[(False, 5), (True, answer_length)]]]
+    batch = make_batch(row, prompt + answer_length + 3)
+    answer = batch["input_ids"][0, prompt : prompt + answer_length].tolist()
+    objective = bound(kv_commit=mode)
+    blocks = find_blocks(batch, BLOCK)
+    shown = torch.isin(torch.arange(BLOCK), torch.tensor(early)) & (blocks.column != prompt + answer_length - 1)
+    rate = torch.ones(blocks.column.shape)
+    noised = objective.lay_out(batch, blocks, [Copy(blocks.answer, rate), Copy(blocks.answer & ~shown, rate)])
+    with torch.no_grad():
+        hidden = transformer.hidden_states(
+            noised.input_ids, position_ids=noised.position_ids, attention_mask=noised.attention_mask
+        )
+        trained = transformer.lm_head(hidden)[0, batch["input_ids"].size(1) :].view(2, -1, BLOCK, VOCABULARY)
+
+    policy = Dictation(answer, early)
+    sampler = BlockDiffusionSampler(policy, BLOCK, 40, kv_commit=mode, terminator_last=False)
+    written = sampler.generate(transformer, [batch["input_ids"][0, :prompt].tolist()])[0]
+    assert written.tokens == answer[:-1] and written.finish_reason == "eos"
+    assert len(policy.seen) > len(answer) / BLOCK
+    words = torch.arange(VOCABULARY) != MASK  # the sampler never predicts that
+    for block, first, logits, masked in policy.seen:
+        expected = trained[0 if first else 1, block]
+        torch.testing.assert_close(logits[masked][:, words], expected[masked][:, words], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_noise_of_a_row_does_not_depend_on_its_batch_and_the_seed_matters(mode):
+    objective = bound(kv_commit=mode, complementary=True, right_heavy=0.5)
+    together, wide = make_batch(), make_batch(length=50)
+    noised = objective.corrupt(together, KeyedNoise(5))
+    where = copies_of(noised, together)
+    for i in range(len(ROWS)):
+        single = {name: values[i : i + 1] for name, values in together.items()}
+        alone = objective.corrupt(single, KeyedNoise(5))
+        for (_, column), slices in copies_of(alone, single).items():
+            for ours, theirs in zip(slices, where[i, column], strict=True):
+                assert torch.equal(alone.input_ids[0, ours], noised.input_ids[i, theirs])
+                assert torch.equal(alone.mask_rate[0, ours], noised.mask_rate[i, theirs])
+    again, other = objective.corrupt(together, KeyedNoise(5)), objective.corrupt(together, KeyedNoise(6))
+    assert torch.equal(again.input_ids, noised.input_ids) and not torch.equal(other.input_ids, noised.input_ids)
+    assert objective.corrupt(wide, KeyedNoise(5)).loss_mask.sum() == noised.loss_mask.sum()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_masked_and_scored(mode):
+    batch = make_batch()
+    length = batch["input_ids"].size(1)
+    noised = bound(kv_commit=mode, complementary=True, t_min=0.5, t_max=0.5).corrupt(batch, KeyedNoise(0))
+    assert torch.equal(noised.input_ids[:, :length], batch["input_ids"]) and not noised.loss_mask[:, :length].any()
+    copies = 3 if mode == "joint_next" else 2
+    scored = {}
+    for (i, column), slices in copies_of(noised, batch).items():
+        assert len(slices) == copies
+        for here in slices:
+            for k in range(BLOCK):
+                j = column + k
+                same = j < length and batch["segment_ids"][i, j] == batch["segment_ids"][i, column]
+                answer = bool(same and batch["supervised"][i, column : j + 1].all())
+                token, loss = int(noised.input_ids[i, here][k]), bool(noised.loss_mask[i, here][k])
+                assert token == MASK if loss or not answer else token == int(batch["input_ids"][i, j])
+                assert int(noised.position_ids[i, here][k]) == int(batch["position_ids"][i, column]) + k
+                if answer:
+                    assert int(noised.targets[i, here][k]) == int(batch["input_ids"][i, j])
+                    scored.setdefault((i, j), []).append(loss)
+                else:
+                    assert not loss
+    assert set(scored) == {tuple(place) for place in batch["supervised"].nonzero().tolist()}
+    for (i, j), losses in scored.items():
+        if batch["input_ids"][i, j] == END:
+            assert all(losses)
+        else:
+            assert losses[:-2] == [True] * (copies - 2) and losses[-1] != losses[-2]
+    assert int(noised.normaliser) == int(noised.loss_mask.sum())
+
+
+def test_right_heavy_masks_as_many_but_further_right():
+    batch = make_batch([[[(True, 33)]]] * 400, 33)
+    masked = {}
+    for weight in (0.0, 1.0):
+        objective = bound(kv_commit="alone", t_min=0.5, t_max=0.5, right_heavy=weight, mask_terminators=False)
+        masked[weight] = objective.corrupt(batch, KeyedNoise(0)).loss_mask[:, 33:].view(400, -1, BLOCK)[:, :8]
+    assert torch.equal(masked[0.0].sum(-1), masked[1.0].sum(-1))
+    assert masked[0.0].float().mean((0, 1)).sub(0.5).abs().max() < 0.03
+    share = masked[1.0].float().mean((0, 1))
+    assert (share.diff() > 0.05).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_likelihood_weights_count_every_supervised_token_once(mode):
+    batch = make_batch([[[(False, 3), (True, 30)]]] * 300, 33)
+    likelihood = bound(kv_commit=mode, certainty=1.0).likelihood()
+    noised = likelihood.corrupt(batch, KeyedNoise(0))
+    ones = torch.ones(int(noised.loss_mask.sum()))
+    assert float(likelihood.loss(ones, noised) / noised.normaliser) == pytest.approx(1.0, abs=0.05)
+    rates = noised.mask_rate[:, 33:][noised.loss_mask[:, 33:]]
+    assert rates.min() < 0.1 and rates.max() > 0.98
+
+
+def test_a_batch_without_supervision_has_no_loss():
+    batch = make_batch([[[(False, 9)]]], 12)
+    noised = bound().corrupt(batch, KeyedNoise(0))
+    assert torch.equal(noised.input_ids, batch["input_ids"]) and not noised.loss_mask.any()
+    hidden = model().hidden_states(
+        noised.input_ids, position_ids=noised.position_ids, attention_mask=noised.attention_mask
+    )
+    assert torch.isfinite(hidden).all()
+
+
+def test_bad_settings_are_named():
+    with pytest.raises(UserError, match="block_length"):
+        BlockDiffusion(0)
+    with pytest.raises(UserError, match="mask rates"):
+        BlockDiffusion(4, t_min=0.5, t_max=0.2)
+    with pytest.raises(UserError, match="BlockDiffusion needs certainty"):
+        BlockDiffusion(4, certainty=-1.0)
+    with pytest.raises(UserError, match=r"model\.attention full"):
+        DiffusionLM(objective=BlockDiffusion(4), attention="full")
