@@ -13,10 +13,11 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from tqdm import tqdm
 
+from dllm_var import strategies
 from dllm_var.errors import UserError
 
 
@@ -59,8 +60,7 @@ def held_out_prompts(trainer: L.Trainer, split: str, count: int | None) -> list[
 
 def is_sharded(trainer: L.Trainer) -> bool:
     """Whether a forward pass needs every process, because each holds only a part of the parameters."""
-    strategy = trainer.strategy
-    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or getattr(strategy, "zero_stage_3", False)
+    return strategies.is_sharded(trainer.strategy)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from dllm_var.runs import (
 )
 from dllm_var.sampling import Sampler
 from dllm_var.settings import SettingsParser, merged, qualify_references, read_settings, split_vars
+from dllm_var.strategies import check_strategy
 
 DEFAULTS = {"model": DiffusionLM, "data": PackedDataModule}
 BASES = {"model": L.LightningModule, "data": L.LightningDataModule}
@@ -238,6 +239,7 @@ class TrainingCLI(LightningCLI):
         for section in ("trainer", "model", "data"):
             if not isinstance(settings.get(section), Namespace):
                 raise UserError(f"{section}: expected settings by name, got {settings.get(section)!r}")
+        check_strategy(settings.trainer.get("strategy"))
         if settings.get("weights_only") is False:
             raise UserError("weights_only=false would run code that a checkpoint may hold: leave it out")
         settings.weights_only = True  # a checkpoint is data, never code to run

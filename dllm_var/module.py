@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dllm_var.errors import UserError
+from dllm_var.loss_guard import GuardedSteps, LossGuard
 from dllm_var.metrics.denoising import DenoisingMetrics
 from dllm_var.model.checkpoints import start_from, starting_config
 from dllm_var.model.config import TransformerConfig
@@ -28,11 +29,12 @@ from dllm_var.objectives.validation import EvenMasking
 from dllm_var.optim import AdamW, Schedule, parameter_groups
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
 from dllm_var.sampling.config import last_sampler, remembered_sampler
+from dllm_var.step_totals import StepTotals
+from dllm_var.strategies import check_accumulation, skip_update
 from dllm_var.tokenization import Tokenizer
 
 OptimizerCallable = Callable[[Any], Optimizer]
 
-LOSS_SCALE = 2.0**-12  # keeps the gradients of summed losses in the range of 16-bit floats
 # What may differ from a checkpoint that a run goes on from.
 CHANGEABLE = {"rope_theta", "rope_scaling", "norm_eps", "initializer_range", "context_length"}
 VALIDATION_SEED = 20251024  # validation noise is the same in every epoch and every run
@@ -51,6 +53,7 @@ class DiffusionLM(L.LightningModule):
         compile: Compiles the transformer's blocks with torch.compile.
         init_from: Run folder, `.ckpt` file, model folder or hub name whose weights `fit` starts from, new ones when
             null. What `transformer` leaves at its default is then the checkpoint's to say.
+        loss_guard: When an update is skipped, a loss recorded and training stopped.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class DiffusionLM(L.LightningModule):
         seed: int = 0,
         compile: bool = False,
         init_from: str | None = None,
+        loss_guard: LossGuard = LossGuard(),  # noqa: B008
     ) -> None:
         super().__init__()
         self.config = transformer if init_from is None else starting_config(transformer, init_from)
@@ -80,6 +84,7 @@ class DiffusionLM(L.LightningModule):
         self.tokenizer: Tokenizer | None = None
         self.sampler: Sampler | None = None  # the `sampler` section, set by the command line
         self.last_step_stats: dict[str, int] = {}
+        self.guard = GuardedSteps(loss_guard)
         self.objective_metrics, self.bound_metrics = DenoisingMetrics(), DenoisingMetrics()
 
     # -- building ----------------------------------------------------------------------------------------------------
@@ -169,17 +174,14 @@ class DiffusionLM(L.LightningModule):
         # 2. forward; the head only where a loss is
         token_loss, correct = self.predict_hidden(batch, noised, self.objective.token_loss)
         loss_sum = self.objective.loss(token_loss, noised)  # 3. weighted sum, in nats
-        self._normaliser += noised.normaliser  # 4. the division waits for all ranks and accumulated batches
-        self._loss_sum += loss_sum.detach()
-        self._correct += correct.sum()
-        self._scored += correct.numel()
         self.last_step_stats = {
             "tokens": batch["input_ids"].numel(),
             "supervised_tokens": int(batch["supervised"].sum()),
             "loss_tokens": correct.numel(),
             "samples": int(((batch["position_ids"] == 0) & (batch["segment_ids"] >= 0)).sum()),  # padding is at 0 too
         }
-        return loss_sum * LOSS_SCALE  # undone below
+        # 4. the division waits for all ranks and accumulated batches
+        return self._totals.add(batch["row"], noised, loss_sum, token_loss, correct)
 
     def predict_hidden(
         self, batch: Batch, noised: NoisedBatch, token_loss: TokenLoss = cross_entropy
@@ -197,31 +199,25 @@ class DiffusionLM(L.LightningModule):
         return loss, guesses == targets
 
     def on_train_start(self) -> None:
-        self._reset_sums()
-
-    def _reset_sums(self) -> None:
-        self._loss_sum = torch.zeros((), device=self.device)
-        self._normaliser, self._correct, self._scored = (
-            torch.zeros((), dtype=torch.long, device=self.device) for _ in range(3)
-        )
+        check_accumulation(self.trainer)
+        self._totals = StepTotals(self.trainer, self.device)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divides the gradients by the loss tokens of the whole step: all ranks, all accumulated batches.
+        """Divides the gradients by the loss tokens of the whole step, so that the same rows give the same step however
+        they are split over ranks and accumulated batches; an update that would do harm is not made."""
+        self.last_step = step = self._totals.finish(optimizer)
+        self._totals = StepTotals(self.trainer, self.device)
+        self.log("train/loss", step.loss, prog_bar=True)
+        self.log("train/masked_accuracy", step.masked_accuracy, prog_bar=True)
+        if step.gradient_norm is not None:
+            self.log("train/gradient_norm", step.gradient_norm)
+        if not self.guard.allows(step, self.trainer):
+            skip_update(optimizer, self.trainer)
+        if self.guard.skipped:
+            self.log("train/skipped_updates", float(self.guard.skipped))
 
-        Lightning has averaged the gradients over ranks and divided by the accumulation; both are undone here, so that
-        the same rows give the same step however they are split.
-        """
-        exact = torch.float32 if self.device.type == "mps" else torch.float64  # counts beyond 2^24 need 64 bits
-        sums = torch.stack([s.to(exact) for s in (self._loss_sum, self._normaliser, self._correct, self._scored)])
-        sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        loss_sum, normaliser, correct, scored = sums
-        split = self.trainer.world_size * self.trainer.accumulate_grad_batches / LOSS_SCALE
-        scale = (split / normaliser.clamp_min(1)).float()
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, scale)
-        self.log("train/loss", (loss_sum / normaliser.clamp_min(1)).float(), prog_bar=True)
-        self.log("train/masked_accuracy", (correct / scored.clamp_min(1)).float(), prog_bar=True)
-        self._reset_sums()
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.guard.check_count(self.trainer)
 
     # -- validation --------------------------------------------------------------------------------------------------
 
@@ -287,6 +283,7 @@ class DiffusionLM(L.LightningModule):
             "tokenizer": self.tokenizer.to_dict(),
             "sampler": remembered_sampler(self.trainer.callbacks),  # type: ignore[attr-defined]
         }
+        checkpoint["loss_guard"] = self.guard.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another model or tokenizer, naming the setting, before any weight is touched."""
@@ -303,6 +300,8 @@ class DiffusionLM(L.LightningModule):
                 )
         if Tokenizer.from_dict(saved["tokenizer"]).fingerprint != self.tokenizer.fingerprint:
             raise UserError("the checkpoint was trained with another tokenizer than data.tokenizer")
+        if "loss_guard" in checkpoint:
+            self.guard.load_state_dict(checkpoint["loss_guard"])
 
 
 def can_compile(device: torch.device) -> bool:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
 from dllm_var.errors import UserError
+from dllm_var.model.initialise import local_part
 
 
 @dataclass
@@ -63,10 +66,11 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """
     roles: dict[str, list[nn.Parameter]] = {"hidden": [], "head": [], "rest": []}
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}  # FSDP1 leaves them one dimension
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        matrix = parameter.dim() >= 2 and id(parameter) not in embeddings
+        matrix = (parameter.dim() >= 2 or id(parameter) in linear) and id(parameter) not in embeddings
         roles["rest" if not matrix else "head" if "lm_head" in name else "hidden"].append(parameter)
     groups: list[dict[str, Any]] = [{"params": params, "role": role} for role, params in roles.items() if params]
     for group in groups:
@@ -102,7 +106,8 @@ class Muon(Optimizer):
     """Muon for hidden weight matrices, AdamW for embeddings, head and norms, in one optimizer.
 
     Momentum is orthogonalised by five Newton-Schulz iterations, matrices of one shape together (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon). Whole matrices are needed: with sharded parameters use AdamW.
+    kellerjordan.github.io/posts/muon). Parameters may be sharded as DTensors (FSDP2): the processes then deal whole
+    matrices among themselves, so that each is orthogonalised once.
 
     Args:
         params: Groups from `parameter_groups`; those of another role than `hidden` are AdamW's.
@@ -156,14 +161,15 @@ class Muon(Optimizer):
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
+        parameters = [p for p in parameters if local_part(p).numel()]  # a short one may lie with other processes
         if not parameters:
             return
         states = [self.state[p] for p in parameters]
-        adamw(
-            parameters,
-            [p.grad for p in parameters if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+        adamw(  # element by element, so that shards need no others
+            [local_part(p) for p in parameters],
+            [local_part(p.grad) for p in parameters if p.grad is not None],
+            [local_part(state["exp_avg"]) for state in states],
+            [local_part(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=True,
@@ -182,17 +188,41 @@ class Muon(Optimizer):
             if parameter.grad is not None:
                 shapes.setdefault(parameter.shape, []).append(parameter)
         for shape, parameters in shapes.items():
-            gradients = torch.stack([p.grad for p in parameters if p.grad is not None])
+            gradients = torch.stack([local_part(p.grad) for p in parameters if p.grad is not None])
             for parameter in parameters:
                 if "momentum_buffer" not in self.state[parameter]:
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+            buffers = [local_part(self.state[p]["momentum_buffer"]) for p in parameters]
             momentum = torch.stack(buffers).lerp_(gradients, 1 - group["momentum"])
             torch._foreach_copy_(buffers, list(momentum.unbind()))
-            update = orthogonalise(gradients.lerp(momentum, group["momentum"]))
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            update = orthogonalise_as_placed(gradients.lerp(momentum, group["momentum"]), parameters[0])
+            weights = [local_part(p) for p in parameters]
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             scale = max(1.0, shape[0] / shape[1]) ** 0.5  # a tall matrix has fewer singular values than rows
-            torch._foreach_add_(parameters, list(update.unbind()), alpha=-group["lr"] * scale)
+            torch._foreach_add_(weights, list(update.unbind()), alpha=-group["lr"] * scale)
+
+
+def orthogonalise_as_placed(matrices: Tensor, like: Tensor) -> Tensor:
+    """Orthogonalises a stack of matrices, of which this process holds as much as it does of `like`.
+
+    Sharded matrices change places twice: each process gets its share of them whole, and gives them back.
+
+    Args:
+        matrices: This process's part of the stack [N, R, C].
+        like: One of the N parameters.
+    """
+    if not isinstance(like, DTensor):
+        return orthogonalise(matrices)
+    mesh, shape = like.device_mesh, torch.Size((len(matrices), *like.shape))
+    as_placed = [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in like.placements]
+    whole: list[Placement] = [Shard(0) for _ in as_placed]
+
+    def moved(part: Tensor, source: Sequence[Placement], target: Sequence[Placement]) -> Tensor:
+        stride = (shape[1] * shape[2], shape[2], 1)
+        placed = DTensor.from_local(part, mesh, source, run_check=False, shape=shape, stride=stride)
+        return placed.redistribute(placements=target).to_local()
+
+    return moved(orthogonalise(moved(matrices, as_placed, whole)), whole, as_placed)
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:

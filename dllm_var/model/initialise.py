@@ -43,6 +43,11 @@ def placed_like(values: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """Returns this process's part of a sharded tensor, which shares its memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def shard(transformer: nn.Module, mesh: DeviceMesh) -> None:
     """Shards each block, and the rest with the root, over a mesh (FSDP2, torch's fully_shard).
 

@@ -1,0 +1,131 @@
+"""What one optimizer step adds up to: all ranks, all accumulated batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dllm_var.model.initialise import local_part
+from dllm_var.objectives import NoisedBatch
+from dllm_var.strategies import is_sharded, loss_scale_in, owns_gradients
+
+LOSS_SCALE = 2.0**-12  # keeps the gradients of summed losses in the range of 16-bit floats
+
+
+class RowLosses(NamedTuple):
+    """Losses of the rows of one batch, on this rank: numbers of the rows, summed losses and loss tokens, each [B]."""
+
+    rows: Tensor
+    loss_sums: Tensor
+    tokens: Tensor
+
+
+@dataclass
+class StepResult:
+    """One optimizer step over all ranks and accumulated batches.
+
+    Args:
+        loss: Summed loss over the normaliser, in nats.
+        masked_accuracy: Share of loss tokens whose best guess is right.
+        gradient_norm: Norm of the normalised gradients before clipping; null where they are out of reach.
+        row_losses: Of the batches of this rank, in order.
+    """
+
+    loss: float
+    masked_accuracy: float
+    gradient_norm: float | None
+    row_losses: list[RowLosses] = field(default_factory=list)
+
+    def rows(self) -> list[list[float]]:
+        """Gathers `[row, loss per token, loss tokens]` of every row of the step; every rank must call it."""
+        mine = [
+            [int(row), loss / max(tokens, 1), int(tokens)]
+            for batch in self.row_losses
+            for row, loss, tokens in zip(*(column.tolist() for column in batch), strict=True)
+        ]
+        if not (dist.is_available() and dist.is_initialized()):
+            return mine
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        return [row for part in parts for row in part]
+
+
+class StepTotals:
+    """Adds up the batches of one optimizer step, without asking the device for a number before the step is due.
+
+    Args:
+        trainer: Knows how the step is split over ranks and batches.
+        device: Of the model.
+    """
+
+    def __init__(self, trainer: L.Trainer, device: torch.device) -> None:
+        self.trainer = trainer
+        self.exact = torch.float32 if device.type == "mps" else torch.float64  # counts beyond 2^24 need 64 bits
+        self.loss_sum = torch.zeros((), device=device)
+        self.normaliser, self.correct, self.scored = (
+            torch.zeros((), dtype=torch.long, device=device) for _ in range(3)
+        )
+        self.row_losses: list[RowLosses] = []
+
+    def add(self, rows: Tensor, noised: NoisedBatch, loss_sum: Tensor, token_loss: Tensor, correct: Tensor) -> Tensor:
+        """Adds a batch; returns what backward starts from.
+
+        Args:
+            rows: Numbers of its rows [B].
+            noised: What the model saw and had to predict.
+            loss_sum: Its weighted loss, not normalised.
+            token_loss: Loss of each loss token [M].
+            correct: Whether its best guess is right [M].
+        """
+        self.normaliser += noised.normaliser
+        self.loss_sum += loss_sum.detach()
+        self.correct += correct.sum()
+        self.scored += correct.numel()
+        self.row_losses.append(row_losses(rows, noised, token_loss.detach()))
+        if not owns_gradients(self.trainer.strategy):
+            return loss_sum * LOSS_SCALE  # `finish` undoes it
+        normaliser = self.trainer.strategy.reduce(noised.normaliser.clone(), reduce_op="sum")
+        return loss_sum * (self.trainer.world_size / normaliser.clamp_min(1))  # the engine will average over ranks
+
+    def finish(self, optimizer: Optimizer) -> StepResult:
+        """Divides the gradients by the loss tokens of all ranks and batches; the step's one wait for the device.
+
+        Lightning has averaged the gradients over ranks and divided by the accumulation; both are undone.
+
+        Args:
+            optimizer: Its parameters have the gradients.
+        """
+        strategy, ranks = self.trainer.strategy, self.trainer.world_size
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients = [local_part(p.grad) for p in parameters if p.grad is not None and not owns_gradients(strategy)]
+        squares = torch.zeros((), dtype=self.exact, device=self.loss_sum.device)
+        if gradients:
+            copies = 1 if is_sharded(strategy) else ranks
+            norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float32))
+            squares = norms.to(self.exact).square().sum() / copies
+        parts = (self.loss_sum, self.normaliser, self.correct, self.scored, squares)
+        sums = strategy.reduce(torch.stack([part.to(self.exact) for part in parts]), reduce_op="sum")
+        loss_sum, normaliser, correct, scored, squares = sums
+        factor = ranks * self.trainer.accumulate_grad_batches / LOSS_SCALE / normaliser.clamp_min(1)
+        if gradients:
+            torch._foreach_mul_(gradients, factor.float())
+        norm = squares.sqrt() * factor / loss_scale_in(optimizer, self.trainer)
+        figures = (loss_sum / normaliser.clamp_min(1), correct / scored.clamp_min(1), norm)
+        loss, accuracy, gradient_norm = torch.stack(figures).tolist()
+        return StepResult(loss, accuracy, gradient_norm if gradients else None, self.row_losses)
+
+
+def row_losses(rows: Tensor, noised: NoisedBatch, token_loss: Tensor) -> RowLosses:
+    """Sums the losses [M] of a batch's loss tokens by row."""
+    if noised.weights is not None:
+        token_loss = token_loss * noised.weights[noised.loss_mask]
+    tokens = noised.loss_mask.sum(dim=1)
+    row_of = torch.arange(len(rows), device=rows.device).repeat_interleave(tokens, output_size=len(token_loss))
+    sums = torch.zeros(len(rows), device=rows.device).index_add_(0, row_of, token_loss.float())
+    return RowLosses(rows, sums, tokens)

@@ -1,0 +1,103 @@
+"""How training is spread over processes: what Lightning's strategies leave to say."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dllm_var.errors import UserError
+from dllm_var.model.initialise import local_part
+
+_ANYWHERE = "configs/strategy/fsdp2.yaml and ddp.yaml run on any machine"
+
+
+class FSDP2(ModelParallelStrategy):
+    """Parameters, gradients and optimizer state sharded over all processes of all nodes (torch's fully_shard).
+
+    Lightning's ModelParallelStrategy, whose `data_parallel_size` would have to be told how many processes there are.
+
+    Args:
+        save_distributed_checkpoint: Each process writes its part into a folder; a single file, put together by the
+            first process, when false.
+    """
+
+    def __init__(self, save_distributed_checkpoint: bool = True) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+def is_sharded(strategy: Any) -> bool:
+    """Whether a forward pass needs every process, because each holds only a part of the parameters."""
+    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or getattr(strategy, "zero_stage_3", False)
+
+
+def owns_gradients(strategy: Any) -> bool:
+    """Whether gradients are where the module cannot reach them, in DeepSpeed's engine."""
+    return isinstance(strategy, DeepSpeedStrategy)
+
+
+def check_accumulation(trainer: L.Trainer) -> None:
+    """Raises UserError where batches are accumulated out of the module's reach, and so could not be weighed."""
+    if owns_gradients(trainer.strategy) and trainer.accumulate_grad_batches > 1:
+        raise UserError(
+            "trainer.accumulate_grad_batches must be 1 with DeepSpeed, which keeps the gradients to itself until they "
+            "are averaged: raise data.batch_size, or use configs/strategy/fsdp2.yaml"
+        )
+
+
+def _unscales_in_step(optimizer: Optimizer) -> bool:
+    """Whether the optimizer divides by the loss scale of 16-bit training itself, as torch's fused ones do."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def loss_scale_in(optimizer: Optimizer, trainer: L.Trainer) -> Tensor | float:
+    """Returns the factor that 16-bit training has left in the gradients just before the optimizer step."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or not _unscales_in_step(optimizer):
+        return 1.0
+    return scaler.scale(torch.ones((), device=trainer.strategy.root_device))
+
+
+def skip_update(optimizer: Optimizer, trainer: L.Trainer) -> None:
+    """Makes the optimizer step that is about to come do nothing, not even decay weights.
+
+    Args:
+        optimizer: Skips parameters without a gradient, as torch's do.
+        trainer: Its precision may scale losses.
+    """
+    if getattr(trainer.precision_plugin, "scaler", None) is None or not _unscales_in_step(optimizer):
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:  # the scaler looks for such gradients in the step, and must find some
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                local_part(parameter.grad).fill_(float("nan"))
+
+
+def check_strategy(strategy: Any) -> None:
+    """Says what a strategy needs that is not here, before any data is read.
+
+    Args:
+        strategy: `trainer.strategy` of the settings: a name, or a class path with its arguments.
+
+    Raises:
+        UserError: When FSDP1 or DeepSpeed is asked for without a CUDA device, or DeepSpeed without its package.
+    """
+    name = str(getattr(strategy, "class_path", strategy)).rsplit(".", 1)[-1].lower()
+    missing = []
+    if name.startswith("deepspeed") and find_spec("deepspeed") is None:
+        missing.append("the package deepspeed (pip install deepspeed)")
+    if (name.startswith(("deepspeed", "fsdp")) and name != "fsdp2") and not torch.cuda.is_available():
+        missing.append("a CUDA device")
+    if missing:
+        kind = "deepspeed" if name.startswith("deepspeed") else "fsdp"
+        raise UserError(f"trainer.strategy {kind} needs {' and '.join(missing)}, not found here; {_ANYWHERE}")
