@@ -13,12 +13,13 @@ import time
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from dllm_var.datamodules.encoding import RecordEncoder, bad_record
-from dllm_var.datamodules.sources import Source
+from dllm_var.datamodules.sources import Located, Source
 from dllm_var.datamodules.table import COLUMNS, Table
 from dllm_var.errors import UserError
 from dllm_var.tokenization import Tokenizer
@@ -55,7 +56,8 @@ def load_table(
         try:
             _build(source, split, RecordEncoder(tokenizer, chat, skip_bad), folder)
         except OSError as error:
-            raise UserError(f"cannot keep tokenized data in {cache}: {error}; set data.cache_dir") from None
+            reason = " ".join(str(error).split())
+            raise UserError(f"cannot keep tokenized data in {cache}: {reason}; set data.cache_dir") from None
     table = Table.open(folder)
     if table.meta["skipped"] and not skip_bad:  # built by a run that skipped them
         raise bad_record(table.meta["reasons"][0])
@@ -111,7 +113,7 @@ def _write(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> 
             tqdm(desc=f"tokenizing {split}", unit=" records", delay=PROGRESS_AFTER, leave=False)
         )
         np.zeros(1, np.int64).tofile(files["offsets"])
-        while chunk := list(islice(records, CHUNK)):
+        while chunk := _next_chunk(records, source, split):
             table = encoder.encode(chunk, encoder.records)
             columns = {name: getattr(table, name) for name in COLUMNS}
             columns["offsets"] = table.offsets[1:] + tokens
@@ -124,3 +126,11 @@ def _write(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> 
         for file in (*files.values(), meta):
             file.flush()
             os.fsync(file.fileno())
+
+
+def _next_chunk(records: Located, source: Source, split: str) -> list[tuple[str, Any]]:
+    try:
+        return list(islice(records, CHUNK))
+    except OSError as error:  # not to be taken for one of the cache
+        reason = " ".join(str(error).split())
+        raise UserError(f"the {split} split of {type(source).__name__} cannot be read: {reason}") from error

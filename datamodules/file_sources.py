@@ -94,7 +94,7 @@ class JsonlSource(FileSource):
                     record = json.loads(line)
                 except UnicodeDecodeError:
                     record = BadRecord("is not UTF-8")
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     record = BadRecord(f"is not valid JSON ({error}); each line must be one object")
                 yield f"{file}:{number}", record
 
@@ -104,7 +104,7 @@ def _read_lines(file: Path) -> Iterator[bytes]:
         with OPENERS.get(file.suffix, open)(file, "rb") as lines:
             yield from lines
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{file} cannot be read: {error}") from None
+        raise UserError(f"{file} cannot be read: {_one_line(error)}") from None
 
 
 class ParquetSource(FileSource):
@@ -113,20 +113,31 @@ class ParquetSource(FileSource):
     suffixes = (".parquet",)
 
     def read_file(self, file: Path) -> Located:
-        import pyarrow
         import pyarrow.parquet
 
         try:
             parquet = pyarrow.parquet.ParquetFile(file)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file} is no Parquet file: {error}") from None
-        wanted = {*FIELDS, *self.columns.values()}
-        columns = [name for name in parquet.schema_arrow.names if name in wanted]
+            wanted = {*FIELDS, *self.columns.values()}
+            columns = [name for name in parquet.schema_arrow.names if name in wanted]
+            batches = parquet.iter_batches(columns=columns or None)
+        except Exception as error:  # Arrow raises many kinds
+            raise UserError(f"{file} is no Parquet file: {_one_line(error)}") from None
         number = 0
-        for batch in parquet.iter_batches(columns=columns or None):
-            for record in batch.to_pylist():
+        while True:
+            try:
+                batch = next(batches, None)
+                records = batch.to_pylist() if batch is not None else []
+            except Exception as error:  # damage shows when it comes to be read
+                raise UserError(f"{file} cannot be read beyond row {number}: {_one_line(error)}") from None
+            if batch is None:
+                return
+            for record in records:
                 yield f"{file} row {number}", record
                 number += 1
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _file_fingerprint(file: Path) -> list[str | int]:

@@ -171,8 +171,10 @@ class SaveAtEnd(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._saved_step = -1
-        if stage == "fit" and trainer.is_global_zero and keeps_checkpoints(trainer):
-            clear_leftovers(checkpoint_folder(trainer))
+        if stage == "fit" and keeps_checkpoints(trainer):
+            folder = checkpoint_folder(trainer)  # asked on every rank: the first one tells the others
+            if trainer.is_global_zero:
+                clear_leftovers(folder)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved_step = trainer.global_step

@@ -1,0 +1,330 @@
+"""Runs of the command line in forks of one process that has imported everything: a second each instead of twenty.
+
+A fork does what `python -m dllm_var` does, from the arguments to the exit status, in a session and a log file of its
+own. `benchmarks/faults.py` kills such runs and resumes them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import json
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PHASES = ("start-up", "training", "validation", "saving a checkpoint", "export and summary")
+POLL = 0.002  # seconds between looks at a run
+HANGS_AFTER = 180.0  # seconds after which a run that still lives is said to hang
+
+
+@dataclass
+class Attempt:
+    """A run under way, of one process or several.
+
+    Args:
+        pids: Processes that have not been waited for, by rank.
+        log: What they print.
+        began: Moment of the start.
+        phase: Shared with the processes; the first byte is the index of the phase, the second counts saves.
+        statuses: Exit statuses so far, by rank; minus the number of the signal that ended it.
+    """
+
+    pids: dict[int, int]
+    log: Path
+    began: float
+    phase: mmap.mmap
+    statuses: dict[int, int]
+
+    @property
+    def now(self) -> str:
+        """Name of the phase the first rank is in."""
+        return PHASES[self.phase[0]]
+
+    def poll(self) -> bool:
+        """Whether any process still runs."""
+        for rank, pid in list(self.pids.items()):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                del self.pids[rank]
+                self.statuses[rank] = os.waitstatus_to_exitcode(status)
+        return bool(self.pids)
+
+    def wait(self, until: Callable[[], bool] = lambda: False, seconds: float = HANGS_AFTER) -> bool:
+        """Waits for the end, a condition or a time; returns whether the run has ended."""
+        deadline = time.monotonic() + seconds
+        while self.poll():
+            if until() or time.monotonic() > deadline:
+                return False
+            time.sleep(POLL)
+        return True
+
+    def kill(self, ranks: Sequence[int] | None = None, number: int = signal.SIGKILL) -> None:
+        """Sends a signal to some or all ranks, and SIGKILL to all that they have started."""
+        for rank, pid in self.pids.items():
+            if ranks is None or rank in ranks:
+                if number == signal.SIGKILL:
+                    os.killpg(pid, number)
+                else:
+                    os.kill(pid, number)
+
+    def end(self) -> None:
+        """Makes sure that nothing is left; what still runs tells where it stands first."""
+        if self.poll():
+            self.kill(number=signal.SIGQUIT)
+            time.sleep(0.2)
+            self.kill()
+        self.wait()
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def message(self) -> str:
+        """The last line the run printed."""
+        lines = [line.strip() for line in self.output.splitlines() if line.strip()]
+        return lines[-1] if lines else ""
+
+
+def warm_up() -> None:
+    """Imports what runs import. Starts no thread: forks of a process with threads may hang."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import torch
+    import torch.utils.tensorboard
+
+    import dllm_var.__main__
+    import dllm_var.callbacks
+    import dllm_var.cli
+    import dllm_var.commands.generate  # noqa: F401
+
+    torch.set_num_threads(1)
+    assert threading.active_count() == 1
+
+
+def start(folder: Path, arguments: Sequence[str], ranks: int = 1, before: Callable[[], None] | None = None) -> Attempt:
+    """Begins a run.
+
+    Args:
+        folder: Its working folder.
+        arguments: What follows `python -m dllm_var`.
+        ranks: Processes to train with, as torchrun starts them.
+        before: Called in each process first, to prepare a fault.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    phase = mmap.mmap(-1, 2)
+    number = len(list(folder.glob("*.log")))
+    attempt = Attempt({}, folder / f"{number:03d}.log", time.monotonic(), phase, {})
+    port = _free_port() if ranks > 1 else 0
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            _child(folder, attempt.log, list(arguments), rank, ranks, port, phase, before)
+        attempt.pids[rank] = pid
+    return attempt
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _child(
+    folder: Path,
+    log: Path,
+    arguments: list[str],
+    rank: int,
+    ranks: int,
+    port: int,
+    phase: mmap.mmap,
+    before: Callable[[], None] | None,
+) -> None:
+    status = 1
+    try:
+        os.setsid()
+        os.chdir(folder)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        faulthandler.register(signal.SIGQUIT)  # shows where a run hangs
+        if ranks > 1:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+            os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "faults"}
+        if rank == 0:
+            _mark_phases(phase)
+        if before is not None:
+            before()
+        from dllm_var.__main__ import main
+
+        try:
+            status = main(arguments)
+        except SystemExit as stop:
+            status = stop.code if isinstance(stop.code, int) else 1
+        atexit._run_exitfuncs()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _mark_phases(phase: mmap.mmap) -> None:
+    """Has this process note what it is doing."""
+    from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+    from lightning.pytorch.loops.fit_loop import _FitLoop
+
+    from dllm_var.callbacks import ExportWeights, RunSummary
+    from dllm_var.checkpointing.trainer import Trainer
+
+    @contextmanager
+    def during(name: str) -> Iterator[None]:
+        previous = phase[0]
+        phase[0] = PHASES.index(name)
+        if name == "saving a checkpoint":
+            phase[1] = (phase[1] + 1) % 256
+        yield
+        phase[0] = previous
+
+    def wrap(owner: Any, method: str, name: str) -> None:
+        original = getattr(owner, method)
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            with during(name):
+                return original(*args, **kwargs)
+
+        setattr(owner, method, marked)
+
+    wrap(Trainer, "save_checkpoint", "saving a checkpoint")
+    wrap(_EvaluationLoop, "run", "validation")
+    wrap(_FitLoop, "run", "training")
+    wrap(ExportWeights, "on_train_end", "export and summary")
+    wrap(RunSummary, "on_train_end", "export and summary")
+    wrap(RunSummary, "on_fit_end", "export and summary")
+
+
+# -- the run that is killed --------------------------------------------------------------------------------------------
+
+STEPS = 24
+
+
+def write_recipe(folder: Path) -> list[str]:
+    """Writes data and settings of a short run that does everything a long one does; returns its arguments."""
+    (folder / "recipe.yaml").write_text(json.dumps(recipe(folder), indent=1))
+    return ["fit", "--config", "recipe.yaml"]
+
+
+def recipe(folder: Path) -> dict[str, Any]:
+    """The settings of that run, with paths relative to the folder, where its data is written."""
+    from itertools import islice
+
+    from dllm_var.datamodules import CmudictSource
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, number in (("train", 90), ("validation", 12), ("test", 8)):
+        records = islice(CmudictSource().records(split), number)
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    sampler = {"class_path": "dllm_var.sampling.BlockDiffusionSampler", "init_args": {"max_new_tokens": 12}}
+    paths = {"path": "train.jsonl", "validation_path": "validation.jsonl", "test_path": "test.jsonl"}
+    shown = {"sampler": sampler, "num_examples": 2, "num_shown": 1, "every_n_steps": 10}
+    kept = {"every_n_train_steps": 3, "save_last": True, "monitor": "train/loss", "save_top_k": 2, "filename": "{step}"}
+    callbacks = {
+        "dllm_var.callbacks.SpeedMonitor": {},
+        "dllm_var.callbacks.SamplingCallback": shown,
+        "dllm_var.callbacks.ExportWeights": {},
+        "dllm_var.callbacks.RunSummary": {"sampler": sampler, "num_examples": 4},
+        "lightning.pytorch.callbacks.ModelCheckpoint": kept,
+    }
+    return {
+        "model": {
+            "transformer": {"hidden_size": 16, "num_layers": 1, "num_heads": 2},
+            "schedule": {"kind": "cosine", "warmup_steps": 3},
+        },
+        "data": {
+            "source": {"class_path": "dllm_var.datamodules.JsonlSource", "init_args": paths},
+            "tokenizer": CmudictSource.default_tokenizer,
+            "batch_size": 4,
+            "context_length": 48,
+            "packing": "best_fit",
+            "canvas": 4,
+            "cache_dir": "cache",
+        },
+        "sampler": sampler,
+        "trainer": {
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": STEPS,
+            "val_check_interval": 6,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 2,
+            "gradient_clip_val": 1.0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [{"class_path": name, "init_args": settings} for name, settings in callbacks.items()],
+        },
+    }
+
+
+def runs_of(folder: Path) -> list[Path]:
+    """The numbered runs in a working folder, the newest last."""
+    return sorted((folder / "runs" / "recipe").glob("version_*"), key=lambda run: int(run.name.rpartition("_")[2]))
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Hashes of all that must be the same when a run was interrupted: of its weights, its whole state, its figures."""
+    import hashlib
+
+    from dllm_var.checkpointing.files import read_file
+
+    run = runs_of(folder)[-1]
+    weights = hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
+    checkpoint = read_file(run / "checkpoints" / "last.ckpt")
+    kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "PackedDataModule")
+    best = [state.get("best_model_score") for state in checkpoint["callbacks"].values() if "best_model_score" in state]
+    state = _digest([best, *(checkpoint[name] for name in kept)])
+    summary = json.loads((run / "summary.json").read_text())
+    for name in ("tokens_per_second", "decode_seconds", "train_seconds", "checkpoint", "weights"):
+        summary.pop(name)
+    return {"weights": weights, "state": state, "summary": _digest(summary)}
+
+
+def _digest(value: Any) -> str:
+    import hashlib
+
+    import torch
+
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, dict):
+            for key in sorted(value, key=str):
+                digest.update(f"{key}:".encode())
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            digest.update(f"[{len(value)}]".encode())
+            for item in value:
+                add(item)
+        elif isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes())
+        else:
+            digest.update(repr(value).encode())
+
+    add(value)
+    return digest.hexdigest()
