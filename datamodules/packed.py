@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,11 @@ from dllm_var.datamodules.sources import Source
 from dllm_var.datamodules.table import Table
 from dllm_var.errors import UserError
 from dllm_var.tokenization import Tokenizer
+
+_CHANGED = {  # of what a checkpoint was trained on, where a value tells nothing
+    "source": "has other records, or other splits, than when the checkpoint was written",
+    "tokenizer": "is not the one the checkpoint was trained with",
+}
 
 
 class PackedDataModule(L.LightningDataModule):
@@ -51,6 +56,7 @@ class PackedDataModule(L.LightningDataModule):
         mask_token: Mask token, where the tokenizer names none.
         terminators: Tokens that end an answer, where the tokenizer names none; the first is appended to answers.
         chat: Puts prompts and answers through the tokenizer's chat template, as messages always are.
+        check_resume: Refuses to resume a checkpoint of other records, other settings of the data, or another tokenizer.
 
     Raises:
         UserError: When a setting makes no sense, or the tokenizer cannot be loaded.
@@ -74,6 +80,7 @@ class PackedDataModule(L.LightningDataModule):
         mask_token: str | None = None,
         terminators: list[str] | None = None,
         chat: bool = False,
+        check_resume: bool = True,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -107,6 +114,7 @@ class PackedDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.cache_dir = Path(cache_dir or os.environ.get("DLLM_VAR_CACHE") or "~/.cache/dllm_var").expanduser()
         self.chat = chat
+        self.check_resume = check_resume
         name_or_path = tokenizer or self.source.default_tokenizer
         if name_or_path is None:
             raise UserError(f"data.tokenizer is not set, and {type(self.source).__name__} has none of its own")
@@ -143,12 +151,37 @@ class PackedDataModule(L.LightningDataModule):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The row with which training goes on, whatever the number of ranks and workers then."""
-        return {"next_row": self._next_row}
+        """The row with which training goes on, whatever the number of ranks and workers then, and what rows are of."""
+        return {"next_row": self._next_row, "made_from": self.made_from}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with the row after the last one that was trained."""
+        """Goes on with the row after the last one that was trained.
+
+        Raises:
+            UserError: When rows would not be those of the checkpoint, unless `check_resume` is off; names the setting.
+        """
+        self._check_made_from(state_dict.get("made_from"))
         self._next_row = state_dict["next_row"]
+
+    @cached_property
+    def made_from(self) -> dict[str, Any]:
+        """What decides the content of every row, as plain values."""
+        names = ("context_length", "packing", "overhang", "canvas", "eos_padding", "on_bad_record", "on_too_long")
+        settings = {name: getattr(self, name) for name in (*names, "seed", "chat")}
+        return {"source": self.source.fingerprint(), "tokenizer": self.tokenizer.fingerprint, **settings}
+
+    def _check_made_from(self, saved: dict[str, Any] | None) -> None:
+        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
+        if saved is None or not fitting or not self.check_resume:
+            return
+        for name, ours in self.made_from.items():
+            if name in saved and saved[name] != ours:
+                changed = f"was {saved[name]} when the checkpoint was written and is {ours} now"
+                change = _CHANGED.get(name, changed)
+                raise UserError(
+                    f"data.{name} {change}: set it back, start a new run with model.init_from, or go on all the same "
+                    "with --data.check_resume=false"
+                )
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         """Batches of validation rows, always the same, each once over all ranks; none without such a split."""

@@ -179,10 +179,19 @@ class StreamingDataModule(PackedDataModule):
             by_rank = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(by_rank, (self._ranks()[1], turns))
         # Processes that share the parts of one model have the same data, and the same rank here.
-        return {"block_records": self.block_records, "turns": [turns for _, turns in sorted(dict(by_rank).items())]}
+        return {
+            "block_records": self.block_records,
+            "turns": [turns for _, turns in sorted(dict(by_rank).items())],
+            "made_from": self.made_from,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up the positions of a checkpoint when training begins."""
+        """Takes up the positions of a checkpoint when training begins.
+
+        Raises:
+            UserError: When rows would not be those of the checkpoint, unless `check_resume` is off; names the setting.
+        """
+        self._check_made_from(state_dict.get("made_from"))
         self._restored = state_dict
 
     def summary(self) -> str:

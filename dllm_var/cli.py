@@ -28,6 +28,7 @@ from dllm_var.checkpointing.files import CannotSave
 from dllm_var.checkpointing.trainer import CheckedFiles, Trainer
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
+from dllm_var.exact_resume import ExactResume
 from dllm_var.interrupt import Interrupted, SaveAtEnd, StopOnSignal
 from dllm_var.ranks import enter, is_launched_child, is_lost_contact, killed_worker
 from dllm_var.runs import (
@@ -193,7 +194,7 @@ class TrainingCLI(LightningCLI):
             L.LightningDataModule,
             save_config_callback=SaveConfig,
             trainer_class=Trainer,
-            trainer_defaults={"callbacks": [self.save_at_end, AnswerWriter(), stop]},
+            trainer_defaults={"callbacks": [self.save_at_end, AnswerWriter(), ExactResume(), stop]},
             seed_everything_default=0,
             parser_kwargs={"parser_mode": "omegaconf+"},  # resolved once, after all merging
             parser_class=TrainerParser,

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -59,11 +60,14 @@ class StopOnSignal(Callback):
         self.training_over = False
         self._asked = 0  # the signal
         self._last_step = 0
+        self._folder: Path | None = None
         self._between_steps: Any = None  # the data's state while weights and counters belong together
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._asked, self.training_over, self._between_steps = 0, False, None
-        self.children.take_over(trainer.strategy.launcher, lambda lost: f"{lost}; {how_to_go_on(trainer)}")
+        if keeps_checkpoints(trainer):
+            self._folder = checkpoint_folder(trainer)  # asked on every rank: the first one tells the others
+        self.children.take_over(trainer.strategy.launcher, lambda lost: f"{lost}; {self.how_to_go_on()}")
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._listen()
@@ -151,7 +155,12 @@ class StopOnSignal(Callback):
             with contextlib.suppress(CannotSave):
                 save_last(trainer)
         if trainer.is_global_zero and trainer.state.fn == "fit" and hasattr(exception, "add_note"):
-            exception.add_note(how_to_go_on(trainer))
+            exception.add_note(self.how_to_go_on())
+
+    def how_to_go_on(self) -> str:
+        """Says which checkpoint a run that has failed left behind."""
+        kept = None if self._folder is None else newest_checkpoint(self._folder)
+        return f"the newest checkpoint is {kept}: go on with --resume" if kept else "there is no checkpoint of this run"
 
 
 class SaveAtEnd(Callback):
@@ -192,12 +201,6 @@ class SaveAtEnd(Callback):
 def keeps_checkpoints(trainer: L.Trainer) -> bool:
     """Whether the run saves any checkpoints."""
     return bool(trainer.checkpoint_callbacks) and not trainer.fast_dev_run  # type: ignore[attr-defined]
-
-
-def how_to_go_on(trainer: L.Trainer) -> str:
-    """Says which checkpoint a run that has failed left behind."""
-    kept = newest_checkpoint(checkpoint_folder(trainer)) if keeps_checkpoints(trainer) else None
-    return f"the newest checkpoint is {kept}: go on with --resume" if kept else "there is no checkpoint of this run yet"
 
 
 def _data_state(trainer: L.Trainer) -> Any:

@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dllm_var.checkpointing.files import FORMAT, check_format
 from dllm_var.errors import UserError
 from dllm_var.loss_guard import GuardedSteps, LossGuard
 from dllm_var.metrics.denoising import DenoisingMetrics
@@ -27,6 +29,7 @@ from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import TokenLoss, cross_entropy, head_loss
 from dllm_var.objectives.validation import EvenMasking
 from dllm_var.optim import AdamW, Schedule, parameter_groups
+from dllm_var.provenance import other_versions, provenance
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
 from dllm_var.sampling.config import last_sampler, remembered_sampler
 from dllm_var.step_totals import StepTotals
@@ -106,8 +109,7 @@ class DiffusionLM(L.LightningModule):
         if starts_elsewhere:
             start_from(self.transformer, self.tokenizer, str(self.init_from))
         if self.compile_blocks and can_compile(self.device):
-            for block in self.transformer.blocks:  # one compilation serves all blocks, and state-dict keys stay
-                block.compile()
+            self.transformer.compile_blocks()
 
     def _build(self, draw: bool) -> Transformer:
         """Builds the transformer; under ModelParallelStrategy sharded before any weight exists, so never as a whole."""
@@ -134,6 +136,8 @@ class DiffusionLM(L.LightningModule):
         """The one place where ids flow from the tokenizer to the model (hence to samplers) and to the objective."""
         self.tokenizer = tokenizer
         vocab_size = self.config.vocab_size or tokenizer.vocab_size
+        if vocab_size < tokenizer.vocab_size and self.init_from is not None:
+            vocab_size = tokenizer.vocab_size  # the checkpoint gets rows for tokens that are new, such as a mask
         if vocab_size < tokenizer.vocab_size:
             raise UserError(
                 f"model.transformer.vocab_size {vocab_size} is smaller than the tokenizer's "
@@ -143,8 +147,6 @@ class DiffusionLM(L.LightningModule):
             self.config,
             vocab_size=vocab_size,
             mask_id=tokenizer.mask_id,
-        if vocab_size < tokenizer.vocab_size and self.init_from is not None:
-            vocab_size = tokenizer.vocab_size  # the checkpoint gets rows for tokens that are new, such as a mask
             terminator_ids=list(tokenizer.terminator_ids),
             pad_id=tokenizer.pad_id,
             causal=self.objective.causal,
@@ -181,7 +183,7 @@ class DiffusionLM(L.LightningModule):
             "samples": int(((batch["position_ids"] == 0) & (batch["segment_ids"] >= 0)).sum()),  # padding is at 0 too
         }
         # 4. the division waits for all ranks and accumulated batches
-        return self._totals.add(batch["row"], noised, loss_sum, token_loss, correct)
+        return self._totals.add(self.trainer, batch["row"], noised, loss_sum, token_loss, correct)
 
     def predict_hidden(
         self, batch: Batch, noised: NoisedBatch, token_loss: TokenLoss = cross_entropy
@@ -200,13 +202,13 @@ class DiffusionLM(L.LightningModule):
 
     def on_train_start(self) -> None:
         check_accumulation(self.trainer)
-        self._totals = StepTotals(self.trainer, self.device)
+        self._totals = StepTotals(self.device)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divides the gradients by the loss tokens of the whole step, so that the same rows give the same step however
         they are split over ranks and accumulated batches; an update that would do harm is not made."""
-        self.last_step = step = self._totals.finish(optimizer)
-        self._totals = StepTotals(self.trainer, self.device)
+        self.last_step = step = self._totals.finish(self.trainer, optimizer)
+        self._totals = StepTotals(self.device)
         self.log("train/loss", step.loss, prog_bar=True)
         self.log("train/masked_accuracy", step.masked_accuracy, prog_bar=True)
         if step.gradient_norm is not None:
@@ -282,6 +284,8 @@ class DiffusionLM(L.LightningModule):
             "transformer": self.transformer.config.to_dict(),
             "tokenizer": self.tokenizer.to_dict(),
             "sampler": remembered_sampler(self.trainer.callbacks),  # type: ignore[attr-defined]
+            "format": FORMAT,
+            **provenance(),
         }
         checkpoint["loss_guard"] = self.guard.state_dict()
 
@@ -291,6 +295,9 @@ class DiffusionLM(L.LightningModule):
         saved = checkpoint.get("dllm_var")
         if not isinstance(saved, dict):
             raise UserError("the checkpoint was not written by dllm_var: it has no 'dllm_var' entry")
+        check_format(saved.get("format", FORMAT), self.trainer.ckpt_path or "")
+        if note := other_versions(saved):
+            rank_zero_info(f"{note}: results may differ in their last bits")
         theirs, ours = saved["transformer"], self.transformer.config.to_dict()
         for name in ours:
             if name in theirs and name not in CHANGEABLE and theirs[name] != ours[name]:
@@ -298,8 +305,19 @@ class DiffusionLM(L.LightningModule):
                     f"the checkpoint has model.transformer.{name}={theirs[name]}, the settings say {ours[name]}: "
                     "use the settings it was trained with"
                 )
-        if Tokenizer.from_dict(saved["tokenizer"]).fingerprint != self.tokenizer.fingerprint:
-            raise UserError("the checkpoint was trained with another tokenizer than data.tokenizer")
+        checked = getattr(self.trainer.datamodule, "check_resume", True)  # type: ignore[attr-defined]
+        if checked and Tokenizer.from_dict(saved["tokenizer"]).fingerprint != self.tokenizer.fingerprint:
+            raise UserError(
+                "the checkpoint was trained with another tokenizer than data.tokenizer: set it back, or go on all the "
+                "same with --data.check_resume=false"
+            )
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        averaging = any(isinstance(callback, WeightAveraging) for callback in callbacks)
+        if "averaging_state" in checkpoint and self.trainer.state.fn == "fit" and not averaging:
+            raise UserError(
+                "the checkpoint is of a run that averages its weights: go on with configs/ema.yaml, or start a new run "
+                "from the average with model.init_from"
+            )
         if "loss_guard" in checkpoint:
             self.guard.load_state_dict(checkpoint["loss_guard"])
 

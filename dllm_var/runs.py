@@ -23,8 +23,10 @@ class SaveConfig(SaveConfigCallback):
     """Saves the resolved settings in the run folder and shows them in TensorBoard's text tab.
 
     Without a logger there is no run folder, and nothing is saved. A different config.yaml that is already there (a
-    resumed run with changed settings) is kept as config.1.yaml, config.2.yaml and so on.
+    resumed run with changed settings) is kept as config.1.yaml, config.2.yaml and so on. Checkpoints have them, too.
     """
+
+    _dumped: str | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not trainer.loggers:
@@ -43,8 +45,13 @@ class SaveConfig(SaveConfigCallback):
             number += 1
         path.rename(kept)
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self._text()
+
     def _text(self) -> str:
-        return self.parser.dump(self.config, skip_none=False)
+        if self._dumped is None:
+            self._dumped = self.parser.dump(self.config, skip_none=False)
+        return self._dumped
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for logger in trainer.loggers:
