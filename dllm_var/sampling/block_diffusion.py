@@ -67,7 +67,7 @@ class BlockDiffusionSampler(Sampler):
             raise UserError("this checkpoint is autoregressive: decode it with dllm_var.sampling.AutoregressiveSampler")
         run_class = self.run_class if self.block_length_policy is None else AdaptiveRun
         run = run_class(self, model, prompts, request)
-        while run.waiting or run.active.any():
+        while run.waiting or run.in_flight:
             run.admit()
             run.step()
         return [run.answers[index] for index in range(len(prompts))]

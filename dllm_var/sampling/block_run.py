@@ -83,14 +83,19 @@ class BlockRun:
         self._flat = arrays(self.canvas.view(-1), self.committed_at.view(-1))[1:]
 
     @property
+    def in_flight(self) -> int:
+        """How many rows are being decoded."""
+        return int(np.count_nonzero(self.prompt >= 0))
+
+    @property
     def active(self) -> np.ndarray:
         return self.prompt >= 0
 
     def admit(self) -> None:
         """Gives free slots to waiting prompts and prefills them together."""
-        free = np.flatnonzero(~self.active)[: len(self.waiting)]
-        if not free.size:
+        if not self.waiting or self.in_flight == self.prompt.size:
             return
+        free = np.flatnonzero(~self.active)[: len(self.waiting)]
         for slot in free:
             index = self.waiting.popleft()
             tokens = self.prompts[index]
@@ -110,9 +115,9 @@ class BlockRun:
 
     def step(self) -> None:
         """One forward of every row in flight."""
-        if not self.active.any():
+        if not self.in_flight:
             return
-        if not self.waiting and np.count_nonzero(self.active) <= 0.75 * self.prompt.size:
+        if not self.waiting and self.in_flight <= 0.75 * self.prompt.size:
             self._compact(np.flatnonzero(self.active))
         self._forward(None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,20 +32,24 @@ def score_positions(
     """
     rows, length = hidden.shape[:2]
     xp, where, starts = arrays(where, shift)
-    scored: Any
-    places: Any
-    if xp is np:
-        scored = np.flatnonzero(where)
-        places = (starts[:, None] + np.arange(where.shape[1]))[where]
-        places = places + np.repeat(np.arange(0, rows * length, length), where.sum(1)) if rows > 1 else places
+    if xp is np and rows == 1 and count == where.size:  # one row's whole block: a slice, and nothing to look for
+        scored = torch.arange(count)
+        chosen = hidden[0].narrow(0, int(starts[0]), count)
     else:
-        scored = where.reshape(-1).nonzero_static(size=count).squeeze(1)
-        row = scored // where.size(1)
-        places = row * length + starts[row] + scored % where.size(1)
-    scored, places = tensors(scored, places)
-    chosen = hidden.flatten(0, 1).index_select(0, places)
+        scored, places = tensors(*_places(xp, where, starts, length, count))
+        chosen = hidden.flatten(0, 1).index_select(0, places)
     logits = model.lm_head(chosen).float()
     return scored, forbid(logits, model.config.mask_id, suppressed)
+
+
+def _places(xp: ModuleType, where: Any, starts: Any, length: int, count: int) -> tuple[Any, Any]:
+    """Returns indices of the wanted positions in the flattened block, and in the flattened forward, each [M]."""
+    if xp is np:
+        places = (starts[:, None] + np.arange(where.shape[1]))[where]
+        return np.flatnonzero(where), places + np.repeat(np.arange(0, len(where) * length, length), where.sum(1))
+    scored = where.reshape(-1).nonzero_static(size=count).squeeze(1)
+    row = scored // where.size(1)
+    return scored, row * length + starts[row] + scored % where.size(1)
 
 
 def forbid(logits: Tensor, mask_id: int | None, suppressed: Sequence[int] = ()) -> Tensor:
