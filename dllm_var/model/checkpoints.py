@@ -24,7 +24,7 @@ from dllm_var.model.stored import (
     StoredModel,
     locate_checkpoint,
     open_checkpoint,
-    weight_names,
+    weight_shapes,
 )
 from dllm_var.model.transformer import Transformer
 from dllm_var.tokenization import Tokenizer
@@ -97,17 +97,7 @@ def load_checkpoint(
     """
     stored = open_checkpoint(path)
     tokenizer = stored.load_tokenizer()
-    config = stored.config
-    if stored.published:
-        assert config.vocab_size is not None
-        config = replace(
-            config,
-            vocab_size=max(config.vocab_size, tokenizer.vocab_size),
-            mask_id=tokenizer.mask_id,
-            terminator_ids=list(tokenizer.terminator_ids),
-            pad_id=tokenizer.pad_id,
-        )
-    return _load(stored, config, device, dtype), tokenizer, stored.meta
+    return _load(stored, decoding_config(stored, tokenizer), device, dtype), tokenizer, stored.meta
 
 
 def load_pretrained(path: str | Path, causal: bool = False) -> Transformer:
@@ -120,6 +110,19 @@ def load_pretrained(path: str | Path, causal: bool = False) -> Transformer:
     """
     stored = open_checkpoint(path)
     return _load(stored, replace(stored.config, causal=causal or (stored.config.causal and not stored.published)))
+
+
+def decoding_config(stored: StoredModel, tokenizer: Tokenizer) -> TransformerConfig:
+    """Returns a checkpoint's settings with its tokenizer's ids, and rows for tokens that a published model lacks."""
+    if not stored.published:
+        return stored.config
+    return replace(
+        stored.config,
+        vocab_size=max(stored.config.vocab_size or 0, tokenizer.vocab_size),
+        mask_id=tokenizer.mask_id,
+        terminator_ids=list(tokenizer.terminator_ids),
+        pad_id=tokenizer.pad_id,
+    )
 
 
 def starting_config(settings: TransformerConfig, path: str | Path) -> TransformerConfig:
@@ -207,16 +210,14 @@ def _lay_out_for_few_tokens(transformer: Transformer) -> None:
 def _copy_weights(transformer: Transformer, stored: StoredModel) -> None:
     """Fills the transformer's weights, which may be sharded, one at a time."""
     own = transformer.state_dict()
-    expected = {name: own[name] for name in weight_names(transformer.config)}
+    expected = {name: own[name] for name in weight_shapes(transformer.config)}
     weights: Mapping[str, Tensor] = stored.weights
     names = weights.keys() - ({"lm_head.weight"} if transformer.config.tie_embeddings else set())
     missing, unknown = sorted(expected.keys() - names), sorted(names - expected.keys())
     if missing or unknown:
         raise UserError(f"{stored.place} does not fit its own config: missing {missing[:3]}, unknown {unknown[:3]}")
     for name, parameter in expected.items():
-        value = weights[name]
-        if stored.published and name in ("embedding.weight", "lm_head.weight"):
-            value = _with_rows(value, parameter.shape[0])
+        value = with_rows(weights[name], name, parameter.shape[0]) if stored.published else weights[name]
         if value.shape != parameter.shape:
             raise UserError(
                 f"{stored.place}: weight {name} has shape {list(value.shape)}, the config says {list(parameter.shape)}"
@@ -224,10 +225,10 @@ def _copy_weights(transformer: Transformer, stored: StoredModel) -> None:
         parameter.copy_(placed_like(value, parameter))
 
 
-def _with_rows(matrix: Tensor, rows: int) -> Tensor:
-    """Adds rows for tokens that the model had not: the mean of the others, from which they are soon learned."""
+def with_rows(matrix: Tensor, name: str, rows: int) -> Tensor:
+    """Adds rows to embedding and head for tokens that a model has not: the mean of the others, soon learned from."""
     more = rows - matrix.size(0)
-    if more <= 0:
+    if more <= 0 or name not in ("embedding.weight", "lm_head.weight"):
         return matrix
     mean = matrix.float().mean(dim=0, keepdim=True).to(matrix.dtype)
     return torch.cat((matrix, mean.expand(more, -1)))

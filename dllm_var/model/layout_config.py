@@ -116,27 +116,30 @@ def inexpressible(layout: Layout, config: TransformerConfig) -> str | None:
 
 def _read_setting(layout: Layout, values: dict[str, Any], keys: str | tuple[str, ...], file: Path) -> Any:
     keys = (keys,) if isinstance(keys, str) else keys
-    present = [key for key in keys if key in values]
-    value = next((values[key] for key in present if values[key] is not None), None)
-    if not present or (value is None and keys[0] not in layout.defaults):
-        if keys[0] not in layout.defaults:
-            raise UserError(f"{file} has no {keys[0]}, which a {layout.model_type} checkpoint must name")
-        return layout.defaults[keys[0]]
-    if value is not None and not isinstance(value, int | float):
-        raise UserError(f"{file} has {present[0]}={value!r}, where a number is expected")
-    return layout.defaults[keys[0]] if value is None else value
+    given = {key: values[key] for key in keys if values.get(key) is not None}
+    for key, value in given.items():
+        _check_number(key, value, file)
+    if not given and keys[0] not in layout.defaults:
+        raise UserError(f"{file} has no {keys[0]}, which a {layout.model_type} checkpoint must name")
+    return next(iter(given.values())) if given else layout.defaults[keys[0]]
+
+
+def _check_number(key: str, value: Any, file: Path) -> None:
+    if not isinstance(value, int | float):
+        raise UserError(f"{file} has {key}={value!r}, where a number is expected")
 
 
 def _check_fixed(layout: Layout, values: dict[str, Any], file: Path) -> None:
     for key, allowed in layout.fixed.items():
         if key not in values:
             if key in layout.required:
-                raise UserError(f"{file} has no {key}; it must be there, and {allowed[0]!r}")
+                raise UserError(f"{file} has no {key}, which a {layout.model_type} checkpoint must name")
             continue
         given = values[key] if isinstance(values[key], list) else [values[key]]
         wrong = [value for value in given if value not in allowed]
         if wrong:
-            raise UserError(f"{file} has {key}={wrong[0]!r}; this model computes {key}={allowed[0]!r} only")
+            known = " or ".join(repr(value) for value in allowed if value is not None)
+            raise UserError(f"{file} has {key}={wrong[0]!r}; only {known} is known here")
 
 
 def _rope_keys(layout: Layout) -> tuple[str, ...]:
@@ -150,11 +153,12 @@ def _flat(layout: Layout) -> list[str]:
 def _read_rope(layout: Layout, values: dict[str, Any], file: Path) -> dict[str, Any]:
     """Returns our rotary settings; transformers 4 has rope_theta and rope_scaling, transformers 5 rope_parameters."""
     if layout.rope == "flat":
-        if not isinstance(values.get("rope_theta"), int | float):
-            raise UserError(f"{file} has no rope_theta, which a {layout.model_type} checkpoint must name")
-        return {"rope_theta": float(values["rope_theta"])}
-    rope = {"rope_theta": values.get("rope_theta") or DEFAULT_THETA}
-    rope |= {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+        return {"rope_theta": float(_read_setting(layout, values, "rope_theta", file))}
+    rope: dict[str, Any] = {"rope_theta": values.get("rope_theta") or DEFAULT_THETA}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(values.get(key) or {}, dict):
+            raise UserError(f"{file} has {key}={values[key]!r}, where settings by name are expected")
+        rope |= values.get(key) or {}
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     if rope.get("partial_rotary_factor") == 1.0:  # all of each head turns, as it does here
@@ -166,4 +170,6 @@ def _read_rope(layout: Layout, values: dict[str, Any], file: Path) -> dict[str, 
     if missing or unknown:
         problem = f"no {missing[0]}" if missing else f"{unknown[0]}={rope[unknown[0]]!r}, which is not known"
         raise UserError(f"{file}: the rotary settings (rope_type={kind!r}) have {problem}")
+    for key, value in {"rope_theta": theta, **rope}.items():
+        _check_number(key, value, file)
     return {"rope_theta": float(theta), "rope_llama3": rope or None}

@@ -141,7 +141,8 @@ class FamilyWeights(Mapping[str, Tensor]):
 
     def __init__(self, layout: Layout, config: TransformerConfig, files: SafetensorsFolder) -> None:
         self._files = files
-        self._theirs = {name: layout.theirs(name) for name in weight_names(config)}
+        self._shapes = weight_shapes(config)
+        self._theirs = {name: layout.theirs(name) for name in self._shapes}
         wanted = {name for names in self._theirs.values() for name in names}
         surplus = {name for name in files if not name.endswith(".rotary_emb.inv_freq")} - wanted
         (head,) = layout.theirs("lm_head.weight")
@@ -160,6 +161,13 @@ class FamilyWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         parts = [self._files[theirs] for theirs in self._theirs[name]]
+        height, *rest = self._shapes[name]
+        shapes = [list(part.shape) for part in parts]
+        if sum(shape[0] for shape in shapes) != height or any(shape[1:] != rest for shape in shapes):
+            raise UserError(
+                f"{self._files.folder}: {' and '.join(self._theirs[name])} have the shapes {shapes}, the config says "
+                f"{[height, *rest]} in all"
+            )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def __iter__(self) -> Iterator[str]:
@@ -169,8 +177,10 @@ class FamilyWeights(Mapping[str, Tensor]):
         return len(self._theirs)
 
 
-def weight_names(config: TransformerConfig) -> list[str]:
-    """Returns the names of a transformer's distinct weights, in order; a tied head is none."""
+def weight_shapes(config: TransformerConfig) -> dict[str, list[int]]:
+    """Returns names and shapes of a transformer's distinct weights, in order; a tied head is none."""
     with torch.device("meta"):
-        names = list(Transformer(config).state_dict())
-    return [name for name in names if not (config.tie_embeddings and name == "lm_head.weight")]
+        weights = Transformer(config).state_dict()
+    if config.tie_embeddings:
+        del weights["lm_head.weight"]
+    return {name: list(weight.shape) for name, weight in weights.items()}
