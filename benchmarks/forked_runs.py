@@ -7,6 +7,7 @@ own. `benchmarks/faults.py` kills such runs and resumes them.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import faulthandler
 import json
 import mmap
@@ -20,11 +21,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 PHASES = ("start-up", "training", "validation", "saving a checkpoint", "export and summary")
 POLL = 0.002  # seconds between looks at a run
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 HANGS_AFTER = 180.0  # seconds after which a run that still lives is said to hang
 
 
@@ -155,6 +158,7 @@ def _child(
     status = 1
     try:
         os.setsid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing outlives whoever tests
         os.chdir(folder)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -230,16 +234,27 @@ def write_recipe(folder: Path) -> list[str]:
     return ["fit", "--config", "recipe.yaml"]
 
 
-def recipe(folder: Path) -> dict[str, Any]:
-    """The settings of that run, with paths relative to the folder, where its data is written."""
+@cache
+def _records() -> dict[str, str]:
+    """Some of CMUdict, as JSON Lines by split."""
     from itertools import islice
 
     from dllm_var.datamodules import CmudictSource
 
+    source = CmudictSource()
+    return {
+        split: "".join(json.dumps(record) + "\n" for record in islice(source.records(split), number))
+        for split, number in (("train", 90), ("validation", 12), ("test", 8))
+    }
+
+
+def recipe(folder: Path) -> dict[str, Any]:
+    """The settings of that run, with paths relative to the folder, where its data is written."""
+    from dllm_var.datamodules import CmudictSource
+
     folder.mkdir(parents=True, exist_ok=True)
-    for split, number in (("train", 90), ("validation", 12), ("test", 8)):
-        records = islice(CmudictSource().records(split), number)
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for split, lines in _records().items():
+        (folder / f"{split}.jsonl").write_text(lines)
     sampler = {"class_path": "dllm_var.sampling.BlockDiffusionSampler", "init_args": {"max_new_tokens": 12}}
     paths = {"path": "train.jsonl", "validation_path": "validation.jsonl", "test_path": "test.jsonl"}
     shown = {"sampler": sampler, "num_examples": 2, "num_shown": 1, "every_n_steps": 10}

@@ -9,6 +9,7 @@ import re
 import shlex
 import signal
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -102,15 +103,27 @@ def run(command: str, settings: list[str], resume: str | None, stop: StopOnSigna
         if isinstance(stopped.__context__, KeyboardInterrupt):  # Lightning makes exit(1) of Ctrl-C outside of steps
             raise KeyboardInterrupt from None
         raise
-    except (OSError, RuntimeError) as error:
-        message = from_outside(error)
+    except Exception as error:
+        message = None if isinstance(error, UserError) else from_outside(error) or from_checkpoint(error)
         if message is None:
             raise
         raise UserError("; ".join([message, *getattr(error, "__notes__", [])])) from error
     return 0
 
 
-def from_outside(error: OSError | RuntimeError) -> str | None:
+def from_checkpoint(error: Exception) -> str | None:
+    """Returns a line for what is wrong with a checkpoint whose state could not be taken up; None for other errors."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not any("checkpoint_connector" in frame.filename and "restore" in frame.name for frame in frames):
+        return None
+    reason = " ".join(str(error).split())[:300]
+    return (
+        f"the checkpoint does not fit ({type(error).__name__}: {reason}): it is of another version or other settings; "
+        "model.init_from takes its weights alone"
+    )
+
+
+def from_outside(error: Exception) -> str | None:
     """Returns a line for what befell the run and is no bug of it: a full disk, a process that is gone; else None."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"cannot write {error.filename or 'a file of the run'}: {error.strerror}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import time
@@ -20,6 +21,9 @@ from dllm_var.commands.generate_options import (
 from dllm_var.commands.generate_output import AnswerPrinter, Output, TextStream, count, is_coloured, summary
 from dllm_var.commands.generate_prompts import Prompt, read_prompts, token_ids
 from dllm_var.commands.generate_replay import PLAIN_WIDTH, replay
+from dllm_var.errors import UserError
+
+_NO_MEMORY = re.compile("can't allocate memory|out of memory|Storage size calculation overflowed")
 
 if TYPE_CHECKING:
     from dllm_var.model.transformer import Transformer
@@ -58,10 +62,12 @@ def main(command: str, arguments: list[str]) -> int:
         where = f", in {partial}" if partial else ""
         print(f"interrupted: {len(printer.done)} of {count(len(prompts), 'answer')} finished{where}", file=sys.stderr)
         return 130
-    except BaseException:
+    except BaseException as error:
         close(printer)
-        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+        if not isinstance(error, BrokenPipeError):
             output.abandon()
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+            raise UserError("not enough memory for these answers: lower --max-new-tokens or the batch size") from error
         raise
     close(printer)
     output.complete()

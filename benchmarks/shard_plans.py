@@ -1,0 +1,172 @@
+"""How long plans of very large epochs take, and what memory a rank needs for them.
+
+    python benchmarks/shard_plans.py          # 100 million samples, then 10^12 tokens on 1,024 ranks: minutes
+    python benchmarks/shard_plans.py --quick  # a hundredth of both
+
+Lengths are real numbers in memory-mapped files (1,100 tokens on average, context 8,192); only the tokens themselves are
+left out. Of the large epoch all sections are counted, as every rank does when training begins; a few of the 1,024 ranks
+then find the batches they are dealt at steps over the whole epoch, and the rows around a section's edge are checked to
+hold every sample once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dllm_var.datamodules.fitting import Sections
+from dllm_var.datamodules.rows import PackedRows
+from dllm_var.datamodules.samplers import RowSampler
+from dllm_var.datamodules.table import Table
+from dllm_var.tokenization import SpecialTokens
+
+CONTEXT, RANKS, BATCH = 8_192, 1_024, 4
+RESULTS = Path(__file__).parent / "results" / "shard_plans.json"
+SPECIAL = SpecialTokens(mask_id=1, terminator_ids=(2,), pad_id=0)
+
+
+class Repeated:
+    """The columns of a table repeated end to end, so that 10^12 tokens need no disk; indexed like an array.
+
+    Args:
+        values: Column to repeat, memory-mapped, shape [samples].
+        times: How often.
+        step: Added with every repetition, as offsets need it.
+    """
+
+    def __init__(self, values: np.ndarray, times: int, step: int = 0) -> None:
+        self.values, self.times, self.step = values, times, step
+
+    def __len__(self) -> int:
+        return len(self.values) * self.times + (1 if self.step else 0)
+
+    def __getitem__(self, index: Any) -> Any:
+        turn, place = np.divmod(index, len(self.values))
+        return self.values[place] + turn * self.step
+
+
+def make_table(folder: Path, samples: int, times: int) -> Table:
+    """A table of lengths like those of web documents, `samples * times` of them."""
+    path = folder / f"offsets-{samples}.bin"
+    if not path.exists():
+        lengths = np.random.default_rng(0).lognormal(6.5, 0.9, samples)
+        offsets = np.concatenate([[0], np.cumsum(np.clip(lengths, 8, CONTEXT).astype(np.int64))])
+        offsets.tofile(path)
+    offsets = np.memmap(path, dtype=np.int64, mode="r")
+    zeros = np.zeros(samples, np.int64)
+    columns: dict[str, Any] = {"answer_start": zeros, "record": Repeated(zeros, times)}
+    columns["offsets"] = offsets
+    if times > 1:
+        columns["offsets"] = Repeated(offsets[:-1], times, int(offsets[-1]))
+        columns["answer_start"] = Repeated(zeros, times)
+    return Table(np.zeros(1, np.uint16), np.zeros(1, np.bool_), **columns, meta={})
+
+
+def memory() -> float:
+    """Memory of this process that is not a mapped file, in MB."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) / 1024
+
+
+def measure(table: Table, packing: str, ranks: int, steps: int) -> dict[str, Any]:
+    """Counts an epoch's rows, plans some of it and finds the rows of some ranks at some steps."""
+    began = time.perf_counter()
+    rows = PackedRows(Sections(table, CONTEXT, "drop", 0), SPECIAL, CONTEXT, packing, 0, seed=0)
+    total = len(rows)
+    counted = time.perf_counter() - began
+    after_counting = memory()
+    samplers = [RowSampler(total, BATCH, ranks, rank) for rank in sorted({0, ranks // 3, ranks - 1})]
+    began = time.perf_counter()
+    for step in np.linspace(0, samplers[0].batches - 1, steps).astype(int).tolist():
+        for sampler in samplers:
+            first = (step * ranks + sampler.rank) * BATCH
+            for row in range(first, first + BATCH):  # the last ones are of the next epoch
+                epoch, section, number = rows.locate(row)
+                packed = rows.packed(epoch, section)
+                spans = packed.plan.spans(np.array([number]))
+                assert 0 < spans.length.sum() <= CONTEXT
+    planned = time.perf_counter() - began
+    sections = len(rows.sections)
+    check_section(rows, sections // 2)
+    return {
+        "packing": packing,
+        "samples": len(table),
+        "tokens": int(table.offsets[np.int64(len(table))]),
+        "sections": sections,
+        "rows": total,
+        "ranks": ranks,
+        "batches_per_rank": samplers[0].batches,
+        "count_seconds": round(counted, 1),
+        "plan_seconds_per_section": round(planned / (steps + 1), 2),
+        "memory_after_counting_mb": round(after_counting),
+        "memory_mb": round(memory()),
+        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+
+
+def check_section(rows: PackedRows, section: int) -> None:
+    """Raises unless the rows of a section hold each of its samples once, whole."""
+    packed = rows.packed(0, section)
+    held = np.zeros(len(packed.samples.index), np.int64)
+    for first in range(0, packed.plan.rows, 100_000):
+        spans = packed.plan.spans(np.arange(first, min(first + 100_000, packed.plan.rows)))
+        np.add.at(held, spans.sample, spans.length)
+    assert (held == packed.samples.content).all()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a hundredth of the size")
+    parser.add_argument("--output", type=Path, help=f"JSON file; {RESULTS.name} in results/ when not --quick")
+    arguments = parser.parse_args()
+    part = 100 if arguments.quick else 1
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        # Each in its own process, so that peaks of memory do not mix.
+        for samples, times, ranks in ((100_000_000 // part, 1, 64), (10_000_000 // part, 100, RANKS)):
+            for packing in ("concat", "best_fit"):
+                result = in_child(lambda: measure(make_table(Path(folder), samples, times), packing, ranks, 12))  # noqa: B023
+                results.append(result)
+                print(
+                    "{packing:>8}: {samples:,} samples, {tokens:.2e} tokens, {ranks:,} ranks of {batches_per_rank:,} "
+                    "batches: counted in {count_seconds} s, then {plan_seconds_per_section} s a section; "
+                    "memory {memory_mb} MB, peak {peak_mb} MB".format(**result),
+                    flush=True,
+                )
+    output = arguments.output or (None if arguments.quick else RESULTS)
+    if output is not None:
+        output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def in_child(work: Any) -> Any:
+    """Runs a function in a fork and returns what it returns, through JSON."""
+    import os
+
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.write(writer, json.dumps(work()).encode())
+            os._exit(0)
+        finally:
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            os._exit(1)
+    os.close(writer)
+    with open(reader, "rb") as stream:
+        content = stream.read()
+    _, status = os.waitpid(pid, 0)
+    if status:
+        raise SystemExit(1)
+    return json.loads(content)
+
+
+if __name__ == "__main__":
+    main()
