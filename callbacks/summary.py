@@ -74,7 +74,7 @@ class RunSummary(L.Callback):
         return {"train_seconds": self.train_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._earlier_seconds = state_dict["train_seconds"]
+        self._earlier_seconds = float(state_dict["train_seconds"])
 
     @property
     def train_seconds(self) -> float:
