@@ -71,8 +71,8 @@ def task(name: str) -> Task:
         return Task(
             CmudictSource(), TokenErrorScorer(), 300, 60, 48, 12, [(2, 12), (2, 6)], [(2, 2, 12)], [], (0.9, 0.6)
         )
-    parts, delimiters = [(2, 32), (2, 16), (4, 8)], ["Ċ", "."]
-    return Task(GsmSymbolicSource(), FinalNumberScorer(), 100, 5, 320, 32, parts, [(8, 8, 32)], delimiters, (0.9, 0.7))
+    parts, delimiters = [(2, 8), (2, 4), (3, 8)], ["Ċ", "."]
+    return Task(GsmSymbolicSource(), FinalNumberScorer(), 100, 5, 320, 8, parts, [(2, 2, 8)], delimiters, (0.9, 0.7))
 
 
 def samplers(task: Task, threshold: float, ids: list[int]) -> dict[str, BlockDiffusionSampler]:

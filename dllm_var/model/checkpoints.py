@@ -42,7 +42,7 @@ __all__ = [
 
 # Settings in which a run may differ from the checkpoint it starts from, and those that others decide.
 ADJUSTABLE = {"rope_theta", "rope_scaling", "norm_eps", "initializer_range", "token_shift", "context_length"}
-FROM_TOKENIZER = {"vocab_size", "mask_id", "terminator_ids", "pad_id", "causal"}
+SET_BY_OTHERS = {"vocab_size", "mask_id", "terminator_ids", "pad_id", "causal", "causal_context"}
 
 
 def save_checkpoint_folder(
@@ -168,7 +168,7 @@ def _adjusted(stored: TransformerConfig, settings: TransformerConfig, path: str 
     changes: dict[str, Any] = {}
     for field in fields(TransformerConfig):
         name, value = field.name, getattr(settings, field.name)
-        if value == field.default or name in FROM_TOKENIZER:
+        if value == field.default or name in SET_BY_OTHERS:
             continue
         if name in ADJUSTABLE:
             changes[name] = value
