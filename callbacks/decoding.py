@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from tqdm import tqdm
 
 from dllm_var import strategies
+from dllm_var.callbacks.ema import averaged
 from dllm_var.errors import UserError
 
 
@@ -67,8 +68,8 @@ def is_sharded(trainer: L.Trainer) -> bool:
 def undisturbed(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
     """Switch to eval mode without gradients, under the trainer's autocast; afterwards nothing tells that it happened.
 
-    Restores the mode of every submodule (frozen parts may have been in eval mode) and the state of the random
-    generators of Python, numpy and torch, whatever happens inside.
+    The weights are the averaged ones where the run keeps such. Restores the mode of every submodule (frozen parts may
+    have been in eval mode) and the state of the random generators of Python, numpy and torch, whatever happens inside.
     """
     modes = [(module, module.training) for module in pl_module.modules()]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - user code may draw from it
@@ -79,6 +80,7 @@ def undisturbed(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[No
             stack.enter_context(torch.no_grad())
             if isinstance(precision, MixedPrecision):
                 stack.enter_context(precision.forward_context())
+            stack.enter_context(averaged(trainer, pl_module))
             stack.enter_context(gathered_root(trainer, pl_module))
             pl_module.eval()
             yield

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from dllm_var.callbacks.decoding import is_sharded, say
+from dllm_var.callbacks.ema import averaged
 from dllm_var.model.checkpoints import EXPORT_FOLDER, save_checkpoint_folder
 from dllm_var.sampling.config import remembered_sampler
 
@@ -19,9 +20,9 @@ PREFIX = "transformer."
 class ExportWeights(L.Callback):
     """Writes the weights, config and tokenizer into the folder `model` of the run when training ends.
 
-    It is a few megabytes of safetensors without optimizer state, loadable by `dllm_var.model.checkpoints`. Beside the
-    weights it remembers the sampler of another callback (the last one that has any) and the step.
-    Without a logger there is no run folder and nothing is written.
+    The weights are the averaged ones where the run keeps such. It is a few megabytes of safetensors without optimizer
+    state, loadable by `dllm_var.model.checkpoints`. Beside the weights it remembers the sampler of another callback
+    (the last one that has any) and the step. Without a logger there is no run folder and nothing is written.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,8 @@ class ExportWeights(L.Callback):
             tokenizer: Any = pl_module.tokenizer
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             meta = {"sampler": remembered_sampler(callbacks), "step": trainer.global_step}
-            save_checkpoint_folder(self.path, transformer, tokenizer, meta, state)
+            with averaged(trainer, pl_module):
+                save_checkpoint_folder(self.path, transformer, tokenizer, meta, state)
 
 
 def gathered_state(trainer: L.Trainer) -> dict[str, Tensor]:

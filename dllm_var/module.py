@@ -32,8 +32,8 @@ from dllm_var.optim import AdamW, Schedule, parameter_groups
 from dllm_var.provenance import other_versions, provenance
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
 from dllm_var.sampling.config import last_sampler, remembered_sampler
-from dllm_var.step_totals import StepTotals
-from dllm_var.strategies import check_accumulation, skip_update
+from dllm_var.step_totals import StepResult, StepTotals
+from dllm_var.strategies import check_accumulation, clip_gradients, skip_update
 from dllm_var.tokenization import Tokenizer
 
 OptimizerCallable = Callable[[Any], Optimizer]
@@ -88,6 +88,7 @@ class DiffusionLM(L.LightningModule):
         self.sampler: Sampler | None = None  # the `sampler` section, set by the command line
         self.last_step_stats: dict[str, int] = {}
         self.guard = GuardedSteps(loss_guard)
+        self.last_step: StepResult | None = None
         self.objective_metrics, self.bound_metrics = DenoisingMetrics(), DenoisingMetrics()
 
     # -- building ----------------------------------------------------------------------------------------------------
@@ -217,6 +218,11 @@ class DiffusionLM(L.LightningModule):
             skip_update(optimizer, self.trainer)
         if self.guard.skipped:
             self.log("train/skipped_updates", float(self.guard.skipped))
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.guard.check_count(self.trainer)

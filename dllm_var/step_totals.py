@@ -60,23 +60,30 @@ class StepTotals:
     """Adds up the batches of one optimizer step, without asking the device for a number before the step is due.
 
     Args:
-        trainer: Knows how the step is split over ranks and batches.
         device: Of the model.
     """
 
-    def __init__(self, trainer: L.Trainer, device: torch.device) -> None:
-        self.trainer = trainer
+    def __init__(self, device: torch.device) -> None:
         self.exact = torch.float32 if device.type == "mps" else torch.float64  # counts beyond 2^24 need 64 bits
-        self.loss_sum = torch.zeros((), device=device)
+        self.loss_sum = torch.zeros((), dtype=torch.float32, device=device)
         self.normaliser, self.correct, self.scored = (
             torch.zeros((), dtype=torch.long, device=device) for _ in range(3)
         )
         self.row_losses: list[RowLosses] = []
 
-    def add(self, rows: Tensor, noised: NoisedBatch, loss_sum: Tensor, token_loss: Tensor, correct: Tensor) -> Tensor:
+    def add(
+        self,
+        trainer: L.Trainer,
+        rows: Tensor,
+        noised: NoisedBatch,
+        loss_sum: Tensor,
+        token_loss: Tensor,
+        correct: Tensor,
+    ) -> Tensor:
         """Adds a batch; returns what backward starts from.
 
         Args:
+            trainer: Knows how the step is split over ranks and batches.
             rows: Numbers of its rows [B].
             noised: What the model saw and had to predict.
             loss_sum: Its weighted loss, not normalised.
@@ -88,20 +95,21 @@ class StepTotals:
         self.correct += correct.sum()
         self.scored += correct.numel()
         self.row_losses.append(row_losses(rows, noised, token_loss.detach()))
-        if not owns_gradients(self.trainer.strategy):
+        if not owns_gradients(trainer.strategy):
             return loss_sum * LOSS_SCALE  # `finish` undoes it
-        normaliser = self.trainer.strategy.reduce(noised.normaliser.clone(), reduce_op="sum")
-        return loss_sum * (self.trainer.world_size / normaliser.clamp_min(1))  # the engine will average over ranks
+        normaliser = trainer.strategy.reduce(noised.normaliser.clone(), reduce_op="sum")
+        return loss_sum * (trainer.world_size / normaliser.clamp_min(1))  # the engine will average over ranks
 
-    def finish(self, optimizer: Optimizer) -> StepResult:
+    def finish(self, trainer: L.Trainer, optimizer: Optimizer) -> StepResult:
         """Divides the gradients by the loss tokens of all ranks and batches; the step's one wait for the device.
 
         Lightning has averaged the gradients over ranks and divided by the accumulation; both are undone.
 
         Args:
+            trainer: Knows how the step was split.
             optimizer: Its parameters have the gradients.
         """
-        strategy, ranks = self.trainer.strategy, self.trainer.world_size
+        strategy, ranks = trainer.strategy, trainer.world_size
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [local_part(p.grad) for p in parameters if p.grad is not None and not owns_gradients(strategy)]
         squares = torch.zeros((), dtype=self.exact, device=self.loss_sum.device)
@@ -112,10 +120,10 @@ class StepTotals:
         parts = (self.loss_sum, self.normaliser, self.correct, self.scored, squares)
         sums = strategy.reduce(torch.stack([part.to(self.exact) for part in parts]), reduce_op="sum")
         loss_sum, normaliser, correct, scored, squares = sums
-        factor = ranks * self.trainer.accumulate_grad_batches / LOSS_SCALE / normaliser.clamp_min(1)
+        factor = ranks * trainer.accumulate_grad_batches / LOSS_SCALE / normaliser.clamp_min(1)
         if gradients:
             torch._foreach_mul_(gradients, factor.float())
-        norm = squares.sqrt() * factor / loss_scale_in(optimizer, self.trainer)
+        norm = squares.sqrt() * factor / loss_scale_in(optimizer, trainer)
         figures = (loss_sum / normaliser.clamp_min(1), correct / scored.clamp_min(1), norm)
         loss, accuracy, gradient_norm = torch.stack(figures).tolist()
         return StepResult(loss, accuracy, gradient_norm if gradients else None, self.row_losses)
@@ -127,5 +135,5 @@ def row_losses(rows: Tensor, noised: NoisedBatch, token_loss: Tensor) -> RowLoss
         token_loss = token_loss * noised.weights[noised.loss_mask]
     tokens = noised.loss_mask.sum(dim=1)
     row_of = torch.arange(len(rows), device=rows.device).repeat_interleave(tokens, output_size=len(token_loss))
-    sums = torch.zeros(len(rows), device=rows.device).index_add_(0, row_of, token_loss.float())
+    sums = torch.zeros(len(rows), dtype=torch.float32, device=rows.device).index_add_(0, row_of, token_loss.float())
     return RowLosses(rows, sums, tokens)

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from dllm_var.errors import UserError
@@ -67,13 +68,30 @@ def loss_scale_in(optimizer: Optimizer, trainer: L.Trainer) -> Tensor | float:
     return scaler.scale(torch.ones((), device=trainer.strategy.root_device))
 
 
+def clip_gradients(module: L.LightningModule, optimizer: Optimizer, limit: Any, algorithm: Any) -> None:
+    """Clips as Lightning does; under FSDP1, where Lightning refuses to, by the norm that only torch's wrapper knows."""
+    wrapped = module.trainer.strategy.model
+    if isinstance(wrapped, FullyShardedDataParallel) and limit and algorithm != "value":
+        wrapped.clip_grad_norm_(limit)
+    else:
+        module.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm=algorithm)
+
+
 def skip_update(optimizer: Optimizer, trainer: L.Trainer) -> None:
     """Makes the optimizer step that is about to come do nothing, not even decay weights.
 
     Args:
         optimizer: Skips parameters without a gradient, as torch's do.
         trainer: Its precision may scale losses.
+
+    Raises:
+        UserError: When the strategy has the gradients to itself.
     """
+    if owns_gradients(trainer.strategy):
+        raise UserError(
+            f"the loss is not finite at step {trainer.global_step + 1}, and DeepSpeed cannot skip an update: go "
+            "on from the newest checkpoint with a lower learning rate, or with configs/strategy/fsdp2.yaml"
+        )
     if getattr(trainer.precision_plugin, "scaler", None) is None or not _unscales_in_step(optimizer):
         optimizer.zero_grad()
         return

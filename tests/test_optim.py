@@ -1,5 +1,10 @@
 """Schedules, parameter groups and Muon."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -109,3 +114,59 @@ def test_muon_takes_its_step_counts_to_the_parameters_device():
     resumed.load_state_dict(optimizer.state_dict())
     devices = {value.device.type for state in resumed.state.values() for value in state.values()}
     assert devices == {"meta"}
+
+
+SHARDED = """
+import os, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import distribute_tensor
+from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.model.initialise import shard
+from dllm_var.model.transformer import Block
+from dllm_var.optim import Muon, parameter_groups
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+torch.manual_seed(0)
+config = TransformerConfig(hidden_size=10, num_layers=3, num_heads=2, head_dim=6, vocab_size=11, intermediate_size=7)
+models = [Transformer(config), Transformer(config)]
+shard(models[1], mesh)
+for p in models[1].parameters():  # one of them with nothing on the second process
+    assert p.to_local().shape[0] in (-(-p.shape[0] // 2), p.shape[0] // 2)
+optimizers = [Muon(parameter_groups(m), lr=0.02, adamw_lr=0.01) for m in models]
+for step in range(3):
+    generator = torch.Generator().manual_seed(step)
+    for whole, part in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        whole.grad = torch.randn(whole.shape, generator=generator)
+        part.grad = distribute_tensor(whole.grad, part.device_mesh, part.placements)
+    for optimizer in optimizers:
+        optimizer.step()
+for (name, whole), part in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+    torch.testing.assert_close(part.full_tensor(), whole, atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {m}")
+
+flat = FullyShardedDataParallel(
+    Transformer(config), auto_wrap_policy=ModuleWrapPolicy({Block}), use_orig_params=True, device_id=torch.device("cpu")
+)
+def roles(model):
+    named = {id(p): n.replace("_fsdp_wrapped_module.", "") for n, p in model.named_parameters()}
+    return {named[id(p)]: (g["role"], g.get("weight_decay")) for g in parameter_groups(model) for p in g["params"]}
+assert any(p.dim() == 1 and "attention.out" in n for n, p in flat.named_parameters()), "FSDP1 no longer flattens"
+assert roles(flat) == roles(models[0])
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_muon_on_sharded_parameters_takes_the_steps_it_takes_on_whole_ones(tmp_path):
+    """Three matrices of each shape and two processes: one gets two of them, and rows that do not divide by two."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0 and run.stdout.count("equal") == 2, run.stderr[-3000:]

@@ -1,5 +1,6 @@
-"""The same rows give the same training on one process, on two, and sharded over two."""
+"""Overlays of configs/strategy on every recipe, and the same rows giving the same training however they are spread."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,61 +8,146 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
+
+from dllm_var.__main__ import main
+from dllm_var.datamodules import CmudictSource, PackedDataModule
+from dllm_var.metrics import AnswerMetrics
+from dllm_var.model.checkpoints import load_checkpoint
+from dllm_var.sampling.config import sampler_from_config
 
 ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+STRATEGIES = sorted(path.stem for path in (CONFIGS / "strategy").glob("*.yaml"))
+RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+PLACES = {"trainer.strategy", "trainer.accelerator", "trainer.devices"}
+FLAT = {"fsdp", "deepspeed_zero2"}  # they keep parameters flat, which Muon cannot use
 
-SCRIPT = """
-import sys
-import torch
-import lightning as L
-from dllm_var import DiffusionLM
-from dllm_var.datamodules import PackedDataModule
-from dllm_var.model import TransformerConfig
-from dllm_var.optim import Schedule
 
-strategy, devices, batch_size, path = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-torch.set_num_threads(1)
-L.seed_everything(3, verbose=False)
-if strategy == "fsdp2":
-    from lightning.pytorch.strategies import ModelParallelStrategy
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-adamw = lambda params: torch.optim.AdamW(params, lr=1e-2, eps=1e-4)
-config = TransformerConfig(hidden_size=16, num_layers=2, num_heads=2)
-model = DiffusionLM(config, optimizer=adamw, schedule=Schedule("constant", 0))
-data = PackedDataModule(batch_size=batch_size, context_length=48, packing="best_fit", canvas=4)
-trainer = L.Trainer(
-    strategy=strategy, devices=devices, accelerator="cpu", max_steps=3, limit_val_batches=2, val_check_interval=3,
-    logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    num_sanity_val_steps=0,
-)
-trainer.fit(model, data)
-named = model.transformer.named_parameters()
-weights = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in named}
-if trainer.is_global_zero:
-    torch.save({"weights": weights, "loss": float(trainer.callback_metrics["val/nelbo"])}, path)
+def settings(capsys, *configs):
+    """Gives the resolved settings as {dotted name: value}, a strategy as one value."""
+    paths = [argument for name in configs for argument in ("--config", str(CONFIGS / f"{name}.yaml"))]
+    assert main(["fit", *paths, "--print_config"]) == 0
+    return dict(flat(yaml.safe_load(capsys.readouterr().out)))
+
+
+def flat(values, place=""):
+    if isinstance(values, dict) and place != "trainer.strategy":
+        for name, value in values.items():
+            yield from flat(value, f"{place}.{name}" if place else name)
+    else:
+        yield place, values
+
+
+def test_there_are_the_four_strategies_of_the_documentation():
+    assert STRATEGIES == ["ddp", "deepspeed_zero2", "fsdp", "fsdp2"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_strategy_on_a_recipe_changes_where_it_runs_and_nothing_else(recipe, capsys):
+    alone = settings(capsys, recipe)
+    for strategy in STRATEGIES:
+        with_it = settings(capsys, recipe, f"strategy/{strategy}")
+        changed = {name for name in alone.keys() | with_it.keys() if alone.get(name) != with_it.get(name)}
+        assert changed - PLACES == {name for name in changed if name.startswith("model.init_args.optimizer")}
+        if strategy in FLAT:
+            assert with_it["model.init_args.optimizer.class_path"].endswith("AdamW")
+        else:
+            assert changed <= PLACES
+        wanted = with_it["trainer.strategy"]
+        wanted = wanted if isinstance(wanted, str) else wanted["class_path"].rsplit(".", 1)[-1]
+        assert wanted.lower().removesuffix("strategy").startswith(strategy.partition("_")[0])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without CUDA")
+@pytest.mark.parametrize(("strategy", "needs"), [("fsdp", "a CUDA device"), ("deepspeed_zero2", "deepspeed")])
+def test_a_strategy_that_cannot_run_says_in_one_line_what_it_needs(strategy, needs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CmudictSource, "__init__", no_data)
+    configs = ["--config", str(CONFIGS / "quickstart.yaml"), "--config", str(CONFIGS / f"strategy/{strategy}.yaml")]
+    assert main(["fit", *configs]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: trainer.strategy") and needs in line and "fsdp2.yaml" in line
+    assert not list(tmp_path.iterdir())
+
+
+def no_data(self):
+    raise AssertionError("data was touched before the strategy was known to work")
+
+
+TOY = """
+model:
+  transformer: {hidden_size: 16, num_layers: 2, num_heads: 2}
+  schedule: {kind: constant, warmup_steps: 0}
+data: {context_length: 48}
+sampler: {init_args: {max_new_tokens: 6}}
+trainer:
+  max_steps: 3
+  limit_val_batches: 2
+  val_check_interval: 3
+  log_every_n_steps: 1
+  callbacks:
+    - dllm_var.callbacks.SpeedMonitor
+    - class_path: dllm_var.callbacks.SamplingCallback
+      init_args: {sampler: "${sampler}", num_examples: 8, every_n_steps: 3}
+    - dllm_var.callbacks.ExportWeights
+    - class_path: dllm_var.callbacks.RunSummary
+      init_args: {sampler: "${sampler}", num_examples: 21}
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {every_n_train_steps: 2, save_last: true}
 """
 
 
-def train(folder: Path, strategy: str, devices: int, batch_size: int) -> dict:
-    path = folder / f"{strategy}{devices}.pt"
-    command = [sys.executable, "-c", SCRIPT, strategy, str(devices), str(batch_size), str(path)]
-    if devices > 1:  # Lightning starts the other process from a file
-        script = folder / "train.py"
-        script.write_text(SCRIPT)
-        command[1:3] = [str(script)]
-    run = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300, cwd=folder
-    )
+def train(folder, *arguments):
+    """Runs the quickstart at toy size in processes of its own; gives its output and its run folder."""
+    folder.mkdir()
+    (folder / "toy.yaml").write_text(TOY)
+    configs = ["--config", str(CONFIGS / "quickstart.yaml"), "--config", "toy.yaml"]
+    command = [sys.executable, "-m", "dllm_var", "fit", *configs, *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, cwd=folder)
     assert run.returncode == 0, run.stderr[-3000:]
-    return torch.load(path, weights_only=True)
+    return run.stdout, folder / "runs" / "quickstart" / "version_0"
+
+
+def losses(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run)).Reload()
+    return [event.value for event in events.Scalars("train/loss")]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("alone") / "run", "--data.batch_size=8")[1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one(strategy, tmp_path):
-    one, two = train(tmp_path, "auto", 1, 8), train(tmp_path, strategy, 2, 4)
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(
-            two["weights"][name], weight, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    assert two["loss"] == pytest.approx(one["loss"], rel=0.2)  # two of four validation batches against two of eight
+def test_two_processes_train_as_one_and_report_once(strategy, alone, tmp_path):
+    """With Muon, clipping, sampling, export and summary, as the recipe has them."""
+    overlay = ["--config", str(CONFIGS / f"strategy/{strategy}.yaml"), "--trainer.devices=2", "--data.batch_size=4"]
+    shown, run = train(tmp_path / "run", *overlay)
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
+    one, two = load_file(alone / "model/model.safetensors"), load_file(run / "model/model.safetensors")
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+    assert shown.count("step 3, 8 answers") == shown.count("test split  ") == 1
+    summary = json.loads((run / "summary.json").read_text())
+    scores = scored_alone(run)
+    assert summary["answers"] == scores["answers"] == 21  # an odd number: one process has one more
+    assert summary["tokens"] == scores["tokens"]
+    assert summary["token_error_rate"] == pytest.approx(scores["token_error_rate"])
+
+
+def scored_alone(run):
+    """Decodes what the summary did, with the exported weights, in this process."""
+    transformer, tokenizer, meta = load_checkpoint(run)
+    examples = PackedDataModule(context_length=48).held_out("test", 21)
+    sampler = sampler_from_config(meta["sampler"])
+    answers = sampler.generate(transformer, [example.prompt_ids for example in examples], tokenizer=tokenizer)
+    metrics = AnswerMetrics()
+    metrics.update(answers, [[list(r) for r in example.references] for example in examples])
+    return metrics.compute()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,11 +47,15 @@ class DenoisingMetrics(Metric):
         super().__init__(**kwargs)
         self.buckets = buckets
         for name in ("loss_sum", "weighted_loss_sum"):
-            self.add_state(name, default=torch.tensor(0.0), dist_reduce_fx="sum")
+            self.add_state(name, default=torch.tensor(0.0, dtype=torch.float32), dist_reduce_fx="sum")
         for name in ("loss_tokens", "correct", "terminators", "terminators_found", "supervised_tokens"):
             self.add_state(name, default=torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("bucket_loss_sum", default=torch.zeros(buckets), dist_reduce_fx="sum")
+        self.add_state("bucket_loss_sum", default=torch.zeros(buckets, dtype=torch.float32), dist_reduce_fx="sum")
         self.add_state("bucket_tokens", default=torch.zeros(buckets, dtype=torch.long), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
+        """Moves the sums to another device, never to another type: a model in bfloat16 still adds up in float32."""
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
 
     def update(
         self,

@@ -1,0 +1,120 @@
+"""`replay`: computes the losses again that the loss guard has recorded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dllm_var.errors import UserError
+
+DESCRIPTION = """Computes the losses again that the loss guard has recorded in a run's loss_guard.jsonl, row by row.
+
+It goes on from the run's last checkpoint before the step, with the run's own settings, and ends at the step; nothing is
+saved. With as many processes as the run had, the losses are the recorded ones."""
+
+
+def main(command: str, arguments: list[str]) -> int:
+    """Replays one record and returns the exit status.
+
+    Args:
+        command: Name to show.
+        arguments: The run folder and options.
+
+    Raises:
+        UserError: When there is no record, no checkpoint before it, or no configuration.
+    """
+    parser = argparse.ArgumentParser(f"python -m dllm_var {command}", description=DESCRIPTION)
+    parser.add_argument("run", help="run folder, such as runs/quickstart/version_0")
+    parser.add_argument("--step", type=int, help="which record, by its step; the last when not given")
+    parser.add_argument("--checkpoint", help="go on from this one, in place of the last before the step")
+    parser.add_argument("--rows", type=int, default=8, help="how many rows are shown, the worst first (default: 8)")
+    parser.add_argument("--trainer.devices", dest="devices", help="processes, when not as many as the run had")
+    options = parser.parse_args(arguments)
+
+    run = Path(options.run)
+    record = find_record(run, options.step)
+    checkpoint = options.checkpoint or checkpoint_before(run, record["step"])
+    config = run / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"there is no {config}: the run folder of a fit has one")
+    with tempfile.TemporaryDirectory() as folder:
+        overlay = Path(folder) / "replay.yaml"
+        overlay.write_text(yaml.safe_dump(replay_settings(yaml.safe_load(config.read_text()), record, options.rows)))
+        settings = [f"--config={config}", f"--config={overlay}", f"--ckpt_path={checkpoint}"]
+        settings += [f"--trainer.devices={options.devices}"] if options.devices else []
+        return import_module("dllm_var.cli").main("fit", settings)
+
+
+def find_record(run: Path, step: int | None) -> dict[str, Any]:
+    """Returns the record of a step, or the last one.
+
+    Raises:
+        UserError: When there is none; names the steps there are.
+    """
+    path = run / "loss_guard.jsonl"
+    if not path.is_file():
+        raise UserError(f"there is no {path}: no loss of this run was out of the ordinary")
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    wanted = [record for record in records if step in (None, record["step"])]
+    if not wanted:
+        steps = ", ".join(str(record["step"]) for record in records)
+        raise UserError(f"{path} has no step {step}; it has {steps}")
+    return wanted[-1]
+
+
+def checkpoint_before(run: Path, step: int) -> Path:
+    """Returns the run's checkpoint with the most steps that does not have this one yet.
+
+    Raises:
+        UserError: When there is none.
+    """
+    import torch
+
+    from dllm_var.checkpointing.choose import is_sharded, newest_first
+    from dllm_var.checkpointing.shards import read_trainer_state
+
+    found: dict[int, Path] = {}
+    for path in newest_first(run / "checkpoints"):
+        if is_sharded(path):
+            state = read_trainer_state(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if state["global_step"] < step:
+            found.setdefault(state["global_step"], path)
+    if not found:
+        raise UserError(
+            f"{run / 'checkpoints'} has no checkpoint before step {step}: keep more of them (save_top_k: -1), or name "
+            "one with --checkpoint"
+        )
+    return found[max(found)]
+
+
+def replay_settings(config: dict[str, Any], record: dict[str, Any], rows: int) -> dict[str, Any]:
+    """Returns what is different from the run: nothing is logged, saved, validated or sampled, and nothing stops it."""
+    kept = [callback for callback in config["trainer"].get("callbacks") or [] if _changes_training(callback)]
+    shown = {"class_path": "dllm_var.callbacks.replay.ReplayStep", "init_args": {"record": record, "num_shown": rows}}
+    return {
+        "trainer": {
+            "logger": False,
+            "callbacks": [*kept, shown],
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "limit_val_batches": 0,
+            "num_sanity_val_steps": 0,
+        },
+        "model": {"init_args": {"loss_guard": {"max_skipped": record["step"] + 1}}},
+    }
+
+
+def _changes_training(callback: Any) -> bool:
+    """Whether a run without this callback would refuse the checkpoint: one that averages weights."""
+    from lightning.pytorch.callbacks import WeightAveraging
+
+    module, _, name = str(callback["class_path"]).rpartition(".")
+    return issubclass(getattr(import_module(module), name), WeightAveraging)
