@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forked_runs import HANGS_AFTER, Attempt, fingerprint, start, write_recipe
+from forked_runs import HANGS_AFTER, Attempt, start
+from short_run import fingerprint, write_recipe
 
 TWO_RANKS = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=2"]
 KILLS_PER_RUN = 6  # before it is left to finish
@@ -75,7 +76,9 @@ def kill_and_resume(
         history: list[str] = []
         for number in range(KILLS_PER_RUN + 1):
             resume = ["--resume=auto"] if number else []
-            where = _run_and_kill(working, [*arguments, *resume], campaign, rng, life if number < KILLS_PER_RUN else None)
+            where = _run_and_kill(
+                working, [*arguments, *resume], campaign, rng, life if number < KILLS_PER_RUN else None
+            )
             if where is None:
                 break
             history.append(where)

@@ -1,0 +1,121 @@
+"""Runs that meet one fault each: what they say, how they end, and whether they can be gone on with."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forked_runs import Attempt, start
+from kills import TWO_RANKS
+from lightning.pytorch.callbacks import Callback
+from short_run import fingerprint, write_recipe
+
+
+@dataclass
+class Case:
+    """What came of one fault.
+
+    Args:
+        fault: What was done.
+        status: How the run ended.
+        message: What it said.
+        after: What became of it: ``same weights``, or what is wrong.
+        good: Whether all is as it should be.
+    """
+
+    fault: str
+    status: str
+    message: str
+    after: str
+    good: bool
+
+
+class FailAt(Callback):
+    """A callback with a bug.
+
+    Args:
+        step: Where it shows.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyError("no such figure")
+
+
+class Tries:
+    """Working folders for faults, and what an uninterrupted run ends with.
+
+    Args:
+        folder: They go here.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.cases: list[Case] = []
+        self.expected: dict[int, dict[str, str]] = {}
+
+    def whole(self, ranks: int) -> dict[str, str]:
+        """Fingerprint of a run without a fault."""
+        if ranks not in self.expected:
+            working = self.folder / f"whole-{ranks}"
+            attempt = start(working, [*write_recipe(working), *(TWO_RANKS if ranks > 1 else [])], ranks)
+            attempt.wait()
+            assert not any(attempt.statuses.values()), attempt.output
+            self.expected[ranks] = fingerprint(working)
+        return self.expected[ranks]
+
+    def begin(self, name: str, *more: str, ranks: int = 1, before: Callable[[], None] | None = None) -> Attempt:
+        """Begins a run in a folder of its own."""
+        working = self.folder / re.sub(r"\W+", "-", name)
+        shutil.rmtree(working, ignore_errors=True)
+        return start(working, [*write_recipe(working), *(TWO_RANKS if ranks > 1 else []), *more], ranks, before)
+
+    def judge(self, fault: str, attempt: Attempt, statuses: set[int], said: str, ranks: int = 1) -> None:
+        """Waits for the end, looks at what was said, goes on with --resume and compares.
+
+        Args:
+            fault: What was done.
+            attempt: The run.
+            statuses: How its processes may end.
+            said: What the message must contain, a regular expression.
+            ranks: Processes to go on with.
+        """
+        ended = attempt.wait()
+        attempt.end()
+        found = sorted(set(attempt.statuses.values()))
+        message = last_word(attempt, said)
+        good = ended and set(found) <= statuses and message is not None
+        resumed = start(
+            attempt.log.parent,
+            ["fit", "--config", "recipe.yaml", *(TWO_RANKS if ranks > 1 else []), "--resume=auto"],
+            ranks,
+        )
+        resumed.wait()
+        resumed.end()
+        after = "same weights"
+        if any(resumed.statuses.values()):
+            after = f"resuming failed: {resumed.message}"
+        elif fingerprint(attempt.log.parent) != self.whole(ranks):
+            after = "other weights"
+        status = ", ".join(map(str, found)) if ended else "hangs"
+        text = message or attempt.message
+        self.cases.append(Case(fault, status, text, after, good and after == "same weights"))
+
+
+def last_word(attempt: Attempt, said: str) -> str | None:
+    """The line in which a run says what happened."""
+    lines = [line.strip() for line in attempt.output.splitlines() if re.search(said, line)]
+    return lines[-1].replace(str(attempt.log.parent) + "/", "")[:240] if lines else None
+
+
+def in_training(attempt: Attempt) -> Attempt:
+    """Waits until two checkpoints are there."""
+    attempt.wait(lambda: attempt.phase[1] >= 2 and attempt.now == "training")
+    return attempt
