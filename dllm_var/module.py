@@ -151,6 +151,7 @@ class DiffusionLM(L.LightningModule):
             terminator_ids=list(tokenizer.terminator_ids),
             pad_id=tokenizer.pad_id,
             causal=self.objective.causal,
+            causal_context=self.objective.causal_context,
         )
         self.objective.bind(tokenizer.special)
 

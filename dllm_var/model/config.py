@@ -38,6 +38,7 @@ class TransformerConfig:
         terminator_ids: Ids that end an answer; taken from the tokenizer when null.
         pad_id: Id that fills unused positions; taken from the tokenizer when null.
         causal: Each position sees only its left; set by the objective.
+        causal_context: Of prompt and finished blocks each position sees only its left; set by the objective.
     """
 
     hidden_size: int = 256
@@ -61,6 +62,7 @@ class TransformerConfig:
     terminator_ids: list[int] | None = None
     pad_id: int | None = None
     causal: bool = False
+    causal_context: bool = False
 
     def resolved(self) -> TransformerConfig:
         """Returns a copy with every derived size filled in.

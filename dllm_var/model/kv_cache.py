@@ -49,6 +49,7 @@ class KVCache:
         slots: Tensor | None = None,
         positions: Tensor | None = None,
         seen: Tensor | None = None,
+        left_to_right: np.ndarray | None = None,
     ) -> None:
         """Prepares one forward of `width` tokens per row.
 
@@ -60,6 +61,7 @@ class KVCache:
             slots: Where each token is stored [B, L], when that is not right behind the frozen ones; needs `visible`.
             positions: Rotary position of each token [B, L], when that is not where it is stored.
             seen: Which of the window's tokens each of them sees [B, L, L], beside the frozen ones; all when null.
+            left_to_right: How many of each row's first tokens see nothing to the right of them [B]; none when null.
         """
         lengths = self.lengths if rows is None else self.lengths[rows]
         assert rows is None or (seen is None and not lengths.any()), "a forward of some rows starts from empty ones"
@@ -76,7 +78,7 @@ class KVCache:
             slots = torch.from_numpy(lengths[:, None] + np.arange(width)).to(device)
         self._slots = slots
         self.positions = self._slots if positions is None else positions
-        self._starts, self._seen = lengths, seen
+        self._starts, self._seen, self._left_to_right = lengths, seen, left_to_right
         ends = lengths + (width if windows is None else windows) if visible is None else visible
         self._ends = None if (ends == self.reach).all() else torch.from_numpy(ends).to(device)
         self.packed: Tensor | None = None
@@ -117,6 +119,12 @@ class KVCache:
             place = window.clamp(0, self._width - 1)[:, None].expand(-1, self._width, -1)
             inside = (window < self._width)[:, None] & self._seen.gather(2, place)
             return ((window < 0)[:, None] | inside).unsqueeze(1)
+        if self._left_to_right is not None:
+            offsets = np.arange(self._width)
+            places = self._starts[:, None] + offsets
+            last = self.reach - 1 if self._ends is None else self._ends.cpu().numpy()[:, None] - 1
+            sees = np.where(offsets < self._left_to_right[:, None], places, last)  # the last key of each token [B, L]
+            return (keys <= torch.from_numpy(sees).to(keys.device)[:, :, None]).unsqueeze(1)
         if self._ends is None:
             return None
         # A padding query sees what the real ones see: its output is never used, and no softmax is empty.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from dllm_var.objectives.base import Batch, NoisedBatch, Objective
 from dllm_var.objectives.noise import KeyedNoise
@@ -15,10 +16,7 @@ class Autoregressive(Objective):
 
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
         tokens = batch["input_ids"]
-        targets = tokens.roll(-1, dims=1)
-        follows = batch["segment_ids"] == batch["segment_ids"].roll(-1, dims=1)
-        loss_mask = batch["supervised"].roll(-1, dims=1) & follows
-        loss_mask[:, -1] = False  # nothing follows the last position of a row
+        targets, loss_mask = next_token_targets(batch)
         return NoisedBatch(
             input_ids=tokens,
             targets=targets,
@@ -27,3 +25,11 @@ class Autoregressive(Objective):
             weights=None,
             normaliser=loss_mask.sum(),
         )
+
+
+def next_token_targets(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Returns each position's next token [B, L] and where that is supervised and of the same segment [B, L]."""
+    follows = batch["segment_ids"] == batch["segment_ids"].roll(-1, dims=1)
+    supervised = batch["supervised"].roll(-1, dims=1) & follows
+    supervised[:, -1] = False  # nothing follows the last position of a row
+    return batch["input_ids"].roll(-1, dims=1), supervised

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm_var.errors import UserError
+from dllm_var.objectives.autoregressive import next_token_targets
 from dllm_var.objectives.base import Batch, NoisedBatch, Objective, check_rates, is_one_of
 from dllm_var.objectives.certainty import Certainty
 from dllm_var.objectives.noise import KeyedNoise, golden_fractions
@@ -54,7 +55,7 @@ class BlockDiffusion(Certainty):
     answer leaves free in its last block, so that the end of what is seen does not tell where the answer ends.
 
     Each block has a mask rate t ~ U(t_min, t_max) of its own. The terminator is always masked, as in dLLM-Var (arXiv
-    2510.24605). The loss is the mean cross-entropy over the masked tokens of all copies.
+    2510.24605). The loss is the mean cross-entropy over what is scored: the masked tokens of all copies.
 
     Args:
         block_length: The sampler's `block_length`.
@@ -63,6 +64,12 @@ class BlockDiffusion(Certainty):
             which is scored too: it is the first step of every block.
         t_min: Smallest mask rate.
         t_max: Largest mask rate.
+        whole_share: Share of blocks whose mask rate is 1 instead: all masks, as the sampler's first step meets them.
+        causal_context: Clean tokens see only their left, as in an autoregressive model, whose knowledge is kept so
+            (NBDiff, arXiv 2512.06776); the model remembers it for its samplers. A finished block is then read the same
+            way with and without the next one, and `kv_commit` makes no difference.
+        autoregressive_weight: Weight of each clean token's prediction of the next one, beside the masked tokens' (0.5
+            in NBDiff); needs `causal_context`.
         complementary: Adds to each copy one that masks what it shows, so that every token is predicted (Fast-dLLM v2,
             arXiv 2509.26328, section 3).
         right_heavy: Masks rather what is further right, as decoding leaves it: the token at offset i of its block is
@@ -73,8 +80,7 @@ class BlockDiffusion(Certainty):
         certainty_temperature: Divides the logits before that entropy.
 
     Raises:
-        UserError: Unless block_length >= 1, 0 < t_min <= t_max <= 1, right_heavy >= 0, certainty >= 0 and
-            certainty_temperature > 0.
+        UserError: When a setting is out of range, or `autoregressive_weight` is set without `causal_context`.
     """
 
     document_attention_only = True
@@ -86,6 +92,9 @@ class BlockDiffusion(Certainty):
         kv_commit: Literal["joint_next", "alone"] = "joint_next",
         t_min: float = 0.1,
         t_max: float = 1.0,
+        whole_share: float = 0.0,
+        causal_context: bool = False,
+        autoregressive_weight: float = 0.0,
         complementary: bool = False,
         right_heavy: float = 0.0,
         mask_terminators: bool = True,
@@ -94,13 +103,19 @@ class BlockDiffusion(Certainty):
     ) -> None:
         super().__init__(certainty, certainty_temperature)
         check_rates("BlockDiffusion", t_min, t_max)
-        if block_length < 1 or right_heavy < 0:
+        if block_length < 1 or right_heavy < 0 or not 0 <= whole_share < 1:
             raise UserError(
-                "objective BlockDiffusion needs block_length >= 1 and right_heavy >= 0, got "
-                f"{block_length} and {right_heavy}"
+                "objective BlockDiffusion needs block_length >= 1, right_heavy >= 0 and 0 <= whole_share < 1, got "
+                f"{block_length}, {right_heavy} and {whole_share}"
+            )
+        if autoregressive_weight < 0 or (autoregressive_weight > 0 and not causal_context):
+            raise UserError(
+                f"objective BlockDiffusion autoregressive_weight {autoregressive_weight} must not be below 0; above "
+                "0 it needs causal_context: what sees the next token cannot learn to predict it"
             )
         self.block_length, self.kv_commit = block_length, kv_commit
-        self.t_min, self.t_max = t_min, t_max
+        self.t_min, self.t_max, self.whole_share = t_min, t_max, whole_share
+        self.causal_context, self.autoregressive_weight = causal_context, autoregressive_weight
         self.complementary, self.right_heavy, self.mask_terminators = complementary, right_heavy, mask_terminators
 
     def likelihood(self) -> Objective:
@@ -119,14 +134,20 @@ class BlockDiffusion(Certainty):
             ends = is_one_of(_take(tokens, blocks.column), self.specials().terminator_ids) & blocks.answer
             for copy in copies:
                 copy.masked = copy.masked | ends
-        if self.kv_commit == "joint_next":  # the first copy is the one that clean tokens see
+        if self.clean_sees_masks:  # the first copy is the one that they see
             copies.insert(0, Copy(blocks.answer, torch.ones_like(rate), self.scores_first_step))
         return self.lay_out(batch, blocks, copies)
+
+    @property
+    def clean_sees_masks(self) -> bool:
+        """Whether clean tokens see the block behind theirs as masks."""
+        return self.kv_commit == "joint_next" and not self.causal_context
 
     def rates(self, batch: Batch, blocks: Blocks, generator: KeyedNoise) -> Tensor:
         """Draws the mask rate of each block [B, N], keyed by the column where it starts."""
         uniform = generator.uniform(batch["row"], batch["input_ids"].size(1), stream=1).gather(1, blocks.start)
-        return self.t_min + (self.t_max - self.t_min) * uniform
+        rate = self.t_min + (self.t_max - self.t_min) * uniform / (1 - self.whole_share)
+        return torch.where(uniform < 1 - self.whole_share, rate, 1.0)
 
     def masked(self, batch: Batch, blocks: Blocks, rate: Tensor, generator: KeyedNoise) -> Tensor:
         """Draws which tokens of the blocks are masked [B, N, K]."""
@@ -148,20 +169,24 @@ class BlockDiffusion(Certainty):
         answer, targets = blocks.answer.flatten(1), _take(tokens, blocks.column).flatten(1)
         first = batch["position_ids"].gather(1, blocks.start)[:, :, None]
         positions = (first + torch.arange(self.block_length, device=tokens.device)).flatten(1)
-        read, masked = [tokens], [torch.zeros_like(batch["supervised"])]
+        next_token = next_token_targets(batch)
+        read, masked = [tokens], [next_token[1] & (self.autoregressive_weight > 0)]
         rate = [torch.zeros_like(tokens, dtype=torch.float32)]
         for copy in copies:
             hidden = copy.masked.flatten(1)
             read.append(torch.where(answer & ~hidden, targets, self.specials().mask_id))
             masked.append(hidden if copy.scored else torch.zeros_like(hidden))
             rate.append(copy.rate.flatten(1))
-        loss_mask = torch.cat(masked, dim=1)
+        loss_mask, weights = torch.cat(masked, dim=1), None
+        if self.autoregressive_weight not in (0, 1):
+            weights = torch.ones_like(loss_mask, dtype=torch.float32)
+            weights[:, : tokens.size(1)] = self.autoregressive_weight
         return NoisedBatch(
             input_ids=torch.cat(read, dim=1),
-            targets=torch.cat([tokens, *[targets] * len(copies)], dim=1),
+            targets=torch.cat([next_token[0], *[targets] * len(copies)], dim=1),
             loss_mask=loss_mask,
             mask_rate=torch.cat(rate, dim=1),
-            weights=None,
+            weights=weights,
             normaliser=loss_mask.sum(),
             position_ids=torch.cat([batch["position_ids"], *[positions] * len(copies)], dim=1),
             attention_mask=self.attention_mask(batch, blocks, len(copies)),
@@ -180,8 +205,10 @@ class BlockDiffusion(Certainty):
 
         query, key, clean = block[:, :, None], block[:, None, :], copy == CLEAN
         seen = ((query == key) & (copy[:, None] == copy)) | ((query > key) & clean)
-        if self.kv_commit == "joint_next":
+        if self.clean_sees_masks:
             seen = seen | ((query + 1 == key) & clean[:, None] & (copy == FIRST_COPY))
+        if self.causal_context:
+            seen[:, :length, :length] = seen.new_ones(length, length).tril()
         return seen & (segment[:, :, None] == segment[:, None, :])
 
 
@@ -196,7 +223,8 @@ class EvenBlockMasking(BlockDiffusion):
     scores_first_step = False
 
     def __init__(self, objective: BlockDiffusion, smallest: float = 1e-2) -> None:
-        super().__init__(objective.block_length, objective.kv_commit, smallest, mask_terminators=False)
+        settings = dict(kv_commit=objective.kv_commit, causal_context=objective.causal_context)
+        super().__init__(objective.block_length, t_min=smallest, mask_terminators=False, **settings)
 
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
         noised = super().corrupt(batch, generator)

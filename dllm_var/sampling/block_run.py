@@ -157,7 +157,8 @@ class BlockRun:
         windows = pending + width
         longest = int(windows.max())
         windows = np.maximum(windows, 1)  # a free slot: anything but an empty softmax
-        self.cache.open(longest, windows, slots)
+        left_to_right = pending if self.model.config.causal_context and pending.any() else None
+        self.cache.open(longest, windows, slots, left_to_right=left_to_right)
         canvas = self.canvas if index is None else self.canvas[index]
         if index is None and rows.size == 1:
             start = int(self.cache.lengths[0])

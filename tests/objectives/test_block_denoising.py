@@ -25,6 +25,7 @@ ROWS = [
     [[(False, 20)], [(False, 4), (True, 3)]],
 ]
 MODES = ["alone", "joint_next"]
+CONTEXTS = [("alone", False), ("joint_next", False), ("joint_next", True)]
 
 
 def model(seed=0):
@@ -93,11 +94,11 @@ def copies_of(noised, batch):
     }
 
 
-def read_alone(transformer, batch, i, blocks, number, tokens, joint):
+def read_alone(transformer, batch, i, blocks, number, tokens, joint, causal):
     """Reads block `number` of a sample with the given tokens, as one short row with a mask made by loops.
 
     Clean blocks before it are read as a cache holds them: each from itself and those before, and with `joint` from the
-    masks of the next one, if that is supervised.
+    masks of the next one, if that is supervised; or each of their tokens from its left, with `causal`.
     """
     begin = blocks[0][1][0]
     row, positions, role = [], [], []  # role: (block, "clean" / "masks" / "noisy")
@@ -116,7 +117,9 @@ def read_alone(transformer, batch, i, blocks, number, tokens, joint):
     for q, (block, kind) in enumerate(role):
         for k, (other, its_kind) in enumerate(role):
             if its_kind == "clean":
-                seen[q, k] = other <= block if kind == "clean" else other < block
+                seen[q, k] = (k <= q if causal else other <= block) if kind == "clean" else other < block
+            elif causal and its_kind == "masks":
+                seen[q, k] = q == k  # nobody else sees them
             elif its_kind == "masks" and kind == "clean":
                 seen[q, k] = other == block + 1
             else:
@@ -129,11 +132,11 @@ def read_alone(transformer, batch, i, blocks, number, tokens, joint):
     return transformer.lm_head(hidden)[0, -BLOCK:]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "causal"), CONTEXTS)
 @pytest.mark.parametrize("complementary", [False, True])
-def test_packed_rows_give_the_logits_and_gradients_of_one_block_at_a_time(mode, complementary):
+def test_packed_rows_give_the_logits_and_gradients_of_one_block_at_a_time(mode, causal, complementary):
     batch, transformer = make_batch(), model()
-    objective = bound(kv_commit=mode, complementary=complementary, t_min=0.3, t_max=0.8)
+    objective = bound(kv_commit=mode, causal_context=causal, complementary=complementary, t_min=0.3, t_max=0.8)
     noised = objective.corrupt(batch, KeyedNoise(3))
     hidden = transformer.hidden_states(
         noised.input_ids, position_ids=noised.position_ids, attention_mask=noised.attention_mask
@@ -151,7 +154,7 @@ def test_packed_rows_give_the_logits_and_gradients_of_one_block_at_a_time(mode, 
                 continue
             for here in where[i, columns[0]]:
                 expected = read_alone(
-                    transformer, batch, i, blocks, number, noised.input_ids[i, here].tolist(), mode == "joint_next"
+                    transformer, batch, i, blocks, number, noised.input_ids[i, here].tolist(), mode == "joint_next", causal
                 )
                 torch.testing.assert_close(logits[i, here], expected, atol=1e-4, rtol=0)
                 for k, column in enumerate(columns):
@@ -184,15 +187,16 @@ class Dictation(UnmaskingPolicy):
         return Decision(commit=due[None] & view.masked, tokens=padded)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "causal"), [(mode, causal) for mode in MODES for causal in (False, True)])
 @pytest.mark.parametrize("answer_length", [3, 5, 8, 12])
-def test_the_sampler_computes_the_trained_conditionals(mode, answer_length):
+def test_the_sampler_computes_the_trained_conditionals(mode, causal, answer_length):
     """Its logits, step by step, are those of the training row with the same tokens masked."""
     transformer, early = model(), [0, 2]
     prompt, row = 5, [[[(False, 5), (True, answer_length)]]]
     batch = make_batch(row, prompt + answer_length + 3)
     answer = batch["input_ids"][0, prompt : prompt + answer_length].tolist()
-    objective = bound(kv_commit=mode)
+    transformer.config.causal_context = causal
+    objective = bound(kv_commit=mode, causal_context=causal)
     blocks = find_blocks(batch, BLOCK)
     shown = torch.isin(torch.arange(BLOCK), torch.tensor(early)) & (blocks.column != prompt + answer_length - 1)
     rate = torch.ones(blocks.column.shape)
