@@ -18,7 +18,7 @@ from short_run import fingerprint, write_recipe
 
 TWO_RANKS = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=2"]
 KILLS_PER_RUN = 6  # before it is left to finish
-CALLS = 60  # about as many system calls that settle a checkpoint in one run
+CALLS = 40  # about as many system calls that settle a checkpoint in one run
 SAVE_SECONDS = 0.05
 
 

@@ -45,13 +45,9 @@ def config(rng: random.Random, folder: Path) -> None:
     settings: Any = recipe(folder, absolute=True)
     for _ in range(rng.choice((1, 1, 2))):
         settings = damaged_value(rng, settings)
-    if isinstance(settings, dict) and isinstance(settings.get("trainer"), dict):
-        settings["trainer"] |= {"fast_dev_run": True, "logger": False, "default_root_dir": str(folder)}
     text = yaml.safe_dump(settings, sort_keys=False).encode(errors="replace")
     if rng.random() < 0.3:
         text = damaged_bytes(rng, text)
-        if b"fast_dev_run: true" not in text or b"default_root_dir" not in text:
-            text = text[: max(text.find(b"trainer:"), 0)]  # no run of its own length in places of its own
     path = folder / "recipe.yaml"
     path.write_bytes(text)
     extra = rng.choice(

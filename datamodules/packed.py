@@ -161,7 +161,10 @@ class PackedDataModule(L.LightningDataModule):
             UserError: When rows would not be those of the checkpoint, unless `check_resume` is off; names the setting.
         """
         self._check_made_from(state_dict.get("made_from"))
-        self._next_row = state_dict["next_row"]
+        row = state_dict.get("next_row")
+        if type(row) is not int or row < 0:
+            raise UserError(f"the checkpoint does not say with which row the data goes on (next_row is {row!r})")
+        self._next_row = row
 
     @cached_property
     def made_from(self) -> dict[str, Any]:
