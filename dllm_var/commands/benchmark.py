@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from dllm_var.benchmarking.settings import Entry, Sweep, Task, check_names, read
 from dllm_var.errors import UserError
 from dllm_var.settings import SettingsParser, read_settings
 
-DESCRIPTION = """Measures what a config lists, side by side on one machine: a config with `tasks` compares samplers.
+DESCRIPTION = """Measures what a config lists, side by side on one machine: a config with `tasks` compares samplers, one
+with `trainings` (benchmarks/training.yaml) ways to train.
 
 Writes FILE.json (--output) with every figure, FILE.md with the tables and, with matplotlib, a PNG file per task. Ctrl-C
 writes what has been measured so far.
 """
-KINDS = ("tasks",)  # the key that says what a config measures
+KINDS = ("tasks", "trainings")  # the key that says what a config measures
 QUICK: dict[str, Any] = dict(prompts=4, selection_prompts=4, single_prompts=1, batched_prompts=4, batch_size=4)
 
 
@@ -43,6 +45,10 @@ def main(command: str, arguments: list[str]) -> int:
     Raises:
         UserError: For a bad config, checkpoint or output file.
     """
+    if kind_of(arguments) == "trainings":
+        from dllm_var.commands import benchmark_training
+
+        return benchmark_training.main(command, arguments)
     options = build_parser(command).parse_args(arguments)
     check_kind(options.config)
     output = check_output(options.output)
@@ -97,6 +103,14 @@ def build_parser(command: str) -> SettingsParser:
     parser.add_argument("--only", nargs="+", type=str, metavar="NAME", help="tasks, entries and sweeps to run")
     parser.add_argument("--quick", action="store_true", help="a smoke test in seconds: few prompts, short answers")
     return parser
+
+
+def kind_of(arguments: Sequence[str]) -> str | None:
+    """Returns the first of `KINDS` that a config among the arguments has, null when none has one."""
+    named = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+    named += [following for option, following in pairwise(arguments) if option == "--config"]
+    keys = {key for name in named if Path(name).is_file() for key in read_settings(Path(name))}
+    return next((kind for kind in KINDS if kind in keys), None)
 
 
 def check_kind(configs: Sequence[Any] | None) -> None:
