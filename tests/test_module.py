@@ -9,7 +9,7 @@ from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model import TransformerConfig
 from dllm_var.model.checkpoints import load_checkpoint
-from dllm_var.objectives import Autoregressive, EosSchedule, Mdlm
+from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule, Mdlm
 from dllm_var.optim import Muon, Schedule
 
 SMALL = TransformerConfig(hidden_size=16, num_layers=1, num_heads=2)
@@ -32,7 +32,7 @@ def fit(folder, batch_size=8, accumulate=1, objective=None, attention="document"
     return model, run
 
 
-@pytest.mark.parametrize("objective", [EosSchedule, Mdlm, Autoregressive])
+@pytest.mark.parametrize("objective", [EosSchedule, Mdlm, Autoregressive, BlockDiffusion])
 def test_the_step_does_not_depend_on_how_the_rows_are_split(objective, tmp_path):
     """8 rows at once, or 4 x 2 accumulated: batches differ in loss tokens, the step must not."""
     whole, _ = fit(tmp_path, 8, 1, objective())
@@ -90,7 +90,7 @@ def test_attention_setting_reaches_the_model(tmp_path):
     assert not torch.equal(document.transformer.lm_head.weight, full.transformer.lm_head.weight)
 
 
-@pytest.mark.parametrize("objective", [EosSchedule, Autoregressive])
+@pytest.mark.parametrize("objective", [EosSchedule, Autoregressive, BlockDiffusion])
 def test_validation_logs_loss_accuracy_terminators_and_likelihood(objective, tmp_path):
     model, run = fit(tmp_path, objective=objective(), limit_val_batches=2, val_check_interval=2)
     logged = run.callback_metrics

@@ -78,9 +78,14 @@ class KVCache:
             slots = torch.from_numpy(lengths[:, None] + np.arange(width)).to(device)
         self._slots = slots
         self.positions = self._slots if positions is None else positions
-        self._starts, self._seen, self._left_to_right = lengths, seen, left_to_right
+        self._starts, self._seen = lengths, seen
         ends = lengths + (width if windows is None else windows) if visible is None else visible
         self._ends = None if (ends == self.reach).all() else torch.from_numpy(ends).to(device)
+        self._last_seen: Tensor | None = None  # by each token [B, L], where they differ within a row
+        if left_to_right is not None:
+            offsets = np.arange(width)
+            last = np.where(offsets < left_to_right[:, None], lengths[:, None] + offsets, ends[:, None] - 1)
+            self._last_seen = torch.from_numpy(last).to(device)
         self.packed: Tensor | None = None
         if windows is not None and windows.size > 1 and visible is None and seen is None:
             self._pack(windows, rows)
@@ -119,12 +124,8 @@ class KVCache:
             place = window.clamp(0, self._width - 1)[:, None].expand(-1, self._width, -1)
             inside = (window < self._width)[:, None] & self._seen.gather(2, place)
             return ((window < 0)[:, None] | inside).unsqueeze(1)
-        if self._left_to_right is not None:
-            offsets = np.arange(self._width)
-            places = self._starts[:, None] + offsets
-            last = self.reach - 1 if self._ends is None else self._ends.cpu().numpy()[:, None] - 1
-            sees = np.where(offsets < self._left_to_right[:, None], places, last)  # the last key of each token [B, L]
-            return (keys <= torch.from_numpy(sees).to(keys.device)[:, :, None]).unsqueeze(1)
+        if self._last_seen is not None:
+            return (keys <= self._last_seen.unsqueeze(2)).unsqueeze(1)
         if self._ends is None:
             return None
         # A padding query sees what the real ones see: its output is never used, and no softmax is empty.

@@ -109,6 +109,8 @@ def inexpressible(layout: Layout, config: TransformerConfig) -> str | None:
         return f"its heads share hidden_size {config.hidden_size} evenly, this one's take {width}"
     if config.causal and not layout.causal:
         return "its models read in both directions, this one left to right"
+    if config.causal_context:
+        return "none of its engines reads finished blocks left to right and the block bidirectionally"
     if config.mask_id is None and not layout.causal:
         return "its models have a mask token, this one none"
     return None

@@ -22,16 +22,23 @@ class BlockCopies:
         copy: The copy each token belongs to; 0 for the block itself and what is left of it.
         offset: Its place in the block.
         real: Whether it is there at all, rather than padding.
+        finished: Whether it is left of the block.
         positions: Its place in the row, for tokens and rotary embedding.
     """
 
     copy: Tensor
     offset: Tensor
     real: Tensor
+    finished: Tensor
     positions: Tensor
 
-    def open(self, cache: KVCache, seen: Tensor) -> None:
-        """Opens the cache for these windows, in which each token sees `seen` [R, L, L] of the real others."""
+    def open(self, cache: KVCache, seen: Tensor, causal_context: bool) -> None:
+        """Opens the cache for these windows, in which each token sees `seen` [R, L, L] of the real others.
+
+        With `causal_context` what is left of the block sees only its own left.
+        """
+        if causal_context:
+            seen = seen & ~(self.finished[:, :, None] & (self.positions[:, None] > self.positions[:, :, None]))
         seen = (seen & self.real[:, None]) | ~self.real[:, :, None]  # whatever padding sees, no softmax is empty
         cache.open(self.copy.size(1), positions=self.positions, seen=seen)
 
@@ -50,6 +57,7 @@ def lay_out(
         np.maximum(inside // block, 0),
         offset,
         inside < in_blocks,
+        inside < 0,
         starts + np.where(inside < 0, place, pending + offset),
     )
     return BlockCopies(*(torch.from_numpy(values).to(device) for values in layout))

@@ -235,7 +235,8 @@ class _Run:
     ) -> Tensor:
         """Returns the hidden states [R, L, hidden] of the `windows` [R] behind what the cache holds."""
         longest = int(windows.max())
-        cache.open(longest, windows, slots)
+        text = self.length[rows] - cache.lengths[rows] if model.config.causal_context else None
+        cache.open(longest, windows, slots, left_to_right=text)
         place = cache.lengths[rows][:, None] + np.arange(longest)
         tokens = np.take_along_axis(self.text[rows], place, axis=1)
         return model.hidden_states(torch.from_numpy(tokens).to(self.device), cache=cache)

@@ -54,7 +54,7 @@ class FreeDaveRun(BlockRun):
         if not self.live[rows].any():
             return super()._open_window(rows, index, slots, pending, width)
         layout = lay_out(self.cache.lengths, pending, width, self.live, self.device)
-        layout.open(self.cache, layout.copy[:, :, None] == layout.copy[:, None])
+        layout.open(self.cache, layout.copy[:, :, None] == layout.copy[:, None], self.model.config.causal_context)
         drafts = self.drafts.flatten(1)
         place = (layout.copy - 1) * self.sampler.block_length + layout.offset
         drafted = drafts.gather(1, place.clamp(0, drafts.size(1) - 1))

@@ -104,8 +104,10 @@ class _GapFiller(Sampler):
         self.policy, self.batch_size, self.draw, self.spans = policy, batch_size, draw, spans
 
     def decode(self, model: Transformer, prompts: list[list[int]], request: Request) -> list[Generation]:
-        if model.config.causal:
-            raise UserError("this checkpoint is autoregressive: infilling needs a model that reads in both directions")
+        if model.config.causal or model.config.causal_context:
+            raise UserError(
+                "this checkpoint reads left to right: infilling needs a model that reads in both directions"
+            )
         keys, answers = request_keys(prompts), {}
         for first in range(0, len(prompts), self.batch_size):
             part = slice(first, first + self.batch_size)

@@ -73,7 +73,9 @@ class WinoRun(BlockRun):
         layout = lay_out(self.cache.lengths, pending, width, shadows, self.device)
         shadow = layout.copy > 0
         by_shadow = shadow[:, None] | (layout.offset[:, :, None] != layout.offset[:, None])
-        layout.open(self.cache, torch.where(shadow[:, :, None], by_shadow, ~shadow[:, None]))
+        layout.open(
+            self.cache, torch.where(shadow[:, :, None], by_shadow, ~shadow[:, None]), self.model.config.causal_context
+        )
         return self.canvas.gather(1, layout.positions).masked_fill(shadow, self.mask_id)
 
     def _denoise(

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from dllm_var import DiffusionLM
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.objectives import BlockDiffusion, KeyedNoise
+from dllm_var.objectives import Autoregressive, BlockDiffusion, KeyedNoise
 from dllm_var.objectives.block_diffusion import Copy, find_blocks
 from dllm_var.objectives.cross_entropy import head_loss
 from dllm_var.sampling import BlockDiffusionSampler
@@ -153,9 +153,8 @@ def test_packed_rows_give_the_logits_and_gradients_of_one_block_at_a_time(mode, 
             if not supervised:
                 continue
             for here in where[i, columns[0]]:
-                expected = read_alone(
-                    transformer, batch, i, blocks, number, noised.input_ids[i, here].tolist(), mode == "joint_next", causal
-                )
+                tokens = noised.input_ids[i, here].tolist()
+                expected = read_alone(transformer, batch, i, blocks, number, tokens, mode == "joint_next", causal)
                 torch.testing.assert_close(logits[i, here], expected, atol=1e-4, rtol=0)
                 for k, column in enumerate(columns):
                     if noised.loss_mask[i, here][k]:
@@ -166,6 +165,34 @@ def test_packed_rows_give_the_logits_and_gradients_of_one_block_at_a_time(mode, 
     slow_loss.backward()
     for gradient, parameter in zip(ours, transformer.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_the_autoregressive_loss_is_that_of_the_causal_twin():
+    """With causal context, clean tokens are read and scored as by `Autoregressive`; masked ones are scored too."""
+    batch, transformer = make_batch(), model()
+    plain = bound(causal_context=True).corrupt(batch, KeyedNoise(3))
+    objective = bound(causal_context=True, autoregressive_weight=0.5)
+    noised = objective.corrupt(batch, KeyedNoise(3))
+    assert torch.equal(noised.input_ids, plain.input_ids) and torch.equal(noised.attention_mask, plain.attention_mask)
+    hidden = transformer.hidden_states(noised.input_ids, noised.position_ids, None, None, noised.attention_mask)
+    loss, _ = head_loss(transformer.lm_head, hidden[noised.loss_mask], noised.targets[noised.loss_mask])
+    masked, _ = head_loss(transformer.lm_head, hidden[plain.loss_mask], plain.targets[plain.loss_mask])
+
+    twin = model()
+    twin.config.causal = True
+    causal = Autoregressive().bind(SPECIAL).corrupt(batch, KeyedNoise(0))
+    logits = twin(causal.input_ids, batch["position_ids"], batch["segment_ids"])
+    next_tokens = F.cross_entropy(logits[causal.loss_mask], causal.targets[causal.loss_mask], reduction="sum")
+    torch.testing.assert_close(objective.loss(loss, noised), masked.sum() + 0.5 * next_tokens)
+    assert int(noised.normaliser) == int(plain.loss_mask.sum() + causal.loss_mask.sum())
+
+
+def test_whole_blocks_are_as_frequent_as_asked_for():
+    batch = make_batch([[[(True, 33)]]] * 400, 33)
+    noised = bound(kv_commit="alone", t_max=0.5, whole_share=0.3).corrupt(batch, KeyedNoise(0))
+    rates = noised.mask_rate[:, 33:].view(400, -1, BLOCK)[:, :, 0]
+    assert (rates == 1).float().mean() == pytest.approx(0.3, abs=0.03)
+    assert rates[rates < 1].min() < 0.12 and 0.48 < rates[rates < 1].max() <= 0.5
 
 
 class Dictation(UnmaskingPolicy):
@@ -308,5 +335,9 @@ def test_bad_settings_are_named():
         BlockDiffusion(4, t_min=0.5, t_max=0.2)
     with pytest.raises(UserError, match="BlockDiffusion needs certainty"):
         BlockDiffusion(4, certainty=-1.0)
+    with pytest.raises(UserError, match="whole_share"):
+        BlockDiffusion(4, whole_share=1.0)
+    with pytest.raises(UserError, match="needs causal_context"):
+        BlockDiffusion(4, autoregressive_weight=0.5)
     with pytest.raises(UserError, match=r"model\.attention full"):
         DiffusionLM(objective=BlockDiffusion(4), attention="full")

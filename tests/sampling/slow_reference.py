@@ -20,7 +20,7 @@ def generate(
 
     Every forward computes the keys of the prompt and of each finished block again, each the way it was made when it
     was committed: under `joint_next` with the next block behind it as masks, under `alone` with nothing behind it,
-    under `last_step` as it stood before its last commits.
+    under `last_step` as it stood before its last commits; left to right in a model with causal context.
     """
     mask, ends = model.config.mask_id, set(model.config.terminator_ids)
     finished: list[list[int]] = [list(prompt)]  # prompt, then finished blocks
@@ -85,8 +85,10 @@ def prefix_keys(model, finished, block_length, limit, prompt_length, kv_commit="
         done = sum(map(len, segments[: k + 1])) - prompt_length
         nothing = kv_commit == "alone" or (kv_commit == "last_step" and k > 0)
         behind = [] if nothing else [mask] * min(block_length, limit - done)
-        tokens = segment + behind
-        _, segment_keys = forward(model, tokens, range(position, position + len(tokens)), keys)
+        tokens, sees = segment + behind, None
+        if model.config.causal_context and not (kv_commit == "last_step" and k > 0):
+            sees = [[j <= i for j in range(len(tokens))] for i in range(len(tokens))]
+        _, segment_keys = forward(model, tokens, range(position, position + len(tokens)), keys, sees)
         keys.append([(key[:, :, : len(segment)], value[:, :, : len(segment)]) for key, value in segment_keys])
         position += len(segment)
     return keys

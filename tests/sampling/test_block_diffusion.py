@@ -26,8 +26,9 @@ def random_model(seed=0, scale=0.2, **changes) -> Transformer:
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("kv_commit", ["joint_next", "alone", "last_step"])
 @pytest.mark.parametrize("terminator_last", [False, True])
-def test_equals_the_slow_reference(seed, kv_commit, terminator_last):
-    model = random_model(seed)
+@pytest.mark.parametrize("causal_context", [False, True])
+def test_equals_the_slow_reference(seed, kv_commit, terminator_last, causal_context):
+    model = random_model(seed, causal_context=causal_context)
     sampler = BlockDiffusionSampler(
         ConfidenceThreshold(0.2),
         block_length=5,
@@ -46,9 +47,10 @@ def test_equals_the_slow_reference(seed, kv_commit, terminator_last):
     "settings",
     [{}, {"kv_commit": "alone"}, {"kv_commit": "last_step"}, {"grid": "absolute"}, {"terminator_last": False}],
 )
-def test_a_row_in_a_batch_equals_the_row_alone(policy, settings):
+@pytest.mark.parametrize("causal_context", [False, True])
+def test_a_row_in_a_batch_equals_the_row_alone(policy, settings, causal_context):
     """Seven prompts through three places: rows leave, others take their place, and nobody notices."""
-    model = random_model()
+    model = random_model(causal_context=causal_context)
     sampler = BlockDiffusionSampler(policy, block_length=6, max_new_tokens=20, batch_size=3, **settings)
     for together, prompt in zip(sampler.generate(model, PROMPTS), PROMPTS, strict=True):
         alone = sampler.generate(model, [prompt])[0]

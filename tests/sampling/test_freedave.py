@@ -45,11 +45,11 @@ def assert_same_text(base, ours):
 
 @pytest.mark.parametrize("policy", EVERY_POLICY, ids=lambda policy: type(policy).__name__)
 @pytest.mark.parametrize("kv_commit", ["joint_next", "alone"])
-@pytest.mark.parametrize("terminator_last", [False, True])
-def test_every_policy_decodes_the_same_text(policy, kv_commit, terminator_last):
+@pytest.mark.parametrize(("terminator_last", "causal_context"), [(False, False), (True, False), (True, True)])
+def test_every_policy_decodes_the_same_text(policy, kv_commit, terminator_last, causal_context):
     settings = dict(block_length=6, max_new_tokens=15, batch_size=3)
     settings |= dict(kv_commit=kv_commit, terminator_last=terminator_last)
-    assert_same_text(*both(policy, random_model(3), **settings))
+    assert_same_text(*both(policy, random_model(3, causal_context=causal_context), **settings))
 
 
 @pytest.mark.parametrize("block_length", [1, 4, 9, 20])

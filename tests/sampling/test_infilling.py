@@ -105,7 +105,8 @@ def test_equals_the_slow_loop(seed, block_length, behind):
 @pytest.mark.parametrize(
     ("changes", "text", "options", "named"),
     [
-        ({"causal": True}, [5, MASK], {}, "autoregressive"),
+        ({"causal": True}, [5, MASK], {}, "reads left to right"),
+        ({"causal_context": True}, [5, MASK], {}, "reads left to right"),
         ({}, [5, 6], {}, "text 0 has no gap"),
         ({}, [5, MASK], {"batch_size": 0}, "batch_size"),
         ({}, [5, MASK], {"block_length": 0}, "block_length"),

@@ -65,10 +65,11 @@ def predict(model, finished, block, block_length, limit, prompt_length):
 
 
 @pytest.mark.parametrize("thresholds", [(0.2, 0.3), (0.15, 0.9), (0.25, 0.5)])
-def test_equals_the_slow_loop(thresholds):
+@pytest.mark.parametrize("causal_context", [False, True])
+def test_equals_the_slow_loop(thresholds, causal_context):
     taken_back, reasons = 0, set()
     for seed in range(4):
-        model = random_model(seed)
+        model = random_model(seed, causal_context=causal_context)
         sampler = WinoSampler(*thresholds, block_length=7, max_new_tokens=17, terminator_last=False)
         answers = sampler.generate(model, PROMPTS[:4])
         for prompt, answer in zip(PROMPTS, answers, strict=False):
