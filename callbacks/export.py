@@ -11,7 +11,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from dllm_var.callbacks.decoding import is_sharded, say
 from dllm_var.callbacks.ema import averaged
-from dllm_var.model.checkpoints import EXPORT_FOLDER, save_checkpoint_folder
+from dllm_var.model.checkpoints import EXPORT_FOLDER, save_checkpoint_folder, save_settings
+from dllm_var.model.lora import ADAPTER_FOLDER, MergedWeights, save_adapter
 from dllm_var.sampling.config import remembered_sampler
 
 PREFIX = "transformer."
@@ -23,6 +24,7 @@ class ExportWeights(L.Callback):
     The weights are the averaged ones where the run keeps such. It is a few megabytes of safetensors without optimizer
     state, loadable by `dllm_var.model.checkpoints`. Beside the weights it remembers the sampler of another callback
     (the last one that has any) and the step. Without a logger there is no run folder and nothing is written.
+    Adapters (`model.lora`) are merged into them there, and lie by themselves in the folder `adapter`, as peft has them.
     """
 
     def __init__(self) -> None:
@@ -42,7 +44,13 @@ class ExportWeights(L.Callback):
             tokenizer: Any = pl_module.tokenizer
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             meta = {"sampler": remembered_sampler(callbacks), "step": trainer.global_step}
+            lora, base = getattr(pl_module, "lora", None), str(getattr(pl_module, "init_from", None))
             with averaged(trainer, pl_module):
+                if lora is not None:
+                    weights = state or transformer.state_dict()
+                    save_adapter(Path(run) / ADAPTER_FOLDER, weights, lora, base)
+                    save_settings(Path(run) / ADAPTER_FOLDER, transformer, tokenizer, meta)
+                    state = dict(MergedWeights(weights, lora.scaling))
                 save_checkpoint_folder(self.path, transformer, tokenizer, meta, state)
 
 

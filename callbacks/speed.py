@@ -24,8 +24,8 @@ class Window:
     data_seconds: float = 0.0
     steps: int = 0
     tokens: int = 0
-    supervised_tokens: int = 0
-    samples: int = 0
+    supervised_tokens: int | torch.Tensor = 0  # counts on the device stay there until the report
+    samples: int | torch.Tensor = 0
     flops: float = 0.0
 
 
@@ -127,13 +127,13 @@ class SpeedMonitor(L.Callback):
         window.seconds += seconds
         window.steps += stepped
         window.tokens += tokens
-        window.supervised_tokens += stats["supervised_tokens"]
-        window.samples += stats["samples"]
+        window.supervised_tokens = window.supervised_tokens + stats["supervised_tokens"]
+        window.samples = window.samples + stats["samples"]
         window.flops += tokens * transformer.flops_per_token(context_length, stats["loss_tokens"] / max(tokens, 1))
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         window = self._window
-        counts = [window.tokens, window.supervised_tokens, window.samples, window.flops]
+        counts = [window.tokens, float(window.supervised_tokens), float(window.samples), window.flops]
         totals = sum_over_processes(trainer, counts)
         tokens, supervised_tokens, samples, flops = (total / window.seconds for total in totals)
         metrics = {

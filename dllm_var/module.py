@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dllm_var.checkpointing.files import FORMAT, check_format
@@ -23,10 +23,11 @@ from dllm_var.metrics.denoising import DenoisingMetrics
 from dllm_var.model.checkpoints import start_from, starting_config
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import shard
+from dllm_var.model.lora import Lora, add_adapters, lora_settings, reset_adapters
 from dllm_var.model.transformer import Transformer
 from dllm_var.objectives import EosSchedule, KeyedNoise, NoisedBatch, Objective
 from dllm_var.objectives.base import Batch, is_one_of
-from dllm_var.objectives.cross_entropy import TokenLoss, cross_entropy, head_loss
+from dllm_var.objectives.cross_entropy import summed_cross_entropy
 from dllm_var.objectives.validation import EvenMasking
 from dllm_var.optim import AdamW, Schedule, parameter_groups
 from dllm_var.provenance import other_versions, provenance
@@ -57,6 +58,7 @@ class DiffusionLM(L.LightningModule):
         init_from: Run folder, `.ckpt` file, model folder or hub name whose weights `fit` starts from, new ones when
             null. What `transformer` leaves at its default is then the checkpoint's to say.
         loss_guard: When an update is skipped, a loss recorded and training stopped.
+        lora: Adapters to train in place of the weights, which stay as `init_from` has them; all weights when null.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class DiffusionLM(L.LightningModule):
         compile: bool = False,
         init_from: str | None = None,
         loss_guard: LossGuard = LossGuard(),  # noqa: B008
+        lora: Lora | None = None,
     ) -> None:
         super().__init__()
         self.config = transformer if init_from is None else starting_config(transformer, init_from)
@@ -82,11 +85,13 @@ class DiffusionLM(L.LightningModule):
             )
         self.optimizer, self.schedule = optimizer, schedule
         self.noise, self.validation_noise = KeyedNoise(seed), KeyedNoise(VALIDATION_SEED)
-        self.compile_blocks, self.init_from = compile, init_from
+        self.compile_blocks, self.init_from, self.lora = compile, init_from, lora
+        if lora is not None and init_from is None:
+            raise UserError("model.lora needs model.init_from: adapters are trained on a model that is already there")
         self.transformer: Transformer | None = None
         self.tokenizer: Tokenizer | None = None
         self.sampler: Sampler | None = None  # the `sampler` section, set by the command line
-        self.last_step_stats: dict[str, int] = {}
+        self.last_step_stats: dict[str, int | Tensor] = {}  # counts on the device stay there
         self.guard = GuardedSteps(loss_guard)
         self.last_step: StepResult | None = None
         self.objective_metrics, self.bound_metrics = DenoisingMetrics(), DenoisingMetrics()
@@ -116,7 +121,10 @@ class DiffusionLM(L.LightningModule):
         """Builds the transformer; under ModelParallelStrategy sharded before any weight exists, so never as a whole."""
         mesh = self.device_mesh
         if mesh is None and draw:
-            return Transformer(self.config)
+            transformer = Transformer(self.config)
+            if self.lora is not None:
+                add_adapters(transformer, self.lora)
+            return transformer
         if mesh is not None and mesh["tensor_parallel"].size() > 1:  # what Lightning makes of "auto"
             raise UserError(
                 "trainer.strategy splits each layer over processes, which this model cannot do: set "
@@ -125,12 +133,16 @@ class DiffusionLM(L.LightningModule):
             )
         with torch.device("meta"):
             transformer = Transformer(self.config)
+        if self.lora is not None:
+            add_adapters(transformer, self.lora)
         if mesh is not None:
             shard(transformer, mesh["data_parallel"])
         transformer.to_empty(device=torch.get_default_device() if mesh is None else self.trainer.strategy.root_device)
         transformer.tie_weights()
         if draw:
             transformer.reset_parameters()
+        if self.lora is not None:
+            reset_adapters(transformer)
         return transformer
 
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -175,22 +187,24 @@ class DiffusionLM(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         noised = self.objective.corrupt(batch, self.noise)  # 1. hide tokens, keyed by (seed, row)
-        # 2. forward; the head only where a loss is
-        token_loss, correct = self.predict_hidden(batch, noised, self.objective.token_loss)
-        loss_sum = self.objective.loss(token_loss, noised)  # 3. weighted sum, in nats
+        hidden = self.hidden_at_loss(batch, noised)  # 2. forward
+        scores = self.objective.score(self._head, hidden, noised)  # 3. the head, only where a loss is; its weighted sum
         self.last_step_stats = {
             "tokens": batch["input_ids"].numel(),
-            "supervised_tokens": int(batch["supervised"].sum()),
-            "loss_tokens": correct.numel(),
-            "samples": int(((batch["position_ids"] == 0) & (batch["segment_ids"] >= 0)).sum()),  # padding is at 0 too
+            "supervised_tokens": batch["supervised"].sum(),
+            "loss_tokens": len(scores.correct),
+            "samples": ((batch["position_ids"] == 0) & (batch["segment_ids"] >= 0)).sum(),  # padding is at 0 too
         }
         # 4. the division waits for all ranks and accumulated batches
-        return self._totals.add(self.trainer, batch["row"], noised, loss_sum, token_loss, correct)
+        return self._totals.add(self.trainer, batch["row"], noised, *scores)
 
-    def predict_hidden(
-        self, batch: Batch, noised: NoisedBatch, token_loss: TokenLoss = cross_entropy
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the loss in nats and whether the best guess is right, both [M], at the loss positions."""
+    @property
+    def _head(self) -> nn.Linear:
+        assert self.transformer is not None
+        return self.transformer.lm_head
+
+    def hidden_at_loss(self, batch: Batch, noised: NoisedBatch) -> Tensor:
+        """Returns what the head reads at the loss positions [M, hidden]."""
         assert self.transformer is not None
         position_ids, segment_ids = noised.position_ids, None
         if noised.attention_mask is None and self.attention == "document":
@@ -198,9 +212,7 @@ class DiffusionLM(L.LightningModule):
         hidden = self.transformer.hidden_states(
             noised.input_ids, position_ids, segment_ids, attention_mask=noised.attention_mask
         )
-        targets = noised.targets[noised.loss_mask]
-        loss, guesses = head_loss(self.transformer.lm_head, hidden[noised.loss_mask], targets, token_loss)
-        return loss, guesses == targets
+        return hidden[noised.loss_mask]
 
     def on_train_start(self) -> None:
         check_accumulation(self.trainer)
@@ -243,8 +255,10 @@ class DiffusionLM(L.LightningModule):
     def _measure(self, batch: Batch, objective: Objective, metrics: DenoisingMetrics) -> None:
         """Adds a batch under fixed noise to the metrics."""
         noised = objective.corrupt(batch, self.validation_noise)
-        token_loss, correct = self.predict_hidden(batch, noised)
         at = noised.loss_mask
+        _, token_loss, correct = summed_cross_entropy(
+            self._head, self.hidden_at_loss(batch, noised), noised.targets[at]
+        )
         metrics.update(
             token_loss,
             correct,
@@ -291,6 +305,7 @@ class DiffusionLM(L.LightningModule):
             "transformer": self.transformer.config.to_dict(),
             "tokenizer": self.tokenizer.to_dict(),
             "sampler": remembered_sampler(self.trainer.callbacks),  # type: ignore[attr-defined]
+            "lora": lora_settings(self.lora),
             "format": FORMAT,
             **provenance(),
         }
@@ -312,6 +327,11 @@ class DiffusionLM(L.LightningModule):
                     f"the checkpoint has model.transformer.{name}={theirs[name]}, the settings say {ours[name]}: "
                     "use the settings it was trained with"
                 )
+        if saved.get("lora") != lora_settings(self.lora):
+            raise UserError(
+                f"the checkpoint has model.lora {saved.get('lora')}, the settings say {lora_settings(self.lora)}: use "
+                "the settings it was trained with, or start a new run from it with model.init_from"
+            )
         checked = getattr(self.trainer.datamodule, "check_resume", True)  # type: ignore[attr-defined]
         if checked and Tokenizer.from_dict(saved["tokenizer"]).fingerprint != self.tokenizer.fingerprint:
             raise UserError(

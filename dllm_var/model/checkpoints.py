@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import placed_like
+from dllm_var.model.lora import plain_name
 from dllm_var.model.safetensors_files import WEIGHTS
 from dllm_var.model.stored import (
     CONFIG,
@@ -36,6 +37,7 @@ __all__ = [
     "locate_checkpoint",
     "open_checkpoint",
     "save_checkpoint_folder",
+    "save_settings",
     "start_from",
     "starting_config",
 ]
@@ -63,18 +65,25 @@ def save_checkpoint_folder(
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
+    save_settings(folder, transformer, tokenizer, meta)
     weights = {name: value.detach().cpu().contiguous() for name, value in (state or transformer.state_dict()).items()}
     if transformer.config.tie_embeddings:
         weights.pop("lm_head.weight", None)
     temporary = folder / f".{WEIGHTS}.tmp"
     save_file(weights, temporary, metadata={"format": "pt"})
     os.replace(temporary, folder / WEIGHTS)
+    return folder
+
+
+def save_settings(
+    folder: Path, transformer: Transformer, tokenizer: Tokenizer, meta: dict[str, Any] | None = None
+) -> None:
+    """Writes `config.json` and the tokenizer of a folder of weights, or of adapters; arguments as above."""
     tokenizer.save(folder)
     config = {"model_type": MODEL_TYPE, "transformer": transformer.config.to_dict(), **(meta or {})}
     temporary = folder / f".{CONFIG}.tmp"
     temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, folder / CONFIG)
-    return folder
 
 
 def load_checkpoint(
@@ -209,7 +218,7 @@ def _lay_out_for_few_tokens(transformer: Transformer) -> None:
 @torch.no_grad()
 def _copy_weights(transformer: Transformer, stored: StoredModel) -> None:
     """Fills the transformer's weights, which may be sharded, one at a time."""
-    own = transformer.state_dict()
+    own = {plain_name(name): value for name, value in transformer.state_dict().items()}  # adapters are not loaded
     expected = {name: own[name] for name in weight_shapes(transformer.config)}
     weights: Mapping[str, Tensor] = stored.weights
     names = weights.keys() - ({"lm_head.weight"} if transformer.config.tie_embeddings else set())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dllm_var.hub import MODEL_FILES, download, is_hub_name
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.layout_config import EXTRAS, layout_of, read_config
 from dllm_var.model.layouts import Layout
+from dllm_var.model.lora import ADAPTER_CONFIG, Lora, MergedWeights, load_adapter
 from dllm_var.model.safetensors_files import SafetensorsFolder
 from dllm_var.model.transformer import Transformer
 from dllm_var.tokenization import Tokenizer
@@ -51,12 +53,14 @@ def open_checkpoint(path: str | Path) -> StoredModel:
 
     Args:
         path: A run folder, a Lightning `.ckpt`, an exported folder, a folder of a published model (`LAYOUTS`), or the
-            name of one on the hub.
+            name of one on the hub. The folder of an adapter is the model it was trained on with the adapter merged in.
 
     Raises:
         UserError: When there is none, or it is damaged, or holds something that is not fully understood.
     """
     place = locate_checkpoint(path)
+    if (place / ADAPTER_CONFIG).is_file():
+        return _open_adapter(place)
     return _open_lightning(place) if place.is_file() else _open_folder(place)
 
 
@@ -67,7 +71,7 @@ def locate_checkpoint(path: str | Path) -> Path:
         if "/" in str(path) and is_hub_name(path):
             return download(str(path), "checkpoint", MODEL_FILES)
         raise UserError(f"no checkpoint at {place}: give a run folder, a .ckpt file, a model folder or a hub name")
-    if place.is_file() or (place / CONFIG).is_file():
+    if place.is_file() or (place / CONFIG).is_file() or (place / ADAPTER_CONFIG).is_file():
         return place
     if (place / EXPORT_FOLDER / CONFIG).is_file():
         return place / EXPORT_FOLDER
@@ -99,6 +103,18 @@ def _open_folder(folder: Path) -> StoredModel:
     return StoredModel(folder, config, weights, load_tokenizer, dict(extras or {}), published=extras is None)
 
 
+def _open_adapter(folder: Path) -> StoredModel:
+    adapters, lora, path = load_adapter(folder)
+    base = open_checkpoint(path)
+    weights = MergedWeights(ChainMap(adapters, base.weights), lora.scaling)  # type: ignore[arg-type]
+    if not (folder / CONFIG).is_file():  # peft's own
+        return replace(base, place=folder, weights=weights)
+    values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    meta = {key: value for key, value in values.items() if key not in ("model_type", "transformer")}
+    config = _own_config(values.get("transformer"), folder)
+    return StoredModel(folder, config, weights, lambda: Tokenizer.from_pretrained(folder), meta, base.published)
+
+
 def _open_lightning(file: Path) -> StoredModel:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -113,8 +129,10 @@ def _open_lightning(file: Path) -> StoredModel:
         for name, value in checkpoint["state_dict"].items()
         if name.startswith(_PREFIX)
     }
-    meta = {key: value for key, value in ours.items() if key not in ("transformer", "tokenizer")}
+    meta = {key: value for key, value in ours.items() if key not in ("transformer", "tokenizer", "lora")}
     config = _own_config(ours.get("transformer"), file)
+    lora = ours.get("lora")
+    weights = weights if lora is None else MergedWeights(weights, Lora(**lora).scaling)
     return StoredModel(file, config, weights, lambda: Tokenizer.from_dict(ours["tokenizer"]), meta)
 
 

@@ -27,6 +27,9 @@ class Certainty(Objective):
             )
         self.certainty, self.certainty_temperature = certainty, certainty_temperature
 
+    def _plain_loss(self) -> bool:
+        return self.certainty == 0 and type(self).token_loss is Certainty.token_loss
+
     def token_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         loss = super().token_loss(logits, targets)
         if self.certainty == 0:

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of float32 logits alive at a time
+LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}  # float32 logits alive at a time: 64 and 512 MiB
 
 
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Scores(NamedTuple):
+    """What predictions at M positions cost.
+
+    Args:
+        loss_sum: Weighted sum of the losses, from which backward starts.
+        token_loss: Loss of each, in nats, without its weight and out of the graph [M].
+        correct: Whether the most likely token is the right one [M].
+    """
+
+    loss_sum: Tensor
+    token_loss: Tensor
+    correct: Tensor
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -30,7 +46,7 @@ def head_loss(
     hidden: Tensor,
     targets: Tensor,
     token_loss: TokenLoss = cross_entropy,
-    logits_per_chunk: int = LOGITS_PER_CHUNK,
+    logits_per_chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the loss [M] and the most likely token [M] at M positions.
 
@@ -42,9 +58,9 @@ def head_loss(
         hidden: Hidden states at the scored positions [M, hidden].
         targets: Token ids [M].
         token_loss: Loss [M] from logits [M, V] in float32 and targets.
-        logits_per_chunk: Number of logits that may exist at a time.
+        logits_per_chunk: Number of logits that may exist at a time; `LOGITS_PER_CHUNK` when null.
     """
-    chunk = max(1, logits_per_chunk // head.out_features)
+    chunk = _rows(head, hidden, logits_per_chunk)
     if hidden.size(0) <= chunk:
         return _scored(hidden, targets, head, token_loss)
     parts = [
@@ -52,3 +68,95 @@ def head_loss(
         for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
     ]
     return torch.cat([loss for loss, _ in parts]), torch.cat([tokens for _, tokens in parts])
+
+
+def summed_cross_entropy(
+    head: nn.Linear, hidden: Tensor, targets: Tensor, weights: Tensor | None = None, logits_per_chunk: int | None = None
+) -> Scores:
+    """Returns the weighted sum of the cross-entropies at M positions.
+
+    As `head_loss`, but the weights are known with the logits: each chunk's gradient is made at once, and no logit is
+    computed twice. (The idea of Liger's and torch's `linear_cross_entropy`, which tells neither the single losses nor
+    which predictions are right, and on CPUs is slower than all logits at once.)
+
+    Args:
+        head: The output head, hidden size to vocabulary.
+        hidden: Hidden states at the scored positions [M, hidden].
+        targets: Token ids [M].
+        weights: Weight of each loss [M]; 1 when null.
+        logits_per_chunk: Number of logits that may exist at a time; `LOGITS_PER_CHUNK` when null.
+    """
+    if (
+        head.bias is not None or _compute_dtype(hidden) == torch.float16
+    ):  # the loss scale must come before its gradients
+        token_loss, guesses = head_loss(head, hidden, targets, cross_entropy, logits_per_chunk)
+        loss_sum = (token_loss if weights is None else token_loss * weights).sum()
+        return Scores(loss_sum, token_loss.detach(), guesses == targets)
+    rows = _rows(head, hidden, logits_per_chunk)
+    return Scores(*_SummedCrossEntropy.apply(hidden, head.weight, targets, weights, rows))
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Returns the type in which the head's product is computed."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _rows(head: nn.Linear, hidden: Tensor, logits: int | None) -> int:
+    """Returns how many positions' logits may exist at a time."""
+    if logits is None:
+        logits = LOGITS_PER_CHUNK.get(hidden.device.type, LOGITS_PER_CHUNK["cpu"])
+    return max(1, logits // head.out_features)
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """The loss and both gradients in one pass over chunks of positions; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, rows: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = _compute_dtype(hidden)
+        for_hidden, for_weight = ctx.needs_input_grad[:2]
+        hidden_grad = torch.empty_like(hidden) if for_hidden else None
+        weight_grad = torch.zeros_like(weight) if for_weight else None
+        exact = torch.float32 if dtype == torch.bfloat16 else dtype
+        token_loss = torch.empty(hidden.size(0), dtype=exact, device=hidden.device)
+        correct = torch.empty(hidden.size(0), dtype=torch.bool, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            matrix = weight.to(dtype)
+            room = torch.empty(min(rows, hidden.size(0)), weight.size(0), dtype=dtype, device=hidden.device)
+            for start in range(0, hidden.size(0), rows):
+                at = slice(start, start + rows)
+                states, right = hidden[at].to(dtype), targets[at, None]
+                logits = torch.mm(states, matrix.t(), out=room[: len(states)])
+                chances = logits.float() if dtype == torch.bfloat16 else logits  # the latter is changed in place
+                best = chances.amax(dim=1, keepdim=True)
+                of_right = chances.gather(1, right)
+                total = chances.sub_(best).exp_().sum(dim=1, keepdim=True)
+                token_loss[at] = (total.log() + best - of_right)[:, 0]
+                correct[at] = (of_right == best)[:, 0]
+                if not (for_hidden or for_weight):
+                    continue
+                chances.scatter_add_(1, right, -total)
+                slope = total.reciprocal() if weights is None else weights[at, None] / total
+                slopes = torch.mul(chances, slope, out=logits)
+                if hidden_grad is not None:
+                    hidden_grad[at] = slopes @ matrix
+                if weight_grad is not None and weight_grad.dtype == dtype:
+                    weight_grad.addmm_(slopes.t(), states)
+                elif weight_grad is not None:
+                    weight_grad.add_(slopes.t() @ states)
+        ctx.gradients = (hidden_grad, weight_grad)
+        ctx.mark_non_differentiable(token_loss, correct)
+        loss_sum = token_loss.sum() if weights is None else (token_loss * weights).sum()
+        return loss_sum, token_loss, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("summed_cross_entropy: backward a second time; its gradients are kept for one")
+        hidden_grad, weight_grad = (part if part is None else part.mul_(grad.to(part.dtype)) for part in ctx.gradients)
+        ctx.gradients = None
+        return hidden_grad, weight_grad, None, None, None

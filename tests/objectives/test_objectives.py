@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dllm_var.errors import UserError
 from dllm_var.objectives import Autoregressive, EosSchedule, KeyedNoise, Mdlm
-from dllm_var.objectives.cross_entropy import head_loss
+from dllm_var.objectives.cross_entropy import head_loss, summed_cross_entropy
 from dllm_var.objectives.validation import EvenMasking
 from dllm_var.tokenization import SpecialTokens
 
@@ -143,10 +143,89 @@ def test_chunked_head_gives_the_loss_and_gradients_of_the_whole():
             torch.testing.assert_close(ours, whole)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("limit", [10**9, 40 * 5, 1])
+def test_summed_cross_entropy_gives_the_gradients_of_the_naive_one(limit, weighted):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 40, bias=False, dtype=torch.float64)
+    hidden = torch.randn(23, 16, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 40, (23,))
+    weights = torch.linspace(0, 3, 23, dtype=torch.float64) if weighted else None
+    scores = summed_cross_entropy(head, hidden, targets, weights, logits_per_chunk=limit)
+    (scores.loss_sum * 0.25).backward()
+    ours = head.weight.grad.clone(), hidden.grad.clone()
+    head.weight.grad = hidden.grad = None
+    logits = hidden @ head.weight.T
+    reference = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    (0.25 * (reference * (1 if weights is None else weights)).sum()).backward()
+    torch.testing.assert_close(scores.token_loss, reference.detach())
+    assert torch.equal(scores.correct, logits.argmax(-1) == targets) and not scores.token_loss.requires_grad
+    for mine, theirs in zip(ours, (head.weight.grad, hidden.grad), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    with pytest.raises(RuntimeError, match="second time"):
+        scores.loss_sum.backward()
+
+
+@pytest.mark.parametrize("frozen", ["head", "hidden"])
+def test_summed_cross_entropy_without_one_of_its_gradients(frozen):
+    torch.manual_seed(0)
+    head, targets = torch.nn.Linear(8, 20, bias=False), torch.randint(0, 20, (7,))
+    head.weight.requires_grad_(frozen != "head")
+    hidden = torch.randn(7, 8, requires_grad=frozen != "hidden")
+    loss = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
+    left = hidden if frozen == "head" else head.weight
+    (expected,) = torch.autograd.grad(loss, left)
+    summed_cross_entropy(head, hidden, targets).loss_sum.backward()
+    torch.testing.assert_close(left.grad, expected)
+    assert (head.weight if frozen == "head" else hidden).grad is None
+
+
+def test_summed_cross_entropy_of_large_logits_and_in_bfloat16():
+    torch.manual_seed(0)
+    head, targets = torch.nn.Linear(64, 300, bias=False), torch.randint(0, 300, (50,))
+    far = torch.full((2, 64), 1e4)
+    assert torch.isfinite(summed_cross_entropy(head, far, targets[:2]).token_loss).all()
+    hidden = torch.randn(50, 64, requires_grad=True)
+    expected = torch.autograd.grad(summed_cross_entropy(head, hidden, targets).loss_sum, (hidden, head.weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = summed_cross_entropy(head, hidden, targets, logits_per_chunk=300 * 8)
+    assert scores.token_loss.dtype == torch.float32
+    for mine, exact in zip(torch.autograd.grad(scores.loss_sum, (hidden, head.weight)), expected, strict=True):
+        assert mine.dtype == torch.float32 and float((mine - exact).norm() / exact.norm()) < 0.02
+
+
+def test_only_plain_losses_take_the_short_way(monkeypatch):
+    class Doubled(EosSchedule):
+        def loss(self, token_loss, noised):
+            return 2 * super().loss(token_loss, noised)
+
+    class Squared(EosSchedule):
+        def token_loss(self, logits, targets):
+            return super().token_loss(logits, targets).square()
+
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 40, bias=False)
+    batch = make_batch()
+    results = {}
+    for objective in (EosSchedule(), EosSchedule(certainty=1.0), Doubled(), Squared(), Mdlm()):
+        noised = objective.bind(SPECIAL).corrupt(batch, KeyedNoise(0))
+        hidden = torch.randn(int(noised.loss_mask.sum()), 8, generator=torch.Generator().manual_seed(1))
+        token_loss, _ = head_loss(head, hidden, noised.targets[noised.loss_mask], objective.token_loss)
+        expected = objective.loss(token_loss, noised)
+        scores = objective.score(head, hidden, noised)
+        torch.testing.assert_close(scores.loss_sum, expected)
+        results[type(objective), getattr(objective, "certainty", 0)] = scores.loss_sum.grad_fn.name()
+    short = [kind for kind, name in results.items() if "SummedCrossEntropy" in name]
+    assert short == [(EosSchedule, 0), (Mdlm, 0)]
+
+
 def test_no_scored_position_gives_an_empty_loss():
     head = torch.nn.Linear(4, 5, bias=False)
     loss, guesses = head_loss(head, torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
     assert loss.shape == guesses.shape == (0,)
+    scores = summed_cross_entropy(head, torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))
+    scores.loss_sum.backward()
+    assert scores.token_loss.shape == (0,) and float(scores.loss_sum.detach()) == 0 and not head.weight.grad.any()
 
 
 def test_bad_settings_are_named():
