@@ -164,7 +164,10 @@ class DiffusionLM(L.LightningModule):
             pad_id=tokenizer.pad_id,
             causal=self.objective.causal,
             causal_context=self.objective.causal_context,
+            token_shift=self.config.token_shift or self.objective.token_shift,
         )
+        if self.config.token_shift and self.objective.document_attention_only and not self.objective.token_shift:
+            raise UserError("this model predicts each token left of it: set model.objective.token_shift to true")
         self.objective.bind(tokenizer.special)
 
     def configure_optimizers(self) -> Any:

@@ -228,7 +228,8 @@ class Transformer(nn.Module):
             position_ids: Rotary positions [B, L], below L; 0, 1, ... when null. Not used with a cache.
             segment_ids: Document of each token [B, L]; a token sees only its own document. Everything when null.
             cache: Keys and values of earlier tokens, opened for this forward with `cache.open`; gets this forward's.
-            attention_mask: Which token sees which [B, L, L], bool, in place of `segment_ids`; not with a cache.
+            attention_mask: Which token sees which [B, L, L], bool, in place of `segment_ids`; not with a cache. Nothing
+                is moved then: who gives it knows which token is left of which.
         """
         length = input_ids.size(1)
         causal = self.config.causal
@@ -242,8 +243,6 @@ class Transformer(nn.Module):
                 position_ids = torch.arange(length, device=input_ids.device).unsqueeze(0)
             positions, reach = position_ids, length
             if attention_mask is not None:
-                if self.config.token_shift:
-                    raise UserError("transformer.token_shift does not go with an objective that has its own attention")
                 mask = attention_mask.unsqueeze(1)
             else:
                 mask = None if segment_ids is None else segment_mask(segment_ids)
@@ -257,7 +256,7 @@ class Transformer(nn.Module):
             x = block(x, context, layer if cache is not None else 0)  # one number, or each layer is compiled anew
         x = self.norm(x)
         x = x if cache is None else cache.pad(x)
-        if not self.config.token_shift or causal:
+        if not self.config.token_shift or causal or attention_mask is not None:
             return x
         return moved_right(x, segment_ids) if cache is None else cache.shift(x)
 

@@ -50,11 +50,13 @@ class Objective(ABC):
     Attributes:
         causal: Whether the transformer reads left to right under this objective.
         causal_context: Whether it reads prompts and finished blocks left to right.
+        token_shift: Whether it predicts each token at the position left of it, although not `causal`.
         document_attention_only: Whether it decides itself which token of a sample sees which.
     """
 
     causal: bool = False
     causal_context: bool = False
+    token_shift: bool = False
     document_attention_only: bool = False
     special: SpecialTokens | None = None
 

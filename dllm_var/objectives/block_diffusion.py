@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dllm_var.errors import UserError
@@ -70,6 +71,9 @@ class BlockDiffusion(Certainty):
             way with and without the next one, and `kv_commit` makes no difference.
         autoregressive_weight: Weight of each clean token's prediction of the next one, beside the masked tokens' (0.5
             in NBDiff); needs `causal_context`.
+        token_shift: Predicts each token at the position left of it, as an autoregressive model does (Fast-dLLM v2), the
+            first of a block at the clean token before; sets `transformer.token_shift`. A text without prompt lacks its
+            first token then.
         complementary: Adds to each copy one that masks what it shows, so that every token is predicted (Fast-dLLM v2,
             arXiv 2509.26328, section 3).
         right_heavy: Masks rather what is further right, as decoding leaves it: the token at offset i of its block is
@@ -95,6 +99,7 @@ class BlockDiffusion(Certainty):
         whole_share: float = 0.0,
         causal_context: bool = False,
         autoregressive_weight: float = 0.0,
+        token_shift: bool = False,
         complementary: bool = False,
         right_heavy: float = 0.0,
         mask_terminators: bool = True,
@@ -116,6 +121,7 @@ class BlockDiffusion(Certainty):
         self.block_length, self.kv_commit = block_length, kv_commit
         self.t_min, self.t_max, self.whole_share = t_min, t_max, whole_share
         self.causal_context, self.autoregressive_weight = causal_context, autoregressive_weight
+        self.token_shift = token_shift
         self.complementary, self.right_heavy, self.mask_terminators = complementary, right_heavy, mask_terminators
 
     def likelihood(self) -> Objective:
@@ -166,24 +172,23 @@ class BlockDiffusion(Certainty):
     def lay_out(self, batch: Batch, blocks: Blocks, copies: list[Copy]) -> NoisedBatch:
         """Returns the batch as `[clean | copy | copy ...]`."""
         tokens = batch["input_ids"]
-        answer, targets = blocks.answer.flatten(1), _take(tokens, blocks.column).flatten(1)
+        targets = _take(tokens, blocks.column)  # [B, N, K]
         first = batch["position_ids"].gather(1, blocks.start)[:, :, None]
         positions = (first + torch.arange(self.block_length, device=tokens.device)).flatten(1)
-        next_token = next_token_targets(batch)
-        read, masked = [tokens], [next_token[1] & (self.autoregressive_weight > 0)]
-        rate = [torch.zeros_like(tokens, dtype=torch.float32)]
+        next_token, scored, weight = self.score_clean(batch, blocks)
+        read, wanted, masked, rate = [tokens], [next_token], [scored], [torch.ones_like(weight)]
         for copy in copies:
-            hidden = copy.masked.flatten(1)
-            read.append(torch.where(answer & ~hidden, targets, self.specials().mask_id))
-            masked.append(hidden if copy.scored else torch.zeros_like(hidden))
+            read.append(torch.where(blocks.answer & ~copy.masked, targets, self.specials().mask_id).flatten(1))
+            hidden = copy.masked if copy.scored else torch.zeros_like(copy.masked)
+            wanted.append((F.pad(targets[..., 1:], (0, 1)) if self.token_shift else targets).flatten(1))
+            masked.append((F.pad(hidden[..., 1:], (0, 1)) if self.token_shift else hidden).flatten(1))
             rate.append(copy.rate.flatten(1))
         loss_mask, weights = torch.cat(masked, dim=1), None
         if self.autoregressive_weight not in (0, 1):
-            weights = torch.ones_like(loss_mask, dtype=torch.float32)
-            weights[:, : tokens.size(1)] = self.autoregressive_weight
+            weights = torch.cat([weight, *(torch.ones_like(share) for share in rate[1:])], dim=1)
         return NoisedBatch(
             input_ids=torch.cat(read, dim=1),
-            targets=torch.cat([next_token[0], *[targets] * len(copies)], dim=1),
+            targets=torch.cat(wanted, dim=1),
             loss_mask=loss_mask,
             mask_rate=torch.cat(rate, dim=1),
             weights=weights,
@@ -191,6 +196,16 @@ class BlockDiffusion(Certainty):
             position_ids=torch.cat([batch["position_ids"], *[positions] * len(copies)], dim=1),
             attention_mask=self.attention_mask(batch, blocks, len(copies)),
         )
+
+    def score_clean(self, batch: Batch, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns what clean tokens predict, which of them are scored, and their weights, each [B, L]."""
+        next_token, follows = next_token_targets(batch)
+        weight = torch.full(follows.shape, self.autoregressive_weight, device=follows.device)
+        if not self.token_shift:
+            return next_token, follows & (weight > 0), weight
+        before_block = follows & (blocks.number != blocks.number.roll(-1, dims=1))  # these do not see what they predict
+        weight = weight.masked_fill(before_block, 1.0)
+        return next_token, follows & (weight > 0), weight
 
     def attention_mask(self, batch: Batch, blocks: Blocks, copies: int) -> Tensor:
         """Returns which token sees which [B, S, S] in `[clean | copies]`, S = L + copies * N * K."""
@@ -223,8 +238,8 @@ class EvenBlockMasking(BlockDiffusion):
     scores_first_step = False
 
     def __init__(self, objective: BlockDiffusion, smallest: float = 1e-2) -> None:
-        settings = dict(kv_commit=objective.kv_commit, causal_context=objective.causal_context)
-        super().__init__(objective.block_length, t_min=smallest, mask_terminators=False, **settings)
+        super().__init__(objective.block_length, objective.kv_commit, smallest, mask_terminators=False)
+        self.causal_context, self.token_shift = objective.causal_context, objective.token_shift
 
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
         noised = super().corrupt(batch, generator)

@@ -25,7 +25,7 @@ ROWS = [
     [[(False, 20)], [(False, 4), (True, 3)]],
 ]
 MODES = ["alone", "joint_next"]
-CONTEXTS = [("alone", False), ("joint_next", False), ("joint_next", True)]
+CONTEXTS = [("alone", False), ("joint_next", False), ("joint_next", True)]  # kv_commit, causal_context
 
 
 def model(seed=0):
@@ -95,8 +95,9 @@ def copies_of(noised, batch):
 
 
 def read_alone(transformer, batch, i, blocks, number, tokens, joint, causal):
-    """Reads block `number` of a sample with the given tokens, as one short row with a mask made by loops.
+    """Returns the logits of the clean token before block `number` of a sample (if there is any) and of the block.
 
+    The block has the given tokens; all is read as one short row with a mask made by loops.
     Clean blocks before it are read as a cache holds them: each from itself and those before, and with `joint` from the
     masks of the next one, if that is supervised; or each of their tokens from its left, with `causal`.
     """
@@ -129,14 +130,16 @@ def read_alone(transformer, batch, i, blocks, number, tokens, joint, causal):
     hidden = transformer.hidden_states(
         torch.tensor([row]), position_ids=torch.tensor([positions]), attention_mask=seen[None]
     )
-    return transformer.lm_head(hidden)[0, -BLOCK:]
+    before = max((place for place, (_, kind) in enumerate(role) if kind == "clean"), default=0)
+    return transformer.lm_head(hidden)[0, [before, *range(len(row) - BLOCK, len(row))]]
 
 
 @pytest.mark.parametrize(("mode", "causal"), CONTEXTS)
-@pytest.mark.parametrize("complementary", [False, True])
-def test_packed_rows_give_the_logits_and_gradients_of_one_block_at_a_time(mode, causal, complementary):
+@pytest.mark.parametrize(("complementary", "shift"), [(False, False), (True, False), (True, True)])
+def test_packed_rows_give_the_logits_and_gradients_of_one_block_at_a_time(mode, causal, complementary, shift):
     batch, transformer = make_batch(), model()
-    objective = bound(kv_commit=mode, causal_context=causal, complementary=complementary, t_min=0.3, t_max=0.8)
+    settings = dict(kv_commit=mode, causal_context=causal, complementary=complementary, token_shift=shift)
+    objective = bound(t_min=0.3, t_max=0.8, **settings)
     noised = objective.corrupt(batch, KeyedNoise(3))
     hidden = transformer.hidden_states(
         noised.input_ids, position_ids=noised.position_ids, attention_mask=noised.attention_mask
@@ -147,7 +150,7 @@ def test_packed_rows_give_the_logits_and_gradients_of_one_block_at_a_time(mode, 
     ours = [parameter.grad.clone() for parameter in transformer.parameters()]
     transformer.zero_grad()
 
-    where, slow_loss, compared = copies_of(noised, batch), torch.zeros(()), 0
+    where, slow_loss, compared, scored = copies_of(noised, batch), torch.zeros(()), 0, 0
     for i, _, blocks in walk(batch):
         for number, (supervised, columns) in enumerate(blocks):
             if not supervised:
@@ -155,13 +158,18 @@ def test_packed_rows_give_the_logits_and_gradients_of_one_block_at_a_time(mode, 
             for here in where[i, columns[0]]:
                 tokens = noised.input_ids[i, here].tolist()
                 expected = read_alone(transformer, batch, i, blocks, number, tokens, mode == "joint_next", causal)
-                torch.testing.assert_close(logits[i, here], expected, atol=1e-4, rtol=0)
+                torch.testing.assert_close(logits[i, here], expected[1:], atol=1e-4, rtol=0)
+                if shift and number:
+                    torch.testing.assert_close(logits[i, columns[0] - 1], expected[0], atol=1e-4, rtol=0)
                 for k, column in enumerate(columns):
-                    if noised.loss_mask[i, here][k]:
+                    if tokens[k] == MASK and not (shift and k == 0):
                         target = batch["input_ids"][i, column]
-                        slow_loss = slow_loss + F.cross_entropy(expected[k], target)
+                        slow_loss, scored = slow_loss + F.cross_entropy(expected[k + 1 - shift], target), scored + 1
                 compared += 1
-    assert compared == sum(map(len, where.values())) > 10
+            if shift and number:  # the first token of a block, once for all copies
+                slow_loss = slow_loss + F.cross_entropy(expected[0], batch["input_ids"][i, columns[0]])
+                scored += 1
+    assert compared == sum(map(len, where.values())) > 10 and scored == int(noised.normaliser)
     slow_loss.backward()
     for gradient, parameter in zip(ours, transformer.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, atol=1e-4, rtol=1e-4)
@@ -215,15 +223,16 @@ class Dictation(UnmaskingPolicy):
 
 
 @pytest.mark.parametrize(("mode", "causal"), [(mode, causal) for mode in MODES for causal in (False, True)])
+@pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("answer_length", [3, 5, 8, 12])
-def test_the_sampler_computes_the_trained_conditionals(mode, causal, answer_length):
+def test_the_sampler_computes_the_trained_conditionals(mode, causal, shift, answer_length):
     """Its logits, step by step, are those of the training row with the same tokens masked."""
     transformer, early = model(), [0, 2]
     prompt, row = 5, [[[(False, 5), (True, answer_length)]]]
     batch = make_batch(row, prompt + answer_length + 3)
     answer = batch["input_ids"][0, prompt : prompt + answer_length].tolist()
-    transformer.config.causal_context = causal
-    objective = bound(kv_commit=mode, causal_context=causal)
+    transformer.config.causal_context, transformer.config.token_shift = causal, shift
+    objective = bound(kv_commit=mode, causal_context=causal, token_shift=shift)
     blocks = find_blocks(batch, BLOCK)
     shown = torch.isin(torch.arange(BLOCK), torch.tensor(early)) & (blocks.column != prompt + answer_length - 1)
     rate = torch.ones(blocks.column.shape)
@@ -232,7 +241,11 @@ def test_the_sampler_computes_the_trained_conditionals(mode, causal, answer_leng
         hidden = transformer.hidden_states(
             noised.input_ids, position_ids=noised.position_ids, attention_mask=noised.attention_mask
         )
-        trained = transformer.lm_head(hidden)[0, batch["input_ids"].size(1) :].view(2, -1, BLOCK, VOCABULARY)
+        logits = transformer.lm_head(hidden)[0]
+    trained = logits[batch["input_ids"].size(1) :].view(2, -1, BLOCK, VOCABULARY)
+    if shift:  # each token at the position left of it
+        first = logits[blocks.start[0] - 1].expand(2, -1, -1)
+        trained = torch.cat((first[:, :, None], trained[:, :, :-1]), dim=2)
 
     policy = Dictation(answer, early)
     sampler = BlockDiffusionSampler(policy, BLOCK, 40, kv_commit=mode, terminator_last=False)
@@ -308,9 +321,10 @@ def test_right_heavy_masks_as_many_but_further_right():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_likelihood_weights_count_every_supervised_token_once(mode):
+@pytest.mark.parametrize("shift", [False, True])
+def test_the_likelihood_weights_count_every_supervised_token_once(mode, shift):
     batch = make_batch([[[(False, 3), (True, 30)]]] * 300, 33)
-    likelihood = bound(kv_commit=mode, certainty=1.0).likelihood()
+    likelihood = bound(kv_commit=mode, certainty=1.0, token_shift=shift).likelihood()
     noised = likelihood.corrupt(batch, KeyedNoise(0))
     ones = torch.ones(int(noised.loss_mask.sum()))
     assert float(likelihood.loss(ones, noised) / noised.normaliser) == pytest.approx(1.0, abs=0.05)
