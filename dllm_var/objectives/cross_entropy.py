@@ -86,9 +86,8 @@ def summed_cross_entropy(
         weights: Weight of each loss [M]; 1 when null.
         logits_per_chunk: Number of logits that may exist at a time; `LOGITS_PER_CHUNK` when null.
     """
-    if (
-        head.bias is not None or _compute_dtype(hidden) == torch.float16
-    ):  # the loss scale must come before its gradients
+    # Adapters have more than a weight; and in float16 the loss scale must come before the gradients.
+    if type(head) is not nn.Linear or head.bias is not None or _compute_dtype(hidden) == torch.float16:
         token_loss, guesses = head_loss(head, hidden, targets, cross_entropy, logits_per_chunk)
         loss_sum = (token_loss if weights is None else token_loss * weights).sum()
         return Scores(loss_sum, token_loss.detach(), guesses == targets)
