@@ -1,0 +1,173 @@
+"""Adapters: what is trained, what is left alone, and the same model merged, apart and in peft's own hands."""
+
+import json
+
+import lightning as L
+import pytest
+import torch
+
+pytest.importorskip("peft")
+
+from peft import PeftModel
+
+from dllm_var import DiffusionLM
+from dllm_var.callbacks import ExportWeights
+from dllm_var.commands.export import main as export
+from dllm_var.datamodules import PackedDataModule
+from dllm_var.errors import UserError
+from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.model.checkpoints import load_checkpoint, save_checkpoint_folder
+from dllm_var.model.lora import Lora, MergedWeights, add_adapters, is_adapter, load_adapter, plain_name
+from dllm_var.optim import AdamW, Schedule
+
+TOKENS = torch.randint(4, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+LORA = dict(r=4, alpha=8.0)
+
+
+def data():
+    return PackedDataModule(batch_size=2, context_length=48, packing="best_fit", overhang=4)
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A checkpoint with biases and grouped queries, to start from."""
+    torch.manual_seed(1)
+    tokenizer = data().tokenizer
+    config = TransformerConfig(
+        hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, qkv_bias=True, vocab_size=tokenizer.vocab_size,
+        mask_id=tokenizer.mask_id, terminator_ids=list(tokenizer.terminator_ids), pad_id=tokenizer.pad_id,
+        initializer_range=0.2,
+    )  # fmt: skip
+    return str(save_checkpoint_folder(tmp_path / "base", Transformer(config), tokenizer))
+
+
+def fit(base, folder, steps=3, lora=LORA, ckpt_path=None, **settings):
+    L.seed_everything(0, verbose=False)
+    model = DiffusionLM(
+        init_from=base,
+        lora=None if lora is None else Lora(**lora),
+        optimizer=lambda params: AdamW(params, lr=0.05),
+        schedule=Schedule("constant", 0),
+    )
+    defaults = dict(accelerator="cpu", max_steps=steps, logger=False, enable_progress_bar=False)
+    defaults |= dict(enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0)
+    defaults |= dict(limit_val_batches=0, default_root_dir=folder)
+    trainer = L.Trainer(**{**defaults, **settings})
+    trainer.fit(model, data(), ckpt_path=ckpt_path)
+    return model, trainer
+
+
+def test_only_adapters_are_trained(base, tmp_path):
+    model, trainer = fit(base, tmp_path)
+    original = load_checkpoint(base)[0].state_dict()
+    state = model.transformer.state_dict()
+    assert {plain_name(name) for name in state if not is_adapter(name)} == set(original)
+    for name, value in state.items():
+        if not is_adapter(name):
+            assert torch.equal(value, original[plain_name(name)]), name
+    adapters = {name: value for name, value in state.items() if is_adapter(name)}
+    assert len(adapters) == 2 * 2 * 4  # A and B of four matrices in two layers
+    assert all(value.abs().max() > 0 for value in adapters.values())
+    optimised = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+    assert optimised == {id(p) for name, p in model.transformer.named_parameters() if is_adapter(name)}
+
+
+def test_untrained_adapters_change_nothing(base):
+    plain, adapted = load_checkpoint(base)[0], load_checkpoint(base)[0]
+    add_adapters(adapted, Lora(**LORA))
+    assert torch.equal(adapted(TOKENS), plain(TOKENS))
+
+
+def test_merged_apart_and_in_peft_are_the_same_model(base, tmp_path):
+    settings = dict(logger=True, callbacks=[ExportWeights()], default_root_dir=tmp_path / "run")
+    model, trainer = fit(base, tmp_path, **settings)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    transformer = model.transformer.eval()
+    with torch.no_grad():
+        logits = transformer(TOKENS)
+        run = trainer.log_dir
+        plain = load_checkpoint(base)[0]
+        assert (plain(TOKENS) - logits).abs().max() > 0.1  # three steps have moved it
+        for path in (f"{run}/model", f"{run}/adapter", tmp_path / "run.ckpt"):
+            loaded, tokenizer, _ = load_checkpoint(path)
+            assert tokenizer.fingerprint == model.tokenizer.fingerprint
+            torch.testing.assert_close(loaded(TOKENS), logits, atol=1e-5, rtol=1e-5)
+            assert loaded.state_dict().keys() == plain.state_dict().keys()
+        exported = tmp_path / "exported"
+        arguments = ["--checkpoint", f"{run}/adapter", "--format", "qwen2", "--output", str(exported)]
+        assert export("export", arguments) == 0
+        torch.testing.assert_close(load_checkpoint(exported)[0](TOKENS), logits, atol=1e-5, rtol=1e-5)
+        theirs = PeftModel.from_pretrained(plain, f"{run}/adapter")
+        torch.testing.assert_close(theirs(TOKENS), logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(theirs.merge_and_unload()(TOKENS), logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(base, tmp_path):
+    whole, _ = fit(base, tmp_path, steps=4)
+    _, trainer = fit(base, tmp_path, steps=2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = fit(base, tmp_path, steps=4, ckpt_path=str(tmp_path / "half.ckpt"))
+    for name, value in whole.transformer.state_dict().items():
+        assert torch.equal(value, resumed.transformer.state_dict()[name]), name
+
+
+def test_a_run_goes_on_from_the_merged_model(base, tmp_path):
+    _, trainer = fit(base, tmp_path)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    model, _ = fit(str(tmp_path / "first.ckpt"), tmp_path, steps=1, lora=None)
+    assert not any(is_adapter(name) for name in model.transformer.state_dict())
+
+
+def test_adapters_do_not_depend_on_where_they_are_made(base):
+    """On the meta device, as sharded strategies build, or on the real one."""
+    torch.manual_seed(5)
+    direct = load_checkpoint(base)[0]
+    add_adapters(direct, Lora(**LORA))
+    module = DiffusionLM(init_from=base, lora=Lora(**LORA))
+    module.use_tokenizer(data().tokenizer)
+    torch.manual_seed(5)
+    module._device_mesh = None
+    built = module._build(draw=False).state_dict()
+    for name, value in direct.state_dict().items():
+        if is_adapter(name):
+            assert torch.equal(value, built[name])
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"r": 0}, "r >= 1"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"targets": ["q_proj"]}, "'q_proj'; choose among qkv"),
+        ({"targets": []}, "choose among"),
+    ],
+)
+def test_wrong_settings_are_named(settings, says):
+    with pytest.raises(UserError, match=says):
+        Lora(**settings)
+
+
+def test_other_mistakes_are_named(base, tmp_path):
+    with pytest.raises(UserError, match=r"model\.lora needs model\.init_from"):
+        DiffusionLM(lora=Lora())
+    tied = Transformer(TransformerConfig(hidden_size=16, num_layers=1, num_heads=2, vocab_size=8, tie_embeddings=True))
+    with pytest.raises(UserError, match="tied"):
+        add_adapters(tied, Lora(targets=["lm_head"]))
+    _, trainer = fit(base, tmp_path, steps=1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(UserError, match=r"model\.lora"):
+        fit(base, tmp_path, lora=None, ckpt_path=str(tmp_path / "one.ckpt"))
+    with pytest.raises(UserError, match=r"model\.lora"):
+        fit(base, tmp_path, lora={**LORA, "r": 2}, ckpt_path=str(tmp_path / "one.ckpt"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
+    with pytest.raises(UserError, match="cannot read the adapter"):
+        load_adapter(tmp_path)
+
+
+def test_merging_keeps_the_type_of_the_base():
+    weights = {"a.base_layer.weight": torch.ones(3, 2, dtype=torch.bfloat16), "b.weight": torch.ones(2)}
+    weights |= {"a.lora_A.default.weight": torch.ones(1, 2), "a.lora_B.default.weight": torch.ones(3, 1)}
+    merged = MergedWeights(weights, 0.5)
+    assert list(merged) == ["a.weight", "b.weight"] and len(merged) == 2
+    assert merged["a.weight"].dtype == torch.bfloat16 and merged["a.weight"].eq(1.5).all()
+    assert torch.equal(merged["b.weight"], weights["b.weight"])
