@@ -28,6 +28,7 @@ _NO_MEMORY = re.compile("can't allocate memory|out of memory|Storage size calcul
 if TYPE_CHECKING:
     from dllm_var.model.transformer import Transformer
     from dllm_var.sampling import Generation, Sampler
+    from dllm_var.settings import SettingsParser
     from dllm_var.tokenization import Tokenizer
 
 
@@ -78,30 +79,46 @@ def main(command: str, arguments: list[str]) -> int:
 
 def prepare(command: str, arguments: list[str]) -> tuple[Namespace, Sampler, Transformer, Tokenizer]:
     """Reads the options and loads what they name."""
+    options, sampler, model, tokenizer = load(command, arguments, build_parser, check_combinations)
+    if options.rope_scaling is not None:
+        from dllm_var.model.rope_scaling import read_rope_scaling
+
+        model.scale_rope(read_rope_scaling(options.rope_scaling, model.config))
+    return options, sampler, model, tokenizer
+
+
+def load(
+    command: str,
+    arguments: list[str],
+    builder: Callable[[str, dict[str, Any] | None], SettingsParser],
+    check: Callable[[Namespace], None],
+) -> tuple[Namespace, Sampler, Transformer, Tokenizer]:
+    """Reads the options of a command that decodes, and loads the checkpoint and the sampler that they name.
+
+    Args:
+        command: Its name.
+        arguments: Its options, `--checkpoint` among them.
+        builder: Makes its parser from its name and the default sampler.
+        check: Raises UserError for options that contradict each other.
+    """
     import torch  # not before --help has been answered
 
     from dllm_var.model.checkpoints import load_checkpoint
-    from dllm_var.model.rope_scaling import read_rope_scaling
     from dllm_var.sampling.config import check_own
 
-    if any(argument.partition("=")[0] == "--sampler.help" for argument in arguments):
-        build_parser(command, {"class_path": default_sampler(False)}).parse_args(
-            spell_out(arguments)
-        )  # shows and exits
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, meta = load_checkpoint(checkpoint_path(arguments), device)
     spelled = spell_out(arguments)
+    if any(argument.partition("=")[0] == "--sampler.help" for argument in arguments):
+        builder(command, {"class_path": default_sampler(False)}).parse_args(spelled)  # shows and exits
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, meta = load_checkpoint(checkpoint_path(arguments, command), device)
     chosen = any(argument.startswith("--sampler=") for argument in spelled)
     remembered = None if chosen else meta.get("sampler")
     check_own(remembered)
-    parser = build_parser(command, remembered or {"class_path": default_sampler(model.config.causal)})
+    parser = builder(command, remembered or {"class_path": default_sampler(model.config.causal)})
     options = parser.parse_args(spelled)
-    check_combinations(options)
+    check(options)
     apply_shortcuts(options, any(argument.startswith("--sampler.policy=") for argument in spelled))
-    sampler = parser.instantiate(options).sampler
-    if options.rope_scaling is not None:
-        model.scale_rope(read_rope_scaling(options.rope_scaling, model.config))
-    return options, sampler, model, tokenizer
+    return options, parser.instantiate(options).sampler, model, tokenizer
 
 
 def default_sampler(causal: bool) -> str:

@@ -85,14 +85,38 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
         metavar="TOKEN",
         help="never produce this token, given by its text or as id:N; repeatable",
     )
-    decoding.add_argument("--temperature", type=float, metavar="T", help="0: the most likely token; above: draw")
-    decoding.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens; all when 0")
-    decoding.add_argument(
+    add_draw_options(decoding)
+
+    add_sampler_options(parser, sampler)
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON object per line: text, tokens, counts and times")
+    output.add_argument(
+        "--output", type=str, metavar="FILE", help="write answers there; the file appears when it is complete"
+    )
+    output.add_argument("--answers-only", action="store_true", help="print answers without their prompts")
+    output.add_argument(
+        "--stream", action="store_true", help="print text as blocks finish, as for a single prompt in a terminal"
+    )
+    output.add_argument("--no-stream", action="store_true", help="print answers whole")
+    output.add_argument("--replay", action="store_true", help="show in which forward pass each token appeared")
+    output.add_argument("--config", action="config", metavar="FILE", help="YAML file with any of these options")
+    return parser
+
+
+def add_draw_options(group: Any) -> None:
+    """Adds the options that say how tokens are drawn and how many prompts are decoded at a time."""
+    group.add_argument("--temperature", type=float, metavar="T", help="0: the most likely token; above: draw")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens; all when 0")
+    group.add_argument(
         "--top-p", type=float, metavar="P", help="draw among the most likely tokens that together have this probability"
     )
-    decoding.add_argument("--seed", type=int, metavar="N", help="seed of the draws; a row's do not depend on its batch")
-    decoding.add_argument("--batch-size", type=int, metavar="N", help="prompts decoded at a time")
+    group.add_argument("--seed", type=int, metavar="N", help="seed of the draws; a row's do not depend on its batch")
+    group.add_argument("--batch-size", type=int, metavar="N", help="prompts decoded at a time")
 
+
+def add_sampler_options(parser: SettingsParser, sampler: dict[str, Any] | None) -> None:
+    """Adds --sampler, with all settings of its class, and the shortcuts into it; `sampler` as for `build_parser`."""
     how = parser.add_argument_group("sampler")
     how.add_argument("--block-length", type=int, metavar="N", help="tokens decoded together")
     how.add_argument(
@@ -116,28 +140,14 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
 
         parser.add_subclass_arguments(Sampler, "sampler", default=sampler, as_group=False, help=sampler_help)
 
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="one JSON object per line: text, tokens, counts and times")
-    output.add_argument(
-        "--output", type=str, metavar="FILE", help="write answers there; the file appears when it is complete"
-    )
-    output.add_argument("--answers-only", action="store_true", help="print answers without their prompts")
-    output.add_argument(
-        "--stream", action="store_true", help="print text as blocks finish, as for a single prompt in a terminal"
-    )
-    output.add_argument("--no-stream", action="store_true", help="print answers whole")
-    output.add_argument("--replay", action="store_true", help="show in which forward pass each token appeared")
-    output.add_argument("--config", action="config", metavar="FILE", help="YAML file with any of these options")
-    return parser
 
-
-def checkpoint_path(arguments: list[str]) -> str:
+def checkpoint_path(arguments: list[str], command: str = "generate") -> str:
     """Returns --checkpoint, which must be read first: the checkpoint knows the default sampler."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--checkpoint", nargs="?")
     path = first.parse_known_args(arguments)[0].checkpoint
     if path is None:
-        raise UserError("generate needs --checkpoint PATH: a run folder, a .ckpt file or an exported folder")
+        raise UserError(f"{command} needs --checkpoint PATH: a run folder, a .ckpt file or an exported folder")
     return path
 
 

@@ -1,0 +1,211 @@
+"""A checkpoint as a model of lm-evaluation-harness, registered there as `dllm_var`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+from tqdm import tqdm
+
+from dllm_var.chat_templates import render
+from dllm_var.errors import UserError
+from dllm_var.evaluation.likelihood import Likelihood, Pair, Score
+from dllm_var.model.checkpoints import load_checkpoint
+from dllm_var.model.transformer import Transformer
+from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
+from dllm_var.sampling.config import sampler_from_config
+from dllm_var.tokenization import Tokenizer
+
+LONGEST_WINDOW = 2048  # tokens at a time in rolling likelihoods, for models that do not say what they were trained on
+
+
+@dataclass
+class Decoded:
+    """Answers of one task and the wall time they took."""
+
+    answers: list[Generation] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def figures(self) -> dict[str, float]:
+        """Returns how the answers were decoded and how they ended.
+
+        - `nfe`: forward passes per answer, prefills and those of a second model included;
+        - `tokens_per_forward`: useful tokens (no terminator, nothing behind a stop string) over all of them;
+        - `useful_tokens_per_second`: over the wall time of all the task's requests;
+        - `ended_by_eos`, `ended_by_stop`, `hit_limit`: shares.
+        """
+        count = max(len(self.answers), 1)
+        tokens = sum(len(answer.tokens) for answer in self.answers)
+        forwards = sum(answer.nfe + answer.auxiliary_nfe for answer in self.answers)
+        reasons = [answer.finish_reason for answer in self.answers]
+        return {
+            "answers": len(self.answers),
+            "tokens": tokens,
+            "seconds": self.seconds,
+            "nfe": forwards / count,
+            "tokens_per_forward": tokens / max(forwards, 1),
+            "useful_tokens_per_second": tokens / max(self.seconds, 1e-9),
+            "ended_by_eos": reasons.count("eos") / count,
+            "ended_by_stop": reasons.count("stop") / count,
+            "hit_limit": reasons.count("length") / count,
+        }
+
+
+@register_model("dllm_var")
+class EvaluatedModel(TemplateLM):
+    """Answers the harness's requests: `generate_until` with a sampler, likelihoods as `Likelihood` says.
+
+    Args:
+        model: The transformer.
+        tokenizer: Its tokenizer.
+        sampler: How it decodes; its temperature is used, whatever a task asks for.
+        likelihood: How continuations are scored.
+        max_new_tokens: Longest answer, in place of the tasks' and the sampler's own limits.
+        quiet: Shows no progress.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        sampler: Sampler | None = None,
+        likelihood: Likelihood = Likelihood(),  # noqa: B008
+        max_new_tokens: int | None = None,
+        quiet: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.likelihood = model, tokenizer, likelihood
+        self.sampler = sampler or (AutoregressiveSampler() if model.config.causal else BlockDiffusionSampler())
+        self.max_new_tokens, self.quiet = max_new_tokens, quiet or not sys.stderr.isatty()
+        self.decoded: dict[str, Decoded] = {}  # by task
+        self._device = model.embedding.weight.device
+        self._told = False
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> EvaluatedModel:
+        """Loads a checkpoint, for `lm_eval.simple_evaluate(model="dllm_var", model_args={"checkpoint": PATH, ...})`.
+
+        Args:
+            arg_dict: `checkpoint`, `max_new_tokens`, and settings of `Likelihood`; the sampler is the checkpoint's.
+            additional_config: `device` and `batch_size` of the harness.
+        """
+        settings = {**{k: v for k, v in (additional_config or {}).items() if v is not None}, **arg_dict}
+        settings.pop("max_batch_size", None)
+        device = settings.pop("device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, tokenizer, meta = load_checkpoint(settings.pop("checkpoint"), device)
+        sampler = sampler_from_config(meta["sampler"]) if meta.get("sampler") else None
+        longest = settings.pop("max_new_tokens", None)
+        return cls(model, tokenizer, sampler, Likelihood(**settings), longest)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> EvaluatedModel:
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    # -- tokens and chat ---------------------------------------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.terminator_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self.tokenizer.encode(string)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.fingerprint
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Returns the text of a conversation; without a generation prompt its last turn is left open, to go on in."""
+        if self.tokenizer.chat_template is None:
+            raise UserError("--chat needs a checkpoint whose tokenizer has a chat template, and this one has none")
+        text = render(self.tokenizer, chat_history, add_generation_prompt)[0]
+        if add_generation_prompt:
+            return text
+        content = chat_history[-1]["content"].strip()
+        return text[: text.rindex(content) + len(content)]
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Decodes the requests, those of one task with the same stop strings and limit in one call."""
+        groups: dict[tuple[str, tuple[str, ...], int | None], list[int]] = {}
+        for index, request in enumerate(requests):
+            _, settings = request.args
+            self._check_temperature(request.task_name, settings)
+            stop = settings.get("until") or []
+            stop = [stop] if isinstance(stop, str) else stop
+            limit = self.max_new_tokens or settings.get("max_gen_toks")
+            group = str(request.task_name), tuple(text for text in stop if text), limit
+            groups.setdefault(group, []).append(index)
+        texts = [""] * len(requests)
+        with tqdm(total=len(requests), unit=" answers", disable=disable_tqdm or self.quiet) as progress:
+            for (task, stops, limit), indices in groups.items():
+                prompts = [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in indices]
+                began = time.perf_counter()
+                answers = self.sampler.generate(
+                    self.model,
+                    prompts,
+                    tokenizer=self.tokenizer,
+                    max_new_tokens=limit,
+                    stop=stops,
+                    on_answer=lambda *_: progress.update() and None,
+                )
+                decoded = self.decoded.setdefault(task, Decoded())
+                decoded.seconds += time.perf_counter() - began
+                decoded.answers += answers
+                for index, answer in zip(indices, answers, strict=True):
+                    texts[index] = answer.text or ""
+                    self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
+        return texts
+
+    def _check_temperature(self, task: str | None, settings: dict[str, Any]) -> None:
+        """Says once when a task asks for other draws than the sampler makes."""
+        asked = float(settings.get("temperature") or 0) if settings.get("do_sample") else 0.0
+        ours = getattr(self.sampler, "temperature", 0.0)
+        if asked != ours and not self._told:
+            self._told = True
+            print(f"{task} asks for temperature {asked:g}, the sampler has {ours:g}, which is used", file=sys.stderr)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        scores = self._score([(context, continuation) for _, context, continuation in requests], disable_tqdm)
+        for (texts, *_), score in zip(requests, scores, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, tuple(score))
+        return [tuple(score) for score in scores]
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Scores whole texts, the long ones window by window; for a diffusion model each window is a bound."""
+        pairs: list[Pair] = []
+        owner: list[int] = []
+        for number, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.model.config.context_length or LONGEST_WINDOW,
+                context_len=1,
+            )
+            for window in windows:
+                pairs.append(make_disjoint_window(window))
+                owner.append(number)
+        totals = [0.0] * len(requests)
+        for number, score in zip(owner, self._score(pairs, disable_tqdm, decode=False), strict=True):
+            totals[number] += score.log_likelihood
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _score(self, pairs: Sequence[Pair], disable_tqdm: bool, decode: bool = True) -> list[Score]:
+        with tqdm(total=len(pairs), unit=" likelihoods", disable=disable_tqdm or self.quiet) as progress:
+            return self.likelihood(self.model, pairs, decode, on_pair=lambda: progress.update() and None)
