@@ -20,11 +20,12 @@ from dllm_var.checkpointing.files import FORMAT, check_format
 from dllm_var.errors import UserError
 from dllm_var.loss_guard import GuardedSteps, LossGuard
 from dllm_var.metrics.denoising import DenoisingMetrics
+from dllm_var.model.attention import partly_causal_mask
 from dllm_var.model.checkpoints import start_from, starting_config
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import shard
 from dllm_var.model.lora import Lora, add_adapters, lora_settings, reset_adapters
-from dllm_var.model.transformer import Transformer
+from dllm_var.model.transformer import Transformer, moved_right
 from dllm_var.objectives import EosSchedule, KeyedNoise, NoisedBatch, Objective
 from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import summed_cross_entropy
@@ -41,6 +42,7 @@ OptimizerCallable = Callable[[Any], Optimizer]
 
 # What may differ from a checkpoint that a run goes on from.
 CHANGEABLE = {"rope_theta", "rope_scaling", "norm_eps", "initializer_range", "context_length"}
+ANNEALING_STREAM = 21  # of the training noise: apart from those of the objectives
 VALIDATION_SEED = 20251024  # validation noise is the same in every epoch and every run
 
 
@@ -59,6 +61,9 @@ class DiffusionLM(L.LightningModule):
             null. What `transformer` leaves at its default is then the checkpoint's to say.
         loss_guard: When an update is skipped, a loss recorded and training stopped.
         lora: Adapters to train in place of the weights, which stay as `init_from` has them; all weights when null.
+        attention_annealing: Optimizer steps in which attention grows from causal to what `attention` says, for a model
+            that was causal: by step s of n, a token is shown to those left of it with probability s / n (DiffuLLaMA,
+            arXiv 2410.17891, section 3.2; there drawn for each pair of tokens). 0 for none.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class DiffusionLM(L.LightningModule):
         init_from: str | None = None,
         loss_guard: LossGuard = LossGuard(),  # noqa: B008
         lora: Lora | None = None,
+        attention_annealing: int = 0,
     ) -> None:
         super().__init__()
         self.config = transformer if init_from is None else starting_config(transformer, init_from)
@@ -82,6 +88,14 @@ class DiffusionLM(L.LightningModule):
             raise UserError(
                 f"model.attention {attention} does not go with {type(self.objective).__name__}, which decides what a "
                 "sample's tokens see: leave it out or set it to document"
+            )
+        self.attention_annealing = attention_annealing
+        if attention_annealing < 0 or (
+            attention_annealing and (self.objective.causal or self.objective.document_attention_only)
+        ):
+            raise UserError(
+                f"model.attention_annealing {attention_annealing} must not be below 0, and above it needs an objective "
+                f"that leaves attention to the model, which {type(self.objective).__name__} does not"
             )
         self.optimizer, self.schedule = optimizer, schedule
         self.noise, self.validation_noise = KeyedNoise(seed), KeyedNoise(VALIDATION_SEED)
@@ -212,9 +226,17 @@ class DiffusionLM(L.LightningModule):
         position_ids, segment_ids = noised.position_ids, None
         if noised.attention_mask is None and self.attention == "document":
             position_ids, segment_ids = batch["position_ids"], batch["segment_ids"]
+        attention_mask = noised.attention_mask
+        annealed = self.training and 0 < self.attention_annealing > self.trainer.global_step
+        if annealed:
+            share = self.trainer.global_step / self.attention_annealing
+            shown = self.noise.uniform(batch["row"], noised.input_ids.size(1), ANNEALING_STREAM) < share
+            attention_mask = partly_causal_mask(shown, segment_ids)
         hidden = self.transformer.hidden_states(
-            noised.input_ids, position_ids, segment_ids, attention_mask=noised.attention_mask
+            noised.input_ids, position_ids, segment_ids, attention_mask=attention_mask
         )
+        if annealed and self.transformer.config.token_shift:  # left to whoever gives a mask
+            hidden = moved_right(hidden, segment_ids)
         return hidden[noised.loss_mask]
 
     def on_train_start(self) -> None:

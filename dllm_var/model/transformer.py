@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dllm_var.errors import UserError
-from dllm_var.model.attention import attend, causal_mask, segment_mask
+from dllm_var.model.attention import (
+    Documents,
+    attend,
+    attend_documents,
+    causal_mask,
+    find_documents,
+    segment_mask,
+)
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import initialise
 from dllm_var.model.kv_cache import KVCache
@@ -93,6 +100,8 @@ class Attention(nn.Module):
             queries_keys = torch.cat((self.q_norm(queries), self.k_norm(keys)), dim=2)
         queries_keys = rotate(queries_keys, context.cos, context.sin)
         queries, keys = queries_keys.split((self.num_heads, self.num_kv_heads), dim=2)
+        if context.documents is not None:
+            return self.out(attend_documents(queries, keys, values, context.documents).flatten(2))
         cache = context.cache
         if cache is None:
             keys, values = keys.transpose(1, 2), values.transpose(1, 2)
@@ -120,13 +129,14 @@ class SwiGLU(nn.Module):
 
 @dataclass
 class LayerContext:
-    """What every layer of one forward shares: rotary angles, attention mask and cache."""
+    """What every layer of one forward shares: rotary angles, attention mask or where documents lie, and cache."""
 
     cos: Tensor
     sin: Tensor
     mask: Tensor | None
     is_causal: bool
     cache: KVCache | None
+    documents: Documents | None = None
 
 
 class Block(nn.Module):
@@ -233,6 +243,7 @@ class Transformer(nn.Module):
         """
         length = input_ids.size(1)
         causal = self.config.causal
+        mask, documents = None, None
         if cache is not None:
             assert segment_ids is None, "a cache holds one document per row"
             positions, mask, reach = cache.pack(cache.positions), cache.mask(causal), cache.reach
@@ -244,13 +255,14 @@ class Transformer(nn.Module):
             positions, reach = position_ids, length
             if attention_mask is not None:
                 mask = attention_mask.unsqueeze(1)
-            else:
-                mask = None if segment_ids is None else segment_mask(segment_ids)
+            elif segment_ids is not None:
+                documents = find_documents(segment_ids, self._attention_dtype(), causal)
+                mask = None if documents is not None else segment_mask(segment_ids)
             if causal and mask is not None:
                 mask = mask & causal_mask(length, input_ids.device)
             context_causal = causal and mask is None
         cos, sin = self.rotary(positions, reach)
-        context = LayerContext(cos, sin, mask, context_causal, cache)
+        context = LayerContext(cos, sin, mask, context_causal, cache, documents)
         x = self.embedding(input_ids)
         for layer, block in enumerate(self.blocks):
             x = block(x, context, layer if cache is not None else 0)  # one number, or each layer is compiled anew
@@ -259,6 +271,10 @@ class Transformer(nn.Module):
         if not self.config.token_shift or causal or attention_mask is not None:
             return x
         return moved_right(x, segment_ids) if cache is None else cache.shift(x)
+
+    def _attention_dtype(self) -> torch.dtype:
+        kind = self.embedding.weight.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embedding.weight.dtype
 
     @property
     def num_parameters(self) -> int:

@@ -1,0 +1,127 @@
+"""Attention within documents against a dense mask, forward and backward."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dllm_var.model import Transformer, TransformerConfig, attention
+from dllm_var.model.attention import attend, attend_documents, causal_mask, chunks, find_documents, segment_mask
+
+PADDING = -1
+
+
+@pytest.fixture(autouse=True)
+def _short_rows_too(monkeypatch):
+    monkeypatch.setattr(attention, "LEAST_LENGTH", 1)
+    monkeypatch.setattr(attention, "CHUNK", 8)
+
+
+def rows(sizes, length):
+    """Segment ids of rows with documents of the given sizes; the rest is padding."""
+    result = torch.full((len(sizes), length), PADDING)
+    for row, documents in zip(result, sizes, strict=True):
+        row[: sum(documents)] = torch.arange(len(documents)).repeat_interleave(
+            torch.tensor(documents, dtype=torch.long)
+        )
+    return result
+
+
+SEGMENTS = {
+    "short and long, padded": rows([[3, 2, 4, 11], [20], [1, 1, 1, 9, 2]], 24),
+    "one document a row": rows([[16], [16]], 16),
+    "the same id on both sides of a row's end": torch.zeros(3, 5, dtype=torch.long),
+    "nothing but padding": rows([[], [4]], 10),
+}
+
+
+@pytest.mark.parametrize("name", SEGMENTS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_equals_the_dense_mask_forward_and_backward(name, causal, kv_heads):
+    segments = SEGMENTS[name]
+    generator = torch.Generator().manual_seed(0)
+    shape = (*segments.shape, 4 + 2 * kv_heads, 8)
+    qkv = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(*segments.shape, 4, 8, generator=generator, dtype=torch.float64)
+    queries, keys, values = qkv.split((4, kv_heads, kv_heads), dim=2)
+    mask = segment_mask(segments)
+    mask = mask & causal_mask(segments.size(1), mask.device) if causal else mask
+    dense = attend(*(x.transpose(1, 2) for x in (queries, keys, values)), mask, False).transpose(1, 2)
+    (expected,) = torch.autograd.grad((dense * upstream).sum(), qkv, retain_graph=True)
+    ours = attend_documents(queries, keys, values, find_documents(segments, torch.float64, causal))
+    (gradient,) = torch.autograd.grad((ours * upstream).sum(), qkv)
+    torch.testing.assert_close(ours, dense)
+    torch.testing.assert_close(gradient, expected)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.integers(1, 3))
+@settings(max_examples=50, deadline=None)
+def test_chunks_hold_each_document_whole_and_none_crosses_a_row(sizes, repeats):
+    length = sum(sizes)
+    edges = [0]
+    for size in sizes * repeats:
+        edges.append(edges[-1] + size)
+    grouped = chunks(edges, length)
+    assert [edge for group in grouped for edge in group[1:]] == edges[1:]
+    for group in grouped:
+        assert group[0] // length == (group[-1] - 1) // length
+        assert group[-1] - group[0] <= attention.CHUNK or len(group) == 2
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_transformer_takes_it_for_documents_and_nothing_else(causal, monkeypatch):
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=50, initializer_range=0.2, causal=causal
+    )
+    model = Transformer(config)
+    segments = SEGMENTS["short and long, padded"]
+    tokens = torch.randint(0, 50, segments.shape)
+    ours = model(tokens, None, segments)
+    ours.square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    given_mask = model.hidden_states(tokens, attention_mask=segment_mask(segments)[:, 0])
+    torch.testing.assert_close(model.lm_head(given_mask), ours)
+    monkeypatch.setattr(attention, "LEAST_LENGTH", 25)
+    monkeypatch.setattr("dllm_var.model.transformer.attend_documents", None)
+    dense = model(tokens, None, segments)
+    dense.square().sum().backward()
+    torch.testing.assert_close(ours, dense)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_memory_does_not_grow_with_the_row_squared():
+    found = find_documents(rows([[100] * 80], 8192), torch.float32, False)
+    assert sum(found.sizes) == 8192 and found.longest <= 192
+    assert sum(mask.numel() for mask in found.masks if mask is not None) < 8192 * 256
+
+
+def test_the_varlen_kernel_is_told_where_documents_end(monkeypatch):
+    """No CUDA here: a stand-in with the kernel's signature, which goes document by document."""
+    asked = {}
+
+    def varlen(q, k, v, ends_q, ends_k, longest_q, longest_k, *, window_size, enable_gqa):
+        asked.update(ends=ends_q.tolist(), longest=longest_q, window=window_size)
+        assert ends_q is ends_k and ends_q.dtype == torch.int32 and longest_q == longest_k
+        parts = []
+        for start, end in zip(ends_q[:-1], ends_q[1:], strict=True):
+            part = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
+            parts.append(attend(*part, None, window_size[1] == 0)[0].transpose(0, 1))
+        return torch.cat(parts)
+
+    segments = SEGMENTS["short and long, padded"]
+    assert find_documents(segments.to("meta"), torch.float32, True) is None  # the kernel has no float32
+    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    monkeypatch.setattr(attention, "has_varlen", lambda device, dtype: True)
+    found = find_documents(segments, torch.bfloat16, True)
+    assert found.ends is not None and not found.sizes
+    queries, keys, values = torch.randn(3, 24, 8, 8).split((4, 2, 2), dim=2)
+    mixed = attend_documents(queries, keys, values, found)
+    mask = segment_mask(segments) & causal_mask(24, segments.device)
+    dense = attend(*(x.transpose(1, 2) for x in (queries, keys, values)), mask, False).transpose(1, 2)
+    torch.testing.assert_close(mixed, dense)
+    assert asked["window"] == (-1, 0) and asked["longest"] == 24
+    assert asked["ends"][:6] == [0, 3, 5, 9, 20, 24] and asked["ends"][-1] == 72
