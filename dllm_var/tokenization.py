@@ -224,7 +224,7 @@ class Tokenizer:
 
         masks = known(named.get("mask_token"), model.get("mask_token_id"))
         if not masks:
-            mask_token = mask_token or ADDED_MASK
+            mask_token = mask_token or named.get("mask_token") or ADDED_MASK
             backend.add_special_tokens([tokenizers.AddedToken(mask_token, special=True, normalized=False)])
         if mask_token:
             masks = [to_id(mask_token, "mask_token")]

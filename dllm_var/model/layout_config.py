@@ -53,7 +53,7 @@ def read_config(values: dict[str, Any], file: Path) -> TransformerConfig:
     theta, scaling = extras.get("rope_theta"), extras.get("rope_scaling")
     if theta and scaling and theta * scaling == ours["rope_theta"]:
         ours |= {"rope_theta": theta, "rope_scaling": scaling}
-    ends = values.get("eos_token_id")
+    ends = extras.get("terminator_ids", values.get("eos_token_id"))
     ours["terminator_ids"] = list(ends) if isinstance(ends, list) else None if ends is None else [ends]
     return TransformerConfig(**ours).resolved()
 
@@ -86,13 +86,17 @@ def write_config(layout: Layout, config: TransformerConfig, dtype: str) -> dict[
     values["rope_theta"] = config.rope_theta * config.rope_scaling
     if layout.rope == "nested":
         llama3 = config.rope_llama3
-        values["rope_scaling"] = None if llama3 is None else {"rope_type": "llama3", **llama3}
+        if llama3 is not None:
+            trained = int(llama3["original_max_position_embeddings"])
+            llama3 = {"rope_type": "llama3", **llama3, "original_max_position_embeddings": trained}
+        values["rope_scaling"] = llama3
         values["is_causal"] = config.causal  # read by transformers 5; other engines ignore it
     ends = config.terminator_ids or []
     values["eos_token_id"] = ends if layout.rope == "nested" and len(ends) > 1 else next(iter(ends), None)
     values |= {"torch_dtype": dtype, "use_cache": config.causal}
     values[EXTRAS] = {
         "token_shift": config.token_shift,
+        "terminator_ids": config.terminator_ids,
         "rope_theta": config.rope_theta,
         "rope_scaling": config.rope_scaling,
     }

@@ -49,6 +49,9 @@ class SafetensorsFolder(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._files[self._file_of[name]].get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._file_of  # the inherited one would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 

@@ -100,7 +100,9 @@ def transformers_model(kind: str, **changes):
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, "initializer_range": 0.3, "eos_token_id": 3, **changes})
+    config = getattr(transformers, f"{kind}Config")(
+        **{**SIZES, "initializer_range": 0.15, "eos_token_id": 3, **changes}
+    )
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -1,0 +1,144 @@
+"""Training that starts from a published model: its shape, its weights, one at a time, and a row for the mask."""
+
+import json
+import shutil
+import weakref
+
+import lightning as L
+import pytest
+import torch
+from byte_tokenizer import write_byte_tokenizer
+from published import transformers_model
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from dllm_var import DiffusionLM
+from dllm_var.datamodules import JsonlSource, PackedDataModule
+from dllm_var.errors import UserError
+from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.model.checkpoints import load_checkpoint, load_pretrained, start_from, starting_config
+from dllm_var.model.initialise import shard
+from dllm_var.model.safetensors_files import SafetensorsFolder
+from dllm_var.objectives import Autoregressive
+from dllm_var.optim import Schedule
+from dllm_var.tokenization import Tokenizer
+
+
+def write_model(folder, rows, kind="Qwen2", shards="100MB", **tokens):
+    """A published folder with tokenizer, whose vocabulary of 261 ids is of `rows` rows in the model."""
+    model = transformers_model(kind, vocab_size=rows, eos_token_id=260)
+    model.save_pretrained(folder, max_shard_size=shards)
+    write_byte_tokenizer(folder, **tokens)
+    return model
+
+
+def run(tmp_path, **settings):
+    lines = [json.dumps({"prompt": f"{n}+1=", "response": str(n + 1)}) for n in range(64)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    data = PackedDataModule(
+        JsonlSource(str(tmp_path / "data.jsonl")),
+        settings.pop("tokenizer"),
+        batch_size=4,
+        context_length=32,
+        packing="best_fit",
+    )
+    model = DiffusionLM(
+        optimizer=lambda params: torch.optim.SGD(params, lr=settings.pop("lr", 0.0)),
+        schedule=Schedule("constant", 0),
+        **settings,
+    )
+    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)
+    trainer = L.Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, default_root_dir=tmp_path, **quiet)
+    trainer.fit(model, data)
+    return model
+
+
+def test_a_run_takes_shape_and_weights_and_adds_a_row_for_the_mask(tmp_path):
+    theirs = write_model(tmp_path / "hub", rows=261, mask_token="<|new mask|>")
+    model = run(tmp_path, tokenizer=str(tmp_path / "hub"), init_from=str(tmp_path / "hub"))
+    config = model.transformer.config
+    assert (config.num_layers, config.qkv_bias, config.vocab_size, config.mask_id) == (2, True, 262, 261)
+    assert not config.causal and config.terminator_ids == [260]
+    embedding, head = model.transformer.embedding.weight, model.transformer.lm_head.weight
+    assert torch.equal(embedding[:261], theirs.get_input_embeddings().weight) and torch.equal(
+        head[:261], theirs.lm_head.weight
+    )
+    torch.testing.assert_close(embedding[261], theirs.get_input_embeddings().weight.mean(0))
+    with torch.no_grad():
+        ids = torch.arange(40)[None]
+        theirs.config.is_causal = False
+        torch.testing.assert_close(model.transformer(ids)[..., :261], theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_spare_rows_and_reserved_tokens_need_no_new_row(tmp_path):
+    write_model(tmp_path / "hub", rows=300, mask_token="<|new mask|>")
+    model = run(tmp_path, tokenizer=str(tmp_path / "hub"), init_from=str(tmp_path / "hub"), objective=Autoregressive())
+    assert (model.config.vocab_size, model.config.mask_id, model.config.causal) == (300, 261, True)
+
+
+def test_a_decoder_gets_the_mask_too_and_keeps_reading_left_to_right(tmp_path):
+    theirs = write_model(tmp_path, rows=261, mask_token=None)
+    model, tokenizer, meta = load_checkpoint(tmp_path)
+    assert (model.config.causal, tokenizer.mask_id, model.config.vocab_size, meta) == (True, 257, 261, {})
+    with torch.no_grad():
+        ids = torch.arange(40)[None]
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    write_model(tmp_path / "hub", rows=261)
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "hub", other)
+    values = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = values["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="another tokenizer"):
+        run(tmp_path, tokenizer=str(other), init_from=str(tmp_path / "hub"))
+
+
+@pytest.mark.parametrize("shards", ["100MB", "20KB"])
+def test_no_more_than_one_weight_is_held_beside_the_model(shards, tmp_path, monkeypatch):
+    theirs = write_model(tmp_path, rows=261, shards=shards)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 3) == (shards == "20KB")
+    alive, peak, asked = {}, 0, []
+    read = SafetensorsFolder.__getitem__
+
+    def counted(self, name):
+        nonlocal peak
+        value = read(self, name)
+        asked.append(name)
+        alive[id(value)] = value.numel()
+        weakref.finalize(value, alive.pop, id(value), None)
+        peak = max(peak, sum(alive.values()))
+        return value
+
+    monkeypatch.setattr(SafetensorsFolder, "__getitem__", counted)
+    model = load_pretrained(tmp_path, causal=True)
+    largest = max(parameter.numel() for parameter in model.parameters())  # the embedding, gate and up together
+    assert peak <= 1.1 * largest < sum(parameter.numel() for parameter in model.parameters()) / 3
+    assert len(asked) <= len(theirs.state_dict()) + 2
+    with torch.no_grad():
+        ids = torch.arange(40)[None]
+        torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_go_into_sharded_parameters(tmp_path):
+    write_model(tmp_path, rows=261, mask_token="<|new mask|>")
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    settings = starting_config(TransformerConfig(), tmp_path)
+    settings.vocab_size, settings.causal = 262, False
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with torch.device("meta"):
+            model = Transformer(settings)
+        shard(model, init_device_mesh("cpu", (1,)))
+        model.to_empty(device="cpu")
+        start_from(model, tokenizer, tmp_path)
+        whole, _, _ = load_checkpoint(tmp_path)
+        for (name, ours), expected in zip(model.named_parameters(), whole.parameters(), strict=True):
+            assert isinstance(ours, DTensor) and torch.equal(ours.full_tensor(), expected), name
+    finally:
+        distributed.destroy_process_group()
