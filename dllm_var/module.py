@@ -25,6 +25,7 @@ from dllm_var.model.checkpoints import start_from, starting_config
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import shard
 from dllm_var.model.lora import Lora, add_adapters, lora_settings, reset_adapters
+from dllm_var.model.recompute import Recompute
 from dllm_var.model.transformer import Transformer, moved_right
 from dllm_var.objectives import EosSchedule, KeyedNoise, NoisedBatch, Objective
 from dllm_var.objectives.base import Batch, is_one_of
@@ -57,6 +58,8 @@ class DiffusionLM(L.LightningModule):
         schedule: Learning rate over the run.
         seed: Seed of the training noise.
         compile: Compiles the transformer's blocks with torch.compile.
+        activation_checkpointing: What backward computes again instead of keeping it: nothing (`none`), whole layers
+            (`full`: the least memory, a third more work) or all but matrix products and attention (`selective`).
         init_from: Run folder, `.ckpt` file, model folder or hub name whose weights `fit` starts from, new ones when
             null. What `transformer` leaves at its default is then the checkpoint's to say.
         loss_guard: When an update is skipped, a loss recorded and training stopped.
@@ -75,6 +78,7 @@ class DiffusionLM(L.LightningModule):
         schedule: Schedule = Schedule(),  # noqa: B008
         seed: int = 0,
         compile: bool = False,
+        activation_checkpointing: Recompute = "none",
         init_from: str | None = None,
         loss_guard: LossGuard = LossGuard(),  # noqa: B008
         lora: Lora | None = None,
@@ -99,6 +103,7 @@ class DiffusionLM(L.LightningModule):
             )
         self.optimizer, self.schedule = optimizer, schedule
         self.noise, self.validation_noise = KeyedNoise(seed), KeyedNoise(VALIDATION_SEED)
+        self.recompute = activation_checkpointing
         self.compile_blocks, self.init_from, self.lora = compile, init_from, lora
         if lora is not None and init_from is None:
             raise UserError("model.lora needs model.init_from: adapters are trained on a model that is already there")
@@ -128,6 +133,7 @@ class DiffusionLM(L.LightningModule):
         self.transformer = self._build(draw=not starts_elsewhere)
         if starts_elsewhere:
             start_from(self.transformer, self.tokenizer, str(self.init_from))
+        self.transformer.recompute_activations(self.recompute)
         if self.compile_blocks and can_compile(self.device):
             self.transformer.compile_blocks()
 

@@ -20,6 +20,7 @@ from dllm_var.model.attention import (
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import initialise
 from dllm_var.model.kv_cache import KVCache
+from dllm_var.model.recompute import Recompute, recomputed
 from dllm_var.model.rope_scaling import llama3_periods
 
 
@@ -148,8 +149,14 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config)
+        self.recompute: Recompute = "none"
 
     def forward(self, x: Tensor, context: LayerContext, layer: int) -> Tensor:
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self._layers(x, context, layer)
+        return recomputed(self.recompute, self._layers, x, context, layer)
+
+    def _layers(self, x: Tensor, context: LayerContext, layer: int) -> Tensor:
         x = x + self.attention(self.attention_norm(x), context, layer)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -190,6 +197,11 @@ class Transformer(nn.Module):
         self.compiled = True
         for block in self.blocks:
             block.compile()
+
+    def recompute_activations(self, policy: Recompute) -> None:
+        """Chooses what the backward pass computes again instead of keeping it; see `dllm_var.model.recompute`."""
+        for block in self.blocks:
+            block.recompute = policy
 
     def scale_rope(self, scaling: float) -> None:
         """Reads beyond the trained length from now on: multiplies the trained `rope_theta` by `scaling` (1 undoes it).
