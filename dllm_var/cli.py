@@ -137,7 +137,7 @@ def split_resume(command: str, arguments: list[str]) -> tuple[list[str], str | N
     """Takes `--resume` out of the arguments.
 
     Returns:
-        The other arguments, and `newest`, `auto` or a path; `auto` also for a job that SLURM has requeued.
+        The other arguments, and `newest`, `auto` or a path; `auto` also where SLURM or torchrun has started it again.
 
     Raises:
         UserError: When the command has no such option.
@@ -152,7 +152,8 @@ def split_resume(command: str, arguments: list[str]) -> tuple[list[str], str | N
             settings.append(argument)
     if resume and command != "fit":
         raise UserError(f"--resume belongs to fit; {command} takes --ckpt_path FILE")
-    if command == "fit" and resume is None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0:
+    restarts = (int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    if command == "fit" and resume is None and any(restarts):
         resume = "auto"
     return settings, resume
 
