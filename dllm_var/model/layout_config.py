@@ -85,11 +85,10 @@ def write_config(layout: Layout, config: TransformerConfig, dtype: str) -> dict[
         values["layer_types"] = ["full_attention"] * config.num_layers
     values["rope_theta"] = config.rope_theta * config.rope_scaling
     if layout.rope == "nested":
-        llama3 = config.rope_llama3
-        if llama3 is not None:
-            trained = int(llama3["original_max_position_embeddings"])
-            llama3 = {"rope_type": "llama3", **llama3, "original_max_position_embeddings": trained}
-        values["rope_scaling"] = llama3
+        llama3: dict[str, Any] = dict(config.rope_llama3 or {})
+        if llama3:
+            llama3["original_max_position_embeddings"] = int(llama3["original_max_position_embeddings"])
+        values["rope_scaling"] = {"rope_type": "llama3", **llama3} if llama3 else None
         values["is_causal"] = config.causal  # read by transformers 5; other engines ignore it
     ends = config.terminator_ids or []
     values["eos_token_id"] = ends if layout.rope == "nested" and len(ends) > 1 else next(iter(ends), None)

@@ -188,6 +188,9 @@ class FamilyWeights(Mapping[str, Tensor]):
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._theirs  # the inherited one would read the tensors
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._theirs)
 
@@ -202,6 +205,3 @@ def weight_shapes(config: TransformerConfig) -> dict[str, list[int]]:
     if config.tie_embeddings:
         del weights["lm_head.weight"]
     return {name: list(weight.shape) for name, weight in weights.items()}
-    def __contains__(self, name: object) -> bool:
-        return name in self._theirs  # the inherited one would read the tensors
-
