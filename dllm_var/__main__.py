@@ -17,6 +17,7 @@ COMMANDS = {
     "test": ("dllm_var.cli", "measure a checkpoint on the test split (--ckpt_path FILE)"),
     "predict": ("dllm_var.cli", "answer the test split's prompts, into answers.jsonl (--ckpt_path FILE)"),
     "generate": ("dllm_var.commands.generate", "answer prompts with a trained checkpoint"),
+    "plan": ("dllm_var.commands.plan", "say what a training run will cost: parameters, memory, time per step"),
     "evaluate": ("dllm_var.commands.evaluate", "measure a checkpoint on standard tasks (--tasks NAME ...)"),
     "export": ("dllm_var.commands.export", "write a checkpoint as a folder that transformers and others open"),
     "replay": ("dllm_var.commands.replay", "compute losses again that the loss guard has recorded (RUN [--step N])"),

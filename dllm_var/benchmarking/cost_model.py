@@ -14,7 +14,7 @@ from dllm_var.model.config import TransformerConfig
 Strategy = Literal["ddp", "fsdp2", "zero2"]
 Precision = Literal["32", "16-mixed", "16-true"]
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp2", "zero2")
-LOGITS_BYTES = 3 * 64 * 2**20  # of the head, a chunk at a time: logits, their gradient, a copy in 16 bits
+LOGITS_BYTES = 2 * 512 * 2**20  # of the head on CUDA, a chunk at a time: logits in 32 bits, and their gradient
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,7 @@ def device_memory(
     rows: int,
     length: int,
     precision: Precision,
+    held: int | None = None,
     trained: int | None = None,
     recompute: bool = False,
 ) -> Memory:
@@ -179,12 +180,13 @@ def device_memory(
         rows: Rows of a batch.
         length: Tokens the layers read of each.
         precision: As for `activation_bytes`; DeepSpeed's 16 bits have 32-bit weights beside the optimizer state.
+        held: Number of weights, adapters included; the transformer's own when null.
         trained: Number of weights that are trained; all when null.
         recompute: Whether blocks are computed again in the backward pass.
     """
     parameters = count_parameters(config)
-    trained = parameters.total if trained is None else trained
-    total = max(parameters.total, trained)
+    total = parameters.total if held is None else held
+    trained = total if trained is None else trained
     width = 2 if precision == "16-true" else 4
     activations = activation_bytes(config, rows, length, precision, recompute) + LOGITS_BYTES
     # Autocast multiplies by 16-bit copies, which autograd keeps: of all blocks, or of the one that is computed again.
