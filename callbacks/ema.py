@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from dllm_var.errors import UserError
 from dllm_var.strategies import is_sharded, owns_gradients
@@ -43,7 +42,7 @@ class EmaWeights(WeightAveraging):
             raise UserError(
                 f"callback EmaWeights needs 0 <= decay < 1 and every_n_steps >= 1, got {decay} and {every_n_steps}"
             )
-        super().__init__(device=device, use_buffers=False, avg_fn=self._average)  # buffers are copied, not averaged
+        super().__init__(device=device)
         self.decay, self.warmup, self.every_n_steps = decay, warmup, every_n_steps
         self._in_training: list[Tensor] | None = None  # kept here while the average is in the model
 
@@ -63,12 +62,9 @@ class EmaWeights(WeightAveraging):
                 f"callback EmaWeights needs the whole weights in every process, which {strategy} does not leave there: "
                 "use configs/strategy/ddp.yaml, or leave out configs/ema.yaml"
             )
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*a model that overrides the configure_model.*")  # not sharded
-            super().setup(trainer, pl_module, stage)
-        assert self._average_model is not None
-        if self._device is None:  # the model itself is moved there later
-            self._average_model.to(trainer.strategy.root_device)
+        pl_module.configure_model()
+        device = self._device or trainer.strategy.root_device  # the model itself is moved there later
+        self._average_model = AveragedModel(_weights_of(pl_module), device, use_buffers=False, avg_fn=self._average)
 
     @contextmanager
     def in_use(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
@@ -118,7 +114,19 @@ class EmaWeights(WeightAveraging):
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 
-def _values(module: torch.nn.Module) -> Iterator[Tensor]:
+def _weights_of(module: nn.Module) -> nn.Module:
+    """Returns a module with the same parts and nothing else: a copy of it copies no sampler, optimizer or trainer."""
+    bare = nn.Module()
+    for name, child in module.named_children():
+        bare.add_module(name, child)
+    for name, parameter in module.named_parameters(recurse=False):
+        bare.register_parameter(name, parameter)
+    for name, buffer in module.named_buffers(recurse=False):
+        bare.register_buffer(name, buffer)
+    return bare
+
+
+def _values(module: nn.Module) -> Iterator[Tensor]:
     return chain(module.parameters(), module.buffers())
 
 

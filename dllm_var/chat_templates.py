@@ -38,7 +38,7 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list
 
     Raises:
         UserError: When the template refuses the messages, ends an answer with something that is no terminator, or marks
-            other text as generated than what follows its own generation prompt.
+            other text as generated than what follows its own generation prompt; when an answer spells a terminator.
     """
     if tokenizer.chat_template is None:
         return _join(tokenizer, messages)
@@ -109,6 +109,9 @@ def _answers(tokenizer: Tokenizer, messages: Sequence[Message], text: str, marke
     turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     starts = []
     for number in turns:
+        spelled = next((end for end in terminators if end in messages[number]["content"]), None)
+        if spelled is not None:
+            raise UserError(f"messages[{number}] contains the terminator {spelled}: an answer would end there")
         prompt = render(tokenizer, messages[:number], add_generation_prompt=True)[0]
         if not text.startswith(prompt):
             raise UserError(f"the chat template renders messages[:{number}] differently once an answer follows")

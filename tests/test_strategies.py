@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -99,16 +100,20 @@ trainer:
 """
 
 
-def train(folder, *arguments):
+def train(folder, *arguments, command=("-m", "dllm_var", "fit"), **environment):
     """Runs the quickstart at toy size in processes of its own; gives its output and its run folder."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "toy.yaml").write_text(TOY)
     configs = ["--config", str(CONFIGS / "quickstart.yaml"), "--config", "toy.yaml"]
-    command = [sys.executable, "-m", "dllm_var", "fit", *configs, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, cwd=folder)
+    start = [sys.executable, *command] if command[0] == "-m" else [*command]
+    path = os.pathsep.join([str(Path(sys.executable).parent), environment.pop("PATH", ""), os.environ["PATH"]])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path, **environment}
+    run = subprocess.run(
+        [*start, *configs, *arguments], env=environment, capture_output=True, text=True, timeout=900, cwd=folder
+    )
     assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout, folder / "runs" / "quickstart" / "version_0"
+    [version] = (folder / "runs" / "quickstart").iterdir()
+    return run.stdout, version
 
 
 def losses(run):
@@ -151,3 +156,60 @@ def scored_alone(run):
     metrics = AnswerMetrics()
     metrics.update(answers, [[list(r) for r in example.references] for example in examples])
     return metrics.compute()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return str(probe.getsockname()[1])
+
+
+SRUN = """#!/bin/bash
+# Starts the tasks of a job on this machine, each told by SLURM's variables which one it is.
+pids=()
+for task in $(seq 0 $((SLURM_NTASKS - 1))); do
+  SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 "$@" & pids+=($!)
+done
+status=0
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+exit $status
+"""
+
+
+def test_the_scripts_of_the_documentation_are_sound():
+    for script in ("slurm.sbatch", "torchrun.sh"):
+        subprocess.run(["bash", "-n", str(ROOT / "docs/multi_node" / script)], check=True)
+
+
+@pytest.fixture
+def at_the_root(tmp_path):
+    """A folder to run the scripts in, which name configs/ as seen from the checkout."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "configs").symlink_to(CONFIGS)
+    return tmp_path / "run"
+
+
+@pytest.mark.slow
+def test_the_torchrun_script_trains_on_two_processes_as_on_one(alone, at_the_root):
+    script = ["bash", str(ROOT / "docs/multi_node/torchrun.sh")]
+    shown, run = train(at_the_root, "--data.batch_size=4", command=script, PROCESSES="2", PORT=free_port())
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
+    assert shown.count("step 3, 8 answers") == shown.count("test split  ") == 1
+
+
+@pytest.mark.slow
+def test_the_slurm_script_trains_on_two_tasks_and_goes_on_when_it_is_requeued(alone, at_the_root):
+    srun = at_the_root / "bin" / "srun"
+    srun.parent.mkdir()
+    srun.write_text(SRUN)
+    srun.chmod(0o755)
+    job = dict(SLURM_JOB_ID="17", SLURM_JOB_NAME="dllm-var", SLURM_NODELIST="localhost", SLURM_JOB_NUM_NODES="1")
+    job |= dict(SLURM_NTASKS="2", SLURM_NTASKS_PER_NODE="2", STRATEGY="fsdp2", PATH=str(srun.parent))
+    script = ["bash", str(ROOT / "docs/multi_node/slurm.sbatch")]
+    arguments = ["--data.batch_size=4"]
+    _, run = train(at_the_root, *arguments, "--trainer.max_steps=2", command=script, **job)
+    assert run.name == "job_17"
+    _, again = train(at_the_root, *arguments, command=script, SLURM_RESTART_COUNT="1", **job)
+    assert again == run
+    assert losses(run)[-1] == pytest.approx(losses(alone)[-1], rel=1e-5)
+    assert json.loads((run / "summary.json").read_text())["steps"] == 3
