@@ -218,6 +218,12 @@ class TrainingCLI(LightningCLI):
             args=[command, *settings],
         )
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Builds the parser of the command that is asked for, and not those of the others."""
+        skipped = LightningCLI.subcommands()[self.command]
+        self.subcommands = lambda: {self.command: skipped}  # type: ignore[method-assign]
+        super()._add_subcommands(parser, **kwargs)
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("dump_header", [f"dllm_var=={__version__} lightning=={L.__version__}"])
         return super().init_parser(**kwargs)

@@ -31,10 +31,13 @@ class SaveConfig(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not trainer.loggers:
             return
-        self.overwrite = True
+        self.save_to_log_dir = False  # below, the text is made once
         log_dir = trainer.log_dir  # asked on every rank: the first one tells the others
         if trainer.is_global_zero and not self.already_saved and log_dir is not None:
-            self._keep_earlier(Path(log_dir) / CONFIG_FILE)
+            path = Path(log_dir) / CONFIG_FILE
+            self._keep_earlier(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self._text(), encoding="utf-8")
         super().setup(trainer, pl_module, stage)
 
     def _keep_earlier(self, path: Path) -> None:

@@ -1,0 +1,106 @@
+"""Loss on the assistant's turns, held to the mask that transformers makes of a template's own generation marks.
+
+Published templates rarely have such marks. Here the kinds in use are written with marks, for transformers, and without,
+as they are published, for us: for any conversation both must say the same.
+"""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dllm_var.errors import UserError
+from dllm_var.tokenization import Tokenizer
+from tests.byte_tokenizer import write_byte_tokenizer
+
+LOOP = "{% for message in messages %}"
+# The generation prompt, and marks from behind it to the terminator.
+KINDS = {
+    # Qwen2, SmolLM2, Dream: a line of its own after each turn, and a system prompt that is there unasked.
+    "chatml": (
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}"
+        + LOOP
+        + "<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}{% generation %}"
+        "{{ message['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    # Llama 3, LLaDA: contents stripped, nothing between turns.
+    "stripped": (
+        "{{ bos_token }}" + LOOP + "<|im_start|>{{ message['role'] }}<|im_start|>\n\n"
+        "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] | trim }}<|im_end|>"
+        "{% endgeneration %}{% else %}{{ message['content'] | trim }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant<|im_start|>\n\n{% endif %}"
+    ),
+    # Mistral: the generation prompt is the end of the user's turn; answers end with eos_token.
+    "instructions": (
+        "{{ bos_token }}" + LOOP + "{% if message['role'] == 'assistant' %}{% generation %} {{ message['content'] }}"
+        "{{ eos_token }}{% endgeneration %}{% else %}[INST] {{ message['content'] }} [/INST]{% endif %}{% endfor %}"
+    ),
+    # Qwen3: the last answer begins with an empty thought, earlier ones lose theirs.
+    "thoughts": (
+        LOOP + "<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}{% generation %}"
+        "{% set content = message['content'].split('</think>')[-1].lstrip('\n') %}"
+        "{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ content }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+}
+TEXTS = st.text(alphabet=st.characters(codec="utf-8", exclude_characters="<"), min_size=1, max_size=12).filter(
+    str.strip
+)
+TURNS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4)
+
+
+def conversation(turns, system):
+    messages = [{"role": "system", "content": system}] if system else []
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return messages
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """For each kind: transformers with the marks, ours with and without them."""
+    transformers = pytest.importorskip("transformers")
+    found = {}
+    for kind, marked in KINDS.items():
+        bare = marked.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+        names = dict(bos_token="<|endoftext|>")
+        folders = [
+            write_byte_tokenizer(tmp_path_factory.mktemp(kind), template, **names) for template in (marked, bare)
+        ]
+        theirs = transformers.AutoTokenizer.from_pretrained(folders[0])
+        found[kind] = (theirs, [Tokenizer.from_pretrained(folder) for folder in folders])
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(turns=TURNS, system=st.one_of(st.none(), TEXTS))
+def test_marked_or_not_the_mask_is_that_of_transformers(pairs, kind, turns, system):
+    theirs, ours = pairs[kind]
+    messages = conversation(turns, None if kind == "instructions" else system)
+    expected = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+    for tokenizer in ours:
+        ids, supervised = tokenizer.encode_chat(messages)
+        assert ids == expected["input_ids"][: len(ids)]
+        assert supervised == [bool(flag) for flag in expected["assistant_masks"][: len(ids)]]
+        assert not any(expected["assistant_masks"][len(ids) :])  # a line break after the last turn is left out
+        ends = [
+            index for index, flag in zip(ids, supervised, strict=True) if flag and index in tokenizer.terminator_ids
+        ]
+        assert len(ends) == len(turns) and ids[-1] == tokenizer.terminator_id
+        for number, message in enumerate(messages):  # generation starts from what training had before each answer
+            if message["role"] == "assistant" and (kind != "thoughts" or number == len(messages) - 1):
+                prompt = tokenizer.encode_chat_prompt(messages[:number])
+                assert ids[: len(prompt)] == prompt and not any(supervised[len(prompt) - 1 : len(prompt)])
+                assert supervised[len(prompt)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_that_spells_a_terminator_is_refused(pairs, kind):
+    """Its end would be taken for that of the turn, and the rest be lost."""
+    for tokenizer in pairs[kind][1]:
+        messages = conversation([("Hi", "one<|im_end|>two")], None)
+        with pytest.raises(UserError, match=r"messages\[1\] contains the terminator <\|im_end\|>"):
+            tokenizer.encode_chat(messages)
+        tokenizer.encode_chat(conversation([("What is <|im_end|>?", "An end.")], None))

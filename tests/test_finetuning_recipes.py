@@ -1,0 +1,85 @@
+"""The recipes for published models train: two steps of each at toy size, from a checkpoint of the same kind."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dllm_var.__main__ import main
+from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.model.checkpoints import load_checkpoint, save_checkpoint_folder
+from dllm_var.tokenization import Tokenizer
+from tests.byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SHAPE = dict(hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=8, intermediate_size=64)
+KINDS = {
+    "llada_8b_sft": dict(num_kv_heads=4, rope_theta=500000.0, norm_eps=1e-5),
+    "dream_7b_sft": dict(qkv_bias=True, token_shift=True, rope_theta=1000000.0),
+    "qwen3_to_diffusion": dict(qk_norm=True, tie_embeddings=True, rope_theta=1000000.0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["llada_8b_sft"],
+        ["llada_8b_sft", "lora"],
+        ["dream_7b_sft"],
+        ["qwen3_to_diffusion"],
+        ["qwen3_to_diffusion", "annealing"],
+    ],
+    ids="+".join,
+)
+def test_recipe_trains_two_steps_and_answers(names, tmp_path, monkeypatch, capfd):
+    if "lora" in names:
+        pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path / "tokenizer", CHAT_TEMPLATE))
+    shape = {**SHAPE, **KINDS[names[0]]}
+    torch.manual_seed(0)
+    base = Transformer(TransformerConfig(**shape, vocab_size=tokenizer.vocab_size))
+    save_checkpoint_folder(tmp_path / "base", base, tokenizer)
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello, you."}]
+    records = [{"messages": chat * 2}, {"prompt": "2 + 2 =", "response": " 4, of course"}] * 20
+    (tmp_path / "sft.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    configs = [argument for name in names for argument in ("--config", str(CONFIGS / f"{name}.yaml"))]
+    settings = {"num_kv_heads": 4, "head_dim": 8, **shape, "vocab_size": tokenizer.vocab_size}
+    toy = [
+        *(f"--model.transformer.{name}={value}".replace("True", "true") for name, value in settings.items()),
+        *("--model.init_from=base", "--data.context_length=192", "--data.batch_size=2", "--sampler.block_length=4"),
+        *("--data.terminators=[<|im_end|>,<|endoftext|>]", "--sampler.max_new_tokens=8", "--trainer.strategy=auto"),
+        *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32", "--trainer.max_steps=2"),
+        *("--trainer.val_check_interval=1", "--trainer.limit_val_batches=1", "--trainer.log_every_n_steps=1"),
+    ]
+    if names == ["qwen3_to_diffusion"]:
+        toy.append("--model.objective.init_args.block_length=4")
+    assert main(["fit", *configs, *toy]) == 0
+    [run] = tmp_path.glob("runs/*/version_0")
+    trained, _, meta = load_checkpoint(run)
+    assert meta["step"] == 2 and not trained.config.causal
+    assert trained.config.token_shift == ("dream_7b_sft" in names or "annealing" in names)
+    assert trained.config.causal_context == (names == ["qwen3_to_diffusion"])
+    moved = [not torch.equal(a, b) for a, b in zip(base.parameters(), trained.parameters(), strict=True)]
+    assert any(moved) and (all(moved) or "lora" in names)
+    assert main(["generate", "--checkpoint", str(run), "--prompt", "2 + 2 =", "--max-new-tokens", "4"]) == 0
+
+
+def test_the_papers_recipe_is_the_papers_method(capsys):
+    """configs/paper.yaml says on other recipes what this one says by itself."""
+    from dllm_var.commands.plan import read
+
+    recipe = str(CONFIGS / "llada_8b_sft.yaml")
+    alone = read(["--config", recipe])
+    with_method = read(["--config", recipe, "--config", str(CONFIGS / "paper.yaml")])
+    for section in ("model", "data"):
+        assert alone[section] == with_method[section]
+    sampler = alone["sampler"]["init_args"]
+    assert (sampler["block_length"], sampler["terminator_last"], sampler["kv_commit"]) == (64, False, "joint_next")
+    assert alone["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 2.5e-5
+    assert alone["model"]["init_args"]["schedule"]["warmup_steps"] == 50
+    data = alone["data"]["init_args"]
+    assert (data["batch_size"], data["context_length"]) == (2, 8192)
+    assert alone["trainer"]["accumulate_grad_batches"] == 4 and alone["trainer"]["gradient_clip_val"] == 1.0
