@@ -177,3 +177,28 @@ def test_templates_that_would_train_something_else_are_refused(tmp_path, templat
     tokenizer = Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path, template), **arguments)
     with pytest.raises(UserError, match=message):
         tokenizer.encode_chat(CONVERSATION)
+
+
+def test_dreams_tokenizer_is_read_without_its_code(tmp_path):
+    """Its folder has Qwen2's files, no tokenizer.json, and names a class that comes as code beside them."""
+    pytest.importorskip("transformers")
+    write_byte_tokenizer(tmp_path / "bytes")
+    vocabulary = json.loads((tmp_path / "bytes" / "tokenizer.json").read_text())["model"]["vocab"]
+    letters = {token: index for token, index in vocabulary.items() if index < 256}
+    folder = tmp_path / "dream"
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(letters))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    special = {
+        str(256 + at): {"content": name, "special": True} for at, name in enumerate(["<|endoftext|>", "<|mask|>"])
+    }
+    config = {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+    }
+    config |= {"eos_token": "<|endoftext|>", "mask_token": "<|mask|>", "added_tokens_decoder": special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "tokenization_dream.py").write_text("raise RuntimeError('this code must not run')")
+    tokenizer = Tokenizer.from_pretrained(folder)
+    assert (tokenizer.mask_id, tokenizer.terminator_ids) == (257, (256,))
+    assert tokenizer.encode("né?<|endoftext|>") == [*Tokenizer.from_pretrained(tmp_path / "bytes").encode("né?"), 256]
