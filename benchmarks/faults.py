@@ -67,6 +67,7 @@ def _in_fork(kind: str, numbers: range, folder: Path) -> list[Outcome]:
     pid = os.fork()
     if pid == 0:
         try:
+            tempfile.tempdir = str(folder)  # nothing of it stays behind
             silent = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silent, 1)
             os.dup2(silent, 2)

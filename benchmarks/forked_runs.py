@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from typing import Any
 PHASES = ("start-up", "training", "validation", "saving a checkpoint", "export and summary")
 POLL = 0.002  # seconds between looks at a run
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
-HANGS_AFTER = 180.0  # seconds after which a run that still lives is said to hang
+HANGS_AFTER = 300.0  # seconds after which a run that still lives is said to hang
 
 
 @dataclass
@@ -75,9 +75,9 @@ class Attempt:
         for rank, pid in self.pids.items():
             if ranks is None or rank in ranks:
                 if number == signal.SIGKILL:
-                    os.killpg(pid, number)
-                else:
-                    os.kill(pid, number)
+                    with suppress(ProcessLookupError):  # it has not made itself a group yet
+                        os.killpg(pid, number)
+                os.kill(pid, number)
 
     def end(self) -> None:
         """Makes sure that nothing is left; what still runs tells where it stands first."""
@@ -128,6 +128,7 @@ def start(folder: Path, arguments: Sequence[str], ranks: int = 1, before: Callab
     phase = mmap.mmap(-1, 2)
     number = len(list(folder.glob("*.log")))
     attempt = Attempt({}, folder / f"{number:03d}.log", time.monotonic(), phase, {})
+    attempt.log.touch()
     port = _free_port() if ranks > 1 else 0
     for rank in range(ranks):
         pid = os.fork()
@@ -156,6 +157,7 @@ def _child(
     status = 1
     try:
         os.setsid()
+        atexit._clear()  # what its parent would tidy up is not its own
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing outlives whoever tests
         os.chdir(folder)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -1,0 +1,76 @@
+"""Some of the faults of benchmarks/faults.py: malformed inputs of each kind, large plans, runs killed and resumed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [("jsonl", 40), ("parquet", 20), ("prompt", 8), pytest.param("config", 40, marks=pytest.mark.slow)],
+)
+def test_malformed_inputs_are_refused_with_a_named_cause_or_used_whole(kind, numbers, tmp_path):
+    from malformed_inputs import attempt
+
+    outcomes = [attempt(kind, number, tmp_path / "work") for number in range(numbers)]
+    assert [outcome for outcome in outcomes if not outcome.good] == []
+    assert any(outcome.result == "refused" for outcome in outcomes)
+
+
+@pytest.mark.slow
+def test_malformed_checkpoints_are_refused_with_a_named_cause(tmp_path):
+    from malformed_inputs import attempt
+
+    outcomes = [attempt("checkpoint", number, tmp_path / "work") for number in range(60)]
+    assert [outcome for outcome in outcomes if not outcome.good] == []
+    assert {outcome.result for outcome in outcomes} == {"refused", "used"}
+
+
+def test_what_is_lost_on_the_way_would_be_seen(tmp_path, monkeypatch):
+    """The fuzzer's own test: data that silently loses a record is not taken for whole."""
+    import malformed_data
+    from malformed_inputs import attempt
+
+    class Losing(malformed_data.JsonlSource):
+        def read_file(self, file):
+            return (located for number, located in enumerate(super().read_file(file)) if number != 1)
+
+    monkeypatch.setattr(malformed_data, "JsonlSource", Losing)
+    assert "partial" in {attempt("jsonl", number, tmp_path / "work").result for number in range(40)}
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit"])
+def test_an_epoch_for_1024_ranks_is_planned_in_sections(packing, tmp_path):
+    from shard_plans import make_table, measure
+
+    result = measure(make_table(tmp_path, 50_000, 50), packing, 1_024, 2)
+    assert (result["samples"], result["sections"]) == (2_500_000, 2)
+    assert result["tokens"] / (8_192 * result["rows"]) > 0.97
+    assert result["batches_per_rank"] == -(-result["rows"] // (1_024 * 4))
+
+
+@pytest.mark.slow
+def test_killed_runs_end_with_the_same_weights(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "faults.py", "--quick", "--only", "kills", "--only", "ranks", "--output", str(tmp_path)],
+        cwd=BENCHMARKS,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    one, two = json.loads((tmp_path / "faults.json").read_text())["kills"].values()
+    assert (one["kills"] >= 6, two["kills"] >= 2) == (True, True)
+    assert sum(one["phases"].values()) == one["kills"]
