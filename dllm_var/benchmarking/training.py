@@ -12,9 +12,10 @@ import torch
 
 from dllm_var.benchmarking.instruments import PeakMemory
 from dllm_var.benchmarking.training_clock import PHASES, Step
-from dllm_var.benchmarking.training_contenders import Contender, Ours, build
-from dllm_var.benchmarking.training_settings import COMPILED, DOCUMENTS, PLAIN_LOOP, TrainingCase
+from dllm_var.benchmarking.training_contenders import Contender, build
+from dllm_var.benchmarking.training_settings import COMPILED, FULL, PLAIN_LOOP, TrainingCase
 from dllm_var.callbacks.speed import compute_dtype, measure_peak_flops
+from dllm_var.model.config import TransformerConfig
 from dllm_var.model.transformer import Transformer
 from dllm_var.module import can_compile
 
@@ -43,10 +44,11 @@ class TrainingRun:
         show: Callable[[str, str, str], None],
     ) -> None:
         self.case, self.rounds, self.device, self.cache, self.show = case, rounds, device, cache, show
-        self.names = [name for name in case.contenders if name not in (COMPILED, DOCUMENTS) or can_compile(device)]
+        self.names = [name for name in case.contenders if name not in (COMPILED, FULL) or can_compile(device)]
         self.peaks: list[float] = []
         self.measured: dict[str, list[Figures]] = {name: [] for name in self.names}
-        self.useful_flops = self.parameters = 0.0
+        with torch.device("meta"):
+            self.shape = Transformer(TransformerConfig(**case.transformer, vocab_size=case.vocab_size))
 
     def run(self) -> None:
         """Measures all rounds; stopped by Ctrl-C, what has been measured stays."""
@@ -54,7 +56,6 @@ class TrainingRun:
         for name in self.names:
             self.show(self.case.name, "warm-up", name)
             contenders[name] = build(name, self.case, self.device, self.cache)
-            self.parameters = sum(p.numel() for p in contenders[name].model.parameters())
             contenders[name].run(0)  # compiles, and fills caches and allocators
         for number in range(self.rounds):
             self.peaks.append(measure_peak_flops(self.device, self._dtype, PEAK_SECONDS))
@@ -73,9 +74,10 @@ class TrainingRun:
         weights = sum(p.numel() * p.element_size() for p in contender.model.parameters())
         figures = add_up(steps)
         figures["peak_memory_bytes"] = None if memory.bytes is None else memory.bytes + weights
-        if isinstance(contender, Ours) and isinstance(contender.model, Transformer):
-            # What the task needs, whoever does it: attention over the row, the head where a loss is.
-            self.useful_flops = contender.model.flops_per_token(self.case.context_length, figures["loss_share"])
+        # What the task needs, whoever does it: the pairs that attend, the head where a loss is.
+        useful = self.shape.flops_per_token(figures["pairs_per_token"], figures["loss_share"])
+        figures["flops_per_second"] = useful * figures["tokens_per_second"]
+        figures["mfu"] = figures["flops_per_second"] / self.peaks[-1]
         return figures
 
     def result(self) -> Figures:
@@ -84,28 +86,21 @@ class TrainingRun:
         for name, rounds in self.measured.items():
             if rounds:
                 contenders.append({"name": name, "rounds": rounds, **medians(rounds)})
-                contenders[-1]["mfu"] = None if name == DOCUMENTS else self._utilisation(rounds)
         result: Figures = {
             "name": self.case.name,
             "vocab_size": self.case.vocab_size,
             "transformer": self.case.transformer,
-            "parameters": int(self.parameters),
+            "parameters": self.shape.num_parameters,
             "context_length": self.case.context_length,
             "batch_size": self.case.batch_size,
             "steps": self.case.steps,
             "ours": self.case.ours if self.case.ours in self.names else None,
             "gemm_peak_flops": median(self.peaks) if self.peaks else None,
-            "useful_flops_per_token": self.useful_flops,
             "contenders": contenders,
         }
         result["over_plain_loop"] = over(contenders, PLAIN_LOOP)
         result["bars"] = bars(self.case, result)
         return result
-
-    def _utilisation(self, rounds: Sequence[Figures]) -> float | None:
-        speeds = [figures["tokens_per_second"] for figures in rounds]
-        shares = [speed / peak for speed, peak in zip(speeds, self.peaks, strict=False)]  # one more peak after Ctrl-C
-        return median(shares) * self.useful_flops if self.useful_flops else None
 
 
 def add_up(steps: Sequence[Step]) -> Figures:
@@ -123,6 +118,7 @@ def add_up(steps: Sequence[Step]) -> Figures:
         "phase_seconds": {phase: value / len(steps) for phase, value in phases.items()},
         "padding_share": 1 - tokens / positions,
         "loss_share": sum(step.loss_tokens for step in steps) / tokens,
+        "pairs_per_token": sum(step.pairs for step in steps) / tokens,
     }
 
 
@@ -164,13 +160,13 @@ def bars(case: TrainingCase, result: Figures) -> dict[str, Figures]:
         case: Has the bars.
         result: Its figures and ratios.
     """
-    ours = next((contender for contender in result["contenders"] if contender["name"] == result["ours"]), None)
+    utilisation = {contender["name"]: contender["mfu"] for contender in result["contenders"]}
     ratios = result["over_plain_loop"].get(result["ours"], {})
     asked = {}
     for name, bar in case.bars.items():
         least = not name.startswith("peak_memory")
         if name.startswith("mfu"):
-            value = None if ours is None else ours["mfu"]
+            value = utilisation.get(FULL, utilisation.get(result["ours"]))
         else:
             value = ratios.get("tokens_per_second" if least else "peak_memory")
         passed = None if value is None else bool(value >= bar if least else value <= bar)

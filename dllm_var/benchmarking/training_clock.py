@@ -21,12 +21,14 @@ class Step:
         tokens: Tokens of samples in its batch, padding left out.
         positions: Positions in its batch, padding included.
         loss_tokens: Positions with a loss.
+        pairs: Pairs of tokens, padding left out, of which one attends to the other.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     tokens: int = 0
     positions: int = 0
     loss_tokens: int = 0
+    pairs: int = 0
 
 
 class StepClock:
@@ -55,10 +57,10 @@ class StepClock:
         self._step.seconds[phase] += now - self._last
         self._last = now
 
-    def count(self, tokens: int, positions: int, loss_tokens: int) -> None:
-        """Notes what the step under way trains on."""
+    def count(self, tokens: int, positions: int, loss_tokens: int, pairs: int) -> None:
+        """Notes what the step under way trains on; see `Step`."""
         step = self._step
-        step.tokens, step.positions, step.loss_tokens = tokens, positions, loss_tokens
+        step.tokens, step.positions, step.loss_tokens, step.pairs = tokens, positions, loss_tokens, pairs
 
     def end_step(self) -> None:
         """Ends the last phase, `optimizer`, and with it the step."""

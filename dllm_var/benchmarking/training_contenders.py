@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dllm_var.benchmarking.training_clock import Step, StepClock
 from dllm_var.benchmarking.training_data import SamplesByThemselves, packed_data
-from dllm_var.benchmarking.training_settings import COMPILED, DOCUMENTS, OURS, PADDED, PLAIN_LOOP, TrainingCase
+from dllm_var.benchmarking.training_settings import COMPILED, FULL, OURS, PADDED, PLAIN_LOOP, TrainingCase
 from dllm_var.checkpointing.trainer import Trainer
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
@@ -81,8 +81,6 @@ class LightningMarks(L.Callback):
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         self.clock.mark("data")
-        real = batch["segment_ids"] >= 0
-        self.clock.count(int(real.sum()), real.numel(), 0)
 
     def on_before_backward(self, trainer: Any, module: Any, loss: Tensor) -> None:
         self.clock.mark("head_and_loss")
@@ -92,13 +90,17 @@ class LightningMarks(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.clock.mark("optimizer")
-        step = self.clock._step
-        self.clock.count(step.tokens, step.positions, int(module.last_step_stats["loss_tokens"]))
+        segments = batch["segment_ids"]
+        tokens = int((segments >= 0).sum())
+        pairs = sum(row[row >= 0].bincount().square().sum() for row in segments)
+        if module.attention == "full":
+            pairs = segments.size(1) * tokens
+        self.clock.count(tokens, segments.numel(), int(module.last_step_stats["loss_tokens"]), int(pairs))
         self.clock.end_step()
 
 
 class Ours(Contender):
-    """DiffusionLM under the Lightning Trainer, as `fit` builds them.
+    """DiffusionLM under the Lightning Trainer, as `fit` builds them; by default each sample sees itself only.
 
     Args:
         case: What to train.
@@ -114,7 +116,7 @@ class Ours(Contender):
         device: torch.device,
         cache: Path,
         compile: bool = False,
-        attention: Literal["full", "document"] = "full",
+        attention: Literal["full", "document"] = "document",
     ) -> None:
         super().__init__(case, device, cache)
         self.module = DiffusionLM(
@@ -194,7 +196,8 @@ class PlainLoop(Baseline):
             noised = self.objective.corrupt(batch, self.noise)
             labels = noised.targets.masked_fill(~noised.loss_mask, -100)
             real = batch["segment_ids"] >= 0
-            self.clock.count(int(real.sum()), real.numel(), int(noised.loss_mask.sum()))
+            tokens = int(real.sum())
+            self.clock.count(tokens, real.numel(), int(noised.loss_mask.sum()), real.size(1) * tokens)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
                 logits = self.llama(input_ids=noised.input_ids, use_cache=False).logits
                 loss = self.loss(logits, labels)
@@ -236,7 +239,9 @@ class PaddedTrainer(Baseline):
         def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
             value = self.loss(outputs.logits, labels)
             clock.mark("head_and_loss")
-            clock.count(int(self._present.sum()), labels.numel(), int((labels >= 0).sum()))
+            lengths = self._present.sum(dim=1)
+            pairs = int(lengths.square().sum())
+            clock.count(int(lengths.sum()), labels.numel(), int((labels >= 0).sum()), pairs)
             return value
 
         samples = SamplesByThemselves(self.data, self.objective, self.noise)
@@ -337,7 +342,7 @@ def watch(module: nn.Module, method: str, after: Callable[[], None]) -> None:
 def build(name: str, case: TrainingCase, device: torch.device, cache: Path) -> Contender:
     """Returns a contender by its name in the config."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    if name in (OURS, COMPILED, DOCUMENTS):
-        attention: Literal["full", "document"] = "document" if name == DOCUMENTS else "full"
+    if name in (OURS, COMPILED, FULL):
+        attention: Literal["full", "document"] = "full" if name == FULL else "document"
         return Ours(case, device, cache, compile=name != OURS, attention=attention)
     return {PLAIN_LOOP: PlainLoop, PADDED: PaddedTrainer}[name](case, device, cache)

@@ -18,8 +18,9 @@ Case = dict[str, Any]
 HEADERS = ("tokens/s", "x plain", "MFU", "ms/step", *(f"{name.replace('_', ' ')}" for name in PHASES), "padding", "MB")
 NOTE = (
     "tokens/s counts tokens of samples, not padding. x plain: over the plain loop, within each round. Phases in ms per "
-    "step. MFU: FLOPs the task needs (forward and backward, head where a loss is, nothing recomputed) over the fastest "
-    "matrix product of the same round. MB: weights, gradients, optimizer state and activations at their peak."
+    "step. MFU: FLOPs the task needs (forward and backward, pairs of tokens that attend, head where a loss is, nothing "
+    "recomputed) over the fastest matrix product of the same round. MB: weights, gradients, optimizer state and "
+    "activations at their peak."
 )
 
 
@@ -57,7 +58,8 @@ def bar_lines(case: Case) -> list[str]:
         form: Callable[[float], str] = "{:.0%}".format if name.startswith("mfu") else "{:.2f}x".format
         value = MISSING if bar["value"] is None else form(bar["value"])
         sign = ">=" if bar["direction"] == "at least" else "<="
-        lines.append(f"{name} of {case['ours']}: {value} ({sign} {form(bar['bar'])}: {verdict})")
+        who = "" if name.startswith("mfu") else f" of {case['ours']} over the plain loop's"
+        lines.append(f"{name}{who}: {value} ({sign} {form(bar['bar'])}: {verdict})")
     return lines
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from dllm_var.errors import UserError
 
-OURS, COMPILED, DOCUMENTS = "ours", "ours, compiled", "ours, compiled, documents apart"
+OURS, COMPILED, FULL = "ours", "ours, compiled", "ours, compiled, full attention"
 PLAIN_LOOP, PADDED = "full logits, plain loop", "full logits, padded, Trainer"
-CONTENDERS = (OURS, COMPILED, DOCUMENTS, PLAIN_LOOP, PADDED)
+CONTENDERS = (OURS, COMPILED, FULL, PLAIN_LOOP, PADDED)
 BARS = ("tokens_per_second", "peak_memory", "mfu")  # what a bar's name begins with
 
 
@@ -28,8 +28,9 @@ class TrainingCase:
         contenders: Who takes part.
         prompt_tokens: Median length of a sample's prompt, which carries no loss.
         answer_tokens: Median length of its answer.
-        bars: What is asked: `mfu` at least, `tokens_per_second_...` over the plain loop's at least, `peak_memory_...`
-            over the plain loop's at most. These are also the names of the ratios in the result.
+        bars: What is asked: `mfu` at least, of full attention where that takes part; `tokens_per_second_...` over the
+            plain loop's at least; `peak_memory_...` over the plain loop's at most. These are also the names of the
+            ratios in the result.
 
     Raises:
         UserError: For a number below 1, an unknown contender or an unknown bar.
@@ -41,7 +42,7 @@ class TrainingCase:
     context_length: int = 1024
     batch_size: int = 2
     steps: int = 2
-    contenders: list[str] = field(default_factory=lambda: [OURS, COMPILED, PLAIN_LOOP, PADDED])
+    contenders: list[str] = field(default_factory=lambda: list(CONTENDERS))
     prompt_tokens: int = 60
     answer_tokens: int = 140
     bars: dict[str, float] = field(default_factory=dict)
@@ -72,7 +73,7 @@ def smaller(cases: Sequence[TrainingCase]) -> list[TrainingCase]:
             transformer={"hidden_size": 32, "num_layers": 1, "num_heads": 2},
             context_length=64,
             steps=1,
-            contenders=[name for name in case.contenders if name not in (COMPILED, DOCUMENTS)],
+            contenders=[name for name in case.contenders if name not in (COMPILED, FULL)],
             prompt_tokens=6,
             answer_tokens=10,
             bars=case.bars,

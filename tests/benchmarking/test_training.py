@@ -13,7 +13,7 @@ from dllm_var.benchmarking.training import add_up, bars, medians, over, top_rati
 from dllm_var.benchmarking.training_clock import StepClock
 from dllm_var.benchmarking.training_contenders import bidirectional_llama, check_reads_both_ways
 from dllm_var.benchmarking.training_data import SamplesByThemselves, packed_data
-from dllm_var.benchmarking.training_settings import COMPILED, OURS, PADDED, PLAIN_LOOP, TrainingCase
+from dllm_var.benchmarking.training_settings import COMPILED, FULL, OURS, PADDED, PLAIN_LOOP, TrainingCase
 from dllm_var.commands.benchmark_training import build_parser, chosen_cases
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
@@ -35,7 +35,7 @@ def test_phases_add_up_to_the_step(monkeypatch):
     for phase, seconds in (("data", 1.0), ("forward", 2.0), ("head_and_loss", 3.0), ("backward", 4.0)):
         now[0] += seconds
         clock.mark(phase)
-    clock.count(tokens=75, positions=100, loss_tokens=30)
+    clock.count(tokens=75, positions=100, loss_tokens=30, pairs=750)
     now[0] += 5.0
     clock.end_step()
     figures = add_up(clock.steps)
@@ -44,6 +44,7 @@ def test_phases_add_up_to_the_step(monkeypatch):
         {"data": 1.0, "forward": 2.0, "head_and_loss": 3.0, "backward": 4.0, "optimizer": 5.0}
     )
     assert (figures["padding_share"], figures["loss_share"]) == (pytest.approx(0.25), pytest.approx(0.4))
+    assert figures["pairs_per_token"] == 10
 
 
 def figures(tokens_per_second, memory):
@@ -66,14 +67,16 @@ def test_bars_pass_fail_or_were_not_measured():
     asked = case(bars={"tokens_per_second_126k": 2.0, "peak_memory_126k": 0.4, "mfu": 0.6})
     result = {
         "ours": OURS,
-        "contenders": [{"name": OURS, "mfu": None}],
+        "contenders": [{"name": OURS, "mfu": 0.3}, {"name": FULL, "mfu": 0.65}],
         "over_plain_loop": {OURS: {"tokens_per_second": 2.5, "peak_memory": 0.5}},
     }
     result["bars"] = bars(asked, result)
     passed = {name: bar["passed"] for name, bar in result["bars"].items()}
-    assert passed == {"tokens_per_second_126k": True, "peak_memory_126k": False, "mfu": None}
+    assert passed == {"tokens_per_second_126k": True, "peak_memory_126k": False, "mfu": True}
     top = top_ratios([result])
-    assert (top["tokens_per_second_126k"], top["mfu"]) == (2.5, None) and set(top["bars"]) == set(passed)
+    assert (top["tokens_per_second_126k"], top["mfu"]) == (2.5, 0.65) and set(top["bars"]) == set(passed)
+    result["over_plain_loop"] = {}
+    assert bars(asked, result)["tokens_per_second_126k"]["passed"] is None
 
 
 def test_the_baseline_has_our_shape_and_reads_both_ways():
@@ -118,6 +121,7 @@ def test_quick_run_writes_its_files(tmp_path, capsys):
     names = {contender["name"]: contender for contender in result["trainings"][0]["contenders"]}
     assert set(names) == {OURS, PLAIN_LOOP, PADDED}
     assert names[OURS]["padding_share"] == 0 and names[PADDED]["padding_share"] > 0.1
+    assert names[OURS]["pairs_per_token"] < 40 and names[PLAIN_LOOP]["pairs_per_token"] == 64
     assert names[OURS]["loss_share"] == pytest.approx(names[PLAIN_LOOP]["loss_share"])  # the same rows and noise
     for contender in names.values():
         assert all(seconds > 0 for seconds in contender["phase_seconds"].values())
@@ -148,7 +152,7 @@ def test_the_shipped_config_asks_for_every_ratio():
     asked = {name: value for one in cases for name, value in one.bars.items()}
     assert asked == {"tokens_per_second_256": 1.3, "tokens_per_second_126k": 2.0, "peak_memory_126k": 0.5, "mfu": 0.6}
     for one in cases:
-        assert {COMPILED, PLAIN_LOOP} <= set(one.contenders) and one.context_length == 1024
+        assert {COMPILED, FULL, PLAIN_LOOP} <= set(one.contenders) and one.context_length == 1024
     mfu = next(one for one in cases if "mfu" in one.bars)
     with torch.device("meta"):
         parameters = Transformer(TransformerConfig(**mfu.transformer, vocab_size=mfu.vocab_size)).num_parameters
