@@ -9,7 +9,6 @@ import lightning as L
 
 from dllm_var.callbacks.decoding import say
 from dllm_var.callbacks.rendering import draw
-from dllm_var.errors import UserError
 
 TEXT_LENGTH = 60
 
@@ -31,10 +30,6 @@ class ReplayStep(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._began = trainer.global_step
-        if self._began >= self.record["step"]:
-            raise UserError(
-                f"--checkpoint is of step {self._began}, the record of step {self.record['step']}: name an earlier one"
-            )
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -39,7 +39,7 @@ def main(command: str, arguments: list[str]) -> int:
 
     run = Path(options.run)
     record = find_record(run, options.step)
-    checkpoint = options.checkpoint or checkpoint_before(run, record["step"])
+    checkpoint = checkpoint_before(run, record["step"], options.checkpoint)
     config = run / "config.yaml"
     if not config.is_file():
         raise UserError(f"there is no {config}: the run folder of a fit has one")
@@ -68,31 +68,36 @@ def find_record(run: Path, step: int | None) -> dict[str, Any]:
     return wanted[-1]
 
 
-def checkpoint_before(run: Path, step: int) -> Path:
-    """Returns the run's checkpoint with the most steps that does not have this one yet.
+def checkpoint_before(run: Path, step: int, named: str | None) -> Path:
+    """Returns the checkpoint with the most steps that does not have this one yet, of the run or the one that is named.
 
     Raises:
         UserError: When there is none.
     """
+    from dllm_var.checkpointing.choose import newest_first
+
+    paths = [Path(named)] if named else newest_first(run / "checkpoints")
+    early = {steps: path for path in reversed(paths) if (steps := steps_of(path)) < step}
+    if not early:
+        where = f"{named} is not" if named else f"no checkpoint in {run / 'checkpoints'} is"
+        raise UserError(f"{where} from before step {step}: keep more of them (save_top_k: -1), or name an earlier one")
+    return early[max(early)]
+
+
+def steps_of(path: Path) -> int:
+    """Returns how many steps a checkpoint has been trained."""
     import torch
 
-    from dllm_var.checkpointing.choose import is_sharded, newest_first
+    from dllm_var.checkpointing.choose import is_sharded
+    from dllm_var.checkpointing.files import unreadable
     from dllm_var.checkpointing.shards import read_trainer_state
 
-    found: dict[int, Path] = {}
-    for path in newest_first(run / "checkpoints"):
-        if is_sharded(path):
-            state = read_trainer_state(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if state["global_step"] < step:
-            found.setdefault(state["global_step"], path)
-    if not found:
-        raise UserError(
-            f"{run / 'checkpoints'} has no checkpoint before step {step}: keep more of them (save_top_k: -1), or name "
-            "one with --checkpoint"
-        )
-    return found[max(found)]
+    if is_sharded(path):
+        return read_trainer_state(path)["global_step"]
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    except Exception as error:  # torch raises many kinds; `fit` will look at the checksum
+        raise unreadable(path, error) from error
 
 
 def replay_settings(config: dict[str, Any], record: dict[str, Any], rows: int) -> dict[str, Any]:
