@@ -37,7 +37,8 @@ def test_recipe_trains_two_steps_and_answers(names, tmp_path, monkeypatch, capfd
     if "lora" in names:
         pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
-    tokenizer = Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path / "tokenizer", CHAT_TEMPLATE))
+    folder = write_byte_tokenizer(tmp_path / "tokenizer", CHAT_TEMPLATE)
+    tokenizer = Tokenizer.from_pretrained(folder, terminators=["<|im_end|>", "<|endoftext|>"])
     shape = {**SHAPE, **KINDS[names[0]]}
     torch.manual_seed(0)
     base = Transformer(TransformerConfig(**shape, vocab_size=tokenizer.vocab_size))

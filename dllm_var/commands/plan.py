@@ -150,6 +150,10 @@ def plan(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
     """
     model, data, trainer = (settings[name] for name in ("model", "data", "trainer"))
     model, data = model["init_args"], data["init_args"]
+    for section, values, names in (("model", model, ["transformer"]), ("data", data, ["batch_size", "context_length"])):
+        missing = next((name for name in names if name not in values), None)
+        if missing is not None:
+            raise UserError(f"plan needs {section}.{missing}, which {settings[section]['class_path']} has not")
     objective = read_objective(model)
     config = read_config(model, data, objective)
     step = read_step(data, trainer, objective, options)
@@ -276,7 +280,7 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         f"parameters   {parameters['total']:,}: embedding {parameters['embedding']:,}, "
         f"blocks {parameters['blocks']:,}, head {parameters['head']:,}, norm {parameters['norm']:,}{trained}",
-        f"step         {step['devices']} devices x {step['rows']} rows x {step['accumulated']} batches x "
+        f"step         devices {step['devices']} x batches {step['accumulated']} x rows {step['rows']} x "
         f"{step['context_length']:,} tokens = {step['tokens']:,} tokens",
         f"row          {step['read']:,} tokens read, {step['scored']:,} scored "
         f"({assumed['supervised_share']:.0%} of the tokens being answers)",

@@ -50,7 +50,7 @@ def test_the_table(capsys):
     arguments = ["--config", str(CONFIGS / "cmudict.yaml"), "--devices", "1", "--device-memory", "0.1"]
     assert main(["plan", *arguments]) == 0
     out = capsys.readouterr().out
-    assert "parameters   1,798,080" in out and "1 devices x 16 rows x 1 batches x 128 tokens = 2,048 tokens" in out
+    assert "parameters   1,798,080" in out and "devices 1 x batches 1 x rows 16 x 128 tokens = 2,048 tokens" in out
     assert out.count("over 0.1 GB") >= 1 and "fsdp2, recomputed" in out
 
 
