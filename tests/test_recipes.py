@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dllm_var.__main__ import main
 
@@ -60,3 +61,16 @@ def first_prompts(trainer, split, n):
     from dllm_var.callbacks.decoding import held_out_prompts
 
     return held_out_prompts(trainer, split, min(n or 20, 20))
+
+
+def test_the_shipped_block_model_is_what_its_recipe_says():
+    recipe = yaml.safe_load((CONFIGS / "gsm_symbolic.yaml").read_text())
+    benchmark = yaml.safe_load((CONFIGS.parent / "benchmarks" / "gsm_symbolic.yaml").read_text())["tasks"][0]
+    shipped = json.loads((CONFIGS.parent / "checkpoints" / "gsm_symbolic" / "config.json").read_text())
+    objective = recipe["model"]["objective"]["init_args"]
+    assert shipped["step"] == recipe["trainer"]["max_steps"]
+    for name in ("causal_context", "token_shift"):
+        assert shipped["transformer"][name] == objective[name]
+    decoded = [recipe["sampler"]["init_args"], shipped["sampler"]["init_args"]]
+    decoded += [entry["arguments"] for entry in benchmark["entries"] if "block_length" in entry["arguments"]]
+    assert len(decoded) > 4 and {arguments["block_length"] for arguments in decoded} == {objective["block_length"]}
