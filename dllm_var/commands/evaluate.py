@@ -7,6 +7,7 @@ import difflib
 import json
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,6 +55,8 @@ def main(command: str, arguments: list[str]) -> int:
     if any(argument in ("-h", "--help") for argument in arguments):
         build_parser(command, None).print_help()
         return 0
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars are for terminals
     if find_spec("lm_eval") is None:
         raise UserError('evaluate needs lm-evaluation-harness: pip install "dllm-var[evaluate]"')
     options, sampler, model, tokenizer = load(command, arguments, build_parser, check_options)
@@ -62,7 +65,10 @@ def main(command: str, arguments: list[str]) -> int:
     from dllm_var.evaluation.likelihood import Likelihood
     from dllm_var.evaluation.lm import EvaluatedModel
 
-    likelihood = Likelihood(options.mc_draws, options.mc_batch_size, options.mc_seed, options.mc_canvas)
+    block_length = options.mc_block_length
+    if block_length is None:
+        block_length = getattr(sampler, "block_length", 0) if model.config.causal_context else 0
+    likelihood = Likelihood(options.mc_draws, options.mc_batch_size, options.mc_seed, options.mc_canvas, block_length)
     evaluated = EvaluatedModel(model, tokenizer, sampler, likelihood, options.max_new_tokens)
     result = evaluate(evaluated, options)
     result["dllm_var"] = description(evaluated, sampler, options)
@@ -104,6 +110,13 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
         default=0,
         metavar="N",
         help="show masks behind an answer up to a multiple of N tokens, as block samplers do; none when 0 (LLaDA)",
+    )
+    scoring.add_argument(
+        "--mc-block-length",
+        type=int,
+        metavar="N",
+        help="score blocks of N tokens, each given those before it; whole answers when 0 (LLaDA); when not given, the "
+        "sampler's for a checkpoint that reads finished blocks from left to right, else 0",
     )
 
     output = parser.add_argument_group("output")

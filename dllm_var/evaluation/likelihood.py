@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from dllm_var.errors import UserError
-from dllm_var.model.transformer import Transformer
+from dllm_var.model.attention import partly_causal_mask
+from dllm_var.model.transformer import Transformer, moved_right
 from dllm_var.objectives.noise import KeyedNoise
 from dllm_var.sampling.base import special_ids
 
 T = TypeVar("T")
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
-LOGITS_PER_CHUNK = 1 << 24  # 64 MiB of float32 logits at a time
+LOGITS_PER_CHUNK = 1 << 26  # 256 MiB of float32 logits at a time
 _DRAWS_LIMIT = 1 << 20  # so many draws of one pair have noise of their own
 
 
@@ -33,10 +34,14 @@ class Score(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One forward's row: tokens with some hidden, the scored columns, their true tokens, and what the sum counts."""
+    """One forward's row: tokens with some hidden, the scored columns, their true tokens, and what the sum counts.
+
+    `start` is the column where the continuation begins.
+    """
 
     pair: int
     tokens: list[int]
+    start: int
     columns: list[int]
     targets: list[int]
     weight: float
@@ -55,6 +60,9 @@ class Likelihood:
     no more than `draws` choices in all (L up to 7 for 128), each is taken once and the bound is exact. A pair's draws
     come from the seed and its own tokens: they do not depend on what it is evaluated with.
 
+    With `block_length` the continuation is scored block by block, each given those before it, as block samplers decode:
+    a sum of such bounds. Models that read finished text from left to right (`causal_context`) need it.
+
     Greedy decoding of a diffusion model, for `is_greedy`, commits the most confident token of the L, one per forward.
 
     Args:
@@ -65,6 +73,8 @@ class Likelihood:
             that decode in blocks: the continuation's likelihood, whether or not the text ends there. 0 shows nothing
             (LLaDA).
 
+        block_length: Tokens scored together; the whole continuation when 0 (LLaDA).
+
     Raises:
         UserError: When a number is out of range.
     """
@@ -73,12 +83,13 @@ class Likelihood:
     batch_size: int = 32
     seed: int = 0
     canvas: int = 0
+    block_length: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.draws <= _DRAWS_LIMIT or self.batch_size < 1 or self.canvas < 0:
+        if not 1 <= self.draws <= _DRAWS_LIMIT or self.batch_size < 1 or min(self.canvas, self.block_length) < 0:
             raise UserError(
-                f"likelihood needs draws in 1..{_DRAWS_LIMIT}, batch_size >= 1 and canvas >= 0, got {self.draws}, "
-                f"{self.batch_size} and {self.canvas}"
+                f"likelihood needs draws in 1..{_DRAWS_LIMIT}, batch_size >= 1, canvas >= 0 and block_length >= 0, got "
+                f"{self.draws}, {self.batch_size}, {self.canvas} and {self.block_length}"
             )
 
     @torch.inference_mode()
@@ -98,13 +109,39 @@ class Likelihood:
             on_pair: Called once for each pair that is done.
 
         Raises:
-            UserError: For a model that reads finished text causally and the rest in both directions.
+            UserError: For a model with `causal_context` and no `block_length`.
         """
-        if getattr(model.config, "causal_context", False):
+        if model.config.causal_context and not self.block_length:
             raise UserError(
-                "this checkpoint reads what it has finished from left to right (causal_context), so the bound in both "
-                "directions is none of it: evaluate it on tasks that decode"
+                "this checkpoint reads what is finished from left to right (causal_context): its likelihoods need the "
+                "block length it was trained with (evaluate --mc-block-length)"
             )
+        if self.block_length and not model.config.causal:
+            return self._by_blocks(model, pairs, decode, on_pair)
+        return self._score(model, pairs, decode, on_pair)
+
+    def _by_blocks(
+        self, model: Transformer, pairs: Sequence[Pair], decode: bool, on_pair: Callable[[], None]
+    ) -> list[Score]:
+        """Scores each block of the continuations with what stands before it as context, and adds up."""
+        blocks: list[Pair] = []
+        owner: list[int] = []
+        for index, (context, continuation) in enumerate(pairs):
+            for start in range(0, len(continuation), self.block_length):
+                block = continuation[start : start + self.block_length]
+                blocks.append(([*context, *continuation[:start]], block))
+                owner.append(index)
+        totals, greedy = [0.0] * len(pairs), [True] * len(pairs)
+        for index, score in zip(owner, self._score(model, blocks, decode, lambda: None), strict=True):
+            totals[index] += score.log_likelihood
+            greedy[index] &= score.is_greedy
+        for _ in pairs:
+            on_pair()
+        return [Score(total, same) for total, same in zip(totals, greedy, strict=True)]
+
+    def _score(
+        self, model: Transformer, pairs: Sequence[Pair], decode: bool, on_pair: Callable[[], None]
+    ) -> list[Score]:
         order = sorted(range(len(pairs)), key=lambda index: sum(map(len, pairs[index])), reverse=True)
         causal = model.config.causal
         rows = (row for i in order for row in (causal_rows(i, pairs[i]) if causal else self.rows(i, pairs[i], model)))
@@ -169,7 +206,7 @@ class Likelihood:
         columns = [len(context) + place for place in hidden]
         for column in columns:
             tokens[column] = mask
-        return Row(index, tokens, columns, [continuation[place] for place in hidden], weight)
+        return Row(index, tokens, len(context), columns, [continuation[place] for place in hidden], weight)
 
 
 def causal_rows(index: int, pair: Pair) -> Iterator[Row]:
@@ -177,7 +214,8 @@ def causal_rows(index: int, pair: Pair) -> Iterator[Row]:
     context, continuation = pair
     if continuation:
         tokens = [*context, *continuation]
-        yield Row(index, tokens[:-1], list(range(len(context) - 1, len(tokens) - 1)), list(continuation), 1.0)
+        columns = list(range(len(context) - 1, len(tokens) - 1))
+        yield Row(index, tokens[:-1], len(context), columns, list(continuation), 1.0)
 
 
 def predict(model: Transformer, rows: Sequence[Row]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -223,8 +261,14 @@ def _hidden(model: Transformer, rows: Sequence[Row]) -> Tensor:
     for number, row in enumerate(rows):
         tokens[number, : len(row.tokens)] = torch.tensor(row.tokens)
         padding[number, : len(row.tokens)] = 0
-    segments = padding.to(device) if not model.config.causal and bool(padding.any()) else None
-    hidden = model.hidden_states(tokens.to(device), segment_ids=segments)
+    if model.config.causal_context:
+        before = torch.arange(longest) < torch.tensor([row.start for row in rows])[:, None]
+        seen = partly_causal_mask(torch.zeros_like(before), padding) | (~before[:, :, None] & (padding == 0)[:, None])
+        hidden = model.hidden_states(tokens.to(device), attention_mask=seen.to(device))
+        hidden = moved_right(hidden, None) if model.config.token_shift else hidden  # left to whoever gives a mask
+    else:
+        segments = padding.to(device) if not model.config.causal and bool(padding.any()) else None
+        hidden = model.hidden_states(tokens.to(device), segment_ids=segments)
     places = [number for number, row in enumerate(rows) for _ in row.columns]
     columns = [column for row in rows for column in row.columns]
     return hidden[torch.tensor(places, device=device), torch.tensor(columns, device=device)]

@@ -8,7 +8,8 @@ import torch
 from dllm_var.errors import UserError
 from dllm_var.evaluation.likelihood import Likelihood
 from dllm_var.model import TransformerConfig
-from tests.sampling.tiny_models import MASK, PROMPTS, random_model
+from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold
+from tests.sampling.tiny_models import ENDS, MASK, PROMPTS, random_model
 
 ANSWERS = [[7], [5, 6, 7, 8, 9, 10, 11, 12, 13], [9, 9], [], [6, 5, 18], [10, 11, 12, 13, 14], [8] * 12]
 PAIRS = list(zip(PROMPTS, ANSWERS, strict=True))
@@ -31,12 +32,14 @@ class Joint:
         self.lm_head.weight = torch.nn.Parameter(torch.eye(3))
 
     def hidden_states(self, tokens, segment_ids=None):
-        answers = tokens[:, 1:]
+        if segment_ids is not None:  # padding of a shorter row, which it does not see
+            tokens = tokens.masked_fill(segment_ids == 1, 2)
+        answers = torch.nn.functional.pad(tokens[:, 1:], (0, self.texts.size(1) + 1 - tokens.size(1)), value=2)
         fits = ((answers[:, None] == self.texts) | (answers[:, None] == 2)).all(dim=2)  # [B, texts]
         weight = fits * self.probability
         one = torch.einsum("bt,tl->bl", weight, self.texts.float()) / weight.sum(dim=1, keepdim=True)
         logits = torch.stack((1 - one, one, torch.zeros_like(one)), dim=-1).clamp_min(1e-30).log()
-        return torch.cat((logits[:, :1], logits), dim=1)
+        return torch.cat((logits[:, :1], logits), dim=1)[:, : tokens.size(1)]
 
 
 def test_the_bound_is_exact_where_every_choice_of_hidden_positions_is_taken():
@@ -126,14 +129,41 @@ def test_masks_behind_the_answer_are_seen():
     assert bare != pytest.approx(canvas, rel=1e-3)
 
 
-@pytest.mark.parametrize("settings", [{"draws": 0}, {"batch_size": 0}, {"canvas": -1}])
+@pytest.mark.parametrize("block_length", [1, 2, 3])
+def test_blocks_add_up_to_the_exact_log_likelihood(block_length):
+    model = Joint(length=4)
+    pairs = [([0], text.tolist()) for text in model.texts]
+    scores = Likelihood(draws=15, block_length=block_length)(model, pairs)
+    for score, probability in zip(scores, model.probability, strict=True):
+        assert score.log_likelihood == pytest.approx(float(probability.log()), abs=1e-5)
+
+
+@pytest.mark.parametrize("token_shift", [False, True])
+@pytest.mark.parametrize("block_length", [1, 4])
+def test_a_causal_context_is_read_as_the_sampler_reads_it(block_length, token_shift):
+    """What the sampler decodes from its cache, one token a forward, is greedy for a forward without any cache."""
+    model = random_model(causal_context=True, token_shift=token_shift)
+    with torch.no_grad():  # no terminator is ever likely, so that answers run into their limit
+        model.lm_head.weight[list(ENDS)] = 0
+    policy = ConfidenceThreshold(threshold=1.0)
+    sampler = BlockDiffusionSampler(policy, block_length=block_length, max_new_tokens=8, terminator_last=False)
+    answers = [answer.tokens for answer in sampler.generate(model, PROMPTS)]
+    assert all(len(answer) == 8 for answer in answers)
+    others = [[*answer[:6], answer[6] % 13 + 5, answer[7]] for answer in answers]
+    assert all(other[6] != answer[6] for other, answer in zip(others, answers, strict=True))
+    likelihood = Likelihood(draws=2, block_length=block_length, batch_size=5)
+    right = likelihood(model, list(zip(PROMPTS, answers, strict=True)))
+    wrong = likelihood(model, list(zip(PROMPTS, others, strict=True)))
+    assert [score.is_greedy for score in right] == [True] * len(PROMPTS)
+    assert not any(score.is_greedy for score in wrong)
+
+
+@pytest.mark.parametrize("settings", [{"draws": 0}, {"batch_size": 0}, {"canvas": -1}, {"block_length": -1}])
 def test_numbers_out_of_range_are_refused(settings):
     with pytest.raises(UserError, match="likelihood needs"):
         Likelihood(**settings)
 
 
-def test_a_model_that_reads_its_context_causally_is_refused():
-    model = random_model()
-    model.config.causal_context = True
+def test_a_causal_context_needs_the_block_length():
     with pytest.raises(UserError, match="causal_context"):
-        Likelihood()(model, PAIRS)
+        Likelihood()(random_model(causal_context=True), PAIRS)

@@ -1,6 +1,10 @@
 """Adapters: what is trained, what is left alone, and the same model merged, apart and in peft's own hands."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -20,6 +24,7 @@ from dllm_var.model.checkpoints import load_checkpoint, save_checkpoint_folder
 from dllm_var.model.lora import Lora, MergedWeights, add_adapters, is_adapter, load_adapter, plain_name
 from dllm_var.optim import AdamW, Schedule
 
+ROOT = Path(__file__).parent.parent.parent
 TOKENS = torch.randint(4, 60, (2, 12), generator=torch.Generator().manual_seed(0))
 LORA = dict(r=4, alpha=8.0)
 
@@ -131,6 +136,40 @@ def test_adapters_do_not_depend_on_where_they_are_made(base):
     for name, value in direct.state_dict().items():
         if is_adapter(name):
             assert torch.equal(value, built[name])
+
+
+TOY = """
+data: {context_length: 48, batch_size: 4}
+trainer:
+  max_steps: 3
+  val_check_interval: 3
+  limit_val_batches: 1
+  callbacks: [dllm_var.callbacks.ExportWeights]
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_with_sharded_weights_train_as_one(base, tmp_path):
+    """FSDP2, where most of what is sharded is frozen."""
+    (tmp_path / "toy.yaml").write_text(TOY)
+    names = ("quickstart.yaml", "lora.yaml", "strategy/fsdp2.yaml")
+    configs = [argument for name in names for argument in ("--config", str(ROOT / "configs" / name))]
+    shape = ["hidden_size=32", "num_layers=2", "num_heads=4", "num_kv_heads=2", "qkv_bias=true"]
+    settings = [f"--model.transformer.{value}" for value in shape]
+    settings += ["--config", "toy.yaml", f"--model.init_from={base}", "--trainer.accelerator=cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for devices in (1, 2):
+        spread = [f"--trainer.devices={devices}", f"--data.batch_size={4 // devices}"]
+        command = [sys.executable, "-m", "dllm_var", "fit", *configs, *settings, *spread]
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
+        assert run.returncode == 0, run.stderr[-3000:]
+    one, two = (load_checkpoint(tmp_path / f"runs/quickstart/version_{n}/model")[0] for n in (0, 1))
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    apart = load_checkpoint(tmp_path / "runs/quickstart/version_1/adapter")[0]
+    with torch.no_grad():
+        torch.testing.assert_close(apart(TOKENS), two(TOKENS), atol=1e-5, rtol=1e-5)
+        assert (one(TOKENS) - load_checkpoint(base)[0](TOKENS)).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(
