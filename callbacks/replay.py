@@ -77,6 +77,7 @@ class ReplayStep(L.Callback):
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         if not hasattr(datamodule, "rows"):
             return ""
-        tokens = datamodule.rows("train")[row]["input_ids"].tolist()
-        text = " ".join(datamodule.tokenizer.decode(tokens).split())
+        found = datamodule.rows("train")[row]
+        samples = (found["input_ids"][found["segment_ids"] == n] for n in range(int(found["segment_ids"].max()) + 1))
+        text = " | ".join(" ".join(datamodule.tokenizer.decode(tokens.tolist()).split()) for tokens in samples)
         return text if len(text) <= TEXT_LENGTH else text[:TEXT_LENGTH] + "..."

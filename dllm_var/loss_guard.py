@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from dllm_var.errors import UserError
 from dllm_var.step_totals import StepResult
@@ -88,11 +88,11 @@ class GuardedSteps:
         path = self._record(reason, usual, result, trainer)
         step, where = trainer.global_step + 1, f"; rows in {path}" if path else ""
         if reason == "spike":
-            rank_zero_warn(f"step {step}: loss {result.loss:.3f}, the median is {usual:.3f}{where}")
+            rank_zero_info(f"step {step}: loss {result.loss:.3f}, the median is {usual:.3f}{where}")
             return True
         self.skipped += 1
         count = f"{self.skipped} of {self.settings.max_skipped}"
-        rank_zero_warn(f"step {step}: {reason} is not finite, update skipped ({count}){where}")
+        rank_zero_info(f"step {step}: {reason} is not finite, update skipped ({count}){where}")
         return False
 
     def _reason(self, result: StepResult, usual: float | None) -> str | None:

@@ -75,7 +75,6 @@ def test_a_run_resumed_with_another_number_of_processes_goes_on_with_the_same_ro
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:step 2")
 def test_a_bad_row_of_one_process_is_skipped_by_both_and_recorded_once(two, tmp_path):
     found = result(two / "poisoned")
     assert torch.equal(found["weights"][0], found["weights"][1]) and torch.isfinite(found["final"]).all()

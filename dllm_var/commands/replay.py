@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def main(command: str, arguments: list[str]) -> int:
     config = run / "config.yaml"
     if not config.is_file():
         raise UserError(f"there is no {config}: the run folder of a fit has one")
+    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")  # most are left out
     with tempfile.TemporaryDirectory() as folder:
         overlay = Path(folder) / "replay.yaml"
         overlay.write_text(yaml.safe_dump(replay_settings(yaml.safe_load(config.read_text()), record, options.rows)))
@@ -110,6 +112,7 @@ def replay_settings(config: dict[str, Any], record: dict[str, Any], rows: int) -
             "callbacks": [*kept, shown],
             "enable_checkpointing": False,
             "enable_progress_bar": False,
+            "enable_model_summary": False,
             "limit_val_batches": 0,
             "num_sanity_val_steps": 0,
         },
