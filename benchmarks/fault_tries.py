@@ -110,7 +110,9 @@ class Tries:
 
 
 def last_word(attempt: Attempt, said: str) -> str | None:
-    """The line in which a run says what happened."""
+    """The line in which a run says what happened; none is needed when nothing is expected."""
+    if not said:
+        return attempt.message
     lines = [line.strip() for line in attempt.output.splitlines() if re.search(said, line)]
     return lines[-1].replace(str(attempt.log.parent) + "/", "")[:240] if lines else None
 
