@@ -27,7 +27,7 @@ from dllm_var.optim import AdamW, parameter_groups
 
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
 DEPTHS = (2, 4, 8, 16)
-FITTED = ("context 512", "context 4096")
+FITTED = ("context 512", "context 4096")  # so --tokens is at least 4096
 VOCABULARY = 256
 
 
@@ -76,7 +76,8 @@ def measure(point: Point, hidden: int, repeats: int) -> None:
 def points(hidden: int, tokens: int) -> list[Point]:
     """Returns what is measured: contexts at one depth, depths at one context, the same number of tokens in each."""
     found = []
-    for name, layers, context in [(f"context {c}", 4, c) for c in CONTEXTS] + [(f"depth {d}", d, 512) for d in DEPTHS]:
+    varied = [(f"context {c}", 4, c) for c in CONTEXTS if c <= tokens] + [(f"depth {d}", d, 512) for d in DEPTHS]
+    for name, layers, context in varied:
         config = TransformerConfig(hidden_size=hidden, num_layers=layers, num_heads=2, vocab_size=VOCABULARY)
         weights = layers * block_matrices(config) + VOCABULARY * hidden
         attention = 12.0 * layers * tokens * context * hidden
@@ -87,9 +88,11 @@ def points(hidden: int, tokens: int) -> list[Point]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke test in seconds")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a step; contexts up to that are measured")
+    parser.add_argument("--repeats", type=int, default=3, help="steps timed, after one to warm up")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
-    hidden, tokens, repeats = (32, 8192, 1) if options.quick else (256, 8192, 3)
+    hidden, tokens, repeats = (32, 4096, 1) if options.quick else (256, options.tokens, options.repeats)
     measured = points(hidden, tokens)
     for point in measured:
         measure(point, hidden, repeats)
