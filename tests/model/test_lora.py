@@ -165,7 +165,7 @@ def test_two_processes_with_sharded_weights_train_as_one(base, tmp_path):
         assert run.returncode == 0, run.stderr[-3000:]
     one, two = (load_checkpoint(tmp_path / f"runs/quickstart/version_{n}/model")[0] for n in (0, 1))
     for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
     apart = load_checkpoint(tmp_path / "runs/quickstart/version_1/adapter")[0]
     with torch.no_grad():
         torch.testing.assert_close(apart(TOKENS), two(TOKENS), atol=1e-5, rtol=1e-5)
