@@ -1,8 +1,12 @@
 """Training that starts from a published model: its shape, its weights, one at a time, and a row for the mask."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -142,3 +146,50 @@ def test_weights_go_into_sharded_parameters(tmp_path):
             assert isinstance(ours, DTensor) and torch.equal(ours.full_tensor(), expected), name
     finally:
         distributed.destroy_process_group()
+
+
+SCRIPT = """
+import sys
+import torch
+import lightning as L
+from lightning.pytorch.strategies import ModelParallelStrategy
+from dllm_var import DiffusionLM
+from dllm_var.datamodules import JsonlSource, PackedDataModule
+from dllm_var.optim import Schedule
+
+folder, data, path = sys.argv[1:]
+torch.set_num_threads(1)
+still = lambda params: torch.optim.SGD(params, lr=0.0)
+model = DiffusionLM(optimizer=still, schedule=Schedule("constant", 0), init_from=folder)
+trainer = L.Trainer(
+    strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), devices=2, accelerator="cpu",
+    max_steps=1, limit_val_batches=0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+    enable_model_summary=False,
+)
+trainer.fit(model, PackedDataModule(JsonlSource(data), folder, batch_size=2, context_length=32, packing="best_fit"))
+weights = {name: value.full_tensor().detach().clone() for name, value in model.transformer.named_parameters()}
+if trainer.is_global_zero:
+    torch.save(weights, path)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_each_fill_their_shards(tmp_path):
+    write_model(tmp_path / "hub", rows=261, mask_token="<|new mask|>", shards="20KB")
+    lines = [json.dumps({"prompt": f"{n}+1=", "response": str(n + 1)}) for n in range(64)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    (tmp_path / "train.py").write_text(SCRIPT)
+    names = ("hub", "data.jsonl", "weights.pt")
+    done = subprocess.run(
+        [sys.executable, "train.py", *(str(tmp_path / name) for name in names)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected, _, _ = load_checkpoint(tmp_path / "hub")
+    found = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert found.keys() == dict(expected.named_parameters()).keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.named_parameters())
