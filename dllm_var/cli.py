@@ -29,7 +29,7 @@ from dllm_var.checkpointing.files import CannotSave
 from dllm_var.checkpointing.trainer import CheckedFiles, Trainer
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
-from dllm_var.exact_resume import ExactResume
+from dllm_var.exact_resume import ExactResume, ResumableFitLoop
 from dllm_var.interrupt import Interrupted, SaveAtEnd, StopOnSignal
 from dllm_var.ranks import enter, is_launched_child, is_lost_contact, killed_worker
 from dllm_var.runs import (
@@ -67,7 +67,7 @@ def main(command: str, arguments: list[str]) -> int:
         status = run(command, settings, resume, stop)
     except BaseException as error:
         lost = stop.children.end(failed=True)
-        if lost is not None and is_lost_contact(error):
+        if lost is not None and is_lost_contact(error.__cause__ or error):
             raise UserError(stop.children.explain(lost)) from error
         if is_launched_child() and isinstance(error, CannotSave):  # the first process says why
             return 1
@@ -286,6 +286,7 @@ class TrainingCLI(LightningCLI):
             settings = self.config[self.command]
             checkpoint = self.to_resume(settings.trainer)
             settings.ckpt_path = None if checkpoint is None else str(checkpoint)
+            warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # it goes on there
 
     def to_resume(self, trainer_settings: Any) -> Path | None:
         """Finds the checkpoint that `--resume` means, and checks it before anything else is done."""
@@ -313,6 +314,7 @@ class TrainingCLI(LightningCLI):
             trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
         except ValueError as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        ResumableFitLoop.take_over(trainer)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.sort(key=lambda callback: callback is not self.save_at_end)
         return trainer

@@ -9,6 +9,8 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loops import _FitLoop
+from lightning.pytorch.utilities import rank_zero_info
 
 _VALIDATION = "epoch_loop.val_loop.batch_progress"
 
@@ -23,17 +25,25 @@ class ExactResume(Callback):
 
     def __init__(self) -> None:
         self._validated_step = -1
+        self._after_step: dict[str, Any] | None = None  # the loaders of a validation that is not over draw as well
         self._states: list[dict[str, Any]] = []
+
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self._after_step = None
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._after_step = random_state()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._validated_step = trainer.global_step
+            self._validated_step, self._after_step = trainer.global_step, None
 
     def state_dict(self) -> dict[str, Any]:
-        states: list[Any] = [random_state()]
+        mine = self._after_step or random_state()
+        states: list[Any] = [mine]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(states, random_state())
+            torch.distributed.all_gather_object(states, mine)
         return {"validated_step": self._validated_step, "random": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -54,6 +64,32 @@ class ExactResume(Callback):
         if len(self._states) == trainer.world_size:  # with another number of ranks there is no right one
             set_random_state(self._states[trainer.global_rank])
         self._states = []
+
+
+class ResumableFitLoop(_FitLoop):
+    """Lets a run that was killed after its last step come to its end: it is resumed, makes no step, and ends anew.
+
+    Lightning leaves out whatever callbacks do at the end, such as the export of the weights.
+    """
+
+    @classmethod
+    def take_over(cls, trainer: L.Trainer) -> None:
+        """Puts such a loop in the place of the trainer's own."""
+        loop = cls(trainer, min_epochs=trainer.fit_loop.min_epochs, max_epochs=trainer.fit_loop.max_epochs)
+        loop.epoch_loop = trainer.fit_loop.epoch_loop
+        trainer.fit_loop = loop
+
+    @property
+    def skip(self) -> bool:
+        if not super().skip:
+            return False
+        ended = self.trainer.ckpt_path is not None and bool(self.max_batches)
+        if ended:
+            rank_zero_info(
+                f"training had come to its end at step {self.trainer.global_step}: only what follows it is done again; "
+                "raise trainer.max_steps to train on"
+            )
+        return not ended
 
 
 def random_state() -> dict[str, Any]:

@@ -176,10 +176,10 @@ class SaveAtEnd(Callback):
 
     def __init__(self, stop: StopOnSignal | None = None) -> None:
         self.stop = stop
-        self._saved_step, self._ended = -1, False
+        self._saved_step = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._saved_step, self._ended = -1, False
+        self._saved_step = -1
         if stage == "fit" and keeps_checkpoints(trainer):
             folder = checkpoint_folder(trainer)  # asked on every rank: the first one tells the others
             if trainer.is_global_zero:
@@ -188,16 +188,7 @@ class SaveAtEnd(Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved_step = trainer.global_step
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._ended or trainer.ckpt_path is None:
-            return
-        # Resumed after its last step: Lightning trains nothing and ends nothing, but the export or the summary may be
-        # what the run did not live to do.
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            callback.on_train_end(trainer, pl_module)
-
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._ended = True
         if keeps_checkpoints(trainer) and self._saved_step != trainer.global_step:
             path = save_last(trainer)
             if isinstance(trainer, Trainer):

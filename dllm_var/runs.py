@@ -85,7 +85,16 @@ def default_checkpoints(settings: Any) -> list[ModelCheckpoint]:
         module, _, name = str(getattr(callback, "class_path", "")).rpartition(".")
         if module and issubclass(getattr(import_module(module), name), Checkpoint):
             return []
-    kept = [ModelCheckpoint(monitor="step", mode="max", save_top_k=2, save_last=True, every_n_train_steps=SAVE_EVERY)]
+    kept = [
+        ModelCheckpoint(
+            monitor="step",
+            mode="max",
+            save_top_k=2,
+            save_last=True,
+            every_n_train_steps=SAVE_EVERY,
+            save_on_train_epoch_end=True,  # or Lightning puts off the save of an epoch's last step
+        )
+    ]
     kind = str(settings.model.class_path).rpartition(".")
     if issubclass(getattr(import_module(kind[0]), kind[2]), DiffusionLM):
         kept.append(ModelCheckpoint(filename="best-{epoch}-{step}", monitor="val/loss", save_on_train_epoch_end=False))

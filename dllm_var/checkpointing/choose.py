@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_var.checkpointing.files import UnusableCheckpoint, check_file, recover
-from dllm_var.checkpointing.shards import SEAL
+from dllm_var.checkpointing.shards import SEAL, check_folder
 
 _SHARD_MARKS = ("meta.pt", "latest")  # what Lightning's sharded strategies and DeepSpeed leave in a checkpoint folder
 
@@ -41,8 +41,6 @@ def check(path: Path) -> None:
         UnusableCheckpoint: When it is damaged, of another format, or no checkpoint.
     """
     if path.is_dir():
-        from dllm_var.checkpointing.shards import check_folder
-
         check_folder(path)
     else:
         check_file(path)

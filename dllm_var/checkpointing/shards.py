@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dllm_var.checkpointing.files import FORMAT, UnusableCheckpoint, check_forma
 
 SEAL = "seal.json"
 _METADATA, _TRAINER_STATE = ".metadata", "meta.pt"  # torch.distributed.checkpoint's and Lightning's
+_WEIGHTS = "state_dict."  # names of weights begin so
 _CHUNK = 2**22
 _METADATA_MODULE = "torch.distributed.checkpoint.metadata"
 _INDEX_CLASSES = {  # what the index of torch.distributed.checkpoint consists of
@@ -151,3 +153,23 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
         raise
     except Exception as error:
         raise unreadable(path, error) from error
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Puts the weights of a folder of shards together in this process, whatever the number that wrote them.
+
+    Raises:
+        UnusableCheckpoint: When it is damaged or holds anything but plain values.
+    """
+    import torch.distributed.checkpoint as dcp  # slow to import
+
+    check_folder(folder)
+    weights = {
+        name: torch.empty(info.size, dtype=info.properties.dtype)
+        for name, info in read_metadata(folder).state_dict_metadata.items()
+        if name.startswith(_WEIGHTS) and hasattr(info, "properties")
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
+        dcp.load(weights, checkpoint_id=folder, no_dist=True)
+    return {name.removeprefix(_WEIGHTS): value for name, value in weights.items()}

@@ -47,8 +47,8 @@ class CheckedFiles(TorchCheckpointIO):
         if _is_remote(path):
             return super().load_checkpoint(path, map_location, weights_only=True)
         checkpoint = read_file(Path(path), map_location)
-        if not isinstance(checkpoint, dict):
-            raise UnusableCheckpoint(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
+        if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
+            raise UnusableCheckpoint(f"{path} is not a checkpoint of a training run")
         return checkpoint
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -109,7 +109,7 @@ class Trainer(L.Trainer):
     def _why(self, path: Path, failure: Exception | None) -> str:
         if isinstance(failure, CheckpointException):
             failures = [error for error, _ in failure.failures.values()]
-            failure = next((error for error in failures if isinstance(error, OSError)), failures[0])
+            failure = next((error for error in failures if isinstance(error, OSError)), failures[0])  # type: ignore[assignment]
         reason = getattr(failure, "strerror", None) or failure or "another process failed"
         kept = newest_usable(path.parent) if self.is_global_zero and path.parent.is_dir() else None
         after = f"{kept} is whole: make room, then go on with --resume" if kept else "there is no earlier one"

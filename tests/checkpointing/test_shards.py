@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 
 from dllm_var.checkpointing.choose import check, is_sharded, newest_checkpoint
 from dllm_var.checkpointing.files import UnusableCheckpoint
-from dllm_var.checkpointing.shards import SEAL, checksums, read_metadata, read_trainer_state, write_seal
+from dllm_var.checkpointing.shards import SEAL, checksums, read_metadata, read_trainer_state, read_weights, write_seal
 
 
 class RunsCode:
@@ -48,6 +48,9 @@ def test_a_good_folder_passes(folder):
     assert is_sharded(folder) and newest_checkpoint(folder.parent) == folder
     assert read_trainer_state(folder)["global_step"] == 3
     assert "state_dict.w" in read_metadata(folder).state_dict_metadata
+    weights = read_weights(folder)
+    assert torch.equal(weights["w"], torch.arange(12.0).view(3, 4)) and weights["half"].dtype == torch.bfloat16
+    assert sorted(weights) == ["half", "w"]
 
 
 def test_each_rank_sums_its_own_files(folder):
