@@ -275,7 +275,7 @@ def _load_backend(folder: Path, name: str | Path) -> tokenizers.Tokenizer:
     try:  # older formats (vocab.json and merges.txt, sentencepiece) are converted there
         import transformers
 
-        kind = _SAME_AS.get(_read_json(folder / "tokenizer_config.json").get("tokenizer_class"), "AutoTokenizer")
+        kind = _SAME_AS.get(str(_read_json(folder / "tokenizer_config.json").get("tokenizer_class")), "AutoTokenizer")
         backend = getattr(transformers, kind).from_pretrained(str(folder)).backend_tokenizer
     except Exception as error:
         raise UserError(f"no tokenizer.json in {name}, and it cannot be converted: {_first_line(error)}") from None

@@ -1,8 +1,8 @@
 """Updates from losses that are not finite are skipped on every rank, recorded, and end the run in the end."""
 
 import json
-import math
 import logging
+import math
 import re
 
 import lightning as L

@@ -23,6 +23,9 @@ def run(code, folder, path=None):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
+DATA_FOLDERS = {"data", "tasks"}
+
+
 @pytest.mark.parametrize("folder", ["elsewhere", "checkout", "inside the package"])
 def test_a_checkout_resolves_both_folders(folder, tmp_path):
     place = {"elsewhere": tmp_path, "checkout": ROOT, "inside the package": ROOT / "dllm_var"}[folder]
@@ -92,7 +95,9 @@ def test_the_wheel_holds_code_and_data(wheel):
         f"dllm_var/{'' if top == 'dllm_var' else top + '/'}{path.relative_to(ROOT / top)}"
         for top in ("dllm_var", "callbacks", "datamodules")
         for path in (ROOT / top).rglob("*")
-        if path.suffix == ".py" or {"data", "tasks"} & set(path.relative_to(ROOT).parts[1:-1]) or path.name == "py.typed"
+        if path.suffix == ".py"
+        or path.name == "py.typed"
+        or {"data", "tasks"} & set(path.relative_to(ROOT).parts[1:-1])
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert inside == source

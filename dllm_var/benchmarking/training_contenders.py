@@ -297,7 +297,7 @@ def bidirectional_llama(shape: TransformerConfig) -> Any:
     except ImportError as error:
         raise UserError("the baselines need transformers and accelerate: pip install -e '.[dev]'") from error
     shape = shape.resolved()
-    config = LlamaConfig(
+    settings: dict[str, Any] = dict(
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -309,6 +309,7 @@ def bidirectional_llama(shape: TransformerConfig) -> Any:
         use_cache=False,
         attn_implementation="sdpa",
     )
+    config = LlamaConfig(**settings)
     config.is_causal = False  # no causal mask is made
     llama = LlamaForCausalLM(config)
     for layer in llama.model.layers:

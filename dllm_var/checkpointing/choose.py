@@ -27,11 +27,15 @@ def newest_first(folder: Path) -> list[Path]:
     dated: list[tuple[int, str, Path]] = []
     for path in folder.glob("*.ckpt"):
         try:
-            seal = path / SEAL if path.is_dir() and (path / SEAL).exists() else path
-            dated.append((seal.stat().st_mtime_ns, path.name, path))
+            dated.append((written_at(path), path.name, path))
         except OSError:
             continue
     return [path for *_, path in sorted(dated, reverse=True)]
+
+
+def written_at(path: Path) -> int:
+    """Returns when a checkpoint was finished, in nanoseconds."""
+    return (path / SEAL if (path / SEAL).is_file() else path).stat().st_mtime_ns
 
 
 def check(path: Path) -> None:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -57,7 +57,7 @@ def write_file(checkpoint: Any, path: Path) -> None:
 def _write_sealed(checkpoint: Any, file: IO[bytes]) -> None:
     hashed = _HashedFile(file)
     try:
-        torch.save(checkpoint, hashed)
+        torch.save(checkpoint, cast(IO[bytes], hashed))
     except Exception:
         if hashed.error is not None:  # torch wraps it beyond recognition
             raise hashed.error from None

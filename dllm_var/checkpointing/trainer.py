@@ -96,7 +96,7 @@ class Trainer(L.Trainer):
 
     def _together(self, path: Path, work: Callable[[], None], barrier: bool = False) -> None:
         """Does a part of saving; when it fails on one rank it fails on all, so that none waits for the others."""
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             work()
         except (OSError, CheckpointException) as error:
@@ -106,10 +106,10 @@ class Trainer(L.Trainer):
         if not self.strategy.reduce_boolean_decision(failure is None, all=True):
             raise CannotSave(self._why(path, failure)) from None
 
-    def _why(self, path: Path, failure: Exception | None) -> str:
+    def _why(self, path: Path, failure: BaseException | None) -> str:
         if isinstance(failure, CheckpointException):
             failures = [error for error, _ in failure.failures.values()]
-            failure = next((error for error in failures if isinstance(error, OSError)), failures[0])  # type: ignore[assignment]
+            failure = next((error for error in failures if isinstance(error, OSError)), failures[0])
         reason = getattr(failure, "strerror", None) or failure or "another process failed"
         kept = newest_usable(path.parent) if self.is_global_zero and path.parent.is_dir() else None
         after = f"{kept} is whole: make room, then go on with --resume" if kept else "there is no earlier one"

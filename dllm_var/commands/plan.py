@@ -229,7 +229,7 @@ def vocabulary(data: dict[str, Any]) -> int:
 
 def read_step(data: dict[str, Any], trainer: dict[str, Any], objective: Objective, options: argparse.Namespace) -> Step:
     """Returns what one step takes; what the objective reads and scores is counted on rows made for that."""
-    devices = options.devices
+    devices: Any = options.devices
     if devices is None:
         devices = trainer.get("devices")
         devices = len(devices) if isinstance(devices, list) else devices

@@ -183,7 +183,7 @@ class EvaluatedModel(TemplateLM):
         for (texts, *_), score in zip(requests, scores, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, tuple(score))
-        return [tuple(score) for score in scores]
+        return [(float(score[0]), bool(score[1])) for score in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Scores whole texts, the long ones window by window; for a diffusion model each window is a bound."""

@@ -42,7 +42,7 @@ __all__ = [
     "starting_config",
 ]
 
-# Settings in which a run may differ from the checkpoint it starts from, and those that others decide.
+# Settings in which a run may differ from the checkpoint it starts from, and those that tokenizer and objective decide.
 ADJUSTABLE = {"rope_theta", "rope_scaling", "norm_eps", "initializer_range", "token_shift", "context_length"}
 SET_BY_OTHERS = {"vocab_size", "mask_id", "terminator_ids", "pad_id", "causal", "causal_context"}
 
@@ -199,6 +199,7 @@ def _load(
     """Builds a transformer without weights and fills it, one weight at a time."""
     with torch.device("meta"):
         transformer = Transformer(config)
+    _check_names(transformer, stored)
     transformer.to(dtype or stored.weights["blocks.0.attention.out.weight"].dtype)
     transformer.to_empty(device=device)
     transformer.tie_weights()
@@ -215,17 +216,21 @@ def _lay_out_for_few_tokens(transformer: Transformer) -> None:
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
+def _check_names(transformer: Transformer, stored: StoredModel) -> None:
+    expected = weight_shapes(transformer.config).keys()
+    names = stored.weights.keys() - ({"lm_head.weight"} if transformer.config.tie_embeddings else set())
+    missing, unknown = sorted(expected - names), sorted(names - expected)
+    if missing or unknown:
+        raise UserError(f"{stored.place} does not fit its own config: missing {missing[:3]}, unknown {unknown[:3]}")
+
+
 @torch.no_grad()
 def _copy_weights(transformer: Transformer, stored: StoredModel) -> None:
     """Fills the transformer's weights, which may be sharded, one at a time."""
-    own = {plain_name(name): value for name, value in transformer.state_dict().items()}  # adapters are not loaded
-    expected = {name: own[name] for name in weight_shapes(transformer.config)}
+    _check_names(transformer, stored)
     weights: Mapping[str, Tensor] = stored.weights
-    names = weights.keys() - ({"lm_head.weight"} if transformer.config.tie_embeddings else set())
-    missing, unknown = sorted(expected.keys() - names), sorted(names - expected.keys())
-    if missing or unknown:
-        raise UserError(f"{stored.place} does not fit its own config: missing {missing[:3]}, unknown {unknown[:3]}")
-    for name, parameter in expected.items():
+    own = {plain_name(name): value for name, value in transformer.state_dict().items()}  # adapters are not loaded
+    for name, parameter in ((name, own[name]) for name in weight_shapes(transformer.config)):
         value = with_rows(weights[name], name, parameter.shape[0]) if stored.published else weights[name]
         if value.shape != parameter.shape:
             raise UserError(

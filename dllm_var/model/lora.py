@@ -78,7 +78,11 @@ def add_adapters(transformer: Transformer, lora: Lora) -> None:
     if "lm_head" in lora.targets and transformer.config.tie_embeddings:
         raise UserError("model.lora.targets: lm_head is tied to the embedding in this model: leave it out")
     config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets), bias="none"
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft divides by r, whole or not
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+        bias="none",
     )
     on_meta = transformer.embedding.weight.is_meta
     inject_adapter_in_model(config, transformer, low_cpu_mem_usage=on_meta)

@@ -106,7 +106,7 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard
     if len(parts) == 1:
         os.replace(parts[0][0], folder / WEIGHTS)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, (part, names) in enumerate(parts, start=1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         os.replace(part, folder / file)

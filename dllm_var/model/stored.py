@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dllm_var.checkpointing.choose import check, is_sharded, newest_checkpoint, newest_usable, written_at
+from dllm_var.checkpointing.files import UnusableCheckpoint, unreadable
+from dllm_var.checkpointing.shards import read_trainer_state, read_weights
 from dllm_var.errors import UserError
 from dllm_var.hub import MODEL_FILES, download, is_hub_name
 from dllm_var.model.config import TransformerConfig
@@ -61,7 +65,7 @@ def open_checkpoint(path: str | Path) -> StoredModel:
     place = locate_checkpoint(path)
     if (place / ADAPTER_CONFIG).is_file():
         return _open_adapter(place)
-    return _open_lightning(place) if place.is_file() else _open_folder(place)
+    return _open_lightning(place) if place.is_file() or is_sharded(place) else _open_folder(place)
 
 
 def locate_checkpoint(path: str | Path) -> Path:
@@ -71,14 +75,25 @@ def locate_checkpoint(path: str | Path) -> Path:
         if "/" in str(path) and is_hub_name(path):
             return download(str(path), "checkpoint", MODEL_FILES)
         raise UserError(f"no checkpoint at {place}: give a run folder, a .ckpt file, a model folder or a hub name")
-    if place.is_file() or (place / CONFIG).is_file() or (place / ADAPTER_CONFIG).is_file():
+    if place.is_file() or is_sharded(place) or any((place / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         return place
-    if (place / EXPORT_FOLDER / CONFIG).is_file():
-        return place / EXPORT_FOLDER
-    found = [file for pattern in ("*.ckpt", "checkpoints/*.ckpt") for file in place.glob(pattern)]
-    if not found:
+    export = place / EXPORT_FOLDER
+    newest = newest_checkpoint(place / "checkpoints") or newest_checkpoint(place)
+    if (export / CONFIG).is_file() and (newest is None or not _goes_beyond(newest, export / CONFIG)):
+        return export
+    if newest is None:
         raise UserError(f"no checkpoint in {place}: neither {EXPORT_FOLDER}/{CONFIG} nor a .ckpt file is there")
-    return max(found, key=lambda file: file.stat().st_mtime)
+    return newest
+
+
+def _goes_beyond(checkpoint: Path, export: Path) -> bool:
+    """Whether a run was trained further after an export; a later checkpoint of the same step has nothing more."""
+    if written_at(checkpoint) <= written_at(export):
+        return False
+    with suppress(OSError, ValueError, AttributeError, UserError):  # told when it is read
+        exported = json.loads(export.read_text(encoding="utf-8")).get("step")
+        return exported is None or _read(checkpoint).get("global_step", 0) > exported
+    return True
 
 
 def _open_folder(folder: Path) -> StoredModel:
@@ -117,23 +132,43 @@ def _open_adapter(folder: Path) -> StoredModel:
 
 def _open_lightning(file: Path) -> StoredModel:
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot read the checkpoint {file}: {reason}; try an earlier one") from error
+        check(file)
+        checkpoint = _read(file)
+        if file.is_dir():
+            checkpoint["state_dict"] = read_weights(file)
+    except Exception as error:  # torch raises many kinds
+        reason = error if isinstance(error, UnusableCheckpoint) else unreadable(file, error)
+        other = newest_usable(file.parent, {file})
+        raise UnusableCheckpoint(f"{reason}; the newest good one is {other}" if other else str(reason)) from error
     ours = checkpoint.get("dllm_var") if isinstance(checkpoint, dict) else None
     if not isinstance(ours, dict):
         raise UserError(f"{file} was not written by dllm_var: it has no 'dllm_var' entry")
-    weights = {
-        name.removeprefix(_PREFIX): value
-        for name, value in checkpoint["state_dict"].items()
-        if name.startswith(_PREFIX)
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{file} holds no weights: its 'state_dict' is not a dictionary of tensors")
+    weights: Mapping[str, Tensor] = {
+        name.removeprefix(_PREFIX): value for name, value in state.items() if str(name).startswith(_PREFIX)
     }
     meta = {key: value for key, value in ours.items() if key not in ("transformer", "tokenizer", "lora")}
     config = _own_config(ours.get("transformer"), file)
     lora = ours.get("lora")
     weights = weights if lora is None else MergedWeights(weights, Lora(**lora).scaling)
-    return StoredModel(file, config, weights, lambda: Tokenizer.from_dict(ours["tokenizer"]), meta)
+    return StoredModel(file, config, weights, lambda: _own_tokenizer(ours.get("tokenizer"), file), meta)
+
+
+def _read(place: Path) -> Any:
+    """Reads a Lightning checkpoint, but for the weights where it is in parts."""
+    if place.is_dir():
+        return read_trainer_state(place)
+    return torch.load(place, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _own_tokenizer(values: Any, place: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_dict(values)
+    except Exception as error:  # the Rust side raises a bare Exception
+        reason = " ".join(str(error).split())
+        raise UserError(f"{place} holds a tokenizer that cannot be read: {type(error).__name__}: {reason}") from error
 
 
 def _own_config(values: Any, place: Path) -> TransformerConfig:
@@ -142,7 +177,12 @@ def _own_config(values: Any, place: Path) -> TransformerConfig:
     if not isinstance(values, dict) or not set(values) <= known:
         unknown = sorted(set(values) - known) if isinstance(values, dict) else values
         raise UserError(f"{place} has transformer settings this version does not know: {unknown}")
-    return TransformerConfig(**values).resolved()
+    try:
+        return TransformerConfig(**values).resolved()
+    except UserError:
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{place} has transformer settings without sense: {error}") from error
 
 
 class FamilyWeights(Mapping[str, Tensor]):

@@ -201,7 +201,7 @@ class Transformer(nn.Module):
     def recompute_activations(self, policy: Recompute) -> None:
         """Chooses what the backward pass computes again instead of keeping it; see `dllm_var.model.recompute`."""
         for block in self.blocks:
-            block.recompute = policy
+            block.recompute = policy  # type: ignore[assignment]
 
     def scale_rope(self, scaling: float) -> None:
         """Reads beyond the trained length from now on: multiplies the trained `rope_theta` by `scaling` (1 undoes it).

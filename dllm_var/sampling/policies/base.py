@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,10 +63,10 @@ class BlockView:
         rows, width = self.tokens.shape
         if values.size(0) == rows * width:  # every position is scored
             return values.view(rows, width, *values.shape[1:])
-        xp, values, scored = arrays(values, self.scored)
+        xp, given, scored = arrays(values, self.scored)
         shape = (rows * width, *values.shape[1:])
-        block = np.zeros(shape, values.dtype) if xp is np else values.new_zeros(shape)
-        block[scored] = values
+        block: Any = np.zeros(shape, given.dtype) if xp is np else values.new_zeros(shape)
+        block[scored] = given
         return tensors(block.reshape(rows, width, *shape[1:]))[0]
 
     @cached_property
