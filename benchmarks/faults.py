@@ -164,7 +164,7 @@ def main() -> int:
             campaigns["one or both of two processes"] = kill_and_resume(
                 folder / "two", rank_kills, 2, arguments.seed, note
             )
-        results["kills"] = {title: asdict(campaign) for title, campaign in campaigns.items()}
+        results["kills"] = {title: dict(vars(campaign)) for title, campaign in campaigns.items()}
         if "faults" in parts:
             results["cases"] = [
                 asdict(case) for case in try_cases(folder / "cases", QUICK if arguments.quick else CASES)

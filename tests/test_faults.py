@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +75,37 @@ def test_killed_runs_end_with_the_same_weights(tmp_path):
     one, two = json.loads((tmp_path / "faults.json").read_text())["kills"].values()
     assert (one["kills"] >= 6, two["kills"] >= 2) == (True, True)
     assert sum(one["phases"].values()) == one["kills"]
+
+
+def test_resuming_after_the_last_step_does_the_export_that_was_missed(tmp_path):
+    from malformed_models import in_this_process
+    from short_run import recipe
+
+    settings = recipe(tmp_path, absolute=True)
+    logger = {"save_dir": str(tmp_path), "name": "runs"}
+    settings["trainer"]["logger"] = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": logger}
+    settings["trainer"] |= {"max_steps": 3, "limit_val_batches": 0}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings))
+    arguments = ["fit", "--config", str(tmp_path / "recipe.yaml")]
+    in_this_process(arguments)
+    run = tmp_path / "runs" / "version_0"
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "model")
+    (run / "summary.json").unlink()
+    in_this_process([*arguments, "--resume"])
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    assert json.loads((run / "summary.json").read_text())["steps"] == 3
+
+
+def test_a_checkpoint_that_could_run_code_is_not_offered(tmp_path):
+    import torch
+
+    from dllm_var.checkpointing.choose import newest_usable
+    from dllm_var.checkpointing.files import write_file
+
+    write_file({"a": 1}, tmp_path / "good.ckpt")
+    torch.save({"a": 1}, tmp_path / "plain.ckpt")
+    torch.save({"a": Path("x")}, tmp_path / "objects.ckpt")
+    for age, name in enumerate(("objects", "plain", "good")):
+        os.utime(tmp_path / f"{name}.ckpt", (1_000 - age, 1_000 - age))
+    assert newest_usable(tmp_path) == tmp_path / "plain.ckpt"

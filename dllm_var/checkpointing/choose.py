@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dllm_var.checkpointing.files import UnusableCheckpoint, check_file, recover
+from dllm_var.checkpointing.files import UnusableCheckpoint, check_file, read_file, recover
 from dllm_var.checkpointing.shards import SEAL, check_folder
 
 _SHARD_MARKS = ("meta.pt", "latest")  # what Lightning's sharded strategies and DeepSpeed leave in a checkpoint folder
@@ -46,8 +46,8 @@ def check(path: Path) -> None:
     """
     if path.is_dir():
         check_folder(path)
-    else:
-        check_file(path)
+    elif not check_file(path):
+        read_file(path)  # nothing else tells whether it can be loaded without running code
 
 
 def check_or_offer(path: Path, option: str) -> None:

@@ -160,20 +160,23 @@ def clear_leftovers(folder: Path) -> None:
             discard(leftover)
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path) -> bool:
     """Reads a file to its end and compares its checksum; a file without one (plain torch.save) passes.
+
+    Returns:
+        Whether it has a checksum.
 
     Raises:
         UnusableCheckpoint: When it is damaged, of another format, or no checkpoint.
     """
     try:
         with open(path, "rb") as file:
-            _check_open(file, path)
+            return _check_open(file, path)
     except OSError as error:
         raise UnusableCheckpoint(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
 
 
-def _check_open(file: IO[bytes], path: Path) -> None:
+def _check_open(file: IO[bytes], path: Path) -> bool:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     start = file.read(len(_ARCHIVE))
@@ -187,7 +190,7 @@ def _check_open(file: IO[bytes], path: Path) -> None:
     seal = _SEAL_PATTERN.fullmatch(tail[_END_BYTES:])
     if seal is None:
         if start == _ARCHIVE and tail[-_END_BYTES:].startswith(_END) and tail.endswith(b"\0\0"):
-            return  # an archive that ends as torch.save ends it
+            return False  # an archive that ends as torch.save ends it
         raise UnusableCheckpoint(f"the checkpoint {path} is damaged: it is cut short or its end was overwritten")
     digest = hashlib.sha256()
     file.seek(0)
@@ -200,6 +203,7 @@ def _check_open(file: IO[bytes], path: Path) -> None:
     if digest.hexdigest().encode() != seal[2] or length != _SEAL_BYTES.to_bytes(2, "little"):
         raise UnusableCheckpoint(f"the checkpoint {path} is damaged: its content does not match its checksum")
     check_format(int(seal[1]), path)
+    return True
 
 
 def check_format(number: Any, path: Path | str) -> None:
