@@ -1,6 +1,7 @@
 """Folders and Lightning files: a lossless round trip, and what is wrong with a bad one is named."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -69,6 +70,17 @@ def test_a_run_folder_means_its_exported_weights_or_its_newest_checkpoint(tmp_pa
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "last.ckpt").touch()
     assert locate_checkpoint(run) == run / "checkpoints" / "last.ckpt"
+
+
+def test_a_run_that_went_on_after_its_export_means_its_newest_checkpoint(tmp_path, tokenizer):
+    export = save_checkpoint_folder(tmp_path / "model", small(tokenizer), tokenizer, {"step": 4})
+    (tmp_path / "checkpoints").mkdir()
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    for step, age, meant in ((4, 10, export), (6, 10, last), (6, -10, export)):
+        torch.save({"global_step": step}, last)
+        changed = (export / "config.json").stat().st_mtime + age
+        os.utime(last, (changed, changed))
+        assert locate_checkpoint(tmp_path) == meant, (step, age)
 
 
 def truncate(folder):
