@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
 import shlex
 import signal
 import sys
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -30,8 +28,9 @@ from dllm_var.checkpointing.trainer import CheckedFiles, Trainer
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.exact_resume import ExactResume, ResumableFitLoop
+from dllm_var.failures import from_checkpoint, from_outside, is_lost_contact
 from dllm_var.interrupt import Interrupted, SaveAtEnd, StopOnSignal
-from dllm_var.ranks import enter, is_launched_child, is_lost_contact, killed_worker
+from dllm_var.ranks import enter, is_launched_child
 from dllm_var.runs import (
     NothingToResume,
     SaveConfig,
@@ -109,28 +108,6 @@ def run(command: str, settings: list[str], resume: str | None, stop: StopOnSigna
             raise
         raise UserError("; ".join([message, *getattr(error, "__notes__", [])])) from error
     return 0
-
-
-def from_checkpoint(error: Exception) -> str | None:
-    """Returns a line for what is wrong with a checkpoint whose state could not be taken up; None for other errors."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if not any("checkpoint_connector" in frame.filename and "restore" in frame.name for frame in frames):
-        return None
-    reason = " ".join(str(error).split())[:300]
-    return (
-        f"the checkpoint does not fit ({type(error).__name__}: {reason}): it is of another version or other settings; "
-        "model.init_from takes its weights alone"
-    )
-
-
-def from_outside(error: Exception) -> str | None:
-    """Returns a line for what befell the run and is no bug of it: a full disk, a process that is gone; else None."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"cannot write {error.filename or 'a file of the run'}: {error.strerror}"
-    if is_lost_contact(error):
-        return "lost contact with another process of this run"
-    worker = killed_worker(error)
-    return f"{worker}; too little memory is the usual cause: lower data.num_workers" if worker else None
 
 
 def split_resume(command: str, arguments: list[str]) -> tuple[list[str], str | None]:

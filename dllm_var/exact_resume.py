@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.utilities import rank_zero_info
 
-_VALIDATION = "epoch_loop.val_loop.batch_progress"
+_VALIDATION, _BATCHES = "epoch_loop.val_loop.batch_progress", "epoch_loop.batch_progress"
 
 
 class ExactResume(Callback):
@@ -27,6 +27,7 @@ class ExactResume(Callback):
         self._validated_step = -1
         self._after_step: dict[str, Any] | None = None  # the loaders of a validation that is not over draw as well
         self._states: list[dict[str, Any]] = []
+        self._epoch_is_over = False
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         self._after_step = None
@@ -52,9 +53,12 @@ class ExactResume(Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Sets the counters of validation from which Lightning concludes what to do; runs before it reads them."""
         saved = checkpoint.get("callbacks", {}).get(self.state_key)
-        progress = checkpoint.get("loops", {}).get("fit_loop", {}).get(_VALIDATION)
-        if saved is None or progress is None:
+        loops = checkpoint.get("loops", {}).get("fit_loop", {})
+        progress, batches = loops.get(_VALIDATION), loops.get(_BATCHES)
+        if saved is None or progress is None or batches is None:
             return
+        in_step = batches["total"]["completed"] < batches["total"]["processed"]
+        self._epoch_is_over = in_step and batches["is_last_batch"]
         done = int(saved["validated_step"] == checkpoint["global_step"])
         progress["total"] = {"ready": 1, "started": 1, "processed": done, "completed": done}
         progress["current"] = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
@@ -63,6 +67,8 @@ class ExactResume(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if len(self._states) == trainer.world_size:  # with another number of ranks there is no right one
             set_random_state(self._states[trainer.global_rank])
+            if self._epoch_is_over:  # the loader of the next epoch, which draws a seed, has been made already
+                torch.empty((), dtype=torch.int64).random_()
         self._states = []
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -104,22 +103,3 @@ class Children:
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
-
-
-def is_lost_contact(error: BaseException) -> bool:
-    """Whether an exception only says that another process is gone."""
-    import torch
-
-    distributed = getattr(torch.distributed, "DistError", ())
-    text = str(error)
-    return isinstance(error, distributed) or (
-        isinstance(error, RuntimeError)
-        and re.search(r"gloo|NCCL|ProcessGroup", text) is not None
-        and re.search(r"[Cc]onnection|closed|reset|peer|[Tt]imed out|abort", text) is not None
-    )
-
-
-def killed_worker(error: BaseException) -> str | None:
-    """Returns what torch says about a data loading process that is gone; None for any other error."""
-    found = re.search(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) [^.\n]*", str(error))
-    return found[0] if isinstance(error, RuntimeError) and found else None

@@ -164,20 +164,38 @@ def same(a, b):
 # -- signals -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_run_stopped_in_a_step_goes_on_bit_for_bit(name, status, tiny, capsys):
+@pytest.mark.parametrize(("name", "status", "step"), [("SIGTERM", 143, 4), ("SIGINT", 130, 5)])  # 5 ends an epoch
+def test_a_run_stopped_in_a_step_goes_on_bit_for_bit(name, status, step, tiny, capsys):
     assert main(tiny) == 0
     whole, expected = notes(), state()
     before = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
-    assert main([*tiny, *event(name, 4), "--trainer.logger.version=1"]) == status
+    assert main([*tiny, *event(name, step), "--trainer.logger.version=1"]) == status
     assert {number: signal.getsignal(number) for number in interrupt.SIGNALS} == before
     last = Path("runs/tiny/version_1/checkpoints/last.ckpt")
-    assert state(last)["global_step"] == 4
+    assert state(last)["global_step"] == step
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "stopped at step 4" in line and str(last) in line and line.endswith("--resume")
+    assert f"stopped at step {step}" in line and str(last) in line and line.endswith("--resume")
     assert main([*tiny, "--resume", "--trainer.logger.version=1"]) == 0
     assert notes() == whole  # rows, draws of all generators, losses, validation, the end; nothing twice
     assert same(state(last), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("validation", ["every 3 steps", "at the end of epochs"])
+def test_any_step_and_any_validation_is_one_to_go_on_from(validation, tiny):
+    if validation != "every 3 steps":
+        tiny += ["--trainer.val_check_interval=1.0", "--trainer.check_val_every_n_epoch=1"]
+    tiny += ["--trainer.max_steps=12"]
+    assert main(tiny) == 0
+    whole, expected = notes(), state()
+    for number, (step, where) in enumerate([(s, w) for s in range(1, 12) for w in ("step", "validation")], 1):
+        version = f"--trainer.logger.version={number}"
+        if main([*tiny, *event("SIGTERM", step, where), version]) == 0:  # no validation at this step
+            assert notes() == whole
+            continue
+        assert main([*tiny, "--resume", version]) == 0
+        assert notes() == whole, (step, where)
+        assert same(state(f"runs/tiny/version_{number}/checkpoints/last.ckpt"), expected), (step, where)
 
 
 def test_validation_that_was_cut_short_is_done_again_as_a_whole(tiny):

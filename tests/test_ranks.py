@@ -17,8 +17,9 @@ from lightning.pytorch.callbacks import Callback
 from dllm_var.checkpointing.choose import check, newest_checkpoint
 from dllm_var.checkpointing.files import read_file
 from dllm_var.checkpointing.shards import read_trainer_state
+from dllm_var.failures import is_lost_contact, killed_worker
 from dllm_var.model.checkpoints import load_checkpoint
-from dllm_var.ranks import Children, is_lost_contact, killed_worker
+from dllm_var.ranks import Children
 
 ROOT = Path(__file__).parent.parent
 LAST = Path("runs/tiny/version_0/checkpoints/last.ckpt")

@@ -114,6 +114,13 @@ def publish(unfinished: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
+def flush_and_publish(unfinished: Path, path: Path) -> None:
+    """As `publish`, for a file that another library has written and may not have flushed."""
+    with open(unfinished, "rb") as file:
+        os.fsync(file.fileno())
+    publish(unfinished, path)
+
+
 def sync_folder(folder: Path) -> None:
     """Waits until names in a folder are on the disk; file systems that cannot are left alone."""
     with contextlib.suppress(OSError):

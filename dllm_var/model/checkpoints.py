@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dllm_var.checkpointing.files import flush_and_publish
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import placed_like
@@ -65,13 +65,13 @@ def save_checkpoint_folder(
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    save_settings(folder, transformer, tokenizer, meta)
     weights = {name: value.detach().cpu().contiguous() for name, value in (state or transformer.state_dict()).items()}
     if transformer.config.tie_embeddings:
         weights.pop("lm_head.weight", None)
     temporary = folder / f".{WEIGHTS}.tmp"
     save_file(weights, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / WEIGHTS)
+    flush_and_publish(temporary, folder / WEIGHTS)
+    save_settings(folder, transformer, tokenizer, meta)  # last: it makes the folder a checkpoint
     return folder
 
 
@@ -83,7 +83,7 @@ def save_settings(
     config = {"model_type": MODEL_TYPE, "transformer": transformer.config.to_dict(), **(meta or {})}
     temporary = folder / f".{CONFIG}.tmp"
     temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / CONFIG)
+    flush_and_publish(temporary, folder / CONFIG)
 
 
 def load_checkpoint(

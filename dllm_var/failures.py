@@ -1,0 +1,48 @@
+"""What befalls a run from outside, told in one line: a full disk, a process that is gone, a foreign checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import re
+import traceback
+
+
+def from_checkpoint(error: Exception) -> str | None:
+    """Returns a line for what is wrong with a checkpoint whose state could not be taken up; None for other errors."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not any("checkpoint_connector" in frame.filename and "restore" in frame.name for frame in frames):
+        return None
+    reason = " ".join(str(error).split())[:300]
+    return (
+        f"the checkpoint does not fit ({type(error).__name__}: {reason}): it is of another version or other settings; "
+        "model.init_from takes its weights alone"
+    )
+
+
+def from_outside(error: Exception) -> str | None:
+    """Returns a line for what befell the run and is no bug of it: a full disk, a process that is gone; else None."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"cannot write {error.filename or 'a file of the run'}: {error.strerror}"
+    if is_lost_contact(error):
+        return "lost contact with another process of this run"
+    worker = killed_worker(error)
+    return f"{worker}; too little memory is the usual cause: lower data.num_workers" if worker else None
+
+
+def is_lost_contact(error: BaseException) -> bool:
+    """Whether an exception only says that another process is gone."""
+    import torch
+
+    distributed = getattr(torch.distributed, "DistError", ())
+    text = str(error)
+    return isinstance(error, distributed) or (
+        isinstance(error, RuntimeError)
+        and re.search(r"gloo|NCCL|ProcessGroup", text) is not None
+        and re.search(r"[Cc]onnection|closed|reset|peer|[Tt]imed out|abort", text) is not None
+    )
+
+
+def killed_worker(error: BaseException) -> str | None:
+    """Returns what torch says about a data loading process that is gone; None for any other error."""
+    found = re.search(r"DataLoader worker \(pid\(?s?\)? [\d, ]+\) [^.\n]*", str(error))
+    return found[0] if isinstance(error, RuntimeError) and found else None
