@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -12,19 +9,18 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dllm_var.checkpointing.files import FORMAT, check_format
 from dllm_var.errors import UserError
+from dllm_var.identity import check_identity, identity
 from dllm_var.loss_guard import GuardedSteps, LossGuard
 from dllm_var.metrics.denoising import DenoisingMetrics
 from dllm_var.model.attention import partly_causal_mask
+from dllm_var.model.build import build_transformer, can_compile
 from dllm_var.model.checkpoints import start_from, starting_config
 from dllm_var.model.config import TransformerConfig
-from dllm_var.model.initialise import shard
-from dllm_var.model.lora import Lora, add_adapters, lora_settings, reset_adapters
+from dllm_var.model.lora import Lora
 from dllm_var.model.recompute import Recompute
 from dllm_var.model.transformer import Transformer, moved_right
 from dllm_var.objectives import EosSchedule, KeyedNoise, NoisedBatch, Objective
@@ -32,7 +28,6 @@ from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import summed_cross_entropy
 from dllm_var.objectives.validation import EvenMasking
 from dllm_var.optim import AdamW, Schedule, parameter_groups
-from dllm_var.provenance import other_versions, provenance
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
 from dllm_var.sampling.config import last_sampler, remembered_sampler
 from dllm_var.step_totals import StepResult, StepTotals
@@ -41,8 +36,6 @@ from dllm_var.tokenization import Tokenizer
 
 OptimizerCallable = Callable[[Any], Optimizer]
 
-# What may differ from a checkpoint that a run goes on from.
-CHANGEABLE = {"rope_theta", "rope_scaling", "norm_eps", "initializer_range", "context_length"}
 ANNEALING_STREAM = 21  # of the training noise: apart from those of the objectives
 VALIDATION_SEED = 20251024  # validation noise is the same in every epoch and every run
 
@@ -130,40 +123,14 @@ class DiffusionLM(L.LightningModule):
             )
         self.use_tokenizer(self.tokenizer)
         starts_elsewhere = self.init_from is not None and self.trainer.state.fn == "fit"
-        self.transformer = self._build(draw=not starts_elsewhere)
+        mesh = self.device_mesh  # of a strategy that shards
+        device = None if mesh is None else self.trainer.strategy.root_device
+        self.transformer = build_transformer(self.config, self.lora, not starts_elsewhere, mesh, device)
         if starts_elsewhere:
             start_from(self.transformer, self.tokenizer, str(self.init_from))
         self.transformer.recompute_activations(self.recompute)
         if self.compile_blocks and can_compile(self.device):
             self.transformer.compile_blocks()
-
-    def _build(self, draw: bool) -> Transformer:
-        """Builds the transformer; under ModelParallelStrategy sharded before any weight exists, so never as a whole."""
-        mesh = self.device_mesh
-        if mesh is None and draw:
-            transformer = Transformer(self.config)
-            if self.lora is not None:
-                add_adapters(transformer, self.lora)
-            return transformer
-        if mesh is not None and mesh["tensor_parallel"].size() > 1:  # what Lightning makes of "auto"
-            raise UserError(
-                "trainer.strategy splits each layer over processes, which this model cannot do: set "
-                "tensor_parallel_size to 1 and data_parallel_size to the number of processes, as in "
-                "configs/strategy/fsdp2.yaml"
-            )
-        with torch.device("meta"):
-            transformer = Transformer(self.config)
-        if self.lora is not None:
-            add_adapters(transformer, self.lora)
-        if mesh is not None:
-            shard(transformer, mesh["data_parallel"])
-        transformer.to_empty(device=torch.get_default_device() if mesh is None else self.trainer.strategy.root_device)
-        transformer.tie_weights()
-        if draw:
-            transformer.reset_parameters()
-        if self.lora is not None:
-            reset_adapters(transformer)
-        return transformer
 
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:
         """The one place where ids flow from the tokenizer to the model (hence to samplers) and to the objective."""
@@ -193,17 +160,8 @@ class DiffusionLM(L.LightningModule):
     def configure_optimizers(self) -> Any:
         assert self.transformer is not None
         optimizer = self.optimizer(parameter_groups(self.transformer))
-        total_steps: float = self.trainer.max_steps
-        if total_steps < 0:
-            total_steps = self.trainer.estimated_stepping_batches
-        if not 0 <= total_steps < math.inf:  # max_time alone, or a stream without end
-            if self.schedule.kind != "constant":
-                raise UserError(
-                    f"model.schedule.kind {self.schedule.kind} must know how long training lasts: set "
-                    "trainer.max_steps, or model.schedule.kind to constant"
-                )
-            total_steps = 0
-        scheduler = self.schedule.scheduler(optimizer, int(total_steps))
+        steps = self.trainer.max_steps if self.trainer.max_steps >= 0 else self.trainer.estimated_stepping_batches
+        scheduler = self.schedule.scheduler(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # -- training ----------------------------------------------------------------------------------------------------
@@ -330,45 +288,22 @@ class DiffusionLM(L.LightningModule):
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what is needed to build the model without its config, as plain types."""
         assert self.tokenizer is not None and self.transformer is not None
-        checkpoint["dllm_var"] = {
-            "transformer": self.transformer.config.to_dict(),
-            "tokenizer": self.tokenizer.to_dict(),
-            "sampler": remembered_sampler(self.trainer.callbacks),  # type: ignore[attr-defined]
-            "lora": lora_settings(self.lora),
-            "format": FORMAT,
-            **provenance(),
-        }
+        sampler = remembered_sampler(self.trainer.callbacks)  # type: ignore[attr-defined]
+        checkpoint["dllm_var"] = identity(self.transformer.config, self.tokenizer, self.lora, sampler)
         checkpoint["loss_guard"] = self.guard.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another model or tokenizer, naming the setting, before any weight is touched."""
+        """Refuses what the run cannot go on with, before any weight is touched."""
         assert self.tokenizer is not None and self.transformer is not None
-        saved = checkpoint.get("dllm_var")
-        if not isinstance(saved, dict):
-            raise UserError("the checkpoint was not written by dllm_var: it has no 'dllm_var' entry")
-        check_format(saved.get("format", FORMAT), self.trainer.ckpt_path or "")
-        if note := other_versions(saved):
-            rank_zero_info(f"{note}: results may differ in their last bits")
-        theirs, ours = saved["transformer"], self.transformer.config.to_dict()
-        for name in ours:
-            if name in theirs and name not in CHANGEABLE and theirs[name] != ours[name]:
-                raise UserError(
-                    f"the checkpoint has model.transformer.{name}={theirs[name]}, the settings say {ours[name]}: "
-                    "use the settings it was trained with"
-                )
-        if saved.get("lora") != lora_settings(self.lora):
-            raise UserError(
-                f"the checkpoint has model.lora {saved.get('lora')}, the settings say {lora_settings(self.lora)}: use "
-                "the settings it was trained with, or start a new run from it with model.init_from"
-            )
         checked = getattr(self.trainer.datamodule, "check_resume", True)  # type: ignore[attr-defined]
-        if checked and Tokenizer.from_dict(saved["tokenizer"]).fingerprint != self.tokenizer.fingerprint:
-            raise UserError(
-                "the checkpoint was trained with another tokenizer than data.tokenizer: set it back, or go on all the "
-                "same with --data.check_resume=false"
-            )
+        check_identity(
+            checkpoint.get("dllm_var"),
+            self.transformer.config,
+            self.tokenizer if checked else None,
+            self.lora,
+            str(self.trainer.ckpt_path or ""),
+        )
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         averaging = any(isinstance(callback, WeightAveraging) for callback in callbacks)
         if "averaging_state" in checkpoint and self.trainer.state.fn == "fit" and not averaging:
@@ -378,11 +313,3 @@ class DiffusionLM(L.LightningModule):
             )
         if "loss_guard" in checkpoint:
             self.guard.load_state_dict(checkpoint["loss_guard"])
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs; says what is missing otherwise. On CPU it needs a C++ compiler."""
-    if device.type != "cpu" or any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++", "clang++", "cl"))):
-        return True
-    rank_zero_warn("model.compile is set, but there is no C++ compiler (g++, clang++): training without it, slower")
-    return False

@@ -54,9 +54,24 @@ class Schedule:
         fall = progress if self.kind == "linear" else (1 - math.cos(math.pi * progress)) / 2
         return 1 - (1 - self.final) * fall
 
-    def scheduler(self, optimizer: Optimizer, total_steps: int) -> LambdaLR:
-        """Returns the scheduler, to be stepped after every optimizer step."""
-        return LambdaLR(optimizer, lambda step: self.share(step, total_steps))
+    def scheduler(self, optimizer: Optimizer, total_steps: float) -> LambdaLR:
+        """Returns the scheduler, to be stepped after every optimizer step.
+
+        Args:
+            optimizer: Whose learning rates it scales.
+            total_steps: Of the run; infinite or negative when nobody knows, as with `max_time` or an endless stream.
+
+        Raises:
+            UserError: When the shape depends on what nobody knows.
+        """
+        known = 0 <= total_steps < math.inf
+        if not known and self.kind != "constant":
+            raise UserError(
+                f"model.schedule.kind {self.kind} must know how long training lasts: set trainer.max_steps, or "
+                "model.schedule.kind to constant"
+            )
+        steps = int(total_steps) if known else 0
+        return LambdaLR(optimizer, lambda step: self.share(step, steps))
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:

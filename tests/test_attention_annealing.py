@@ -8,6 +8,7 @@ from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model import TransformerConfig
 from dllm_var.model.attention import partly_causal_mask
+from dllm_var.model.build import build_transformer
 from dllm_var.model.transformer import moved_right
 from dllm_var.objectives import Autoregressive, BlockDiffusion
 
@@ -27,7 +28,7 @@ def module(attention="document", steps=10, token_shift=False, **settings):
     model = DiffusionLM(config, attention=attention, attention_annealing=steps, **settings)
     data = PackedDataModule(batch_size=4, context_length=48, packing="best_fit", overhang=4)
     model.use_tokenizer(data.tokenizer)
-    model.transformer = model._build(draw=True)
+    model.transformer = build_transformer(model.config)
     return model, data.rows("train").__getitems__(list(range(4)))
 
 

@@ -15,9 +15,9 @@ from dllm_var.benchmarking.training_clock import PHASES, Step
 from dllm_var.benchmarking.training_contenders import Contender, build
 from dllm_var.benchmarking.training_settings import COMPILED, FULL, PLAIN_LOOP, TrainingCase
 from dllm_var.callbacks.speed import compute_dtype, measure_peak_flops
+from dllm_var.model.build import can_compile
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.transformer import Transformer
-from dllm_var.module import can_compile
 
 PEAK_SECONDS = 0.5  # for the fastest matrix product, in each round
 

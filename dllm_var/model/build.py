@@ -1,0 +1,69 @@
+"""Builds the transformer of a run, on whatever devices its strategy has for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.distributed.device_mesh import DeviceMesh
+
+from dllm_var.errors import UserError
+from dllm_var.model.config import TransformerConfig
+from dllm_var.model.initialise import shard
+from dllm_var.model.lora import Lora, add_adapters, reset_adapters
+from dllm_var.model.transformer import Transformer
+
+
+def build_transformer(
+    config: TransformerConfig,
+    lora: Lora | None = None,
+    draw: bool = True,
+    mesh: DeviceMesh | None = None,
+    device: torch.device | None = None,
+) -> Transformer:
+    """Builds a transformer; over a mesh sharded before any weight exists, so never as a whole.
+
+    Args:
+        config: Its shape; `vocab_size` must be set.
+        lora: Adapters that it gets; none when null.
+        draw: Draws its weights, by name from torch's seed; else they hold whatever the memory held, to be filled.
+        mesh: Lightning's, of `data_parallel` and `tensor_parallel` processes; one process has it all when null.
+        device: Where the weights go; torch's default when null.
+
+    Raises:
+        UserError: When the mesh would split each layer.
+    """
+    if mesh is None and draw:
+        transformer = Transformer(config)
+        if lora is not None:
+            add_adapters(transformer, lora)
+        return transformer
+    if mesh is not None and mesh["tensor_parallel"].size() > 1:  # what Lightning makes of "auto"
+        raise UserError(
+            "trainer.strategy splits each layer over processes, which this model cannot do: set "
+            "tensor_parallel_size to 1 and data_parallel_size to the number of processes, as in "
+            "configs/strategy/fsdp2.yaml"
+        )
+    with torch.device("meta"):
+        transformer = Transformer(config)
+    if lora is not None:
+        add_adapters(transformer, lora)
+    if mesh is not None:
+        shard(transformer, mesh["data_parallel"])
+    transformer.to_empty(device=torch.get_default_device() if device is None else device)
+    transformer.tie_weights()
+    if draw:
+        transformer.reset_parameters()
+    if lora is not None:
+        reset_adapters(transformer)
+    return transformer
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs; says what is missing otherwise. On CPU it needs a C++ compiler."""
+    if device.type != "cpu" or any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++", "clang++", "cl"))):
+        return True
+    rank_zero_warn("model.compile is set, but there is no C++ compiler (g++, clang++): training without it, slower")
+    return False
