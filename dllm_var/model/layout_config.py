@@ -47,8 +47,9 @@ def read_config(values: dict[str, Any], file: Path) -> TransformerConfig:
             f"{file} has {unknown[0]}={values[unknown[0]]!r}, which is not known of {layout.model_type} models: "
             "delete the entry if it does not change what the model computes"
         )
-    ours["causal"] = layout.causal and values.get("is_causal", True) is not False
     extras = values.get(EXTRAS) or {}
+    ours["causal_context"] = bool(extras.get("causal_context"))
+    ours["causal"] = layout.causal and values.get("is_causal", True) is not False and not ours["causal_context"]
     ours["token_shift"] = bool(ours.get("token_shift") or extras.get("token_shift"))
     theta, scaling = extras.get("rope_theta"), extras.get("rope_scaling")
     if theta and scaling and theta * scaling == ours["rope_theta"]:
@@ -89,12 +90,14 @@ def write_config(layout: Layout, config: TransformerConfig, dtype: str) -> dict[
         if llama3:
             llama3["original_max_position_embeddings"] = int(llama3["original_max_position_embeddings"])
         values["rope_scaling"] = {"rope_type": "llama3", **llama3} if llama3 else None
-        values["is_causal"] = config.causal  # read by transformers 5; other engines ignore it
+        # Read by transformers 5; other engines ignore it. A causal context is read so until a block is denoised.
+        values["is_causal"] = config.causal or config.causal_context
     ends = config.terminator_ids or []
     values["eos_token_id"] = ends if layout.rope == "nested" and len(ends) > 1 else next(iter(ends), None)
-    values |= {"torch_dtype": dtype, "use_cache": config.causal}
+    values |= {"torch_dtype": dtype, "use_cache": config.causal or config.causal_context}
     values[EXTRAS] = {
         "token_shift": config.token_shift,
+        "causal_context": config.causal_context,
         "terminator_ids": config.terminator_ids,
         "rope_theta": config.rope_theta,
         "rope_scaling": config.rope_scaling,
@@ -110,10 +113,8 @@ def inexpressible(layout: Layout, config: TransformerConfig) -> str | None:
     width = config.num_heads * (config.head_dim or 0)
     if "head_dim" not in layout.settings and width != config.hidden_size:
         return f"its heads share hidden_size {config.hidden_size} evenly, this one's take {width}"
-    if config.causal and not layout.causal:
-        return "its models read in both directions, this one left to right"
-    if config.causal_context:
-        return "none of its engines reads finished blocks left to right and the block bidirectionally"
+    if not layout.causal and (config.causal or config.causal_context):
+        return f"its models read in both directions, this one {'' if config.causal else 'its context '}left to right"
     if config.mask_id is None and not layout.causal:
         return "its models have a mask token, this one none"
     return None

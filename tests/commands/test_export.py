@@ -3,16 +3,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
 
 from dllm_var.__main__ import main
-from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.model import KVCache, Transformer, TransformerConfig
 from dllm_var.model.checkpoints import load_checkpoint, load_pretrained, save_checkpoint_folder
 from dllm_var.model.export import export_checkpoint
 from dllm_var.model.layouts import FORMATS
 from dllm_var.model.stored import open_checkpoint
+from dllm_var.sampling.config import sampler_from_config
 from dllm_var.tokenization import Tokenizer
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64.0}
@@ -64,6 +66,7 @@ ROUND_TRIPS = [
     ("llama", {"causal": True}),
     ("qwen2", {"qkv_bias": True, "token_shift": True}),
     ("qwen3", {"qk_norm": True, "head_dim": 16, "rope_theta": 1e6, "rope_scaling": 3.3}),
+    ("qwen3", {"qk_norm": True, "causal_context": True}),
 ]
 
 
@@ -118,6 +121,23 @@ def test_transformers_opens_it_and_computes_the_same(name, changes, tmp_path, to
     assert prompt == tokenizer.encode_chat_prompt(messages)
 
 
+def test_a_causal_context_is_transformers_own_model_and_still_decodes_in_blocks(tmp_path, tokenizer):
+    """Left to right, as finished blocks are read into the cache and as its autoregressive loss reads."""
+    transformers = pytest.importorskip("transformers")
+    model = trained(tmp_path / "run", tokenizer, qk_norm=True, causal_context=True)
+    assert export(tmp_path / "run", tmp_path / "out", "--format", "qwen3") == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    again, _, meta = load_checkpoint(tmp_path / "out")
+    cache = KVCache(model.config, 2, 30, "cpu", torch.float32)
+    with torch.no_grad():
+        cache.open(30, left_to_right=np.array([30, 30]))
+        torch.testing.assert_close(theirs(IDS).logits, model(IDS, cache=cache), atol=1e-5, rtol=1e-5)
+    sampler = sampler_from_config(meta["sampler"])
+    prompts = [[70, 71, 72], [80]]
+    ours, exported = (sampler.generate(m, prompts, max_new_tokens=20) for m in (model, again))
+    assert [answer.tokens for answer in ours] == [answer.tokens for answer in exported]
+
+
 def test_other_engines_find_what_they_need(tmp_path, tokenizer, capsys):
     trained(tmp_path / "run", tokenizer)
     assert (
@@ -154,7 +174,7 @@ def test_other_engines_find_what_they_need(tmp_path, tokenizer, capsys):
         ("llada", {"token_shift": True}, "token_shift=False, this one True"),
         ("llada", {"causal": True}, "read in both directions"),
         ("llada", {"rope_llama3": LLAMA3}, "rope_llama3=None"),
-        ("llada", {"causal_context": True}, "left to right"),
+        ("llada", {"causal_context": True}, "this one its context left to right"),
         ("dream", {"qkv_bias": True}, "token_shift=True, this one False"),
         ("gguf", {}, "there are llada, dream, llama, qwen2, qwen3"),
     ],
