@@ -102,7 +102,7 @@ def as_markdown(results: dict[str, Any]) -> str:
         )
         lines += ["", *table(("killed during", "times"), sorted(campaign["phases"].items(), key=lambda item: -item[1]))]
         if campaign["survivors"]:
-            lines += table(("the other rank ended by itself with", "times"), list(campaign["survivors"].items()))
+            lines += table(("the other rank ended", "times"), list(campaign["survivors"].items()))
     if cases := results.get("cases"):
         lines += ["## Other faults", ""]
         rows = [(c["fault"], c["status"], f"`{c['message']}`" if c["message"] else "", c["after"]) for c in cases]

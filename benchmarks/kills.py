@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forked_runs import HANGS_AFTER, Attempt, start
+from forked_runs import Attempt, start
 from short_run import fingerprint, write_recipe
 
 TWO_RANKS = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=2"]
 KILLS_PER_RUN = 6  # before it is left to finish
 CALLS = 40  # about as many system calls that settle a checkpoint in one run
 SAVE_SECONDS = 0.05
+ALONE_SECONDS = 60.0  # for the other rank to end by itself, before it is told to as torchrun and srun tell it at once
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Campaign:
         kills: How many processes, or groups of them, were killed.
         runs: Runs that went on to their end.
         phases: What they were doing when killed, and how often.
-        survivors: How the other ranks ended when one was killed, and how often.
+        survivors: How the other rank ended when one was killed, and how often.
         failures: Whatever should not be.
         seconds: How long it took.
     """
@@ -148,15 +149,22 @@ def _run_and_kill(
 
 
 def _kill_one(attempt: Attempt, campaign: Campaign, rng: random.Random) -> None:
-    """Kills one rank, unless it did so itself, and sees how the others end."""
+    """Kills one rank, unless it did so itself, and sees how the other ends.
+
+    There is no launcher here that would end it. One that waits for the first rank to appear does so for minutes.
+    """
     if not any(status == -signal.SIGKILL for status in attempt.statuses.values()) and attempt.pids:
         attempt.kill([rng.choice(sorted(attempt.pids))])
-    if not attempt.wait(seconds=HANGS_AFTER):
-        attempt.end()
-        campaign.failures.append(f"{attempt.log}: the other rank hangs")
-        return
+    by_itself = attempt.wait(seconds=ALONE_SECONDS)
+    if not by_itself:
+        attempt.kill(number=signal.SIGTERM)
+        if not attempt.wait(seconds=ALONE_SECONDS):
+            attempt.end()
+            campaign.failures.append(f"{attempt.log}: the other rank hangs, even when told to end")
+            return
     others = [status for status in attempt.statuses.values() if status != -signal.SIGKILL]
-    campaign.survivors.update(f"exit status {status}" for status in others)
+    how = "by itself" if by_itself else "when told to, as launchers do"
+    campaign.survivors.update(f"{how}, exit status {status}" for status in others)
 
 
 def _kill_at_call(number: int, after: bool) -> Callable[[], None]:

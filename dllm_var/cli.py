@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -300,6 +301,14 @@ class TrainingCLI(LightningCLI):
         super().instantiate_classes()
         if isinstance(self.model, DiffusionLM):
             self.model.sampler = self._get(self.config_init, "sampler")  # what predict decodes with
+
+    def _dump_config(self) -> None:
+        """As LightningCLI's, for modules that save hyper-parameters; without checking all settings once more."""
+        if not hasattr(self, "config_dump"):
+            text = self._parser(self.command).dump(
+                self.config[self.command], skip_none=False, skip_link_targets=False, skip_validation=True
+            )
+            self.config_dump = yaml.safe_load(text)
 
     def _parse_ckpt_path(self) -> None:
         """Keeps the configuration as given; LightningCLI would let the checkpoint's hyper-parameters override it."""

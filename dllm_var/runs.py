@@ -53,7 +53,7 @@ class SaveConfig(SaveConfigCallback):
 
     def _text(self) -> str:
         if self._dumped is None:
-            self._dumped = self.parser.dump(self.config, skip_none=False)
+            self._dumped = self.parser.dump(self.config, skip_none=False, skip_validation=True)  # they are valid
         return self._dumped
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
