@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
+from dllm_var.checkpointing.files import UNFINISHED, flush_and_publish, hidden
 from dllm_var.errors import UserError
 from dllm_var.step_totals import StepResult
 
@@ -71,6 +72,16 @@ class GuardedSteps:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skipped = state["skipped"]
         self._losses = deque(state["losses"], maxlen=self.settings.spike_window)
+
+    def begin(self, trainer: L.Trainer) -> None:
+        """Drops the records of steps that a run which goes on from an earlier checkpoint makes again; on every rank."""
+        folder = trainer.log_dir if trainer.loggers else None
+        if folder is None or not trainer.is_global_zero or not (path := Path(folder) / GUARD_FILE).is_file():
+            return
+        kept = [record for record in read_records(path) if record["step"] <= trainer.global_step]
+        unfinished = hidden(path, UNFINISHED)
+        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        flush_and_publish(unfinished, path)
 
     def allows(self, result: StepResult, trainer: L.Trainer) -> bool:
         """Decides, the same on every rank, whether the step's update is made; records it if it is out of the ordinary.
@@ -141,6 +152,12 @@ class GuardedSteps:
             f"{self.skipped} updates skipped because loss or gradients were not finite{where}: lower the learning rate "
             "or mend these rows, or raise model.loss_guard.max_skipped"
         )
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of a run's `loss_guard.jsonl`, without a line that a killed process has not finished."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _overflow_is_expected(trainer: L.Trainer) -> bool:

@@ -205,6 +205,7 @@ class DiffusionLM(L.LightningModule):
 
     def on_train_start(self) -> None:
         check_accumulation(self.trainer)
+        self.guard.begin(self.trainer)
         self._totals = StepTotals(self.device)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

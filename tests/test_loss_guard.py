@@ -135,7 +135,9 @@ def test_a_run_resumed_between_skipped_updates_and_spikes_is_the_same_bit_for_bi
     objective = dict(nan=[9, 120], huge=[101, 130])
     whole, watch, _ = fit(tmp_path / "whole", Poisoned(**objective), 34)
     saved = ModelCheckpoint(dirpath=tmp_path / "parts", every_n_train_steps=27, save_top_k=-1, filename="{step}")
-    fit(tmp_path / "parts", Poisoned(**objective), 27, callbacks=[saved])
+    fit(tmp_path / "parts", Poisoned(**objective), 32, callbacks=[saved])  # killed while it records step 31 once more
+    with open(tmp_path / "parts" / "run" / "version_0" / GUARD_FILE, "a") as file:
+        file.write('{"step": 31, "rea')
     resumed, again, _ = fit(
         tmp_path / "parts", Poisoned(**objective), 34, checkpoint=tmp_path / "parts" / "step=27.ckpt"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import warnings
 from importlib import import_module
@@ -59,10 +58,12 @@ def find_record(run: Path, step: int | None) -> dict[str, Any]:
     Raises:
         UserError: When there is none; names the steps there are.
     """
-    path = run / "loss_guard.jsonl"
+    from dllm_var.loss_guard import GUARD_FILE, read_records
+
+    path = run / GUARD_FILE
     if not path.is_file():
         raise UserError(f"there is no {path}: no loss of this run was out of the ordinary")
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = read_records(path)
     wanted = [record for record in records if step in (None, record["step"])]
     if not wanted:
         steps = ", ".join(str(record["step"]) for record in records)
