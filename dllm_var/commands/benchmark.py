@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dllm_var.benchmarking.instruments import command_line, describe_machine
 from dllm_var.benchmarking.measure import Effort, TaskRun
 from dllm_var.benchmarking.plots import plot_task
 from dllm_var.benchmarking.report import markdown_report, text_report
 from dllm_var.benchmarking.results import task_result
 from dllm_var.benchmarking.settings import Entry, Sweep, Task, check_names, read_task
+from dllm_var.commands.measuring import (
+    Progress,
+    add_options,
+    check_counts,
+    check_output,
+    measure,
+    prepare_device,
+    say,
+    write_text,
+)
 from dllm_var.errors import UserError
 from dllm_var.settings import SettingsParser, read_settings
 
@@ -53,32 +56,11 @@ def main(command: str, arguments: list[str]) -> int:
     check_kind(options.config)
     output = check_output(options.output)
     tasks: list[Task] = chosen_tasks(options)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = prepare_device(options.threads)
     effort = Effort(repeats=1, limit=8, widths=(1, 8, 32)) if options.quick else Effort(repeats=options.repeats)
-    result: dict[str, Any] = {
-        "kind": "samplers",
-        "command": command_line(),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "machine": describe_machine(device),
-        "repeats": effort.repeats,
-        "quick": options.quick,
-        "partial": True,
-    }
-    began = time.perf_counter()
     progress = Progress()
-    # All of them are built before anything is measured, so that mistakes show at once.
     runs = [TaskRun(task, effort, device, progress.show) for task in tasks]
-    try:
-        for run in runs:
-            run.run()
-        result["partial"] = False
-    except KeyboardInterrupt:
-        say("interrupted: writing what has been measured")
-    finally:
-        progress.clear()
-    result["seconds"] = time.perf_counter() - began
+    result = measure("samplers", runs, effort.repeats, options.quick, device, progress)
     result["tasks"] = [task_result(run) for run in runs if run.seconds]
     result["ratios"] = top_ratios(result["tasks"])
     write(result, output)
@@ -97,11 +79,7 @@ def build_parser(command: str) -> SettingsParser:
     parser.usage = f"python -m dllm_var {command} --config benchmarks/samplers.yaml --output FILE.json [options]"
     parser.add_argument("--config", action="config", help="YAML file that lists what to measure; it has its comments")
     parser.add_argument("--tasks", type=list[Task], default=[], help="what to measure")
-    parser.add_argument("--output", type=str, help="JSON file to write; tables and plots go beside it")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of each timing")
-    parser.add_argument("--threads", type=int, help="torch's threads; its own choice when not given")
-    parser.add_argument("--only", nargs="+", type=str, metavar="NAME", help="tasks, entries and sweeps to run")
-    parser.add_argument("--quick", action="store_true", help="a smoke test in seconds: few prompts, short answers")
+    add_options(parser)
     return parser
 
 
@@ -122,28 +100,9 @@ def check_kind(configs: Sequence[Any] | None) -> None:
         raise UserError(f"{files[0]} says nothing to measure: give it a list of {' or '.join(KINDS)}")
 
 
-def check_output(name: str | None) -> Path:
-    """Returns the JSON file to write, whose folder is made."""
-    if name is None:
-        raise UserError("benchmark needs --output FILE.json")
-    path = Path(name)
-    if path.suffix != ".json":
-        raise UserError(f"--output must end in .json, got '{name}'; the tables go into the .md file beside it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(13, "no permission")
-    except OSError as error:
-        raise UserError(f"--output: cannot write into '{path.parent}': {error.strerror}") from error
-    return path
-
-
 def chosen_tasks(options: Any) -> list[Task]:
     """Returns the tasks to run: what --only names of them, made small by --quick."""
-    for name in ("repeats", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, got {value}")
+    check_counts(options)
     tasks = [read_task(task.as_dict()) for task in options.tasks]
     check_names([task.name for task in tasks], "tasks")
     if options.only is not None:
@@ -201,37 +160,3 @@ def write(result: dict[str, Any], output: Path) -> None:
     except UserError as error:
         say(f"no plots: {error}")
     write_text(output.with_suffix(".md"), markdown_report(result, plots))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-class Progress:
-    """One line on standard error that moves on a terminal; elsewhere a line per phase."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._phase = ""
-
-    def show(self, task: str, phase: str, item: str) -> None:
-        """Tells what is being measured."""
-        if self._terminal:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r\033[K{f'{task}: {phase} {item}'[:width]}", end="", file=sys.stderr, flush=True)
-        elif f"{task} {phase}" != self._phase:
-            self._phase = f"{task} {phase}"
-            say(f"{task}: {phase}")
-
-    def clear(self) -> None:
-        """Removes the line."""
-        if self._terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def say(text: str) -> None:
-    """Tells on standard error what is going on."""
-    print(text, file=sys.stderr, flush=True)

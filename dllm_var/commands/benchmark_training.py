@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dllm_var.benchmarking.instruments import command_line, describe_machine
 from dllm_var.benchmarking.settings import check_names
 from dllm_var.benchmarking.training_settings import TrainingCase, smaller
-from dllm_var.commands.benchmark import Progress, check_output, say, write_text
+from dllm_var.commands.measuring import (
+    Progress,
+    add_options,
+    check_counts,
+    check_output,
+    measure,
+    prepare_device,
+    say,
+    write_text,
+)
 from dllm_var.errors import UserError
 from dllm_var.settings import SettingsParser
 
@@ -37,36 +42,16 @@ def main(command: str, arguments: list[str]) -> int:
     options = build_parser(command).parse_args(arguments)
     output = check_output(options.output)
     cases = chosen_cases(options)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = prepare_device(options.threads)
     rounds = QUICK_ROUNDS if options.quick else options.repeats
-    result: dict[str, Any] = {
-        "kind": "training",
-        "command": command_line(),
-        "date": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "machine": describe_machine(device),
-        "repeats": rounds,
-        "quick": options.quick,
-        "partial": True,
-    }
-    began = time.perf_counter()
     progress = Progress()
     from dllm_var.benchmarking.training import TrainingRun, top_ratios  # imports Lightning
 
     with tempfile.TemporaryDirectory() as cache:
         runs = [TrainingRun(case, rounds, device, Path(cache), progress.show) for case in cases]
-        try:
-            for run in runs:
-                run.run()
-            result["partial"] = False
-        except KeyboardInterrupt:
-            say("interrupted: writing what has been measured")
-        finally:
-            progress.clear()
+        result = measure("training", runs, rounds, options.quick, device, progress)
     from dllm_var.benchmarking.training_report import markdown_report, text_report
 
-    result["seconds"] = time.perf_counter() - began
     result["trainings"] = [run.result() for run in runs if run.peaks]
     if options.quick:  # next to nothing is trained: no verdict
         for bar in (bar for training in result["trainings"] for bar in training["bars"].values()):
@@ -89,20 +74,13 @@ def build_parser(command: str) -> SettingsParser:
     parser.usage = f"python -m dllm_var {command} --config benchmarks/training.yaml --output FILE.json [options]"
     parser.add_argument("--config", action="config", help="YAML file that lists what to measure; it has its comments")
     parser.add_argument("--trainings", type=list[TrainingCase], default=[], help="what to measure")
-    parser.add_argument("--output", type=str, help="JSON file to write; the tables go beside it")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of each timing")
-    parser.add_argument("--threads", type=int, help="torch's threads; its own choice when not given")
-    parser.add_argument("--only", nargs="+", type=str, metavar="NAME", help="trainings to run, and contenders of them")
-    parser.add_argument("--quick", action="store_true", help="a smoke test in seconds: tiny models, short rows")
+    add_options(parser)
     return parser
 
 
 def chosen_cases(options: Any) -> list[TrainingCase]:
     """Returns the cases to run: what --only names of them, made small by --quick."""
-    for name in ("repeats", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, got {value}")
+    check_counts(options)
     cases = [TrainingCase(**case.as_dict()) for case in options.trainings]
     if not cases:
         raise UserError("nothing to measure: the list of trainings is empty")
