@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-try:  # torch 2.10 and later
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None  # type: ignore[assignment]
 
 CHUNK = 128  # tokens of short documents that share one call on the CPU
 LEAST_LENGTH = 512  # shorter rows are faster with a mask
@@ -100,9 +96,18 @@ def find_documents(segment_ids: Tensor, dtype: torch.dtype, is_causal: bool) -> 
 
 def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch has an attention kernel for documents laid end to end there."""
-    if device.type != "cuda" or varlen_attn is None or dtype not in (torch.float16, torch.bfloat16):
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or varlen_kernel() is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def varlen_kernel() -> Callable[..., Tensor] | None:
+    """Returns torch's attention over documents laid end to end, null before torch 2.10; imported where it is used."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
 
 
 def chunks(edges: list[int], length: int) -> list[list[int]]:
@@ -136,7 +141,9 @@ def attend_documents(queries: Tensor, keys: Tensor, values: Tensor, documents: D
     shape = queries.shape
     queries, keys, values = (x.flatten(0, 1) for x in (queries, keys, values))
     if documents.ends is not None:
-        mixed = varlen_attn(
+        kernel = varlen_kernel()
+        assert kernel is not None  # find_documents has looked
+        mixed = kernel(
             queries.to(values.dtype),  # norms of heads leave them in float32
             keys.to(values.dtype),
             values,
@@ -147,7 +154,7 @@ def attend_documents(queries: Tensor, keys: Tensor, values: Tensor, documents: D
             window_size=(-1, 0 if documents.is_causal else -1),
             enable_gqa=queries.size(1) != keys.size(1),
         )
-        return mixed.view(shape)  # type: ignore[union-attr]
+        return mixed.view(shape)
     parts = []
     split = (x.split(documents.sizes) for x in (queries, keys, values))
     for q, k, v, mask in zip(*split, documents.masks, strict=True):

@@ -114,7 +114,7 @@ def test_the_varlen_kernel_is_told_where_documents_end(monkeypatch):
 
     segments = SEGMENTS["short and long, padded"]
     assert find_documents(segments.to("meta"), torch.float32, True) is None  # the kernel has no float32
-    monkeypatch.setattr(attention, "varlen_attn", varlen)
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: varlen)
     monkeypatch.setattr(attention, "has_varlen", lambda device, dtype: True)
     found = find_documents(segments, torch.bfloat16, True)
     assert found.ends is not None and not found.sizes
