@@ -20,6 +20,7 @@ from dllm_var.model.attention import partly_causal_mask
 from dllm_var.model.build import build_transformer, can_compile
 from dllm_var.model.checkpoints import start_from, starting_config
 from dllm_var.model.config import TransformerConfig
+from dllm_var.model.float8 import Float8, check_device
 from dllm_var.model.lora import Lora
 from dllm_var.model.recompute import Recompute
 from dllm_var.model.transformer import Transformer, moved_right
@@ -57,6 +58,7 @@ class DiffusionLM(L.LightningModule):
             null. What `transformer` leaves at its default is then the checkpoint's to say.
         loss_guard: When an update is skipped, a loss recorded and training stopped.
         lora: Adapters to train in place of the weights, which stay as `init_from` has them; all weights when null.
+        float8: How the layers multiply in 8 bits while `fit` runs; not at all when null.
         attention_annealing: Optimizer steps in which attention grows from causal to what `attention` says, for a model
             that was causal: by step s of n, a token is shown to those left of it with probability s / n (DiffuLLaMA,
             arXiv 2410.17891, section 3.2; there drawn for each pair of tokens). 0 for none.
@@ -75,6 +77,7 @@ class DiffusionLM(L.LightningModule):
         init_from: str | None = None,
         loss_guard: LossGuard = LossGuard(),  # noqa: B008
         lora: Lora | None = None,
+        float8: Float8 | None = None,
         attention_annealing: int = 0,
     ) -> None:
         super().__init__()
@@ -97,7 +100,7 @@ class DiffusionLM(L.LightningModule):
         self.optimizer, self.schedule = optimizer, schedule
         self.noise, self.validation_noise = KeyedNoise(seed), KeyedNoise(VALIDATION_SEED)
         self.recompute = activation_checkpointing
-        self.compile_blocks, self.init_from, self.lora = compile, init_from, lora
+        self.compile_blocks, self.init_from, self.lora, self.float8 = compile, init_from, lora, float8
         if lora is not None and init_from is None:
             raise UserError("model.lora needs model.init_from: adapters are trained on a model that is already there")
         self.transformer: Transformer | None = None
@@ -122,10 +125,14 @@ class DiffusionLM(L.LightningModule):
                 "give the Trainer a data module that has one, or call use_tokenizer before"
             )
         self.use_tokenizer(self.tokenizer)
-        starts_elsewhere = self.init_from is not None and self.trainer.state.fn == "fit"
+        fits = self.trainer.state.fn == "fit"
+        starts_elsewhere = fits and self.init_from is not None
+        float8 = self.float8 if fits else None
+        if float8 is not None and not float8.emulate:
+            check_device(float8.recipe, self.trainer.strategy.root_device, self.trainer.precision)
         mesh = self.device_mesh  # of a strategy that shards
         device = None if mesh is None else self.trainer.strategy.root_device
-        self.transformer = build_transformer(self.config, self.lora, not starts_elsewhere, mesh, device)
+        self.transformer = build_transformer(self.config, self.lora, not starts_elsewhere, mesh, device, float8)
         if starts_elsewhere:
             start_from(self.transformer, self.tokenizer, str(self.init_from))
         self.transformer.recompute_activations(self.recompute)

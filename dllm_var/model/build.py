@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
+from dllm_var.model.float8 import Float8, use_float8
 from dllm_var.model.initialise import shard
 from dllm_var.model.lora import Lora, add_adapters, reset_adapters
 from dllm_var.model.transformer import Transformer
@@ -22,6 +23,7 @@ def build_transformer(
     draw: bool = True,
     mesh: DeviceMesh | None = None,
     device: torch.device | None = None,
+    float8: Float8 | None = None,
 ) -> Transformer:
     """Builds a transformer; over a mesh sharded before any weight exists, so never as a whole.
 
@@ -31,12 +33,15 @@ def build_transformer(
         draw: Draws its weights, by name from torch's seed; else they hold whatever the memory held, to be filled.
         mesh: Lightning's, of `data_parallel` and `tensor_parallel` processes; one process has it all when null.
         device: Where the weights go; torch's default when null.
+        float8: How its layers multiply in 8 bits; not at all when null.
 
     Raises:
         UserError: When the mesh would split each layer.
     """
     if mesh is None and draw:
         transformer = Transformer(config)
+        if float8 is not None:
+            use_float8(transformer, float8)
         if lora is not None:
             add_adapters(transformer, lora)
         return transformer
@@ -48,6 +53,8 @@ def build_transformer(
         )
     with torch.device("meta"):
         transformer = Transformer(config)
+    if float8 is not None:
+        use_float8(transformer, float8)
     if lora is not None:
         add_adapters(transformer, lora)
     if mesh is not None:
