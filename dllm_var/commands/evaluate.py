@@ -20,6 +20,7 @@ from dllm_var.commands.generate import load
 from dllm_var.commands.generate_options import add_draw_options, add_sampler_options
 from dllm_var.errors import UserError
 from dllm_var.evaluation import TASKS
+from dllm_var.provenance import provenance
 from dllm_var.settings import SettingsParser
 
 if TYPE_CHECKING:
@@ -146,12 +147,14 @@ def evaluate(evaluated: EvaluatedModel, options: Namespace) -> dict[str, Any]:
     """
     for name in ("lm_eval", "httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    import lm_eval
+    from lm_eval import evaluator
 
+    # The harness asks git about the current folder, which complains aloud where that is no repository.
+    evaluator.get_git_commit_hash = lambda: (provenance()["git"] or {}).get("commit")
     names, manager = find_tasks(options.tasks, options.include_path)
     limit = options.limit
     try:
-        return lm_eval.simple_evaluate(
+        return evaluator.simple_evaluate(
             model=evaluated,
             tasks=names,
             task_manager=manager,
@@ -223,13 +226,12 @@ def _task_name(file: Path) -> str:
 
 def description(evaluated: EvaluatedModel, sampler: Sampler, options: Namespace) -> dict[str, Any]:
     """Returns what lm-eval's results do not say: the model, how it was decoded, and what that took."""
-    from dllm_var import __version__
     from dllm_var.sampling.config import sampler_to_config
 
     model, likelihood = evaluated.model, evaluated.likelihood
     exact = model.config.causal
     return {
-        "version": __version__,
+        **provenance(),
         "checkpoint": options.checkpoint,
         "parameters": model.num_parameters,
         "sampler": sampler_to_config(sampler),

@@ -89,6 +89,7 @@ def test_the_shipped_task_gives_the_error_rates_of_run_summary(capsys):
     assert ours["useful_tokens_per_second"] == pytest.approx(ours["tokens"] / ours["seconds"])
     assert [sample["resps"] for sample in result["samples"]["cmudict"]] == [[[answer.text]] for answer in answers]
     assert result["dllm_var"]["sampler"]["init_args"]["block_length"] == 12
+    assert "dllm-var" in result["dllm_var"]["versions"] and "git" in result["dllm_var"]
     shown = capsys.readouterr().out
     assert re.search(r"cmudict: 48 answers, 100.0% ended by eos", shown) and "|per" in shown.replace(" ", "")
 

@@ -65,6 +65,18 @@ def test_the_estimate_converges_to_the_exact_log_likelihood():
     assert abs(float(estimates.mean()) - exact) < 4 * standard_error
 
 
+def test_a_seed_fixes_every_digit_and_another_one_draws_anew():
+    model = random_model()
+    torch.manual_seed(1)
+    first = Likelihood(draws=20, seed=3)(model, PAIRS)
+    torch.manual_seed(2)  # no draw is torch's
+    assert Likelihood(draws=20, seed=3)(model, PAIRS) == first
+    other = Likelihood(draws=20, seed=4)(model, PAIRS)
+    for (_, answer), score, anew in zip(PAIRS, first, other, strict=True):
+        drawn = 2 ** len(answer) - 1 > 20  # shorter answers have every choice taken
+        assert (score.log_likelihood != anew.log_likelihood) == drawn
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_score_does_not_depend_on_batch_size_or_company(causal):
     model = random_model(causal=causal)
