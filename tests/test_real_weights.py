@@ -68,7 +68,7 @@ def trained(reference, tmp_path_factory):
         JsonlSource(str(place / "sums.jsonl")),
         str(folder),
         batch_size=4,
-        context_length=96,
+        context_length=64,
         packing="best_fit",
         mask_token=tokenizer.convert_ids_to_tokens(3),  # an id that is kept free
         chat=True,
