@@ -209,8 +209,8 @@ class Tokenizer:
         generation = _read_json(folder / "generation_config.json")
         named = {name: token for name in NAMED_TOKENS if (token := _token_text(config.get(name))) is not None}
 
-        def to_id(token: str, setting: str) -> int:
-            index = backend.token_to_id(token)
+        def to_id(token: Any, setting: str) -> int:
+            index = backend.token_to_id(token) if isinstance(token, str) else None
             if index is None:
                 raise UserError(f"{setting} {token!r} is not in the vocabulary of {path_or_name}; name a token that is")
             return index
@@ -229,6 +229,7 @@ class Tokenizer:
         if mask_token:
             masks = [to_id(mask_token, "mask_token")]
         given = terminators or config.get("terminators")
+        given = given if isinstance(given, list | tuple | None) else [given]
         ends = (
             list(dict.fromkeys(to_id(token, "terminators") for token in given))
             if given

@@ -113,7 +113,8 @@ def load(
     model, tokenizer, meta = load_checkpoint(checkpoint_path(arguments, command), device)
     chosen = any(argument.startswith("--sampler=") for argument in spelled)
     remembered = None if chosen else meta.get("sampler")
-    check_own(remembered)
+    if remembered is not None:
+        check_own(remembered)
     parser = builder(command, remembered or {"class_path": default_sampler(model.config.causal)})
     options = parser.parse_args(spelled)
     check(options)

@@ -81,16 +81,25 @@ def sampler_from_config(config: dict[str, Any], **overrides: Any) -> Sampler:
 
 
 def check_own(config: Any) -> None:
-    """Raises UserError when a description, or one inside it, names a class that is not this package's own."""
-    if not isinstance(config, dict) or "class_path" not in config:
-        return
+    """Checks the description of a sampler that a checkpoint holds.
+
+    Raises:
+        UserError: When it is not one, or it, or one inside it, names a class that is not this package's own.
+    """
+    arguments = config.get("init_args") if isinstance(config, dict) and "class_path" in config else ""
+    if not isinstance(arguments, dict | None):
+        raise UserError(
+            "the checkpoint's sampler is not described by class_path and init_args: its config is damaged, or pass a "
+            "sampler with --sampler"
+        )
     if not str(config["class_path"]).startswith("dllm_var.sampling."):
         raise UserError(
             f"the checkpoint asks for the sampler {config['class_path']}, which is not part of dllm_var.sampling: "
             "pass it with --sampler if you trust it"
         )
-    for value in (config.get("init_args") or {}).values():
-        check_own(value)
+    for value in (arguments or {}).values():
+        if isinstance(value, dict) and "class_path" in value:
+            check_own(value)
 
 
 def _build(config: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold, Decision, FixedSteps
 from dllm_var.sampling import policies as P
-from dllm_var.sampling.config import sampler_from_config, sampler_to_config
+from dllm_var.sampling.config import check_own, sampler_from_config, sampler_to_config
 
 MASK, ENDS, VOCABULARY = 19, (3, 4), 20
 PROMPTS = [
@@ -244,6 +244,28 @@ def test_a_checkpoint_names_classes_by_their_public_path():
     config = sampler_to_config(BlockDiffusionSampler(P.Saber()))
     assert config["class_path"] == "dllm_var.sampling.BlockDiffusionSampler"
     assert config["init_args"]["policy"]["class_path"] == "dllm_var.sampling.policies.Saber"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("text", "not described by class_path"),
+        ([], "not described by class_path"),
+        ({"init_args": {}}, "not described by class_path"),
+        ({"class_path": "dllm_var.sampling.BlockDiffusionSampler", "init_args": "text"}, "not described by class_path"),
+        ({"class_path": "os.system", "init_args": {}}, "not part of dllm_var.sampling"),
+        (
+            {
+                "class_path": "dllm_var.sampling.BlockDiffusionSampler",
+                "init_args": {"policy": {"class_path": "my.Policy"}},
+            },
+            "my.Policy, which is not part",
+        ),
+    ],
+)
+def test_a_checkpoint_that_remembers_something_else_is_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        check_own(config)
 
 
 def test_a_policy_that_remasks_for_ever_is_stopped():
