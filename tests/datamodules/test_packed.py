@@ -202,6 +202,7 @@ def test_skipped_records_are_counted_and_shown(make):
     [
         ({"batch_size": 0}, "data.batch_size is 0"),
         ({"context_length": 1}, "data.context_length is 1"),
+        ({"context_length": 48_000_000_000}, "data.context_length is 48000000000; it must be below"),
         ({"overhang": -1}, "data.overhang is -1"),
         ({"overhang": 32}, "less than data.context_length, 32"),
         ({"eos_padding": 99}, "data.eos_padding is 99"),
