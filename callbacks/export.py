@@ -14,6 +14,7 @@ from dllm_var.callbacks.ema import averaged
 from dllm_var.model.checkpoints import EXPORT_FOLDER, save_checkpoint_folder, save_settings
 from dllm_var.model.lora import ADAPTER_FOLDER, MergedWeights, save_adapter
 from dllm_var.sampling.config import remembered_sampler
+from dllm_var.strategies import TensorParallel
 
 PREFIX = "transformer."
 
@@ -57,6 +58,8 @@ class ExportWeights(L.Callback):
 def gathered_state(trainer: L.Trainer) -> dict[str, Tensor]:
     """Collect the transformer's weights of all processes in the memory of the first; empty on the others."""
     assert trainer.strategy.model is not None
+    if isinstance(trainer.strategy, TensorParallel):
+        return trainer.strategy.gathered_weights()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = get_model_state_dict(trainer.strategy.model, options=options)
     return {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}

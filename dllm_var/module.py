@@ -32,7 +32,7 @@ from dllm_var.optim import AdamW, Schedule, parameter_groups
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
 from dllm_var.sampling.config import last_sampler, remembered_sampler
 from dllm_var.step_totals import StepResult, StepTotals
-from dllm_var.strategies import check_accumulation, clip_gradients, skip_update
+from dllm_var.strategies import check_accumulation, check_groups, clip_gradients, skip_update
 from dllm_var.tokenization import Tokenizer
 
 OptimizerCallable = Callable[[Any], Optimizer]
@@ -125,12 +125,14 @@ class DiffusionLM(L.LightningModule):
                 "give the Trainer a data module that has one, or call use_tokenizer before"
             )
         self.use_tokenizer(self.tokenizer)
-        fits = self.trainer.state.fn == "fit"
+        fits = (self.init_from or self.float8) is not None and self.trainer.state.fn == "fit"
         starts_elsewhere = fits and self.init_from is not None
         float8 = self.float8 if fits else None
         if float8 is not None and not float8.emulate:
             check_device(float8.recipe, self.trainer.strategy.root_device, self.trainer.precision)
         mesh = self.device_mesh  # of a strategy that shards
+        if mesh is not None:
+            check_groups(self.trainer.strategy)
         device = None if mesh is None else self.trainer.strategy.root_device
         self.transformer = build_transformer(self.config, self.lora, not starts_elsewhere, mesh, device, float8)
         if starts_elsewhere:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
 from dllm_var.errors import UserError
-from dllm_var.model.initialise import local_part
+from dllm_var.model.placement import local_part, share
 
 
 @dataclass
@@ -198,11 +198,12 @@ class Muon(Optimizer):
         )
 
     def _step_hidden(self, group: dict[str, Any]) -> None:
-        shapes: dict[torch.Size, list[Tensor]] = {}
+        shapes: dict[Any, list[Tensor]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None:
-                shapes.setdefault(parameter.shape, []).append(parameter)
-        for shape, parameters in shapes.items():
+                placements = parameter.placements if isinstance(parameter, DTensor) else ()
+                shapes.setdefault((parameter.shape, placements), []).append(parameter)
+        for (shape, _), parameters in shapes.items():
             gradients = torch.stack([local_part(p.grad) for p in parameters if p.grad is not None])
             for parameter in parameters:
                 if "momentum_buffer" not in self.state[parameter]:
@@ -220,7 +221,8 @@ class Muon(Optimizer):
 def orthogonalise_as_placed(matrices: Tensor, like: Tensor) -> Tensor:
     """Orthogonalises a stack of matrices, of which this process holds as much as it does of `like`.
 
-    Sharded matrices change places twice: each process gets its share of them whole, and gives them back.
+    Sharded matrices change places twice: each process gets its share of them whole, and gives them back; along one
+    dimension of the mesh after the other. In which order the rows are put together makes no difference to the result.
 
     Args:
         matrices: This process's part of the stack [N, R, C].
@@ -228,16 +230,31 @@ def orthogonalise_as_placed(matrices: Tensor, like: Tensor) -> Tensor:
     """
     if not isinstance(like, DTensor):
         return orthogonalise(matrices)
-    mesh, shape = like.device_mesh, torch.Size((len(matrices), *like.shape))
-    as_placed = [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in like.placements]
-    whole: list[Placement] = [Shard(0) for _ in as_placed]
+    mesh, size, moves = like.device_mesh, list(like.shape), []
+    for dim in reversed(range(mesh.ndim)):  # the last one has divided the matrix first, so it is joined last
+        along = getattr(like.placements[dim], "dim", None)
+        if along is None:
+            continue
+        line = mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[dim]]  # type: ignore[index]
+        moves.insert(0, (line, Shard(along + 1), tuple(size)))
+        size[along] = len(share(size[along], mesh.size(dim), mesh.get_local_rank(dim)))
+    shapes = []
+    for line, divided, whole in moves:
+        shapes.append(matrices.shape)
+        matrices = _moved(matrices, line, divided, Shard(0), (len(matrices), *whole))
+    matrices = orthogonalise(matrices)
+    for (line, divided, whole), shape in zip(reversed(moves), reversed(shapes), strict=True):
+        matrices = _moved(matrices, line, Shard(0), divided, (shape[0], *whole)).view(shape)
+    return matrices
 
-    def moved(part: Tensor, source: Sequence[Placement], target: Sequence[Placement]) -> Tensor:
-        stride = (shape[1] * shape[2], shape[2], 1)
-        placed = DTensor.from_local(part, mesh, source, run_check=False, shape=shape, stride=stride)
-        return placed.redistribute(placements=target).to_local()
 
-    return moved(orthogonalise(moved(matrices, as_placed, whole)), whole, as_placed)
+def _moved(part: Tensor, mesh: DeviceMesh, source: Shard, target: Shard, shape: tuple[int, int, int]) -> Tensor:
+    """Returns this process's part of a stack [N, R, C] that is divided otherwise than before."""
+    if shape[0] == 0:  # other lines of processes have the matrices
+        return part.new_empty(shape)
+    stride = (shape[1] * shape[2], shape[2], 1)
+    placed = DTensor.from_local(part, mesh, [source], run_check=False, shape=torch.Size(shape), stride=stride)
+    return placed.redistribute(placements=[target]).to_local()
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:

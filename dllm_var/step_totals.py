@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dllm_var.model.initialise import local_part
+from dllm_var.model.placement import copies, local_part
 from dllm_var.objectives import NoisedBatch
 from dllm_var.strategies import is_sharded, loss_scale_in, owns_gradients
 
@@ -53,7 +53,7 @@ class StepResult:
             return mine
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, mine)
-        return [row for part in parts for row in part]
+        return list({row[0]: row for part in parts for row in part}.values())  # tensor parallelism: some have the same
 
 
 class StepTotals:
@@ -111,18 +111,20 @@ class StepTotals:
         """
         strategy, ranks = trainer.strategy, trainer.world_size
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        gradients = [local_part(p.grad) for p in parameters if p.grad is not None and not owns_gradients(strategy)]
+        gradients: dict[int, list[Tensor]] = {}  # by the number of processes that have the same
+        for gradient in (p.grad for p in parameters if p.grad is not None and not owns_gradients(strategy)):
+            held_by = copies(gradient) if is_sharded(strategy) else ranks
+            gradients.setdefault(held_by, []).append(local_part(gradient))
         squares = torch.zeros((), dtype=self.exact, device=self.loss_sum.device)
-        if gradients:
-            copies = 1 if is_sharded(strategy) else ranks
-            norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float32))
-            squares = norms.to(self.exact).square().sum() / copies
+        for held_by, parts_held in gradients.items():
+            norms = torch.stack(torch._foreach_norm(parts_held, 2, torch.float32))
+            squares += norms.to(self.exact).square().sum() / held_by
         parts = (self.loss_sum, self.normaliser, self.correct, self.scored, squares)
         sums = strategy.reduce(torch.stack([part.to(self.exact) for part in parts]), reduce_op="sum")
         loss_sum, normaliser, correct, scored, squares = sums
         factor = ranks * trainer.accumulate_grad_batches / LOSS_SCALE / normaliser.clamp_min(1)
-        if gradients:
-            torch._foreach_mul_(gradients, factor.float())
+        for parts_held in gradients.values():
+            torch._foreach_mul_(parts_held, factor.float())
         norm = squares.sqrt() * factor / loss_scale_in(optimizer, trainer)
         figures = (loss_sum / normaliser.clamp_min(1), correct / scored.clamp_min(1), norm)
         loss, accuracy, gradient_norm = torch.stack(figures).tolist()

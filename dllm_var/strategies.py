@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,8 +13,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
+from dllm_var.checkpointing.pieces import in_pieces, load_in_pieces
 from dllm_var.errors import UserError
-from dllm_var.model.initialise import local_part
+from dllm_var.model.placement import TENSOR_PARALLEL, gathered, local_part, sections
 
 _ANYWHERE = "configs/strategy/fsdp2.yaml and ddp.yaml run on any machine"
 
@@ -36,6 +38,54 @@ class FSDP2(ModelParallelStrategy):
         super().setup_environment()
 
 
+class TensorParallel(ModelParallelStrategy):
+    """Each layer and the vocabulary divided among processes of a node, and their parts sharded over groups of these.
+
+    The processes of a group work on the same rows; groups work on different ones, as the processes of FSDP2 do.
+
+    Args:
+        tensor_parallel_size: Processes of a group; divides the processes of a node, the heads and the features.
+
+    Raises:
+        UserError: When it does not divide the processes of a node.
+    """
+
+    def __init__(self, tensor_parallel_size: int = 2) -> None:
+        super().__init__(tensor_parallel_size=tensor_parallel_size)
+        self.tensor_parallel_size = tensor_parallel_size
+
+    def setup_environment(self) -> None:
+        size = self.tensor_parallel_size
+        if size < 2 or self.num_processes % size:
+            raise UserError(
+                f"trainer.strategy: tensor_parallel_size {size} must be at least 2 and divide the {self.num_processes} "
+                "processes of a node: change it or trainer.devices, or take configs/strategy/fsdp2.yaml"
+            )
+        self._data_parallel_size = self.num_nodes * self.num_processes // size
+        super().setup_environment()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        for name in ("state_dict", "optimizer_states"):
+            if name in checkpoint:
+                checkpoint[name] = in_pieces(checkpoint[name], self._sections)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.model is not None
+        return load_in_pieces(Path(self.broadcast(str(checkpoint_path))), self.model, self.optimizers, self._sections)
+
+    def gathered_weights(self) -> dict[str, Tensor]:
+        """Collects the transformer's weights in the memory of the first process; empty on the others."""
+        assert self.lightning_module is not None
+        state = self.lightning_module.transformer.state_dict()  # type: ignore[union-attr,operator]
+        whole = ((name, gathered(value, self._sections(name))) for name, value in state.items())
+        return {name: value.cpu() for name, value in whole if self.global_rank == 0}
+
+    def _sections(self, name: str) -> list[int]:
+        assert self.lightning_module is not None
+        return sections(name, self.lightning_module.transformer.config)  # type: ignore[union-attr,arg-type]
+
+
 def is_sharded(strategy: Any) -> bool:
     """Whether a forward pass needs every process, because each holds only a part of the parameters."""
     return isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or getattr(strategy, "zero_stage_3", False)
@@ -44,6 +94,17 @@ def is_sharded(strategy: Any) -> bool:
 def owns_gradients(strategy: Any) -> bool:
     """Whether gradients are where the module cannot reach them, in DeepSpeed's engine."""
     return isinstance(strategy, DeepSpeedStrategy)
+
+
+def check_groups(strategy: Any) -> None:
+    """Raises UserError for Lightning's own tensor parallelism, which would save fused matrices in the wrong order."""
+    if not isinstance(strategy, ModelParallelStrategy) or isinstance(strategy, TensorParallel):
+        return
+    if strategy.device_mesh[TENSOR_PARALLEL].size() > 1:  # as Lightning makes of "auto"
+        raise UserError(
+            "trainer.strategy splits each layer over processes: take dllm_var.strategies.TensorParallel for that, as "
+            "in configs/strategy/tensor_parallel.yaml, or set tensor_parallel_size to 1, as configs/strategy/fsdp2.yaml"
+        )
 
 
 def check_accumulation(trainer: L.Trainer) -> None:
@@ -69,9 +130,17 @@ def loss_scale_in(optimizer: Optimizer, trainer: L.Trainer) -> Tensor | float:
 
 
 def clip_gradients(module: L.LightningModule, optimizer: Optimizer, limit: Any, algorithm: Any) -> None:
-    """Clips as Lightning does; under FSDP1, where Lightning refuses to, by the norm that only torch's wrapper knows."""
+    """Clips as Lightning does; under FSDP1, where Lightning refuses to, by the norm that only torch's wrapper knows.
+
+    Under tensor parallelism by the norm that the step has found, which is the same number on every process.
+    """
     wrapped = module.trainer.strategy.model
-    if isinstance(wrapped, FullyShardedDataParallel) and limit and algorithm != "value":
+    if isinstance(module.trainer.strategy, TensorParallel) and limit and algorithm != "value":
+        share = limit / (module.last_step.gradient_norm + 1e-6)  # type: ignore[union-attr,operator]
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradients and share < 1:
+            torch._foreach_mul_([local_part(gradient) for gradient in gradients], share)
+    elif isinstance(wrapped, FullyShardedDataParallel) and limit and algorithm != "value":
         wrapped.clip_grad_norm_(limit)
     else:
         module.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm=algorithm)

@@ -41,8 +41,8 @@ def flat(values, place=""):
         yield place, values
 
 
-def test_there_are_the_four_strategies_of_the_documentation():
-    assert STRATEGIES == ["ddp", "deepspeed_zero2", "fsdp", "fsdp2"]
+def test_there_are_the_strategies_of_the_documentation():
+    assert STRATEGIES == ["ddp", "deepspeed_zero2", "fsdp", "fsdp2", "tensor_parallel"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

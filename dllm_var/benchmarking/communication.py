@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dllm_var.benchmarking.cost_model import Strategy
+from dllm_var.model.config import TransformerConfig
 
 # Times the size of the parameters that each device sends, and receives, in a step; (n - 1) / n of it with n devices.
 # Reduce-scatter and all-gather count one each, an all-reduce is both (ring; arXiv 1910.02054, section 7).
@@ -50,6 +51,26 @@ def communication_bytes(strategy: Strategy, parameters: int, devices: int, width
     if strategy == "zero2":
         parameters = trained  # the others do not change
     return (of_parameters * parameters + of_gradients * trained) * width * (devices - 1) / devices
+
+
+def tensor_parallel_bytes(
+    config: TransformerConfig, tokens: int, scored: int, ranks: int, width: int, recompute: bool = False
+) -> float:
+    """Returns what each process of a tensor-parallel group sends of activations in a step (arXiv 1909.08053).
+
+    Each layer all-reduces its tokens' hidden states twice in the forward pass and twice in the backward one, the
+    embedding once, and the head the gradients at the scored positions, with three numbers for each of these.
+
+    Args:
+        config: The transformer.
+        tokens: Tokens that the group reads.
+        scored: Positions on which the head runs.
+        ranks: Processes of the group.
+        width: Bytes in which hidden states travel.
+        recompute: Whether blocks are computed again in the backward pass, all but their last all-reduce.
+    """
+    hidden_states = tokens * (config.num_layers * (5 if recompute else 4) + 1) + scored
+    return 2 * (hidden_states * config.hidden_size * width + 3 * scored * 4) * (ranks - 1) / ranks
 
 
 def step_with_communication(compute: float, communication: float, overlapped: float = 0.8) -> float:

@@ -14,6 +14,8 @@ from dllm_var.model.config import TransformerConfig
 from dllm_var.model.float8 import Float8, use_float8
 from dllm_var.model.initialise import shard
 from dllm_var.model.lora import Lora, add_adapters, reset_adapters
+from dllm_var.model.placement import DATA_PARALLEL, TENSOR_PARALLEL
+from dllm_var.model.tensor_parallel import divide
 from dllm_var.model.transformer import Transformer
 
 
@@ -36,7 +38,7 @@ def build_transformer(
         float8: How its layers multiply in 8 bits; not at all when null.
 
     Raises:
-        UserError: When the mesh would split each layer.
+        UserError: When the mesh divides each layer and the transformer cannot be divided so.
     """
     if mesh is None and draw:
         transformer = Transformer(config)
@@ -45,11 +47,11 @@ def build_transformer(
         if lora is not None:
             add_adapters(transformer, lora)
         return transformer
-    if mesh is not None and mesh["tensor_parallel"].size() > 1:  # what Lightning makes of "auto"
+    divided = mesh is not None and mesh[TENSOR_PARALLEL].size() > 1
+    if divided and (lora is not None or float8 is not None):
         raise UserError(
-            "trainer.strategy splits each layer over processes, which this model cannot do: set "
-            "tensor_parallel_size to 1 and data_parallel_size to the number of processes, as in "
-            "configs/strategy/fsdp2.yaml"
+            f"model.{'float8' if lora is None else 'lora'} does not go with tensor parallelism: take "
+            "configs/strategy/fsdp2.yaml, which shards the weights"
         )
     with torch.device("meta"):
         transformer = Transformer(config)
@@ -58,7 +60,9 @@ def build_transformer(
     if lora is not None:
         add_adapters(transformer, lora)
     if mesh is not None:
-        shard(transformer, mesh["data_parallel"])
+        if divided:
+            divide(transformer, mesh[TENSOR_PARALLEL])
+        shard(transformer, mesh[DATA_PARALLEL])
     transformer.to_empty(device=torch.get_default_device() if device is None else device)
     transformer.tie_weights()
     if draw:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from dllm_var.checkpointing.files import flush_and_publish
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
-from dllm_var.model.initialise import placed_like
 from dllm_var.model.lora import plain_name
+from dllm_var.model.placement import fill, sections
 from dllm_var.model.safetensors_files import WEIGHTS
 from dllm_var.model.stored import (
     CONFIG,
@@ -236,7 +236,7 @@ def _copy_weights(transformer: Transformer, stored: StoredModel) -> None:
             raise UserError(
                 f"{stored.place}: weight {name} has shape {list(value.shape)}, the config says {list(parameter.shape)}"
             )
-        parameter.copy_(placed_like(value, parameter))
+        fill(parameter, value, sections(name, transformer.config))
 
 
 def with_rows(matrix: Tensor, name: str, rows: int) -> Tensor:

@@ -6,20 +6,21 @@ import hashlib
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dllm_var.model.config import TransformerConfig
+from dllm_var.model.placement import fill, sections
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, std: float, num_layers: int, seed: int) -> None:
-    """Draws every weight anew, one at a time: normal with `std`, residual outputs scaled down by depth (GPT-2).
+def initialise(module: nn.Module, config: TransformerConfig, seed: int) -> None:
+    """Draws every weight anew, one at a time: normal, residual outputs scaled down by depth (GPT-2).
 
     Args:
         module: The transformer; parameters may be sharded.
-        std: Standard deviation of matrices.
-        num_layers: Number of layers, for the residual outputs.
+        config: Its shape, with the standard deviation of matrices.
         seed: Seed of all weights.
     """
     for name, parameter in module.named_parameters():
@@ -28,24 +29,11 @@ def initialise(module: nn.Module, std: float, num_layers: int, seed: int) -> Non
             residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            values.normal_(std=std / math.sqrt(2 * num_layers) if residual else std, generator=generator)
+            std = config.initializer_range / (math.sqrt(2 * config.num_layers) if residual else 1)
+            values.normal_(std=std, generator=generator)
         elif not name.endswith("bias"):
             values.fill_(1.0)
-        parameter.copy_(placed_like(values, parameter))
-
-
-def placed_like(values: Tensor, parameter: Tensor) -> Tensor:
-    """Places values as the parameter is placed."""
-    values = values.to(device=parameter.device, dtype=parameter.dtype)
-    if not isinstance(parameter, DTensor):
-        return values
-    # Every rank has drawn the same values: no rank has to send them.
-    return distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Returns this process's part of a sharded tensor, which shares its memory; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        fill(parameter, values, sections(name, config))
 
 
 def shard(transformer: nn.Module, mesh: DeviceMesh) -> None:

@@ -25,13 +25,20 @@ class KVCache:
         capacity: Tokens a row may hold, windows included.
         device: Where the cache lives.
         dtype: Type of the keys and values.
+        num_kv_heads: Heads of them, when this process has not all of the shape's.
     """
 
     def __init__(
-        self, config: TransformerConfig, rows: int, capacity: int, device: torch.device | str, dtype: torch.dtype
+        self,
+        config: TransformerConfig,
+        rows: int,
+        capacity: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        num_kv_heads: int | None = None,
     ) -> None:
         assert config.num_kv_heads is not None and config.head_dim is not None
-        shape = (config.num_layers, 2, rows, capacity, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, 2, rows, capacity, num_kv_heads or config.num_kv_heads, config.head_dim)
         # A single row reads nothing that it has not written; of several, the masked part must at least be numbers.
         new = torch.empty if rows == 1 else torch.zeros
         self.storage = new(shape, device=device, dtype=dtype)

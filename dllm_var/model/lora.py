@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dllm_var.errors import UserError
-from dllm_var.model.initialise import placed_like
+from dllm_var.model.placement import fill
 from dllm_var.model.transformer import Transformer
 
 ADAPTER_FOLDER = "adapter"
@@ -103,7 +103,7 @@ def reset_adapters(transformer: Transformer) -> None:
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             bound = parameter.shape[1] ** -0.5
             values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-            parameter.copy_(placed_like(values, parameter))
+            fill(parameter, values, [])
 
 
 def plain_name(name: str) -> str:

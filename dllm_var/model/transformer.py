@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement
 
 from dllm_var.errors import UserError
 from dllm_var.model.attention import (
@@ -70,12 +71,16 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.gradient: list[Placement] | None = None  # how it is placed under tensor parallelism; as the weight is
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        weight: Tensor = self.weight
+        if isinstance(weight, DTensor):
+            weight = weight.to_local(grad_placements=self.gradient)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -220,7 +225,7 @@ class Transformer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws every weight anew, from the seed that torch was given and each weight's name."""
-        initialise(self, self.config.initializer_range, self.config.num_layers, torch.initial_seed())
+        initialise(self, self.config, torch.initial_seed())
 
     def forward(
         self,
@@ -283,6 +288,11 @@ class Transformer(nn.Module):
         if not self.config.token_shift or causal or attention_mask is not None:
             return x
         return moved_right(x, segment_ids) if cache is None else cache.shift(x)
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """Returns an empty cache for this process's heads; arguments as of `KVCache`."""
+        weight, heads = self.embedding.weight, self.blocks[0].attention.num_kv_heads  # type: ignore[union-attr]
+        return KVCache(self.config, rows, capacity, weight.device, weight.dtype, num_kv_heads=heads)  # type: ignore[arg-type]
 
     def _attention_dtype(self) -> torch.dtype:
         kind = self.embedding.weight.device.type

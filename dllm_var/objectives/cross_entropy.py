@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}  # float32 logits alive at a time: 64 and 512 MiB
@@ -92,7 +94,10 @@ def summed_cross_entropy(
         loss_sum = (token_loss if weights is None else token_loss * weights).sum()
         return Scores(loss_sum, token_loss.detach(), guesses == targets)
     rows = _rows(head, hidden, logits_per_chunk)
-    return Scores(*_SummedCrossEntropy.apply(hidden, head.weight, targets, weights, rows))
+    matrix, slice_ = vocabulary_slice(head.weight)
+    if not torch.is_grad_enabled():  # which a Function does not hear of
+        hidden, matrix = hidden.detach(), matrix.detach()
+    return Scores(*_SummedCrossEntropy.apply(hidden, matrix, targets, weights, rows * slice_.ranks, slice_))
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -108,12 +113,58 @@ def _rows(head: nn.Linear, hidden: Tensor, logits: int | None) -> int:
     return max(1, logits // head.out_features)
 
 
+class VocabularySlice(NamedTuple):
+    """The tokens that this process has logits of, and the processes that have the others (Megatron-LM, 1909.08053).
+
+    Args:
+        first: Number of the first of them.
+        ranks: How many processes share the vocabulary.
+        group: These processes; null when this one has all of it.
+    """
+
+    first: int = 0
+    ranks: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def find(self, targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Returns where the targets stand among the `size` tokens that are here (anywhere if not) and which do."""
+        place = targets - self.first
+        here = (place >= 0) & (place < size)
+        return place.clamp(0, size - 1), here
+
+    def reduced(self, values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Returns what the values of all processes come to, in place."""
+        if self.group is not None and values.numel():
+            dist.all_reduce(values, operation, group=self.group)
+        return values
+
+
+def vocabulary_slice(weight: Tensor) -> tuple[Tensor, VocabularySlice]:
+    """Returns the rows of a head's weight [V, hidden] that are here, differentiable, and which tokens they are."""
+    if not isinstance(weight, DTensor):
+        return weight, VocabularySlice()
+    mesh = weight.device_mesh
+    each = -(-weight.size(0) // mesh.size())
+    return weight.to_local(), VocabularySlice(mesh.get_local_rank() * each, mesh.size(), mesh.get_group())
+
+
 class _SummedCrossEntropy(torch.autograd.Function):
-    """The loss and both gradients in one pass over chunks of positions; backward only scales them."""
+    """The loss and both gradients in one pass over chunks of positions; backward only scales them.
+
+    Where processes share the vocabulary, each has some of the logits [chunk, V / ranks]. Of a chunk they tell each
+    other the largest logit, the sum of the exponentials and the right token's logit, [chunk] each, and in the end they
+    add up what is theirs of the gradient of the hidden states.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, rows: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        rows: int,
+        vocabulary: VocabularySlice,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = _compute_dtype(hidden)
         for_hidden, for_weight = ctx.needs_input_grad[:2]
@@ -127,17 +178,19 @@ class _SummedCrossEntropy(torch.autograd.Function):
             room = torch.empty(min(rows, hidden.size(0)), weight.size(0), dtype=dtype, device=hidden.device)
             for start in range(0, hidden.size(0), rows):
                 at = slice(start, start + rows)
-                states, right = hidden[at].to(dtype), targets[at, None]
+                states = hidden[at].to(dtype)
                 logits = torch.mm(states, matrix.t(), out=room[: len(states)])
                 chances = logits.float() if dtype == torch.bfloat16 else logits  # the latter is changed in place
-                best = chances.amax(dim=1, keepdim=True)
-                of_right = chances.gather(1, right)
+                right, here = vocabulary.find(targets[at, None], len(matrix))
+                best = vocabulary.reduced(chances.amax(dim=1, keepdim=True), dist.ReduceOp.MAX)
+                of_right = chances.gather(1, right).where(here, 0.0)
                 total = chances.sub_(best).exp_().sum(dim=1, keepdim=True)
+                total, of_right = vocabulary.reduced(torch.stack((total, of_right))).unbind()
                 token_loss[at] = (total.log() + best - of_right)[:, 0]
                 correct[at] = (of_right == best)[:, 0]
                 if not (for_hidden or for_weight):
                     continue
-                chances.scatter_add_(1, right, -total)
+                chances.scatter_add_(1, right, -total.where(here, 0.0))
                 slope = total.reciprocal() if weights is None else weights[at, None] / total
                 slopes = torch.mul(chances, slope, out=logits)
                 if hidden_grad is not None:
@@ -146,6 +199,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
                     weight_grad.addmm_(slopes.t(), states)
                 elif weight_grad is not None:
                     weight_grad.add_(slopes.t() @ states)
+        if hidden_grad is not None:
+            vocabulary.reduced(hidden_grad)
         ctx.gradients = (hidden_grad, weight_grad)
         ctx.mark_non_differentiable(token_loss, correct)
         loss_sum = token_loss.sum() if weights is None else (token_loss * weights).sum()
@@ -158,4 +213,4 @@ class _SummedCrossEntropy(torch.autograd.Function):
             raise RuntimeError("summed_cross_entropy: backward a second time; its gradients are kept for one")
         hidden_grad, weight_grad = (part if part is None else part.mul_(grad.to(part.dtype)) for part in ctx.gradients)
         ctx.gradients = None
-        return hidden_grad, weight_grad, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dllm_var.errors import UserError
-from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import Generation, Request, Sampler, check_at_least_one
 from dllm_var.sampling.draw import Draw, request_keys
@@ -76,7 +75,7 @@ class _Run:
         assert config.vocab_size is not None
         self.device = weight.device
         capacity = max(map(len, prompts), default=0) + limit
-        self.cache = KVCache(config, slots, capacity, self.device, weight.dtype)
+        self.cache = model.new_cache(slots, capacity)
         banned = {*request.suppressed} if config.mask_id is None else {config.mask_id, *request.suppressed}
         self.banned = torch.tensor(sorted(banned), dtype=torch.long, device=self.device)
         self.is_terminator = np.zeros(config.vocab_size, dtype=bool)

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.arrays import arrays, on_host, tensors, there
 from dllm_var.sampling.base import Generation, Request, special_ids
@@ -62,7 +61,7 @@ class BlockRun:
         self.device = weight.device
         # The slack is for padding: a forward is as wide as its widest row, even for a row that is nearly at its end.
         capacity = max(map(len, prompts), default=0) + limit + sampler.blocks_per_window * sampler.block_length
-        self.cache = KVCache(model.config, slots, capacity, self.device, weight.dtype)
+        self.cache = model.new_cache(slots, capacity)
         self.canvas, self.committed_at = (
             torch.from_numpy(np.full((slots, capacity), value)).to(self.device) for value in (self.mask_id, 0)
         )

@@ -125,8 +125,8 @@ class _Run:
         self.device = weight.device
         # The slack is for padding: what the drafter has not read yet, and a draft behind it, beside rows near the end.
         capacity = max(map(len, prompts), default=0) + limit + 2 * sampler.longest_draft + 1
-        self.target_cache = KVCache(model.config, slots, capacity, self.device, weight.dtype)
-        self.drafter_cache = KVCache(self.drafter.config, slots, capacity, self.device, weight.dtype)
+        self.target_cache = model.new_cache(slots, capacity)
+        self.drafter_cache = self.drafter.new_cache(slots, capacity)
         assert model.config.vocab_size is not None
         self.vocab_size = model.config.vocab_size
         self.shared = sampler.counts(self.vocab_size)

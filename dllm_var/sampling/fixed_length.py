@@ -128,8 +128,7 @@ class _Canvas:
         self.keys = np.array(keys, dtype=np.int64)
         self.cache: KVCache | None = None
         if sampler.cache != "none":
-            dtype = model.embedding.weight.dtype
-            self.cache = KVCache(model.config, len(prompts), width + self.block, self.device, dtype)
+            self.cache = model.new_cache(len(prompts), width + self.block)
 
     def fill_block(self, offset: int, width: int) -> None:
         """Denoises the block that begins `offset` into the canvas until no row has a mask in it."""

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.auxiliary import AuxiliaryModel
 from dllm_var.sampling.base import Generation, Request
@@ -31,10 +30,10 @@ class GuidedRun(BlockRun):
     def __init__(self, sampler: GuidedSampler, model: Transformer, prompts: list[list[int]], request: Request) -> None:
         super().__init__(sampler, model, prompts, request)
         self.guide = sampler.auxiliary.beside(model, request)
-        slots, weight = self.prompt.size, self.guide.embedding.weight
+        slots = self.prompt.size
         # A row may read its prompt beside others that are far ahead.
         capacity = self.cache.capacity + max(map(len, prompts), default=0)
-        self.guide_cache = KVCache(self.guide.config, slots, capacity, self.device, weight.dtype)
+        self.guide_cache = self.guide.new_cache(slots, capacity)
         self.guide_nfe, self.guide_read = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
 
     def _start_block(self, slot: int) -> None:
