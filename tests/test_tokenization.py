@@ -97,6 +97,14 @@ def test_wrong_special_tokens_are_told_in_one_line(tmp_path, config, arguments, 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json", "generation_config.json"])
+def test_a_settings_file_that_holds_no_settings_is_named(file, tmp_path):
+    folder = write_byte_tokenizer(tmp_path)
+    (folder / file).write_text("1.5")
+    with pytest.raises(UserError, match=f"{file} must hold settings by name, not float"):
+        Tokenizer.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("given", "name", "index"), [(None, "<|new|>", 261), ("<x>", "<x>", 261), ("<|pad|>", "<|pad|>", 256)]
 )

@@ -152,6 +152,8 @@ def _open_lightning(file: Path) -> StoredModel:
     meta = {key: value for key, value in ours.items() if key not in ("transformer", "tokenizer", "lora")}
     config = _own_config(ours.get("transformer"), file)
     lora = ours.get("lora")
+    if not isinstance(lora, dict | None):
+        raise UserError(f"{file} has adapters without their settings: its 'lora' is damaged")
     weights = weights if lora is None else MergedWeights(weights, Lora(**lora).scaling)
     return StoredModel(file, config, weights, lambda: _own_tokenizer(ours.get("tokenizer"), file), meta)
 
