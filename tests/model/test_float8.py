@@ -155,13 +155,17 @@ def test_adapters_are_trained_in_full_precision_beside_rounded_weights(tmp_path)
 @needs_torchao
 @pytest.mark.slow
 def test_two_processes_with_sharded_weights_train_as_one(tmp_path):
-    """FSDP2; by the recipe whose scales do not depend on which rows lie together in a batch."""
+    """FSDP2; by the recipe whose scales do not depend on which rows lie together in a batch.
+
+    The last digit of a sum decides now and then which way an entry is rounded, so they are not equal to the last digit.
+    """
     settings = [
         *(f"--config={ROOT / 'configs' / name}" for name in ("quickstart.yaml", "strategy/fsdp2.yaml")),
         "--model.transformer.hidden_size=32", "--model.transformer.num_layers=2", "--model.transformer.num_heads=2",
         "--model.float8={recipe: rowwise_with_gw_hp, emulate: true}", "--data.context_length=48",
-        "--trainer.max_steps=3", "--trainer.limit_val_batches=0", "--trainer.accelerator=cpu",
-        "--trainer.callbacks=[dllm_var.callbacks.ExportWeights]",
+        "--model.optimizer={class_path: torch.optim.SGD, init_args: {lr: 0.3, fused: false}}",
+        "--model.schedule={kind: constant, warmup_steps: 0}", "--trainer.max_steps=3", "--trainer.limit_val_batches=0",
+        "--trainer.accelerator=cpu", "--trainer.callbacks=[dllm_var.callbacks.ExportWeights]",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for devices in (1, 2):
@@ -170,5 +174,8 @@ def test_two_processes_with_sharded_weights_train_as_one(tmp_path):
         run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
         assert run.returncode == 0, run.stderr[-3000:]
     one, two = (load_checkpoint(tmp_path / f"runs/quickstart/version_{n}/model")[0] for n in (0, 1))
-    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+    ours, theirs = (torch.cat([weight.flatten() for weight in model.parameters()]) for model in (one, two))
+    torch.manual_seed(1)  # the quickstart's, from which each weight is drawn by its name
+    first = torch.cat([weight.flatten() for weight in Transformer(one.config).parameters()])
+    moved = (ours - first).norm()
+    assert moved > 0.1 and (ours - theirs).norm() < 0.02 * moved
