@@ -5,6 +5,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from torch._subclasses import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -64,7 +65,7 @@ class Operations(TorchDispatchMode):
             return NotImplemented  # comes again, for the part of the tensor that is here
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves((args, result)):
-            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1:
+            if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and not isinstance(tensor, FakeTensor):
                 self.sizes.update(tensor.shape)
         name = str(function)
         if name in ("c10d.allreduce_.default", "_c10d_functional.all_reduce.default"):
@@ -125,7 +126,7 @@ def fit(folder, name, devices=1, strategy="auto", accumulate=1, checkpoint=None,
         accumulate_grad_batches=accumulate,
         max_steps=STEPS,
         gradient_clip_val=0.5,
-        limit_val_batches=2,
+        limit_val_batches=2 * accumulate,
         val_check_interval=accumulate * STEPS,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,

@@ -129,11 +129,11 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one_and_report_once(strategy, alone, tmp_path):
+@pytest.mark.parametrize(("strategy", "batch_size"), [("ddp", 4), ("fsdp2", 4), ("tensor_parallel", 8)])
+def test_two_processes_train_as_one_and_report_once(strategy, batch_size, alone, tmp_path):
     """With Muon, clipping, sampling, export and summary, as the recipe has them."""
-    overlay = ["--config", str(CONFIGS / f"strategy/{strategy}.yaml"), "--trainer.devices=2", "--data.batch_size=4"]
-    shown, run = train(tmp_path / "run", *overlay)
+    overlay = ["--config", str(CONFIGS / f"strategy/{strategy}.yaml"), "--trainer.devices=2"]
+    shown, run = train(tmp_path / "run", *overlay, f"--data.batch_size={batch_size}")
     assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
     one, two = load_file(alone / "model/model.safetensors"), load_file(run / "model/model.safetensors")
     assert one.keys() == two.keys()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -150,3 +150,38 @@ def gathered(weight: Tensor, sections: list[int]) -> Tensor:
         if hasattr(weight.placements[dim], "dim"):  # along the others all have the same
             dist.all_reduce(whole, group=mesh.get_group(dim))
     return whole
+
+
+class VocabularySlice(NamedTuple):
+    """The tokens that this process has logits of, and the processes that have the others (Megatron-LM, 1909.08053).
+
+    Args:
+        first: Number of the first of them.
+        ranks: How many processes share the vocabulary.
+        group: These processes; null when this one has all of it.
+    """
+
+    first: int = 0
+    ranks: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def find(self, targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Returns where the targets stand among the `size` tokens that are here (anywhere if not) and which do."""
+        place = targets - self.first
+        here = (place >= 0) & (place < size)
+        return place.clamp(0, size - 1), here
+
+    def reduced(self, values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Returns what the values of all processes come to, in place."""
+        if self.group is not None and values.numel():
+            dist.all_reduce(values, operation, group=self.group)
+        return values
+
+
+def vocabulary_slice(weight: Tensor) -> tuple[Tensor, VocabularySlice]:
+    """Returns the rows of head or embedding [V, hidden] that are here, differentiable, and which tokens they are."""
+    if not isinstance(weight, DTensor):
+        return weight, VocabularySlice()
+    mesh = weight.device_mesh
+    each = -(-weight.size(0) // mesh.size())
+    return weight.to_local(), VocabularySlice(mesh.get_local_rank() * each, mesh.size(), mesh.get_group())

@@ -2,25 +2,50 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from dllm_var.errors import UserError
-from dllm_var.model.placement import share
+from dllm_var.model.placement import share, vocabulary_slice
 from dllm_var.model.transformer import Attention, RMSNorm, Transformer
 
 # Of each layer, what comes first is divided by its outputs and what comes last by its inputs: in between, each process
 # has its own heads or features, and an all-reduce makes one sum of what all of them add to the residual stream.
 PLAN = {
-    "embedding": RowwiseParallel(input_layouts=Replicate()),  # of the vocabulary
     "blocks.*.attention.qkv": ColwiseParallel(),
     "blocks.*.attention.out": RowwiseParallel(),
     "blocks.*.mlp.gate_up": ColwiseParallel(),
     "blocks.*.mlp.down": RowwiseParallel(),
     "lm_head": ColwiseParallel(output_layouts=Replicate()),  # whole logits for whoever calls it; the loss does not
 }
+
+
+class SharedEmbedding(nn.Embedding):
+    """The embedding of some of the vocabulary's tokens; the sum over the processes is that of all.
+
+    Torch's RowwiseParallel does the same, but makes gradients of the whole vocabulary on every process.
+
+    Args:
+        whole: The embedding, the same on every process.
+        mesh: One-dimensional mesh of those that share it.
+    """
+
+    def __init__(self, whole: nn.Embedding, mesh: DeviceMesh) -> None:
+        rows = distribute_tensor(whole.weight, mesh, [Shard(0)], src_data_rank=None)
+        super().__init__(whole.num_embeddings, whole.embedding_dim, _weight=rows)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        weight: Any = self.weight
+        rows, tokens = vocabulary_slice(weight)
+        place, here = tokens.find(input_ids, len(rows))
+        vectors = F.embedding(place, rows).masked_fill(~here.unsqueeze(-1), 0.0)
+        summed = DTensor.from_local(vectors, weight.device_mesh, [Partial()], run_check=False)
+        return summed.redistribute(placements=[Replicate()]).to_local()
 
 
 def divide(transformer: Transformer, mesh: DeviceMesh) -> None:
@@ -50,6 +75,7 @@ def divide(transformer: Transformer, mesh: DeviceMesh) -> None:
             "tokens: lower it, or take configs/strategy/fsdp2.yaml"
         )
     parallelize_module(transformer, mesh, dict(PLAN), src_data_rank=None)
+    transformer.embedding = SharedEmbedding(transformer.embedding, mesh)
     transformer.tie_weights()
     for module in transformer.modules():
         if isinstance(module, RMSNorm):  # whole everywhere, so that optimizers meet one kind of parameter

@@ -10,8 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+
+from dllm_var.model.placement import VocabularySlice, vocabulary_slice
 
 LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}  # float32 logits alive at a time: 64 and 512 MiB
 
@@ -111,41 +112,6 @@ def _rows(head: nn.Linear, hidden: Tensor, logits: int | None) -> int:
     if logits is None:
         logits = LOGITS_PER_CHUNK.get(hidden.device.type, LOGITS_PER_CHUNK["cpu"])
     return max(1, logits // head.out_features)
-
-
-class VocabularySlice(NamedTuple):
-    """The tokens that this process has logits of, and the processes that have the others (Megatron-LM, 1909.08053).
-
-    Args:
-        first: Number of the first of them.
-        ranks: How many processes share the vocabulary.
-        group: These processes; null when this one has all of it.
-    """
-
-    first: int = 0
-    ranks: int = 1
-    group: dist.ProcessGroup | None = None
-
-    def find(self, targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        """Returns where the targets stand among the `size` tokens that are here (anywhere if not) and which do."""
-        place = targets - self.first
-        here = (place >= 0) & (place < size)
-        return place.clamp(0, size - 1), here
-
-    def reduced(self, values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
-        """Returns what the values of all processes come to, in place."""
-        if self.group is not None and values.numel():
-            dist.all_reduce(values, operation, group=self.group)
-        return values
-
-
-def vocabulary_slice(weight: Tensor) -> tuple[Tensor, VocabularySlice]:
-    """Returns the rows of a head's weight [V, hidden] that are here, differentiable, and which tokens they are."""
-    if not isinstance(weight, DTensor):
-        return weight, VocabularySlice()
-    mesh = weight.device_mesh
-    each = -(-weight.size(0) // mesh.size())
-    return weight.to_local(), VocabularySlice(mesh.get_local_rank() * each, mesh.size(), mesh.get_group())
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
