@@ -118,7 +118,10 @@ class DiffusionLM(L.LightningModule):
         if self.transformer is not None:
             return
         if self.tokenizer is None:
-            self.tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            self.tokenizer = getattr(data, "tokenizer", None)
+            if self.config.context_length is None:  # for those who will serve the model
+                self.config = replace(self.config, context_length=getattr(data, "context_length", None))
         if self.tokenizer is None:
             raise UserError(
                 "the model takes its vocabulary from the data module's tokenizer, and there is none: "

@@ -145,6 +145,7 @@ def test_a_checkpoint_is_plain_data_and_loads_without_its_config(tmp_path):
     torch.load(tmp_path / "x.ckpt", weights_only=True)
     transformer, tokenizer, _ = load_checkpoint(tmp_path / "x.ckpt")
     assert tokenizer.encode("ab") == model.tokenizer.encode("ab")
+    assert transformer.config.context_length == 48  # the data's
     for a, b in zip(transformer.parameters(), model.transformer.parameters(), strict=True):
         assert torch.equal(a, b)
 

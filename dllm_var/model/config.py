@@ -32,7 +32,8 @@ class TransformerConfig:
         token_shift: Predicts each token at the position left of it, as causal models do and Dream still does.
         tie_embeddings: Shares the input embedding with the output head.
         initializer_range: Standard deviation of the initial weights.
-        context_length: Longest context in training, for those who serve the model; not enforced.
+        context_length: Longest context in training, for those who serve the model; not enforced. What the checkpoint or
+            the data has when null.
         vocab_size: Number of token ids; taken from the tokenizer when null.
         mask_id: Id of the mask token; taken from the tokenizer when null.
         terminator_ids: Ids that end an answer; taken from the tokenizer when null.

@@ -64,6 +64,7 @@ def test_a_run_takes_shape_and_weights_and_adds_a_row_for_the_mask(tmp_path):
     config = model.transformer.config
     assert (config.num_layers, config.qkv_bias, config.vocab_size, config.mask_id) == (2, True, 262, 261)
     assert not config.causal and config.terminator_ids == [260]
+    assert config.context_length == theirs.config.max_position_embeddings
     embedding, head = model.transformer.embedding.weight, model.transformer.lm_head.weight
     assert torch.equal(embedding[:261], theirs.get_input_embeddings().weight) and torch.equal(
         head[:261], theirs.lm_head.weight
