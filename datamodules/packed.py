@@ -17,17 +17,15 @@ from dllm_var.datamodules.cache import load_table
 from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.datamodules.fitting import Sections, TooLong
 from dllm_var.datamodules.held_out import HELD_OUT_SEED, Example, held_out_examples
+from dllm_var.datamodules.made_from import check_made_from
+from dllm_var.datamodules.packing import VERSIONS
+from dllm_var.datamodules.report import describe_packing, report_packing
 from dllm_var.datamodules.rows import PackedRows
 from dllm_var.datamodules.samplers import HeldOutSampler, RowSampler
 from dllm_var.datamodules.sources import Source
 from dllm_var.datamodules.table import Table
 from dllm_var.errors import UserError
 from dllm_var.tokenization import Tokenizer
-
-_CHANGED = {  # of what a checkpoint was trained on, where a value tells nothing
-    "source": "has other records, or other splits, than when the checkpoint was written",
-    "tokenizer": "is not the one the checkpoint was trained with",
-}
 
 
 class PackedDataModule(L.LightningDataModule):
@@ -94,6 +92,8 @@ class PackedDataModule(L.LightningDataModule):
         ):
             if value < least:
                 raise UserError(f"data.{name} is {value}; it must be at least {least}")
+        if context_length >= 2**31:  # positions are 32-bit numbers
+            raise UserError(f"data.context_length is {context_length}; it must be below {2**31}")
         for name, value in (("overhang", overhang), ("canvas", canvas), ("eos_padding", eos_padding)):
             if value >= context_length:
                 raise UserError(f"data.{name} is {value}; it must be less than data.context_length, {context_length}")
@@ -171,20 +171,13 @@ class PackedDataModule(L.LightningDataModule):
         """What decides the content of every row, as plain values."""
         names = ("context_length", "packing", "overhang", "canvas", "eos_padding", "on_bad_record", "on_too_long")
         settings = {name: getattr(self, name) for name in (*names, "seed", "chat")}
-        return {"source": self.source.fingerprint(), "tokenizer": self.tokenizer.fingerprint, **settings}
+        identity = {"source": self.source.fingerprint(), "tokenizer": self.tokenizer.fingerprint}
+        return {**identity, **settings, "plan_version": VERSIONS[self.packing]}
 
     def _check_made_from(self, saved: dict[str, Any] | None) -> None:
         fitting = self.trainer is not None and self.trainer.state.fn == "fit"
-        if saved is None or not fitting or not self.check_resume:
-            return
-        for name, ours in self.made_from.items():
-            if name in saved and saved[name] != ours:
-                changed = f"was {saved[name]} when the checkpoint was written and is {ours} now"
-                change = _CHANGED.get(name, changed)
-                raise UserError(
-                    f"data.{name} {change}: set it back, start a new run with model.init_from, or go on all the same "
-                    "with --data.check_resume=false"
-                )
+        if saved is not None and fitting and self.check_resume:
+            check_made_from(saved, self.made_from)
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         """Batches of validation rows, always the same, each once over all ranks; none without such a split."""
@@ -277,42 +270,13 @@ class PackedDataModule(L.LightningDataModule):
             positions that is not padding), ``cut`` (samples that stand in several rows), ``dropped`` and ``truncated``
             (too long), ``skipped`` (bad records), ``unknown_tokens`` (what the tokenizer could not spell).
         """
-        rows, meta = self.rows(split), self.table(split).meta
-        totals, used, cut = self._totals[split], 0, 0
-        for section in range(len(rows.sections)):
-            packed = rows.packed(0, section)
-            used += int((packed.samples.content + packed.overhang).sum(dtype=np.int64))
-            cut += packed.plan.cut
-        return {
-            "samples": totals["samples"],
-            "tokens": totals["tokens"],
-            "rows": len(rows),
-            "utilisation": used / (len(rows) * self.context_length),
-            "cut": cut,
-            "dropped": totals["dropped"],
-            "truncated": totals["truncated"],
-            "skipped": meta["skipped"],
-            "unknown_tokens": meta["unknown_tokens"],
-        }
+        rows = self.rows(split)  # counts the totals
+        return report_packing(rows, self._totals[split], self.table(split).meta)
 
     def summary(self) -> str:
         """The report on the training data in a line or two."""
-        report = self.report()
-        text = (
-            f"data: {report['samples']:,} samples, {report['tokens']:,} tokens in {report['rows']:,} rows of "
-            f"{self.context_length} ({self.packing}, {report['utilisation']:.1%} used)"
-        )
-        labels = {
-            "cut": "cut over rows",
-            "dropped": "too long and dropped",
-            "truncated": "truncated",
-            "skipped": "bad records skipped",
-            "unknown_tokens": "unknown tokens",
-        }
-        notes = [f"{report[name]:,} {label}" for name, label in labels.items() if report[name]]
-        text += f"\ndata: {', '.join(notes)}" if notes else ""
         reasons = self.table("train").meta["reasons"]
-        return text + (f", the first: {reasons[0]}" if reasons else "")
+        return describe_packing(self.report(), self.context_length, self.packing, reasons)
 
     def _place(self, split: str, record: int) -> str:
         """Where a record stands in the source."""

@@ -5,16 +5,17 @@ A plan covers one epoch. It is made of a few flat arrays, so that any row is fou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-Ints = NDArray[np.integer]
+from dllm_var.datamodules.best_fit import Ints
+from dllm_var.datamodules.layout import count_rows, lay_out
 
-MIXED = 0.48  # share of the short samples that best_fit deals out at random; more, and fewer are left to fill gaps
 SIZES = 8_192  # best_fit tells no more sizes apart than this, however long the context
+SIZES_AT_LEAST = 2_048  # nor more than this where rounding up adds less than half a percent to the lengths
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,10 @@ def count_concat(lengths: Ints, context_length: int) -> int:
 
 
 def plan_best_fit(lengths: Ints, context_length: int, generator: np.random.Generator) -> WholePlan:
-    """Puts each sample into the fullest row that still has room, longest first; no sample is ever cut.
+    """Puts samples together that fill a row, or nearly; no sample is ever cut.
 
-    Samples of equal length are interchangeable, so rows are laid out on the histogram of lengths and the samples dealt
-    to the places afterwards: the cost hardly depends on the number of samples. (Histogram packing, arXiv 2107.02027.)
+    Which lengths share a row is decided by `dllm_var.datamodules.layout.lay_out`, from their histogram; the samples are
+    dealt to the places afterwards.
 
     Args:
         lengths: positions each sample takes, each from 1 to `context_length`, shape [samples].
@@ -136,8 +137,8 @@ def plan_best_fit(lengths: Ints, context_length: int, generator: np.random.Gener
     """
     sizes, capacity = _coarse(lengths, context_length)
     size, row = lay_out(np.bincount(sizes, minlength=capacity + 1), capacity)
-    row = _shuffled(int(row.max(initial=-1)) + 1, generator)[row]
-    places = np.argsort(row + generator.random(len(row)))  # rows one after the other, each in a random order
+    row = _shuffled(int(row.max(initial=-1)) + 1, generator)[row].astype(np.int64)
+    places = np.argsort(row << 32 | generator.permutation(len(row)))  # row after row, each in a random order
     size, row = size[places], row[places]
     samples = _shuffled(len(lengths), generator)
     order = np.empty_like(samples)
@@ -149,96 +150,14 @@ def plan_best_fit(lengths: Ints, context_length: int, generator: np.random.Gener
 def count_best_fit(lengths: Ints, context_length: int) -> int:
     """Number of rows that `plan_best_fit` makes."""
     sizes, capacity = _coarse(lengths, context_length)
-    return int(lay_out(np.bincount(sizes, minlength=capacity + 1), capacity)[1].max(initial=-1)) + 1
-
-
-def lay_out(counts: Ints, capacity: int) -> tuple[Ints, Ints]:
-    """Decides which sizes share a row, the same way for the same histogram.
-
-    Best-fit alone fills rows with samples of one length, which would tell a model that attends across them where each
-    ends. So rows are first filled to about a half with short samples at random, and the rest is fitted in.
-
-    Args:
-        counts: number of samples of each size, shape [capacity + 1].
-        capacity: what a row holds.
-
-    Returns:
-        Size and row of every place, each of shape [samples].
-    """
-    short = np.repeat(np.arange(capacity // 4 + 1, dtype=np.uint16), counts[: capacity // 4 + 1])
-    np.random.default_rng(0).shuffle(short)
-    ends = np.cumsum(short, dtype=np.int64)
-    mixed = int(np.searchsorted(ends, MIXED * ends[-1])) if len(ends) else 0
-    mixed_size = short[:mixed]
-    mixed_row = (ends[:mixed] - mixed_size) // (capacity // 2 or 1)
-    rooms = capacity - np.bincount(mixed_row, mixed_size).astype(np.int64)
-    rest = counts - np.bincount(mixed_size, minlength=len(counts))
-    fitted = fit_histogram(rest, capacity, np.bincount(rooms, minlength=len(counts)))
-
-    # Rows with the same room are interchangeable: those begun above are taken by room, new ones are numbered after.
-    rows_by_room = np.argsort(rooms, kind="stable")
-    next_of_room = np.searchsorted(rooms[rows_by_room], np.arange(capacity + 1))
-    next_new = len(rooms)
-    sizes, rows = [mixed_size], [mixed_row]
-    for pattern, room, repeats in fitted:
-        if room is None:
-            row = np.arange(next_new, next_new + repeats)
-            next_new += repeats
-        else:
-            row = rows_by_room[next_of_room[room] : next_of_room[room] + repeats]
-            next_of_room[room] += repeats
-        sizes.append(np.tile(np.array(pattern, dtype=np.uint16), repeats))
-        rows.append(np.repeat(row, len(pattern)))
-    return np.concatenate(sizes), np.concatenate(rows)
-
-
-def fit_histogram(counts: Ints, capacity: int, rooms: Ints) -> Iterator[tuple[list[int], int | None, int]]:
-    """Best-fit-decreasing over a histogram of lengths.
-
-    Args:
-        counts: number of samples of each length, shape [capacity + 1].
-        capacity: positions in a new row.
-        rooms: number of rows already begun with each room left, shape [capacity + 1].
-
-    Yields:
-        Lengths that go into a row, the room it had or None if it is new, and how many such rows.
-    """
-    # Rows of equal content are one group: (how many, room at first, chain of (length, chain)); groups[r] have room r.
-    groups: list[list[tuple[int, int | None, tuple]]] = [[] for _ in range(capacity + 1)]
-    occupied = 0  # bit r tells whether groups[r] has any
-    for room in np.flatnonzero(rooms).tolist():
-        groups[room].append((int(rooms[room]), room, ()))
-        occupied |= 1 << room
-    for length in np.flatnonzero(counts)[::-1].tolist():
-        left = int(counts[length])
-        while left:
-            fitting = occupied >> length
-            if fitting:
-                room = length + (fitting & -fitting).bit_length() - 1
-                rows, begun, chain = groups[room].pop()
-            else:  # no row has room: open as many as these samples fill
-                room, rows, begun, chain = capacity, -(-left // (capacity // length)), None, ()
-            used = min(rows, left)
-            left -= used
-            groups[room - length].append((used, begun, (length, chain)))
-            if rows > used:
-                groups[room].append((rows - used, begun, chain))
-            occupied |= 1 << (room - length)
-            occupied = occupied | 1 << room if groups[room] else occupied & ~(1 << room)
-    for group in groups:
-        for rows, begun, chain in group:
-            pattern = []
-            while chain:
-                length, chain = chain
-                pattern.append(length)
-            if pattern:
-                yield pattern, begun, rows
+    return count_rows(np.bincount(sizes, minlength=capacity + 1), capacity)
 
 
 PLANS: dict[str, Callable[[Ints, int, np.random.Generator], Plan]] = {
     "concat": plan_concat,
     "best_fit": plan_best_fit,
 }
+VERSIONS = {"concat": 1, "best_fit": 2}  # raised whenever rows would not be the same any more; checkpoints record it
 COUNTS: dict[str, Callable[[Ints, int], int]] = {"concat": count_concat, "best_fit": count_best_fit}
 
 
@@ -249,8 +168,9 @@ def _shuffled(count: int, generator: np.random.Generator) -> Ints:
 
 
 def _coarse(lengths: Ints, context_length: int) -> tuple[NDArray[np.uint16], int]:
-    """Lengths rounded up to at most `SIZES` distinct sizes, and how many of their unit a row holds."""
-    unit = -(-context_length // SIZES)
+    """Lengths rounded up to few distinct sizes, and how many of their unit a row holds."""
+    mean = int(lengths.sum(dtype=np.int64)) // max(len(lengths), 1)
+    unit = max(-(-context_length // SIZES), min(-(-context_length // SIZES_AT_LEAST), mean // 200), 1)
     capacity = context_length // unit
     # What is longer than all whole units of a row has the row for itself anyway.
     return np.minimum(-(-lengths // unit), capacity).astype(np.uint16), capacity

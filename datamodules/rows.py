@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class PackedRows(Dataset):
         canvas: int = 0,
         cut: bool = True,
     ) -> None:
-        self.sections = sections
+        self.sections, self._sections = sections, len(sections)
         self.special = special
         self.context_length = context_length
         self.packing = packing
@@ -98,6 +99,7 @@ class PackedRows(Dataset):
         self.varies = bool(overhang or (canvas and cut))  # whether epochs differ in their lengths
         self.seed = seed if isinstance(seed, tuple) else (seed,)
         self._starts = [0]  # number of the first row of each section, epoch after epoch, as far as they are counted
+        self._filled = [0]  # positions that are not padding before each of these rows
         self._kept: OrderedDict[tuple[int, int], Packed] = OrderedDict()
 
     def __len__(self) -> int:
@@ -151,33 +153,48 @@ class PackedRows(Dataset):
 
     def first_row(self, epoch: int) -> int:
         """Number of an epoch's first row."""
-        sections = len(self.sections)
+        sections = self._sections
         if not self.varies:  # every epoch has as many rows
             self._count(sections)
             return epoch * self._starts[sections]
         self._count(epoch * sections)
         return self._starts[epoch * sections]
 
+    @property
+    def utilisation(self) -> float:
+        """Share of the positions in the first epoch's rows that is not padding."""
+        rows = len(self)
+        return self._filled[self._sections] / (rows * self.context_length)
+
+    def cut_samples(self) -> int:
+        """How many samples stand in several rows in the first epoch."""
+        if self.packing == "best_fit":
+            return 0
+        return sum(self.packed(0, section).plan.cut for section in range(self._sections))
+
     def locate(self, row: int) -> tuple[int, int, int]:
         """Epoch of a row, its section, and its number within that section of that epoch."""
-        epoch = 0
+        epoch, sections = 0, self._sections
         if self.varies:
             while self._starts[-1] <= row:
                 self._count(len(self._starts))
         else:
-            epoch, row = divmod(row, self.first_row(1))
-        begun = int(np.searchsorted(self._starts, row, side="right")) - 1  # sections without rows are passed over
-        more, section = divmod(begun, len(self.sections))
+            if len(self._starts) <= sections:
+                self._count(sections)
+            epoch, row = divmod(row, self._starts[sections])
+        begun = bisect_right(self._starts, row) - 1  # sections without rows are passed over
+        more, section = divmod(begun, sections)
         return epoch + more, section, row - self._starts[begun]
 
     def _count(self, sections: int) -> None:
         """Counts rows until the first row after so many sections, over all epochs, is known."""
         while len(self._starts) <= sections:
-            epoch, section = divmod(len(self._starts) - 1, len(self.sections))
+            epoch, section = divmod(len(self._starts) - 1, self._sections)
             samples = self.sections[section]
             _, overhang = self._draw(samples, epoch, section)
-            rows = COUNTS[self.packing](samples.content + overhang, self.context_length)
-            self._starts.append(self._starts[-1] + rows)
+            lengths = samples.content + overhang
+            self._starts.append(self._starts[-1] + COUNTS[self.packing](lengths, self.context_length))
+            self._filled.append(self._filled[-1] + int(lengths.sum(dtype=np.int64)))
 
     def _draw(self, samples: Samples, epoch: int, section: int) -> tuple[np.random.Generator, NDArray[np.int32]]:
         """Generator of a section, and as its first draw the overhang of each sample, as far as a row has room."""
@@ -197,24 +214,40 @@ class PackedRows(Dataset):
     def _fill(self, batch: dict[str, NDArray], places: NDArray, numbers: NDArray, packed: Packed) -> None:
         """Puts rows `numbers` of a section into rows `places` of a batch."""
         samples, spans = packed.samples, packed.plan.spans(numbers)
-        # One entry per token from here on: its span, its position in the span, in the sample, in the flattened batch.
-        owner = np.repeat(np.arange(len(spans.length)), spans.length)
-        within = np.arange(len(owner)) - (np.cumsum(spans.length) - spans.length)[owner]
-        position = within + spans.start[owner]
-        target = within + (places[spans.row] * self.context_length + spans.column)[owner]
-
-        body = samples.body[spans.sample]
-        token = np.minimum(position, body[owner] - 1) + samples.table.offsets[samples.index[spans.sample]][owner]
-        ids = samples.table.tokens[token].astype(np.int64)
-        supervised = samples.table.supervised[token]
-        after_body = position >= body[owner]
-        if after_body.any():
-            hanging = position >= samples.content[spans.sample][owner]
+        sample, start, length = spans.sample, spans.start, spans.length
+        body = samples.body[sample]
+        origin = samples.table.offsets[samples.index[sample]]
+        # One entry per token from here on, in the order of places and columns. What counts up along a piece is the
+        # number of the token plus something that is the same for all of the piece.
+        count = int(length.sum())
+        number = np.arange(count)
+        begin = length.cumsum() - length
+        token = number + (origin + start - begin).repeat(length)
+        all_stored = bool((start + length <= body).all())
+        if not all_stored:
+            np.minimum(token, (origin + body - 1).repeat(length), out=token)
+        ids, supervised = samples.table.tokens[token], samples.table.supervised[token]
+        if not all_stored:
+            position = number + (start - begin).repeat(length)
+            after_body = position >= body.repeat(length)
+            hanging = position >= samples.content[sample].repeat(length)
+            ids = ids.astype(np.int64)
             ids[after_body] = self.special.terminator_ids[0]
             ids[hanging] = self.special.mask_id
             supervised = (supervised | after_body) & ~hanging
-        segment = np.arange(len(spans.row)) - np.searchsorted(spans.row, spans.row)  # counts up from 0 in each row
-        batch["input_ids"].reshape(-1)[target] = ids
-        batch["supervised"].reshape(-1)[target] = supervised
-        batch["segment_ids"].reshape(-1)[target] = segment[owner]
-        batch["position_ids"].reshape(-1)[target] = within
+        segment = np.arange(len(length)) - np.searchsorted(spans.row, spans.row)  # counts up from 0 in each row
+        columns = {
+            "input_ids": ids,
+            "supervised": supervised,
+            "segment_ids": segment.repeat(length),
+            "position_ids": number - begin.repeat(length),
+        }
+        if count == batch["input_ids"].size:
+            for name, values in columns.items():
+                batch[name].reshape(-1)[:] = values
+        else:
+            taken = np.zeros((len(batch["row"]), 1), np.int64)
+            taken[places, 0] = np.bincount(spans.row, length, len(numbers))
+            here = np.arange(self.context_length) < taken  # padding is at the end of rows
+            for name, values in columns.items():
+                batch[name][here] = values

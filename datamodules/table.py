@@ -78,5 +78,5 @@ def _map(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
     size = path.stat().st_size
     if size != length * dtype.itemsize:
         raise ValueError(f"{path.name} has {size:,} bytes instead of {length * dtype.itemsize:,}")
-    # An empty file cannot be mapped.
-    return np.memmap(path, dtype=dtype, mode="r") if length else np.empty(0, dtype)
+    # An empty file cannot be mapped; a plain array over the same pages is indexed faster than a memmap.
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if length else np.empty(0, dtype)
