@@ -67,7 +67,7 @@ def trained(reference, tmp_path_factory):
     data = PackedDataModule(
         JsonlSource(str(place / "sums.jsonl")),
         str(folder),
-        batch_size=4,
+        batch_size=2,
         context_length=64,
         packing="best_fit",
         mask_token=tokenizer.convert_ids_to_tokens(3),  # an id that is kept free
@@ -148,7 +148,10 @@ def test_the_run_is_exported_opened_by_transformers_and_decoded(trained, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     ids = torch.randint(20, 49152, (1, 24), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(theirs(ids, use_cache=False).logits, again(ids), atol=1e-3, rtol=1e-4)
+    found, expected, exact = again(ids), theirs(ids).logits, theirs.double()(ids).logits
+    rounding = float((expected - exact).abs().max())  # of random text read in both directions: up to 4e-3
+    print(f"transformers is {rounding:.1e} from its own double precision, we are {(found - exact).abs().max():.1e}")
+    assert 0 < rounding < 0.02 and (found - exact).abs().max() < 4 * rounding
     prompt = ["--chat", "--prompt", "What is 3 plus 4?", "--max-new-tokens", "16", "--json"]
     assert main(["generate", "--checkpoint", str(tmp_path / "out"), *prompt]) == 0
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
