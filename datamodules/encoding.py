@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain, pairwise
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -78,36 +79,53 @@ class RecordEncoder:
 
     def _samples(self, records: Sequence[tuple[str, dict[str, Any] | BadRecord]], first: int) -> dict[int, Runs]:
         """Runs of each usable record, by its number."""
-        parsed: list[tuple[int, str, Turns | Chat | Ids]] = []
+        parsed: list[tuple[int, str, Turns | Chat | Ids, list[tuple[str, bool]]]] = []
         for number, (where, record) in enumerate(records, first):
             try:
                 if isinstance(record, BadRecord):
                     raise RecordError(record.reason)
-                parsed.append((number, where, parse_record(record, self.chat)))
-            except RecordError as error:
+                form = parse_record(record, self.chat)
+                parsed.append((number, where, form, self._pieces(form)))
+            except (RecordError, UserError) as error:
                 self._skip(where, error)
-        plain = [text for _, _, form in parsed if isinstance(form, Turns) for text in form.texts]
-        texts = iter(self.tokenizer.encode_batch(plain))
+        # All at once, so that the tokenizer's threads, one for each core, have enough to share.
+        texts = iter(self.tokenizer.encode_batch([text for *_, pieces in parsed for text, _ in pieces]))
         samples: dict[int, Runs] = {}
-        for number, where, form in parsed:
+        for number, where, form, pieces in parsed:
+            runs = [(next(texts), flag) for _, flag in pieces]  # also of a record that is skipped
             try:
-                samples[number] = self._runs(form, texts)
+                samples[number] = self._runs(form, runs)
             except (RecordError, UserError) as error:
                 self._skip(where, error)
         return samples
 
-    def _runs(self, form: Turns | Chat | Ids, texts: Iterator[list[int]]) -> Runs:
-        """Token ids of a record as runs, the last of them an answer that ends with a terminator."""
+    def _pieces(self, form: Turns | Chat | Ids) -> list[tuple[str, bool]]:
+        """Texts of a record that have to be encoded, and whether they carry loss."""
+        if isinstance(form, Turns):
+            return list(zip(form.texts, form.supervised, strict=True))
+        if isinstance(form, Chat):
+            from dllm_var.chat_templates import chat_pieces  # imports Jinja
+
+            return chat_pieces(self.tokenizer, form.messages)
+        return []
+
+    def _runs(self, form: Turns | Chat | Ids, runs: Runs) -> Runs:
+        """Token ids of a record as runs, the last of them an answer that ends with a terminator.
+
+        Args:
+            form: What the record is.
+            runs: Its texts, encoded.
+        """
         end = [self.tokenizer.terminator_id]
         if isinstance(form, Turns):
-            runs = [(next(texts), flag) for flag in form.supervised]
             if not all(ids for ids, flag in runs if flag):
                 raise RecordError("has an answer of no tokens")
             runs = [(ids + end if flag else ids, flag) for ids, flag in runs]
         elif isinstance(form, Chat):
-            ids, flags = self.tokenizer.encode_chat(form.messages)
-            edges = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(ids)]
-            runs = [(ids[start:stop], flags[start]) for start, stop in pairwise(edges)]
+            if self.tokenizer.chat_template is None:
+                runs = [(ids + end if flag else ids, flag) for ids, flag in runs]
+            said = groupby((run for run in runs if run[0]), key=itemgetter(1))  # turns may follow their like
+            runs = [(list(chain.from_iterable(ids for ids, _ in group)), flag) for flag, group in said]
         else:
             wrong = next((index for index in form.ids if not 0 <= index < self.tokenizer.vocab_size), None)
             if wrong is not None:

@@ -40,19 +40,33 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list
         UserError: When the template refuses the messages, ends an answer with something that is no terminator, or marks
             other text as generated than what follows its own generation prompt; when an answer spells a terminator.
     """
-    if tokenizer.chat_template is None:
-        return _join(tokenizer, messages)
-    text, marked = render(tokenizer, messages)
     ids: list[int] = []
     supervised: list[bool] = []
+    for piece, is_answer in chat_pieces(tokenizer, messages):
+        piece_ids = tokenizer.encode(piece)
+        if is_answer and tokenizer.chat_template is None:
+            piece_ids = [*piece_ids, tokenizer.terminator_id]
+        ids += piece_ids
+        supervised += [is_answer] * len(piece_ids)
+    return ids, supervised
+
+
+def chat_pieces(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tuple[str, bool]]:
+    """Texts that a conversation is encoded from, one by one, and which of them are answers.
+
+    Args:
+        tokenizer: With a chat template, answers have their terminators; without one, turns are as they are.
+        messages: As for `encode_chat`, and what is raised, too.
+    """
+    if tokenizer.chat_template is None:
+        return [(message["content"], message["role"] == "assistant") for message in messages]
+    text, marked = render(tokenizer, messages)
+    pieces: list[tuple[str, bool]] = []
     done = 0
     for start, stop in _answers(tokenizer, messages, text, marked):
-        for piece, is_answer in ((text[done:start], False), (text[start:stop], True)):
-            piece_ids = tokenizer.encode(piece)
-            ids += piece_ids
-            supervised += [is_answer] * len(piece_ids)
+        pieces += [(text[done:start], False), (text[start:stop], True)]
         done = stop
-    return ids, supervised
+    return pieces
 
 
 def encode_chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
@@ -63,7 +77,7 @@ def encode_chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> lis
         messages: Turns with ``role`` and ``content``.
     """
     if tokenizer.chat_template is None:
-        return _join(tokenizer, messages)[0]
+        return encode_chat(tokenizer, messages)[0]
     return tokenizer.encode(render(tokenizer, messages, add_generation_prompt=True)[0])
 
 
@@ -90,17 +104,6 @@ def render(
     except jinja2.TemplateError as error:
         raise UserError(f"the chat template refuses the messages: {error}") from None
     return "".join(blocks), marked
-
-
-def _join(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-    ids: list[int] = []
-    supervised: list[bool] = []
-    for message in messages:
-        is_answer = message["role"] == "assistant"
-        turn = tokenizer.encode(message["content"]) + [tokenizer.terminator_id] * is_answer
-        ids += turn
-        supervised += [is_answer] * len(turn)
-    return ids, supervised
 
 
 def _answers(tokenizer: Tokenizer, messages: Sequence[Message], text: str, marked: list[Span]) -> Iterator[Span]:
