@@ -31,6 +31,7 @@ from dllm_var.errors import UserError
 from dllm_var.exact_resume import ExactResume, ResumableFitLoop
 from dllm_var.failures import from_checkpoint, from_outside, is_lost_contact
 from dllm_var.interrupt import Interrupted, SaveAtEnd, StopOnSignal
+from dllm_var.model.float8 import Float8, check_float8
 from dllm_var.ranks import enter, is_launched_child
 from dllm_var.runs import (
     NothingToResume,
@@ -301,6 +302,12 @@ class TrainingCLI(LightningCLI):
         super().instantiate_classes()
         if isinstance(self.model, DiffusionLM):
             self.model.sampler = self._get(self.config_init, "sampler")  # what predict decodes with
+
+    def before_fit(self) -> None:
+        """Says what this machine lacks before any data is read."""
+        float8 = getattr(self.model, "float8", None)
+        if isinstance(float8, Float8):
+            check_float8(float8, self.trainer.strategy.root_device, self.trainer.precision)
 
     def _dump_config(self) -> None:
         """As LightningCLI's, for modules that save hyper-parameters; without checking all settings once more."""

@@ -20,7 +20,7 @@ from dllm_var.model.attention import partly_causal_mask
 from dllm_var.model.build import build_transformer, can_compile
 from dllm_var.model.checkpoints import start_from, starting_config
 from dllm_var.model.config import TransformerConfig
-from dllm_var.model.float8 import Float8, check_device
+from dllm_var.model.float8 import Float8, check_float8
 from dllm_var.model.lora import Lora
 from dllm_var.model.recompute import Recompute
 from dllm_var.model.transformer import Transformer, moved_right
@@ -131,8 +131,8 @@ class DiffusionLM(L.LightningModule):
         fits = (self.init_from or self.float8) is not None and self.trainer.state.fn == "fit"
         starts_elsewhere = fits and self.init_from is not None
         float8 = self.float8 if fits else None
-        if float8 is not None and not float8.emulate:
-            check_device(float8.recipe, self.trainer.strategy.root_device, self.trainer.precision)
+        if float8 is not None:
+            check_float8(float8, self.trainer.strategy.root_device, self.trainer.precision)
         mesh = self.device_mesh  # of a strategy that shards
         if mesh is not None:
             check_groups(self.trainer.strategy)

@@ -25,27 +25,27 @@ class Float8:
         recipe: What shares a scale: a tensor (`tensorwise`, the fastest), a row (`rowwise`, closer to 16 bits), or a
             row with gradients of weights in 16 bits (`rowwise_with_gw_hp`, the closest).
         emulate: Rounds to 8 bits and multiplies as ever: on any device, slowly, to see what it does to the loss.
-
-    Raises:
-        UserError: When torchao is not installed.
     """
 
     recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
     emulate: bool = False
 
-    def __post_init__(self) -> None:
-        if find_spec("torchao") is None:
-            raise UserError('model.float8 needs torchao: pip install "dllm-var[float8]"')
 
-
-def check_device(recipe: str, device: torch.device, precision: str | int) -> None:
-    """Raises UserError when activations are not in bfloat16, or the device has no 8-bit products.
+def check_float8(float8: Float8, device: torch.device, precision: str | int) -> None:
+    """Raises UserError when activations are not in bfloat16, or device or machine lack what it needs.
 
     Args:
-        recipe: As in `Float8`.
+        float8: What is asked for.
         device: Where training runs.
         precision: `trainer.precision`.
     """
+    if not float8.emulate:
+        _check_device(float8.recipe, device, precision)
+    if find_spec("torchao") is None:
+        raise UserError('model.float8 needs torchao: pip install "dllm-var[float8]"')
+
+
+def _check_device(recipe: str, device: torch.device, precision: str | int) -> None:
     if precision not in ("bf16-mixed", "bf16-true"):
         raise UserError(f"model.float8 needs trainer.precision bf16-mixed or bf16-true, not {precision}")
     least = CAPABILITY[recipe]

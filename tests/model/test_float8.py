@@ -21,7 +21,7 @@ from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.model.build import build_transformer
 from dllm_var.model.checkpoints import load_checkpoint
-from dllm_var.model.float8 import Float8, check_device, float8_matrices, use_float8
+from dllm_var.model.float8 import Float8, check_float8, float8_matrices, use_float8
 from dllm_var.model.lora import Lora
 
 ROOT = Path(__file__).parent.parent.parent
@@ -55,17 +55,22 @@ def test_the_matrices_of_the_blocks_are_chosen_and_nothing_else():
 )
 def test_what_cannot_be_done_is_named(precision, says):
     with pytest.raises(UserError, match=says):
-        check_device("tensorwise", torch.device("cpu"), precision)
+        check_float8(Float8(), torch.device("cpu"), precision)
     with pytest.raises(UserError, match=r"9\.0.*H100"):
-        check_device("rowwise", torch.device("cpu"), "bf16-true")
+        check_float8(Float8("rowwise"), torch.device("cpu"), "bf16-true")
 
 
-def test_the_command_line_says_what_is_missing(tmp_path, monkeypatch, capsys):
+def test_the_command_line_says_what_is_missing_before_any_data_is_read(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     configs = [f"--config={ROOT / 'configs' / name}" for name in ("quickstart.yaml", "float8.yaml")]
-    assert main(["fit", *configs, "--trainer.accelerator=cpu", "--model.transformer.num_layers=1"]) == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert ("pip install" if find_spec("torchao") is None else "needs a CUDA device") in last
+    arguments = ["fit", *configs, "--trainer.accelerator=cpu"]
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert "needs a CUDA device" in said.err.strip().splitlines()[-1] and "data:" not in said.out + said.err
+    if find_spec("torchao") is None:
+        assert main([*arguments, "--model.float8.emulate=true"]) == 2
+        said = capsys.readouterr()
+        assert "pip install" in said.err.strip().splitlines()[-1] and "data:" not in said.out + said.err
 
 
 @needs_torchao
