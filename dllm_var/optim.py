@@ -230,7 +230,8 @@ def orthogonalise_as_placed(matrices: Tensor, like: Tensor) -> Tensor:
     """
     if not isinstance(like, DTensor):
         return orthogonalise(matrices)
-    mesh, size, moves = like.device_mesh, list(like.shape), []
+    mesh, size = like.device_mesh, list(like.shape)
+    moves: list[tuple[DeviceMesh, Shard, tuple[int, ...]]] = []  # line of processes, how it divides, and what
     for dim in reversed(range(mesh.ndim)):  # the last one has divided the matrix first, so it is joined last
         along = getattr(like.placements[dim], "dim", None)
         if along is None:
@@ -248,7 +249,7 @@ def orthogonalise_as_placed(matrices: Tensor, like: Tensor) -> Tensor:
     return matrices
 
 
-def _moved(part: Tensor, mesh: DeviceMesh, source: Shard, target: Shard, shape: tuple[int, int, int]) -> Tensor:
+def _moved(part: Tensor, mesh: DeviceMesh, source: Shard, target: Shard, shape: tuple[int, ...]) -> Tensor:
     """Returns this process's part of a stack [N, R, C] that is divided otherwise than before."""
     if shape[0] == 0:  # other lines of processes have the matrices
         return part.new_empty(shape)

@@ -77,7 +77,7 @@ class TensorParallel(ModelParallelStrategy):
     def gathered_weights(self) -> dict[str, Tensor]:
         """Collects the transformer's weights in the memory of the first process; empty on the others."""
         assert self.lightning_module is not None
-        state = self.lightning_module.transformer.state_dict()  # type: ignore[union-attr,operator]
+        state = self.lightning_module.transformer.state_dict()  # type: ignore[union-attr]
         whole = ((name, gathered(value, self._sections(name))) for name, value in state.items())
         return {name: value.cpu() for name, value in whole if self.global_rank == 0}
 

@@ -56,7 +56,7 @@ class Pieces(Tensor):
         return self.views[index.offset]
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise NotImplementedError(f"{function} on a tensor that is only there to be saved")
 
 

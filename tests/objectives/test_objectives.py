@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from dllm_var.errors import UserError
 from dllm_var.objectives import Autoregressive, EosSchedule, KeyedNoise, Mdlm
@@ -178,6 +179,18 @@ def test_summed_cross_entropy_without_one_of_its_gradients(frozen):
     summed_cross_entropy(head, hidden, targets).loss_sum.backward()
     torch.testing.assert_close(left.grad, expected)
     assert (head.weight if frozen == "head" else hidden).grad is None
+
+
+def test_gradients_are_made_only_where_they_are_asked_for():
+    """Validation has logits to compute, and nothing else."""
+    head, targets = torch.nn.Linear(8, 20, bias=False), torch.randint(0, 20, (7,))
+    hidden = torch.randn(7, 8, requires_grad=True)
+    products = {}
+    for trains in (True, False):
+        with torch.set_grad_enabled(trains), FlopCounterMode(display=False) as counter:
+            summed_cross_entropy(head, hidden, targets, logits_per_chunk=60)
+        products[trains] = counter.get_total_flops() / (2 * 7 * 20 * 8)
+    assert products[False] == 1 < products[True]
 
 
 def test_summed_cross_entropy_of_large_logits_and_in_bfloat16():
