@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,7 @@ def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def varlen_kernel() -> Callable[..., Tensor] | None:
+def varlen_kernel() -> Callable[..., Any] | None:
     """Returns torch's attention over documents laid end to end, null before torch 2.10; imported where it is used."""
     try:
         from torch.nn.attention.varlen import varlen_attn
