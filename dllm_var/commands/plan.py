@@ -116,8 +116,9 @@ def build_parser(command: str) -> argparse.ArgumentParser:
 
 def read(settings: list[str]) -> dict[str, Any]:
     """Returns the settings of `fit` as plain values: those of files and arguments, defaults, references resolved."""
-    from dllm_var.cli import TrainingCLI, quieten
+    from dllm_var.cli import quieten
     from dllm_var.interrupt import StopOnSignal
+    from dllm_var.training_cli import TrainingCLI
 
     class Reader(TrainingCLI):
         """Stops where the settings have been read."""

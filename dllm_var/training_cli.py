@@ -1,0 +1,229 @@
+"""The parser of the Trainer commands: default classes, references across files, one folder per run, --resume."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from dllm_var import DiffusionLM, __version__
+from dllm_var.callbacks import AnswerWriter
+from dllm_var.checkpointing.choose import check_or_offer
+from dllm_var.checkpointing.trainer import CheckedFiles, Trainer
+from dllm_var.datamodules import PackedDataModule
+from dllm_var.errors import UserError
+from dllm_var.exact_resume import ExactResume, ResumableFitLoop
+from dllm_var.interrupt import SaveAtEnd, StopOnSignal
+from dllm_var.model.float8 import Float8, check_float8
+from dllm_var.ranks import is_launched_child
+from dllm_var.runs import (
+    NothingToResume,
+    SaveConfig,
+    checkpoint_at,
+    continue_from,
+    continue_newest,
+    default_checkpoints,
+    default_logger,
+)
+from dllm_var.sampling import Sampler
+from dllm_var.settings import SettingsParser, merged, qualify_references, read_settings, split_vars
+from dllm_var.strategies import check_strategy
+
+DEFAULTS = {"model": DiffusionLM, "data": PackedDataModule}
+BASES = {"model": L.LightningModule, "data": L.LightningDataModule}
+
+
+class TrainerParser(SettingsParser, LightningArgumentParser):
+    """Reads the settings of one Trainer command, or hands over to the parsers of all of them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.default_classes: dict[str, type] = {}
+
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        if not hasattr(self, "subcommand"):
+            return super().parse_args(args, *rest, **kwargs)
+        others, values = split_vars(args)
+        config = super().parse_args(others, *rest, **kwargs)
+        if values:
+            config.vars = merged(config.vars, values)
+        qualify_references(config, self.subcommand)  # all files and arguments are merged now, nothing is resolved yet
+        return config
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Adds the settings of the default classes, which the class-path options alone would not show."""
+        text = super().format_help(*args, **kwargs)
+        if not self.default_classes:
+            return text
+        inner = LightningArgumentParser(description="", usage="", add_help=False)
+        for key, default in self.default_classes.items():
+            inner.add_class_arguments(default, key, sub_configs=True, fail_untyped=False)
+        return text + inner.format_help().split("\n", 1)[1]
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI with default classes, references across files, readable errors and one folder per run."""
+
+    def __init__(self, command: str, settings: list[str], resume: str | None, stop: StopOnSignal) -> None:
+        self.command, self.resume = command, resume
+        self.save_at_end = SaveAtEnd(stop)
+        configs = config_files(settings)
+        self.run_name = configs[0].stem if configs else "default"
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            save_config_callback=SaveConfig,
+            trainer_class=Trainer,
+            trainer_defaults={"callbacks": [self.save_at_end, AnswerWriter(), ExactResume(), stop]},
+            seed_everything_default=0,
+            parser_kwargs={"parser_mode": "omegaconf+"},  # resolved once, after all merging
+            parser_class=TrainerParser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            args=[command, *settings],
+        )
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Builds the parser of the command that is asked for, and not those of the others."""
+        skipped = LightningCLI.subcommands()[self.command]
+        self.subcommands = lambda: {self.command: skipped}  # type: ignore[method-assign]
+        super()._add_subcommands(parser, **kwargs)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        kwargs.setdefault("dump_header", [f"dllm_var=={__version__} lightning=={L.__version__}"])
+        return super().init_parser(**kwargs)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({"trainer.logger": default_logger(self.run_name)})
+        for key, base in BASES.items():
+            default = {"class_path": f"{DEFAULTS[key].__module__}.{DEFAULTS[key].__name__}"}
+            parser.add_subclass_arguments(base, key, as_group=False, default=default, fail_untyped=False)
+        assert isinstance(parser, TrainerParser)
+        parser.default_classes = dict(DEFAULTS)
+        resume = " [--resume[=auto|PATH]]" if self.command == "fit" else ""
+        parser.usage = f"python -m dllm_var {self.command}{resume} [--config FILE ...] [--key=value ...]"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_subclass_arguments(
+            Sampler,
+            "sampler",
+            as_group=False,
+            default={"class_path": "dllm_var.sampling.BlockDiffusionSampler"},
+            help="How prompts are decoded; callbacks refer to it as ${sampler}.",
+        )
+        parser.add_argument(
+            "--vars",
+            type=dict[str, Any],
+            default={},
+            help="Free values, to be used elsewhere as ${vars.NAME} (default: {})",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+        settings = self.config[self.command]
+        for section in ("trainer", "model", "data"):
+            if not isinstance(settings.get(section), Namespace):
+                raise UserError(f"{section}: expected settings by name, got {settings.get(section)!r}")
+        check_strategy(settings.trainer.get("strategy"))
+        if settings.get("weights_only") is False:
+            raise UserError("weights_only=false would run code that a checkpoint may hold: leave it out")
+        settings.weights_only = True  # a checkpoint is data, never code to run
+        path = settings.get("ckpt_path")
+        if self.resume and path not in (None, "last"):
+            raise UserError(f"--resume finds the newest checkpoint itself: leave out --ckpt_path={path}")
+        if path == "last" and self.command == "fit":  # Lightning would look in the new run's folder
+            self.resume, settings.ckpt_path = self.resume or "newest", None
+        elif path == "last":
+            settings.ckpt_path = str(continue_newest(settings.trainer.clone()))
+            check_or_offer(Path(settings.ckpt_path), "--ckpt_path")
+        elif path is not None:
+            settings.ckpt_path = str(checkpoint_at(str(path)))
+        elif self.command != "fit":
+            raise UserError(f"{self.command} needs --ckpt_path FILE, or --ckpt_path last for the newest run")
+
+    def before_instantiate_classes(self) -> None:
+        self.as_written = self.config
+        settings = self.config[self.command]
+        self.trainer_defaults["callbacks"] += default_checkpoints(settings)
+        if self.resume:
+            self.config = self.config.clone()
+            settings = self.config[self.command]
+            checkpoint = self.to_resume(settings.trainer)
+            settings.ckpt_path = None if checkpoint is None else str(checkpoint)
+            warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # it goes on there
+
+    def to_resume(self, trainer_settings: Any) -> Path | None:
+        """Finds the checkpoint that `--resume` means, and checks it before anything else is done."""
+        assert self.resume is not None
+        try:
+            if self.resume in ("newest", "auto"):
+                checkpoint = continue_newest(trainer_settings)
+            else:
+                checkpoint = continue_from(self.resume, trainer_settings)
+        except NothingToResume:
+            if self.resume == "auto":
+                return None
+            raise
+        if not is_launched_child():  # the first process has looked
+            check_or_offer(checkpoint, "--resume")
+        return checkpoint
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        self.config = self.as_written  # what is saved starts a new run when it is used again
+        plugins = self._get(self.config_init, "trainer.plugins") or []
+        plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(CheckedFiles())
+        try:
+            trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
+        except ValueError as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        ResumableFitLoop.take_over(trainer)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.sort(key=lambda callback: callback is not self.save_at_end)
+        return trainer
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if isinstance(self.model, DiffusionLM):
+            self.model.sampler = self._get(self.config_init, "sampler")  # what predict decodes with
+
+    def before_fit(self) -> None:
+        """Says what this machine lacks before any data is read."""
+        float8 = getattr(self.model, "float8", None)
+        if isinstance(float8, Float8):
+            check_float8(float8, self.trainer.strategy.root_device, self.trainer.precision)
+
+    def _dump_config(self) -> None:
+        """As LightningCLI's, for modules that save hyper-parameters; without checking all settings once more."""
+        if not hasattr(self, "config_dump"):
+            text = self._parser(self.command).dump(
+                self.config[self.command], skip_none=False, skip_link_targets=False, skip_validation=True
+            )
+            self.config_dump = yaml.safe_load(text)
+
+    def _parse_ckpt_path(self) -> None:
+        """Keeps the configuration as given; LightningCLI would let the checkpoint's hyper-parameters override it."""
+
+
+def config_files(settings: list[str]) -> list[Path]:
+    """Returns the configuration files among the arguments, after a look at each: the parser would not name the file.
+
+    Raises:
+        UserError: When a file is missing or is not YAML; names the file and the line.
+    """
+    paths = []
+    for argument, following in zip(settings, [*settings[1:], ""], strict=False):
+        option, equals, value = argument.partition("=")
+        if option in ("--config", "-c"):
+            paths.append(Path(value if equals else following))
+            read_settings(paths[-1])
+    return paths
