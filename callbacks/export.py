@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from dllm_var.callbacks.decoding import is_sharded, say
 from dllm_var.callbacks.ema import averaged
@@ -60,6 +59,8 @@ def gathered_state(trainer: L.Trainer) -> dict[str, Tensor]:
     assert trainer.strategy.model is not None
     if isinstance(trainer.strategy, TensorParallel):
         return trainer.strategy.gathered_weights()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = get_model_state_dict(trainer.strategy.model, options=options)
     return {name.removeprefix(PREFIX): value for name, value in state.items() if name.startswith(PREFIX)}

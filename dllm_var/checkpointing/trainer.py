@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch.distributed.checkpoint.api import CheckpointException
 
 from dllm_var.checkpointing.choose import newest_usable
 from dllm_var.checkpointing.files import (
@@ -62,6 +62,12 @@ def _is_remote(path: Any) -> bool:
     return "://" in str(path)
 
 
+def _failed_in_parts(error: BaseException) -> bool:
+    """Whether it comes from torch.distributed.checkpoint, which is then loaded already; importing it takes a while."""
+    api = sys.modules.get("torch.distributed.checkpoint.api")
+    return api is not None and isinstance(error, api.CheckpointException)
+
+
 class Trainer(L.Trainer):
     """Lightning's Trainer; a checkpoint in parts is also written under a temporary name and checked, by any strategy.
 
@@ -99,15 +105,17 @@ class Trainer(L.Trainer):
         failure: BaseException | None = None
         try:
             work()
-        except (OSError, CheckpointException) as error:
+        except BaseException as error:
+            if not isinstance(error, OSError) and not _failed_in_parts(error):
+                raise
             failure = error
             if barrier:  # the ranks that succeeded wait there
                 self.strategy.barrier()
         if not self.strategy.reduce_boolean_decision(failure is None, all=True):
             raise CannotSave(self._why(path, failure)) from None
 
-    def _why(self, path: Path, failure: BaseException | None) -> str:
-        if isinstance(failure, CheckpointException):
+    def _why(self, path: Path, failure: Any) -> str:
+        if failure is not None and _failed_in_parts(failure):
             failures = [error for error, _ in failure.failures.values()]
             failure = next((error for error in failures if isinstance(error, OSError)), failures[0])
         reason = getattr(failure, "strerror", None) or failure or "another process failed"

@@ -1,0 +1,79 @@
+"""How long `fit` takes until its first step begins, on cached data, and how much of it is not torch and Lightning.
+
+    python benchmarks/start_up.py
+
+Each round is a new process that imports torch and Lightning, notes the time, and goes on with the quickstart's command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BARS = {"first step": 15.0, "ours": 2.0}  # seconds, at most
+
+
+def child(began: float) -> None:
+    """Runs the command as far as its first step, and prints when the imports and when it was that far."""
+    import lightning.pytorch as lightning
+    import torch  # noqa: F401
+
+    imported = time.time()
+
+    class FirstStep(lightning.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            times = {"imports": imported - began, "first step": time.time() - began, "ours": time.time() - imported}
+            print("\n" + json.dumps(times), flush=True)
+            os._exit(0)
+
+    sys.modules["first_step"] = module = type(sys)("first_step")
+    module.FirstStep = FirstStep
+    FirstStep.__module__, FirstStep.__qualname__ = "first_step", "FirstStep"
+    from dllm_var.__main__ import main as command
+
+    config = ROOT / "configs" / "quickstart.yaml"
+    command(["fit", f"--config={config}", "--trainer.callbacks+=first_step.FirstStep"])
+    raise SystemExit("the first step never came")
+
+
+def measure(folder: str) -> dict[str, float]:
+    """Starts a process and returns its seconds."""
+    command = [sys.executable, __file__, "--child", repr(time.time())]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(run.stderr)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="processes, after one that fills the cache")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--child", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child is not None:
+        child(options.child)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(folder)
+        rounds = [measure(folder) for _ in range(options.repeats)]
+    result = {name: median(one[name] for one in rounds) for name in rounds[0]}
+    for name, seconds in result.items():
+        bar = BARS.get(name)
+        verdict = "" if bar is None else f" (at most {bar:.0f}: {'pass' if seconds <= bar else 'missed'})"
+        print(f"{name:10} {seconds:5.2f} s{verdict}")
+    if options.output:
+        options.output.write_text(json.dumps({"median": result, "rounds": rounds}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
