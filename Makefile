@@ -18,10 +18,10 @@ quickstart: $(STAMP)
 	$(PY) -m dllm_var fit --config configs/quickstart.yaml
 
 test: $(DEV_STAMP)
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --durations 15
 
 test-slow: $(DEV_STAMP)
-	$(PY) -m pytest -n 2 -m "slow and not gpu and not real_weights and not reasoning_gym"
+	$(PY) -m pytest -n 2 --dist loadfile --durations 15 -m "slow and not gpu and not real_weights and not reasoning_gym"
 
 lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff check
