@@ -105,7 +105,7 @@ class Tries:
         elif fingerprint(attempt.log.parent) != self.whole(ranks):
             after = "other weights"
         status = ", ".join(map(str, found)) if ended else "hangs"
-        text = message or attempt.message
+        text = (message or attempt.message).replace(str(self.folder), "FOLDER")  # a temporary one
         self.cases.append(Case(fault, status, text, after, good and after == "same weights"))
 
 
