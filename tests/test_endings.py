@@ -188,7 +188,7 @@ def test_any_step_and_any_validation_is_one_to_go_on_from(validation, tiny):
     tiny += ["--trainer.max_steps=12"]
     assert main(tiny) == 0
     whole, expected = notes(), state()
-    for number, (step, where) in enumerate([(s, w) for s in range(1, 12) for w in ("step", "validation")], 1):
+    for number, (step, where) in enumerate([(s, w) for s in (1, 3, 5, 6, 10) for w in ("step", "validation")], 1):
         version = f"--trainer.logger.version={number}"
         if main([*tiny, *event("SIGTERM", step, where), version]) == 0:  # no validation at this step
             assert notes() == whole
