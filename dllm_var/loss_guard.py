@@ -75,8 +75,11 @@ class GuardedSteps:
 
     def begin(self, trainer: L.Trainer) -> None:
         """Drops the records of steps that a run which goes on from an earlier checkpoint makes again; on every rank."""
-        folder = trainer.log_dir if trainer.loggers else None
-        if folder is None or not trainer.is_global_zero or not (path := Path(folder) / GUARD_FILE).is_file():
+        folder = trainer.log_dir if trainer.loggers else None  # every rank must ask
+        if folder is None or trainer.ckpt_path is None or not trainer.is_global_zero:
+            return
+        path = Path(folder) / GUARD_FILE
+        if not path.is_file():
             return
         kept = [record for record in read_records(path) if record["step"] <= trainer.global_step]
         unfinished = hidden(path, UNFINISHED)

@@ -149,6 +149,12 @@ def test_a_run_resumed_between_skipped_updates_and_spikes_is_the_same_bit_for_bi
     ]
 
 
+def test_a_new_run_in_the_folder_of_another_drops_none_of_its_records(tmp_path):
+    for _ in range(2):
+        fit(tmp_path, Poisoned(nan=[5]), 3)
+    assert [record["step"] for record in records(tmp_path)] == [2, 2]
+
+
 def test_a_spike_is_recorded_and_trained_on(tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(loss_guard, "rank_zero_info", said.append)
