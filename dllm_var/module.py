@@ -128,7 +128,7 @@ class DiffusionLM(L.LightningModule):
                 "give the Trainer a data module that has one, or call use_tokenizer before"
             )
         self.use_tokenizer(self.tokenizer)
-        fits = (self.init_from or self.float8) is not None and self.trainer.state.fn == "fit"
+        fits = self._trainer is not None and self.trainer.state.fn == "fit"
         starts_elsewhere = fits and self.init_from is not None
         float8 = self.float8 if fits else None
         if float8 is not None:

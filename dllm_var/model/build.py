@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import nullcontext
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -40,25 +41,21 @@ def build_transformer(
     Raises:
         UserError: When the mesh divides each layer and the transformer cannot be divided so.
     """
-    if mesh is None and draw:
-        transformer = Transformer(config)
-        if float8 is not None:
-            use_float8(transformer, float8)
-        if lora is not None:
-            add_adapters(transformer, lora)
-        return transformer
     divided = mesh is not None and mesh[TENSOR_PARALLEL].size() > 1
     if divided and (lora is not None or float8 is not None):
         raise UserError(
             f"model.{'float8' if lora is None else 'lora'} does not go with tensor parallelism: take "
             "configs/strategy/fsdp2.yaml, which shards the weights"
         )
-    with torch.device("meta"):
+    drawn_at_once = mesh is None and draw
+    with nullcontext() if drawn_at_once else torch.device("meta"):
         transformer = Transformer(config)
     if float8 is not None:
         use_float8(transformer, float8)
     if lora is not None:
         add_adapters(transformer, lora)
+    if drawn_at_once:
+        return transformer
     if mesh is not None:
         if divided:
             divide(transformer, mesh[TENSOR_PARALLEL])

@@ -86,8 +86,8 @@ def check_own(config: Any) -> None:
     Raises:
         UserError: When it is not one, or it, or one inside it, names a class that is not this package's own.
     """
-    arguments = config.get("init_args") if isinstance(config, dict) and "class_path" in config else ""
-    if not isinstance(arguments, dict | None):
+    described = isinstance(config, dict) and "class_path" in config
+    if not described or not isinstance(config.get("init_args"), dict | None):
         raise UserError(
             "the checkpoint's sampler is not described by class_path and init_args: its config is damaged, or pass a "
             "sampler with --sampler"
@@ -97,7 +97,7 @@ def check_own(config: Any) -> None:
             f"the checkpoint asks for the sampler {config['class_path']}, which is not part of dllm_var.sampling: "
             "pass it with --sampler if you trust it"
         )
-    for value in (arguments or {}).values():
+    for value in (config.get("init_args") or {}).values():
         if isinstance(value, dict) and "class_path" in value:
             check_own(value)
 
