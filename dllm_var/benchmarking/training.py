@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from dllm_var.benchmarking.instruments import PeakMemory
+from dllm_var.benchmarking.training_base import Contender
 from dllm_var.benchmarking.training_clock import PHASES, Step
-from dllm_var.benchmarking.training_contenders import Contender, build
+from dllm_var.benchmarking.training_contenders import build
 from dllm_var.benchmarking.training_settings import COMPILED, FULL, PLAIN_LOOP, TrainingCase
 from dllm_var.callbacks.speed import compute_dtype, measure_peak_flops
 from dllm_var.model.build import can_compile

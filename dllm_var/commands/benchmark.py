@@ -15,16 +15,7 @@ from dllm_var.benchmarking.plots import plot_task
 from dllm_var.benchmarking.report import markdown_report, text_report
 from dllm_var.benchmarking.results import task_result
 from dllm_var.benchmarking.settings import Entry, Sweep, Task, check_names, read_task
-from dllm_var.commands.measuring import (
-    Progress,
-    add_options,
-    check_counts,
-    check_output,
-    measure,
-    prepare_device,
-    say,
-    write_text,
-)
+from dllm_var.commands import measuring
 from dllm_var.errors import UserError
 from dllm_var.settings import SettingsParser, read_settings
 
@@ -54,18 +45,18 @@ def main(command: str, arguments: list[str]) -> int:
         return benchmark_training.main(command, arguments)
     options = build_parser(command).parse_args(arguments)
     check_kind(options.config)
-    output = check_output(options.output)
+    output = measuring.check_output(options.output)
     tasks: list[Task] = chosen_tasks(options)
-    device = prepare_device(options.threads)
+    device = measuring.prepare_device(options.threads)
     effort = Effort(repeats=1, limit=8, widths=(1, 8, 32)) if options.quick else Effort(repeats=options.repeats)
-    progress = Progress()
+    progress = measuring.Progress()
     runs = [TaskRun(task, effort, device, progress.show) for task in tasks]
-    result = measure("samplers", runs, effort.repeats, options.quick, device, progress)
+    result = measuring.measure("samplers", runs, effort.repeats, options.quick, device, progress)
     result["tasks"] = [task_result(run) for run in runs if run.seconds]
     result["ratios"] = top_ratios(result["tasks"])
     write(result, output)
     print(text_report(result))
-    say(f"wrote {output} and {output.with_suffix('.md')}")
+    measuring.say(f"wrote {output} and {output.with_suffix('.md')}")
     return 130 if result["partial"] else 0
 
 
@@ -79,7 +70,7 @@ def build_parser(command: str) -> SettingsParser:
     parser.usage = f"python -m dllm_var {command} --config benchmarks/samplers.yaml --output FILE.json [options]"
     parser.add_argument("--config", action="config", help="YAML file that lists what to measure; it has its comments")
     parser.add_argument("--tasks", type=list[Task], default=[], help="what to measure")
-    add_options(parser)
+    measuring.add_options(parser)
     return parser
 
 
@@ -102,7 +93,7 @@ def check_kind(configs: Sequence[Any] | None) -> None:
 
 def chosen_tasks(options: Any) -> list[Task]:
     """Returns the tasks to run: what --only names of them, made small by --quick."""
-    check_counts(options)
+    measuring.check_counts(options)
     tasks = [read_task(task.as_dict()) for task in options.tasks]
     check_names([task.name for task in tasks], "tasks")
     if options.only is not None:
@@ -149,7 +140,7 @@ def top_ratios(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def write(result: dict[str, Any], output: Path) -> None:
     """Writes the JSON file, the Markdown file and the plots; says so when there can be no plots."""
-    write_text(output, json.dumps(result, indent=1) + "\n")
+    measuring.write_text(output, json.dumps(result, indent=1) + "\n")
     plots = {}
     try:
         for task in result["tasks"]:
@@ -158,5 +149,5 @@ def write(result: dict[str, Any], output: Path) -> None:
             plot_task(task, path)
             plots[task["name"]] = path.name
     except UserError as error:
-        say(f"no plots: {error}")
-    write_text(output.with_suffix(".md"), markdown_report(result, plots))
+        measuring.say(f"no plots: {error}")
+    measuring.write_text(output.with_suffix(".md"), markdown_report(result, plots))

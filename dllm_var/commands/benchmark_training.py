@@ -9,16 +9,7 @@ from typing import Any
 
 from dllm_var.benchmarking.settings import check_names
 from dllm_var.benchmarking.training_settings import TrainingCase, smaller
-from dllm_var.commands.measuring import (
-    Progress,
-    add_options,
-    check_counts,
-    check_output,
-    measure,
-    prepare_device,
-    say,
-    write_text,
-)
+from dllm_var.commands import measuring
 from dllm_var.errors import UserError
 from dllm_var.settings import SettingsParser
 
@@ -40,16 +31,16 @@ def main(command: str, arguments: list[str]) -> int:
         UserError: For a bad config or output file.
     """
     options = build_parser(command).parse_args(arguments)
-    output = check_output(options.output)
+    output = measuring.check_output(options.output)
     cases = chosen_cases(options)
-    device = prepare_device(options.threads)
+    device = measuring.prepare_device(options.threads)
     rounds = QUICK_ROUNDS if options.quick else options.repeats
-    progress = Progress()
+    progress = measuring.Progress()
     from dllm_var.benchmarking.training import TrainingRun, top_ratios  # imports Lightning
 
     with tempfile.TemporaryDirectory() as cache:
         runs = [TrainingRun(case, rounds, device, Path(cache), progress.show) for case in cases]
-        result = measure("training", runs, rounds, options.quick, device, progress)
+        result = measuring.measure("training", runs, rounds, options.quick, device, progress)
     from dllm_var.benchmarking.training_report import markdown_report, text_report
 
     result["trainings"] = [run.result() for run in runs if run.peaks]
@@ -57,10 +48,10 @@ def main(command: str, arguments: list[str]) -> int:
         for bar in (bar for training in result["trainings"] for bar in training["bars"].values()):
             bar["passed"] = None
     result["ratios"] = top_ratios(result["trainings"])
-    write_text(output, json.dumps(result, indent=1) + "\n")
-    write_text(output.with_suffix(".md"), markdown_report(result))
+    measuring.write_text(output, json.dumps(result, indent=1) + "\n")
+    measuring.write_text(output.with_suffix(".md"), markdown_report(result))
     print(text_report(result))
-    say(f"wrote {output} and {output.with_suffix('.md')}")
+    measuring.say(f"wrote {output} and {output.with_suffix('.md')}")
     return 130 if result["partial"] else 0
 
 
@@ -74,13 +65,13 @@ def build_parser(command: str) -> SettingsParser:
     parser.usage = f"python -m dllm_var {command} --config benchmarks/training.yaml --output FILE.json [options]"
     parser.add_argument("--config", action="config", help="YAML file that lists what to measure; it has its comments")
     parser.add_argument("--trainings", type=list[TrainingCase], default=[], help="what to measure")
-    add_options(parser)
+    measuring.add_options(parser)
     return parser
 
 
 def chosen_cases(options: Any) -> list[TrainingCase]:
     """Returns the cases to run: what --only names of them, made small by --quick."""
-    check_counts(options)
+    measuring.check_counts(options)
     cases = [TrainingCase(**case.as_dict()) for case in options.trainings]
     if not cases:
         raise UserError("nothing to measure: the list of trainings is empty")

@@ -10,8 +10,8 @@ import yaml
 from dllm_var.__main__ import main
 from dllm_var.benchmarking import training_clock
 from dllm_var.benchmarking.training import add_up, bars, medians, over, top_ratios
+from dllm_var.benchmarking.training_baselines import bidirectional_llama, check_reads_both_ways
 from dllm_var.benchmarking.training_clock import StepClock
-from dllm_var.benchmarking.training_contenders import bidirectional_llama, check_reads_both_ways
 from dllm_var.benchmarking.training_data import SamplesByThemselves, packed_data
 from dllm_var.benchmarking.training_settings import COMPILED, FULL, OURS, PADDED, PLAIN_LOOP, TrainingCase
 from dllm_var.commands.benchmark_training import build_parser, chosen_cases
