@@ -1,7 +1,6 @@
 """The command line as a user meets it, mostly in this process; real signals and processes are marked slow."""
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
+from tiny_data import data_settings, write_words
 
 from dllm_var import DiffusionLM, UserError
 from dllm_var.__main__ import COMMANDS, main
@@ -95,19 +95,10 @@ def tiny(tmp_path, monkeypatch):
 
 
 def write_tiny():
-    records = "".join(json.dumps({"prompt": word, "response": phones}) + "\n" for word, phones in WORDS)
-    Path("words.jsonl").write_text(records)
+    write_words("words.jsonl", WORDS)
     config = {
         "model": {"transformer": {"hidden_size": 16, "num_layers": 1, "num_heads": 2}},
-        "data": {
-            "source": {
-                "class_path": "dllm_var.datamodules.JsonlSource",
-                "init_args": {"path": "words.jsonl", "validation_size": 4},
-            },
-            "tokenizer": str(ROOT / "datamodules" / "data" / "cmudict"),
-            "batch_size": 2,
-            "context_length": 16,
-        },
+        "data": data_settings(4),
         "trainer": {
             "accelerator": "cpu",
             "devices": 1,

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
+from tiny_data import data_settings, write_words
 
 from dllm_var import interrupt
 from dllm_var.__main__ import main
@@ -89,15 +90,7 @@ def tiny(tmp_path, monkeypatch):
             "transformer": {"hidden_size": 16, "num_layers": 1, "num_heads": 2},
             "schedule": {"warmup_steps": 2},
         },
-        "data": {
-            "source": {
-                "class_path": "dllm_var.datamodules.JsonlSource",
-                "init_args": {"path": "words.jsonl", "validation_size": 12},
-            },
-            "tokenizer": str(ROOT / "datamodules" / "data" / "cmudict"),
-            "batch_size": 2,
-            "context_length": 16,
-        },
+        "data": data_settings(12),
         "trainer": {
             "accelerator": "cpu",
             "devices": 1,
@@ -117,10 +110,6 @@ def tiny(tmp_path, monkeypatch):
     }
     Path("tiny.yaml").write_text(yaml.safe_dump(config))
     return ["fit", "--config", "tiny.yaml"]
-
-
-def write_words(path, words):
-    Path(path).write_text("".join(json.dumps({"prompt": word, "response": phones}) + "\n" for word, phones in words))
 
 
 def event(what, step=0, where="step"):

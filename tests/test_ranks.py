@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
+from tiny_data import data_settings, write_words
 
 from dllm_var.checkpointing.choose import check, newest_checkpoint
 from dllm_var.checkpointing.files import read_file
@@ -59,19 +60,11 @@ class Rows(Callback):
 
 def recipe(**trainer):
     words = [(a + b + a, "K AE T") for a in "bcdfghklmnprst" for b in "aeiou"]
-    Path("words.jsonl").write_text("".join(json.dumps({"prompt": a, "response": b}) + "\n" for a, b in words))
+    write_words("words.jsonl", words)
     checkpoints = {"save_last": True, "every_n_train_steps": 2, "monitor": "step", "mode": "max", "save_top_k": 2}
     config = {
         "model": {"transformer": {"hidden_size": 16, "num_layers": 2, "num_heads": 2}, "schedule": {"warmup_steps": 2}},
-        "data": {
-            "source": {
-                "class_path": "dllm_var.datamodules.JsonlSource",
-                "init_args": {"path": "words.jsonl", "validation_size": 4},
-            },
-            "tokenizer": str(ROOT / "datamodules" / "data" / "cmudict"),
-            "batch_size": 2,
-            "context_length": 16,
-        },
+        "data": data_settings(4),
         "trainer": {
             "accelerator": "cpu",
             "devices": 2,
