@@ -49,6 +49,7 @@ class Children:
         self.processes: list[subprocess.Popen[Any]] = []
         self.explain: Callable[[str], str] = str
         self._ending = threading.Event()
+        self._lost: str | None = None
 
     def take_over(self, launcher: Any, explain: Callable[[str], str]) -> None:
         """Begins to watch.
@@ -72,13 +73,13 @@ class Children:
                 os._exit(1)
 
     def lost(self) -> str | None:
-        """Says which process has failed, and how; None when all are well."""
+        """Says which process was seen to fail first, and how; None when all are well."""
         for rank, process in enumerate(self.processes, 1):
             status = process.poll()
-            if status:
+            if status and self._lost is None:  # those killed because of it are not the cause
                 how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-                return f"rank {rank} of {len(self.processes) + 1} (process {process.pid}) {how}"
-        return None
+                self._lost = f"rank {rank} of {len(self.processes) + 1} (process {process.pid}) {how}"
+        return self._lost
 
     def end(self, failed: bool) -> str | None:
         """Waits for the processes to end, and ends those that do not.

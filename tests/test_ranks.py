@@ -252,9 +252,11 @@ def test_the_first_process_knows_which_child_failed():
     children.take_over(launcher, lambda lost: lost)
     assert launcher.procs == []  # nothing left for Lightning's own watch
     children.processes[1].wait()
-    assert "rank 2 of 3" in children.lost() and "ended with status 3" in children.lost()
-    assert children.end(failed=True) == children.lost()
+    lost = children.lost()
+    assert lost is not None and "rank 2 of 3" in lost and "ended with status 3" in lost
+    assert children.end(failed=True) == lost
     assert [process.wait(10) for process in children.processes] == [-signal.SIGKILL, 3]
+    assert children.lost() == lost  # not the one that was killed because of it
 
 
 def test_children_that_end_by_themselves_are_left_to_it():
