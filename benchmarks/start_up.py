@@ -41,7 +41,8 @@ def child(began: float) -> None:
     from dllm_var.__main__ import main as command
 
     config = ROOT / "configs" / "quickstart.yaml"
-    command(["fit", f"--config={config}", "--trainer.callbacks+=first_step.FirstStep"])
+    sys.argv = ["dllm_var", "fit", f"--config={config}", "--trainer.callbacks+=first_step.FirstStep"]
+    command()
     raise SystemExit("the first step never came")
 
 

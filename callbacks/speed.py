@@ -46,8 +46,8 @@ class SpeedMonitor(L.Callback):
     `samples`), and its `transformer` must have `flops_per_token(context_length, head_share)`.
 
     Args:
-        peak_flops: Peak FLOP/s of one device: a number, `measure` (the fastest matrix product in a fifth of a second at
-            the start), `datasheet` (known GPUs only), or null for no MFU.
+        peak_flops: Peak FLOP/s of one device: a number, `measure` (the fastest matrix product in a fifth of a second
+            after the first batch), `datasheet` (known GPUs only), or null for no MFU.
 
     Raises:
         UserError: The number is not positive.
@@ -71,14 +71,15 @@ class SpeedMonitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restart()
         self._step, self._window = trainer.global_step, Window()
+
+    def _find_peak(self, trainer: L.Trainer) -> float | None:
         device, dtype = trainer.strategy.root_device, compute_dtype(str(trainer.precision))
         if self.peak_flops == "measure":
-            self._peak = measure_peak_flops(device, dtype)
-        elif self.peak_flops == "datasheet":
+            return measure_peak_flops(device, dtype)
+        if self.peak_flops == "datasheet":
             peak = get_available_flops(device, dtype)
-            self._peak = None if peak is None else float(peak)
-        else:
-            self._peak = self.peak_flops
+            return None if peak is None else float(peak)
+        return self.peak_flops
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -96,6 +97,8 @@ class SpeedMonitor(L.Callback):
         report = stepped and self._step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if report and pl_module.device.type == "cuda":
             torch.cuda.synchronize()  # within a window the host may run ahead; at its end all work must be done
+        if self._first:  # its time does not count
+            self._peak = self._find_peak(trainer)
         worked = self._interval(trainer)
         self._first = False
         if worked is not None:

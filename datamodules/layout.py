@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +56,7 @@ def lay_out(counts: Ints, capacity: int) -> tuple[Ints, Ints]:
     Returns:
         Size and row of every place, each of shape [samples].
     """
-    begun, fitted, _ = _decide(counts, capacity)
+    begun, fitted, _ = _decide(counts.astype(np.int64).tobytes(), capacity)
     size, row = begun.places()
     # Rows with the same room are interchangeable: those begun are taken by room, new ones are numbered after.
     next_new = int(begun.rooms.sum())
@@ -83,12 +83,13 @@ def count_rows(counts: Ints, capacity: int) -> int:
         counts: Number of samples of each size, shape [capacity + 1].
         capacity: What a row holds.
     """
-    return _decide(counts, capacity)[2]
+    return _decide(counts.astype(np.int64).tobytes(), capacity)[2]
 
 
-def _decide(counts: Ints, capacity: int) -> tuple[Begun, Fitted, int]:
+@lru_cache(maxsize=2)  # rows are counted first, and laid out when they are asked for
+def _decide(histogram: bytes, capacity: int) -> tuple[Begun, Fitted, int]:
     """Rows that are begun, what is fitted in where, and the number of rows in the end."""
-    counts = counts.astype(np.int64)
+    counts = np.frombuffer(histogram, np.int64)
     best: tuple[Begun, Fitted, int] | None = None
     # The second way is for few samples, sizes that rarely add up to a row, and sizes that only do so by themselves.
     for begin in (draw_rows, deal_half):

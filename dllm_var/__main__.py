@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -63,7 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise UserError(f"no command '{command}'; commands are: {', '.join(COMMANDS)}")
-        return import_module(COMMANDS[command][0]).main(command, rest)
+        module = import_module(COMMANDS[command][0])
+        if arguments is None:  # what the imports have made stays; collections, of settings too, need not look at it
+            gc.freeze()
+        return module.main(command, rest)
     except SystemExit as stop:  # the parser, after --help or --print_config
         return int(stop.code or 0)
     except KeyboardInterrupt:

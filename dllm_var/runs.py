@@ -24,24 +24,30 @@ class SaveConfig(SaveConfigCallback):
 
     Without a logger there is no run folder, and nothing is saved. A different config.yaml that is already there (a
     resumed run with changed settings) is kept as config.1.yaml, config.2.yaml and so on. Checkpoints have them, too.
+
+    Args:
+        text: The settings as YAML.
+        *args: Of Lightning's callback, as are `kwargs`.
     """
 
-    _dumped: str | None = None
+    def __init__(self, *args: Any, text: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.text = text
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not trainer.loggers:
             return
-        self.save_to_log_dir = False  # below, the text is made once
+        self.save_to_log_dir = False  # done below
         log_dir = trainer.log_dir  # asked on every rank: the first one tells the others
         if trainer.is_global_zero and not self.already_saved and log_dir is not None:
             path = Path(log_dir) / CONFIG_FILE
             self._keep_earlier(path)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self._text(), encoding="utf-8")
+            path.write_text(self.text, encoding="utf-8")
         super().setup(trainer, pl_module, stage)
 
     def _keep_earlier(self, path: Path) -> None:
-        if not path.is_file() or path.read_text() == self._text():
+        if not path.is_file() or path.read_text() == self.text:
             return
         number = 1
         while (kept := path.with_name(f"config.{number}.yaml")).exists():
@@ -49,18 +55,13 @@ class SaveConfig(SaveConfigCallback):
         path.rename(kept)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["config"] = self._text()
-
-    def _text(self) -> str:
-        if self._dumped is None:
-            self._dumped = self.parser.dump(self.config, skip_none=False, skip_validation=True)  # they are valid
-        return self._dumped
+        checkpoint["config"] = self.text
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for logger in trainer.loggers:
             add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
             if add_text is not None:
-                add_text("config", f"```yaml\n{self._text()}\n```", global_step=trainer.global_step)
+                add_text("config", f"```yaml\n{self.text}\n```", global_step=trainer.global_step)
 
 
 def default_logger(name: str) -> dict[str, Any]:

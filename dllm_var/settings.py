@@ -11,11 +11,30 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_dumper
 
 from dllm_var.errors import UserError
 
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is several times faster
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.\[\]]*)\}")
+
+
+def load_yaml(text: str) -> Any:
+    """Reads YAML.
+
+    Raises:
+        yaml.YAMLError: When it is not YAML.
+    """
+    return yaml.load(text, Loader=_LOADER)
+
+
+def dump_yaml(content: Any) -> str:
+    """Writes YAML, with the keys in the order they have."""
+    return yaml.dump(content, Dumper=_DUMPER, default_flow_style=False, allow_unicode=True, sort_keys=False)
+
+
+set_dumper("yaml", dump_yaml)  # the parser writes YAML, and reads it again, for each class of the settings
 
 
 class SettingsParser(ArgumentParser):
@@ -42,7 +61,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no configuration file '{path}'")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: {error.problem}") from None
@@ -71,7 +90,7 @@ def split_vars(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
             continue
         *path, name = option.removeprefix("--vars.").split(".")
         try:
-            value = yaml.safe_load(text if equals else next(rest, ""))
+            value = load_yaml(text if equals else next(rest, ""))
         except yaml.YAMLError:
             value = text
         nested = {name: value}

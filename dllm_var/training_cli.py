@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -32,7 +31,7 @@ from dllm_var.runs import (
     default_logger,
 )
 from dllm_var.sampling import Sampler
-from dllm_var.settings import SettingsParser, merged, qualify_references, read_settings, split_vars
+from dllm_var.settings import SettingsParser, load_yaml, merged, qualify_references, read_settings, split_vars
 from dllm_var.strategies import check_strategy
 
 DEFAULTS = {"model": DiffusionLM, "data": PackedDataModule}
@@ -178,6 +177,8 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.config = self.as_written  # what is saved starts a new run when it is used again
+        self._dump_config()
+        self.save_config_kwargs = {"text": self.config_text}
         plugins = self._get(self.config_init, "trainer.plugins") or []
         plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -203,12 +204,11 @@ class TrainingCLI(LightningCLI):
             check_float8(float8, self.trainer.strategy.root_device, self.trainer.precision)
 
     def _dump_config(self) -> None:
-        """As LightningCLI's, for modules that save hyper-parameters; without checking all settings once more."""
+        """As LightningCLI's, for modules that save hyper-parameters; once for them and the run folder (it is slow)."""
         if not hasattr(self, "config_dump"):
-            text = self._parser(self.command).dump(
-                self.config[self.command], skip_none=False, skip_link_targets=False, skip_validation=True
-            )
-            self.config_dump = yaml.safe_load(text)
+            settings = self.as_written[self.command]
+            self.config_text = self._parser(self.command).dump(settings, skip_none=False, skip_validation=True)
+            self.config_dump = load_yaml(self.config_text)
 
     def _parse_ckpt_path(self) -> None:
         """Keeps the configuration as given; LightningCLI would let the checkpoint's hyper-parameters override it."""
