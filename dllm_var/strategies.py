@@ -130,18 +130,19 @@ def loss_scale_in(optimizer: Optimizer, trainer: L.Trainer) -> Tensor | float:
 
 
 def clip_gradients(module: L.LightningModule, optimizer: Optimizer, limit: Any, algorithm: Any) -> None:
-    """Clips as Lightning does; under FSDP1, where Lightning refuses to, by the norm that only torch's wrapper knows.
+    """Clips by the norm that the step has found, the same number on every process, so that it is computed once.
 
-    Under tensor parallelism by the norm that the step has found, which is the same number on every process.
+    What else there is to clip is left to Lightning, or under FSDP1, where Lightning refuses to, to torch's wrapper.
     """
-    wrapped = module.trainer.strategy.model
-    if isinstance(module.trainer.strategy, TensorParallel) and limit and algorithm != "value":
-        share = limit / (module.last_step.gradient_norm + 1e-6)  # type: ignore[union-attr,operator]
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if gradients and share < 1:
-            torch._foreach_mul_([local_part(gradient) for gradient in gradients], share)
-    elif isinstance(wrapped, FullyShardedDataParallel) and limit and algorithm != "value":
+    trainer, norm = module.trainer, module.last_step.gradient_norm  # type: ignore[union-attr]
+    wrapped, scaler = trainer.strategy.model, getattr(trainer.precision_plugin, "scaler", None)
+    by_norm = limit and algorithm != "value"
+    if by_norm and isinstance(wrapped, FullyShardedDataParallel):
         wrapped.clip_grad_norm_(limit)
+    elif by_norm and norm is not None and scaler is None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradients and (share := limit / (norm + 1e-6)) < 1:
+            torch._foreach_mul_([local_part(gradient) for gradient in gradients], share)
     else:
         module.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm=algorithm)
 

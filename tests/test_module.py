@@ -173,6 +173,32 @@ def test_muon_trains_through_lightning_and_lowers_the_loss(tmp_path):
     assert sum(losses[-3:]) < 0.92 * sum(losses[:3])
 
 
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("limit", [0.01, 1e4])
+def test_gradients_are_clipped_as_torch_does(tmp_path, algorithm, limit):
+    model = DiffusionLM(SMALL, schedule=Schedule("constant", 0))
+    seen = {}
+
+    class Watch(L.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):  # the module's own hook comes after
+            seen["before"] = [p.grad.clone() for p in pl_module.transformer.parameters()]
+
+    data = PackedDataModule(batch_size=8, context_length=48, packing="best_fit", overhang=4)
+    clipping = {"gradient_clip_val": limit, "gradient_clip_algorithm": algorithm}
+    trainer(tmp_path, max_steps=1, callbacks=[Watch()], **clipping).fit(model, data)
+    norm = torch.stack([g.norm() for g in seen["before"]]).norm()
+    scale = model.last_step.gradient_norm / norm  # the module divides by the loss tokens first
+    expected = [torch.nn.Parameter(torch.empty_like(g)) for g in seen["before"]]
+    for parameter, gradient in zip(expected, seen["before"], strict=True):
+        parameter.grad = gradient * scale
+    if algorithm == "norm":
+        torch.nn.utils.clip_grad_norm_(expected, limit)
+    else:
+        torch.nn.utils.clip_grad_value_(expected, limit)
+    for ours, theirs in zip(model.transformer.parameters(), expected, strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-4, atol=1e-8)
+
+
 def test_a_checkpoint_of_another_model_or_tokenizer_is_refused(tmp_path):
     _, run = fit(tmp_path, max_steps=1)
     run.save_checkpoint(tmp_path / "x.ckpt")

@@ -57,6 +57,18 @@ def test_orthogonalise_brings_singular_values_near_one():
         assert values.min() > 0.3 and values.max() < 1.4
 
 
+@pytest.mark.parametrize("rank", [8, 2])
+@pytest.mark.parametrize("shape", [(3, 8, 40), (3, 40, 8), (3, 8, 8)])
+def test_orthogonalise_equals_the_iteration_on_the_whole_matrix(shape, rank):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape[0], shape[1], rank) @ torch.randn(shape[0], rank, shape[2])
+    x = matrices.double() / matrices.double().norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        cube = x @ x.mT @ x
+        x = 3.4445 * x - 4.7750 * cube + 2.0315 * x @ x.mT @ cube
+    assert torch.allclose(orthogonalise(matrices).double(), x, atol=1e-4)
+
+
 def test_muon_equals_torch_on_hidden_matrices_and_adamw_on_the_rest():
     """torch's Muon iterates in bfloat16, ours in float32 on CPU: equal up to that."""
     ours, theirs = tiny(), tiny()
