@@ -208,12 +208,15 @@ class DiffusionLM(L.LightningModule):
             share = self.trainer.global_step / self.attention_annealing
             shown = self.noise.uniform(batch["row"], noised.input_ids.size(1), ANNEALING_STREAM) < share
             attention_mask = partly_causal_mask(shown, segment_ids)
+        asked = noised.loss_mask.flatten().nonzero()[:, 0]
+        moved = annealed and self.transformer.config.token_shift  # left to whoever gives a mask
+        everywhere = moved or self.float8 is not None  # products in 8 bits need numbers of tokens that 16 divides
         hidden = self.transformer.hidden_states(
-            noised.input_ids, position_ids, segment_ids, attention_mask=attention_mask
+            noised.input_ids, position_ids, segment_ids, None, attention_mask, None if everywhere else asked
         )
-        if annealed and self.transformer.config.token_shift:  # left to whoever gives a mask
+        if moved:
             hidden = moved_right(hidden, segment_ids)
-        return hidden[noised.loss_mask]
+        return hidden.flatten(0, 1)[asked] if everywhere else hidden
 
     def on_train_start(self) -> None:
         check_accumulation(self.trainer)

@@ -85,14 +85,16 @@ def forward_flops(config: TransformerConfig, length: int, scored: int) -> float:
     Args:
         config: The transformer; a causal one attends to half of the pairs.
         length: Tokens the layers read.
-        scored: Positions on which the head runs.
+        scored: Positions on which the head runs, and what comes after the last layer's attention.
     """
     config = config.resolved()
-    assert config.head_dim is not None and config.vocab_size is not None
+    assert config.head_dim is not None and config.vocab_size is not None and config.intermediate_size is not None
     pairs = length * length / (2 if config.causal else 1)
     attention = 4 * pairs * config.num_heads * config.head_dim
     matrices = 2 * length * block_matrices(config)
-    return config.num_layers * (matrices + attention) + 2 * scored * config.vocab_size * config.hidden_size
+    after_attention = config.hidden_size * (config.num_heads * config.head_dim + 3 * config.intermediate_size)
+    at_the_end = 2 * scored * config.vocab_size * config.hidden_size - 2 * (length - scored) * after_attention
+    return config.num_layers * (matrices + attention) + at_the_end
 
 
 def training_flops(config: TransformerConfig, length: int, scored: int, trained_share: float = 1.0) -> float:
@@ -101,7 +103,7 @@ def training_flops(config: TransformerConfig, length: int, scored: int, trained_
     Args:
         config: The transformer.
         length: Tokens the layers read.
-        scored: Positions on which the head runs.
+        scored: As for `forward_flops`.
         trained_share: Share of the weights that get gradients: the others pass them on, which is half of backward.
     """
     return forward_flops(config, length, scored) * (2 + trained_share)

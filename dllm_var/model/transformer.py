@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,7 @@ class Attention(nn.Module):
         queries_keys = rotate(queries_keys, context.cos, context.sin)
         queries, keys = queries_keys.split((self.num_heads, self.num_kv_heads), dim=2)
         if context.documents is not None:
-            return self.out(attend_documents(queries, keys, values, context.documents).flatten(2))
+            return self.out(context.asked_of(attend_documents(queries, keys, values, context.documents).flatten(2)))
         cache = context.cache
         if cache is None:
             keys, values = keys.transpose(1, 2), values.transpose(1, 2)
@@ -86,7 +87,7 @@ class Attention(nn.Module):
         # queries [B, heads, L, D]; keys and values [B, kv_heads, reach, D]
         mixed = attend(queries.transpose(1, 2), keys, values, context.mask, context.is_causal)
         mixed = mixed.transpose(1, 2).flatten(2)
-        return self.out(mixed if cache is None else cache.pack(mixed))
+        return self.out(context.asked_of(mixed) if cache is None else cache.pack(mixed))
 
 
 class SwiGLU(nn.Module):
@@ -105,7 +106,10 @@ class SwiGLU(nn.Module):
 
 @dataclass
 class LayerContext:
-    """What every layer of one forward shares: rotary angles, attention mask or where documents lie, and cache."""
+    """What the layers of one forward share: rotary angles, attention mask or where documents lie, and cache.
+
+    The last layer has one of its own when only some positions are `asked` for.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -113,6 +117,11 @@ class LayerContext:
     is_causal: bool
     cache: KVCache | None
     documents: Documents | None = None
+    asked: Tensor | None = None
+
+    def asked_of(self, x: Tensor) -> Tensor:
+        """Returns [M, hidden] at the positions that are asked for, all of `x` [B, L, hidden] when all are."""
+        return x if self.asked is None else x.flatten(0, 1).index_select(0, self.asked)
 
 
 class Block(nn.Module):
@@ -132,7 +141,7 @@ class Block(nn.Module):
         return recomputed(self.recompute, self._layers, x, context, layer)
 
     def _layers(self, x: Tensor, context: LayerContext, layer: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), context, layer)
+        x = context.asked_of(x) + self.attention(self.attention_norm(x), context, layer)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -214,8 +223,12 @@ class Transformer(nn.Module):
         segment_ids: Tensor | None = None,
         cache: KVCache | None = None,
         attention_mask: Tensor | None = None,
+        asked: Tensor | None = None,
     ) -> Tensor:
         """Returns the normalised last hidden states [B, L, hidden], so that the head may run on a few of them.
+
+        When it is known which, only those [M, hidden] are computed: no other position needs what comes after the last
+        layer's attention.
 
         The head on position i predicts token i, or token i + 1 in a causal model. With `token_shift`, the hidden states
         are moved right by one for that: position i has what the layers made of i - 1.
@@ -227,12 +240,13 @@ class Transformer(nn.Module):
             cache: Keys and values of earlier tokens, opened for this forward with `cache.open`; gets this forward's.
             attention_mask: Which token sees which [B, L, L], bool, in place of `segment_ids`; not with a cache. Nothing
                 is moved then: who gives it knows which token is left of which.
+            asked: Positions to return [M], counted through the flattened batch; all when null. Not with a cache.
         """
         length = input_ids.size(1)
         causal = self.config.causal
         mask, documents = None, None
         if cache is not None:
-            assert segment_ids is None, "a cache holds one document per row"
+            assert segment_ids is None and asked is None, "a cache holds one document per row, and all its positions"
             positions, mask, reach = cache.pack(cache.positions), cache.mask(causal), cache.reach
             input_ids = cache.pack(input_ids)
             context_causal = False
@@ -249,15 +263,23 @@ class Transformer(nn.Module):
                 mask = mask & causal_mask(length, input_ids.device)
             context_causal = causal and mask is None
         cos, sin = self.rotary(positions, reach)
+        moved = self.config.token_shift and not causal and attention_mask is None
+        if asked is not None and moved:  # they get what is made of the positions left of them
+            everywhere = torch.arange(input_ids.numel(), device=input_ids.device).view(*input_ids.shape, 1)
+            asked = moved_right(everywhere, segment_ids).flatten()[asked]
+        if asked is not None and self.compiled:  # another number at each step must not compile the layer again
+            torch._dynamo.maybe_mark_dynamic(asked, 0)
         context = LayerContext(cos, sin, mask, context_causal, cache, documents)
         x = self.embedding(input_ids)
         for layer, block in enumerate(self.blocks):
+            if asked is not None and layer == self.config.num_layers - 1:
+                context = replace(context, asked=asked)
             x = block(x, context, layer if cache is not None else 0)  # one number, or each layer is compiled anew
         x = self.norm(x)
-        x = x if cache is None else cache.pad(x)
-        if not self.config.token_shift or causal or attention_mask is not None:
-            return x
-        return moved_right(x, segment_ids) if cache is None else cache.shift(x)
+        if cache is not None:
+            x = cache.pad(x)
+            return cache.shift(x) if moved else x
+        return moved_right(x, segment_ids) if moved and asked is None else x
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """Returns an empty cache for this process's heads; arguments as of `KVCache`."""
@@ -278,11 +300,15 @@ class Transformer(nn.Module):
 
         Args:
             context_length: Tokens each token attends to.
-            head_share: Share of the tokens on which the output head runs.
+            head_share: Share of the tokens that are asked for: on which the output head runs, and what comes after the
+                last layer's attention.
         """
         config = self.config
         assert config.head_dim is not None
         in_blocks = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
+        last: Any = self.blocks[-1]
+        after_attention = [*last.attention.out.parameters(), *last.mlp.parameters()]
+        in_blocks -= sum(p.numel() for p in after_attention if p.dim() == 2) * (1 - head_share)
         head = self.lm_head.weight.numel() * head_share
         attention = config.num_layers * 12 * context_length * config.num_heads * config.head_dim
         return 6 * (in_blocks + head) + attention / (2 if config.causal else 1)

@@ -151,15 +151,41 @@ def test_meta_model_materialises_with_every_weight_drawn():
     assert model(torch.zeros(1, 3, dtype=torch.long)).isfinite().all()
 
 
-def test_flops_per_token_match_the_counter():
+@pytest.mark.parametrize("asked", [128, 32])
+def test_flops_per_token_match_the_counter(asked):
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
         model = Transformer(TransformerConfig(**TINY))
         tokens = torch.zeros(2, 64, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
-            model(tokens, position_ids=torch.zeros_like(tokens)).sum().backward()
-    assert counter.get_total_flops() / tokens.numel() == pytest.approx(model.flops_per_token(64), rel=0.1)
+            hidden = model.hidden_states(tokens, torch.zeros_like(tokens), asked=torch.zeros(asked, dtype=torch.long))
+            model.lm_head(hidden).sum().backward()
+    expected = model.flops_per_token(64, asked / 128)
+    assert counter.get_total_flops() / tokens.numel() == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective"])
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("length", [12, 520])  # with a mask, and document by document
+def test_asked_positions_are_those_of_all_and_so_are_their_gradients(length, layers, shift, recompute):
+    model = Transformer(TransformerConfig(**{**TINY, "num_layers": layers, "token_shift": shift})).double()
+    model.recompute_activations(recompute)
+    torch.manual_seed(0)
+    tokens = torch.randint(0, TINY["vocab_size"], (3, length))
+    segments = torch.arange(length).expand(3, -1) // 5
+    mask = torch.rand(3, length) < 0.4
+    weights = torch.randn(int(mask.sum()), TINY["hidden_size"], dtype=torch.float64)
+    gradients = []
+    for asked in (None, mask.flatten().nonzero()[:, 0]):
+        model.zero_grad()
+        hidden = model.hidden_states(tokens, segment_ids=segments, asked=asked)
+        hidden = hidden[mask] if asked is None else hidden
+        (hidden * weights).sum().backward()
+        gradients.append([hidden.detach()] + [p.grad for p in model.parameters() if p.grad is not None])
+    for all_of_them, only in zip(*gradients, strict=True):
+        torch.testing.assert_close(only, all_of_them, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
