@@ -59,7 +59,8 @@ def tensor_parallel_bytes(
     """Returns what each process of a tensor-parallel group sends of activations in a step (arXiv 1909.08053).
 
     Each layer all-reduces its tokens' hidden states twice in the forward pass and twice in the backward one, the
-    embedding once, and the head the gradients at the scored positions, with three numbers for each of these.
+    embedding once, and the head the gradients at the scored positions, with three numbers for each of these. What comes
+    after the last layer's attention is about these positions alone.
 
     Args:
         config: The transformer.
@@ -69,7 +70,9 @@ def tensor_parallel_bytes(
         width: Bytes in which hidden states travel.
         recompute: Whether blocks are computed again in the backward pass, all but their last all-reduce.
     """
-    hidden_states = tokens * (config.num_layers * (5 if recompute else 4) + 1) + scored
+    in_layers, after_attention = (5, 4) if recompute else (4, 3)
+    everywhere = config.num_layers * in_layers + 1 - after_attention
+    hidden_states = tokens * everywhere + scored * (after_attention + 1)
     return 2 * (hidden_states * config.hidden_size * width + 3 * scored * 4) * (ranks - 1) / ranks
 
 

@@ -261,17 +261,16 @@ def _hidden(model: Transformer, rows: Sequence[Row]) -> Tensor:
     for number, row in enumerate(rows):
         tokens[number, : len(row.tokens)] = torch.tensor(row.tokens)
         padding[number, : len(row.tokens)] = 0
+    places = [number * longest + column for number, row in enumerate(rows) for column in row.columns]
+    asked = torch.tensor(places, device=device)
     if model.config.causal_context:
         before = torch.arange(longest) < torch.tensor([row.start for row in rows])[:, None]
         seen = partly_causal_mask(torch.zeros_like(before), padding) | (~before[:, :, None] & (padding == 0)[:, None])
         hidden = model.hidden_states(tokens.to(device), attention_mask=seen.to(device))
         hidden = moved_right(hidden, None) if model.config.token_shift else hidden  # left to whoever gives a mask
-    else:
-        segments = padding.to(device) if not model.config.causal and bool(padding.any()) else None
-        hidden = model.hidden_states(tokens.to(device), segment_ids=segments)
-    places = [number for number, row in enumerate(rows) for _ in row.columns]
-    columns = [column for row in rows for column in row.columns]
-    return hidden[torch.tensor(places, device=device), torch.tensor(columns, device=device)]
+        return hidden.flatten(0, 1)[asked]
+    segments = padding.to(device) if not model.config.causal and bool(padding.any()) else None
+    return model.hidden_states(tokens.to(device), segment_ids=segments, asked=asked)
 
 
 def _chunk(model: Transformer) -> int:

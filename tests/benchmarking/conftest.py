@@ -1,4 +1,4 @@
-"""Settings with measurements written down by hand, and tiny models on a tiny task."""
+"""Tiny models on a tiny task."""
 
 import json
 
@@ -6,45 +6,11 @@ import pytest
 import torch
 import yaml
 
-from dllm_var.benchmarking.contenders import Contender, Run
-from dllm_var.benchmarking.settings import Setting
 from dllm_var.datamodules import CmudictSource
 from dllm_var.model.checkpoints import save_checkpoint_folder
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.transformer import Transformer
-from dllm_var.sampling import Generation
 from dllm_var.tokenization import Tokenizer
-
-
-def run(tokens, nfe, seconds, forward_share=0.9, per_call=True):
-    """A run whose prompts have the given answer lengths, forwards and seconds."""
-    answers = [
-        Generation(list(range(length)), "eos", forwards, 0.5, prompt_length=3)
-        for length, forwards in zip(tokens, nfe, strict=True)
-    ]
-    calls = list(seconds) if per_call else [sum(seconds)]
-    return Run(answers, calls, forward_share * sum(seconds), sum(nfe))
-
-
-def contender(name, role="candidate", single=(), batched=(), selection=None, scores=None):
-    """A setting that has been measured.
-
-    Args:
-        name: Its name.
-        role: Its role.
-        single: Timed runs at batch 1.
-        batched: Timed runs in batches.
-        selection: Accuracy and tokens/s on the selection split.
-        scores: Figures of its answers.
-    """
-    setting = Setting(name, {"class_path": "some.Sampler", "init_args": {}}, "diffusion", role, 4, 4, 4)
-    result = Contender(setting, sampler=None, model=None, single=list(single), batched=list(batched))
-    result.scores = scores or {}
-    if selection is not None:
-        accuracy, speed = selection
-        result.selection_scores = {"accuracy": accuracy}
-        result.selection_single = [run([speed], [1], [1.0])] if speed else []
-    return result
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """The rule that chooses the best setting, and the ratios, against figures worked by hand."""
 
 import pytest
-from conftest import contender, run
+from by_hand import contender, run
 
 from dllm_var.benchmarking.ratios import against_bars, choose, credited, overhead, ratios, speed
 

@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conftest import ToyData
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
@@ -143,7 +142,7 @@ def check_both(path: Path, record: Record, step: int) -> None:
         torch.testing.assert_close(torch.cat([value.flatten() for value in state.values()]), wanted)
 
 
-def test_the_final_test_and_a_test_of_a_checkpoint_use_the_average(fit: Any, data: ToyData, tmp_path: Path) -> None:
+def test_the_final_test_and_a_test_of_a_checkpoint_use_the_average(fit: Any, data: Any, tmp_path: Path) -> None:
     seen = []
 
     class Look(L.Callback):
