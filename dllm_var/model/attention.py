@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 128  # tokens of short documents that share one call on the CPU
+CHUNK = 64  # tokens of short documents that share one call on the CPU
 LEAST_LENGTH = 512  # shorter rows are faster with a mask
 
 

@@ -179,6 +179,8 @@ class Transformer(nn.Module):
     def compile_blocks(self) -> None:
         """Compiles the layers with torch.compile: one compilation serves all, and the state dict's keys stay."""
         self.compiled = True
+        # Layers of all models share one cache: with and without gradients, a mask, positions that are asked for.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for block in self.blocks:
             block.compile()
 
