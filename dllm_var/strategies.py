@@ -134,7 +134,8 @@ def clip_gradients(module: L.LightningModule, optimizer: Optimizer, limit: Any, 
 
     What else there is to clip is left to Lightning, or under FSDP1, where Lightning refuses to, to torch's wrapper.
     """
-    trainer, norm = module.trainer, module.last_step.gradient_norm  # type: ignore[union-attr]
+    step: Any = module.last_step
+    trainer, norm = module.trainer, step.gradient_norm
     wrapped, scaler = trainer.strategy.model, getattr(trainer.precision_plugin, "scaler", None)
     by_norm = limit and algorithm != "value"
     if by_norm and isinstance(wrapped, FullyShardedDataParallel):
