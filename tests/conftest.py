@@ -14,3 +14,11 @@ def tokenized_data_cache(tmp_path_factory):
     if "DLLM_VAR_CACHE" not in os.environ:
         os.environ["DLLM_VAR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     return os.environ["DLLM_VAR_CACHE"]
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left():
+    """Lightning leaves the group of a run within this process behind; a later test may want its own."""
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -31,7 +31,7 @@ class Joint:
         self.lm_head = torch.nn.Linear(3, 3, bias=False)
         self.lm_head.weight = torch.nn.Parameter(torch.eye(3))
 
-    def hidden_states(self, tokens, segment_ids=None):
+    def hidden_states(self, tokens, segment_ids=None, asked=None):
         if segment_ids is not None:  # padding of a shorter row, which it does not see
             tokens = tokens.masked_fill(segment_ids == 1, 2)
         answers = torch.nn.functional.pad(tokens[:, 1:], (0, self.texts.size(1) + 1 - tokens.size(1)), value=2)
@@ -39,7 +39,7 @@ class Joint:
         weight = fits * self.probability
         one = torch.einsum("bt,tl->bl", weight, self.texts.float()) / weight.sum(dim=1, keepdim=True)
         logits = torch.stack((1 - one, one, torch.zeros_like(one)), dim=-1).clamp_min(1e-30).log()
-        return torch.cat((logits[:, :1], logits), dim=1)[:, : tokens.size(1)]
+        return torch.cat((logits[:, :1], logits), dim=1)[:, : tokens.size(1)].flatten(0, 1)[asked]
 
 
 def test_the_bound_is_exact_where_every_choice_of_hidden_positions_is_taken():
