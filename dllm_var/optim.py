@@ -259,27 +259,13 @@ def _moved(part: Tensor, mesh: DeviceMesh, source: Shard, target: Shard, shape: 
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """Returns matrices [N, R, C] with all singular values brought near 1 by a quintic Newton-Schulz iteration.
-
-    Each iteration multiplies X by a polynomial of its Gram matrix G = X X'. For an oblong X the polynomials are
-    multiplied first, in the small shape of G, and X once in the end; bfloat16 would not be exact enough for that.
-    """
+    """Returns matrices [N, R, C] with all singular values brought near 1 by a quintic Newton-Schulz iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
     wide = x.size(-2) <= x.size(-1)
     x = x if wide else x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    if x.dtype == torch.float32 and x.size(-2) < x.size(-1):
-        gram, product = x @ x.mT, None
-        identity = torch.eye(x.size(-2), device=x.device)
-        for left in reversed(range(iterations)):
-            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * identity
-            product = factor if product is None else factor @ product
-            if left:  # the next X X' is P G P, and all of these commute
-                gram = factor @ (gram @ factor)
-        x = product @ x
-    else:
-        for _ in range(iterations):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).to(matrices.dtype)
