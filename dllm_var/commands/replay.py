@@ -9,9 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dllm_var.errors import UserError
+from dllm_var.settings import dump_yaml, load_yaml
 
 DESCRIPTION = """Computes the losses again that the loss guard has recorded in a run's loss_guard.jsonl, row by row.
 
@@ -46,7 +45,7 @@ def main(command: str, arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")  # most are left out
     with tempfile.TemporaryDirectory() as folder:
         overlay = Path(folder) / "replay.yaml"
-        overlay.write_text(yaml.safe_dump(replay_settings(yaml.safe_load(config.read_text()), record, options.rows)))
+        overlay.write_text(dump_yaml(replay_settings(load_yaml(config.read_text()), record, options.rows)))
         settings = [f"--config={config}", f"--config={overlay}", f"--ckpt_path={checkpoint}"]
         settings += [f"--trainer.devices={options.devices}"] if options.devices else []
         return import_module("dllm_var.cli").main("fit", settings)
