@@ -11,15 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Placement
 
 from dllm_var.errors import UserError
-from dllm_var.model.attention import (
-    Documents,
-    attend,
-    attend_documents,
-    causal_mask,
-    find_documents,
-    segment_mask,
-)
+from dllm_var.model.attention import attend, causal_mask, segment_mask
 from dllm_var.model.config import TransformerConfig
+from dllm_var.model.documents import Documents, attend_documents, find_documents
 from dllm_var.model.initialise import initialise
 from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.recompute import Recompute, recomputed

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dllm_var.model import Transformer, TransformerConfig, attention
+from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.model.build import can_compile
 
 SHAPE = dict(hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, vocab_size=50, initializer_range=0.2)
@@ -24,7 +24,7 @@ def gradients(policy, segments=None, compiled=False, **changes):
 @pytest.mark.parametrize("documents", [None, "mask", "chunks"])
 @pytest.mark.parametrize("changes", [{}, {"causal": True, "qk_norm": True}])
 def test_gradients_are_the_same(policy, documents, changes, monkeypatch):
-    monkeypatch.setattr(attention, "LEAST_LENGTH", 1 if documents == "chunks" else 512)
+    monkeypatch.setattr("dllm_var.model.documents.LEAST_LENGTH", 1 if documents == "chunks" else 512)
     segments = None if documents is None else torch.arange(48).expand(2, -1) // 7
     for ours, kept in zip(gradients(policy, segments, **changes), gradients("none", segments, **changes), strict=True):
         assert torch.equal(ours, kept)
@@ -34,7 +34,7 @@ def test_gradients_are_the_same(policy, documents, changes, monkeypatch):
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="needs a C++ compiler")
 @pytest.mark.parametrize("documents", [None, "chunks"])
 def test_compiled_gradients_are_the_same(documents, monkeypatch):
-    monkeypatch.setattr(attention, "LEAST_LENGTH", 1)
+    monkeypatch.setattr("dllm_var.model.documents.LEAST_LENGTH", 1)
     segments = None if documents is None else torch.arange(48).expand(2, -1) // 7
     kept = gradients("none", segments)
     for policy in ("none", "full", "selective"):

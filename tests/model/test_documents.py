@@ -5,25 +5,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm_var.model import Transformer, TransformerConfig, attention
-from dllm_var.model.attention import attend, attend_documents, causal_mask, chunks, find_documents, segment_mask
+from dllm_var.model import Transformer, TransformerConfig, documents
+from dllm_var.model.attention import attend, causal_mask, segment_mask
+from dllm_var.model.documents import attend_documents, chunks, find_documents
 
 PADDING = -1
 
 
 @pytest.fixture(autouse=True)
 def _short_rows_too(monkeypatch):
-    monkeypatch.setattr(attention, "LEAST_LENGTH", 1)
-    monkeypatch.setattr(attention, "CHUNK", 8)
+    monkeypatch.setattr(documents, "LEAST_LENGTH", 1)
+    monkeypatch.setattr(documents, "CHUNK", 8)
 
 
 def rows(sizes, length):
     """Segment ids of rows with documents of the given sizes; the rest is padding."""
     result = torch.full((len(sizes), length), PADDING)
-    for row, documents in zip(result, sizes, strict=True):
-        row[: sum(documents)] = torch.arange(len(documents)).repeat_interleave(
-            torch.tensor(documents, dtype=torch.long)
-        )
+    for row, lengths in zip(result, sizes, strict=True):
+        row[: sum(lengths)] = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long))
     return result
 
 
@@ -38,7 +37,10 @@ SEGMENTS = {
 @pytest.mark.parametrize("name", SEGMENTS)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_equals_the_dense_mask_forward_and_backward(name, causal, kv_heads):
+@pytest.mark.parametrize("short", [0, 8, 512])
+def test_equals_the_dense_mask_forward_and_backward(name, causal, kv_heads, short, monkeypatch):
+    """By products alone, by SDPA alone, and where long documents interrupt the products."""
+    monkeypatch.setattr(documents, "SHORT", short)
     segments = SEGMENTS[name]
     generator = torch.Generator().manual_seed(0)
     shape = (*segments.shape, 4 + 2 * kv_heads, 8)
@@ -66,7 +68,7 @@ def test_chunks_hold_each_document_whole_and_none_crosses_a_row(sizes, repeats):
     assert [edge for group in grouped for edge in group[1:]] == edges[1:]
     for group in grouped:
         assert group[0] // length == (group[-1] - 1) // length
-        assert group[-1] - group[0] <= attention.CHUNK or len(group) == 2
+        assert group[-1] - group[0] <= documents.CHUNK or len(group) == 2
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -75,7 +77,7 @@ def test_the_transformer_takes_it_for_documents_and_nothing_else(causal, monkeyp
     config = TransformerConfig(
         hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=50, initializer_range=0.2, causal=causal
     )
-    model = Transformer(config)
+    model = Transformer(config).double()
     segments = SEGMENTS["short and long, padded"]
     tokens = torch.randint(0, 50, segments.shape)
     ours = model(tokens, None, segments)
@@ -84,19 +86,46 @@ def test_the_transformer_takes_it_for_documents_and_nothing_else(causal, monkeyp
     model.zero_grad()
     given_mask = model.hidden_states(tokens, attention_mask=segment_mask(segments)[:, 0])
     torch.testing.assert_close(model.lm_head(given_mask), ours)
-    monkeypatch.setattr(attention, "LEAST_LENGTH", 25)
+    monkeypatch.setattr(documents, "LEAST_LENGTH", 25)
     monkeypatch.setattr("dllm_var.model.transformer.attend_documents", None)
     dense = model(tokens, None, segments)
     dense.square().sum().backward()
     torch.testing.assert_close(ours, dense)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-        torch.testing.assert_close(gradient, parameter.grad, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(gradient, parameter.grad)
 
 
 def test_memory_does_not_grow_with_the_row_squared():
     found = find_documents(rows([[100] * 80], 8192), torch.float32, False)
-    assert sum(found.sizes) == 8192 and found.longest <= 192
-    assert sum(mask.numel() for mask in found.masks if mask is not None) < 8192 * 256
+    ((_, run),) = found.runs
+    assert sum(chunk.size for chunk in run) == 8192 and found.longest <= 192
+    assert sum(chunk.mask.numel() for chunk in run if chunk.mask is not None) < 8192 * 256
+
+
+def test_what_is_kept_for_the_gradients_grows_with_short_documents_alone():
+    """Sixteen documents of 512 tokens keep their probabilities, one of 8,192 does not."""
+
+    def kept(sizes):
+        shape, total = (1, 8192, 2, 16), []
+        queries, keys, values = (torch.randn(shape, requires_grad=True) for _ in range(3))
+        found = find_documents(rows([sizes], 8192), torch.float32, False)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: total.append(x.numel()), lambda x: x):
+            attend_documents(queries, keys, values, found)
+        return sum(total) / queries.numel()
+
+    assert kept([512] * 16) == pytest.approx(3 + 512 / 16)
+    assert kept([8192]) < 5
+
+
+def test_16_bit_types_are_left_to_sdpa():
+    segments = SEGMENTS["short and long, padded"]
+    qkv = torch.randn(3, 24, 12, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = find_documents(segments, torch.bfloat16, False)
+        mixed = attend_documents(*qkv.split(4, dim=2), found)
+    assert not any(short for short, _ in found.runs) and mixed.dtype == torch.bfloat16
+    exact = attend_documents(*qkv.split(4, dim=2), find_documents(segments, torch.float32, False))
+    torch.testing.assert_close(mixed.float(), exact, atol=0.02, rtol=0.02)
 
 
 def test_the_varlen_kernel_is_told_where_documents_end(monkeypatch):
@@ -114,10 +143,10 @@ def test_the_varlen_kernel_is_told_where_documents_end(monkeypatch):
 
     segments = SEGMENTS["short and long, padded"]
     assert find_documents(segments.to("meta"), torch.float32, True) is None  # the kernel has no float32
-    monkeypatch.setattr(attention, "varlen_kernel", lambda: varlen)
-    monkeypatch.setattr(attention, "has_varlen", lambda device, dtype: True)
+    monkeypatch.setattr(documents, "varlen_kernel", lambda: varlen)
+    monkeypatch.setattr(documents, "has_varlen", lambda device, dtype: True)
     found = find_documents(segments, torch.bfloat16, True)
-    assert found.ends is not None and not found.sizes
+    assert found.ends is not None and not found.runs
     queries, keys, values = torch.randn(3, 24, 8, 8).split((4, 2, 2), dim=2)
     mixed = attend_documents(queries, keys, values, found)
     mask = segment_mask(segments) & causal_mask(24, segments.device)

@@ -1,0 +1,208 @@
+"""Attention within the documents of packed rows, with nothing that grows with the row squared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dllm_var.model.attention import attend
+
+CHUNK = 64  # tokens of short documents that the CPU takes together
+SHORT = 512  # tokens up to which `ShortChunks` is faster there than SDPA's kernel
+LEAST_LENGTH = 512  # shorter rows are faster with a mask
+
+
+@dataclass
+class Chunk:
+    """Neighbouring documents that the CPU takes together.
+
+    Args:
+        size: Tokens.
+        mask: Added to the scores, so that a token sees what it may [size, size]; null when that is everything.
+    """
+
+    size: int
+    mask: Tensor | None
+
+
+@dataclass
+class Documents:
+    """Where the documents of a batch lie when its rows are laid end to end.
+
+    A document is a run of equal segment ids within a row, and so is what pads a row.
+
+    Args:
+        runs: Chunks that follow each other, and whether `ShortChunks` takes them; on the CPU.
+        ends: Where each document ends, from 0 on, int32 [documents + 1]; on CUDA.
+        longest: A length that no document exceeds.
+        is_causal: Whether a token sees only its left.
+    """
+
+    runs: list[tuple[bool, list[Chunk]]]
+    ends: Tensor | None
+    longest: int
+    is_causal: bool
+
+
+def find_documents(segment_ids: Tensor, dtype: torch.dtype, is_causal: bool) -> Documents | None:
+    """Finds the documents of a batch, or returns null where a mask serves better.
+
+    On CUDA they go to one varlen kernel, if the type is a 16-bit one; on the CPU, in long rows, chunk by chunk.
+
+    Args:
+        segment_ids: Document of each token [B, L].
+        dtype: Type that attention is computed in.
+        is_causal: Whether a token sees only its left.
+    """
+    rows, length = segment_ids.shape
+    on_cuda = has_varlen(segment_ids.device, dtype)
+    if not on_cuda and (segment_ids.device.type != "cpu" or length < LEAST_LENGTH):
+        return None
+    begins = torch.ones_like(segment_ids, dtype=torch.bool)
+    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = begins.flatten().nonzero()[:, 0]
+    if on_cuda:
+        ends = F.pad(starts, (0, 1), value=rows * length).to(torch.int32)
+        return Documents([], ends, length, is_causal)
+    products = dtype in (torch.float32, torch.float64)  # what is rounded when in 16-bit types is SDPA's to decide
+    found = []
+    for edges in chunks([*starts.tolist(), rows * length], length):
+        size = edges[-1] - edges[0]
+        short = products and size <= SHORT
+        masked = len(edges) > 2 or (is_causal and short)
+        found.append((short, Chunk(size, _mask(edges, dtype, is_causal) if masked else None)))
+    runs = [(short, [chunk for _, chunk in run]) for short, run in groupby(found, key=lambda pair: pair[0])]
+    return Documents(runs, None, max(chunk.size for _, chunk in found), is_causal)
+
+
+def _mask(edges: list[int], dtype: torch.dtype, is_causal: bool) -> Tensor:
+    """Returns the mask of a chunk, given where its documents start and end."""
+    number = torch.repeat_interleave(torch.tensor([end - start for start, end in pairwise(edges)]))
+    hidden = number[:, None] != number
+    if is_causal:
+        hidden |= torch.ones_like(hidden).triu(1)
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
+
+
+def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has an attention kernel for documents laid end to end there."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or varlen_kernel() is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def varlen_kernel() -> Callable[..., Any] | None:
+    """Returns torch's attention over documents laid end to end, null before torch 2.10; imported where it is used."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+def chunks(edges: list[int], length: int) -> list[list[int]]:
+    """Groups neighbouring documents of a row, at most `CHUNK` tokens of them; a longer one is by itself.
+
+    Args:
+        edges: Where each document starts, and where the last one ends.
+        length: Tokens in a row.
+
+    Returns:
+        The edges of the documents in each chunk.
+    """
+    grouped = [edges[:2]]
+    for start, end in zip(edges[1:-1], edges[2:], strict=True):
+        if start % length == 0 or end - grouped[-1][0] > CHUNK:
+            grouped.append([start, end])
+        else:
+            grouped[-1].append(end)
+    return grouped
+
+
+@torch.compiler.disable
+def attend_documents(queries: Tensor, keys: Tensor, values: Tensor, documents: Documents) -> Tensor:
+    """Returns attention within documents [B, L, heads, D].
+
+    Args:
+        queries: [B, L, heads, D].
+        keys: [B, L, kv_heads, D], and so the values.
+        documents: Where they lie.
+    """
+    shape = queries.shape
+    queries, keys, values = (x.flatten(0, 1) for x in (queries, keys, values))
+    if documents.ends is not None:
+        kernel = varlen_kernel()
+        assert kernel is not None  # find_documents has looked
+        mixed = kernel(
+            queries.to(values.dtype),  # norms of heads leave them in float32
+            keys.to(values.dtype),
+            values,
+            documents.ends,
+            documents.ends,
+            documents.longest,
+            documents.longest,
+            window_size=(-1, 0 if documents.is_causal else -1),
+            enable_gqa=queries.size(1) != keys.size(1),
+        )
+        return mixed.view(shape)
+    parts: list[Tensor] = []
+    sizes = [sum(chunk.size for chunk in run) for _, run in documents.runs]
+    split = (x.split(sizes) for x in (queries, keys, values))
+    for (short, run), q, k, v in zip(documents.runs, *split, strict=True):
+        if short and q.size(1) == k.size(1):
+            parts.append(ShortChunks.apply(q, k, v, run))
+            continue
+        for chunk, *qkv in _heads_of_each(run, q, k, v):
+            q, k, v = (x.unsqueeze(0) for x in qkv)
+            causal = documents.is_causal and chunk.mask is None
+            parts.append(attend(q, k, v, chunk.mask, causal)[0].transpose(0, 1))
+    return torch.cat(parts).view(shape)
+
+
+class ShortChunks(torch.autograd.Function):
+    """Attention within chunks as plain matrix products [tokens, heads, D], whose probabilities are kept.
+
+    SDPA's kernel for the CPU computes the scores again for the gradients, and threads share those by heads alone.
+
+    Args of `apply`:
+        queries: [tokens, heads, D], and so keys and values.
+        run: The chunks, which lie one after the other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, run: list[Chunk]) -> Tensor:
+        mixed, kept = torch.empty_like(queries), []
+        for chunk, q, k, v, out in _heads_of_each(run, queries, keys, values, mixed):
+            mask = q.new_empty(1) if chunk.mask is None else chunk.mask
+            scores = torch.baddbmm(mask, q, k.mT, beta=int(chunk.mask is not None), alpha=q.size(-1) ** -0.5)
+            kept.append(scores.softmax(dim=-1))
+            torch.bmm(kept[-1], v, out=out)
+        ctx.save_for_backward(queries, keys, values, *kept)
+        ctx.run = run
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, values, *kept = ctx.saved_tensors
+        found = [torch.empty_like(x) for x in (queries, keys, values)]
+        each = _heads_of_each(ctx.run, queries, keys, values, gradient, *found)
+        for probabilities, (_, q, k, v, upstream, to_q, to_k, to_v) in zip(kept, each, strict=True):
+            torch.bmm(probabilities.mT, upstream, out=to_v)
+            of_scores = torch._softmax_backward_data(torch.bmm(upstream, v.mT), probabilities, -1, q.dtype)
+            torch.baddbmm(to_q, of_scores, k, beta=0, alpha=q.size(-1) ** -0.5, out=to_q)
+            torch.baddbmm(to_k, of_scores.mT, q, beta=0, alpha=q.size(-1) ** -0.5, out=to_k)
+        return *found, None
+
+
+def _heads_of_each(run: list[Chunk], *tensors: Tensor) -> Iterator[Any]:
+    """Goes through the chunks of a run: each with its part [heads, size, D] of every tensor [tokens, heads, D]."""
+    sizes = [chunk.size for chunk in run]
+    return zip(run, *(x.transpose(0, 1).split(sizes, dim=1) for x in tensors), strict=True)
