@@ -154,7 +154,8 @@ def attend_documents(queries: Tensor, keys: Tensor, values: Tensor, documents: D
         return mixed.view(shape)
     parts: list[Tensor] = []
     sizes = [sum(chunk.size for chunk in run) for _, run in documents.runs]
-    split = (x.split(sizes) for x in (queries, keys, values))
+    whole = len(sizes) == 1  # as in most batches: nothing to take apart, and for the gradients to copy together
+    split = ((x,) if whole else x.split(sizes) for x in (queries, keys, values))
     for (short, run), q, k, v in zip(documents.runs, *split, strict=True):
         if short and q.size(1) == k.size(1):
             parts.append(ShortChunks.apply(q, k, v, run))
@@ -163,7 +164,7 @@ def attend_documents(queries: Tensor, keys: Tensor, values: Tensor, documents: D
             q, k, v = (x.unsqueeze(0) for x in qkv)
             causal = documents.is_causal and chunk.mask is None
             parts.append(attend(q, k, v, chunk.mask, causal)[0].transpose(0, 1))
-    return torch.cat(parts).view(shape)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
 
 
 class ShortChunks(torch.autograd.Function):
