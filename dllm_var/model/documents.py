@@ -16,7 +16,7 @@ from dllm_var.model.attention import attend
 
 CHUNK = 64  # tokens of short documents that the CPU takes together
 SHORT = 512  # tokens up to which `ShortChunks` is faster there than SDPA's kernel
-LEAST_LENGTH = 512  # shorter rows are faster with a mask
+LEAST_LENGTH = 256  # shorter rows are faster with a mask
 
 
 @dataclass
