@@ -147,11 +147,13 @@ def test_the_run_is_exported_opened_by_transformers_and_decoded(trained, tmp_pat
     again = load_pretrained(tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), again.parameters(), strict=True))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    ids = torch.randint(20, 49152, (1, 24), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(20, 49152, (8, 24), generator=torch.Generator().manual_seed(0))
     found, expected, exact = again(ids), theirs(ids).logits, theirs.double()(ids).logits
-    rounding = float((expected - exact).abs().max())  # of random text read in both directions: up to 4e-3
-    print(f"transformers is {rounding:.1e} from its own double precision, we are {(found - exact).abs().max():.1e}")
-    assert 0 < rounding < 0.02 and (found - exact).abs().max() < 4 * rounding
+    # Rounding on random texts read in both directions differs tenfold from one to the next, up to 4e-3: several.
+    each = [(logits - exact).abs().amax(dim=(1, 2)) for logits in (expected, found)]
+    print(*(f"from double precision, {who}: {largest}" for who, largest in zip(("theirs", "ours"), each, strict=True)))
+    theirs_off, ours_off = (float(largest.mean()) for largest in each)
+    assert 0 < theirs_off < 0.02 and ours_off < 4 * theirs_off
     prompt = ["--chat", "--prompt", "What is 3 plus 4?", "--max-new-tokens", "16", "--json"]
     assert main(["generate", "--checkpoint", str(tmp_path / "out"), *prompt]) == 0
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
