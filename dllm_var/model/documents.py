@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dllm_var.model.attention import attend
+from dllm_var.model.attention import attend, causal_mask, segment_mask
 
 CHUNK = 64  # tokens of short documents that the CPU takes together
 SHORT = 512  # tokens up to which `ShortChunks` is faster there than SDPA's kernel
@@ -79,16 +79,16 @@ def find_documents(segment_ids: Tensor, dtype: torch.dtype, is_causal: bool) -> 
         masked = len(edges) > 2 or (is_causal and short)
         found.append((short, Chunk(size, _mask(edges, dtype, is_causal) if masked else None)))
     runs = [(short, [chunk for _, chunk in run]) for short, run in groupby(found, key=lambda pair: pair[0])]
-    return Documents(runs, None, max(chunk.size for _, chunk in found), is_causal)
+    return Documents(runs, None, length, is_causal)
 
 
 def _mask(edges: list[int], dtype: torch.dtype, is_causal: bool) -> Tensor:
     """Returns the mask of a chunk, given where its documents start and end."""
     number = torch.repeat_interleave(torch.tensor([end - start for start, end in pairwise(edges)]))
-    hidden = number[:, None] != number
+    seen = segment_mask(number[None])[0, 0]
     if is_causal:
-        hidden |= torch.ones_like(hidden).triu(1)
-    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        seen &= causal_mask(len(number), seen.device)
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:

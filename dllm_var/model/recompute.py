@@ -13,7 +13,7 @@ Recompute = Literal["none", "full", "selective"]
 
 aten = torch.ops.aten
 # Matrix products and attention are what a forward costs; norms, rotations and activations are cheap, and most of what
-# is kept.
+# is kept. Not in it: attention within short documents on the CPU, whose probabilities are larger than its result.
 EXPENSIVE = {
     aten.mm.default,
     aten.addmm.default,

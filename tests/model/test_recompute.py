@@ -22,7 +22,7 @@ def gradients(policy, segments=None, compiled=False, **changes):
 
 @pytest.mark.parametrize("policy", ["full", "selective"])
 @pytest.mark.parametrize("documents", [None, "mask", "chunks"])
-@pytest.mark.parametrize("changes", [{}, {"causal": True, "qk_norm": True}])
+@pytest.mark.parametrize("changes", [{}, {"causal": True, "qk_norm": True}, {"num_kv_heads": 4}])
 def test_gradients_are_the_same(policy, documents, changes, monkeypatch):
     monkeypatch.setattr("dllm_var.model.documents.LEAST_LENGTH", 1 if documents == "chunks" else 512)
     segments = None if documents is None else torch.arange(48).expand(2, -1) // 7
@@ -32,13 +32,13 @@ def test_gradients_are_the_same(policy, documents, changes, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="needs a C++ compiler")
-@pytest.mark.parametrize("documents", [None, "chunks"])
-def test_compiled_gradients_are_the_same(documents, monkeypatch):
+@pytest.mark.parametrize(("documents", "kv_heads"), [(None, 2), ("chunks", 2), ("chunks", 4)])
+def test_compiled_gradients_are_the_same(documents, kv_heads, monkeypatch):
     monkeypatch.setattr("dllm_var.model.documents.LEAST_LENGTH", 1)
     segments = None if documents is None else torch.arange(48).expand(2, -1) // 7
-    kept = gradients("none", segments)
+    kept = gradients("none", segments, num_kv_heads=kv_heads)
     for policy in ("none", "full", "selective"):
-        for ours, eager in zip(gradients(policy, segments, compiled=True), kept, strict=True):
+        for ours, eager in zip(gradients(policy, segments, compiled=True, num_kv_heads=kv_heads), kept, strict=True):
             torch.testing.assert_close(ours, eager, atol=1e-5, rtol=1e-4)
 
 
