@@ -165,7 +165,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
     check_folder(folder)
     weights = {
-        name: torch.empty(info.size, dtype=info.properties.dtype)
+        name: torch.empty(info.size, dtype=info.properties.dtype, device="cpu")
         for name, info in read_metadata(folder).state_dict_metadata.items()
         if name.startswith(_WEIGHTS) and hasattr(info, "properties")
     }

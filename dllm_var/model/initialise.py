@@ -1,4 +1,7 @@
-"""Initial weights, each keyed by the seed and its name, so that sharded and whole models start from the same ones."""
+"""Initial weights, each keyed by the seed and its name, so that sharded and whole models start from the same ones.
+
+All are drawn on the CPU: a seed then gives the same weights on every device and under every default device.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +27,20 @@ def initialise(module: nn.Module, config: TransformerConfig, seed: int) -> None:
         seed: Seed of all weights.
     """
     for name, parameter in module.named_parameters():
-        values = torch.zeros(parameter.shape)
+        values = torch.zeros(parameter.shape, device="cpu")
         if parameter.dim() >= 2:
             residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             std = config.initializer_range / (math.sqrt(2 * config.num_layers) if residual else 1)
-            values.normal_(std=std, generator=generator)
+            values.normal_(std=std, generator=named_generator(seed, name))
         elif not name.endswith("bias"):
             values.fill_(1.0)
         fill(parameter, values, sections(name, config))
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """Returns the CPU generator that a weight's initial values come from; the seed and the weight's name decide it."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def shard(transformer: nn.Module, mesh: DeviceMesh) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dllm_var.errors import UserError
+from dllm_var.model.initialise import named_generator
 from dllm_var.model.placement import fill
 from dllm_var.model.transformer import Transformer
 
@@ -99,10 +99,9 @@ def reset_adapters(transformer: Transformer) -> None:
         if name.endswith(_UP):
             parameter.zero_()
         elif name.endswith(_DOWN):
-            digest = hashlib.sha256(f"{torch.initial_seed()}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             bound = parameter.shape[1] ** -0.5
-            values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            generator = named_generator(torch.initial_seed(), name)
+            values = torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=generator)
             fill(parameter, values, [])
 
 
