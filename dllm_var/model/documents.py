@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -17,6 +19,7 @@ from dllm_var.model.attention import attend, causal_mask, segment_mask
 CHUNK = 64  # tokens of short documents that the CPU takes together
 SHORT = 512  # tokens up to which `ShortChunks` is faster there than SDPA's kernel
 LEAST_LENGTH = 256  # shorter rows are faster with a mask
+WIDEST_HEAD, WIDTH_MULTIPLE = 256, 8  # head widths that the CUDA kernel takes (FlashAttention 2)
 
 
 @dataclass
@@ -51,18 +54,20 @@ class Documents:
     is_causal: bool
 
 
-def find_documents(segment_ids: Tensor, dtype: torch.dtype, is_causal: bool) -> Documents | None:
-    """Finds the documents of a batch, or returns null where a mask serves better.
+def find_documents(segment_ids: Tensor, dtype: torch.dtype, is_causal: bool, head_dim: int) -> Documents | None:
+    """Finds the documents of a batch, or returns None where a mask serves better.
 
-    On CUDA they go to one varlen kernel, if the type is a 16-bit one; on the CPU, in long rows, chunk by chunk.
+    On CUDA one kernel attends within all documents, if it takes the type and the heads; the CPU, in long rows, goes
+    chunk by chunk.
 
     Args:
         segment_ids: Document of each token [B, L].
         dtype: Type that attention is computed in.
         is_causal: Whether a token sees only its left.
+        head_dim: Width of a head.
     """
     rows, length = segment_ids.shape
-    on_cuda = has_varlen(segment_ids.device, dtype)
+    on_cuda = has_varlen(segment_ids.device, dtype, head_dim)
     if not on_cuda and (segment_ids.device.type != "cpu" or length < LEAST_LENGTH):
         return None
     begins = torch.ones_like(segment_ids, dtype=torch.bool)
@@ -91,20 +96,18 @@ def _mask(edges: list[int], dtype: torch.dtype, is_causal: bool) -> Tensor:
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
 
-def has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch has an attention kernel for documents laid end to end there."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or varlen_kernel() is None:
+def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Returns whether torch has an attention kernel there for documents that are laid end to end."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    takes_heads = head_dim <= WIDEST_HEAD and head_dim % WIDTH_MULTIPLE == 0
+    return takes_heads and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def varlen_kernel() -> Callable[..., Any] | None:
-    """Returns torch's attention over documents laid end to end, null before torch 2.10; imported where it is used."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn
+@cache
+def takes_groups(kernel: Callable[..., Any]) -> bool:
+    """Returns whether a varlen kernel takes fewer key than query heads: torch's does from 2.12 on."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 def chunks(edges: list[int], length: int) -> list[list[int]]:
@@ -138,20 +141,7 @@ def attend_documents(queries: Tensor, keys: Tensor, values: Tensor, documents: D
     shape = queries.shape
     queries, keys, values = (x.flatten(0, 1) for x in (queries, keys, values))
     if documents.ends is not None:
-        kernel = varlen_kernel()
-        assert kernel is not None  # find_documents has looked
-        mixed = kernel(
-            queries.to(values.dtype),  # norms of heads leave them in float32
-            keys.to(values.dtype),
-            values,
-            documents.ends,
-            documents.ends,
-            documents.longest,
-            documents.longest,
-            window_size=(-1, 0 if documents.is_causal else -1),
-            enable_gqa=queries.size(1) != keys.size(1),
-        )
-        return mixed.view(shape)
+        return _attend_varlen(queries, keys, values, documents.ends, documents).view(shape)
     parts: list[Tensor] = []
     sizes = [sum(chunk.size for chunk in run) for _, run in documents.runs]
     whole = len(sizes) == 1  # as in most batches: nothing to take apart, and for the gradients to copy together
@@ -165,6 +155,29 @@ def attend_documents(queries: Tensor, keys: Tensor, values: Tensor, documents: D
             causal = documents.is_causal and chunk.mask is None
             parts.append(attend(q, k, v, chunk.mask, causal)[0].transpose(0, 1))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(shape)
+
+
+def _attend_varlen(queries: Tensor, keys: Tensor, values: Tensor, ends: Tensor, documents: Documents) -> Tensor:
+    """Returns attention within documents [tokens, heads, D] from torch's varlen kernel."""
+    from torch.nn.attention.varlen import varlen_attn  # registers operators: no start of a command should wait for it
+
+    groups: dict[str, bool] = {}
+    if queries.size(1) != keys.size(1):
+        if takes_groups(varlen_attn):
+            groups["enable_gqa"] = True
+        else:
+            keys, values = (x.repeat_interleave(queries.size(1) // x.size(1), dim=1) for x in (keys, values))
+    return varlen_attn(
+        queries.to(values.dtype),  # norms of heads leave them in float32
+        keys.to(values.dtype),
+        values,
+        ends,
+        ends,
+        documents.longest,
+        documents.longest,
+        window_size=(-1, 0 if documents.is_causal else -1),
+        **groups,
+    )
 
 
 class ShortChunks(torch.autograd.Function):

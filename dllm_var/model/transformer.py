@@ -239,7 +239,8 @@ class Transformer(nn.Module):
             asked: Positions to return [M], counted through the flattened batch; all when null. Not with a cache.
         """
         length = input_ids.size(1)
-        causal = self.config.causal
+        causal, head_dim = self.config.causal, self.config.head_dim
+        assert head_dim is not None
         mask, documents = None, None
         if cache is not None:
             assert segment_ids is None and asked is None, "a cache holds one document per row, and all its positions"
@@ -253,7 +254,7 @@ class Transformer(nn.Module):
             if attention_mask is not None:
                 mask = attention_mask.unsqueeze(1)
             elif segment_ids is not None:
-                documents = find_documents(segment_ids, self._attention_dtype(), causal)
+                documents = find_documents(segment_ids, self._attention_dtype(), causal, head_dim)
                 mask = None if documents is not None else segment_mask(segment_ids)
             if causal and mask is not None:
                 mask = mask & causal_mask(length, input_ids.device)

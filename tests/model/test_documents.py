@@ -1,5 +1,7 @@
 """Attention within documents against a dense mask, forward and backward."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -51,7 +53,7 @@ def test_equals_the_dense_mask_forward_and_backward(name, causal, kv_heads, shor
     mask = mask & causal_mask(segments.size(1), mask.device) if causal else mask
     dense = attend(*(x.transpose(1, 2) for x in (queries, keys, values)), mask, False).transpose(1, 2)
     (expected,) = torch.autograd.grad((dense * upstream).sum(), qkv, retain_graph=True)
-    ours = attend_documents(queries, keys, values, find_documents(segments, torch.float64, causal))
+    ours = attend_documents(queries, keys, values, find_documents(segments, torch.float64, causal, 8))
     (gradient,) = torch.autograd.grad((ours * upstream).sum(), qkv)
     torch.testing.assert_close(ours, dense)
     torch.testing.assert_close(gradient, expected)
@@ -96,7 +98,7 @@ def test_the_transformer_takes_it_for_documents_and_nothing_else(causal, monkeyp
 
 
 def test_memory_does_not_grow_with_the_row_squared():
-    found = find_documents(rows([[100] * 80], 8192), torch.float32, False)
+    found = find_documents(rows([[100] * 80], 8192), torch.float32, False, 8)
     ((_, run),) = found.runs
     assert sum(chunk.size for chunk in run) == 8192 and max(chunk.size for chunk in run) <= 192
     assert sum(chunk.mask.numel() for chunk in run if chunk.mask is not None) < 8192 * 256
@@ -108,7 +110,7 @@ def test_what_is_kept_for_the_gradients_grows_with_short_documents_alone():
     def kept(sizes):
         shape, total = (1, 8192, 2, 16), []
         queries, keys, values = (torch.randn(shape, requires_grad=True) for _ in range(3))
-        found = find_documents(rows([sizes], 8192), torch.float32, False)
+        found = find_documents(rows([sizes], 8192), torch.float32, False, 8)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: total.append(x.numel()), lambda x: x):
             attend_documents(queries, keys, values, found)
         return sum(total) / queries.numel()
@@ -121,36 +123,76 @@ def test_16_bit_types_are_left_to_sdpa():
     segments = SEGMENTS["short and long, padded"]
     qkv = torch.randn(3, 24, 12, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        found = find_documents(segments, torch.bfloat16, False)
+        found = find_documents(segments, torch.bfloat16, False, 8)
         mixed = attend_documents(*qkv.split(4, dim=2), found)
     assert not any(short for short, _ in found.runs) and mixed.dtype == torch.bfloat16
-    exact = attend_documents(*qkv.split(4, dim=2), find_documents(segments, torch.float32, False))
+    exact = attend_documents(*qkv.split(4, dim=2), find_documents(segments, torch.float32, False, 8))
     torch.testing.assert_close(mixed.float(), exact, atol=0.02, rtol=0.02)
 
 
-def test_the_varlen_kernel_is_told_where_documents_end(monkeypatch):
-    """No CUDA here: a stand-in with the kernel's signature, which goes document by document."""
-    asked = {}
+def by_document(q, k, v, ends_q, ends_k, longest_q, longest_k, window_size):
+    """What torch's varlen kernel computes, document by document."""
+    assert torch.equal(ends_q, ends_k) and ends_q.dtype == torch.int32 and longest_q == longest_k == 24
+    assert q.dtype == k.dtype == v.dtype
+    parts = []
+    for start, end in pairwise(ends_q.tolist()):
+        part = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
+        parts.append(attend(*part, None, window_size == (-1, 0))[0].transpose(0, 1))
+    return torch.cat(parts)
 
-    def varlen(q, k, v, ends_q, ends_k, longest_q, longest_k, *, window_size, enable_gqa):
-        asked.update(ends=ends_q.tolist(), longest=longest_q, window=window_size)
-        assert ends_q is ends_k and ends_q.dtype == torch.int32 and longest_q == longest_k
-        parts = []
-        for start, end in zip(ends_q[:-1], ends_q[1:], strict=True):
-            part = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
-            parts.append(attend(*part, None, window_size[1] == 0)[0].transpose(0, 1))
-        return torch.cat(parts)
 
+def varlen_of_2_11(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale=None, window_size=(-1, -1)):
+    assert q.size(1) == k.size(1) == v.size(1)
+    return by_document(q, k, v, ends_q, ends_k, longest_q, longest_k, window_size)
+
+
+def varlen_of_2_12(
+    q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    assert enable_gqa or q.size(1) == k.size(1) == v.size(1)
+    return by_document(q, k, v, ends_q, ends_k, longest_q, longest_k, window_size)
+
+
+@pytest.mark.parametrize("kernel", [varlen_of_2_11, varlen_of_2_12])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_varlen_kernel_of_each_torch_computes_what_the_mask_does(kernel, kv_heads, causal, monkeypatch):
+    """No CUDA here: stand-ins with the signatures of torch 2.11 and 2.12."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    monkeypatch.setattr(documents, "has_varlen", lambda *_: True)
     segments = SEGMENTS["short and long, padded"]
-    assert find_documents(segments.to("meta"), torch.float32, True) is None  # the kernel has no float32
-    monkeypatch.setattr(documents, "varlen_kernel", lambda: varlen)
-    monkeypatch.setattr(documents, "has_varlen", lambda device, dtype: True)
-    found = find_documents(segments, torch.bfloat16, True)
+    found = find_documents(segments, torch.bfloat16, causal, 8)
     assert found.ends is not None and not found.runs
-    queries, keys, values = torch.randn(3, 24, 8, 8).split((4, 2, 2), dim=2)
+    assert found.ends.tolist()[:6] == [0, 3, 5, 9, 20, 24] and found.ends[-1] == 72
+    qkv = torch.randn(3, 24, 4 + 2 * kv_heads, 8, requires_grad=True)
+    queries, keys, values = qkv.split((4, kv_heads, kv_heads), dim=2)
     mixed = attend_documents(queries, keys, values, found)
-    mask = segment_mask(segments) & causal_mask(24, segments.device)
+    mask = segment_mask(segments) & causal_mask(24, segments.device) if causal else segment_mask(segments)
     dense = attend(*(x.transpose(1, 2) for x in (queries, keys, values)), mask, False).transpose(1, 2)
     torch.testing.assert_close(mixed, dense)
-    assert asked["window"] == (-1, 0) and asked["longest"] == 24
-    assert asked["ends"][:6] == [0, 3, 5, 9, 20, 24] and asked["ends"][-1] == 72
+    (expected,) = torch.autograd.grad(dense.square().sum(), qkv, retain_graph=True)
+    (gradient,) = torch.autograd.grad(mixed.square().sum(), qkv)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_the_installed_varlen_kernel_takes_the_arguments_it_gets():
+    """Its operator has a stand-in for devices without values, which checks shapes."""
+    found = documents.Documents([], torch.zeros(9, dtype=torch.int32, device="meta"), 24, True)
+    queries, keys, values = torch.empty(3, 24, 8, 8, device="meta", dtype=torch.bfloat16).split((4, 2, 2), dim=2)
+    assert attend_documents(queries.float(), keys, values, found).shape == queries.shape
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "takes"),
+    [
+        (torch.bfloat16, 64, True),
+        (torch.float16, 256, True),
+        (torch.float32, 64, False),
+        (torch.bfloat16, 20, False),
+        (torch.bfloat16, 264, False),
+    ],
+)
+def test_heads_and_types_that_the_varlen_kernel_does_not_take_get_a_mask(dtype, head_dim, takes, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    assert documents.has_varlen(torch.device("cuda"), dtype, head_dim) is takes
+    assert not documents.has_varlen(torch.device("cpu"), dtype, head_dim)
