@@ -10,6 +10,7 @@ from importlib import import_module
 
 from dllm_var import __version__
 from dllm_var.errors import UserError
+from dllm_var.ranks import enter
 
 # command: (module, what it does). A module's main(command, arguments) runs the command and returns the exit status.
 COMMANDS = {
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise UserError(f"no command '{command}'; commands are: {', '.join(COMMANDS)}")
+        enter()
         module = import_module(COMMANDS[command][0])
         if arguments is None:  # what the imports have made stays; collections, of settings too, need not look at it
             gc.freeze()

@@ -18,7 +18,7 @@ from dllm_var.checkpointing.files import CannotSave
 from dllm_var.errors import UserError
 from dllm_var.failures import from_checkpoint, from_outside, is_lost_contact
 from dllm_var.interrupt import Interrupted, StopOnSignal
-from dllm_var.ranks import enter, is_launched_child
+from dllm_var.ranks import is_launched_child
 from dllm_var.training_cli import TrainingCLI
 
 
@@ -33,7 +33,6 @@ def main(command: str, arguments: list[str]) -> int:
         UserError: For a mistake in the settings, the data or a checkpoint, and when a process or a disk fails.
     """
     quieten()
-    enter()
     settings, resume = split_resume(command, arguments)
     stop = StopOnSignal()
     try:

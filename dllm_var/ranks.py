@@ -12,17 +12,24 @@ from collections.abc import Callable
 from typing import Any
 
 _LAUNCHER = "DLLM_VAR_LAUNCHER"  # process id of the first process, for those it starts
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 POLL = 0.25  # seconds between looks
 GRACE = 5.0  # seconds a process has to end by itself
 _parent: int | None = None
 
 
 def enter() -> None:
-    """Tells processes that will be started from this one by whom; a process started so ends with the one it is from."""
+    """Marks this process as the launcher of those it starts. A launched process exits when its launcher dies.
+
+    Runs before anything heavy is imported, so that a launcher that dies meanwhile leaves no process behind.
+    """
     global _parent
     launcher = os.environ.get(_LAUNCHER)
-    if int(os.environ.get("LOCAL_RANK") or 0) > 0 and launcher == str(os.getppid()):
+    by_us = launcher is not None and "RANK" not in os.environ  # which torchrun sets, and Lightning's launcher does not
+    if int(os.environ.get("LOCAL_RANK") or 0) > 0 and launcher and by_us:
         _parent = int(launcher)
+        if os.getppid() != _parent:
+            os._exit(1)
         threading.Thread(target=_end_with_parent, args=(_parent,), daemon=True, name="end-with-parent").start()
     else:
         os.environ[_LAUNCHER] = str(os.getpid())
@@ -31,6 +38,11 @@ def enter() -> None:
 def is_launched_child() -> bool:
     """Whether the first process of the run, on this machine, has started this one."""
     return _parent is not None
+
+
+def is_first() -> bool:
+    """Whether this is the first process of its run, by what Lightning's launcher, torchrun, SLURM and LSF set."""
+    return not any(int(os.environ.get(name) or 0) for name in _RANKS)
 
 
 def _end_with_parent(parent: int) -> None:

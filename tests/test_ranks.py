@@ -176,6 +176,20 @@ def test_whatever_befalls_one_of_two_both_end_and_a_checkpoint_is_left(tmp_path,
 
 @pytest.mark.slow
 @needs_proc
+def test_a_child_that_still_imports_ends_with_the_first_process(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with started(recipe(max_steps=1_000_000)) as process:
+        until(lambda: len(members(process.pid)) > 1, process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        deadline = time.monotonic() + 15
+        while members(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not members(process.pid)
+
+
+@pytest.mark.slow
+@needs_proc
 def test_a_data_loading_process_that_is_killed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = recipe(max_steps=1_000_000, devices=1, strategy="auto")
@@ -236,6 +250,13 @@ def test_two_ranks_go_on_bit_for_bit_and_one_alone_with_the_same_rows(strategy, 
         status, output = run([*command, "--resume"])
         assert status == 2
         assert shard.name in output and "--resume=" in output and "Traceback" not in output
+
+
+def test_a_child_whose_launcher_is_gone_before_it_begins_ends_at_once():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOCAL_RANK": "1", "DLLM_VAR_LAUNCHER": "1"}
+    environment.pop("RANK", None)
+    child = [sys.executable, "-m", "dllm_var", "fit", "--config", "nowhere.yaml"]  # which would be told with status 2
+    assert subprocess.run(child, env=environment, timeout=WAIT, check=False).returncode == 1
 
 
 # -- in this process ---------------------------------------------------------------------------------------------------
