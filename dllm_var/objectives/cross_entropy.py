@@ -26,7 +26,7 @@ class Scores(NamedTuple):
     Args:
         loss_sum: Weighted sum of the losses, from which backward starts.
         token_loss: Loss of each, in nats, without its weight and out of the graph [M].
-        correct: Whether the most likely token is the right one [M].
+        correct: Whether the most likely token, the first of equals, is the right one [M], bool.
     """
 
     loss_sum: Tensor
@@ -117,9 +117,9 @@ def _rows(head: nn.Linear, hidden: Tensor, logits: int | None) -> int:
 class _SummedCrossEntropy(torch.autograd.Function):
     """The loss and both gradients in one pass over chunks of positions; backward only scales them.
 
-    Where processes share the vocabulary, each has some of the logits [chunk, V / ranks]. Of a chunk they tell each
-    other the largest logit, the sum of the exponentials and the right token's logit, [chunk] each, and in the end they
-    add up what is theirs of the gradient of the hidden states.
+    Where processes share the vocabulary, each has some of the logits [chunk, V / ranks]. For a chunk they exchange the
+    largest logit, the sum of the exponentials, the right token's logit and whether another token beats it, [chunk]
+    each. In the end they add up the gradient of the hidden states.
     """
 
     @staticmethod
@@ -148,12 +148,16 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 logits = torch.mm(states, matrix.t(), out=room[: len(states)])
                 chances = logits.float() if dtype == torch.bfloat16 else logits  # the latter is changed in place
                 right, here = vocabulary.find(targets[at, None], len(matrix))
-                best = vocabulary.reduced(chances.amax(dim=1, keepdim=True), dist.ReduceOp.MAX)
+                best_here, guess = chances.max(dim=1, keepdim=True)  # the first of equals
+                best = vocabulary.reduced(best_here.clone(), dist.ReduceOp.MAX)
                 of_right = chances.gather(1, right).where(here, 0.0)
+                # Another token is the guess when it is larger, or as large and before the right one.
+                lost = (best_here == best) & (guess + vocabulary.first < targets[at, None])
                 total = chances.sub_(best).exp_().sum(dim=1, keepdim=True)
-                total, of_right = vocabulary.reduced(torch.stack((total, of_right))).unbind()
+                sums = vocabulary.reduced(torch.stack((total, of_right, lost.to(total.dtype))))
+                total, of_right, lost = sums.unbind()
                 token_loss[at] = (total.log() + best - of_right)[:, 0]
-                correct[at] = (of_right == best)[:, 0]
+                correct[at] = ((of_right == best) & (lost == 0))[:, 0]
                 if not (for_hidden or for_weight):
                     continue
                 chances.scatter_add_(1, right, -total.where(here, 0.0))

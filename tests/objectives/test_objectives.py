@@ -167,6 +167,21 @@ def test_summed_cross_entropy_gives_the_gradients_of_the_naive_one(limit, weight
         scores.loss_sum.backward()
 
 
+@pytest.mark.parametrize("limit", [10**9, 12 * 2])
+def test_of_equal_logits_the_first_is_the_prediction_as_in_decoding(limit):
+    head = torch.nn.Linear(3, 12, bias=False)
+    with torch.no_grad():
+        head.weight.zero_()  # all twelve logits are equal
+        head.weight[4, 0] = head.weight[9, 0] = 1.0  # two of them, where hidden is not zero
+    hidden = torch.tensor([[0.0, 0, 0]] * 3 + [[1.0, 0, 0]] * 3)
+    targets = torch.tensor([0, 5, 11, 4, 9, 0])
+    for gradients in (True, False):  # training and validation
+        with torch.set_grad_enabled(gradients):
+            scores = summed_cross_entropy(head, hidden, targets, logits_per_chunk=limit)
+        assert scores.correct.tolist() == [True, False, False, True, False, False]
+    assert torch.equal(head_loss(head, hidden, targets, logits_per_chunk=limit)[1] == targets, scores.correct)
+
+
 @pytest.mark.parametrize("frozen", ["head", "hidden"])
 def test_summed_cross_entropy_without_one_of_its_gradients(frozen):
     torch.manual_seed(0)

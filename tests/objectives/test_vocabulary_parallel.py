@@ -29,9 +29,9 @@ for vocabulary in (12, 13):  # six tokens each; seven and six
         hidden = torch.randn(positions, 6, generator=generator, dtype=torch.float64)
         targets = torch.randint(vocabulary, (positions,), generator=generator)
         if positions:
-            hidden[0], hidden[1] = 0, 3 * matrix[0]  # all are the best; the first and the last
-            targets[:3] = torch.tensor([5, vocabulary - 1, 2])
-            hidden[3] = hidden[3] * 1e4  # exponentials that overflow unless the largest logit of both is taken away
+            hidden[:2], hidden[4:6] = 0, 3 * matrix[0]  # all are the best; the first and the last
+            targets[:2], targets[2], targets[4:6] = torch.tensor([0, 8]), 2, torch.tensor([0, vocabulary - 1])
+            hidden[3] = hidden[3] * 1e3  # exponentials that overflow unless the largest logit of both is taken away
         weights = torch.rand(positions, generator=generator, dtype=torch.float64) if weighted else None
 
         alone = [tensor.clone().requires_grad_() for tensor in (hidden, matrix)]
@@ -51,8 +51,9 @@ for vocabulary in (12, 13):  # six tokens each; seven and six
         whole = nn.Linear(6, vocabulary, bias=False)
         whole.weight = nn.Parameter(matrix)
         assert torch.equal(scores.correct, summed_cross_entropy(whole, hidden, targets, weights).correct)
+        assert torch.equal(scores.correct, logits.argmax(dim=-1) == targets)
         if positions:
-            assert scores.correct[:2].all() and not scores.correct.all()
+            assert scores.correct[[0, 1, 4, 5]].tolist() == [True, False, True, False]
 print("equal")
 """
 
