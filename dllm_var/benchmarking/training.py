@@ -52,7 +52,7 @@ class TrainingRun:
             self.shape = Transformer(TransformerConfig(**case.transformer, vocab_size=case.vocab_size))
 
     def run(self) -> None:
-        """Measures all rounds; stopped by Ctrl-C, what has been measured stays."""
+        """Measures all rounds; what has been measured stays when an exception ends it."""
         contenders = {}
         for name in self.names:
             self.show(self.case.name, "warm-up", name)

@@ -23,14 +23,14 @@ DESCRIPTION = """Measures what a config lists, side by side on one machine: a co
 with `trainings` (benchmarks/training.yaml) ways to train.
 
 Writes FILE.json (--output) with every figure, FILE.md with the tables and, with matplotlib, a PNG file per task. Ctrl-C
-writes what has been measured so far.
+and SIGTERM write what has been measured so far.
 """
 KINDS = ("tasks", "trainings")  # the key that says what a config measures
 QUICK: dict[str, Any] = dict(prompts=4, selection_prompts=4, single_prompts=1, batched_prompts=4, batch_size=4)
 
 
 def main(command: str, arguments: list[str]) -> int:
-    """Runs `benchmark` and returns its exit status, 130 when it was interrupted.
+    """Runs `benchmark` and returns its exit status: 0, 130 after Ctrl-C, 143 after SIGTERM.
 
     Args:
         command: `benchmark`.
@@ -51,13 +51,13 @@ def main(command: str, arguments: list[str]) -> int:
     effort = Effort(repeats=1, limit=8, widths=(1, 8, 32)) if options.quick else Effort(repeats=options.repeats)
     progress = measuring.Progress()
     runs = [TaskRun(task, effort, device, progress.show) for task in tasks]
-    result = measuring.measure("samplers", runs, effort.repeats, options.quick, device, progress)
+    result, status = measuring.measure("samplers", runs, effort.repeats, options.quick, device, progress)
     result["tasks"] = [task_result(run) for run in runs if run.seconds]
     result["ratios"] = top_ratios(result["tasks"])
     write(result, output)
     print(text_report(result))
     measuring.say(f"wrote {output} and {output.with_suffix('.md')}")
-    return 130 if result["partial"] else 0
+    return status
 
 
 def build_parser(command: str) -> SettingsParser:

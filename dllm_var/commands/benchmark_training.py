@@ -15,13 +15,14 @@ from dllm_var.settings import SettingsParser
 
 DESCRIPTION = """Measures training, side by side on one machine: a config with `trainings` lists models to train.
 
-Writes FILE.json (--output) with every figure and FILE.md with the tables. Ctrl-C writes what has been measured so far.
+Writes FILE.json (--output) with every figure and FILE.md with the tables. Ctrl-C and SIGTERM write what has been
+measured so far.
 """
 QUICK_ROUNDS = 2
 
 
 def main(command: str, arguments: list[str]) -> int:
-    """Runs `benchmark` on a config with `trainings`; returns its exit status, 130 when it was interrupted.
+    """Runs `benchmark` on a config with `trainings`; returns its exit status: 0, 130 after Ctrl-C, 143 after SIGTERM.
 
     Args:
         command: `benchmark`.
@@ -40,7 +41,7 @@ def main(command: str, arguments: list[str]) -> int:
 
     with tempfile.TemporaryDirectory() as cache:
         runs = [TrainingRun(case, rounds, device, Path(cache), progress.show) for case in cases]
-        result = measuring.measure("training", runs, rounds, options.quick, device, progress)
+        result, status = measuring.measure("training", runs, rounds, options.quick, device, progress)
     from dllm_var.benchmarking.training_report import markdown_report, text_report
 
     result["trainings"] = [run.result() for run in runs if run.peaks]
@@ -52,7 +53,7 @@ def main(command: str, arguments: list[str]) -> int:
     measuring.write_text(output.with_suffix(".md"), markdown_report(result))
     print(text_report(result))
     measuring.say(f"wrote {output} and {output.with_suffix('.md')}")
-    return 130 if result["partial"] else 0
+    return status
 
 
 def build_parser(command: str) -> SettingsParser:

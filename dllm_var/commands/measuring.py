@@ -1,13 +1,16 @@
-"""What the benchmarks of samplers and of training have in common: options, progress, Ctrl-C, files written whole."""
+"""Shared by the benchmarks of samplers and of training: options, progress, ends by a signal, files written whole."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -16,11 +19,42 @@ from dllm_var.benchmarking.instruments import command_line, describe_machine
 from dllm_var.errors import UserError
 from dllm_var.settings import SettingsParser
 
+STATUS_BASE = 128  # of a process that a signal ended, as shells count
+
 
 class Run(Protocol):
-    """One entry of a config: measures itself, and keeps what it has when Ctrl-C ends it."""
+    """One entry of a config: measures itself, and keeps what it has when an exception ends it."""
 
     def run(self) -> None: ...
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM has ended the measurements.
+
+    Lightning's Trainer leaves the process when it sees a KeyboardInterrupt, and nothing could be written then.
+
+    Args:
+        number: Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Raises `Stopped` on Ctrl-C and SIGTERM; Lightning's Trainer calls this handler of SIGTERM after its own."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def add_options(parser: SettingsParser) -> None:
@@ -51,8 +85,10 @@ def prepare_device(threads: int | None) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def measure(kind: str, runs: Sequence[Run], rounds: int, quick: bool, device: torch.device, progress: Progress) -> Any:
-    """Measures one run after the other, until the end or Ctrl-C; returns the head of the result.
+def measure(
+    kind: str, runs: Sequence[Run], rounds: int, quick: bool, device: torch.device, progress: Progress
+) -> tuple[dict[str, Any], int]:
+    """Measures one run after the other, until the end, Ctrl-C or SIGTERM.
 
     Args:
         kind: What is measured.
@@ -61,6 +97,9 @@ def measure(kind: str, runs: Sequence[Run], rounds: int, quick: bool, device: to
         quick: Whether it is a smoke test.
         device: Where.
         progress: Is cleared at the end.
+
+    Returns:
+        The head of the result, `partial` when a signal ended it, and the exit status: 0, 130 or 143.
     """
     result: dict[str, Any] = {
         "kind": kind,
@@ -71,17 +110,19 @@ def measure(kind: str, runs: Sequence[Run], rounds: int, quick: bool, device: to
         "quick": quick,
         "partial": True,
     }
-    began = time.perf_counter()
+    began, status = time.perf_counter(), 0
     try:
-        for run in runs:
-            run.run()
+        with stopped_by_signals():
+            for run in runs:
+                run.run()
         result["partial"] = False
-    except KeyboardInterrupt:
+    except Stopped as stopped:
+        status = STATUS_BASE + stopped.number
         say("interrupted: writing what has been measured")
     finally:
         progress.clear()
     result["seconds"] = time.perf_counter() - began
-    return result
+    return result, status
 
 
 def check_output(name: str | None) -> Path:

@@ -1,6 +1,7 @@
 """`python -m dllm_var benchmark`, from a config to its files."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -45,18 +46,21 @@ def test_without_matplotlib_the_rest_is_written(tiny_task, write_config, tmp_pat
     assert ".png" not in output.with_suffix(".md").read_text() and not list(tmp_path.glob("*.png"))
 
 
-def test_ctrl_c_saves_what_is_measured(tiny_task, write_config, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_what_is_measured(number, status, tiny_task, write_config, tmp_path, capsys, monkeypatch):
     decode, calls = BlockDiffusionSampler.decode, []
 
     def interrupted(self, *args):
         calls.append(self)
         if len(calls) == 7:  # 2 settings checked, warmed up and scored
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return decode(self, *args)
 
     monkeypatch.setattr(BlockDiffusionSampler, "decode", interrupted)
     output = tmp_path / "result.json"
-    assert benchmark(write_config(tiny_task), output, "--quick") == 130
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    assert benchmark(write_config(tiny_task), output, "--quick") == status
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     shown = capsys.readouterr()
     assert "interrupted: writing what has been measured" in shown.err and "partial and quick run" in shown.out
     result = json.loads(output.read_text())

@@ -1,6 +1,7 @@
 """The training benchmark: what it adds up, what its baselines are, and one small run to its files."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from dllm_var.benchmarking import training_clock
 from dllm_var.benchmarking.training import add_up, bars, medians, over, top_ratios
 from dllm_var.benchmarking.training_baselines import bidirectional_llama, check_reads_both_ways
 from dllm_var.benchmarking.training_clock import StepClock
+from dllm_var.benchmarking.training_contenders import LightningMarks
 from dllm_var.benchmarking.training_data import SamplesByThemselves, packed_data
 from dllm_var.benchmarking.training_settings import COMPILED, FULL, OURS, PADDED, PLAIN_LOOP, TrainingCase
 from dllm_var.commands.benchmark_training import build_parser, chosen_cases
@@ -127,6 +129,39 @@ def test_quick_run_writes_its_files(tmp_path, capsys):
         assert all(seconds > 0 for seconds in contender["phase_seconds"].values())
         assert sum(contender["phase_seconds"].values()) == pytest.approx(contender["step_seconds"], rel=0.5)
     assert f"| {PLAIN_LOOP} |" in output.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_within_fit_saves_what_is_measured(number, status, tmp_path, capsys, monkeypatch):
+    """In the second round, when Lightning's own handlers are in place."""
+    rounds, begin = [], LightningMarks.on_train_batch_start
+
+    def interrupted(self, trainer, module, batch, batch_idx):
+        begin(self, trainer, module, batch, batch_idx)
+        rounds.append(batch_idx == 0)
+        if sum(rounds) == 3:  # the warm-up is the first
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(LightningMarks, "on_train_batch_start", interrupted)
+    config, output = tmp_path / "training.yaml", tmp_path / "result.json"
+    cases = [{"name": "tiny", "vocab_size": 300, "contenders": [OURS], "bars": {"mfu": 0.6}}]
+    config.write_text(yaml.safe_dump({"trainings": cases}))
+    assert main(["benchmark", "--config", str(config), "--output", str(output), "--quick"]) == status
+    result = json.loads(output.read_text())
+    assert result["partial"] is True
+    [ours] = result["trainings"][0]["contenders"]
+    assert len(ours["rounds"]) == 1 and ours["tokens_per_second"] > 0
+    assert "partial and quick run" in capsys.readouterr().out + output.with_suffix(".md").read_text()
+
+
+def test_a_signal_before_the_first_round_leaves_files_without_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(LightningMarks, "on_before_backward", lambda *_: signal.raise_signal(signal.SIGTERM))
+    config, output = tmp_path / "training.yaml", tmp_path / "result.json"
+    config.write_text(yaml.safe_dump({"trainings": [{"name": "tiny", "vocab_size": 300, "contenders": [OURS]}]}))
+    assert main(["benchmark", "--config", str(config), "--output", str(output), "--quick"]) == 143
+    result = json.loads(output.read_text())
+    assert (result["partial"], result["trainings"]) == (True, [])
+    assert "partial and quick run" in output.with_suffix(".md").read_text()
 
 
 @pytest.mark.parametrize(
