@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dllm_var.checkpointing.plain import fits
 from dllm_var.errors import UserError
 from dllm_var.settings import SettingsParser
 
@@ -102,16 +103,24 @@ def decoding_settings(
     sampler = deepcopy(stored.meta.get("sampler"))
     if sampler is None and not stored.config.causal:
         sampler = sampler_to_config(BlockDiffusionSampler())
-    settings = (sampler or {}).get("init_args") or {}
-    policy = (settings.get("policy") or {}).get("init_args") or {}
+    if sampler is not None and (block_length is not None or threshold is not None):
+        sampler = sampler_to_config(sampler_from_config(sampler))  # ours, with all its settings
+    settings = _arguments(sampler)
+    policy = _arguments(settings.get("policy"))
     for name, place, given in (("block_length", settings, block_length), ("threshold", policy, threshold)):
         if given is None:
             continue
         if name not in place:
-            kind = "this model, which reads left to right" if sampler is None else str(sampler["class_path"])
+            kind = "this model, which reads left to right" if sampler is None else sampler["class_path"]
             raise UserError(f"--{name.replace('_', '-')} does not go with {kind}")
         place[name] = given
     if sampler is not None and (block_length is not None or threshold is not None):
         sampler_from_config(sampler)  # checks the ranges
     places = {"block_length": settings, "threshold": policy}
-    return sampler, {name: place[name] for name, place in places.items() if name in place}
+    return sampler, {name: place[name] for name, place in places.items() if fits(place.get(name), float)}
+
+
+def _arguments(described: Any) -> dict[str, Any]:
+    """Returns the arguments in a checkpoint's description of a sampler or policy; none when it is not one."""
+    arguments = described.get("init_args") if isinstance(described, dict) and "class_path" in described else None
+    return arguments if isinstance(arguments, dict) else {}

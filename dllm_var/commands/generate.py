@@ -104,7 +104,7 @@ def load(
     import torch  # not before --help has been answered
 
     from dllm_var.model.checkpoints import load_checkpoint
-    from dllm_var.sampling.config import check_own
+    from dllm_var.sampling.config import sampler_from_config, sampler_to_config
 
     spelled = spell_out(arguments)
     if any(argument.partition("=")[0] == "--sampler.help" for argument in arguments):
@@ -112,10 +112,11 @@ def load(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, meta = load_checkpoint(checkpoint_path(arguments, command), device)
     chosen = any(argument.startswith("--sampler=") for argument in spelled)
-    remembered = None if chosen else meta.get("sampler")
-    if remembered is not None:
-        check_own(remembered)
-    parser = builder(command, remembered or {"class_path": default_sampler(model.config.causal)})
+    default: dict[str, Any] | None = {"class_path": default_sampler(model.config.causal)}
+    if not chosen and meta.get("sampler") is not None:
+        # The parser imports what its values name: it gets what our own object says of itself, not the checkpoint's text
+        default = sampler_to_config(sampler_from_config(meta["sampler"]))
+    parser = builder(command, default)
     options = parser.parse_args(spelled)
     check(options)
     apply_shortcuts(options, any(argument.startswith("--sampler.policy=") for argument in spelled))

@@ -5,13 +5,22 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable
-from importlib import import_module
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+from dllm_var import sampling
+from dllm_var.checkpointing.plain import fits
 from dllm_var.errors import UserError
-from dllm_var.sampling.base import Sampler
+from dllm_var.sampling import BlockLengthPolicy, Sampler, UnmaskingPolicy, policies
 
 _PLAIN = (str, int, float, bool, type(None))
+_PACKAGE = "dllm_var.sampling"
+_KINDS = (Sampler, UnmaskingPolicy, BlockLengthPolicy)
+_PUBLIC: dict[str, type] = {  # all that a checkpoint may name
+    name: kind
+    for module in (sampling, policies)
+    for name in module.__all__
+    if isinstance(kind := getattr(module, name), type) and issubclass(kind, _KINDS) and not inspect.isabstract(kind)
+}
 
 
 def sampler_to_config(sampler: Any) -> dict[str, Any] | None:
@@ -61,56 +70,66 @@ def remembered_sampler(callbacks: Iterable[Any]) -> dict[str, Any] | None:
     return None if sampler is None else sampler_to_config(sampler)
 
 
-def sampler_from_config(config: dict[str, Any], **overrides: Any) -> Sampler:
-    """Builds the sampler that `sampler_to_config` described.
+def sampler_from_config(config: Any) -> Sampler:
+    """Builds the sampler that a checkpoint describes; a checkpoint chooses no code.
 
-    Only this package's own classes are imported: a checkpoint must not choose what code runs.
+    Its classes are looked up by name among the public samplers and policies of this package, and nothing is imported.
+    Their arguments are numbers, words that the class knows, lists of them, and descriptions of the same kind. A file
+    or another checkpoint (a guide, a drafter, a corpus) is the user's to name.
 
     Args:
-        config: The description.
-        overrides: Arguments of the sampler to replace.
+        config: What `sampler_to_config` wrote; any content of a checkpoint.
 
     Raises:
-        UserError: When the class is not this package's or does not take these arguments.
+        UserError: When it describes anything else, or the class refuses the arguments.
     """
-    config = {**config, "init_args": {**config["init_args"], **overrides}}
     sampler = _build(config)
     if not isinstance(sampler, Sampler):
-        raise UserError(f"{config['class_path']} is not a sampler: pass --sampler with one that is")
+        raise UserError(
+            f"the checkpoint's {config['class_path']} is not a sampler: its config is damaged, or pass a sampler with "
+            "--sampler"
+        )
     return sampler
 
 
-def check_own(config: Any) -> None:
-    """Checks the description of a sampler that a checkpoint holds.
-
-    Raises:
-        UserError: When it is not one, or it, or one inside it, names a class that is not this package's own.
-    """
-    described = isinstance(config, dict) and "class_path" in config
+def _build(config: Any) -> Any:
+    described = isinstance(config, dict) and "class_path" in config and set(config) <= {"class_path", "init_args"}
     if not described or not isinstance(config.get("init_args"), dict | None):
         raise UserError(
             "the checkpoint's sampler is not described by class_path and init_args: its config is damaged, or pass a "
             "sampler with --sampler"
         )
-    if not str(config["class_path"]).startswith("dllm_var.sampling."):
+    package, _, name = str(config["class_path"]).rpartition(".")
+    if name not in _PUBLIC or not f"{package}.".startswith(f"{_PACKAGE}."):
         raise UserError(
-            f"the checkpoint asks for the sampler {config['class_path']}, which is not part of dllm_var.sampling: "
+            f"the checkpoint asks for the sampler {config['class_path']}, which is not part of {_PACKAGE}: "
             "pass it with --sampler if you trust it"
         )
-    for value in (config.get("init_args") or {}).values():
-        if isinstance(value, dict) and "class_path" in value:
-            check_own(value)
-
-
-def _build(config: dict[str, Any]) -> Any:
-    check_own(config)
-    module_name, _, name = str(config["class_path"]).rpartition(".")
+    kind = _PUBLIC[name]
+    known = get_type_hints(kind.__init__) if inspect.signature(kind).parameters else {}
+    arguments = {}
+    for key, value in (config.get("init_args") or {}).items():
+        if key not in known or key == "return":
+            raise UserError(f"the checkpoint's sampler is damaged: {name} has no setting {key}")
+        arguments[key] = _argument(name, key, value, known[key])
     try:
-        kind = getattr(import_module(module_name), name)
-        arguments = {
-            key: _build(value) if isinstance(value, dict) and "class_path" in value else value
-            for key, value in config["init_args"].items()
-        }
         return kind(**arguments)
-    except (ImportError, AttributeError, TypeError) as error:
-        raise UserError(f"cannot build the sampler {config['class_path']}: {error}") from error
+    except TypeError as error:  # one is missing
+        raise UserError(f"cannot build the checkpoint's sampler {config['class_path']}: {error}") from error
+
+
+def _argument(owner: str, name: str, value: Any, kind: Any) -> Any:
+    """Returns the argument that a checkpoint gives for a parameter of the annotated kind."""
+    alternatives = get_args(kind) or (kind,)
+    if isinstance(value, dict) and any(isinstance(one, type) and issubclass(one, _KINDS) for one in alternatives):
+        value = _build(value)
+        if isinstance(value, alternatives):
+            return value
+    elif isinstance(value, str) and str in alternatives:
+        raise UserError(
+            f"the checkpoint's sampler {owner} names {name} {value!r}, and a checkpoint may not name other files: name "
+            f"it yourself, with --sampler {_PACKAGE}.{owner} --sampler.{name} PATH and the sampler's other settings"
+        )
+    elif fits(value, kind):
+        return value
+    raise UserError(f"the checkpoint's sampler is damaged: {owner} cannot have {name}={value!r}")

@@ -160,7 +160,7 @@ def test_other_engines_find_what_they_need(tmp_path, tokenizer, capsys):
     }
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
     _, _, meta = load_checkpoint(tmp_path / "out")
-    assert meta["sampler"]["init_args"]["policy"]["init_args"] == {"threshold": 0.8}
+    assert meta["sampler"]["init_args"]["policy"]["init_args"] == {"threshold": 0.8, "decay": 1.0}
     assert load_pretrained(tmp_path / "out").lm_head.weight.dtype == torch.bfloat16
 
 

@@ -1,0 +1,77 @@
+"""The description of a sampler in a checkpoint: our own classes with plain arguments, and nothing else."""
+
+import sys
+
+import pytest
+
+from dllm_var.errors import UserError
+from dllm_var.sampling import BlockDiffusionSampler
+from dllm_var.sampling.config import sampler_from_config, sampler_to_config
+
+SAMPLER = "dllm_var.sampling.BlockDiffusionSampler"
+
+
+def described(**arguments):
+    return {"class_path": SAMPLER, "init_args": arguments}
+
+
+def policy(name="SchED", **arguments):
+    return {"class_path": f"dllm_var.sampling.policies.{name}", "init_args": arguments}
+
+
+def test_what_is_left_out_has_its_default():
+    expected = sampler_to_config(BlockDiffusionSampler(block_length=7))
+    assert sampler_to_config(sampler_from_config(described(block_length=7))) == expected
+    assert sampler_from_config({"class_path": SAMPLER}).block_length == BlockDiffusionSampler().block_length
+
+
+def test_a_class_is_known_by_the_longer_path_of_earlier_versions():
+    earlier = {"class_path": "dllm_var.sampling.block_diffusion.BlockDiffusionSampler", "init_args": {}}
+    assert type(sampler_from_config(earlier)) is BlockDiffusionSampler
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("text", "not described by class_path"),
+        ([], "not described by class_path"),
+        ({"init_args": {}}, "not described by class_path"),
+        ({"class_path": SAMPLER, "init_args": "text"}, "not described by class_path"),
+        ({"class_path": SAMPLER, "init_args": {}, "dict_kwargs": {"policy": policy()}}, "not described by class_path"),
+        ({"class_path": "os.system", "init_args": {"command": "true"}}, "os.system, which is not part"),
+        ({"class_path": "dllm_var.sampling.BlockRun"}, "which is not part"),
+        ({"class_path": "dllm_var.sampling.Sampler"}, "which is not part"),
+        ({"class_path": "dllm_var.sampling_of_mine.BlockDiffusionSampler"}, "which is not part"),
+        (policy(), "is not a sampler"),
+        (described(colour=3), "has no setting colour"),
+        (described(policy={"class_path": "my.Policy"}), "my.Policy, which is not part"),
+        (described(policy="planted.Policy"), "cannot have policy='planted.Policy'"),
+        (described(policy="planted.yaml"), "cannot have policy='planted.yaml'"),
+        (described(policy=policy(base="planted.Policy")), "SchED cannot have base='planted.Policy'"),
+        (described(policy=[policy()]), "cannot have policy"),
+        (described(policy={"class_path": SAMPLER}), "cannot have policy"),
+        (described(block_length_policy=policy()), "cannot have block_length_policy"),
+        (described(block_length="planted.yaml"), "cannot have block_length"),
+        (described(block_length=True), "cannot have block_length=True"),
+        (described(block_length=8.0), "cannot have block_length=8.0"),
+        (described(temperature=float("nan")), "cannot have temperature=nan"),
+        (described(grid="this.P"), "cannot have grid='this.P'"),
+        (described(block_length=0), "block_length must be at least 1"),
+        (
+            described(block_length_policy={"class_path": "dllm_var.sampling.DelimiterLength", "init_args": {}}),
+            "delimiters",
+        ),
+        (
+            described(block_length_policy=policy("DelimiterLength", delimiters=["os.system"])),
+            "cannot have delimiters",
+        ),
+    ],
+)
+def test_anything_else_is_refused_and_nothing_imported(config, message, tmp_path, monkeypatch):
+    (tmp_path / "planted.py").write_text("raise AssertionError('imported')")
+    (tmp_path / "planted.yaml").write_text("class_path: planted.Policy")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        sampler_from_config(config)
+    assert "planted" not in sys.modules
