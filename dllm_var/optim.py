@@ -23,11 +23,12 @@ class Schedule:
     """Learning rate over the run, as a share of the optimizer's own.
 
     Args:
-        kind: Shape after the warm-up: `cosine` or `linear` down to `final`, `constant`, or `wsd` (constant, then linear
-            down over the last `decay_share` of the steps).
+        kind: Shape after the warm-up: `cosine` or `linear` down to `final`, `constant`, or `wsd` (warm-up, stable,
+            decay: constant, then linear down to `final`; MiniCPM, arXiv 2404.06395, section 4).
         warmup_steps: Steps of linear warm-up.
         final: Share of the learning rate at the last step.
-        decay_share: Share of the steps in which `wsd` decays.
+        decay_share: Share of all steps of the run, warm-up and the steps before a resume included, over which `wsd`
+            decays at the end; never reaches into the warm-up.
     """
 
     kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -46,11 +47,13 @@ class Schedule:
         """Returns the share of the learning rate that step number `step` (from 0) of `total_steps` uses."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
-        progress = min(1.0, (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps))
         if self.kind == "constant":
             return 1.0
+        after_warmup = max(1, total_steps - self.warmup_steps)
         if self.kind == "wsd":
-            return self.final + (1 - self.final) * min(1.0, (1 - progress) / self.decay_share)
+            decay_steps = min(self.decay_share * max(1, total_steps), after_warmup)
+            return self.final + (1 - self.final) * min(1.0, max(0, total_steps - step) / decay_steps)
+        progress = min(1.0, (step - self.warmup_steps) / after_warmup)
         fall = progress if self.kind == "linear" else (1 - math.cos(math.pi * progress)) / 2
         return 1 - (1 - self.final) * fall
 

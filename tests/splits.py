@@ -2,6 +2,7 @@
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -15,7 +16,13 @@ from dllm_var.model import TransformerConfig
 from dllm_var.objectives import Autoregressive, EosSchedule, Mdlm
 from dllm_var.optim import Schedule
 
-OBJECTIVES = {"eos": EosSchedule, "mdlm": Mdlm, "autoregressive": Autoregressive}
+OBJECTIVES = {
+    "eos": EosSchedule,
+    "certain": partial(EosSchedule, certainty=1.0),
+    "mdlm": Mdlm,
+    "mdlm over samples": partial(Mdlm, mean_over="samples"),
+    "autoregressive": Autoregressive,
+}
 GLOBAL_BATCH = 8
 BAD_ROW = 13  # second step; with two processes of four rows each, the second one's
 

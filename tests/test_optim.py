@@ -29,8 +29,14 @@ def test_schedule_warms_up_then_ends_at_its_final_share(kind):
     assert shares[10] == pytest.approx(1.0)
     assert shares[10:] == sorted(shares[10:], reverse=True)
     assert shares[100] == pytest.approx(1.0 if kind == "constant" else 0.1)
-    if kind == "wsd":
-        assert shares[80] == 1.0 > shares[90]
+
+
+def test_wsd_decays_over_its_share_of_all_steps_and_never_in_the_warmup():
+    schedule = Schedule("wsd", warmup_steps=50, final=0.0, decay_share=0.2)
+    assert [schedule.share(step, 200) for step in (50, 160, 170, 180, 200, 300)] == [1.0, 1.0, 0.75, 0.5, 0.0, 0.0]
+    all_decay = Schedule("wsd", warmup_steps=50, final=0.0, decay_share=1.0)
+    assert [all_decay.share(step, 200) for step in (50, 125, 200)] == [1.0, 0.5, 0.0]
+    assert Schedule("wsd", warmup_steps=0).share(0, 0) == 0.0  # resumed after its last step
 
 
 def test_impossible_schedules_are_named():

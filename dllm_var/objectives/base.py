@@ -94,15 +94,11 @@ class Objective(ABC):
             noised: What the model saw and has to predict.
         """
         targets = noised.targets[noised.loss_mask]
-        if self._plain_loss() and type(self).loss is Objective.loss:
+        if type(self).token_loss is Objective.token_loss and type(self).loss is Objective.loss:
             weights = None if noised.weights is None else noised.weights[noised.loss_mask]
             return summed_cross_entropy(head, hidden, targets, weights)
         token_loss, guesses = head_loss(head, hidden, targets, self.token_loss)
         return Scores(self.loss(token_loss, noised), token_loss.detach(), guesses == targets)
-
-    def _plain_loss(self) -> bool:
-        """Whether `token_loss` is the cross-entropy and nothing else."""
-        return type(self).token_loss is Objective.token_loss
 
     def specials(self) -> SpecialTokens:
         """Returns the bound ids or says that there are none."""
@@ -126,8 +122,13 @@ def mask_rates(
     rows, length = batch["row"], batch["input_ids"].size(1)
     if not per_segment:
         return (low + (high - low) * generator.uniform(rows, 1, stream)).expand(-1, length)
-    first = torch.arange(length, device=rows.device) - batch["position_ids"]  # where each token's segment starts
-    return low + (high - low) * generator.uniform(rows, length, stream).gather(1, first)
+    return low + (high - low) * generator.uniform(rows, length, stream).gather(1, segment_starts(batch))
+
+
+def segment_starts(batch: Batch) -> Tensor:
+    """Returns the column where each token's segment starts [B, L]; padding tokens are segments of their own."""
+    position = batch["position_ids"]
+    return torch.arange(position.size(1), device=position.device) - position
 
 
 def check_rates(name: str, low: float, high: float) -> None:

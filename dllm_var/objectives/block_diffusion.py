@@ -52,8 +52,13 @@ class BlockDiffusion(Certainty):
     The model reads `[clean | copies of the answers' blocks]` at once. A clean token sees its own block and those before
     it; a prompt, or any span without supervision, is one block. A copied token sees its own copy of its block and the
     clean blocks before. Block diffusion: BD3-LM, arXiv 2503.09573, section 3; without token shift and with clean
-    context, as in Efficient-DLM, arXiv 2512.14067. Blocks are counted from each answer's start. Masks fill what an
-    answer leaves free in its last block, so that the end of what is seen does not tell where the answer ends.
+    context, as in Efficient-DLM, arXiv 2512.14067. Masks fill what an answer leaves free in its last block, so that the
+    end of what is seen does not tell where the answer ends.
+
+    Blocks are counted from each answer's start and the prompt is one block, because that is how `BlockDiffusionSampler`
+    decodes: an answer always begins with a whole block, and all prompt tokens see each other. SDAR, LLaDA 2.0,
+    Fast-dLLM v2 and dllm's BD3LM count blocks from the start of the text and read prompts block by block, causally;
+    their checkpoints have not learned the contexts that this objective gives.
 
     Each block has a mask rate t ~ U(t_min, t_max) of its own. The terminator is always masked, as in dLLM-Var (arXiv
     2510.24605). The loss is the mean cross-entropy over what is scored: the masked tokens of all copies.
@@ -76,9 +81,10 @@ class BlockDiffusion(Certainty):
             first token then.
         complementary: Adds to each copy one that masks what it shows, so that every token is predicted (Fast-dLLM v2,
             arXiv 2509.26328, section 3).
-        right_heavy: Masks rather what is further right, as decoding leaves it: the token at offset i of its block is
-            drawn with weight exp(right_heavy * (1 - t) * i), their number staying what it is (Efficient-DLM). 0 for
-            evenly.
+        right_heavy: Masks positions further right more often, as decoding leaves them: the token at offset i of its
+            block is drawn with weight exp(right_heavy * (1 - t) * i), without changing how many are masked
+            (Efficient-DLM). 0 draws all offsets evenly.
+        exact_count: Masks round(t * K) of a block's K answer tokens (Efficient-DLM), not each with probability t.
         mask_terminators: Masks supervised terminators with probability 1; with t like any token if false.
         certainty: Weight of the entropy of predictions that are already right (dParallel, arXiv 2509.26488, section 3).
         certainty_temperature: Divides the logits before that entropy.
@@ -102,6 +108,7 @@ class BlockDiffusion(Certainty):
         token_shift: bool = False,
         complementary: bool = False,
         right_heavy: float = 0.0,
+        exact_count: bool = False,
         mask_terminators: bool = True,
         certainty: float = 0.0,
         certainty_temperature: float = 0.5,
@@ -122,7 +129,8 @@ class BlockDiffusion(Certainty):
         self.t_min, self.t_max, self.whole_share = t_min, t_max, whole_share
         self.causal_context, self.autoregressive_weight = causal_context, autoregressive_weight
         self.token_shift = token_shift
-        self.complementary, self.right_heavy, self.mask_terminators = complementary, right_heavy, mask_terminators
+        self.complementary, self.mask_terminators = complementary, mask_terminators
+        self.right_heavy, self.exact_count = right_heavy, exact_count
 
     def likelihood(self) -> Objective:
         """The same blocks and contexts, with rates and weights that bound the likelihood (BD3-LM, equation 8)."""
@@ -158,16 +166,20 @@ class BlockDiffusion(Certainty):
     def masked(self, batch: Batch, blocks: Blocks, rate: Tensor, generator: KeyedNoise) -> Tensor:
         """Draws which tokens of the blocks are masked [B, N, K]."""
         rows, length = batch["row"], batch["input_ids"].size(1)
-        masked = (_take(generator.uniform(rows, length, stream=2), blocks.column) < rate) & blocks.answer
-        if self.right_heavy == 0:
-            return masked
-        # As many as that, but which: the largest of log weight + Gumbel noise are a draw without replacement.
+        if self.exact_count:
+            count = (rate[..., :1] * blocks.answer.sum(dim=-1, keepdim=True)).round()
+        else:
+            masked = (_take(generator.uniform(rows, length, stream=2), blocks.column) < rate) & blocks.answer
+            if self.right_heavy == 0:
+                return masked
+            count = masked.sum(dim=-1, keepdim=True)
+        # The largest of log weight + Gumbel noise are a draw without replacement.
         uniform = _take(generator.uniform(rows, length, stream=3), blocks.column).clamp_min(1e-7)
         offset = torch.arange(self.block_length, device=rate.device)
         keys = self.right_heavy * (1 - rate) * offset - (-uniform.log()).log()
         keys = keys.masked_fill(~blocks.answer, -torch.inf)
         place = keys.argsort(dim=-1, descending=True).argsort(dim=-1)
-        return (place < masked.sum(dim=-1, keepdim=True)) & blocks.answer
+        return (place < count) & blocks.answer
 
     def lay_out(self, batch: Batch, blocks: Blocks, copies: list[Copy]) -> NoisedBatch:
         """Returns the batch as `[clean | copy | copy ...]`."""

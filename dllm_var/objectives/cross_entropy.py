@@ -51,7 +51,7 @@ def head_loss(
     token_loss: TokenLoss = cross_entropy,
     logits_per_chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the loss [M] and the most likely token [M] at M positions.
+    """Returns the loss [M, ...] and the most likely token [M] at M positions.
 
     Beyond `logits_per_chunk` the head runs in chunks whose logits are computed again in the backward pass, so that
     [M, vocabulary] never exists as a whole.
@@ -60,7 +60,7 @@ def head_loss(
         head: The output head, hidden size to vocabulary.
         hidden: Hidden states at the scored positions [M, hidden].
         targets: Token ids [M].
-        token_loss: Loss [M] from logits [M, V] in float32 and targets.
+        token_loss: Loss [M], or several terms of it [M, n], from logits [M, V] in float32 and targets.
         logits_per_chunk: Number of logits that may exist at a time; `LOGITS_PER_CHUNK` when null.
     """
     chunk = _rows(head, hidden, logits_per_chunk)

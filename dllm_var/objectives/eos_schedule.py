@@ -19,8 +19,9 @@ class EosSchedule(Certainty):
         t_max: Largest mask rate.
         rate_per: Draws t once per `row` (the paper) or once per `segment` (each sample its own).
         mask_terminators: Masks supervised terminators with probability 1 (the paper); with t like any token if false.
-        certainty: Weight of the entropy of predictions that are already right, which makes a model sure of more tokens
-            at once (dParallel, arXiv 2509.26488, section 3; there 2.0, on a trained model). 0 leaves it out.
+        certainty: Weight of the mean entropy of predictions that are already right, which makes a model sure of more
+            tokens at once (dParallel, arXiv 2509.26488, section 3; there 2.0, on a trained model). 0 leaves it out.
+            See `dllm_var.objectives.certainty.Certainty`.
         certainty_temperature: Divides the logits before that entropy (there 0.5).
 
     Raises:

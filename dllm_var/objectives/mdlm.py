@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from dllm_var.objectives.base import Batch, NoisedBatch, Objective, check_rates, mask_rates
+from dllm_var.objectives.base import Batch, NoisedBatch, Objective, check_rates, mask_rates, segment_starts
 from dllm_var.objectives.noise import KeyedNoise
 
 
@@ -19,25 +19,39 @@ class Mdlm(Objective):
     Args:
         eps: Smallest mask rate.
         rate_per: Draws t once per `segment` (each sample its own, as in the papers) or once per `row`.
+        mean_over: The loss is the mean over all supervised `tokens`, or over all `samples`, each the mean over its own
+            supervised tokens (LLaDA's fine-tuning code; a short answer then counts as much as a long one). A sample is
+            a segment of a row with at least one supervised token.
 
     Raises:
         UserError: Unless 0 < eps <= 1.
     """
 
-    def __init__(self, eps: float = 1e-3, rate_per: Literal["row", "segment"] = "segment") -> None:
+    def __init__(
+        self,
+        eps: float = 1e-3,
+        rate_per: Literal["row", "segment"] = "segment",
+        mean_over: Literal["tokens", "samples"] = "tokens",
+    ) -> None:
         check_rates("Mdlm", eps, 1.0)
-        self.eps, self.rate_per = eps, rate_per
+        self.eps, self.rate_per, self.mean_over = eps, rate_per, mean_over
 
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
         special = self.specials()
         tokens, supervised = batch["input_ids"], batch["supervised"]
         rate = mask_rates(batch, generator, self.eps, 1.0, self.rate_per == "segment")
         masked = (generator.uniform(batch["row"], tokens.size(1), stream=2) < rate) & supervised
+        weights, normaliser = 1.0 / rate, supervised.sum()
+        if self.mean_over == "samples":
+            starts = segment_starts(batch)
+            answer_length = torch.zeros_like(starts).scatter_add_(1, starts, supervised.long())  # at each start
+            weights = weights / answer_length.gather(1, starts).clamp_min(1)
+            normaliser = (answer_length > 0).sum()
         return NoisedBatch(
             input_ids=torch.where(masked, special.mask_id, tokens),
             targets=tokens,
             loss_mask=masked,
             mask_rate=rate,
-            weights=1.0 / rate,
-            normaliser=supervised.sum(),
+            weights=weights,
+            normaliser=normaliser,
         )

@@ -320,6 +320,19 @@ def test_right_heavy_masks_as_many_but_further_right():
     assert (share.diff() > 0.05).all()
 
 
+@pytest.mark.parametrize("right_heavy", [0.0, 1.0])
+def test_an_exact_count_masks_the_rounded_share_of_every_block(right_heavy):
+    batch = make_batch([[[(False, 2), (True, 4 * BLOCK + 2)]]] * 200, 4 * BLOCK + 4)
+    settings = dict(kv_commit="alone", t_min=0.3, t_max=0.9, right_heavy=right_heavy, mask_terminators=False)
+    noised = bound(exact_count=True, **settings).corrupt(batch, KeyedNoise(0))
+    rate, masked = (values[:, 4 * BLOCK + 4 :].view(200, 5, BLOCK) for values in (noised.mask_rate, noised.loss_mask))
+    for block in range(5):
+        answers = BLOCK if block < 4 else 2
+        assert masked[:, block].sum(-1).tolist() == [round(float(t) * answers) for t in rate[:, block, 0]]
+    share = masked[:, :4].float().mean((0, 1))
+    assert (share.diff() > 0.02).all() if right_heavy else (share - share.mean()).abs().max() < 0.06
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("shift", [False, True])
 def test_the_likelihood_weights_count_every_supervised_token_once(mode, shift):

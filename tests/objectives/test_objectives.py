@@ -83,6 +83,40 @@ def test_mdlm_weights_make_the_expected_loss_independent_of_the_rate():
     assert noised.mask_rate.min() >= objective.eps
 
 
+def test_mdlm_over_samples_is_the_loss_of_lladas_finetuning():
+    """Their batch is padded, one sample a row; ours has them packed, with a sample that has no answer, and padding."""
+    spans = [[(4, 30), (2, 6)], [(3, 9), (5, 0)]]  # prompt and answer of each sample of two rows
+    length = 45
+    batch = {name: torch.zeros(2, length, dtype=torch.long) for name in ("input_ids", "position_ids")}
+    batch |= {"segment_ids": torch.full((2, length), -1), "supervised": torch.zeros(2, length, dtype=torch.bool)}
+    batch["row"] = torch.arange(2)
+    samples = []  # row and columns of each answer
+    for i, row in enumerate(spans):
+        at = 0
+        for j, (prompt, answer) in enumerate(row):
+            end = at + prompt + answer
+            batch["segment_ids"][i, at:end] = j
+            batch["position_ids"][i, at:end] = torch.arange(end - at)
+            batch["supervised"][i, at + prompt : end] = True
+            samples += [(i, slice(at + prompt, end))] if answer else []
+            at = end
+    objective = Mdlm(mean_over="samples").bind(SPECIAL)
+    noised = objective.corrupt(batch, KeyedNoise(1))
+    cost = torch.rand(2, length)  # the cross-entropy of each position
+    ours = objective.loss(cost[noised.loss_mask], noised) / noised.normaliser
+
+    width = max(columns.stop - columns.start for _, columns in samples)
+    theirs = torch.zeros(len(samples), width)  # token_loss / p_mask / answer_lengths, where masked
+    for sample, (i, columns) in enumerate(samples):
+        answer_length = columns.stop - columns.start
+        losses = cost[i, columns] / noised.mask_rate[i, columns] / answer_length
+        theirs[sample, :answer_length] = losses * noised.loss_mask[i, columns]
+    torch.testing.assert_close(ours, theirs.sum() / len(samples))
+    assert int(noised.normaliser) == 3
+    per_token = Mdlm().bind(SPECIAL).corrupt(batch, KeyedNoise(1))
+    assert int(per_token.normaliser) == 45 and torch.equal(per_token.loss_mask, noised.loss_mask)
+
+
 def test_even_masking_covers_all_rates_evenly():
     batch = make_batch(rows=100)
     noised = EvenMasking().bind(SPECIAL).corrupt(batch, KeyedNoise(0))
@@ -235,16 +269,16 @@ def test_only_plain_losses_take_the_short_way(monkeypatch):
     head = torch.nn.Linear(8, 40, bias=False)
     batch = make_batch()
     results = {}
-    for objective in (EosSchedule(), EosSchedule(certainty=1.0), Doubled(), Squared(), Mdlm()):
+    for objective in (EosSchedule(), Doubled(), Squared(), Mdlm()):
         noised = objective.bind(SPECIAL).corrupt(batch, KeyedNoise(0))
         hidden = torch.randn(int(noised.loss_mask.sum()), 8, generator=torch.Generator().manual_seed(1))
         token_loss, _ = head_loss(head, hidden, noised.targets[noised.loss_mask], objective.token_loss)
         expected = objective.loss(token_loss, noised)
         scores = objective.score(head, hidden, noised)
         torch.testing.assert_close(scores.loss_sum, expected)
-        results[type(objective), getattr(objective, "certainty", 0)] = scores.loss_sum.grad_fn.name()
+        results[type(objective)] = scores.loss_sum.grad_fn.name()
     short = [kind for kind, name in results.items() if "SummedCrossEntropy" in name]
-    assert short == [(EosSchedule, 0), (Mdlm, 0)]
+    assert short == [EosSchedule, Mdlm]
 
 
 def test_no_scored_position_gives_an_empty_loss():
@@ -265,12 +299,35 @@ def test_bad_settings_are_named():
         EosSchedule().corrupt(make_batch(), KeyedNoise(0))
 
 
-def test_certainty_adds_the_entropy_of_right_predictions_only():
-    logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 3.0, 0.0]])
-    targets = torch.tensor([0, 2])  # the first prediction is right, the second is not
-    plain = EosSchedule().token_loss(logits, targets)
-    certain = EosSchedule(certainty=3.0, certainty_temperature=0.5).token_loss(logits, targets)
-    p = (logits[0] / 0.5).softmax(0)
-    torch.testing.assert_close(certain - plain, torch.tensor([-3.0 * float((p * p.log()).sum()), 0.0]))
+def test_certainty_adds_the_mean_entropy_of_the_right_predictions_of_each_row():
+    """dParallel's loss of each row by itself: mean cross-entropy + weight x mean entropy where the guess is right."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 30, bias=False)
+    objective = EosSchedule(0.5, 0.9, certainty=2.0, certainty_temperature=0.5).bind(SPECIAL)
+    noised = objective.corrupt(make_batch(), KeyedNoise(0))
+    targets = noised.targets[noised.loss_mask]
+    hidden = 2 * torch.randn(len(targets), 8)
+    right = torch.rand(len(targets)) < 0.4
+    hidden[right] = 4 * head.weight.detach()[targets[right]]
+    first = int(noised.loss_mask[0].sum())
+    hidden[:first] = -hidden[:first].abs()  # nothing in the first row is right
+    head.weight.data[targets[:first]] = head.weight.data[targets[:first]].abs()
+    hidden.requires_grad_()
+    scores = objective.score(head, hidden, noised)
+    (ours,) = torch.autograd.grad(scores.loss_sum / noised.normaliser, hidden)
+
+    logits, expected, at, rights = head(hidden), 0.0, 0, []
+    for masked in noised.loss_mask.sum(dim=1).tolist():
+        row, wanted = logits[at : at + masked], targets[at : at + masked]
+        p = (row / 0.5).softmax(-1)
+        entropy = -(p * p.log()).sum(-1)[row.argmax(-1) == wanted]
+        loss = torch.nn.functional.cross_entropy(row, wanted) + 2.0 * (entropy.mean() if len(entropy) else 0.0)
+        expected, at = expected + masked * loss, at + masked
+        rights.append(len(entropy) / masked)
+    assert rights[0] == 0 and all(0 < share < 1 for share in rights[1:])
+    torch.testing.assert_close(scores.loss_sum, expected)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected / noised.normaliser, hidden)[0])
+    torch.testing.assert_close(scores.token_loss.sum(), expected.detach())
+    assert torch.equal(scores.correct, logits.argmax(-1) == targets)
     with pytest.raises(UserError, match="certainty_temperature"):
         EosSchedule(certainty_temperature=0.0)
