@@ -1,11 +1,13 @@
 """Conversations as token ids: chat templates are Jinja sources that come with a tokenizer.
 
-Rendered as transformers renders them (same environment, same globals), without importing it.
+Rendered as transformers renders them (same environment, same globals), without importing it. A template is a program of
+whoever wrote the checkpoint: it runs in Jinja's sandbox, and not for long.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -14,8 +16,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
 from dllm_var.errors import UserError
 
@@ -24,6 +28,9 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 Span = tuple[int, int]
+
+SECONDS = 2.0  # of processor time that rendering a conversation may take; real templates take less than a thousandth
+LARGEST = 10**7  # characters, items or bits that an operation of a template may give
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
@@ -92,17 +99,19 @@ def render(
         add_generation_prompt: Ends with what introduces the assistant's next turn.
 
     Raises:
-        UserError: When the template cannot be read or refuses the messages.
+        UserError: When the template cannot be read, refuses the messages or fails on them, or does not come to an end.
     """
     assert tokenizer.chat_template is not None
-    template, tracker = _compile(tokenizer.chat_template)
+    template, run = _compile(tokenizer.chat_template)
     values = {"messages": list(messages), "tools": None, "documents": None, **tokenizer.named_tokens}
     try:
-        with tracker.recording() as (blocks, marked):
+        with run.recording() as (blocks, marked):
             for block in template.generate(add_generation_prompt=add_generation_prompt, **values):
                 blocks.append(block)
     except jinja2.TemplateError as error:
-        raise UserError(f"the chat template refuses the messages: {error}") from None
+        raise UserError(f"the chat template refuses the messages: {_one_line(error)}") from None
+    except Exception as error:  # whatever an operation of Python raises
+        raise UserError(f"the chat template fails: {type(error).__name__}: {_one_line(error)}") from error
     return "".join(blocks), marked
 
 
@@ -134,17 +143,18 @@ def _answers(tokenizer: Tokenizer, messages: Sequence[Message], text: str, marke
         yield start, stop
 
 
-class _Generation(Extension):
-    """The ``{% generation %}`` tag, which some templates put around what the assistant writes."""
+class _Run(Extension):
+    """One rendering: what the ``{% generation %}`` tag marks as the assistant's, and the time that is left."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
     blocks: list[str] | None = None
     marked: list[Span]
+    deadline: float
 
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
     def _mark(self, caller: jinja2.runtime.Macro) -> str:
         text = caller()
@@ -156,22 +166,71 @@ class _Generation(Extension):
     @contextmanager
     def recording(self) -> Iterator[tuple[list[str], list[Span]]]:
         """Lists the rendered blocks, which the caller fills, and the spans that were marked."""
-        self.blocks, self.marked = [], []
+        self.blocks, self.marked, self.deadline = [], [], time.thread_time() + SECONDS
         try:
             yield self.blocks, self.marked
         finally:
             self.blocks = None
 
+    def _check_time(self) -> None:
+        if time.thread_time() > self.deadline:
+            raise jinja2.TemplateRuntimeError(f"it is not done after {SECONDS:g} seconds")
+
+    def _concat(self, *parts: Any) -> str:
+        texts = [str(part) for part in parts]
+        check_size(sum(map(len, texts)))
+        return "".join(texts)
+
+
+class _Bounded(NodeTransformer):
+    """Makes every loop and macro of a template look at the time, and every `~` at the length of its result."""
+
+    def __init__(self, run: _Run) -> None:
+        self.run = run
+
+    def visit_For(self, node: Any) -> Any:
+        node.body.insert(0, nodes.ExprStmt(self.run.call_method("_check_time")))
+        return self.generic_visit(node)
+
+    visit_Macro = visit_CallBlock = visit_For
+
+    def visit_Concat(self, node: Any) -> Any:
+        self.generic_visit(node)
+        return self.run.call_method("_concat", node.nodes, lineno=node.lineno)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which no sum, product or power is larger than `LARGEST`."""
+
+    intercepted_binops = frozenset({"+", "*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(side) if hasattr(side, "__len__") else side for side in (left, right)]
+        if operator == "**" and all(isinstance(size, int) for size in sizes):
+            check_size(sizes[0].bit_length() * sizes[1])
+        elif operator == "*" and sizes != [left, right]:
+            check_size(sizes[0] * sizes[1])
+        elif operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
+            check_size(sizes[0] + sizes[1])
+        return super().call_binop(context, operator, left, right)
+
+
+def check_size(size: float) -> None:
+    """Raises jinja2.TemplateRuntimeError for a value that is too large for a conversation."""
+    if size > LARGEST:
+        raise jinja2.TemplateRuntimeError(f"it makes a value larger than {LARGEST:,}")
+
 
 @lru_cache
-def _compile(source: str) -> tuple[jinja2.Template, _Generation]:
-    # Templates come with downloaded tokenizers: they run in the sandbox.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
+def _compile(source: str) -> tuple[jinja2.Template, _Run]:
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Run, loopcontrols])
+    run: _Run = environment.extensions[_Run.identifier]  # type: ignore[assignment]
 
-    def to_json(value: Any, ensure_ascii: bool = False, **kwargs: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, **kwargs)
+    # The arguments that transformers' has and no more: json would call what others name, past the sandbox.
+    def to_json(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -180,7 +239,10 @@ def _compile(source: str) -> tuple[jinja2.Template, _Generation]:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     try:
-        template = environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise UserError(f"the chat template is not valid: {error}") from None
-    return template, environment.extensions[_Generation.identifier]  # type: ignore[return-value]
+        return environment.from_string(_Bounded(run).visit(environment.parse(source))), run
+    except Exception as error:  # also what Python says of the code that Jinja makes, as when loops are nested too deep
+        raise UserError(f"the chat template is not valid: {_one_line(error)}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -16,6 +16,7 @@ from typing import Any
 
 import tokenizers
 
+from dllm_var.checkpointing.plain import fits, read_object
 from dllm_var.errors import UserError
 from dllm_var.hub import TOKENIZER_FILES, download, is_hub_name
 
@@ -48,7 +49,8 @@ class Tokenizer:
         named_tokens: What the chat template calls ``bos_token``, ``eos_token`` and so on.
 
     Raises:
-        UserError: When an id is outside the vocabulary, or mask and terminator are the same.
+        UserError: When an id is outside the vocabulary, mask and terminator are the same, or the chat template or a
+            named token is no text.
     """
 
     def __init__(
@@ -58,6 +60,10 @@ class Tokenizer:
         chat_template: str | None = None,
         named_tokens: dict[str, str] | None = None,
     ) -> None:
+        if not fits(chat_template, str | None):
+            raise UserError(f"the tokenizer's chat template must be text, not {type(chat_template).__name__}")
+        if not fits(named_tokens, dict[str, str] | None) or not set(named_tokens or {}) <= set(NAMED_TOKENS):
+            raise UserError(f"the tokenizer's named tokens must be texts under {', '.join(NAMED_TOKENS)}")
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
@@ -72,7 +78,7 @@ class Tokenizer:
         }
         for setting, indices in settings.items():
             for index in indices:
-                if not 0 <= index < self.vocab_size:
+                if not fits(index, int) or not 0 <= index < self.vocab_size:
                     raise UserError(
                         f"{setting} has id {index}, outside the tokenizer's vocabulary of {self.vocab_size}"
                     )
@@ -218,6 +224,8 @@ class Tokenizer:
         def known(*candidates: str | int | list[int] | None) -> list[int]:
             ids: list[int] = []
             for candidate in candidates:
+                if not fits(candidate, str | int | list[int] | None):
+                    raise UserError(f"{path_or_name} names a token by {candidate!r}: give its text or its id")
                 index = backend.token_to_id(candidate) if isinstance(candidate, str) else candidate
                 ids += index if isinstance(index, list) else [] if index is None else [index]
             return list(dict.fromkeys(ids))
@@ -247,15 +255,7 @@ def _token_text(value: Any) -> str | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold settings by name, not {type(content).__name__}: the file is damaged")
-    return content
+    return read_object(path) if path.is_file() else {}
 
 
 def _find_folder(path_or_name: str | Path) -> Path:
@@ -267,7 +267,7 @@ def _find_folder(path_or_name: str | Path) -> Path:
     return download(str(path_or_name), "tokenizer", TOKENIZER_FILES)
 
 
-# Classes that come as code with a checkpoint, and what they are a copy of.
+# Classes that come as code with a checkpoint, and the class of transformers that they are a copy of.
 _SAME_AS = {"DreamTokenizer": "Qwen2TokenizerFast"}
 
 
@@ -277,11 +277,20 @@ def _load_backend(folder: Path, name: str | Path) -> tokenizers.Tokenizer:
             return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the Rust side raises a bare Exception
             raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {_first_line(error)}") from None
+    config = _read_json(folder / "tokenizer_config.json")
+    kind = _SAME_AS.get(str(config.get("tokenizer_class")))
+    decides = config if "tokenizer_class" in config else {**_read_json(folder / "config.json"), **config}
+    if kind is None and decides.get("auto_map"):
+        raise UserError(
+            f"the tokenizer of {name} is code of its own (auto_map), which is never run: give a folder with a "
+            "tokenizer.json"
+        )
     try:  # older formats (vocab.json and merges.txt, sentencepiece) are converted there
         import transformers
 
-        kind = _SAME_AS.get(str(_read_json(folder / "tokenizer_config.json").get("tokenizer_class")), "AutoTokenizer")
-        backend = getattr(transformers, kind).from_pretrained(str(folder)).backend_tokenizer
+        # Left unset, transformers asks on standard input whether to run the folder's code.
+        loader = getattr(transformers, kind or "AutoTokenizer")
+        backend = loader.from_pretrained(str(folder), trust_remote_code=False).backend_tokenizer
     except Exception as error:
         raise UserError(f"no tokenizer.json in {name}, and it cannot be converted: {_first_line(error)}") from None
     return backend
@@ -294,8 +303,11 @@ def _first_line(error: Exception) -> str:
 def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read {file}: {error}") from error
     template = config.get("chat_template")
-    if isinstance(template, list):  # several, each with a name
-        return {entry["name"]: entry["template"] for entry in template}.get("default")
+    if fits(template, list[dict[str, str]]):  # several, each with a name
+        return next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
     return template

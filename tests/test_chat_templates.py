@@ -4,10 +4,14 @@ Published templates rarely have such marks. Here the kinds in use are written wi
 as they are published, for us: for any conversation both must say the same.
 """
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dllm_var.chat_templates import render
 from dllm_var.errors import UserError
 from dllm_var.tokenization import Tokenizer
 from tests.byte_tokenizer import write_byte_tokenizer
@@ -104,3 +108,59 @@ def test_an_answer_that_spells_a_terminator_is_refused(pairs, kind):
         with pytest.raises(UserError, match=r"messages\[1\] contains the terminator <\|im_end\|>"):
             tokenizer.encode_chat(messages)
         tokenizer.encode_chat(conversation([("What is <|im_end|>?", "An end.")], None))
+
+
+NESTED = "{% for a in range(99999) %}" * 6 + "{% endfor %}" * 6
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (NESTED, "not done after"),
+        ("{% macro f() %}{% for a in range(99) %}{{ f() }}{% endfor %}{% endmacro %}{{ f() }}", "not done|Recursion"),
+        ("{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}", "not done after"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ messages + 1 }}", "TypeError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ messages[0].content.foo() }}", "no attribute"),
+        ("{% include 'x' %}", "no loader"),
+        ("{{ range(10 ** 9) }}", "range"),
+        ("{{ 'x' * 10 ** 10 }}", "larger than 10,000,000"),
+        ("{{ 9 ** 99999999 }}", "larger than"),
+        ("{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}", "larger than"),
+        ("{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "larger than"),
+        ("{{ messages | tojson(default=raise_exception) }}", "TypeError"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{% for a in messages %}" * 30 + "{% endfor %}" * 30, "not valid"),
+        ("{{ " + "(" * 9999 + ")" * 9999 + " }}", "not valid"),
+        ("{% for", "not valid"),
+        ("{{ raise_exception('no\n' * 999) }}", "no no no"),
+    ],
+)
+def test_a_template_that_does_harm_or_makes_no_sense_is_one_line_within_seconds(pairs, template, message, monkeypatch):
+    monkeypatch.setattr("dllm_var.chat_templates.SECONDS", 0.3)
+    tokenizer = pairs["chatml"][1][0]
+    bad = Tokenizer(tokenizer.backend, tokenizer.special, template, tokenizer.named_tokens)
+    began = time.thread_time()
+    with pytest.raises(UserError, match=message) as caught:
+        bad.encode_chat_prompt([{"role": "user", "content": "Hi"}])
+    assert "chat template" in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+    assert time.thread_time() - began < 2
+
+
+def test_time_is_counted_anew_for_each_conversation_and_in_any_thread(pairs, monkeypatch):
+    monkeypatch.setattr("dllm_var.chat_templates.SECONDS", 0.3)
+    tokenizer = pairs["chatml"][1][0]
+    bad = Tokenizer(tokenizer.backend, tokenizer.special, NESTED)
+
+    def refused():
+        with pytest.raises(UserError, match="not done after"):
+            render(bad, [])
+        return True
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(refused).result(timeout=20)
+    assert (
+        render(tokenizer, [{"role": "user", "content": "Hi"}])[0]
+        == render(tokenizer, [{"role": "user", "content": "Hi"}])[0]
+    )

@@ -1,3 +1,4 @@
+import io
 import json
 
 import pytest
@@ -212,3 +213,53 @@ def test_dreams_tokenizer_is_read_without_its_code(tmp_path):
     tokenizer = Tokenizer.from_pretrained(folder)
     assert (tokenizer.mask_id, tokenizer.terminator_ids) == (257, (256,))
     assert tokenizer.encode("né?<|endoftext|>") == [*Tokenizer.from_pretrained(tmp_path / "bytes").encode("né?"), 256]
+
+
+CODE = """
+from pathlib import Path
+Path({mark!r}).touch()
+from transformers import PreTrainedTokenizerFast as Mine
+"""
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "config.json"])
+def test_a_tokenizer_that_is_code_is_refused_without_a_question(place, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    (tmp_path / "mine.py").write_text(CODE.format(mark=str(tmp_path / "ran")))
+    (tmp_path / "config.json").write_text('{"model_type": "mine"}')
+    names = {"AutoTokenizer": ["mine.Mine", "mine.Mine"], "AutoConfig": "mine.Mine"}
+    (tmp_path / place).write_text(json.dumps({"model_type": "mine", "auto_map": names}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(UserError, match="code of its own") as caught:
+        Tokenizer.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value) and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", {"chat_template": 5}),
+        ("tokenizer_config.json", {"chat_template": [{"name": 3}]}),
+        ("tokenizer_config.json", {"terminators": [{}]}),
+        ("generation_config.json", {"eos_token_id": 1.0}),
+        ("generation_config.json", {"eos_token_id": [True]}),
+        ("config.json", {"mask_token_id": {"a": 1}}),
+        ("config.json", []),
+    ],
+)
+def test_settings_of_the_wrong_type_are_named(file, content, tmp_path):
+    write_byte_tokenizer(tmp_path, CHAT_TEMPLATE)
+    path = tmp_path / file
+    there = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**there, **content} if content else content))
+    if file == "tokenizer_config.json":
+        (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(UserError):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_a_saved_tokenizer_does_not_choose_what_its_template_is_given(cmudict):
+    for changes in ({"named_tokens": {"messages": "x"}}, {"named_tokens": {"eos_token": 3}}, {"mask_id": 1.0}):
+        with pytest.raises(UserError):
+            Tokenizer.from_dict({**cmudict.to_dict(), **changes})

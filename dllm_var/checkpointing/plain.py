@@ -20,9 +20,11 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         reason = "it is nested too deep" if isinstance(error, RecursionError) else error
-        raise UserError(f"cannot read {path}: it is not valid JSON: {reason}") from error
+        raise UserError(f"{path} is not valid JSON: {reason}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold settings by name, not {type(content).__name__}: the file is damaged")
     return content
