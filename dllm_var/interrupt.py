@@ -193,6 +193,8 @@ class SaveAtEnd(Callback):
             path = save_last(trainer)
             if isinstance(trainer, Trainer):
                 trainer.saved_at_end = (path, trainer.global_step)
+        elif isinstance(trainer, Trainer):
+            trainer.finish_saving()
         if self.stop is not None:
             self.stop.training_over = True
             self.stop.end_now()

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
 from dllm_var.checkpointing.choose import check_or_offer, is_sharded, newest_checkpoint
+from dllm_var.checkpointing.trainer import Trainer
 from dllm_var.errors import UserError
 from dllm_var.module import DiffusionLM
 
@@ -111,7 +112,7 @@ def checkpoint_folder(trainer: L.Trainer) -> Path:
 
 
 def save_last(trainer: L.Trainer) -> Path:
-    """Saves the present state as last.ckpt of the run; every rank must call it.
+    """Saves the present state as last.ckpt of the run, whole when this returns; every rank must call it.
 
     Returns:
         The checkpoint.
@@ -123,6 +124,8 @@ def save_last(trainer: L.Trainer) -> Path:
     if trainer.is_global_zero and path.is_symlink():  # save_last="link": what it points to stays as it is
         path.unlink()
     trainer.save_checkpoint(path, weights_only=False)
+    if isinstance(trainer, Trainer):
+        trainer.finish_saving()
     return path
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import lightning as L
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
 from dllm_var import DiffusionLM, __version__
 from dllm_var.callbacks import AnswerWriter
+from dllm_var.checkpointing.background import BackgroundFiles
 from dllm_var.checkpointing.choose import check_or_offer
 from dllm_var.checkpointing.trainer import CheckedFiles, Trainer
 from dllm_var.datamodules import PackedDataModule
@@ -181,6 +182,9 @@ class TrainingCLI(LightningCLI):
         self.save_config_kwargs = {"text": self.config_text}
         plugins = self._get(self.config_init, "trainer.plugins") or []
         plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+        for number, plugin in enumerate(plugins):
+            if isinstance(plugin, AsyncCheckpointIO) and isinstance(plugin.checkpoint_io, CheckedFiles | None):
+                plugins[number] = BackgroundFiles()  # Lightning's removes old checkpoints before the new one is whole
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(CheckedFiles())
         try:

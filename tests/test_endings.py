@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import lightning as L
@@ -167,6 +168,26 @@ def test_a_run_stopped_in_a_step_goes_on_bit_for_bit(name, status, step, tiny, c
     assert main([*tiny, "--resume", "--trainer.logger.version=1"]) == 0
     assert notes() == whole  # rows, draws of all generators, losses, validation, the end; nothing twice
     assert same(state(last), expected)
+
+
+@pytest.mark.parametrize(
+    "background",
+    [
+        ["--config", str(ROOT / "configs" / "background_checkpoints.yaml")],
+        ["--trainer.plugins=lightning.pytorch.plugins.io.AsyncCheckpointIO"],
+    ],
+    ids=["ours", "lightning's"],
+)
+def test_a_run_that_saves_in_the_background_goes_on_bit_for_bit(background, tiny, monkeypatch):
+    assert main(tiny) == 0
+    expected, kept = state(), sorted(path.name for path in LAST.parent.iterdir())
+    write = files._write_sealed
+    monkeypatch.setattr(files, "_write_sealed", lambda *arguments: (time.sleep(0.1), write(*arguments)))  # some steps
+    last = Path("runs/tiny/version_1/checkpoints/last.ckpt")
+    assert main([*tiny, *background, *event("SIGTERM", 5)]) == 143
+    assert state(last)["global_step"] == 5  # written before the run said so
+    assert main([*tiny, *background, "--resume"]) == 0
+    assert same(state(last), expected) and sorted(path.name for path in last.parent.iterdir()) == kept
 
 
 @pytest.mark.slow

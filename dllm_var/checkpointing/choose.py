@@ -1,12 +1,14 @@
-"""Which checkpoint of a folder is meant, and whether it can be used."""
+"""The newest checkpoint of a folder, by the step it holds, and whether it can be used."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from dllm_var.checkpointing.files import UnusableCheckpoint, check_file, read_file, recover
-from dllm_var.checkpointing.shards import SEAL, check_folder
+import torch
+
+from dllm_var.checkpointing.files import UnusableCheckpoint, check_file, read_file
+from dllm_var.checkpointing.shards import SEAL, check_folder, read_trainer_state
 
 _SHARD_MARKS = ("meta.pt", "latest")  # what Lightning's sharded strategies and DeepSpeed leave in a checkpoint folder
 
@@ -17,20 +19,43 @@ def is_sharded(path: Path) -> bool:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Returns the checkpoint (a file, or a folder of shards) that was written last, or None."""
+    """Returns the checkpoint (a file, or a folder of shards) of the latest step, or None."""
     return next(iter(newest_first(folder)), None)
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """Returns the checkpoints of a folder; links that lead nowhere are left out."""
-    recover(folder)
-    dated: list[tuple[int, str, Path]] = []
+    """Returns the checkpoints of a folder, those of later steps first; links that lead nowhere are left out.
+
+    Among checkpoints of one step the one written last comes first. One whose step cannot be read (it is damaged, or no
+    checkpoint of ours) has its place by the time of writing, so that the damage is told and not passed over.
+    """
+    found: list[tuple[int | None, int, Path]] = []
     for path in folder.glob("*.ckpt"):
         try:
-            dated.append((written_at(path), path.name, path))
+            found.append((step_of(path), written_at(path), path))
         except OSError:
             continue
-    return [path for *_, path in sorted(dated, reverse=True)]
+    known = [(step, written) for step, written, _ in found if step is not None]
+
+    def place(entry: tuple[int | None, int, Path]) -> tuple[int, int, str]:
+        step, written, path = entry
+        if step is None:
+            step = max((other for other, before in known if before <= written), default=-1)
+        return step, written, path.name
+
+    return [path for *_, path in sorted(found, key=place, reverse=True)]
+
+
+def step_of(path: Path) -> int | None:
+    """Returns the step a checkpoint holds, without reading its tensors or running code; None when it cannot be read."""
+    try:
+        if path.is_dir():
+            step = read_trainer_state(path)["global_step"]
+        else:
+            step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    except Exception:  # torch raises many kinds; `check` will say what is wrong
+        return None
+    return step if isinstance(step, int) else None
 
 
 def written_at(path: Path) -> int:

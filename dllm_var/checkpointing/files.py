@@ -15,7 +15,9 @@ import torch
 from dllm_var.errors import UserError
 
 FORMAT = 1  # of what a checkpoint holds and how it is sealed
-UNFINISHED, ASIDE = ".new", ".previous"  # .last.ckpt.new is being written, .last.ckpt.previous is being replaced
+# .last.ckpt.new is a file that is being written or a folder that is being removed, .last.ckpt.saving what a strategy
+# writes, .last.ckpt.previous a folder that is being replaced
+UNFINISHED, SAVING, ASIDE = ".new", ".saving", ".previous"
 _ARCHIVE = b"PK\x03\x04"
 _END = b"PK\x05\x06"
 _END_BYTES = 22  # end-of-archive record; its last two bytes are the length of the comment that follows
@@ -41,16 +43,18 @@ def write_file(checkpoint: Any, path: Path) -> None:
         path: The checkpoint.
 
     Raises:
-        OSError: When it cannot be written, as on a full disk; nothing is left behind.
+        OSError: When it cannot be written, as on a full disk; names the checkpoint, and nothing is left behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = hidden(path, UNFINISHED)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             _write_sealed(checkpoint, file)
         publish(unfinished, path)
-    except BaseException:
+    except BaseException as error:
         discard(unfinished)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
         raise
 
 
@@ -93,6 +97,13 @@ class _HashedFile:
 def hidden(path: Path, suffix: str) -> Path:
     """Returns the name beside `path` under which it is written or set aside; no search for *.ckpt finds it."""
     return path.with_name(f".{path.name}{suffix}")
+
+
+def shown(path: Path) -> Path:
+    """Returns the checkpoint that a strategy writes under a hidden name; any other path as it is."""
+    if path.name.startswith(".") and path.suffix == SAVING:
+        return path.with_name(path.name[1 : -len(SAVING)])
+    return path
 
 
 def publish(unfinished: Path, path: Path) -> None:
@@ -151,7 +162,7 @@ def remove(path: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Puts back the checkpoints of a folder that were set aside by a process that then ended."""
+    """Puts back the checkpoints of a folder that a killed process had set aside; none may be writing now."""
     for aside in folder.glob(f".*.ckpt{ASIDE}"):
         path = aside.with_name(aside.name[1 : -len(ASIDE)])
         if not os.path.lexists(path):
@@ -160,10 +171,10 @@ def recover(folder: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Removes what processes that were killed while saving left in a folder of checkpoints."""
+    """Removes what processes that were killed while saving left in a folder of checkpoints; none may be writing."""
     recover(folder)
-    for suffix in (UNFINISHED, ASIDE):
-        for leftover in folder.glob(f".*.ckpt{suffix}"):
+    for leftover in folder.glob(".*.ckpt.*"):  # also ..last.ckpt.new.new, as earlier versions named some
+        if leftover.suffix in (UNFINISHED, SAVING, ASIDE):
             discard(leftover)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm_var.checkpointing.choose import check, is_sharded, newest_checkpoint, newest_usable, written_at
+from dllm_var.checkpointing.choose import check, is_sharded, newest_checkpoint, newest_usable, step_of, written_at
 from dllm_var.checkpointing.files import UnusableCheckpoint, unreadable
 from dllm_var.checkpointing.shards import read_trainer_state, read_weights
 from dllm_var.errors import UserError
@@ -87,13 +87,13 @@ def locate_checkpoint(path: str | Path) -> Path:
 
 
 def _goes_beyond(checkpoint: Path, export: Path) -> bool:
-    """Whether a run was trained further after an export; a later checkpoint of the same step has nothing more."""
-    if written_at(checkpoint) <= written_at(export):
-        return False
-    with suppress(OSError, ValueError, AttributeError, UserError):  # told when it is read
+    """Whether a checkpoint holds a later step than an export; by the time of writing where a step cannot be read."""
+    exported, step = None, step_of(checkpoint)
+    with suppress(OSError, ValueError, AttributeError):  # told when it is read
         exported = json.loads(export.read_text(encoding="utf-8")).get("step")
-        return exported is None or _read(checkpoint).get("global_step", 0) > exported
-    return True
+    if isinstance(exported, int) and step is not None:
+        return step > exported
+    return written_at(checkpoint) > written_at(export)
 
 
 def _open_folder(folder: Path) -> StoredModel:

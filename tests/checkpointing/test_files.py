@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm_var.checkpointing import files
-from dllm_var.checkpointing.choose import check_or_offer, newest_checkpoint, newest_usable
+from dllm_var.checkpointing.choose import check_or_offer, newest_checkpoint, newest_first, newest_usable, step_of
 from dllm_var.checkpointing.files import (
     UnusableCheckpoint,
     check_file,
@@ -201,6 +201,17 @@ def test_a_crash_in_the_midst_of_writing(written, checkpoint):
     assert [path.name for path in checkpoint.parent.iterdir()] == ["last.ckpt"]
 
 
+def test_leftovers_of_every_kind_are_cleared_and_nothing_else(tmp_path):
+    write_file(state(1), tmp_path / "last.ckpt")
+    (tmp_path / ".last.ckpt.txt").touch()
+    for name in (".a.ckpt.new", "..a.ckpt.new.new", ".b.ckpt.saving", ".last.ckpt.previous"):
+        (tmp_path / name).touch()
+        folder_of(tmp_path / name.replace(".ckpt", "=2.ckpt"), "half")
+    clear_leftovers(tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".last.ckpt.txt", "last.ckpt", "last=2.ckpt"]  # one that was being replaced is put back
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
 def test_a_full_disk_leaves_the_previous_one_and_nothing_else(checkpoint, monkeypatch):
     monkeypatch.setattr("builtins.open", lambda path, mode: io.FileIO("/dev/full", mode))
@@ -264,6 +275,30 @@ def test_half_of_a_removed_folder_is_no_checkpoint(tmp_path, monkeypatch):
 
 
 # -- which one is meant ------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_is_that_of_the_latest_step_whenever_it_was_written(tmp_path):
+    future = 2**32
+    for step, time in ((2, future), (6, 100), (4, 200)):
+        write_file(state(step), tmp_path / f"{step}.ckpt")
+        os.utime(tmp_path / f"{step}.ckpt", (time, time))
+    write_file(state(6), tmp_path / "best.ckpt")
+    os.utime(tmp_path / "best.ckpt", (50, 50))
+    (tmp_path / "gone.ckpt").symlink_to("nowhere")
+    assert [path.stem for path in newest_first(tmp_path)] == ["6", "best", "4", "2"]
+    for time, expected in ((150, ["x", "6", "best", "4", "2"]), (20, ["6", "best", "4", "2", "x"])):
+        (tmp_path / "x.ckpt").write_bytes(b"not readable: by its time")
+        os.utime(tmp_path / "x.ckpt", (time, time))
+        assert [path.stem for path in newest_first(tmp_path)] == expected
+
+
+def test_the_step_is_read_without_running_code(tmp_path):
+    path = tmp_path / "x.ckpt"
+    proof = tmp_path / "executed"
+    torch.save({"global_step": 7}, path)
+    assert step_of(path) == 7
+    torch.save({"global_step": 7, "extra": RunsCode(proof)}, path)
+    assert step_of(path) is None and not proof.exists()
 
 
 def test_the_newest_good_one_is_offered(tmp_path):
