@@ -1,6 +1,6 @@
 """Everything that can go wrong, done on purpose: a table of faults and outcomes.
 
-    python benchmarks/faults.py          # 200 kills, 30 of two ranks, other faults, 1,200 bad inputs, memory
+    python benchmarks/faults.py          # 290 kills (90 of two ranks or accumulated batches), faults, 1,200 bad inputs, memory
     python benchmarks/faults.py --quick  # some of each, in a few minutes
     python benchmarks/faults.py --only kills --kills 1000
 
@@ -27,11 +27,11 @@ from fault_cases import broken_parts, full_disk, signals, steady_memory
 from fault_storage import broken_checkpoints, other_data, real_processes, shared_cache
 from fault_tries import Case, Tries
 from forked_runs import warm_up
-from kills import Campaign, kill_and_resume
+from kills import THREE_BATCHES, Campaign, kill_and_resume
 from malformed_inputs import Outcome, attempt
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("kills", "ranks", "faults", "inputs", "memory")
+PARTS = ("kills", "ranks", "accumulation", "faults", "inputs", "memory")
 CASES = (signals, full_disk, broken_parts, broken_checkpoints, other_data, shared_cache, real_processes)
 QUICK = (signals, broken_checkpoints)
 INPUTS = {"jsonl": 400, "parquet": 200, "config": 200, "checkpoint": 200, "prompt": 200}
@@ -145,7 +145,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="some of each")
     parser.add_argument("--only", choices=PARTS, action="append", help="a part of it; may be repeated")
     parser.add_argument("--kills", type=int, help="kills of runs of one process (200)")
-    parser.add_argument("--rank-kills", type=int, help="kills of runs of two (30)")
+    parser.add_argument("--rank-kills", type=int, help="kills of runs of two, and of those that accumulate (30)")
     parser.add_argument("--seed", type=int, default=0, help="decides the moments of the kills")
     parser.add_argument("--output", type=Path, help="folder of faults.json and faults.md; results/ when all is run")
     arguments = parser.parse_args()
@@ -164,6 +164,11 @@ def main() -> int:
             campaigns["one or both of two processes"] = kill_and_resume(
                 folder / "two", rank_kills, 2, arguments.seed, note
             )
+        if "accumulation" in parts:
+            for ranks, title in ((1, "one process"), (2, "one or both of two processes")):
+                campaigns[f"{title}, three batches a step"] = kill_and_resume(
+                    folder / f"accumulating{ranks}", rank_kills, ranks, arguments.seed, note, THREE_BATCHES
+                )
         results["kills"] = {title: dict(vars(campaign)) for title, campaign in campaigns.items()}
         if "faults" in parts:
             results["cases"] = [

@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from forked_runs import Attempt, start
 from short_run import fingerprint, write_recipe
 
 TWO_RANKS = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=2"]
+THREE_BATCHES = ["--trainer.accumulate_grad_batches=3", "--data.batch_size=1", "--trainer.val_check_interval=7"]
 KILLS_PER_RUN = 6  # before it is left to finish
 CALLS = 40  # about as many system calls that settle a checkpoint in one run
 SAVE_SECONDS = 0.05
@@ -47,7 +48,12 @@ class Campaign:
 
 
 def kill_and_resume(
-    folder: Path, kills: int, ranks: int, seed: int, note: Callable[[str], None] = lambda text: None
+    folder: Path,
+    kills: int,
+    ranks: int,
+    seed: int,
+    note: Callable[[str], None] = lambda text: None,
+    settings: Sequence[str] = (),
 ) -> Campaign:
     """Kills runs until so many kills have been survived; each run must end with what an uninterrupted one ends with.
 
@@ -60,9 +66,10 @@ def kill_and_resume(
         ranks: Processes of each run, of which one or all are killed.
         seed: Decides the moments.
         note: Told how far it has come.
+        settings: Further settings of the runs.
     """
     rng = random.Random(seed)
-    arguments = [*write_recipe(folder / "whole"), *(TWO_RANKS if ranks > 1 else [])]
+    arguments = [*write_recipe(folder / "whole"), *(TWO_RANKS if ranks > 1 else []), *settings]
     began = time.monotonic()
     campaign = Campaign(ranks)
     whole = start(folder / "whole", arguments, ranks)

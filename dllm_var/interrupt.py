@@ -135,7 +135,7 @@ class StopOnSignal(Callback):
         if not asked or (trainer.validating and _only_saves(asked)):  # in validation the weights may be averages
             return
         self._asked = 0
-        if trainer.sanity_checking:
+        if trainer.global_step == 0:  # a sanity check, or validation among the first step's accumulated batches
             raise Interrupted("stopped before the first step", _status(asked))
         _end_averaging(trainer, pl_module)
         path = save_last(trainer)

@@ -70,7 +70,7 @@ class Notes(Callback):
         self.note("rows", trainer.global_step, batch["row"].tolist(), draws)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        self.note("loss", trainer.global_step, float(trainer.callback_metrics["train/loss"]))
+        self.note("loss", trainer.global_step, float(trainer.callback_metrics.get("train/loss", 0)))
 
     def on_validation_end(self, trainer, pl_module) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
