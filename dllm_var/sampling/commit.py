@@ -28,12 +28,13 @@ def apply_decision(
 ) -> tuple[Any, Any, Any]:
     """Applies a decision and returns the block's tokens, its masked positions and the written ones, each [R, K].
 
-    Every row that has masks gets at least one commit unless the policy remasks or edits, so a block takes at most K
-    steps. With `terminator_last` a terminator is committed only once everything left of it is, nothing is committed
-    right of one that the policy selected, and the commit that every row gets is not right of any predicted one: what
-    stands there is not part of the answer. Where these rules leave no more commits than positions that the policy
-    would mask again, nothing is masked again: the policy had counted on progress. A block that remasks without end is
-    filled without remasking after `STEPS_WITH_REMASKING` steps per position.
+    A row that has masks, and of whose decision neither a commit nor a remasking is left, commits the position with the
+    best of the decision's scores: without remasking a block takes at most K steps. With `terminator_last` a terminator
+    is committed only once everything left of it is, nothing is committed right of one that the policy selected, and the
+    commit that every row gets is not right of any predicted one: what stands there is not part of the answer. Where
+    these rules leave no more commits than positions that the policy would mask again, nothing is masked again: the
+    policy had counted on progress. A block that remasks without end is filled without remasking after
+    `STEPS_WITH_REMASKING` steps per position.
     """
     xp, tokens, given, masked, commit = arrays(
         view.predicted if decision.tokens is None else decision.tokens, view.tokens, view.masked, decision.commit
@@ -55,11 +56,11 @@ def apply_decision(
         remask = remask & (~in_vain & (step < STEPS_WITH_REMASKING * tokens.shape[1]))[:, None]
         stuck = stuck & ~remask.any(1)
     if xp is torch or stuck.any():
-        _, confidence = arrays(view.confidence)
+        _, scores = arrays(view.confidence if decision.scores is None else decision.scores)
         may_commit = masked
         if terminator_last:
             may_commit = masked & ((is_end.cumsum(1) == 0) | (count_left(masked) == 0))
-        best = xp.where(may_commit, confidence, -1.0).argmax(1)[:, None]
+        best = xp.where(may_commit, scores, -np.inf).argmax(1)[:, None]
         commit = commit | ((_offsets(xp, tokens) == best) & stuck[:, None])
     if decision.finish_block is not None:
         commit = commit | (masked & arrays(decision.finish_block)[1][:, None])

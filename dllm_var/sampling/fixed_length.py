@@ -28,14 +28,15 @@ class FixedLengthSampler(Sampler):
     - `prefix`, `dual` (Fast-dLLM, 2505.22618, section 3.2): a block's first step runs the whole row; later steps run
       the block and what is right of it, or the block alone.
     - `dkv` (dKV-Cache-Decode, 2505.15781): a step runs what is masked and what the step before committed, so that a
-      token is run once as itself and then kept; the first and every `refresh_every`-th step of a block run the row.
+      token is run once as itself and then kept; the first two and every `refresh_every`-th step of a block run the
+      whole row.
     - `free` (FreeCache, 2505.21467): a step runs the block and what is right of it; the prompt and finished blocks keep
       what their own last step gave. Nothing is refreshed: a block's last tokens are remembered as masks.
 
     Args:
-        policy: Decides what is committed at each step; one token per step when null.
+        policy: Decides what is committed at each step; one token per step when None.
         canvas_length: Masks behind the prompt; the answer's length limit.
-        block_length: The canvas is filled from left to right in blocks of this many positions; all at once when null.
+        block_length: The canvas is filled from left to right in blocks of this many positions; all at once when None.
         cache: `none`, or one of the above.
         batch_size: Rows decoded at a time.
         temperature: 0 takes the most likely token; above, tokens are drawn.
@@ -205,7 +206,7 @@ class _Canvas:
 
     def _runs_whole_row(self, start: np.ndarray, step: int) -> bool:
         if self.sampler.cache == "dkv":
-            return step % self.sampler.refresh_every == 0
+            return step == 1 or step % self.sampler.refresh_every == 0
         return step == 0 and (self.sampler.cache != "free" or bool((start == self.prompt_lengths).all()))
 
     def _forward_unsettled(self, place: Tensor) -> Tensor:

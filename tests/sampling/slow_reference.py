@@ -1,6 +1,11 @@
-"""Block diffusion the slow and obvious way: one row, no cache object, Python loops, an explicit attention mask."""
+"""Block diffusion the slow and obvious way: one row, no cache object, Python loops, an explicit attention mask.
+
+Then the rules of policies, each for one row as its paper or released code states it.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -127,3 +132,120 @@ def forward(model, tokens, positions, keys, sees=None):
         x = x + attention.out((weights @ all_v).transpose(1, 2).reshape(1, length, -1))
         x = x + block.mlp(block.mlp_norm(x))
     return model.norm(x), made
+
+
+class SlowPolicy:
+    """One row's block: `step` changes its tokens, 0 where masked, by the logits [K, V] of a forward."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def step(self, tokens, logits):
+        p = logits.softmax(-1)
+        self.probability = p.tolist()
+        self.best = p.argmax(-1).tolist()
+        self.entropy = [-sum(x * math.log(x) for x in row if x > 0) for row in self.probability]
+        self.margin = [float(top[0] - top[1]) for top in logits.topk(2).values]
+        masks = [j for j, token in enumerate(tokens) if token == 0]
+        commit, remask = self.choose(tokens, masks)
+        for j in commit:
+            tokens[j] = self.best[j]
+        for j in remask:
+            tokens[j] = 0
+        self.steps += 1
+
+    def surest(self, masks):
+        return sorted(masks, key=lambda j: self.entropy[j])
+
+
+class SlowEntropyThreshold(SlowPolicy):
+    """dParallel: in order of entropy, the first one and all further ones that are not above the threshold."""
+
+    def __init__(self, threshold):
+        super().__init__()
+        self.threshold = threshold
+
+    def choose(self, tokens, masks):
+        first, *others = self.surest(masks)
+        return [first, *(j for j in others if not self.entropy[j] > self.threshold)], []
+
+
+class SlowEntropyBounded(SlowPolicy):
+    """EB-Sampler: the largest set in order of entropy whose sum without its largest is at most gamma."""
+
+    def __init__(self, gamma):
+        super().__init__()
+        self.gamma = gamma
+
+    def choose(self, tokens, masks):
+        ordered = self.surest(masks)
+        for size in range(len(ordered), 0, -1):
+            chosen = [self.entropy[j] for j in ordered[:size]]
+            if sum(chosen) - max(chosen) <= self.gamma:
+                return ordered[:size], []
+        raise AssertionError("one position is always within the bound")
+
+
+class SlowCoherentCandidates(SlowPolicy):
+    """CCD-DS as released, over one block: two buffers of the last step, of positions and of predictions."""
+
+    def __init__(self, count, warmup):
+        super().__init__()
+        self.count, self.warmup = count, warmup
+        self.size, self.buffer, self.history = 1, [], []
+
+    def choose(self, tokens, masks):
+        if len(masks) <= 0.1 * len(tokens):
+            self.size = 1
+        if self.steps < self.warmup - 1 or self.steps == 0:
+            self.size = 1
+        else:
+            self.size = min(self.size + 1, self.count + 4 * self.count)
+        ordered = self.surest(masks)
+        commit = ordered[: self.count]
+        if self.steps >= self.warmup and any(j in self.buffer for j in commit):
+            matching = [j for j in ordered[: self.size] if j in self.buffer and self.best[j] == self.history[j]]
+            if len(matching) >= self.count:
+                commit = matching
+        self.buffer = [j for j in ordered if j not in commit][: self.size]
+        self.history = self.best
+        return commit, []
+
+
+class SlowSaber(SlowPolicy):
+    """Saber: the paper's sets, the released code's numbers."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count, self.when_committed, self.before = count, {}, {}
+
+    def choose(self, tokens, masks):
+        done = [j for j, token in enumerate(tokens) if token != 0]
+        now = {j: self.probability[j][tokens[j] or self.best[j]] for j in range(len(tokens))}
+        bar = sum(self.when_committed[j] for j in done) / len(done) if done else 1.0
+        ordered = sorted(masks, key=lambda j: -now[j])
+        commit = ordered[: max(self.count, sum(now[j] > bar for j in masks))]
+        number = max(self.count, len(commit))
+        self.when_committed |= {j: now[j] for j in commit}
+        remask = []
+        if len(commit) < len(masks):
+            amount = min(max(self.count // 2, math.ceil(number / 8)), number - 1)
+            remask = sorted(done, key=lambda j: now[j] - self.before[j])[:amount]
+        self.before = now
+        return commit, remask
+
+
+class SlowEarlyExit(SlowPolicy):
+    """Prophet and SchED, which asks for calm, over the masked positions; before that the most confident, one a step."""
+
+    def __init__(self, threshold, calm=False):
+        super().__init__()
+        self.threshold, self.calm, self.history = threshold, calm, None
+
+    def choose(self, tokens, masks):
+        mean = sum(self.margin[j] for j in masks) / len(masks)
+        changed = self.history is None or any(self.best[j] != self.history[j] for j in masks)
+        self.history = self.best
+        if mean >= self.threshold(1 - len(masks) / len(tokens)) and not (self.calm and changed):
+            return masks, []
+        return [max(masks, key=lambda j: self.probability[j][self.best[j]])], []

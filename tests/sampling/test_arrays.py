@@ -22,6 +22,7 @@ from dllm_var.sampling import policies as P
 
 POLICIES = [
     ConfidenceThreshold(0.3),
+    P.EntropyThreshold(1.0),
     FixedSteps(3),
     P.Saber(),
     P.RunningConfidenceRemasking(steps=4),

@@ -7,7 +7,7 @@ from slow_reference import forward
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.sampling import ConfidenceThreshold, FixedLengthSampler, FixedSteps
-from dllm_var.sampling.policies import RunningConfidenceRemasking, Saber, Sequential
+from dllm_var.sampling.policies import Prophet, RunningConfidenceRemasking, Saber, Sequential
 
 MASK, ENDS = 19, {3, 4}
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17]]
@@ -102,6 +102,31 @@ def test_deeper_models_differ_with_a_cache():
     assert [a.tokens for a in plain] != [a.tokens for a in dual]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_prophet_over_the_canvas_is_a_slow_loop(seed):
+    """Whole forwards; the best token of each, until the mean margin of all masks of the canvas fills them at once."""
+    model, length = random_model(seed), 12
+    sampler = FixedLengthSampler(Prophet(high=0.8, middle=0.6, low=0.4), canvas_length=length)
+    forwards = []
+    for answer, prompt in zip(sampler.generate(model, PROMPTS, suppress=sorted(ENDS)), PROMPTS, strict=True):
+        row, nfe = [*prompt, *[MASK] * length], 0
+        while MASK in row:
+            nfe += 1
+            with torch.no_grad():
+                logits = model(torch.tensor([row]))[0]
+            logits[:, [MASK, *ENDS]] = -torch.inf
+            masked = [j for j, token in enumerate(row) if token == MASK]
+            share = 1 - len(masked) / length
+            margins = [float(logits[j].topk(2).values.diff().neg()) for j in masked]
+            if sum(margins) / len(masked) < (0.8 if share < 0.33 else 0.6 if share < 0.67 else 0.4):
+                masked = [max(masked, key=lambda j: float(logits[j].softmax(-1).max()))]
+            for j in masked:
+                row[j] = int(logits[j].argmax())
+        assert (answer.tokens, answer.nfe) == (row[len(prompt) :], nfe)
+        forwards.append(nfe)
+    assert min(forwards) < length
+
+
 class Recorder:
     """Notes which positions of its one row each forward of a model runs."""
 
@@ -152,7 +177,7 @@ def whole(row, committed, start, step):
 
 def dkv(every):
     def runs(row, committed, start, step):
-        if step % every == 0:
+        if step == 1 or step % every == 0:  # the released code of dKV-Cache: twice, then every `every` steps
             return whole(row, committed, start, step)
         return [j for j in range(len(row)) if row[j] == MASK or j in committed]
 
@@ -202,12 +227,12 @@ def test_refreshing_at_every_step_is_no_cache():
 
 
 def test_a_token_is_run_once_as_itself(monkeypatch):
-    """dKV-Cache-Decode without refresh: every position runs while it is masked and one step longer."""
+    """dKV-Cache-Decode without refresh: every position runs while it is masked and a step longer, the prompt twice."""
     model = random_model(2)
     recorder = Recorder(model, monkeypatch)
     sampler = FixedLengthSampler(FixedSteps(10), canvas_length=10, cache="dkv", refresh_every=99)
     [answer] = sampler.generate(model, [[5, 6, 7]], suppress=sorted(ENDS))
-    assert [len(run) for run in recorder.runs] == [13, 10, 9, 8, 7, 6, 5, 4, 3, 2]
+    assert [len(run) for run in recorder.runs] == [13, 13, 9, 8, 7, 6, 5, 4, 3, 2]
     for place, step in enumerate(answer.commit_steps):
         runs = [number for number, run in enumerate(recorder.runs, start=1) if 3 + place in run]
         assert runs == list(range(1, min(step + 1, 10) + 1))

@@ -45,4 +45,4 @@ def test_overlay_decodes(name, checkpoints, capsys):
 def test_overlay_names_are_the_methods():
     policies = "factor entropy_threshold entropy_bounded ccd fixed_steps sequential first_hitting rcr saber"
     samplers = "fixed_length autoregressive guided diffuspec freedave wino prefix_cache dual_cache dkv freecache"
-    assert set(f"threshold {policies} joint_threshold prophet sched {samplers}".split()) <= set(OVERLAYS)
+    assert set(f"threshold {policies} joint_threshold prophet prophet_canvas sched {samplers}".split()) <= set(OVERLAYS)

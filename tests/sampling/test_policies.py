@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_reference import SlowCoherentCandidates, SlowEarlyExit, SlowEntropyBounded, SlowEntropyThreshold, SlowSaber
 
 from dllm_var.errors import UserError
 from dllm_var.sampling import policies as P
+from dllm_var.sampling.commit import choose_commits
 from dllm_var.sampling.policies.base import scheduled, scheduled_after
 
 VOCABULARY = 7
@@ -25,17 +27,23 @@ def make_view(seed=0, rows=3, width=8, masked=0.6, scores_committed=False, step=
     logits[..., 0] = -torch.inf
     if tokens is None:
         tokens = torch.randint(1, VOCABULARY, (rows, width), generator=generator)
-    scored = torch.ones_like(is_masked) if scores_committed else is_masked
+    return view_of(logits, torch.where(is_masked, 0, tokens), scores_committed, step), logits
+
+
+def view_of(logits, tokens, scores_committed=False, step=0):
+    """The view of blocks `tokens` [R, K] with their logits [R, K, V]."""
+    masked, rows = tokens == 0, len(tokens)
+    scored = torch.ones_like(masked) if scores_committed else masked
     return P.BlockView(
         scored_logits=logits[scored],
         scored=scored.flatten().nonzero().squeeze(1),
-        tokens=torch.where(is_masked, 0, tokens),
-        masked=is_masked,
-        changeable=torch.ones_like(is_masked),
+        tokens=tokens,
+        masked=masked,
+        changeable=torch.ones_like(masked),
         step=torch.full((rows,), step),
         progress=torch.zeros(rows),
         key=torch.arange(rows) * 1000 + step,
-    ), logits
+    )
 
 
 def state_of(policy, rows=3, width=8):
@@ -78,22 +86,6 @@ def test_factor_commits_the_longest_run(seed):
                 break
             count += 1
         assert set(positions[: max(1, count)]) == set(commit[row].nonzero().flatten().tolist())
-
-
-@seeds
-def test_entropy_policies(seed):
-    view, _ = make_view(seed, scale=5)
-    assert torch.equal(P.EntropyThreshold(0.4).decide(view, {}).commit, view.masked & (view.entropy <= 0.4))
-    commit = P.EntropyBounded(0.6).decide(view, {}).commit
-    for row in range(3):
-        positions = sorted((float(view.entropy[row, j]), j) for j in range(8) if view.masked[row, j])
-        total, chosen = 0.0, []
-        for entropy, j in positions:
-            total += entropy
-            if total >= 0.6:
-                break
-            chosen.append(j)
-        assert set(chosen or [positions[0][1]]) == set(commit[row].nonzero().flatten().tolist())
 
 
 @seeds
@@ -153,12 +145,7 @@ def play(policy, logits_of_step, width=8, steps=40):
         history.append(masked[0].tolist())
         logits = logits_of_step(step).clone()
         logits[..., 0] = -torch.inf
-        scored = torch.ones_like(masked) if policy.scores_committed else masked
-        view = P.BlockView(
-            logits[scored], scored.flatten().nonzero().squeeze(1), tokens, masked, torch.ones_like(masked),
-            torch.tensor([step]), torch.zeros(1), torch.tensor([step]),
-        )  # fmt: skip
-        decision = policy.decide(view, state)
+        decision = policy.decide(view_of(logits, tokens, policy.scores_committed, step), state)
         commit = decision.commit & masked
         if decision.finish_block is not None and decision.finish_block[0]:
             commit = masked
@@ -198,63 +185,81 @@ def test_rcr_takes_back_a_token_that_was_less_sure_than_later_ones():
 
 
 @seeds
-def test_saber_against_a_slow_version(seed):
-    logits = random_logits(seed)
-    history, _ = play(P.Saber(2), logits)
-    tokens: list[int] = [0] * 8
-    recorded, previous = [0.0] * 8, [0.0] * 8
-    for step, masked in enumerate(history):
-        assert masked == [token == 0 for token in tokens]
-        values = logits(step)[0].clone()
-        values[:, 0] = -torch.inf
-        p = values.softmax(-1)
-        now = [float(p[j].max()) if tokens[j] == 0 else float(p[j, tokens[j]]) for j in range(8)]
-        done = [j for j in range(8) if tokens[j]]
-        bar = sum(recorded[j] for j in done) / len(done) if done else 1.0
-        still = sorted((j for j in range(8) if not tokens[j]), key=lambda j: -now[j])
-        commit = still[: max(2, sum(now[j] > bar for j in still))]
-        number = max(2, len(commit))
-        for j in commit:
-            recorded[j] = now[j]
-        take_back = []
-        if len(commit) < len(still):
-            amount = min(max(1, math.ceil(number / 8)), number - 1)
-            take_back = sorted(done, key=lambda j: now[j] - previous[j])[:amount]
-        for j in commit:
-            tokens[j] = int(values[j].argmax())
-        for j in take_back:
-            tokens[j] = 0
-        previous = now
-    assert all(tokens)
+@pytest.mark.parametrize(
+    ("policy", "slow"),
+    [
+        (P.EntropyThreshold(0.3), lambda: SlowEntropyThreshold(0.3)),
+        (P.EntropyBounded(0.6), lambda: SlowEntropyBounded(0.6)),
+        (P.CoherentCandidates(1, 3), lambda: SlowCoherentCandidates(1, 3)),
+        (P.CoherentCandidates(2, 2), lambda: SlowCoherentCandidates(2, 2)),
+        (P.Saber(2), lambda: SlowSaber(2)),
+        (P.Saber(5), lambda: SlowSaber(5)),
+        (P.Prophet(), lambda: SlowEarlyExit(lambda t: 7.5 if t < 0.33 else 5.0 if t < 0.67 else 2.5)),
+        (P.SchED(), lambda: SlowEarlyExit(lambda t: 2.5 + 5 * (1 + math.cos(math.pi * t)) / 2, calm=True)),
+        (P.SchED(shape="linear"), lambda: SlowEarlyExit(lambda t: 7.5 - 5 * t, calm=True)),
+        (
+            P.SchED(low=0.0, shape="exponential", rate=2.0),
+            lambda: SlowEarlyExit(lambda t: 7.5 * math.exp(-2 * t), calm=True),
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, P.UnmaskingPolicy) else "",
+)
+def test_several_rows_against_one_slow_version_each(policy, slow, seed):
+    """Logits that change a little from step to step, until all rows are full; once in a block of 40 positions."""
+    rows, width = 4, 40 if seed == 7 else 12
+    generator = torch.Generator().manual_seed(seed)
+    lasting = 4 * torch.randn(rows, width, VOCABULARY, generator=generator)
+    state, slows = state_of(policy, rows, width), [slow() for _ in range(rows)]
+    tokens = torch.zeros(rows, width, dtype=torch.long)
+    for step in range(100):
+        logits = lasting + torch.randn(rows, width, VOCABULARY, generator=generator)
+        logits[..., 0] = -torch.inf
+        view = view_of(logits, tokens, policy.scores_committed, step)
+        after, _, _ = choose_commits(view, policy.decide(view, state), 0, (VOCABULARY,), False)
+        for row in range(rows):
+            block = tokens[row].tolist()
+            if 0 in block:
+                slows[row].step(block, logits[row])
+            assert after[row].tolist() == block
+        tokens = after
+        if not (tokens == 0).any():
+            return
+    raise AssertionError("some row is never full")
+
+
+def test_the_paper_s_example_of_an_entropy_bound():
+    """Four positions of 0.2 nats, gamma 0.35: two of them, whose sum without the largest is 0.2, and not three."""
+    view, _ = make_view(masked=1.0, rows=1, width=4)
+    view.__dict__["entropy"] = torch.full((1, 4), 0.2)
+    assert P.EntropyBounded(0.35).decide(view, {}).commit.tolist() == [[True, True, False, False]]
 
 
 @seeds
-def test_coherent_candidates_against_a_slow_version(seed):
-    policy, logits = P.CoherentCandidates(count=1, warmup_steps=2), random_logits(seed)
-
-    def slowly_changing(step):
-        return logits(0) + 0.3 * logits(step)
-
-    history, _ = play(policy, slowly_changing)
-    done: set[int] = set()
-    candidates: set[int] = set()
-    predicted, size = [-1] * 8, 1
-    for step, masked in enumerate(history):
-        assert {j for j in range(8) if not masked[j]} == done
-        values = slowly_changing(step)[0].clone()
-        values[:, 0] = -torch.inf
-        p = values.softmax(-1)
-        entropy = -(p * p.clamp_min(1e-30).log()).sum(-1)
-        still = sorted((j for j in range(8) if j not in done), key=lambda j: float(entropy[j]))
-        best, wide = still[:1], set(still[:size])
-        commit = set(best)
-        if step >= 2 and set(best) & candidates:
-            same = {j for j in wide & candidates if int(values[j].argmax()) == predicted[j]}
-            commit = same if len(same) >= 1 else commit
-        size = 1 if len(still) * 10 <= 8 else min(size + 1, 5)
-        candidates = wide
-        predicted = [int(values[j].argmax()) if j in still else 0 for j in range(8)]
-        done |= commit
+@pytest.mark.parametrize(
+    ("policy", "score"),
+    [
+        (P.ConfidenceThreshold(1.0), lambda p: p.max()),
+        (P.EntropyThreshold(0.0), lambda p: (p * p.clamp_min(1e-30).log()).sum()),
+        (P.EntropyBounded(0.0), lambda p: (p * p.clamp_min(1e-30).log()).sum()),
+        (P.CoherentCandidates(1), lambda p: (p * p.clamp_min(1e-30).log()).sum()),
+        (P.FixedSteps(8, "margin"), lambda p: p.topk(2).values.diff().neg()),
+        (P.Prophet(P.FixedSteps(8, "entropy"), 99, 99, 99), lambda p: (p * p.clamp_min(1e-30).log()).sum()),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, P.UnmaskingPolicy) else "",
+)
+def test_a_row_gets_a_commit_by_the_policy_s_own_score(policy, score, seed):
+    """Also where the best position is a terminator (token 1) that must wait: then left of the first predicted one."""
+    view, logits = make_view(seed, rows=6)
+    _, left, _ = choose_commits(view, policy.decide(view, state_of(policy, 6)), 0, (1,), terminator_last=True)
+    for row in range(6):
+        masks = view.masked[row].nonzero().flatten().tolist()
+        scores = {j: float(score(logits[row, j].softmax(-1))) for j in masks}
+        ends = [j for j in masks if int(logits[row, j].argmax()) == 1]
+        decided = not isinstance(policy, P.ConfidenceThreshold | P.EntropyThreshold)  # these two decide nothing here
+        best = max(masks, key=scores.get)
+        if not (decided and (best not in ends or best == masks[0])):
+            best = max((j for j in masks if j == masks[0] or not ends or j < ends[0]), key=scores.get)
+        assert (view.masked[row] & ~left[row]).nonzero().flatten().tolist() == [best]
 
 
 def margins(values):
@@ -284,8 +289,8 @@ def test_sched_needs_margin_and_calm(shape):
     def expected(margin):
         for committed in range(8):
             t = committed / 8
-            fall = {"cosine": 2.5 + 5 * (1 + math.cos(math.pi * t)) / 2, "linear": 7.5 - 5 * t}
-            threshold = fall.get(shape, 7.5 * (2.5 / 7.5) ** t)
+            fall = {"cosine": (1 + math.cos(math.pi * t)) / 2, "linear": 1 - t, "exponential": math.exp(-4 * t)}
+            threshold = 2.5 + 5 * fall[shape]
             if margin >= threshold and committed > 0:  # at the first step there is nothing to compare with
                 return committed + 1
         return 8
@@ -351,6 +356,8 @@ def test_a_decaying_threshold_falls_with_each_rows_own_step(seed):
         (lambda: P.CoherentCandidates(0), "CoherentCandidates"),
         (lambda: P.JointThreshold(2.0), "JointThreshold"),
         (lambda: P.SchED(low=8.0), "SchED"),
+        (lambda: P.SchED(low=-1.0), "SchED"),
+        (lambda: P.SchED(shape="exponential", rate=0.0), "SchED"),
     ],
 )
 def test_settings_out_of_range_are_named(make, named):

@@ -74,9 +74,14 @@ class BlockView:
         return self.scored_logits.argmax(dim=-1)
 
     @cached_property
+    def most_likely(self) -> Tensor:
+        """The most likely token at each position [R, K], also when tokens are drawn."""
+        return self.spread(self._best)
+
+    @cached_property
     def predicted(self) -> Tensor:
         """The token to put at each position [R, K]: the most likely one, or the one drawn when sampling."""
-        return self.spread(self._best if self.sampled is None else self.sampled)
+        return self.most_likely if self.sampled is None else self.spread(self.sampled)
 
     @cached_property
     def confidence(self) -> Tensor:
@@ -127,11 +132,13 @@ class BlockView:
 
 @dataclass
 class Decision:
-    """What to do with the block; every mask is [R, K] bool and null means nowhere.
+    """What to do with the block; every mask is [R, K] bool and None means nowhere.
 
     Args:
         commit: Masked positions to fill.
-        tokens: Token for each committed or edited position [R, K]; the predicted ones when null.
+        tokens: Token for each committed or edited position [R, K]; the predicted ones when None.
+        scores: How good each masked position is [R, K], larger is better: a row that would commit nothing commits its
+            best one. The confidence when None.
         remask: Committed positions to mask again.
         edit: Committed positions to overwrite.
         finish_block: Rows [R] whose block is to be filled with `tokens` at once.
@@ -141,6 +148,7 @@ class Decision:
 
     commit: Tensor
     tokens: Tensor | None = None
+    scores: Tensor | None = None
     remask: Tensor | None = None
     edit: Tensor | None = None
     finish_block: Tensor | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 from dllm_var.errors import UserError
 from dllm_var.sampling.arrays import arrays, tensors
@@ -61,7 +62,7 @@ class ConfidenceFactor(UnmaskingPolicy):
 
 
 class EntropyThreshold(UnmaskingPolicy):
-    """Commits every masked position whose entropy is at most the threshold (dParallel 2509.26488).
+    """Commits every masked position whose entropy is at most the threshold, or the one of least (dParallel 2509.26488).
 
     Args:
         threshold: Entropy in nats, at least 0.
@@ -76,14 +77,16 @@ class EntropyThreshold(UnmaskingPolicy):
         self.threshold = threshold
 
     def decide(self, view: BlockView, state: State) -> Decision:
-        return Decision(commit=view.masked & (view.entropy <= self.threshold))
+        return Decision(commit=view.masked & (view.entropy <= self.threshold), scores=-view.entropy)
 
 
 class EntropyBounded(UnmaskingPolicy):
-    """Commits positions from the lowest entropy up while their entropies add up to less than gamma (2505.24857).
+    """Commits the positions of least entropy whose entropies, without the largest, add up to at most gamma.
+
+    That sum bounds the error of filling the positions independently (EB-Sampler, 2505.24857, section 3).
 
     Args:
-        gamma: Bound in nats, at least 0; at least one position is committed in any case.
+        gamma: Bound in nats, at least 0; a single position is always within it.
 
     Raises:
         UserError: When gamma is negative.
@@ -96,16 +99,19 @@ class EntropyBounded(UnmaskingPolicy):
 
     def decide(self, view: BlockView, state: State) -> Decision:
         ordered = view.entropy.masked_fill(~view.masked, torch.inf).sort(dim=1).values
-        counts = (ordered.cumsum(dim=1) < self.gamma).sum(dim=1).clamp_min(1)
-        return Decision(commit=top_n(-view.entropy, view.masked, counts))
+        without_largest = pad(ordered, (1, -1)).cumsum(dim=1)  # of the n + 1 least ones at n: the sum of the n least
+        counts = (without_largest <= self.gamma).sum(dim=1)
+        return Decision(commit=top_n(-view.entropy, view.masked, counts), scores=-view.entropy)
 
 
 class CoherentCandidates(UnmaskingPolicy):
     """Commits candidates that stay the same from step to step; otherwise the best n (CCD-DS, 2512.02044).
 
-    Positions are ranked by low entropy. After a warm-up, the best V of this step (V grows by 1 per step up to 1 + 4n,
-    and is 1 again when a tenth of the block or less is masked) that were also among the last step's candidates, with
-    the same predicted token, are committed if there are at least n of them.
+    Positions are ranked by low entropy. Each step remembers as candidates the best V positions that it leaves masked.
+    A step after the warm-up commits those of its own best V that are candidates and whose most likely token is still
+    the same, if there are at least n of them and one of the best n is a candidate; else it commits the best n. V is 1
+    until the last step of the warm-up, which makes it 2; each further step adds 1, up to 5n; while at most a tenth of
+    the block is masked, V is 2. The released code decodes the whole answer as one block.
 
     Args:
         count: n, the number committed when nothing better is known.
@@ -123,20 +129,21 @@ class CoherentCandidates(UnmaskingPolicy):
     def initial_state(self, block_length: int) -> State:
         return {
             "candidates": torch.zeros(block_length, dtype=torch.bool),
-            "predicted": torch.full((block_length,), -1),
+            "most_likely": torch.full((block_length,), -1),
             "size": torch.ones((), dtype=torch.long),
         }
 
     def decide(self, view: BlockView, state: State) -> Decision:
+        few_left = view.masked.sum(dim=1) * 10 <= view.changeable.sum(dim=1)
+        grown = (torch.where(few_left, 1, state["size"]) + 1).clamp_max(5 * self.count)
+        size = torch.where(view.step >= max(self.warmup_steps - 1, 1), grown, 1)
         place = ranks(-view.entropy, view.masked)
         best = (place < self.count) & view.masked
-        candidates = (place < state["size"][:, None]) & view.masked
-        same = candidates & state["candidates"] & (view.predicted == state["predicted"])
-        coherent = (best & state["candidates"]).any(dim=1) & (same.sum(dim=1) >= self.count)
-        use = coherent & (view.step >= self.warmup_steps)
-        few_left = view.masked.sum(dim=1) * 10 <= view.changeable.sum(dim=1)
-        grown = (state["size"] + 1).clamp_max(1 + 4 * self.count)
-        state["candidates"].copy_(candidates)
-        state["predicted"].copy_(view.predicted)
-        state["size"].copy_(torch.where(few_left, 1, grown))
-        return Decision(commit=torch.where(use[:, None], same, best))
+        was_candidate = state["candidates"] & view.masked
+        same = was_candidate & (place < size[:, None]) & (view.most_likely == state["most_likely"])
+        coherent = (best & was_candidate).any(dim=1) & (same.sum(dim=1) >= self.count)
+        commit = torch.where((coherent & (view.step >= self.warmup_steps))[:, None], same, best)
+        state["candidates"].copy_(top_n(-view.entropy, view.masked & ~commit, size))
+        state["most_likely"].copy_(view.most_likely)
+        state["size"].copy_(size)
+        return Decision(commit=commit, scores=-view.entropy)

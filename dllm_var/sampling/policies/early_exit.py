@@ -14,14 +14,17 @@ from dllm_var.sampling.policies.fixed_steps import FixedSteps
 
 
 class Prophet(UnmaskingPolicy):
-    """Fills what is left by argmax once the mean logit margin of the masked positions is large enough (2508.19982).
+    """Fills what is left of a block once the mean logit margin of its masked positions is large enough (2508.19982).
 
     The margin is top-1 minus top-2 logit; the threshold falls with the share of the block that is committed: `high`
-    below a third, `middle` below two thirds, `low` after.
+    below 0.33, `middle` below 0.67, `low` after. With `FixedLengthSampler` and no block length the block is the whole
+    canvas, as in the released code. That code differs in two things: its margin is the mean over a few answer positions
+    that the caller must know (the five behind a forced "The answer is"), committed ones included; and its progress is
+    (step + 1) / steps of a number of steps fixed in advance, with one token per step one token ahead of the share here.
 
     Args:
-        base: Policy of the steps before; one token per step when null.
-        high: Threshold at the beginning of a block.
+        base: Policy of the steps before; one token per step when None.
+        high: Threshold in the first third of a block.
         middle: Threshold in its second third.
         low: Threshold in its last third.
     """
@@ -46,15 +49,19 @@ class Prophet(UnmaskingPolicy):
 class SchED(UnmaskingPolicy):
     """As Prophet with a smooth threshold, and only if no masked prediction changed since the last step (2512.02892).
 
+    The threshold is low + (high - low) f(t); t is the share of the block that is committed. The released code, which
+    decodes a whole canvas in a fixed number of steps, has t = step / (steps - 1) instead.
+
     Args:
-        base: Policy of the steps before; one token per step when null.
+        base: Policy of the steps before; one token per step when None.
         high: Threshold at the beginning of a block.
         low: Threshold at its end.
-        shape: How it falls with the share t of the block that is committed: `cosine`, which is
-            low + (high - low) (1 + cos pi t) / 2, `linear`, or `exponential` high (low / high)^t.
+        shape: How the threshold falls: `cosine` f = (1 + cos pi t) / 2, `linear` f = 1 - t or `exponential`
+            f = exp(-rate t), which does not quite reach `low`.
+        rate: Rate of the exponential shape; the paper tries 2, 4, 8 and 16.
 
     Raises:
-        UserError: Unless 0 < low <= high.
+        UserError: Unless 0 <= low <= high and rate is above 0.
     """
 
     def __init__(
@@ -63,26 +70,29 @@ class SchED(UnmaskingPolicy):
         high: float = 7.5,
         low: float = 2.5,
         shape: Literal["cosine", "linear", "exponential"] = "cosine",
+        rate: float = 4.0,
     ) -> None:
-        if not 0 < low <= high:
-            raise UserError(f"SchED needs 0 < low <= high, got {low} and {high}")
+        if not (0 <= low <= high and rate > 0):
+            raise UserError(f"SchED needs 0 <= low <= high and rate > 0, got {low}, {high} and {rate}")
         self.base: UnmaskingPolicy = base if base is not None else FixedSteps(steps=1 << 30)
-        self.high, self.low, self.shape = high, low, shape
+        self.high, self.low, self.shape, self.rate = high, low, shape, rate
 
     def initial_state(self, block_length: int) -> State:
-        return {**self.base.initial_state(block_length), "sched_predicted": torch.full((block_length,), -1)}
+        return {**self.base.initial_state(block_length), "sched_most_likely": torch.full((block_length,), -1)}
 
     def decide(self, view: BlockView, state: State) -> Decision:
         decision = self.base.decide(view, state)
-        changed = view.masked & (view.predicted != state["sched_predicted"])
+        changed = view.masked & (view.most_likely != state["sched_most_likely"])
         sure = mean_where(view.logit_margin, view.masked) >= self._threshold(view.block_share)
         decision.finish_block = sure & ~changed.any(dim=1)
-        state["sched_predicted"].copy_(view.predicted)
+        state["sched_most_likely"].copy_(view.most_likely)
         return decision
 
     def _threshold(self, share: Tensor) -> Tensor:
         if self.shape == "linear":
-            return self.high - (self.high - self.low) * share
-        if self.shape == "exponential":
-            return self.high * (self.low / self.high) ** share
-        return self.low + (self.high - self.low) * (1 + torch.cos(math.pi * share)) / 2
+            fall = 1 - share
+        elif self.shape == "exponential":
+            fall = torch.exp(-self.rate * share)
+        else:
+            fall = (1 + torch.cos(math.pi * share)) / 2
+        return self.low + (self.high - self.low) * fall

@@ -34,7 +34,8 @@ class FixedSteps(UnmaskingPolicy):
 
     def decide(self, view: BlockView, state: State) -> Decision:
         due = scheduled(view.changeable.sum(dim=1), self.steps, view.step).clamp_min(1)
-        return Decision(commit=top_n(self._scores(view), view.masked, due))
+        scores = self._scores(view)
+        return Decision(commit=top_n(scores, view.masked, due), scores=scores)
 
     def _scores(self, view: BlockView) -> torch.Tensor:
         if self.score == "confidence":

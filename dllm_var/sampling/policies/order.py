@@ -42,4 +42,4 @@ class FirstHitting(UnmaskingPolicy):
     def decide(self, view: BlockView, state: State) -> Decision:
         scores = KeyedNoise(self.seed).uniform(view.key, view.tokens.size(1), stream=4)
         one = view.masked.any(dim=1).long()
-        return Decision(commit=top_n(scores, view.masked, one))
+        return Decision(commit=top_n(scores, view.masked, one), scores=scores)

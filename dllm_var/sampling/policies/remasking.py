@@ -48,9 +48,15 @@ class RunningConfidenceRemasking(UnmaskingPolicy):
 class Saber(UnmaskingPolicy):
     """Commits what beats the mean confidence so far and takes back what lost most since the last step (2510.18165).
 
-    At each step positions above the mean recorded confidence of the committed ones are committed, at least the best n;
-    then, unless the block is full, min(max(n // 2, ceil(K / 8)), K - 1) of the earlier ones whose probability fell most
-    are masked again, K being the number committed now and at least n.
+    As in the paper, a step commits every masked position above the mean of the confidences with which the tokens that
+    are committed now were committed, and then masks those of these tokens again whose confidence fell most since the
+    last step. So a token that is masked again leaves the mean, a step takes back none of its own commits, and the
+    confidence of a committed token is that token's probability. The released code keeps tokens masked again in the
+    mean, may take back commits of the same step, and measures a committed position by its most likely token.
+
+    As in the released code, at least the best n positions are committed, a block's first step commits just these, and
+    min(max(n // 2, ceil(K / 8)), K - 1) tokens are masked again unless the block is full. K is the number committed
+    now, but at least n. The paper masks max(1, K // 8) again, which makes no progress where K is 1.
 
     Args:
         count: n.
