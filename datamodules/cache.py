@@ -22,18 +22,15 @@ from dllm_var.datamodules.encoding import RecordEncoder, bad_record
 from dllm_var.datamodules.sources import Located, Source
 from dllm_var.datamodules.table import COLUMNS, Table
 from dllm_var.errors import UserError
-from dllm_var.tokenization import Tokenizer
 
-VERSION = 2  # of the files' layout and meaning; part of the cache key
+VERSION = 3  # of the files' layout and meaning; part of the cache key
 CHUNK = 4_096  # records tokenized at a time
 PROGRESS_AFTER = 5.0  # seconds of tokenizing before progress is shown
 ABANDONED_AFTER = 60.0  # seconds that an unfinished folder without an owner is left alone
 _UNFINISHED = re.compile(r"\.[0-9a-f]{32}-\w+-\w+")
 
 
-def load_table(
-    source: Source, split: str, tokenizer: Tokenizer, cache: Path, chat: bool = False, skip_bad: bool = False
-) -> Table:
+def load_table(source: Source, split: str, encoder: RecordEncoder, cache: Path) -> Table:
     """Opens the tokenized table of a split, building it first if the cache has none.
 
     Several processes may do so at once: each writes a folder of its own, and the first to finish gives it its name.
@@ -41,25 +38,23 @@ def load_table(
     Args:
         source: Where the records come from.
         split: One of the source's splits.
-        tokenizer: Makes token ids of them.
+        encoder: Makes token ids of them; a new one, that has encoded nothing yet.
         cache: Folder of tables, shared by runs and processes.
-        chat: Whether prompt and answer go through the tokenizer's chat template.
-        skip_bad: Whether records that cannot be used are counted instead of being an error.
 
     Raises:
         UserError: When a record cannot be used, with its place; or when the cache cannot be written.
     """
-    settings = {"version": VERSION, "source": source.fingerprint(), "tokenizer": tokenizer.fingerprint, "chat": chat}
+    settings = {"version": VERSION, "source": source.fingerprint(), **encoder.settings}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / f"{key}-{split}"
     if not (folder / "meta.json").is_file():
         try:
-            _build(source, split, RecordEncoder(tokenizer, chat, skip_bad), folder)
+            _build(source, split, encoder, folder)
         except OSError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"cannot keep tokenized data in {cache}: {reason}; set data.cache_dir") from None
     table = Table.open(folder)
-    if table.meta["skipped"] and not skip_bad:  # built by a run that skipped them
+    if table.meta["skipped"] and not encoder.skip_bad:  # built by a run that skipped them
         raise bad_record(table.meta["reasons"][0])
     return table
 

@@ -15,6 +15,7 @@ from dllm_var.errors import UserError
 
 TooLong = Literal["drop", "truncate", "cut", "error"]
 
+LONGEST = 2**16  # rows up to this length share a table, in which longer samples may lack their end
 SECTION = 2**21  # samples packed together; decides what planning takes, about 300 MB, however large the table
 STRETCH = 1_024  # neighbouring samples that stay in one section, so that memory-mapped files are read in pages
 
@@ -118,10 +119,11 @@ def fit_samples(
     too_long = np.flatnonzero(length > context_length) if on_too_long != "cut" else np.empty(0, dtype=np.int64)
     keep = np.ones(len(index), dtype=np.bool_)
     if on_too_long == "error" and place is not None and len(too_long):
-        where = place(int(table.record[index[too_long[0]]]))
+        where, tokens = place(int(table.record[index[too_long[0]]])), length[too_long[0]]
+        size = f"over {LONGEST:,}" if tokens > LONGEST else f"{tokens:,}"
         raise UserError(
-            f"{where} has {length[too_long[0]]:,} tokens, more than data.context_length={context_length}; raise that, "
-            "or set data.on_too_long to drop or truncate"
+            f"{where} has {size} tokens, more than data.context_length={context_length}; raise that, or set "
+            "data.on_too_long to drop or truncate"
         )
     if on_too_long == "truncate":
         for sample in too_long.tolist():

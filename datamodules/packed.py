@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from dllm_var.datamodules.cache import load_table
 from dllm_var.datamodules.cmudict import CmudictSource
-from dllm_var.datamodules.fitting import Sections, TooLong
+from dllm_var.datamodules.encoding import RecordEncoder
+from dllm_var.datamodules.fitting import LONGEST, Sections, TooLong
 from dllm_var.datamodules.held_out import HELD_OUT_SEED, Example, held_out_examples
 from dllm_var.datamodules.made_from import check_made_from
 from dllm_var.datamodules.packing import VERSIONS
@@ -46,6 +47,9 @@ class PackedDataModule(L.LightningDataModule):
             the model sees tells it as little as it will when decoding. 0 for off.
         eos_padding: Repeats the terminator, supervised, until an answer has this many tokens (the LLaDA baseline).
         on_bad_record: Records that cannot be used: ``error`` stops at the first, ``skip`` leaves out and counts them.
+        on_special_text: Text of a record that spells a special token, such as ``<|im_end|>``: ``encode`` makes ordinary
+            tokens of its letters, ``refuse`` takes the record for one that cannot be used. Only a chat template, and
+            who gives ``input_ids``, writes special tokens.
         on_too_long: Samples longer than a row: ``drop`` and count them; ``truncate`` them before the terminator;
             ``cut`` them over several rows (``concat`` only); or stop with an ``error``.
         seed: With the epoch, decides order and overhang.
@@ -72,6 +76,7 @@ class PackedDataModule(L.LightningDataModule):
         eos_padding: int = 0,
         on_bad_record: Literal["error", "skip"] = "error",
         on_too_long: TooLong = "drop",
+        on_special_text: Literal["encode", "refuse"] = "encode",
         seed: int = 0,
         num_workers: int = 0,
         cache_dir: str | None = None,
@@ -110,6 +115,7 @@ class PackedDataModule(L.LightningDataModule):
         self.eos_padding = eos_padding
         self.on_bad_record = on_bad_record
         self.on_too_long: TooLong = on_too_long
+        self.on_special_text = on_special_text
         self.seed = seed
         self.num_workers = num_workers
         self.cache_dir = Path(cache_dir or os.environ.get("DLLM_VAR_CACHE") or "~/.cache/dllm_var").expanduser()
@@ -130,7 +136,7 @@ class PackedDataModule(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenizes what the cache does not have yet; Lightning calls it in one process per node."""
         for split in self.source.splits:
-            load_table(self.source, split, self.tokenizer, self.cache_dir, self.chat, self.on_bad_record == "skip")
+            self.table(split)
 
     def setup(self, stage: str) -> None:
         """Maps the tokenized data and tells what became of it; Lightning calls it in every process."""
@@ -169,8 +175,8 @@ class PackedDataModule(L.LightningDataModule):
     @cached_property
     def made_from(self) -> dict[str, Any]:
         """What decides the content of every row, as plain values."""
-        names = ("context_length", "packing", "overhang", "canvas", "eos_padding", "on_bad_record", "on_too_long")
-        settings = {name: getattr(self, name) for name in (*names, "seed", "chat")}
+        names = ("context_length", "packing", "overhang", "canvas", "eos_padding", "seed", "chat")
+        settings = {name: getattr(self, name) for name in (*names, "on_bad_record", "on_too_long", "on_special_text")}
         identity = {"source": self.source.fingerprint(), "tokenizer": self.tokenizer.fingerprint}
         return {**identity, **settings, "plan_version": VERSIONS[self.packing]}
 
@@ -207,10 +213,14 @@ class PackedDataModule(L.LightningDataModule):
                 f"{type(self.source).__name__} has no split {split}; it has {', '.join(self.source.splits)}"
             )
         if split not in self._tables:
-            self._tables[split] = load_table(
-                self.source, split, self.tokenizer, self.cache_dir, self.chat, self.on_bad_record == "skip"
-            )
+            self._tables[split] = load_table(self.source, split, self.encoder(), self.cache_dir)
         return self._tables[split]
+
+    def encoder(self) -> RecordEncoder:
+        """A new encoder of records, with the settings that decide what becomes of them."""
+        longest = 0 if self.on_too_long == "cut" else max(LONGEST, 1 << (self.context_length - 1).bit_length())
+        refuse = self.on_special_text == "refuse"
+        return RecordEncoder(self.tokenizer, self.chat, self.on_bad_record == "skip", refuse, longest)
 
     def rows(self, split: str) -> PackedRows:
         """Packed rows of a split, numbered over all epochs.

@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dllm_var.datamodules.encoding import RecordEncoder
 from dllm_var.datamodules.fitting import fit_samples
 from dllm_var.datamodules.packed import PackedDataModule
 from dllm_var.datamodules.rows import PackedRows
@@ -54,7 +53,7 @@ class RowStream(IterableDataset):
 
     def __init__(self, data: StreamingDataModule, rank: int, ranks: int, positions: list[tuple[int, Position]]) -> None:
         self.source, self.special = data.source, data.tokenizer.special
-        self.encoder = RecordEncoder(data.tokenizer, data.chat, data.on_bad_record == "skip")
+        self.encoder = data.encoder()
         self.batch_size, self.block_records = data.batch_size, data.block_records
         self.packing = (data.context_length, data.packing, data.overhang)
         self.fitting = (data.context_length, data.on_too_long, data.eos_padding)

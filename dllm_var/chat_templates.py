@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -22,6 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from dllm_var.errors import UserError
+from dllm_var.special_text import Piece, mark_messages, split_marked
 
 if TYPE_CHECKING:
     from dllm_var.tokenization import Tokenizer
@@ -37,7 +38,8 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list
     """Token ids of a conversation and which of them are supervised: the assistant's turns with their terminators.
 
     Each turn is encoded from where the template's generation prompt ends, so that training sees the ids that generation
-    starts from. What follows the last answer's terminator is left out.
+    starts from. What follows the last answer's terminator is left out. A special token that a message spells is text
+    like any other; only the template writes special tokens.
 
     Args:
         tokenizer: With a chat template; without one turns simply follow each other, answers ended by the terminator.
@@ -45,33 +47,37 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> tuple[list
 
     Raises:
         UserError: When the template refuses the messages, ends an answer with something that is no terminator, or marks
-            other text as generated than what follows its own generation prompt; when an answer spells a terminator.
+            other text as generated than what follows its own generation prompt; when an answer spells a terminator that
+            is no special token.
     """
     ids: list[int] = []
     supervised: list[bool] = []
-    for piece, is_answer in chat_pieces(tokenizer, messages):
-        piece_ids = tokenizer.encode(piece)
-        if is_answer and tokenizer.chat_template is None:
+    for piece in chat_pieces(tokenizer, messages):
+        piece_ids = tokenizer.encode(piece.text, piece.special_tokens)
+        if piece.supervised and tokenizer.chat_template is None:
             piece_ids = [*piece_ids, tokenizer.terminator_id]
         ids += piece_ids
-        supervised += [is_answer] * len(piece_ids)
+        supervised += [piece.supervised] * len(piece_ids)
     return ids, supervised
 
 
-def chat_pieces(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[tuple[str, bool]]:
-    """Texts that a conversation is encoded from, one by one, and which of them are answers.
+def chat_pieces(tokenizer: Tokenizer, messages: Sequence[Message], refuse: bool = False) -> list[Piece]:
+    """Texts that a conversation is encoded from, one by one.
 
     Args:
         tokenizer: With a chat template, answers have their terminators; without one, turns are as they are.
         messages: As for `encode_chat`, and what is raised, too.
+        refuse: Raises an error for a message that spells a special token.
     """
     if tokenizer.chat_template is None:
-        return [(message["content"], message["role"] == "assistant") for message in messages]
-    text, marked = render(tokenizer, messages)
-    pieces: list[tuple[str, bool]] = []
+        return [Piece(message["content"], message["role"] == "assistant", refuse) for message in messages]
+    messages = mark_messages(tokenizer, messages, refuse)
+    text, generated = render(tokenizer, messages)
+    pieces: list[Piece] = []
     done = 0
-    for start, stop in _answers(tokenizer, messages, text, marked):
-        pieces += [(text[done:start], False), (text[start:stop], True)]
+    for start, stop in _answers(tokenizer, messages, text, generated):
+        pieces += split_marked(tokenizer, text[done:start], supervised=False)
+        pieces += split_marked(tokenizer, text[start:stop], supervised=True)
         done = stop
     return pieces
 
@@ -81,11 +87,23 @@ def encode_chat_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> lis
 
     Args:
         tokenizer: With a chat template; without one turns simply follow each other.
-        messages: Turns with ``role`` and ``content``.
+        messages: Turns with ``role`` and ``content``; a special token that they spell is text like any other.
     """
     if tokenizer.chat_template is None:
         return encode_chat(tokenizer, messages)[0]
-    return tokenizer.encode(render(tokenizer, messages, add_generation_prompt=True)[0])
+    text = render(tokenizer, mark_messages(tokenizer, messages), add_generation_prompt=True)[0]
+    return encode_rendered(tokenizer, text)
+
+
+def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a rendered text.
+
+    Args:
+        tokenizer: Whose template it was rendered with.
+        text: Rendered from messages of `dllm_var.special_text.mark_messages`.
+    """
+    pieces = split_marked(tokenizer, text, supervised=False)
+    return list(chain.from_iterable(tokenizer.encode(piece.text, piece.special_tokens) for piece in pieces))
 
 
 def render(

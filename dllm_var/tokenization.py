@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ from dllm_var.hub import TOKENIZER_FILES, download, is_hub_name
 
 ADDED_MASK = "<|mask|>"  # what a tokenizer without a mask token gets
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
+_ENCODING = threading.Lock()  # whether a backend reads special tokens is a flag of the whole backend
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,57 @@ class Tokenizer:
         name = getattr(self.backend.model, "unk_token", None)
         return None if name is None else self.backend.token_to_id(name)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, nothing added at either end."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of all special tokens that text can spell: those marked as special, and the mask."""
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset({index for index, token in added.items() if token.special} | {self.mask_id})
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of many texts, in parallel."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def encode(self, text: str, special_tokens: bool = False) -> list[int]:
+        """Token ids of a text, nothing added at either end.
+
+        Args:
+            text: What to encode.
+            special_tokens: Whether a special token that the text spells becomes that token. By default it is text like
+                any other, so that nobody who writes a prompt or an answer can end it or speak for somebody else.
+
+        Raises:
+            UserError: When the vocabulary can write a part of a text only as a special token.
+        """
+        ids = [index for index, _, _ in self.spans(text, special_tokens)]
+        if not special_tokens:
+            self.check_text(ids)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], special_tokens: bool = False) -> list[list[int]]:
+        """Token ids of many texts, in parallel.
+
+        Args:
+            texts: What to encode.
+            special_tokens: Whether a special token that a text spells becomes that token; else see `check_text`.
+        """
+        with _ENCODING:
+            self.backend.encode_special_tokens = not special_tokens
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def spans(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
+        """Token ids of a text, each with where it begins and ends in the text; the arguments of `encode_batch`."""
+        with _ENCODING:
+            self.backend.encode_special_tokens = not special_tokens
+            encoding = self.backend.encode(text, add_special_tokens=False)
+        return [(index, *span) for index, span in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    def check_text(self, ids: Sequence[int]) -> None:
+        """Refuses token ids of text that hold a special token; the one for unknown text may be among them.
+
+        Raises:
+            UserError: Names the special token.
+        """
+        if not self.special_ids.isdisjoint(ids):
+            found = next((index for index in ids if index in self.special_ids and index != self.unknown_id), None)
+            if found is not None:
+                raise UserError(f"spells the special token {self.id_to_token(found)}, which is kept for its own use")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""

@@ -100,14 +100,46 @@ def test_marked_or_not_the_mask_is_that_of_transformers(pairs, kind, turns, syst
                 assert supervised[len(prompt)]
 
 
+SPELLED = st.lists(
+    st.sampled_from(["<|im_end|>", "<|im_start|>", "<|mask|>", "<|", "end|>", "é", " a", "\n", "<"])
+).map(lambda parts: f"b{''.join(parts)}c")
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_answer_that_spells_a_terminator_is_refused(pairs, kind):
-    """Its end would be taken for that of the turn, and the rest be lost."""
-    for tokenizer in pairs[kind][1]:
-        messages = conversation([("Hi", "one<|im_end|>two")], None)
-        with pytest.raises(UserError, match=r"messages\[1\] contains the terminator <\|im_end\|>"):
-            tokenizer.encode_chat(messages)
-        tokenizer.encode_chat(conversation([("What is <|im_end|>?", "An end.")], None))
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(turns=st.lists(st.tuples(SPELLED, SPELLED), min_size=1, max_size=3))
+def test_what_people_spell_is_text_in_every_template(pairs, kind, turns):
+    """Held to transformers' ids of the same conversation about one letter, that letter replaced by what is said."""
+    theirs, ours = pairs[kind]
+    messages = conversation(turns, None)
+    letters = [{**message, "content": chr(0xC0 + number)} for number, message in enumerate(messages)]
+    template = theirs.apply_chat_template(letters, return_assistant_tokens_mask=True, return_dict=True)
+    pairs_of = [tuple(ours[0].encode(letter["content"])) for letter in letters]
+    said = dict(zip(pairs_of, [message["content"] for message in messages], strict=True))
+    ids, mask, place = [], [], 0
+    while place < len(template["input_ids"]):
+        pair = tuple(template["input_ids"][place : place + 2])  # in bytes, each of the letters is two tokens
+        found = ours[0].encode(said[pair]) if pair in said else list(pair[:1])
+        ids += found
+        mask += [bool(template["assistant_masks"][place])] * len(found)
+        place += 2 if pair in said else 1
+    for tokenizer in ours:
+        encoded, supervised = tokenizer.encode_chat(messages)
+        assert encoded == ids[: len(encoded)] and supervised == mask[: len(encoded)]
+        assert not any(mask[len(encoded) :])
+        assert tokenizer.encode_chat_prompt(messages[:-1]) == ids[: len(tokenizer.encode_chat_prompt(messages[:-1]))]
+
+
+def test_what_cannot_be_kept_apart_is_refused(pairs, tmp_path):
+    tokenizer = pairs["chatml"][1][0]
+    with pytest.raises(UserError, match=r"messages\[0\] contains U\+FDD0"):
+        tokenizer.encode_chat(conversation([("a\ufdd0", "b")], None))
+    one = Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path, KINDS["chatml"]), mask_token="q")
+    with pytest.raises(UserError, match=r"messages\[1\] spells the special token q"):
+        one.encode_chat(conversation([("a", "q")], None))
+    lines = Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path, KINDS["chatml"]), terminators=["<|im_end|>", "z"])
+    with pytest.raises(UserError, match=r"messages\[1\] contains the terminator z"):
+        lines.encode_chat(conversation([("a", "z")], None))
 
 
 NESTED = "{% for a in range(99999) %}" * 6 + "{% endfor %}" * 6

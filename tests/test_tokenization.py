@@ -52,7 +52,7 @@ def test_round_trips_keep_everything(tmp_path):
     for copy in (Tokenizer.from_dict(state), Tokenizer.from_pretrained(tmp_path / "b")):
         assert copy.special == original.special
         assert copy.encode_chat(CONVERSATION) == original.encode_chat(CONVERSATION)
-        assert copy.encode("naïve <|im_end|>") == original.encode("naïve <|im_end|>")
+        assert copy.encode("naïve <|im_end|>", True) == original.encode("naïve <|im_end|>", True)
         assert copy.id_to_token(copy.mask_id) == "<|mask|>"
     assert Tokenizer.from_dict(state).fingerprint == original.fingerprint
     assert Tokenizer.from_pretrained(folder).fingerprint != original.fingerprint
@@ -114,10 +114,9 @@ def test_a_tokenizer_without_a_mask_token_gets_one_and_keeps_every_other_id(give
     folder = write_byte_tokenizer(tmp_path, mask_token=None)
     tokenizer = Tokenizer.from_pretrained(folder, mask_token=given)
     assert (tokenizer.id_to_token(tokenizer.mask_id), tokenizer.mask_id) == (name, index)
-    assert tokenizer.encode("né<|im_end|>") == Tokenizer.from_pretrained(folder, mask_token="<|mask|>").encode(
-        "né<|im_end|>"
-    )
-    assert tokenizer.encode(name) == [index] and tokenizer.decode([index]) == ""
+    other = Tokenizer.from_pretrained(folder, mask_token="<|mask|>")
+    assert tokenizer.encode("né<|im_end|>", True) == other.encode("né<|im_end|>", True)
+    assert tokenizer.encode(name, True) == [index] and tokenizer.decode([index]) == ""
     tokenizer.save(tmp_path / "saved")
     assert Tokenizer.from_pretrained(tmp_path / "saved").special == tokenizer.special
 
@@ -149,7 +148,7 @@ def test_loss_is_on_assistant_turns_with_their_terminators(tmp_path, template):
     assert ids[-1] == tokenizer.terminator_id
     prompt = tokenizer.encode_chat_prompt(CONVERSATION[:4])
     assert ids[: len(prompt)] == prompt, "training must see the ids that generation starts from"
-    assert prompt == tokenizer.encode(render(tokenizer, CONVERSATION[:4], add_generation_prompt=True)[0])
+    assert prompt == tokenizer.encode(render(tokenizer, CONVERSATION[:4], add_generation_prompt=True)[0], True)
 
 
 def test_chat_agrees_with_transformers(tmp_path):
@@ -212,7 +211,10 @@ def test_dreams_tokenizer_is_read_without_its_code(tmp_path):
     (folder / "tokenization_dream.py").write_text("raise RuntimeError('this code must not run')")
     tokenizer = Tokenizer.from_pretrained(folder)
     assert (tokenizer.mask_id, tokenizer.terminator_ids) == (257, (256,))
-    assert tokenizer.encode("né?<|endoftext|>") == [*Tokenizer.from_pretrained(tmp_path / "bytes").encode("né?"), 256]
+    assert tokenizer.encode("né?<|endoftext|>", True) == [
+        *Tokenizer.from_pretrained(tmp_path / "bytes").encode("né?"),
+        256,
+    ]
 
 
 CODE = """

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
+from dllm_var.datamodules.records import ROLES
 from dllm_var.errors import UserError
 
 if TYPE_CHECKING:
@@ -117,10 +118,11 @@ def _from_json(line: str, where: str) -> _Record:
     if messages is None:
         return _Record(where, record.get("prompt"), infill=record.get("infill"))
     if not isinstance(messages, list) or not all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        isinstance(turn, dict) and turn.get("role") in ROLES and isinstance(turn.get("content"), str)
         for turn in messages
     ):
-        raise UserError(f'{where}: "messages" must be a list of objects with role and content')
+        roles = ", ".join(ROLES)
+        raise UserError(f'{where}: "messages" must be a list of objects with content and role, one of {roles}')
     if messages and messages[-1]["role"] == "assistant":  # a record of training data: that turn is asked for
         messages = messages[:-1]
     if not messages:
@@ -137,16 +139,23 @@ def _encode(record: _Record, tokenizer: Tokenizer, chat: bool, system: str | Non
             messages = [{"role": "system", "content": system}, *messages]
         for turn in messages:
             _check(turn["content"], record.where, tokenizer)
-        text, ids = messages[-1]["content"], tokenizer.encode_chat_prompt(messages)
+        text, ids = messages[-1]["content"], _named(record.where, tokenizer.encode_chat_prompt, messages)
     elif text is not None:
         _check(text, record.where, tokenizer)
-        ids = tokenizer.encode(text)
+        ids = _named(record.where, tokenizer.encode, text)
     else:
         ids = []
     if record.infill is None:
         assert text is not None
         return Prompt(text, ids)
     return Prompt(text or "", ids, record.infill, encode_gaps(record.infill, record.where, tokenizer))
+
+
+def _named(where: str, encode: Callable[[Any], list[int]], prompt: Any) -> list[int]:
+    try:
+        return encode(prompt)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def encode_gaps(text: str, where: str, tokenizer: Tokenizer) -> list[int]:
@@ -174,7 +183,7 @@ def encode_gaps(text: str, where: str, tokenizer: Tokenizer) -> list[int]:
         piece = piece.rstrip(" ") if index + 1 < len(pieces) else piece
         if piece.strip():
             _check(piece, where, tokenizer)
-            ids += tokenizer.encode(piece)
+            ids += _named(where, tokenizer.encode, piece)
     return ids
 
 
@@ -183,12 +192,12 @@ def _check(text: str, where: str, tokenizer: Tokenizer) -> None:
     if not text.strip():
         raise UserError(f"{where} is empty: give at least one token")
     try:
-        encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+        spans = tokenizer.spans(text)
     except (TypeError, UnicodeEncodeError) as error:  # half a character, from a terminal that is not set to UTF-8
         raise UserError(f"{where} is not valid Unicode: {text!r}") from error
     if tokenizer.unknown_id is None:
         return
-    for index, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+    for index, start, stop in spans:
         if index == tokenizer.unknown_id:
             unknown = text[start:stop]
             raise UserError(f"prompt '{text}': the checkpoint's vocabulary has nothing for '{unknown}'")

@@ -15,13 +15,14 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from dllm_var.chat_templates import render
+from dllm_var.chat_templates import encode_rendered, render
 from dllm_var.errors import UserError
 from dllm_var.evaluation.likelihood import Likelihood, Pair, Score
 from dllm_var.model.checkpoints import load_checkpoint
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
 from dllm_var.sampling.config import sampler_from_config
+from dllm_var.special_text import mark_messages
 from dllm_var.tokenization import Tokenizer
 
 LONGEST_WINDOW = 2048  # tokens at a time in rolling likelihoods, for models that do not say what they were trained on
@@ -87,7 +88,7 @@ class EvaluatedModel(TemplateLM):
         self.max_new_tokens, self.quiet = max_new_tokens, quiet or not sys.stderr.isatty()
         self.decoded: dict[str, Decoded] = {}  # by task
         self._device = model.embedding.weight.device
-        self._told = False
+        self._told = self._renders = False
 
     @classmethod
     def create_from_arg_obj(
@@ -118,7 +119,7 @@ class EvaluatedModel(TemplateLM):
         return self.tokenizer.terminator_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return self.tokenizer.encode(string)
+        return encode_rendered(self.tokenizer, string) if self._renders else self.tokenizer.encode(string)
 
     @property
     def tokenizer_name(self) -> str:
@@ -128,10 +129,12 @@ class EvaluatedModel(TemplateLM):
         """Returns the text of a conversation; without a generation prompt its last turn is left open, to go on in."""
         if self.tokenizer.chat_template is None:
             raise UserError("--chat needs a checkpoint whose tokenizer has a chat template, and this one has none")
-        text = render(self.tokenizer, chat_history, add_generation_prompt)[0]
+        self._renders = True  # from now on texts have the template's special tokens, and marks where people spell them
+        messages = mark_messages(self.tokenizer, chat_history)
+        text = render(self.tokenizer, messages, add_generation_prompt)[0]
         if add_generation_prompt:
             return text
-        content = chat_history[-1]["content"].strip()
+        content = messages[-1]["content"].strip()
         return text[: text.rindex(content) + len(content)]
 
     # -- requests ----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from hypothesis import settings
 
 from dllm_var.datamodules import CmudictSource, Source
 from dllm_var.datamodules.cache import load_table
+from dllm_var.datamodules.encoding import RecordEncoder
 from dllm_var.tokenization import Tokenizer
 
 settings.register_profile("shared", deadline=None, max_examples=40, derandomize=True)
@@ -46,7 +47,7 @@ def build_table(tokenizer, tmp_path_factory):
             {"input_ids": [4 + (sample % 60)] * (prompt + answer), "prompt_length": prompt}
             for sample, (prompt, answer) in enumerate(lengths)
         ]
-        return load_table(ListSource(records), "train", tokenizer, tmp_path_factory.mktemp("tables"))
+        return load_table(ListSource(records), "train", RecordEncoder(tokenizer), tmp_path_factory.mktemp("tables"))
 
     return build
 

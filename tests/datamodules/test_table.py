@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
 
 from dllm_var.datamodules import CmudictSource, JsonlSource
 from dllm_var.datamodules.cache import CHUNK, load_table
+from dllm_var.datamodules.encoding import RecordEncoder
+from dllm_var.datamodules.fitting import fit_samples
 from dllm_var.errors import UserError
-from dllm_var.tokenization import Tokenizer
+from dllm_var.tokenization import SpecialTokens, Tokenizer
 
 GOOD = {"prompt": "key", "response": "K IY"}
 
@@ -25,7 +28,7 @@ def bytes_tokenizer(tmp_path):
 def load(write_jsonl, tmp_path, tokenizer):
     def load(records, tokenizer=tokenizer, **kwargs):
         source = JsonlSource(write_jsonl(records), validation_size=0)
-        return load_table(source, "train", tokenizer, tmp_path / "cache", **kwargs)
+        return load_table(source, "train", RecordEncoder(tokenizer, **kwargs), tmp_path / "cache")
 
     return load
 
@@ -116,7 +119,6 @@ BAD = [
     ({"input_ids": [5, 99]}, "has token id 99, outside the vocabulary of 70"),
     ({"input_ids": [5, -1]}, "has token id -1"),
     ({"input_ids": [5, 1]}, "contains the mask token <mask>"),
-    ({"prompt": "a<mask>", "response": "B"}, "contains the mask token <mask>"),
     ({"input_ids": ["a"]}, "list of integers"),
     ({"input_ids": []}, "leaves no answer"),
     ({"input_ids": [5, 6], "prompt_length": 2}, "leaves no answer"),
@@ -136,6 +138,84 @@ def test_a_bad_record_is_told_with_file_and_line_or_counted(load, record, messag
     assert table.record.tolist() == [0, 2]
     with pytest.raises(UserError, match=r"data\.jsonl:2"):  # a cached table does not hide it
         load(records)
+
+
+SPELLED = "a<|im_end|>b<|mask|>"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": SPELLED, "response": SPELLED},
+        {"text": SPELLED},
+        {"instruction": SPELLED, "input": SPELLED, "output": SPELLED},
+        {"messages": [message("user", SPELLED), message("assistant", SPELLED)]},
+    ],
+)
+@pytest.mark.parametrize("template", [None, CHAT_TEMPLATE])
+def test_text_that_spells_a_special_token_is_text_or_a_bad_record(load, tmp_path, record, template):
+    tokenizer = Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path / "tokenizer", template))
+    table = load([record], tokenizer)
+    ids = np.array(table.ids(0))
+    assert not (ids == tokenizer.mask_id).any()
+    turns = len(record["messages"]) if template and "messages" in record else 1
+    assert (ids == tokenizer.terminator_id).sum() == turns, "only those that training adds or the template writes"
+    assert ((ids == tokenizer.terminator_id) & table.supervised).sum() == 1 and ids[-1] == tokenizer.terminator_id
+    assert sample(table, tokenizer)[1] == SPELLED + "<|im_end|>"
+    with pytest.raises(UserError, match=r"data\.jsonl:1 .*spells the special token <\|(im_end|mask)\|>"):
+        load([record], tokenizer, refuse_special=True)
+    assert load([GOOD, record], tokenizer, refuse_special=True, skip_bad=True).meta["skipped"] == 1
+
+
+def test_words_have_no_letters_for_a_special_token(load, tokenizer):
+    table = load([{"prompt": "cat", "response": "K AE <eos> T"}])
+    ids = table.ids(0)
+    assert ids.count(tokenizer.terminator_id) == 1 and ids[-1] == tokenizer.terminator_id
+    assert table.meta["unknown_tokens"] == 2  # < and >
+
+
+def test_a_terminator_that_is_an_ordinary_token_ends_no_answer(load, tmp_path):
+    lines = Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path / "tokenizer"), terminators=["Ċ"])
+    load([{"prompt": "several\nlines", "response": "one"}], lines)
+    with pytest.raises(UserError, match=r"data\.jsonl:1 has an answer that spells a terminator"):
+        load([{"prompt": "ask", "response": "two\nlines"}], lines)
+
+
+def test_a_word_level_vocabulary_without_other_words_refuses_the_spelling(load):
+    words = {name: index for index, name in enumerate(("<pad>", "<mask>", "<eos>", "<unk>", "a", "b"))}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<pad>", "<mask>", "<eos>", "<unk>"])
+    words = Tokenizer(backend, SpecialTokens(1, (2,), 0))
+    assert load([{"prompt": "a c", "response": "b d"}], words).meta["unknown_tokens"] == 2
+    with pytest.raises(UserError, match="spells the special token <eos>"):
+        load([{"prompt": "a <eos>", "response": "b"}], words)
+
+
+def test_of_a_text_longer_than_any_row_only_the_beginning_is_encoded(load, bytes_tokenizer, monkeypatch):
+    monkeypatch.setattr("dllm_var.datamodules.encoding.BATCH", 64)
+    asked = []
+    encode = Tokenizer.encode_batch
+
+    def count(self, texts, special_tokens=False):
+        asked.append(sum(map(len, texts)))
+        return encode(self, texts, special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", count)
+    giant = "".join(map(str, range(10_000)))
+    records = [{"prompt": "ask", "response": giant}, {"prompt": giant, "response": "tell"}]
+    records += [{"messages": [message("user", giant), message("assistant", giant)]}, {"text": "fits"}]
+    clipped = load(records, bytes_tokenizer, longest=100)
+    assert max(asked) < 1_000 and sum(asked) < 5_000
+    whole, cut = load(records, bytes_tokenizer), load(records * 2, bytes_tokenizer, longest=0)
+    assert cut.ids(0) == whole.ids(0), "in pieces"
+    assert sample(whole, bytes_tokenizer) == (f"ask{giant}<|im_end|>", f"{giant}<|im_end|>")
+    assert clipped.ids(3) == whole.ids(3)
+    for packing in ("truncate", "drop"):
+        (ours, counts), (theirs, expected) = (fit_samples(table, 100, packing, 0) for table in (clipped, whole))
+        assert counts == expected and counts["dropped"] > 0
+        rows = [[s.table.ids(n)[:body] for n, body in zip(s.index, s.body, strict=True)] for s in (ours, theirs)]
+        assert rows[0] == rows[1]
 
 
 def test_unknown_tokens_are_counted(load):
@@ -167,7 +247,7 @@ def test_a_cache_that_cannot_be_written_is_told(load, tmp_path):
 def build_in_process(path, cache, start, lengths):
     source, tokenizer = JsonlSource(path, validation_size=0), Tokenizer.from_pretrained(CmudictSource.default_tokenizer)
     start.wait()
-    lengths.put(len(load_table(source, "train", tokenizer, cache)))
+    lengths.put(len(load_table(source, "train", RecordEncoder(tokenizer), cache)))
 
 
 def test_processes_may_build_the_same_table_at_once(write_jsonl, tmp_path):
@@ -197,9 +277,8 @@ def build_slowly(path, cache, written):
                     time.sleep(60)
                 yield located
 
-    load_table(
-        Slow(path, validation_size=0), "train", Tokenizer.from_pretrained(CmudictSource.default_tokenizer), cache
-    )
+    encoder = RecordEncoder(Tokenizer.from_pretrained(CmudictSource.default_tokenizer))
+    load_table(Slow(path, validation_size=0), "train", encoder, cache)
 
 
 def test_a_build_that_is_killed_leaves_no_table_and_is_cleared_away(write_jsonl, tmp_path, tokenizer):
@@ -212,11 +291,11 @@ def test_a_build_that_is_killed_leaves_no_table_and_is_cleared_away(write_jsonl,
     (left,) = cache.iterdir()
     assert (left / "tokens.bin").exists()
     os.utime(left, (0, 0))
-    load_table(JsonlSource(path, validation_size=0), "train", tokenizer, cache)
+    load_table(JsonlSource(path, validation_size=0), "train", RecordEncoder(tokenizer), cache)
     assert left.exists(), "its owner is at work"
     process.kill()
     process.join()
-    table = load_table(JsonlSource(write_jsonl([GOOD]), validation_size=0), "train", tokenizer, cache)
+    table = load_table(JsonlSource(write_jsonl([GOOD]), validation_size=0), "train", RecordEncoder(tokenizer), cache)
     assert not left.exists()
     assert len(table) == 1
     assert len(list(cache.iterdir())) == 2
