@@ -1,6 +1,6 @@
 """Everything that can go wrong, done on purpose: a table of faults and outcomes.
 
-    python benchmarks/faults.py          # 290 kills (90 of two ranks or accumulated batches), faults, 1,200 bad inputs, memory
+    python benchmarks/faults.py          # 290 kills (90 of two ranks or with accumulation), faults, 1,200 bad inputs, memory
     python benchmarks/faults.py --quick  # some of each, in a few minutes
     python benchmarks/faults.py --only kills --kills 1000
 

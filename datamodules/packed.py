@@ -58,7 +58,8 @@ class PackedDataModule(L.LightningDataModule):
         mask_token: Mask token, where the tokenizer names none.
         terminators: Tokens that end an answer, where the tokenizer names none; the first is appended to answers.
         chat: Puts prompts and answers through the tokenizer's chat template, as messages always are.
-        check_resume: Refuses to resume a checkpoint of other records, other settings of the data, or another tokenizer.
+        check_resume: Refuses to go on from a checkpoint of other records, of another tokenizer, or of settings that
+            make it another run, those of the model and the trainer too.
 
     Raises:
         UserError: When a setting makes no sense, or the tokenizer cannot be loaded.

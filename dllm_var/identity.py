@@ -13,8 +13,9 @@ from dllm_var.model.lora import Lora, lora_settings
 from dllm_var.provenance import other_versions, provenance
 from dllm_var.tokenization import Tokenizer
 
-# What may differ from a checkpoint that a run goes on from.
-CHANGEABLE = {"rope_theta", "rope_scaling", "norm_eps", "initializer_range", "context_length"}
+# What may differ from the checkpoint: for any use of it, and where its weights are measured, not trained on.
+CHANGEABLE = {"initializer_range", "context_length"}
+CHANGEABLE_WHEN_MEASURED = CHANGEABLE | {"rope_theta", "rope_scaling", "norm_eps"}
 
 
 def identity(
@@ -39,16 +40,22 @@ def identity(
 
 
 def check_identity(
-    saved: Any, config: TransformerConfig, tokenizer: Tokenizer | None, lora: Lora | None, path: str
+    saved: Any,
+    config: TransformerConfig,
+    tokenizer: Tokenizer | None,
+    lora: Lora | None,
+    path: str,
+    changeable: set[str],
 ) -> None:
     """Refuses a checkpoint of another model or tokenizer, naming the setting.
 
     Args:
         saved: Its `dllm_var` entry.
         config: Shape of the run's transformer.
-        tokenizer: The run's; not compared when null.
+        tokenizer: The run's; not compared when None.
         lora: The run's adapters.
         path: Of the checkpoint, for the message.
+        changeable: Settings of the transformer that may differ.
 
     Raises:
         UserError: When the run cannot go on with it.
@@ -60,7 +67,7 @@ def check_identity(
         rank_zero_info(f"{note}: results may differ in their last bits")
     theirs, ours = saved["transformer"], config.to_dict()
     for name in ours:
-        if name in theirs and name not in CHANGEABLE and theirs[name] != ours[name]:
+        if name in theirs and name not in changeable and theirs[name] != ours[name]:
             raise UserError(
                 f"the checkpoint has model.transformer.{name}={theirs[name]}, the settings say {ours[name]}: "
                 "use the settings it was trained with"

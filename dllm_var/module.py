@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dllm_var.errors import UserError
-from dllm_var.identity import check_identity, identity
+from dllm_var.identity import CHANGEABLE, CHANGEABLE_WHEN_MEASURED, check_identity, identity
 from dllm_var.loss_guard import GuardedSteps, LossGuard
 from dllm_var.metrics.denoising import DenoisingMetrics
 from dllm_var.model.attention import partly_causal_mask
@@ -322,6 +322,7 @@ class DiffusionLM(L.LightningModule):
             self.tokenizer if checked else None,
             self.lora,
             str(self.trainer.ckpt_path or ""),
+            CHANGEABLE if checked and self.trainer.state.fn == "fit" else CHANGEABLE_WHEN_MEASURED,
         )
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         averaging = any(isinstance(callback, WeightAveraging) for callback in callbacks)

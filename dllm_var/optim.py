@@ -97,6 +97,34 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     return groups
 
 
+def check_state(optimizer: Optimizer, state_dict: dict[str, Any], option: str) -> None:
+    """Refuses a checkpoint's optimizer state that torch would take up and the first step would fail on.
+
+    Args:
+        optimizer: The one that is to go on with it.
+        state_dict: Its groups and the state of each parameter.
+        option: Each group has it if an optimizer of this class wrote the state.
+
+    Raises:
+        UserError: When another optimizer wrote it, or the parameters are grouped in another way.
+    """
+    saved, ours = state_dict["param_groups"], optimizer.param_groups
+    if not all(option in group for group in saved):
+        differs = f"is of another optimizer than {type(optimizer).__name__}"
+    elif [_shape(group) for group in saved] != [_shape(group) for group in ours]:
+        differs = "has its parameters in other groups"
+    else:
+        return
+    raise UserError(
+        f"the checkpoint's optimizer state {differs}: use the model and the optimizer it was trained with, or start a "
+        "new run from it with model.init_from"
+    )
+
+
+def _shape(group: dict[str, Any]) -> tuple[str, int]:
+    return group.get("role", "rest"), len(group["params"])
+
+
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW with the defaults of language-model training.
 
@@ -118,6 +146,11 @@ class AdamW(torch.optim.AdamW):
         fused: bool = True,
     ) -> None:
         super().__init__(params, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=fused)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up the state of an AdamW with the same groups; raises UserError for any other."""
+        check_state(self, state_dict, "amsgrad")
+        super().load_state_dict(state_dict)
 
 
 class Muon(Optimizer):
@@ -155,6 +188,11 @@ class Muon(Optimizer):
         defaults = dict(momentum=momentum, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
         # `fused` is for torch: it makes load_state_dict bring AdamW's step counts to the parameters' device.
         super().__init__(groups, {**defaults, "fused": True})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up the state of a Muon with the same groups; raises UserError for any other."""
+        check_state(self, state_dict, "momentum")
+        super().load_state_dict(state_dict)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

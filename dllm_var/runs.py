@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
+from dllm_var.changed_settings import rows_per_step
 from dllm_var.checkpointing.choose import check_or_offer, is_sharded, newest_checkpoint
 from dllm_var.checkpointing.trainer import Trainer
 from dllm_var.errors import UserError
@@ -57,6 +58,7 @@ class SaveConfig(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.text
+        checkpoint["rows_per_step"] = rows_per_step(trainer, getattr(trainer, "datamodule", None))
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         for logger in trainer.loggers:

@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
 from dllm_var import DiffusionLM, __version__
 from dllm_var.callbacks import AnswerWriter
+from dllm_var.changed_settings import check_changes
 from dllm_var.checkpointing.background import BackgroundFiles
 from dllm_var.checkpointing.choose import check_or_offer
 from dllm_var.checkpointing.trainer import CheckedFiles, Trainer
@@ -202,10 +203,13 @@ class TrainingCLI(LightningCLI):
             self.model.sampler = self._get(self.config_init, "sampler")  # what predict decodes with
 
     def before_fit(self) -> None:
-        """Says what this machine lacks before any data is read."""
+        """Says before any data is read what this machine lacks, and what changed since the checkpoint to go on from."""
         float8 = getattr(self.model, "float8", None)
         if isinstance(float8, Float8):
             check_float8(float8, self.trainer.strategy.root_device, self.trainer.precision)
+        path = self._get(self.config_init, "ckpt_path")
+        if path is not None and Path(path).exists():
+            check_changes(Path(path), self.config_text, self.trainer, self.datamodule)
 
     def _dump_config(self) -> None:
         """As LightningCLI's, for modules that save hyper-parameters; once for them and the run folder (it is slow)."""

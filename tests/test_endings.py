@@ -385,7 +385,7 @@ def test_other_data_is_refused_unless_told_to(tiny, capsys):
     changed = [*tiny, "--resume", "--trainer.max_steps=3"]
     assert main([*changed, "--data.context_length=18"]) == 2
     line = error_line(capsys)
-    assert "data.context_length was 16" in line and "is 18 now" in line and "--data.check_resume=false" in line
+    assert "data.context_length: 16 -> 18" in line and "--data.check_resume=false" in line
     write_words("words.jsonl", [*WORDS, ("new", "N UW")])
     assert main(changed) == 2
     assert "data.source has other records" in error_line(capsys)

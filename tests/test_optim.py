@@ -11,7 +11,7 @@ from torch import nn
 
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.optim import Muon, Schedule, orthogonalise, parameter_groups
+from dllm_var.optim import AdamW, Muon, Schedule, orthogonalise, parameter_groups
 
 
 def tiny(**changes) -> Transformer:
@@ -188,3 +188,16 @@ def test_muon_on_sharded_parameters_takes_the_steps_it_takes_on_whole_ones(tmp_p
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0 and run.stdout.count("equal") == 2, run.stderr[-3000:]
+
+
+def test_the_state_of_another_optimizer_or_of_other_groups_is_refused():
+    def groups(*roles):
+        return [{"params": [torch.nn.Parameter(torch.ones(2, 2))], "role": role} for role in roles]
+
+    muon, adamw = Muon(groups("hidden", "rest")), AdamW(groups("hidden", "rest"))
+    for theirs, ours in ((muon, adamw), (adamw, muon)):
+        with pytest.raises(UserError, match="another optimizer.*model.init_from"):
+            ours.load_state_dict(theirs.state_dict())
+    with pytest.raises(UserError, match="other groups"):
+        muon.load_state_dict(Muon(groups("rest", "hidden")).state_dict())
+    muon.load_state_dict(Muon(groups("hidden", "rest")).state_dict())
