@@ -308,6 +308,18 @@ def test_sched_needs_margin_and_calm(shape):
     assert len(history) == 8  # the last position keeps changing its mind until it is the last one
 
 
+def test_other_draws_of_the_same_logits_are_no_change_of_mind():
+    """SchED's calm is that of the most likely tokens; what it fills in is what was drawn."""
+    policy, logits = P.SchED(high=0.0, low=0.0), margins([3.0, 2.0, 1.0, 0.5])
+    logits[..., 0] = -torch.inf
+    state, tokens = state_of(policy, 1, 4), torch.zeros(1, 4, dtype=torch.long)
+    for step, drawn in enumerate(([1, 2, 1, 2], [2, 1, 2, 1])):
+        view = view_of(logits, tokens, step=step)
+        view.sampled = torch.tensor(drawn)[view.scored]
+        tokens, _, _ = choose_commits(view, policy.decide(view, state), 0, (VOCABULARY,), False)
+    assert tokens.tolist() == [[1, 1, 2, 1]]  # the first by its own step, then all others
+
+
 def test_joint_threshold_edits_until_calm_and_not_for_ever():
     def changing(until):
         def logits(step):

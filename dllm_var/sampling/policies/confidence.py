@@ -39,7 +39,8 @@ class ConfidenceThreshold(UnmaskingPolicy):
 class ConfidenceFactor(UnmaskingPolicy):
     """Commits the longest run, most confident first, in which the n-th confidence is at least 1 - factor / (n + 1).
 
-    The more tokens are committed at once, the surer each must be (Fast-dLLM 2505.22618, section 3.3).
+    The more tokens are committed at once, the surer each must be (Fast-dLLM 2505.22618, section 3.3). The released code
+    also commits a block's last masked position when only that one falls short.
 
     Args:
         factor: Above 0; larger commits more.

@@ -20,7 +20,8 @@ class RunningConfidenceRemasking(UnmaskingPolicy):
     """Commits everything at every step and takes back the least confident, as many as are due later (RCR, 2508.13148).
 
     Each token keeps the confidence it had when it was committed. After step i of the schedule as many positions are
-    masked again as the later steps have due, whatever step they come from.
+    masked again as the later steps have due, whatever step they come from. The released code may mask tokens of earlier
+    blocks again, too; here a finished block stays.
 
     Args:
         steps: Denoising steps per block.
