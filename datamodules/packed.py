@@ -297,6 +297,10 @@ class PackedDataModule(L.LightningDataModule):
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return (kwargs["num_replicas"], kwargs["rank"]) if kwargs else (1, 0)
 
+    def _on_cuda(self) -> bool:
+        """Returns whether batches go to a CUDA device: from pinned memory they are copied while it works."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
     def _held_out_loader(self, split: str) -> DataLoader | list[Any]:
         if split not in self.source.splits or not len(self.table(split)):
             return []
@@ -311,6 +315,7 @@ class PackedDataModule(L.LightningDataModule):
             collate_fn=_as_it_is,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            pin_memory=self._on_cuda(),
         )
 
 

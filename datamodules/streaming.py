@@ -117,7 +117,7 @@ class _StreamLoader:
     def __iter__(self) -> Iterator[Batch]:
         ranks, rank = self.data._ranks()
         rows = RowStream(self.data, rank, ranks, list(self.data._turns))
-        return iter(DataLoader(rows, batch_size=None, num_workers=self.data.num_workers))
+        return iter(DataLoader(rows, None, num_workers=self.data.num_workers, pin_memory=self.data._on_cuda()))
 
 
 class StreamingDataModule(PackedDataModule):

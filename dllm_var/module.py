@@ -20,6 +20,7 @@ from dllm_var.model.attention import partly_causal_mask
 from dllm_var.model.build import build_transformer, can_compile
 from dllm_var.model.checkpoints import start_from, starting_config
 from dllm_var.model.config import TransformerConfig
+from dllm_var.model.documents import document_ends
 from dllm_var.model.float8 import Float8, check_float8
 from dllm_var.model.lora import Lora
 from dllm_var.model.recompute import Recompute
@@ -178,6 +179,13 @@ class DiffusionLM(L.LightningModule):
 
     # -- training ----------------------------------------------------------------------------------------------------
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Finds where documents end while a batch is on the host; a GPU would be waited for to count them."""
+        within = self.attention == "document" and not self.objective.document_attention_only
+        if within and device.type == "cuda" and isinstance(batch, dict):
+            batch = {**batch, "document_ends": document_ends(batch["segment_ids"]).pin_memory()}
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         noised = self.objective.corrupt(batch, self.noise)  # 1. hide tokens, keyed by (seed, row)
         hidden = self.hidden_at_loss(batch, noised)  # 2. forward
@@ -208,15 +216,19 @@ class DiffusionLM(L.LightningModule):
             share = self.trainer.global_step / self.attention_annealing
             shown = self.noise.uniform(batch["row"], noised.input_ids.size(1), ANNEALING_STREAM) < share
             attention_mask = partly_causal_mask(shown, segment_ids)
-        asked = noised.loss_mask.flatten().nonzero()[:, 0]
         moved = annealed and self.transformer.config.token_shift  # left to whoever gives a mask
         everywhere = moved or self.float8 is not None  # products in 8 bits need numbers of tokens that 16 divides
         hidden = self.transformer.hidden_states(
-            noised.input_ids, position_ids, segment_ids, None, attention_mask, None if everywhere else asked
+            noised.input_ids,
+            position_ids,
+            segment_ids,
+            attention_mask=attention_mask,
+            asked=None if everywhere else noised.scored,
+            document_ends=batch.get("document_ends"),
         )
         if moved:
             hidden = moved_right(hidden, segment_ids)
-        return hidden.flatten(0, 1)[asked] if everywhere else hidden
+        return hidden.flatten(0, 1)[noised.scored] if everywhere else hidden
 
     def on_train_start(self) -> None:
         check_accumulation(self.trainer)
@@ -231,14 +243,18 @@ class DiffusionLM(L.LightningModule):
         allowed = self.guard.allows(step, self.trainer)
         if not allowed:
             skip_update(optimizer, self.trainer)
-        self.log("train/loss", step.loss, prog_bar=True)
+        self._log_figure("train/loss", step.loss, prog_bar=True)
         due = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if due or not allowed:  # each costs a small model's step half a percent
-            self.log("train/masked_accuracy", step.masked_accuracy, prog_bar=True)
+            self._log_figure("train/masked_accuracy", step.masked_accuracy, prog_bar=True)
             if step.gradient_norm is not None:
-                self.log("train/gradient_norm", step.gradient_norm)
+                self._log_figure("train/gradient_norm", step.gradient_norm)
             if self.guard.skipped:
-                self.log("train/skipped_updates", float(self.guard.skipped))
+                self._log_figure("train/skipped_updates", float(self.guard.skipped))
+
+    def _log_figure(self, name: str, value: float, prog_bar: bool = False) -> None:
+        """Logs a number of the host's; Lightning would send a float to the device and wait for it twice."""
+        self.log(name, torch.tensor(value, device="cpu"), prog_bar=prog_bar)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -263,16 +279,14 @@ class DiffusionLM(L.LightningModule):
     def _measure(self, batch: Batch, objective: Objective, metrics: DenoisingMetrics) -> None:
         """Adds a batch under fixed noise to the metrics."""
         noised = objective.corrupt(batch, self.validation_noise)
-        at = noised.loss_mask
-        _, token_loss, correct = summed_cross_entropy(
-            self._head, self.hidden_at_loss(batch, noised), noised.targets[at]
-        )
+        targets = noised.at_loss(noised.targets)
+        _, token_loss, correct = summed_cross_entropy(self._head, self.hidden_at_loss(batch, noised), targets)
         metrics.update(
             token_loss,
             correct,
-            None if objective.causal else noised.mask_rate[at],
-            is_one_of(noised.targets[at], objective.specials().terminator_ids),
-            torch.ones_like(token_loss) if noised.weights is None else noised.weights[at],
+            None if objective.causal else noised.at_loss(noised.mask_rate),
+            is_one_of(targets, objective.specials().terminator_ids),
+            torch.ones_like(token_loss) if noised.weights is None else noised.at_loss(noised.weights),
             batch["supervised"].sum(),
         )
 

@@ -57,7 +57,7 @@ class StepResult:
 
 
 class StepTotals:
-    """Adds up the batches of one optimizer step, without asking the device for a number before the step is due.
+    """Adds up the batches of one optimizer step; nothing here waits for the device before the step is due.
 
     Args:
         device: Of the model.
@@ -101,7 +101,7 @@ class StepTotals:
         return loss_sum * (trainer.world_size / normaliser.clamp_min(1))  # the engine will average over ranks
 
     def finish(self, trainer: L.Trainer, optimizer: Optimizer) -> StepResult:
-        """Divides the gradients by the loss tokens of all ranks and batches; the step's one wait for the device.
+        """Divides the gradients by the loss tokens of all ranks and batches; waits for the device once, for figures.
 
         Lightning has averaged the gradients over ranks and divided by the accumulation; both are undone.
 
@@ -134,7 +134,7 @@ class StepTotals:
 def row_losses(rows: Tensor, noised: NoisedBatch, token_loss: Tensor) -> RowLosses:
     """Sums the losses [M] of a batch's loss tokens by row."""
     if noised.weights is not None:
-        token_loss = token_loss * noised.weights[noised.loss_mask]
+        token_loss = token_loss * noised.at_loss(noised.weights)
     tokens = noised.loss_mask.sum(dim=1)
     row_of = torch.arange(len(rows), device=rows.device).repeat_interleave(tokens, output_size=len(token_loss))
     sums = torch.zeros(len(rows), dtype=torch.float32, device=rows.device).index_add_(0, row_of, token_loss.float())

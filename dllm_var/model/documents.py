@@ -54,7 +54,17 @@ class Documents:
     is_causal: bool
 
 
-def find_documents(segment_ids: Tensor, dtype: torch.dtype, is_causal: bool, head_dim: int) -> Documents | None:
+def document_ends(segment_ids: Tensor) -> Tensor:
+    """Returns where documents end when the rows [B, L] are laid end to end, from 0 on: int32 [documents + 1]."""
+    begins = torch.ones_like(segment_ids, dtype=torch.bool)
+    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = begins.flatten().nonzero()[:, 0]
+    return F.pad(starts, (0, 1), value=segment_ids.numel()).to(torch.int32)
+
+
+def find_documents(
+    segment_ids: Tensor, dtype: torch.dtype, is_causal: bool, head_dim: int, ends: Tensor | None = None
+) -> Documents | None:
     """Finds the documents of a batch, or returns None where a mask serves better.
 
     On CUDA one kernel attends within all documents, if it takes the type and the heads; the CPU, in long rows, goes
@@ -65,20 +75,18 @@ def find_documents(segment_ids: Tensor, dtype: torch.dtype, is_causal: bool, hea
         dtype: Type that attention is computed in.
         is_causal: Whether a token sees only its left.
         head_dim: Width of a head.
+        ends: What `document_ends` returns, where it is known; the device is waited for otherwise.
     """
-    rows, length = segment_ids.shape
+    length = segment_ids.size(1)
     on_cuda = has_varlen(segment_ids.device, dtype, head_dim)
     if not on_cuda and (segment_ids.device.type != "cpu" or length < LEAST_LENGTH):
         return None
-    begins = torch.ones_like(segment_ids, dtype=torch.bool)
-    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    starts = begins.flatten().nonzero()[:, 0]
+    ends = document_ends(segment_ids) if ends is None else ends
     if on_cuda:
-        ends = F.pad(starts, (0, 1), value=rows * length).to(torch.int32)
         return Documents([], ends, length, is_causal)
     products = dtype in (torch.float32, torch.float64)  # what is rounded when in 16-bit types is SDPA's to decide
     found = []
-    for edges in chunks([*starts.tolist(), rows * length], length):
+    for edges in chunks(ends.tolist(), length):
         size = edges[-1] - edges[0]
         short = products and size <= SHORT
         masked = len(edges) > 2 or (is_causal and short)

@@ -220,6 +220,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         attention_mask: Tensor | None = None,
         asked: Tensor | None = None,
+        document_ends: Tensor | None = None,
     ) -> Tensor:
         """Returns the normalised last hidden states [B, L, hidden], so that the head may run on a few of them.
 
@@ -237,6 +238,7 @@ class Transformer(nn.Module):
             attention_mask: Which token sees which [B, L, L], bool, in place of `segment_ids`; not with a cache. Nothing
                 is moved then: who gives it knows which token is left of which.
             asked: Positions to return [M], counted through the flattened batch; all when null. Not with a cache.
+            document_ends: What `dllm_var.model.documents.document_ends` finds in `segment_ids`, where it is known.
         """
         length = input_ids.size(1)
         causal, head_dim = self.config.causal, self.config.head_dim
@@ -254,7 +256,7 @@ class Transformer(nn.Module):
             if attention_mask is not None:
                 mask = attention_mask.unsqueeze(1)
             elif segment_ids is not None:
-                documents = find_documents(segment_ids, self._attention_dtype(), causal, head_dim)
+                documents = find_documents(segment_ids, self._attention_dtype(), causal, head_dim, document_ends)
                 mask = None if documents is not None else segment_mask(segment_ids)
             if causal and mask is not None:
                 mask = mask & causal_mask(length, input_ids.device)

@@ -31,5 +31,5 @@ def next_token_targets(batch: Batch) -> tuple[Tensor, Tensor]:
     """Returns each position's next token [B, L] and where that is supervised and of the same segment [B, L]."""
     follows = batch["segment_ids"] == batch["segment_ids"].roll(-1, dims=1)
     supervised = batch["supervised"].roll(-1, dims=1) & follows
-    supervised[:, -1] = False  # nothing follows the last position of a row
+    supervised[:, -1].fill_(False)  # nothing follows the last position of a row
     return batch["input_ids"].roll(-1, dims=1), supervised

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,15 @@ class NoisedBatch:
     position_ids: Tensor | None = None
     attention_mask: Tensor | None = None
 
+    @cached_property
+    def scored(self) -> Tensor:
+        """Positions under `loss_mask` [M], counted through the flattened batch; a GPU is waited for to count them."""
+        return self.loss_mask.flatten().nonzero()[:, 0]
+
+    def at_loss(self, values: Tensor) -> Tensor:
+        """Returns `values` [B, L] at the scored positions [M]."""
+        return values.flatten().index_select(0, self.scored)
+
 
 class Objective(ABC):
     """An objective corrupts a batch; the module does the rest, the same for all of them.
@@ -81,7 +91,7 @@ class Objective(ABC):
         """Returns the weighted sum of the per-token losses [M] at `noised.loss_mask`, not yet normalised."""
         if noised.weights is None:
             return token_loss.sum()
-        return (token_loss * noised.weights[noised.loss_mask]).sum()
+        return (token_loss * noised.at_loss(noised.weights)).sum()
 
     def score(self, head: nn.Linear, hidden: Tensor, noised: NoisedBatch) -> Scores:
         """Returns the weighted sum of the losses at `noised.loss_mask`, and the single ones.
@@ -93,9 +103,9 @@ class Objective(ABC):
             hidden: What it reads at those positions [M, hidden].
             noised: What the model saw and has to predict.
         """
-        targets = noised.targets[noised.loss_mask]
+        targets = noised.at_loss(noised.targets)
         if type(self).token_loss is Objective.token_loss and type(self).loss is Objective.loss:
-            weights = None if noised.weights is None else noised.weights[noised.loss_mask]
+            weights = None if noised.weights is None else noised.at_loss(noised.weights)
             return summed_cross_entropy(head, hidden, targets, weights)
         token_loss, guesses = head_loss(head, hidden, targets, self.token_loss)
         return Scores(self.loss(token_loss, noised), token_loss.detach(), guesses == targets)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,12 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)
+
+
+@cache
+def _first_key(seed: int, stream: int) -> int:
+    """Returns the 64 bits that seed and stream come to; on the host, as each constant sent to a GPU makes it wait."""
+    return int(_mix(torch.tensor(seed, dtype=torch.int64, device="cpu") * _GOLDEN + stream + 1))
 
 
 def golden_fractions(numbers: Tensor) -> Tensor:
@@ -45,8 +53,7 @@ class KeyedNoise:
             length: Numbers per row.
             stream: Which independent sequence; an objective uses one for mask rates and one for positions.
         """
-        key = torch.tensor([self.seed, stream], dtype=torch.int64, device=rows.device)
-        base = _mix(_mix(key[0] * _GOLDEN + key[1] + 1) + rows * _GOLDEN)
+        base = _mix(rows * _GOLDEN + _first_key(self.seed, stream))
         counters = torch.arange(1, length + 1, dtype=torch.int64, device=rows.device) * _GOLDEN
         bits = _shift_right(_mix(base[:, None] + counters), 40)  # the 24 bits a float32 holds exactly
         return bits.to(torch.float32) * 2.0**-24
