@@ -93,20 +93,24 @@ def undisturbed(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[No
 
 @contextmanager
 def gathered_root(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
-    """Gather parameters that only a forward pass of the whole module would: samplers call its parts."""
+    """Gather the parameters outside the blocks, as samplers call the head by itself; each block is gathered as it runs.
+
+    Under FSDP2 that is the embedding, the last norm and the head of `pl_module.transformer`.
+    """
     if isinstance(trainer.strategy, FSDPStrategy):
         assert trainer.strategy.model is not None
         with FullyShardedDataParallel.summon_full_params(trainer.strategy.model, recurse=False, writeback=False):
             yield
         return
-    shards = [module for module in pl_module.modules() if isinstance(module, FSDPModule)]
+    root: Any = pl_module.transformer
+    if not isinstance(root, FSDPModule):
+        yield
+        return
+    root.unshard()
     try:
-        for shard in shards:
-            shard.unshard()
         yield
     finally:
-        for shard in shards:
-            shard.reshard()
+        root.reshard()
 
 
 def say(trainer: L.Trainer, lines: str | Sequence[str]) -> None:

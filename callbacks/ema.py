@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dllm_var.errors import UserError
 from dllm_var.strategies import is_sharded, owns_gradients
@@ -46,9 +47,10 @@ class EmaWeights(WeightAveraging):
         self.decay, self.warmup, self.every_n_steps = decay, warmup, every_n_steps
         self._in_training: list[Tensor] | None = None  # kept here while the average is in the model
 
-    def _average(self, average: Tensor, current: Tensor, updates: Any) -> Tensor:
-        decay = min(self.decay, (1 + int(updates)) / (10 + int(updates))) if self.warmup else self.decay
-        return average.lerp(current.to(average.dtype), 1 - decay)
+    def decay_at(self, update: int) -> float:
+        """Returns the share of the average that stays at an update; none of it at the first, number 0."""
+        decay = min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
+        return decay if update else 0.0
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         return step_idx is not None and (step_idx + 1) % self.every_n_steps == 0
@@ -64,7 +66,7 @@ class EmaWeights(WeightAveraging):
             )
         pl_module.configure_model()
         device = self._device or trainer.strategy.root_device  # the model itself is moved there later
-        self._average_model = AveragedModel(_weights_of(pl_module), device, use_buffers=False, avg_fn=self._average)
+        self._average_model = Average(_weights_of(pl_module), device, self.decay_at)
 
     @contextmanager
     def in_use(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
@@ -112,6 +114,31 @@ class EmaWeights(WeightAveraging):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._average_model is not None:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+class Average(AveragedModel):
+    """The average of a module's parameters, updated without waiting for the device.
+
+    torch's AveragedModel counts updates on the device, and asks it for the count at each one.
+
+    Args:
+        model: Whose parameters; copied.
+        device: Where the average is kept.
+        decay_at: Returns the share of the average that stays at update 0, 1, ...
+    """
+
+    def __init__(self, model: nn.Module, device: Any, decay_at: Callable[[int], float]) -> None:
+        super().__init__(model, device)
+        self.n_averaged = torch.zeros_like(self.n_averaged, device="cpu")
+        self.decay_at = decay_at
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Moves the average towards a module's present parameters."""
+        average = list(self.module.parameters())
+        current = [new.detach().to(old.device, old.dtype) for old, new in zip(average, model.parameters(), strict=True)]
+        update = get_ema_multi_avg_fn(self.decay_at(int(self.n_averaged)))
+        update(average, current, self.n_averaged)
+        self.n_averaged += 1
 
 
 def _weights_of(module: nn.Module) -> nn.Module:

@@ -164,7 +164,7 @@ class StreamingDataModule(PackedDataModule):
             assert reader == self._turns[0][0], "readers take turns"
             self._turns.popleft()
             self._turns.append((reader, Position(*position)))
-        return batch
+        return self.with_document_ends(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """How far every reader of every rank has come; called on all ranks."""

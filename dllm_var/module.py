@@ -20,7 +20,6 @@ from dllm_var.model.attention import partly_causal_mask
 from dllm_var.model.build import build_transformer, can_compile
 from dllm_var.model.checkpoints import start_from, starting_config
 from dllm_var.model.config import TransformerConfig
-from dllm_var.model.documents import document_ends
 from dllm_var.model.float8 import Float8, check_float8
 from dllm_var.model.lora import Lora
 from dllm_var.model.recompute import Recompute
@@ -178,13 +177,6 @@ class DiffusionLM(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # -- training ----------------------------------------------------------------------------------------------------
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Finds where documents end while a batch is on the host; a GPU would be waited for to count them."""
-        within = self.attention == "document" and not self.objective.document_attention_only
-        if within and device.type == "cuda" and isinstance(batch, dict):
-            batch = {**batch, "document_ends": document_ends(batch["segment_ids"]).pin_memory()}
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         noised = self.objective.corrupt(batch, self.noise)  # 1. hide tokens, keyed by (seed, row)

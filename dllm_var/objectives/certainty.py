@@ -38,7 +38,7 @@ class Certainty(Objective):
     def score(self, head: nn.Linear, hidden: Tensor, noised: NoisedBatch) -> Scores:
         if self.certainty == 0:
             return super().score(head, hidden, noised)
-        targets = noised.targets[noised.loss_mask]
+        targets = noised.at_loss(noised.targets)
         terms, guesses = head_loss(head, hidden, targets, self._loss_and_entropy)
         token_loss, entropy = terms.unbind(dim=1)
         right = guesses == targets

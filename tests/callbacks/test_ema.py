@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from dllm_var.__main__ import main
 from dllm_var.callbacks import EmaWeights, ExportWeights, RunSummary, SamplingCallback
+from dllm_var.callbacks.ema import Average
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model.checkpoints import load_checkpoint
@@ -90,6 +91,15 @@ def test_the_average_is_used_for_everything_but_training(
     torch.testing.assert_close(weights(model), wanted[6])
     exported, _, _ = load_checkpoint(logger.log_dir)
     torch.testing.assert_close(torch.cat([p.flatten() for p in exported.parameters()]), wanted[6])
+
+
+def test_an_update_asks_the_device_for_nothing() -> None:
+    """A device without values stands in for a GPU: to ask it for one raises."""
+    model = torch.nn.Linear(4, 4, device="meta")
+    kept = Average(model, "meta", EmaWeights().decay_at)
+    for _ in range(2):
+        kept.update_parameters(model)
+    assert kept.n_averaged == 2
 
 
 def test_a_resumed_run_ends_with_the_same_weights_and_the_same_average(fit: Any, tmp_path: Path) -> None:

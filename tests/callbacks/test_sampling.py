@@ -13,11 +13,13 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch.distributed.tensor import DTensor
 
 from dllm_var.callbacks import SamplingCallback
 from dllm_var.callbacks.decoding import is_sharded
 from dllm_var.errors import UserError
 from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold
+from dllm_var.strategies import FSDP2
 
 
 @pytest.mark.parametrize(("accumulate", "expected"), [(1, [2, 4, 6]), (3, [2, 4, 6])])
@@ -52,6 +54,32 @@ def test_samples_in_eval_mode_without_gradients_and_restores_each_mode(fit: Any,
     assert not any(spy.modes)
     assert not any(spy.gradients)
     assert all(frozen.after)
+
+
+def test_under_fsdp2_blocks_are_gathered_one_at_a_time(fit: Any, real_sampler: Any) -> None:
+    """One process, which gathers and releases as many do: what is whole while a sampler runs, and what it finds."""
+    whole: list[set[str]] = []
+
+    class Watched(SamplingCallback):
+        def generate(self, model: Any, prompts: list, tokenizer: Any) -> list:
+            answers = []
+            for prompt in prompts:  # forwards have been run before the second look
+                named = model.transformer.named_parameters()
+                whole.append({name for name, weight in named if not isinstance(weight, DTensor)})
+                answers += real_sampler.generate(model, [prompt], tokenizer=tokenizer)
+            answered.append([answer.tokens for answer in answers])
+            return answers
+
+    answered: list[list[list[int]]] = []
+    sampling = Watched(real_sampler, num_examples=3, every_n_steps=2)
+    _, sharded = fit(sampling, strategy=FSDP2())
+    assert len(whole) == 9 and all(names == {"embedding.weight", "norm.weight", "lm_head.weight"} for names in whole)
+    assert all(isinstance(weight, DTensor) for weight in sharded.transformer.parameters())
+    fit(sampling)
+    assert answered[:3] == answered[3:]  # as whole weights answer
+    _, undisturbed = fit(strategy=FSDP2())
+    for ours, theirs in zip(sharded.transformer.parameters(), undisturbed.transformer.parameters(), strict=True):
+        assert torch.equal(ours.to_local(), theirs.to_local())
 
 
 def draw_from_everything(model: Any) -> None:
