@@ -12,6 +12,7 @@ from dllm_var.callbacks.rendering import AnswerRow, answer_table, mark, markdown
 from dllm_var.errors import UserError
 from dllm_var.metrics import AnswerMetrics, nearest_reference
 from dllm_var.sampling import Generation, Sampler
+from dllm_var.sampling.scoring import NotFinite
 
 if TYPE_CHECKING:
     from dllm_var.tokenization import Tokenizer
@@ -114,7 +115,11 @@ class SamplingCallback(L.Callback):
         tokenizer: Any = pl_module.tokenizer
         with undisturbed(trainer, pl_module):
             began = time.perf_counter()
-            generations = self.generate(pl_module, [example.ids for example in self._examples], tokenizer)
+            try:
+                generations = self.generate(pl_module, [example.ids for example in self._examples], tokenizer)
+            except NotFinite as error:  # whether training can go on is for the loss guard to say
+                say(trainer, f"step {trainer.global_step}: no answers: {error}")
+                return
             seconds = time.perf_counter() - began
         if not trainer.is_global_zero:
             return

@@ -282,6 +282,11 @@ class Tokenizer:
             backend.add_special_tokens([tokenizers.AddedToken(mask_token, special=True, normalized=False)])
         if mask_token:
             masks = [to_id(mask_token, "mask_token")]
+        if len(masks) > 1:
+            raise UserError(
+                f"{path_or_name} has the mask token {named['mask_token']!r}, id {masks[0]}, and its config.json has "
+                f"mask_token_id {masks[1]}: correct the wrong one, or name the token with mask_token"
+            )
         given = terminators or config.get("terminators")
         given = given if isinstance(given, list | tuple | None) else [given]
         ends = (

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dllm_var.checkpointing.files import FORMAT, UnusableCheckpoint, check_format, unreadable
+from dllm_var.checkpointing.plain import fits
 
 SEAL = "seal.json"
 _METADATA, _TRAINER_STATE = ".metadata", "meta.pt"  # torch.distributed.checkpoint's and Lightning's
@@ -93,11 +94,20 @@ def _check_seal(folder: Path) -> None:
         raise UnusableCheckpoint(f"the checkpoint {folder} is damaged: {SEAL} does not match its checksum")
     seal = json.loads(text)
     check_format(seal.get("format"), folder)
+    if not fits(seal.get("files"), dict[str, str]):
+        raise UnusableCheckpoint(f"the checkpoint {folder} is damaged: {SEAL} lists no files")
     for name, expected in seal["files"].items():
-        if not (folder / name).is_file():
+        if not _part(folder, name).is_file():
             raise UnusableCheckpoint(f"the checkpoint {folder} is damaged: {name} is missing")
         if _digest(folder / name) != expected:
             raise UnusableCheckpoint(f"the checkpoint {folder} is damaged: {name} does not match its checksum")
+
+
+def _part(folder: Path, name: str) -> Path:
+    """Returns the file that a checkpoint means; one outside it is refused."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UnusableCheckpoint(f"the checkpoint {folder} is damaged: it names {name}, a file outside of it")
+    return folder / name
 
 
 class _MetadataReader(pickle.Unpickler):
@@ -132,9 +142,9 @@ def _check_plain(folder: Path) -> None:
     if (folder / _TRAINER_STATE).is_file():
         read_trainer_state(folder)
     for index, info in (metadata.storage_data or {}).items():
+        path = _part(folder, info.relative_path)
         if type(metadata.state_dict_metadata.get(index.fqn)).__name__ != "BytesStorageMetadata":
             continue  # tensors are loaded restricted anyway
-        path = folder / info.relative_path
         with open(path, "rb") as file:
             file.seek(info.offset)
             value = io.BytesIO(file.read(info.length))

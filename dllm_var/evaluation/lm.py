@@ -22,6 +22,7 @@ from dllm_var.model.checkpoints import load_checkpoint
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
 from dllm_var.sampling.config import sampler_from_config
+from dllm_var.sampling.scoring import finite_logits
 from dllm_var.special_text import mark_messages
 from dllm_var.tokenization import Tokenizer
 
@@ -135,6 +136,8 @@ class EvaluatedModel(TemplateLM):
         if add_generation_prompt:
             return text
         content = messages[-1]["content"].strip()
+        if content not in text:
+            raise UserError("the chat template leaves the last turn out or changes it: evaluate without --chat")
         return text[: text.rindex(content) + len(content)]
 
     # -- requests ----------------------------------------------------------------------------------------------------
@@ -210,5 +213,8 @@ class EvaluatedModel(TemplateLM):
         return totals
 
     def _score(self, pairs: Sequence[Pair], disable_tqdm: bool, decode: bool = True) -> list[Score]:
-        with tqdm(total=len(pairs), unit=" likelihoods", disable=disable_tqdm or self.quiet) as progress:
-            return self.likelihood(self.model, pairs, decode, on_pair=lambda: progress.update() and None)
+        progress = tqdm(total=len(pairs), unit=" likelihoods", disable=disable_tqdm or self.quiet)
+        with progress, finite_logits(self.model) as check:
+            scores = self.likelihood(self.model, pairs, decode, on_pair=lambda: progress.update() and None)
+            check()
+        return scores

@@ -44,6 +44,7 @@ __all__ = [
 
 # Settings in which a run may differ from the checkpoint it starts from, and those that tokenizer and objective decide.
 ADJUSTABLE = {"rope_theta", "rope_scaling", "norm_eps", "initializer_range", "token_shift", "context_length"}
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SET_BY_OTHERS = {"vocab_size", "mask_id", "terminator_ids", "pad_id", "causal", "causal_context"}
 
 
@@ -122,9 +123,24 @@ def load_pretrained(path: str | Path, causal: bool = False) -> Transformer:
 
 
 def decoding_config(stored: StoredModel, tokenizer: Tokenizer) -> TransformerConfig:
-    """Returns a checkpoint's settings with its tokenizer's ids, and rows for tokens that a published model lacks."""
+    """Returns a checkpoint's settings with its tokenizer's ids, and rows for tokens that a published model lacks.
+
+    Raises:
+        UserError: When the tokenizer is not the one that the model was trained with.
+    """
     if not stored.published:
+        ids = {"mask_id": tokenizer.mask_id, "pad_id": tokenizer.pad_id}
+        for name, value in {**ids, "terminator_ids": list(tokenizer.terminator_ids)}.items():
+            known = getattr(stored.config, name)
+            if known not in (None, value):
+                raise UserError(
+                    f"{stored.place} has {name}={known} in its config, and its tokenizer says {value}: the tokenizer "
+                    "is not the one it was trained with"
+                )
         return stored.config
+    rows = tokenizer.vocab_size - (stored.config.vocab_size or 0)
+    if rows > len(tokenizer.backend.get_vocab(with_added_tokens=True)):
+        raise UserError(f"{stored.place}: its tokenizer has ids up to {tokenizer.vocab_size:,} for far fewer tokens")
     return replace(
         stored.config,
         vocab_size=max(stored.config.vocab_size or 0, tokenizer.vocab_size),
@@ -200,7 +216,10 @@ def _load(
     with torch.device("meta"):
         transformer = Transformer(config)
     _check_names(transformer, stored)
-    transformer.to(dtype or stored.weights["blocks.0.attention.out.weight"].dtype)
+    kind = dtype or stored.weights["blocks.0.attention.out.weight"].dtype
+    if kind not in FLOATING:
+        raise UserError(f"{stored.place} has weights of type {kind}, which cannot be computed with: convert them")
+    transformer.to(kind)
     transformer.to_empty(device=device)
     transformer.tie_weights()
     _copy_weights(transformer, stored)
@@ -236,7 +255,19 @@ def _copy_weights(transformer: Transformer, stored: StoredModel) -> None:
             raise UserError(
                 f"{stored.place}: weight {name} has shape {list(value.shape)}, the config says {list(parameter.shape)}"
             )
+        check_finite(value, name, stored.place)
         fill(parameter, value, sections(name, transformer.config))
+
+
+def check_finite(value: Tensor, name: str, place: Path) -> None:
+    """Raises UserError when a stored weight has NaN or infinite values, or is nothing that can be computed with."""
+    if value.dtype not in FLOATING or value.layout is not torch.strided or value.is_meta:
+        raise UserError(f"{place}: weight {name} is no plain tensor of floating-point numbers")
+    if not all(bound.isfinite() for bound in value.aminmax()):  # one pass, no memory; both are NaN when any value is
+        raise UserError(
+            f"{place}: weight {name} has values that are NaN or infinite: the run that wrote it had diverged, or the "
+            "file is damaged; take an earlier checkpoint"
+        )
 
 
 def with_rows(matrix: Tensor, name: str, rows: int) -> Tensor:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, get_type_hints
 
+from dllm_var.checkpointing.plain import fits
 from dllm_var.errors import UserError
 
+SIZES = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -71,7 +74,7 @@ class TransformerConfig:
         Raises:
             UserError: When the sizes do not fit each other.
         """
-        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
+        for name in SIZES:
             if (size := getattr(self, name)) is not None and size < 1:
                 raise UserError(f"transformer.{name} must be at least 1, got {size}")
         head_dim = self.head_dim
@@ -84,13 +87,18 @@ class TransformerConfig:
             head_dim = self.hidden_size // self.num_heads
         if head_dim % 2:
             raise UserError(f"transformer.head_dim {head_dim} must be even for rotary positions")
-        for name in ("rope_theta", "rope_scaling"):
+        for name in ("rope_theta", "rope_scaling", "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"transformer.{name} must be a number above 0, got {getattr(self, name)}")
         if self.rope_llama3 is not None and set(self.rope_llama3) != set(LLAMA3_KEYS):
             raise UserError(
                 f"transformer.rope_llama3 needs {', '.join(LLAMA3_KEYS)}; it has {sorted(self.rope_llama3)}"
             )
+        if self.rope_llama3 is not None and not all(0 < value < math.inf for value in self.rope_llama3.values()):
+            raise UserError(f"transformer.rope_llama3 must have numbers above 0, got {self.rope_llama3}")
+        for token in (self.mask_id, *(self.terminator_ids or [])):
+            if token is not None and self.vocab_size is not None and not 0 <= token < self.vocab_size:
+                raise UserError(f"mask or terminator has id {token}, outside the vocabulary of {self.vocab_size}")
         num_kv_heads = self.num_kv_heads or self.num_heads
         if self.num_heads % num_kv_heads:
             raise UserError(f"transformer.num_heads {self.num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
@@ -102,6 +110,34 @@ class TransformerConfig:
             terminator_ids=None if self.terminator_ids is None else [int(token) for token in self.terminator_ids],
         )
 
+    @classmethod
+    def from_dict(cls, values: Any, place: Path) -> TransformerConfig:
+        """Returns the settings that a checkpoint holds, resolved, once each has a known name and the right type.
+
+        Args:
+            values: What `to_dict` wrote; any content of a checkpoint.
+            place: Where it stands, for messages.
+
+        Raises:
+            UserError: When a setting is unknown, of another type, not a finite number, or does not fit the others.
+        """
+        kinds = get_type_hints(cls)
+        if not isinstance(values, dict) or not set(values) <= set(kinds):
+            unknown = sorted(map(str, set(values) - set(kinds))) if isinstance(values, dict) else values
+            raise UserError(f"{place} has transformer settings this version does not know: {unknown}")
+        for name, value in values.items():
+            if not fits(value, kinds[name]):
+                raise UserError(f"{place} has {name}={value!r}, where {described(kinds[name])} is expected")
+        try:
+            return cls(**values).resolved()
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain types, for checkpoints and JSON."""
         return asdict(self)
+
+
+def described(kind: Any) -> str:
+    """Returns an annotation as it reads in a message."""
+    return kind.__name__ if isinstance(kind, type) else str(kind)

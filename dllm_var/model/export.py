@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dllm_var.errors import UserError
-from dllm_var.model.checkpoints import decoding_config, with_rows
+from dllm_var.model.checkpoints import check_finite, decoding_config, with_rows
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.layout_config import EXTRAS, write_config
 from dllm_var.model.layouts import Layout
@@ -90,6 +90,7 @@ def _their_weights(
     for name in weight_shapes(config):
         value = with_rows(stored.weights[name], name, config.vocab_size) if stored.published else stored.weights[name]
         value = value if dtype is None else value.to(dtype)
+        check_finite(value, name, stored.place)
         theirs = layout.theirs(name)
         parts = value.split(heights[name.split(".")[-2]]) if len(theirs) > 1 else (value,)
         yield from zip(theirs, parts, strict=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from dllm_var.checkpointing.plain import fits
 from dllm_var.errors import UserError
-from dllm_var.model.config import LLAMA3_KEYS, TransformerConfig
+from dllm_var.model.config import LLAMA3_KEYS, TransformerConfig, described
 from dllm_var.model.layouts import DESCRIPTIVE, LAYOUTS, Layout
 
 EXTRAS = "dllm_var"  # the entry of config.json with what the family has no key for
@@ -36,8 +37,9 @@ def read_config(values: dict[str, Any], file: Path) -> TransformerConfig:
     """
     layout = layout_of(values, file)
     ours: dict[str, Any] = dict(layout.implied)
+    kinds = get_type_hints(TransformerConfig)
     for name, keys in layout.settings.items():
-        ours[name] = _read_setting(layout, values, keys, file)
+        ours[name] = _read_setting(layout, values, keys, kinds[name], file)
     ours |= _read_rope(layout, values, file)
     _check_fixed(layout, values, file)
     known = {*DESCRIPTIVE, *layout.ignored, *layout.fixed, *_rope_keys(layout), *_flat(layout)}
@@ -48,15 +50,17 @@ def read_config(values: dict[str, Any], file: Path) -> TransformerConfig:
             "delete the entry if it does not change what the model computes"
         )
     extras = values.get(EXTRAS) or {}
+    if not isinstance(extras, dict):
+        raise UserError(f"{file} has {EXTRAS}={extras!r}, where settings by name are expected")
     ours["causal_context"] = bool(extras.get("causal_context"))
     ours["causal"] = layout.causal and values.get("is_causal", True) is not False and not ours["causal_context"]
     ours["token_shift"] = bool(ours.get("token_shift") or extras.get("token_shift"))
     theta, scaling = extras.get("rope_theta"), extras.get("rope_scaling")
-    if theta and scaling and theta * scaling == ours["rope_theta"]:
+    if fits(theta, float) and fits(scaling, float) and theta * scaling == ours["rope_theta"]:
         ours |= {"rope_theta": theta, "rope_scaling": scaling}
     ends = extras.get("terminator_ids", values.get("eos_token_id"))
     ours["terminator_ids"] = list(ends) if isinstance(ends, list) else None if ends is None else [ends]
-    return TransformerConfig(**ours).resolved()
+    return TransformerConfig.from_dict(ours, file)
 
 
 def write_config(layout: Layout, config: TransformerConfig, dtype: str) -> dict[str, Any]:
@@ -120,19 +124,19 @@ def inexpressible(layout: Layout, config: TransformerConfig) -> str | None:
     return None
 
 
-def _read_setting(layout: Layout, values: dict[str, Any], keys: str | tuple[str, ...], file: Path) -> Any:
+def _read_setting(layout: Layout, values: dict[str, Any], keys: str | tuple[str, ...], kind: Any, file: Path) -> Any:
     keys = (keys,) if isinstance(keys, str) else keys
     given = {key: values[key] for key in keys if values.get(key) is not None}
     for key, value in given.items():
-        _check_number(key, value, file)
+        _check_kind(key, value, kind, file)
     if not given and keys[0] not in layout.defaults:
         raise UserError(f"{file} has no {keys[0]}, which a {layout.model_type} checkpoint must name")
     return next(iter(given.values())) if given else layout.defaults[keys[0]]
 
 
-def _check_number(key: str, value: Any, file: Path) -> None:
-    if not isinstance(value, int | float):
-        raise UserError(f"{file} has {key}={value!r}, where a number is expected")
+def _check_kind(key: str, value: Any, kind: Any, file: Path) -> None:
+    if not fits(value, kind):
+        raise UserError(f"{file} has {key}={value!r}, where {described(kind)} is expected")
 
 
 def _check_fixed(layout: Layout, values: dict[str, Any], file: Path) -> None:
@@ -159,7 +163,7 @@ def _flat(layout: Layout) -> list[str]:
 def _read_rope(layout: Layout, values: dict[str, Any], file: Path) -> dict[str, Any]:
     """Returns our rotary settings; transformers 4 has rope_theta and rope_scaling, transformers 5 rope_parameters."""
     if layout.rope == "flat":
-        return {"rope_theta": float(_read_setting(layout, values, "rope_theta", file))}
+        return {"rope_theta": float(_read_setting(layout, values, "rope_theta", float, file))}
     rope: dict[str, Any] = {"rope_theta": values.get("rope_theta") or DEFAULT_THETA}
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(values.get(key) or {}, dict):
@@ -169,7 +173,7 @@ def _read_rope(layout: Layout, values: dict[str, Any], file: Path) -> dict[str, 
     rope.pop("type", None)
     if rope.get("partial_rotary_factor") == 1.0:  # all of each head turns, as it does here
         del rope["partial_rotary_factor"]
-    expected = {"default": (), "llama3": LLAMA3_KEYS}.get(kind)
+    expected = {"default": (), "llama3": LLAMA3_KEYS}.get(str(kind))
     if expected is None:
         raise UserError(f"{file} scales its rotary positions by rope_type={kind!r}; only default and llama3 are known")
     missing, unknown = sorted(set(expected) - set(rope)), sorted(set(rope) - set(expected))
@@ -177,5 +181,5 @@ def _read_rope(layout: Layout, values: dict[str, Any], file: Path) -> dict[str, 
         problem = f"no {missing[0]}" if missing else f"{unknown[0]}={rope[unknown[0]]!r}, which is not known"
         raise UserError(f"{file}: the rotary settings (rope_type={kind!r}) have {problem}")
     for key, value in {"rope_theta": theta, **rope}.items():
-        _check_number(key, value, file)
+        _check_kind(key, value, float, file)
     return {"rope_theta": float(theta), "rope_llama3": rope or None}

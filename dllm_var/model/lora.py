@@ -121,11 +121,18 @@ class MergedWeights(Mapping[str, Tensor]):
     Args:
         weights: The base weights under plain names or with `base_layer`, and the adapters.
         scaling: Weight of the adapters.
+
+    Raises:
+        UserError: When an adapter is of a matrix that is not among them, or half of it is missing.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], scaling: float) -> None:
         self._weights, self._scaling = weights, scaling
         self._base = {plain_name(name): name for name in weights if not is_adapter(name)}
+        stems = [{name.removesuffix(end) for name in weights if name.endswith(end)} for end in (_UP, _DOWN)]
+        stray = stems[0] ^ stems[1] or {stem for stem in stems[0] if f"{stem}.weight" not in self._base}
+        if stray:
+            raise UserError(f"the adapter of {min(stray)} belongs to no matrix of the model, or is one half of a pair")
 
     def __getitem__(self, name: str) -> Tensor:
         base = self._weights[self._base[name]]
@@ -133,6 +140,9 @@ class MergedWeights(Mapping[str, Tensor]):
         if not name.endswith(".weight") or stem + _UP not in self._weights:
             return base
         up, down = (self._weights[stem + end].float() for end in (_UP, _DOWN))
+        if [*up.shape[:1], *down.shape[1:]] != list(base.shape) or up.shape[1:] != down.shape[:1]:
+            shapes = f"{list(down.shape)} and {list(up.shape)}"
+            raise UserError(f"the adapter of {name} has the shapes {shapes}, the weight itself {list(base.shape)}")
         return (base.float() + self._scaling * (up @ down)).to(base.dtype)
 
     def __iter__(self) -> Iterator[str]:

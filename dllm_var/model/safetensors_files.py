@@ -46,6 +46,11 @@ class SafetensorsFolder(Mapping[str, Tensor]):
             self._files = {WEIGHTS: _open(folder / WEIGHTS)}
             self._file_of = dict.fromkeys(self._files[WEIGHTS].keys(), WEIGHTS)
 
+    @property
+    def size(self) -> int:
+        """Bytes that the files take."""
+        return sum((self.folder / name).stat().st_size for name in self._files)
+
     def __getitem__(self, name: str) -> Tensor:
         return self._files[self._file_of[name]].get_tensor(name)
 

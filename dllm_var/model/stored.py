@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from dllm_var.checkpointing.choose import check, is_sharded, newest_checkpoint, newest_usable, step_of, written_at
 from dllm_var.checkpointing.files import UnusableCheckpoint, unreadable
+from dllm_var.checkpointing.plain import read_object
 from dllm_var.checkpointing.shards import read_trainer_state, read_weights
 from dllm_var.errors import UserError
 from dllm_var.hub import MODEL_FILES, download, is_hub_name
-from dllm_var.model.config import TransformerConfig
+from dllm_var.model.config import SIZES, TransformerConfig
 from dllm_var.model.layout_config import EXTRAS, layout_of, read_config
 from dllm_var.model.layouts import Layout
 from dllm_var.model.lora import ADAPTER_CONFIG, Lora, MergedWeights, load_adapter
@@ -62,9 +64,13 @@ def open_checkpoint(path: str | Path) -> StoredModel:
     Raises:
         UserError: When there is none, or it is damaged, or holds something that is not fully understood.
     """
-    place = locate_checkpoint(path)
+    return _open(locate_checkpoint(path), ())
+
+
+def _open(place: Path, adapters: tuple[Path, ...]) -> StoredModel:
+    """Opens what stands at a place; `adapters` are those that lead there."""
     if (place / ADAPTER_CONFIG).is_file():
-        return _open_adapter(place)
+        return _open_adapter(place, adapters)
     return _open_lightning(place) if place.is_file() or is_sharded(place) else _open_folder(place)
 
 
@@ -98,35 +104,37 @@ def _goes_beyond(checkpoint: Path, export: Path) -> bool:
 
 def _open_folder(folder: Path) -> StoredModel:
     file = folder / CONFIG
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is a {type(values).__name__}, no model's settings")
+    values = read_object(file)
 
     def load_tokenizer() -> Tokenizer:
         return Tokenizer.from_pretrained(folder)
 
     if values.get("model_type") == MODEL_TYPE:
         meta = {key: value for key, value in values.items() if key not in ("model_type", "transformer")}
-        config = _own_config(values.get("transformer"), folder)
-        return StoredModel(folder, config, SafetensorsFolder(folder), load_tokenizer, meta)
-    config = read_config(values, file)
-    weights = FamilyWeights(layout_of(values, file), config, SafetensorsFolder(folder))
+        config, files = TransformerConfig.from_dict(values.get("transformer"), file), SafetensorsFolder(folder)
+        check_sizes(config, len(files), files.size, file)
+        return StoredModel(folder, config, files, load_tokenizer, meta)
+    config, files = read_config(values, file), SafetensorsFolder(folder)
+    check_sizes(config, len(files), files.size, file)
+    weights = FamilyWeights(layout_of(values, file), config, files)
     extras = values.get(EXTRAS)
     return StoredModel(folder, config, weights, load_tokenizer, dict(extras or {}), published=extras is None)
 
 
-def _open_adapter(folder: Path) -> StoredModel:
+def _open_adapter(folder: Path, above: tuple[Path, ...]) -> StoredModel:
     adapters, lora, path = load_adapter(folder)
-    base = open_checkpoint(path)
+    if folder.resolve() in above:
+        raise UserError(f"{folder} names itself as the model that it adapts: set base_model_name_or_path")
+    base = _open(locate_checkpoint(path), (*above, folder.resolve()))
     weights = MergedWeights(ChainMap(adapters, base.weights), lora.scaling)  # type: ignore[arg-type]
     if not (folder / CONFIG).is_file():  # peft's own
         return replace(base, place=folder, weights=weights)
-    values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    values = read_object(folder / CONFIG)
     meta = {key: value for key, value in values.items() if key not in ("model_type", "transformer")}
-    config = _own_config(values.get("transformer"), folder)
+    config = TransformerConfig.from_dict(values.get("transformer"), folder / CONFIG)
+    different = next((name for name in SIZES[:-1] if getattr(config, name) != getattr(base.config, name)), None)
+    if different is not None:
+        raise UserError(f"{folder / CONFIG} has another {different} than {path}, which the adapter was trained on")
     return StoredModel(folder, config, weights, lambda: Tokenizer.from_pretrained(folder), meta, base.published)
 
 
@@ -150,11 +158,14 @@ def _open_lightning(file: Path) -> StoredModel:
         name.removeprefix(_PREFIX): value for name, value in state.items() if str(name).startswith(_PREFIX)
     }
     meta = {key: value for key, value in ours.items() if key not in ("transformer", "tokenizer", "lora")}
-    config = _own_config(ours.get("transformer"), file)
-    lora = ours.get("lora")
-    if not isinstance(lora, dict | None):
-        raise UserError(f"{file} has adapters without their settings: its 'lora' is damaged")
-    weights = weights if lora is None else MergedWeights(weights, Lora(**lora).scaling)
+    config = TransformerConfig.from_dict(ours.get("transformer"), file)
+    parts = [part for part in file.rglob("*") if part.is_file()] if file.is_dir() else [file]
+    check_sizes(config, len(weights), sum(part.stat().st_size for part in parts), file)
+    if (lora := ours.get("lora")) is not None:
+        try:
+            weights = MergedWeights(weights, Lora(**lora).scaling)
+        except TypeError as error:
+            raise UserError(f"{file} has adapters without their settings: its 'lora' is damaged: {error}") from error
     return StoredModel(file, config, weights, lambda: _own_tokenizer(ours.get("tokenizer"), file), meta)
 
 
@@ -173,18 +184,28 @@ def _own_tokenizer(values: Any, place: Path) -> Tokenizer:
         raise UserError(f"{place} holds a tokenizer that cannot be read: {type(error).__name__}: {reason}") from error
 
 
-def _own_config(values: Any, place: Path) -> TransformerConfig:
-    """Checks the names, so that a checkpoint of another version is named and not misread."""
-    known = {field.name for field in fields(TransformerConfig)}
-    if not isinstance(values, dict) or not set(values) <= known:
-        unknown = sorted(set(values) - known) if isinstance(values, dict) else values
-        raise UserError(f"{place} has transformer settings this version does not know: {unknown}")
-    try:
-        return TransformerConfig(**values).resolved()
-    except UserError:
-        raise
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{place} has transformer settings without sense: {error}") from error
+def check_sizes(config: TransformerConfig, tensors: int, size: int, place: Path) -> None:
+    """Compares a config with the weights it stands beside, before anything of its size is made.
+
+    Args:
+        config: Resolved.
+        tensors: Number of weights that are stored.
+        size: Bytes they take.
+        place: Of the config, for messages.
+
+    Raises:
+        UserError: When its model cannot be in so many bytes.
+    """
+    most = {name: tensors if name == "num_layers" else size for name in SIZES}
+    wrong = next((name for name in SIZES if (getattr(config, name) or 0) > most[name]), None)
+    told = wrong is None and config.vocab_size is not None
+    needed = sum(map(math.prod, weight_shapes(config).values())) if told else 0  # a number takes a byte at least
+    if wrong is not None or needed > size:
+        what = f"{wrong}={getattr(config, wrong)}" if wrong else f"a model of {needed:,} weights"
+        raise UserError(
+            f"{place} has {what}, and what is stored beside it is {tensors:,} tensors of {size:,} bytes in all: config "
+            "and weights do not belong together"
+        )
 
 
 class FamilyWeights(Mapping[str, Tensor]):
@@ -242,8 +263,11 @@ class FamilyWeights(Mapping[str, Tensor]):
 
 def weight_shapes(config: TransformerConfig) -> dict[str, list[int]]:
     """Returns names and shapes of a transformer's distinct weights, in order; a tied head is none."""
-    with torch.device("meta"):
-        weights = Transformer(config).state_dict()
+    try:
+        with torch.device("meta"):
+            weights = Transformer(config).state_dict()
+    except RuntimeError as error:  # a matrix with more numbers than an address can count
+        raise UserError(f"no model has transformer settings so large: {str(error).splitlines()[0]}") from error
     if config.tie_embeddings:
         del weights["lm_head.weight"]
     return {name: list(weight.shape) for name, weight in weights.items()}

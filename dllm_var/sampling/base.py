@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dllm_var.errors import UserError
+from dllm_var.sampling.scoring import finite_logits
 from dllm_var.sampling.stopping import StopStrings
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class Sampler(ABC):
 
         Raises:
             UserError: When a prompt is empty or holds ids outside the vocabulary, text or stop strings come without a
-                tokenizer, or no token is left to produce.
+                tokenizer, or no token is left to produce; `NotFinite` when the model's logits are NaN or infinite.
         """
         transformer = getattr(model, "transformer", model)
         tokenizer = tokenizer or getattr(model, "tokenizer", None)
@@ -149,21 +150,21 @@ class Sampler(ABC):
         if max_new_tokens is not None and max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         check_suppressed(suppress, transformer.config)
-        delivery = _Delivery(tokenizer, stop, on_block, on_answer)
-        request = Request(
-            max_new_tokens, delivery.on_block, tuple(suppress), delivery.stop, delivery.on_answer, tokenizer
-        )
         was_training = transformer.training
         if was_training:  # visiting every module takes a noticeable part of a short answer's time
             transformer.eval()
         try:
-            with torch.inference_mode(), _without_training_modes(transformer):
+            with torch.inference_mode(), _without_training_modes(transformer), finite_logits(transformer) as check:
+                delivery = _Delivery(tokenizer, stop, on_block, on_answer, check)
+                request = Request(
+                    max_new_tokens, delivery.on_block, tuple(suppress), delivery.stop, delivery.on_answer, tokenizer
+                )
                 answers = self.decode(transformer, ids, request)
+                for index, answer in enumerate(answers):
+                    delivery.on_answer(index, answer)
         finally:
             if was_training:
                 transformer.train()
-        for index, answer in enumerate(answers):
-            delivery.on_answer(index, answer)
         return answers
 
 
@@ -196,7 +197,9 @@ class _Delivery:
         stop: Sequence[str],
         on_block: OnBlock | None,
         on_answer: OnAnswer | None,
+        check: Callable[[], None],
     ) -> None:
+        self.check = check
         self.stop: StopStrings | None = None
         if stop:
             if tokenizer is None:
@@ -208,12 +211,14 @@ class _Delivery:
 
     def _on_block(self, index: int, tokens: list[int]) -> None:
         assert self.tell_block is not None
+        self.check()
         cut = self.stop.cut(tokens) if self.stop is not None and self.stop.found(index, tokens) else None
         self.tell_block(index, tokens if cut is None else tokens[: cut[0]])
 
     def on_answer(self, index: int, answer: Generation) -> None:
         if index in self.done:
             return
+        self.check()
         self.done.add(index)
         cut = None if self.stop is None else self.stop.cut(answer.tokens)
         if cut is not None:

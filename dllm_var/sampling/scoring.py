@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -10,8 +11,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dllm_var.errors import UserError
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.arrays import arrays, tensors
+
+
+class NotFinite(UserError):
+    """A model's logits were NaN or infinite, so that there is no most likely token."""
+
+
+@contextmanager
+def finite_logits(model: Transformer) -> Iterator[Callable[[], None]]:
+    """Watches the head of a model while it decodes, whatever sampler does.
+
+    Yields:
+        What raises `NotFinite` when a logit so far was NaN or infinite. It waits for the device, so it is called when
+        an answer is told; in between, each forward leaves one number on the device.
+    """
+    largest: list[Tensor] = []
+
+    def watch(head: Any, inputs: Any, logits: Tensor) -> None:
+        if logits.numel():
+            largest.append(logits.amax())  # NaN when any is
+        if len(largest) > 1:
+            largest[:] = [torch.maximum(*largest)]
+
+    def check() -> None:
+        if largest and not largest[0].isfinite():
+            raise NotFinite(
+                "the model's predictions are not numbers (NaN or infinite): its training diverged, or its numbers are "
+                "too large for its type; take an earlier checkpoint, or weights in bfloat16 or float32"
+            )
+
+    handle = model.lm_head.register_forward_hook(watch)
+    try:
+        yield check
+    finally:
+        handle.remove()
 
 
 def score_positions(

@@ -82,6 +82,19 @@ def test_under_fsdp2_blocks_are_gathered_one_at_a_time(fit: Any, real_sampler: A
         assert torch.equal(ours.to_local(), theirs.to_local())
 
 
+def test_a_model_without_predictions_is_told_and_training_goes_on(fit: Any, real_sampler: Any, capsys: Any) -> None:
+    class Break(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            if trainer.global_step == 2:
+                with torch.no_grad():
+                    pl_module.transformer.norm.weight.fill_(torch.nan)
+
+    trainer, _ = fit(Break(), SamplingCallback(real_sampler, every_n_steps=1, num_examples=2), max_steps=3)
+    out = capsys.readouterr().out
+    assert trainer.global_step == 3 and "step 1, 2 answers" in out
+    assert "step 2: no answers: the model's predictions are not numbers" in out
+
+
 def draw_from_everything(model: Any) -> None:
     random.random()
     np.random.rand()  # noqa: NPY002

@@ -91,6 +91,22 @@ def test_code_in_any_part_is_refused_and_not_run(tmp_path):
     assert not proof.exists()
 
 
+def test_files_outside_are_not_read(folder, tmp_path):
+    (tmp_path / "outside").write_bytes(b"x" * 100)
+    for name in ("../outside", str(tmp_path / "outside")):
+        digests = checksums(folder, 0, 1)
+        write_seal(folder, {**digests, name: "0" * 64})
+        assert f"names {name}, a file outside of it" in complaint(folder)
+        metadata = read_metadata(folder)
+        for info in metadata.storage_data.values():
+            info.relative_path = name
+        kept = (folder / ".metadata").read_bytes()
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+        write_seal(folder, checksums(folder, 0, 1))
+        assert f"names {name}, a file outside of it" in complaint(folder)
+        (folder / ".metadata").write_bytes(kept)
+
+
 def test_another_format_is_named(folder, monkeypatch):
     monkeypatch.setattr("dllm_var.checkpointing.shards.FORMAT", 4)
     write_seal(folder, checksums(folder, 0, 1))

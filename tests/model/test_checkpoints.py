@@ -1,16 +1,26 @@
 """Folders and Lightning files: a lossless round trip, and what is wrong with a bad one is named."""
 
 import json
+import math
 import os
+import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dllm_var.__main__ import main
 from dllm_var.datamodules import CmudictSource
 from dllm_var.errors import UserError
+from dllm_var.identity import identity
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.model.checkpoints import load_checkpoint, load_pretrained, locate_checkpoint, save_checkpoint_folder
+from dllm_var.model.checkpoints import (
+    load_checkpoint,
+    load_pretrained,
+    locate_checkpoint,
+    save_checkpoint_folder,
+    starting_config,
+)
 from dllm_var.tokenization import Tokenizer
 
 
@@ -98,6 +108,15 @@ def change_config(**changes):
     return change
 
 
+def change_weight(name, change):
+    def damage(folder):
+        weights = load_file(folder / "model.safetensors")
+        changed = change(weights[name])
+        save_file({**weights, name: changed}, folder / "model.safetensors")
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
@@ -109,12 +128,59 @@ def change_config(**changes):
         (change_config(num_layers=1), "unknown"),
         (change_config(vocab_size=99), "shape"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+        (change_weight("norm.weight", lambda weight: weight.fill_(torch.nan)), "norm.weight .*NaN or infinite"),
+        (change_weight("lm_head.weight", lambda weight: weight.sub_(torch.inf)), "lm_head.*NaN or infinite"),
+        (change_weight("norm.weight", lambda weight: weight.to(torch.int64)), "no plain tensor"),
+        (change_weight("blocks.0.attention.out.weight", lambda weight: weight.to(torch.int8)), "type torch.int8"),
+        (change_config(mask_id=2), "mask_id=2 in its config, and its tokenizer says 1"),
+        (change_config(terminator_ids=[3]), r"terminator_ids=\[3\]"),
+        (change_config(mask_id=999), "id 999, outside the vocabulary"),
     ],
 )
 def test_damage_is_named(damage, named, folder):
     damage(folder)
     with pytest.raises(UserError, match=named):
         load_checkpoint(folder)
+
+
+SIZES_WITHOUT_SENSE = [
+    ("hidden_size", "16", "where int is expected"),
+    ("hidden_size", -16, "at least 1"),
+    ("hidden_size", 10**9, "do not belong together"),
+    ("hidden_size", 10**400, "do not belong together"),
+    ("num_layers", True, "where int is expected"),
+    ("num_layers", 2.0, "where int is expected"),
+    ("num_layers", math.nan, "num_layers=nan"),
+    ("num_layers", 10**9, "num_layers=1000000000, and what is stored beside it is 15 tensors"),
+    ("num_heads", [], "where int is expected"),
+    ("intermediate_size", 10**5, "do not belong together"),
+    ("vocab_size", 0, "at least 1"),
+    ("vocab_size", 10**4, "do not belong together"),
+    ("norm_eps", math.nan, "norm_eps=nan"),
+    ("norm_eps", -1.0, "above 0"),
+    ("rope_theta", math.inf, "rope_theta=inf"),
+    ("rope_llama3", {"factor": "x"}, "rope_llama3"),
+    ("terminator_ids", [2.0], "terminator_ids"),
+    ("causal", 1, "where bool is expected"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), SIZES_WITHOUT_SENSE)
+def test_settings_are_checked_before_anything_of_their_size_is_made(name, value, message, tmp_path, tokenizer):
+    model = small(tokenizer)
+    folder = save_checkpoint_folder(tmp_path / "model", model, tokenizer)
+    change_config(**{name: value})(folder)
+    ours = identity(model.config, tokenizer, None, None)
+    state = {f"transformer.{key}": weight for key, weight in model.state_dict().items()}
+    ours["transformer"][name] = value
+    torch.save({"state_dict": state, "dllm_var": ours}, tmp_path / "lone.ckpt")
+    for place in (folder, tmp_path / "lone.ckpt"):
+        began = time.monotonic()
+        with pytest.raises(UserError, match=message):
+            load_checkpoint(place)
+        with pytest.raises(UserError, match=message):
+            starting_config(TransformerConfig(), place)
+        assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])

@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("peft")
 
@@ -199,6 +200,36 @@ def test_other_mistakes_are_named(base, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
     with pytest.raises(UserError, match="cannot read the adapter"):
         load_adapter(tmp_path)
+
+
+def adapter(folder, base, **weights):
+    """An adapter as peft writes one."""
+    folder.mkdir(exist_ok=True)
+    settings = dict(peft_type="LORA", base_model_name_or_path=str(base), r=1, lora_alpha=1, target_modules=["out"])
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "lora_dropout": 0.0}))
+    named = {f"base_model.model.{name.replace('__', '.')}.weight": value for name, value in weights.items()}
+    save_file(named, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_adapters_that_fit_no_model_are_named(base, tmp_path):
+    stem = "blocks__0__attention__out"
+    up, down = {f"{stem}__lora_B": torch.ones(32, 1)}, {f"{stem}__lora_A": torch.ones(1, 32)}
+    loaded = load_checkpoint(adapter(tmp_path / "good", base, **up, **down))[0]
+    moved = loaded.blocks[0].attention.out.weight - load_checkpoint(base)[0].blocks[0].attention.out.weight
+    torch.testing.assert_close(moved, torch.ones(32, 32))
+    for weights, says in (
+        (up, "one half of a pair"),
+        ({"model__layers__0__lora_B": torch.ones(32, 1), "model__layers__0__lora_A": torch.ones(1, 32)}, "no matrix"),
+        ({**up, f"{stem}__lora_A": torch.ones(1, 31)}, r"shapes \[1, 31\] and \[32, 1\]"),
+        ({**down, f"{stem}__lora_B": torch.full((32, 1), torch.nan)}, "NaN or infinite"),
+    ):
+        with pytest.raises(UserError, match=says):
+            load_checkpoint(adapter(tmp_path / "bad", base, **weights))
+    adapter(tmp_path / "first", tmp_path / "second", **up, **down)
+    adapter(tmp_path / "second", tmp_path / "first", **up, **down)
+    with pytest.raises(UserError, match="names itself"):
+        load_checkpoint(tmp_path / "first")
 
 
 def test_merging_keeps_the_type_of_the_base():
