@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import warnings
+from contextlib import ExitStack
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -35,20 +36,21 @@ def main(command: str, arguments: list[str]) -> int:
     quieten()
     settings, resume = split_resume(command, arguments)
     stop = StopOnSignal()
-    try:
-        status = run(command, settings, resume, stop)
-    except BaseException as error:
-        lost = stop.children.end(failed=True)
-        if lost is not None and is_lost_contact(error.__cause__ or error):
-            raise UserError(stop.children.explain(lost)) from error
-        if is_launched_child() and isinstance(error, CannotSave):  # the first process says why
-            return 1
-        raise
-    stop.children.end(failed=False)
+    with ExitStack() as held:  # run folders, until all processes have ended
+        try:
+            status = run(command, settings, resume, stop, held)
+        except BaseException as error:
+            lost = stop.children.end(failed=True)
+            if lost is not None and is_lost_contact(error.__cause__ or error):
+                raise UserError(stop.children.explain(lost)) from error
+            if is_launched_child() and isinstance(error, CannotSave):  # the first process says why
+                return 1
+            raise
+        stop.children.end(failed=False)
     return status
 
 
-def run(command: str, settings: list[str], resume: str | None, stop: StopOnSignal) -> int:
+def run(command: str, settings: list[str], resume: str | None, stop: StopOnSignal, held: ExitStack) -> int:
     """Runs one Trainer command; what ends it from outside becomes one line.
 
     Args:
@@ -56,9 +58,10 @@ def run(command: str, settings: list[str], resume: str | None, stop: StopOnSigna
         settings: Its arguments but `--resume`.
         resume: What `split_resume` found.
         stop: Listens to signals.
+        held: Keeps the run's folders for it.
     """
     try:
-        TrainingCLI(command, settings, resume, stop)
+        TrainingCLI(command, settings, resume, stop, held)
     except Interrupted as interrupted:
         if getattr(rank_zero_only, "rank", 0) == 0:
             after = "SLURM runs the job again" if interrupted.requeued else f"continue with: {resume_command(settings)}"

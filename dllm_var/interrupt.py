@@ -20,7 +20,7 @@ from dllm_var.checkpointing.choose import newest_checkpoint
 from dllm_var.checkpointing.files import CannotSave, clear_leftovers
 from dllm_var.checkpointing.trainer import Trainer
 from dllm_var.ranks import Children, is_launched_child
-from dllm_var.runs import checkpoint_folder, save_last
+from dllm_var.runs import checkpoint_folders, save_last
 
 # SIGUSR1 only saves, except in a SLURM job, where it announces the end of the allotted time.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -66,7 +66,7 @@ class StopOnSignal(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._asked, self.training_over, self._between_steps = 0, False, None
         if keeps_checkpoints(trainer):
-            self._folder = checkpoint_folder(trainer)  # asked on every rank: the first one tells the others
+            self._folder = checkpoint_folders(trainer)[0]
         self.children.take_over(trainer.strategy.launcher, lambda lost: f"{lost}; {self.how_to_go_on()}")
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -181,9 +181,10 @@ class SaveAtEnd(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._saved_step = -1
         if stage == "fit" and keeps_checkpoints(trainer):
-            folder = checkpoint_folder(trainer)  # asked on every rank: the first one tells the others
+            folders = checkpoint_folders(trainer)
             if trainer.is_global_zero:
-                clear_leftovers(folder)
+                for folder in folders:
+                    clear_leftovers(folder)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved_step = trainer.global_step

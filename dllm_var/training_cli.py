@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import Namespace
+from jsonargparse import Namespace, dict_to_namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 
@@ -22,20 +24,22 @@ from dllm_var.errors import UserError
 from dllm_var.exact_resume import ExactResume, ResumableFitLoop
 from dllm_var.interrupt import SaveAtEnd, StopOnSignal
 from dllm_var.model.float8 import Float8, check_float8
-from dllm_var.ranks import is_launched_child
-from dllm_var.runs import (
+from dllm_var.ranks import is_first, is_launched_child
+from dllm_var.run_folders import (
     NothingToResume,
-    SaveConfig,
     checkpoint_at,
     continue_from,
     continue_newest,
-    default_checkpoints,
-    default_logger,
+    lock,
+    place_runs,
+    reserve,
 )
+from dllm_var.runs import SaveConfig, default_checkpoints, default_logger
 from dllm_var.sampling import Sampler
 from dllm_var.settings import SettingsParser, load_yaml, merged, qualify_references, read_settings, split_vars
 from dllm_var.strategies import check_strategy
 
+_RESUMED = "DLLM_VAR_RESUMED"  # the checkpoint that the first process goes on from, for those it starts
 DEFAULTS = {"model": DiffusionLM, "data": PackedDataModule}
 BASES = {"model": L.LightningModule, "data": L.LightningDataModule}
 
@@ -71,8 +75,10 @@ class TrainerParser(SettingsParser, LightningArgumentParser):
 class TrainingCLI(LightningCLI):
     """LightningCLI with default classes, references across files, readable errors and one folder per run."""
 
-    def __init__(self, command: str, settings: list[str], resume: str | None, stop: StopOnSignal) -> None:
-        self.command, self.resume = command, resume
+    def __init__(
+        self, command: str, settings: list[str], resume: str | None, stop: StopOnSignal, held: ExitStack
+    ) -> None:
+        self.command, self.resume, self.held = command, resume, held
         self.save_at_end = SaveAtEnd(stop)
         configs = config_files(settings)
         self.run_name = configs[0].stem if configs else "default"
@@ -133,6 +139,8 @@ class TrainingCLI(LightningCLI):
         for section in ("trainer", "model", "data"):
             if not isinstance(settings.get(section), Namespace):
                 raise UserError(f"{section}: expected settings by name, got {settings.get(section)!r}")
+        if settings.trainer.get("logger") is True:
+            settings.trainer.logger = dict_to_namespace(default_logger(self.run_name))
         check_strategy(settings.trainer.get("strategy"))
         if settings.get("weights_only") is False:
             raise UserError("weights_only=false would run code that a checkpoint may hold: leave it out")
@@ -143,7 +151,9 @@ class TrainingCLI(LightningCLI):
         if path == "last" and self.command == "fit":  # Lightning would look in the new run's folder
             self.resume, settings.ckpt_path = self.resume or "newest", None
         elif path == "last":
-            settings.ckpt_path = str(continue_newest(settings.trainer.clone()))
+            placed = settings.trainer.clone()
+            place_runs(placed)
+            settings.ckpt_path = str(continue_newest(placed))
             check_or_offer(Path(settings.ckpt_path), "--ckpt_path")
         elif path is not None:
             settings.ckpt_path = str(checkpoint_at(str(path)))
@@ -152,30 +162,36 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         self.as_written = self.config
+        self.config = self.config.clone()
         settings = self.config[self.command]
+        trainer = settings.trainer
         self.trainer_defaults["callbacks"] += default_checkpoints(settings)
+        place_runs(trainer)
+        checkpoint = self.to_resume(trainer) if self.resume else None
+        if is_first() and not trainer.get("fast_dev_run"):
+            reserve(trainer, self.held)
+            if self.command == "fit":
+                lock(trainer, self.held)
+                if checkpoint is not None:  # until now another run may have written there
+                    checkpoint = self.to_resume(trainer)
         if self.resume:
-            self.config = self.config.clone()
-            settings = self.config[self.command]
-            checkpoint = self.to_resume(settings.trainer)
             settings.ckpt_path = None if checkpoint is None else str(checkpoint)
+            os.environ[_RESUMED] = settings.ckpt_path or ""
+            if checkpoint is not None and not is_launched_child():  # the first process has looked
+                check_or_offer(checkpoint, "--resume")
             warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # it goes on there
 
     def to_resume(self, trainer_settings: Any) -> Path | None:
-        """Finds the checkpoint that `--resume` means, and checks it before anything else is done."""
-        assert self.resume is not None
+        """Finds the checkpoint that `--resume` means and points the loggers at its run; None when a run is to start."""
+        resume = (os.environ[_RESUMED] or None) if is_launched_child() else self.resume
         try:
-            if self.resume in ("newest", "auto"):
-                checkpoint = continue_newest(trainer_settings)
-            else:
-                checkpoint = continue_from(self.resume, trainer_settings)
+            if resume in ("newest", "auto"):
+                return continue_newest(trainer_settings)
+            return None if resume is None else continue_from(resume, trainer_settings)
         except NothingToResume:
-            if self.resume == "auto":
+            if resume == "auto":
                 return None
             raise
-        if not is_launched_child():  # the first process has looked
-            check_or_offer(checkpoint, "--resume")
-        return checkpoint
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         self.config = self.as_written  # what is saved starts a new run when it is used again

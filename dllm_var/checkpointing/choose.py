@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dllm_var.checkpointing.files import UnusableCheckpoint, check_file, read_file
+from dllm_var.checkpointing.files import UnusableCheckpoint, check_file, read_file, set_aside
 from dllm_var.checkpointing.shards import SEAL, check_folder, read_trainer_state
 
 _SHARD_MARKS = ("meta.pt", "latest")  # what Lightning's sharded strategies and DeepSpeed leave in a checkpoint folder
@@ -30,7 +30,7 @@ def newest_first(folder: Path) -> list[Path]:
     checkpoint of ours) has its place by the time of writing, so that the damage is told and not passed over.
     """
     found: list[tuple[int | None, int, Path]] = []
-    for path in folder.glob("*.ckpt"):
+    for path in [*folder.glob("*.ckpt"), *set_aside(folder).values()]:
         try:
             found.append((step_of(path), written_at(path), path))
         except OSError:

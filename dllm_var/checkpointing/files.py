@@ -161,13 +161,17 @@ def remove(path: Path) -> None:
     discard(path)
 
 
+def set_aside(folder: Path) -> dict[Path, Path]:
+    """Returns what a process that was replacing a checkpoint set aside and did not replace, by the names it had."""
+    found = {aside.with_name(aside.name[1 : -len(ASIDE)]): aside for aside in folder.glob(f".*.ckpt{ASIDE}")}
+    return {path: aside for path, aside in found.items() if not os.path.lexists(path)}
+
+
 def recover(folder: Path) -> None:
     """Puts back the checkpoints of a folder that a killed process had set aside; none may be writing now."""
-    for aside in folder.glob(f".*.ckpt{ASIDE}"):
-        path = aside.with_name(aside.name[1 : -len(ASIDE)])
-        if not os.path.lexists(path):
-            with contextlib.suppress(OSError):  # another process does the same
-                os.rename(aside, path)
+    for path, aside in set_aside(folder).items():
+        with contextlib.suppress(OSError):
+            os.rename(aside, path)
 
 
 def clear_leftovers(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -139,7 +140,7 @@ def read(settings: list[str]) -> dict[str, Any]:
             pass
 
     quieten()
-    return Reader("fit", settings, None, StopOnSignal()).config["fit"].as_dict()
+    return Reader("fit", settings, None, StopOnSignal(), ExitStack()).config["fit"].as_dict()
 
 
 def plan(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
