@@ -14,14 +14,14 @@ _MIX_2 = -0x6B2FB644ECCEEE15
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Shifts the 64 bits right, filling with zeros (torch fills with the sign)."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
     """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): each input bit flips each output bit half the time."""
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
+    x = (x ^ _shift_right(x, 30)).mul_(_MIX_1)
+    x = x.bitwise_xor_(_shift_right(x, 27)).mul_(_MIX_2)
+    return x.bitwise_xor_(_shift_right(x, 31))
 
 
 @cache
@@ -36,7 +36,7 @@ def golden_fractions(numbers: Tensor) -> Tensor:
 
 
 class KeyedNoise:
-    """Uniform numbers keyed by (seed, stream, row, position): no state, so nothing to restore and nothing to shard.
+    """Random numbers keyed by (seed, stream, row, position): no state, so nothing to restore and nothing to shard.
 
     Args:
         seed: Seed of the whole run.
@@ -53,7 +53,24 @@ class KeyedNoise:
             length: Numbers per row.
             stream: Which independent sequence; an objective uses one for mask rates and one for positions.
         """
+        bits = _shift_right(self._bits(rows, length, stream), 40)  # the 24 bits a float32 holds exactly
+        return bits.to(torch.float32) * 2.0**-24
+
+    def exponential(self, rows: Tensor, length: int, stream: int = 0) -> Tensor:
+        """Returns float32 numbers of the exponential distribution with mean 1, above 0, of shape [B, length].
+
+        The small ones, which win races, come from 63 bits and have a float32's relative precision down to 2^-63.
+
+        Args:
+            rows: Global row numbers [B], int64.
+            length: Numbers per row.
+            stream: Which independent sequence.
+        """
+        bits = _shift_right(self._bits(rows, length, stream), 1).bitwise_or_(1)
+        return bits.to(torch.float32).mul_(-(2.0**-63)).log1p_().neg_()
+
+    def _bits(self, rows: Tensor, length: int, stream: int) -> Tensor:
+        """Returns 64 random bits each, as int64 [B, length]."""
         base = _mix(rows * _GOLDEN + _first_key(self.seed, stream))
         counters = torch.arange(1, length + 1, dtype=torch.int64, device=rows.device) * _GOLDEN
-        bits = _shift_right(_mix(base[:, None] + counters), 40)  # the 24 bits a float32 holds exactly
-        return bits.to(torch.float32) * 2.0**-24
+        return _mix(base[:, None] + counters)

@@ -13,6 +13,10 @@ from dllm_var.errors import UserError
 from dllm_var.objectives.noise import KeyedNoise
 
 _FORWARDS = 1 << 20  # forwards of one request that get keys of their own
+LOGITS_PER_CHUNK = {
+    "cpu": 1 << 18,
+    "cuda": 1 << 23,
+}  # drawn from at a time; each takes some 30 bytes for noise and sorting
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,16 @@ class Draw:
         """
         if self.temperature == 0:
             return None
+        rows = max(1, LOGITS_PER_CHUNK.get(logits.device.type, LOGITS_PER_CHUNK["cpu"]) // logits.size(1))
+        tokens = [self._draw(*chunk) for chunk in zip(logits.split(rows), keys.split(rows), strict=True)]
+        return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+
+    def _draw(self, logits: Tensor, keys: Tensor) -> Tensor:
         logits = keep_likely(logits, self.temperature, self.top_k, self.top_p)
-        # float64, or the tail of the noise is cut off and rare tokens are drawn too seldom (2409.02908, section 5)
-        uniform = KeyedNoise(self.seed).uniform(keys, logits.size(1), stream=5).double() + 2.0**-25
-        gumbel = -(-uniform.log()).log()
-        return (logits.double() + self.temperature * gumbel).argmax(dim=-1)
+        # The logarithm of an exponential number is minus Gumbel noise. Small numbers must be fine-grained, or rare
+        # tokens are drawn too seldom (arXiv 2409.02908, section 5); 24 bits of uniform noise are not enough.
+        noise = KeyedNoise(self.seed).exponential(keys, logits.size(1), stream=5)
+        return noise.log_().mul_(-self.temperature).add_(logits).argmax(dim=-1)
 
 
 def keep_likely(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

@@ -161,6 +161,19 @@ def test_noise_is_uniform_and_uncorrelated():
         assert float((centred * other).mean().abs()) * 12 < 5e-3
 
 
+def test_exponential_noise_is_fine_where_races_are_won():
+    numbers = KeyedNoise(2).exponential(torch.arange(4000), 1000, stream=5)
+    assert numbers.min() > 0
+    histogram = torch.histc(torch.exp(-numbers.double()), bins=100, min=0, max=1) / numbers.numel()
+    assert (histogram - 0.01).abs().max() < 2.5e-4  # five standard deviations of four million
+    for small in (1e-2, 1e-4, 1e-5):
+        few = numbers[numbers < small]
+        assert abs(len(few) - small * 4e6) < 5 * (small * 4e6) ** 0.5
+        assert len(few.unique()) > 0.99 * len(few)  # 24 bits of uniform noise have 1,677 values below 1e-4
+    other = KeyedNoise(2).exponential(torch.tensor([17]), 10, stream=5)
+    assert torch.equal(other[0], numbers[17, :10])
+
+
 def test_chunked_head_gives_the_loss_and_gradients_of_the_whole():
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 40, bias=False)

@@ -1,20 +1,76 @@
 """Drawing tokens: the right distribution, and the same draws whatever the batch."""
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold
-from dllm_var.sampling.draw import Draw, keep_likely, request_keys
+from dllm_var.sampling.draw import LOGITS_PER_CHUNK, Draw, keep_likely, request_keys
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_are_drawn_from_the_tempered_distribution(temperature):
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -torch.inf])
-    tokens = Draw(temperature)(logits.expand(40_000, -1), torch.arange(40_000))
-    share = torch.bincount(tokens, minlength=5) / 40_000
-    torch.testing.assert_close(share, (logits / temperature).softmax(-1), atol=0.01, rtol=0)
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (6, 1.0), (0, 0.8), (6, 0.9)])
+def test_tokens_are_drawn_from_the_tempered_distribution(temperature, top_k, top_p):
+    """Pearson's chi-square against the softmax over the tokens that are kept; 15 chunks."""
+    logits = torch.cat((torch.linspace(2.0, -2.5, 15), torch.tensor([-torch.inf])))[torch.randperm(16)]
+    draws = 240_000
+    tokens = Draw(temperature, top_k, top_p, seed=3)(logits.expand(draws, -1), torch.arange(draws))
+    observed = torch.bincount(tokens, minlength=16).double()
+
+    probabilities = (logits.double() / temperature).softmax(-1)
+    order = probabilities.argsort(descending=True)
+    kept = order[: top_k or 16]
+    within = probabilities[kept] / probabilities[kept].sum()
+    kept = kept[(within.cumsum(0) - within) < top_p]
+    kept = kept[probabilities[kept] > 0]
+    expected = torch.zeros(16, dtype=torch.double)
+    expected[kept] = draws * probabilities[kept] / probabilities[kept].sum()
+    assert observed[expected == 0].sum() == 0 and expected[kept].min() > 5
+    statistic = ((observed - expected)[kept].square() / expected[kept]).sum()
+    chance = torch.special.gammaincc(torch.tensor((len(kept) - 1) / 2, dtype=torch.double), statistic / 2)
+    assert chance > 1e-3
+
+
+class PeakBytes(TorchDispatchMode):
+    """Adds up the storages that operations make beside `given`, as long as they live; `most` is the largest sum."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.alive, self.now, self.most = {id(given.untyped_storage())}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in self.alive:
+                storage, size = tensor.untyped_storage(), tensor.untyped_storage().nbytes()
+                self.alive.add(id(storage))
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.forget, id(storage), size)
+        return result
+
+    def forget(self, storage, size):
+        self.alive.remove(storage)
+        self.now -= size
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 9}])
+def test_drawing_needs_a_fraction_of_the_logits_memory(settings, monkeypatch):
+    logits = torch.randn(256, 2048)
+    draw, whole = Draw(1.0, **settings), PeakBytes(logits)
+    monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", logits.numel())
+    with whole:
+        expected = draw(logits, torch.arange(256))
+    monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", logits.numel() // 32)
+    with PeakBytes(logits) as chunked:
+        tokens = draw(logits, torch.arange(256))
+    assert torch.equal(tokens, expected)
+    assert logits.nbytes < whole.most < 9 * logits.nbytes
+    assert chunked.most < 0.3 * logits.nbytes
 
 
 def test_temperature_zero_draws_nothing():
