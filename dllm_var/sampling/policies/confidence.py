@@ -63,7 +63,9 @@ class ConfidenceFactor(UnmaskingPolicy):
 
 
 class EntropyThreshold(UnmaskingPolicy):
-    """Commits every masked position whose entropy is at most the threshold, or the one of least (dParallel 2509.26488).
+    """Commits every masked position whose entropy is at most the threshold (dParallel 2509.26488).
+
+    Where there is none, the position of least entropy is committed.
 
     Args:
         threshold: Entropy in nats, at least 0.
@@ -100,7 +102,7 @@ class EntropyBounded(UnmaskingPolicy):
 
     def decide(self, view: BlockView, state: State) -> Decision:
         ordered = view.entropy.masked_fill(~view.masked, torch.inf).sort(dim=1).values
-        without_largest = pad(ordered, (1, -1)).cumsum(dim=1)  # of the n + 1 least ones at n: the sum of the n least
+        without_largest = pad(ordered, (1, -1)).cumsum(dim=1)  # at place n: the sum of the n least
         counts = (without_largest <= self.gamma).sum(dim=1)
         return Decision(commit=top_n(-view.entropy, view.masked, counts), scores=-view.entropy)
 

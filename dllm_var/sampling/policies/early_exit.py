@@ -17,10 +17,11 @@ class Prophet(UnmaskingPolicy):
     """Fills what is left of a block once the mean logit margin of its masked positions is large enough (2508.19982).
 
     The margin is top-1 minus top-2 logit; the threshold falls with the share of the block that is committed: `high`
-    below 0.33, `middle` below 0.67, `low` after. With `FixedLengthSampler` and no block length the block is the whole
-    canvas, as in the released code. That code differs in two things: its margin is the mean over a few answer positions
-    that the caller must know (the five behind a forced "The answer is"), committed ones included; and its progress is
-    (step + 1) / steps of a number of steps fixed in advance, with one token per step one token ahead of the share here.
+    below 0.33, `middle` below 0.67, `low` after. The released code fills a whole canvas at once, as this does with
+    `FixedLengthSampler` and no block length. It differs in two things: its margin is the mean over a few answer
+    positions that the caller must know (the five behind a forced "The answer is"), committed ones included; and its
+    progress is (step + 1) / steps of a number of steps fixed in advance, with one token per step one token ahead of the
+    share here.
 
     Args:
         base: Policy of the steps before; one token per step when None.

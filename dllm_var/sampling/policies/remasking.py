@@ -57,7 +57,7 @@ class Saber(UnmaskingPolicy):
 
     As in the released code, at least the best n positions are committed, a block's first step commits just these, and
     min(max(n // 2, ceil(K / 8)), K - 1) tokens are masked again unless the block is full. K is the number committed
-    now, but at least n. The paper masks max(1, K // 8) again, which makes no progress where K is 1.
+    now, but at least n. The paper's number, max(1, K // 8), would make no progress where K is 1.
 
     Args:
         count: n.
