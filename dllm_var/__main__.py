@@ -10,6 +10,7 @@ from importlib import import_module
 
 from dllm_var import __version__
 from dllm_var.errors import UserError
+from dllm_var.failures import from_files
 from dllm_var.ranks import enter
 
 # command: (module, what it does). A module's main(command, arguments) runs the command and returns the exit status.
@@ -53,37 +54,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 2 for a mistake the user can mend, 130 after Ctrl-C.
 
     Args:
-        arguments: What follows `python -m dllm_var`; the command line when null.
+        arguments: What follows `python -m dllm_var`; the command line when None.
     """
-    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    open_streams()
+    try:
+        status = run(list(sys.argv[1:] if arguments is None else arguments), is_process=arguments is None)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        silence()
+        return 0
+    except Exception as error:  # a bug keeps its traceback
+        message = mistake(error) or from_files(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # it is what cannot be written
+            silence()
+        return 2
+
+
+def run(arguments: list[str], is_process: bool) -> int:
+    """Runs one command and returns its exit status.
+
+    Args:
+        arguments: What follows `python -m dllm_var`.
+        is_process: Whether nothing else runs in this process.
+    """
+    command, *rest = arguments or ["--help"]
     if command in ("-h", "--help", "help"):
         print(overview())
         return 0
     if command == "--version":
         print(f"dllm-var {__version__}")
         return 0
+    if command not in COMMANDS:
+        raise UserError(f"no command '{command}'; commands are: {', '.join(COMMANDS)}")
+    enter()
+    module = import_module(COMMANDS[command][0])
+    if is_process:  # what the imports have made stays; collections, of settings too, need not look at it
+        gc.freeze()
     try:
-        if command not in COMMANDS:
-            raise UserError(f"no command '{command}'; commands are: {', '.join(COMMANDS)}")
-        enter()
-        module = import_module(COMMANDS[command][0])
-        if arguments is None:  # what the imports have made stays; collections, of settings too, need not look at it
-            gc.freeze()
         return module.main(command, rest)
     except SystemExit as stop:  # the parser, after --help or --print_config
         return int(stop.code or 0)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:  # a bug keeps its traceback
-        message = mistake(error)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+
+
+def open_streams() -> None:
+    """Opens standard streams that are closed: a file of ours would take their place and get what is printed."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
+def silence() -> None:
+    """Drops what is still to be printed, which nothing can take."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def mistake(error: BaseException | None) -> str | None:

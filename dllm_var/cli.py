@@ -105,8 +105,8 @@ def split_resume(command: str, arguments: list[str]) -> tuple[list[str], str | N
             settings.append(argument)
     if resume and command != "fit":
         raise UserError(f"--resume belongs to fit; {command} takes --ckpt_path FILE")
-    restarts = (int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
-    if command == "fit" and resume is None and any(restarts):
+    restarts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    if command == "fit" and resume is None and any(restart not in ("", "0") for restart in restarts):
         resume = "auto"
     return settings, resume
 

@@ -19,14 +19,33 @@ def from_checkpoint(error: Exception) -> str | None:
     )
 
 
+_CANNOT_WRITE = {
+    errno.ENOSPC: "make room, or write to another disk",
+    errno.EDQUOT: "make room, or write to another disk",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or write to another disk",
+    errno.EROFS: "write to another place",
+}
+
+
+def from_files(error: BaseException | None) -> str | None:
+    """Returns a line for an exception that comes from a file or a stream that cannot be used; None for any other."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__  # the settings parser wraps what a constructor raises
+    if error is None or error.errno is None:
+        return None
+    if error.errno in _CANNOT_WRITE:
+        return f"cannot write {error.filename or 'the output'}: {error.strerror}; {_CANNOT_WRITE[error.errno]}"
+    if error.filename is not None:
+        return f"cannot use '{error.filename}': {error.strerror}"
+    return f"cannot read or write a file: {error.strerror}" if error.errno == errno.EIO else None
+
+
 def from_outside(error: Exception) -> str | None:
     """Returns a line for what befell the run and is no bug of it: a full disk, a process that is gone; else None."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"cannot write {error.filename or 'a file of the run'}: {error.strerror}"
     if is_lost_contact(error):
         return "lost contact with another process of this run"
     worker = killed_worker(error)
-    return f"{worker}; too little memory is the usual cause: lower data.num_workers" if worker else None
+    return f"{worker}; too little memory is the usual cause: lower data.num_workers" if worker else from_files(error)
 
 
 def is_lost_contact(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from dllm_var.checkpointing.files import UNFINISHED, flush_and_publish, hidden
+from dllm_var.checkpointing.plain import parse_json, read_text
 from dllm_var.errors import UserError
 from dllm_var.step_totals import StepResult
 
@@ -158,9 +159,26 @@ class GuardedSteps:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of a run's `loss_guard.jsonl`, without a line that a killed process has not finished."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Returns the records of a run's `loss_guard.jsonl`, without a line that a killed process has not finished.
+
+    Raises:
+        UserError: When a line is no record; names it.
+    """
+    records = []
+    for number, line in enumerate(read_text(path).splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            continue
+        record = parse_json(line, f"{path}, line {number}")
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int) or not _are_rows(record.get("rows")):
+            raise UserError(f"{path}, line {number} is no record of a step: the file is damaged")
+        records.append(record)
+    return records
+
+
+def _are_rows(rows: Any) -> bool:
+    return isinstance(rows, list) and all(
+        isinstance(row, list) and len(row) == 3 and isinstance(row[1], int | float | None) for row in rows
+    )
 
 
 def _overflow_is_expected(trainer: L.Trainer) -> bool:

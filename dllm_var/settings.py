@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ from dllm_var.errors import UserError
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is several times faster
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+DEEPEST, LARGEST = 100, 100_000  # levels of nesting, and values, in a file of settings
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.\[\]]*)\}")
 
 
@@ -29,12 +31,40 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_LOADER)
 
 
+def check_size(text: str) -> None:
+    """Raises yaml.YAMLError for YAML whose nesting would end the process, or whose aliases would fill the memory."""
+    sizes: dict[str | None, int] = {}  # values that an anchor stands for
+    stack: list[tuple[str | None, int]] = []  # the lists and mappings that are open: anchor, values so far
+    for event in yaml.parse(text, Loader=_LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            stack.append((event.anchor, 1))
+            if len(stack) > DEEPEST:
+                raise yaml.YAMLError(f"it is nested more than {DEEPEST} levels deep")
+            continue
+        if not isinstance(event, yaml.AliasEvent | yaml.ScalarEvent | yaml.CollectionEndEvent):
+            continue
+        anchor, size = stack.pop() if isinstance(event, yaml.CollectionEndEvent) else (event.anchor, 1)
+        size = sizes.get(anchor, 1) if isinstance(event, yaml.AliasEvent) else size
+        sizes[anchor] = size
+        if stack:
+            stack[-1] = (stack[-1][0], stack[-1][1] + size)
+        if size > LARGEST:
+            raise yaml.YAMLError(f"it has more than {LARGEST:,} values")
+
+
 def dump_yaml(content: Any) -> str:
     """Writes YAML, with the keys in the order they have."""
     return yaml.dump(content, Dumper=_DUMPER, default_flow_style=False, allow_unicode=True, sort_keys=False)
 
 
 set_dumper("yaml", dump_yaml)  # the parser writes YAML, and reads it again, for each class of the settings
+
+
+class PlainParser(argparse.ArgumentParser):
+    """Reads the options of a command without settings; every mistake becomes a UserError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 class SettingsParser(ArgumentParser):
@@ -44,6 +74,11 @@ class SettingsParser(ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)  # or --trainer.max_step would pass for max_steps
         super().__init__(*args, **kwargs)
 
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        for path in config_files(args or []):  # the parser would not name the file, and waits for ever on a pipe
+            read_settings(path)
+        return super().parse_args(args, *rest, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # a parser inside the parser: the outer one reports
             super().error(message, ex)
@@ -52,21 +87,34 @@ class SettingsParser(ArgumentParser):
         raise UserError(readable(message, known)) from ex
 
 
+def config_files(arguments: Sequence[str]) -> list[Path]:
+    """Returns the files that `--config` names among the arguments."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    split = [(*argument.partition("="), following) for argument, following in pairs]
+    return [Path(value if equals else after) for option, equals, value, after in split if option in ("--config", "-c")]
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """Reads a YAML file of settings.
 
     Raises:
         UserError: When it is missing, is not YAML or holds no settings; names the file and the line.
     """
-    if not path.is_file():
-        raise UserError(f"there is no configuration file '{path}'")
     try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
+        if not path.exists():
+            raise UserError(f"there is no configuration file '{path}'")
+        if not path.is_file():
+            raise UserError(f"'{path}' is no configuration file: it is a folder, a pipe or a device")
+        text = path.read_text(encoding="utf-8")
+        check_size(text)
+        content = load_yaml(text)
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the configuration file '{path}': {error.strerror}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings")
     return content

@@ -17,7 +17,7 @@ from typing import Any
 
 import tokenizers
 
-from dllm_var.checkpointing.plain import fits, read_object
+from dllm_var.checkpointing.plain import fits, read_object, read_text
 from dllm_var.errors import UserError
 from dllm_var.hub import TOKENIZER_FILES, download, is_hub_name
 
@@ -354,10 +354,7 @@ def _first_line(error: Exception) -> str:
 def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {file}: {error}") from error
+        return read_text(file)
     template = config.get("chat_template")
     if fits(template, list[dict[str, str]]):  # several, each with a name
         return next((entry.get("template") for entry in template if entry.get("name") == "default"), None)

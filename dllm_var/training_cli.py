@@ -36,7 +36,7 @@ from dllm_var.run_folders import (
 )
 from dllm_var.runs import SaveConfig, default_checkpoints, default_logger
 from dllm_var.sampling import Sampler
-from dllm_var.settings import SettingsParser, load_yaml, merged, qualify_references, read_settings, split_vars
+from dllm_var.settings import SettingsParser, config_files, load_yaml, merged, qualify_references, split_vars
 from dllm_var.strategies import check_strategy
 
 _RESUMED = "DLLM_VAR_RESUMED"  # the checkpoint that the first process goes on from, for those it starts
@@ -206,7 +206,7 @@ class TrainingCLI(LightningCLI):
             plugins.append(CheckedFiles())
         try:
             trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise UserError(f"trainer: {' '.join(str(error).split())}") from error
         ResumableFitLoop.take_over(trainer)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -236,18 +236,3 @@ class TrainingCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Keeps the configuration as given; LightningCLI would let the checkpoint's hyper-parameters override it."""
-
-
-def config_files(settings: list[str]) -> list[Path]:
-    """Returns the configuration files among the arguments, after a look at each: the parser would not name the file.
-
-    Raises:
-        UserError: When a file is missing or is not YAML; names the file and the line.
-    """
-    paths = []
-    for argument, following in zip(settings, [*settings[1:], ""], strict=False):
-        option, equals, value = argument.partition("=")
-        if option in ("--config", "-c"):
-            paths.append(Path(value if equals else following))
-            read_settings(paths[-1])
-    return paths

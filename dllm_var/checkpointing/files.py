@@ -192,6 +192,8 @@ def check_file(path: Path) -> bool:
         UnusableCheckpoint: When it is damaged, of another format, or no checkpoint.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UnusableCheckpoint(f"{path} is not a checkpoint")
         with open(path, "rb") as file:
             return _check_open(file, path)
     except OSError as error:

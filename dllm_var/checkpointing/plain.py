@@ -18,16 +18,37 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         UserError: When it cannot be read, is not JSON, or holds something else.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
-        raise UserError(f"{path} is not valid JSON: {reason}") from error
+    content = parse_json(read_text(path), path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold settings by name, not {type(content).__name__}: the file is damaged")
     return content
+
+
+def read_text(path: Path) -> str:
+    """Reads a text file.
+
+    Raises:
+        UserError: When it cannot be read or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: it is not UTF-8 text") from error
+
+
+def parse_json(text: str, where: str | Path) -> Any:
+    """Returns what JSON text says.
+
+    Raises:
+        UserError: When it is not valid JSON; names the place.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise UserError(f"{where} is not valid JSON: {reason}") from error
 
 
 def fits(value: Any, kind: Any) -> bool:

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from dllm_var.benchmarking.results import task_result
 from dllm_var.benchmarking.settings import Entry, Sweep, Task, check_names, read_task
 from dllm_var.commands import measuring
 from dllm_var.errors import UserError
-from dllm_var.settings import SettingsParser, read_settings
+from dllm_var.files import write_whole
+from dllm_var.settings import SettingsParser, config_files, read_settings
 
 DESCRIPTION = """Measures what a config lists, side by side on one machine: a config with `tasks` compares samplers, one
 with `trainings` (benchmarks/training.yaml) ways to train.
@@ -75,10 +75,8 @@ def build_parser(command: str) -> SettingsParser:
 
 
 def kind_of(arguments: Sequence[str]) -> str | None:
-    """Returns the first of `KINDS` that a config among the arguments has, null when none has one."""
-    named = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
-    named += [following for option, following in pairwise(arguments) if option == "--config"]
-    keys = {key for name in named if Path(name).is_file() for key in read_settings(Path(name))}
+    """Returns the first of `KINDS` that a config among the arguments has, None when none has one."""
+    keys = {key for path in config_files(arguments) for key in read_settings(path)}
     return next((kind for kind in KINDS if kind in keys), None)
 
 
@@ -98,6 +96,8 @@ def chosen_tasks(options: Any) -> list[Task]:
     check_names([task.name for task in tasks], "tasks")
     if options.only is not None:
         tasks = only(tasks, options.only)
+    if not tasks:
+        raise UserError("nothing to measure: the list of tasks is empty")
     if options.quick:
         small: dict[str, Any] = dict.fromkeys(("prompts", "single_prompts", "batched_prompts"))
         tasks = [replace(task, **QUICK, entries=[replace(e, **small) for e in task.entries]) for task in tasks]
@@ -140,7 +140,7 @@ def top_ratios(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def write(result: dict[str, Any], output: Path) -> None:
     """Writes the JSON file, the Markdown file and the plots; says so when there can be no plots."""
-    measuring.write_text(output, json.dumps(result, indent=1) + "\n")
+    write_whole(output, json.dumps(result, indent=1) + "\n")
     plots = {}
     try:
         for task in result["tasks"]:
@@ -150,4 +150,4 @@ def write(result: dict[str, Any], output: Path) -> None:
             plots[task["name"]] = path.name
     except UserError as error:
         measuring.say(f"no plots: {error}")
-    measuring.write_text(output.with_suffix(".md"), markdown_report(result, plots))
+    write_whole(output.with_suffix(".md"), markdown_report(result, plots))

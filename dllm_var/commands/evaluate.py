@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import Namespace
 
+from dllm_var.checkpointing.plain import read_text
 from dllm_var.commands.generate import load
 from dllm_var.commands.generate_options import add_draw_options, add_sampler_options
 from dllm_var.errors import UserError
 from dllm_var.evaluation import TASKS
+from dllm_var.files import open_output
 from dllm_var.provenance import provenance
-from dllm_var.settings import SettingsParser
+from dllm_var.settings import SettingsParser, check_size
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -41,6 +44,9 @@ EXAMPLES = """examples:
   python -m dllm_var evaluate --checkpoint RUN --tasks gsm8k arc_easy --limit 100 --mc-draws 128
 
 docs/evaluate.md explains estimators and figures."""
+
+
+MOST_DOCUMENTS = 1e9
 
 
 def main(command: str, arguments: list[str]) -> int:
@@ -71,11 +77,15 @@ def main(command: str, arguments: list[str]) -> int:
         block_length = getattr(sampler, "block_length", 0) if model.config.causal_context else 0
     likelihood = Likelihood(options.mc_draws, options.mc_batch_size, options.mc_seed, options.mc_canvas, block_length)
     evaluated = EvaluatedModel(model, tokenizer, sampler, likelihood, options.max_new_tokens)
-    result = evaluate(evaluated, options)
-    result["dllm_var"] = description(evaluated, sampler, options)
-    print(report(result))
-    if options.output is not None:
-        write(result, Path(options.output))
+    from lm_eval.utils import handle_non_serializable
+
+    with nullcontext() if options.output is None else open_output("--output", options.output) as output:
+        result = evaluate(evaluated, options)
+        result["dllm_var"] = description(evaluated, sampler, options)
+        print(report(result))
+        if output is not None:
+            text = json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False)
+            output.write(text + "\n")
     return 0
 
 
@@ -131,12 +141,12 @@ def check_options(options: Namespace) -> None:
     """Raises UserError for options that lack something or contradict each other."""
     if not options.tasks:
         raise UserError("evaluate needs --tasks NAME ..., such as cmudict")
-    if options.limit is not None and options.limit <= 0:
-        raise UserError(f"--limit must be above 0, got {options.limit:g}")
+    if options.limit is not None and not 0 < options.limit < MOST_DOCUMENTS:
+        raise UserError(f"--limit must be above 0 and below {MOST_DOCUMENTS:g}, got {options.limit:g}")
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        raise UserError(f"--num-fewshot must be at least 0, got {options.num_fewshot}")
     if options.output is None and options.samples:
         raise UserError("--samples needs --output FILE.json: that is where the answers go")
-    if options.output is not None and not Path(options.output).absolute().parent.is_dir():
-        raise UserError(f"--output: there is no folder {Path(options.output).absolute().parent}")
 
 
 def evaluate(evaluated: EvaluatedModel, options: Namespace) -> dict[str, Any]:
@@ -216,8 +226,10 @@ def _task_name(file: Path) -> str:
 
     Loader.add_constructor("!function", lambda loader, node: None)
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = read_text(file)
+        check_size(text)
+        content = yaml.load(text, Loader)
+    except yaml.YAMLError as error:
         raise UserError(f"--tasks: {file} is not a YAML file: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not isinstance(content.get("task"), str):
         raise UserError(f"--tasks: {file} has no 'task: NAME'")
@@ -255,13 +267,3 @@ def report(result: dict[str, Any]) -> str:
             f"{figures['useful_tokens_per_second']:,.0f} useful tokens/s"
         )
     return "\n".join(tables)
-
-
-def write(result: dict[str, Any], path: Path) -> None:
-    """Writes the JSON file, whole or not at all."""
-    from lm_eval.utils import handle_non_serializable
-
-    text = json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -56,6 +56,7 @@ def main(command: str, arguments: list[str]) -> int:
     began = time.perf_counter()
     try:
         decode(options, sampler, model, tokenizer, prompts, suppress, printer)
+        output.complete()
     except KeyboardInterrupt:
         close(printer)
         printer.interrupt()
@@ -65,13 +66,13 @@ def main(command: str, arguments: list[str]) -> int:
         return 130
     except BaseException as error:
         close(printer)
-        if not isinstance(error, BrokenPipeError):
-            output.abandon()
+        output.abandon()
+        if isinstance(error, OSError):
+            error.filename = error.filename or output.name
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
             raise UserError("not enough memory for these answers: lower --max-new-tokens or the batch size") from error
         raise
     close(printer)
-    output.complete()
     line = summary(printer.done, time.perf_counter() - began)
     print(f"\033[2m{line}\033[0m" if is_coloured(sys.stderr) else line, file=sys.stderr)
     return 0

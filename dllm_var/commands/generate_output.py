@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from dllm_var.commands.generate_prompts import Prompt
-from dllm_var.errors import UserError
+from dllm_var.files import open_output
 
 if TYPE_CHECKING:
     from dllm_var.sampling import Generation
@@ -21,51 +21,27 @@ class Output:
     """Standard output, or a file that gets its name when it is complete.
 
     Args:
-        path: The file; standard output when null or `-`.
+        path: The file; standard output when None or `-`.
 
     Raises:
         UserError: When the file cannot be written.
     """
 
     def __init__(self, path: str | None) -> None:
-        self.stream: TextIO = sys.stdout
-        self.target: Path | None = None
-        if path in (None, "-"):
-            return
-        assert path is not None
-        target = Path(path).expanduser()
-        try:
-            if target.exists() and not target.is_file() and not target.is_dir():  # a pipe or device: nothing to rename
-                self.stream = target.open("w", encoding="utf-8")
-                return
-            if target.is_dir():
-                raise IsADirectoryError(0, "it is a folder")
-            self.target = target.resolve()  # what a link points to is replaced, not the link
-            self.partial = self.target.with_name(self.target.name + ".partial")
-            self.stream = self.partial.open("w", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--output: cannot write '{path}': {error.strerror}") from error
+        self.file = None if path in (None, "-") else open_output("--output", str(path))
+        self.stream: TextIO = sys.stdout if self.file is None else self.file.stream
+        self.name = "standard output" if self.file is None else str(path)
 
     def complete(self) -> None:
         """Gives the file its name."""
-        self._close()
-        if self.target is not None:
-            os.replace(self.partial, self.target)
+        if self.file is None:
+            self.stream.flush()
+        else:
+            self.file.complete()
 
     def abandon(self) -> Path | None:
         """Leaves what has been written under the name of a partial file, and returns it; nothing leaves no file."""
-        self._close()
-        if self.target is None:
-            return None
-        if self.partial.stat().st_size:
-            return self.partial
-        self.partial.unlink()
-        return None
-
-    def _close(self) -> None:
-        self.stream.flush()
-        if self.stream is not sys.stdout:
-            self.stream.close()
+        return None if self.file is None else self.file.abandon()
 
 
 class TextStream:

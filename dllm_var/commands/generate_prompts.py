@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
+from dllm_var.checkpointing.plain import parse_json
 from dllm_var.datamodules.records import ROLES
 from dllm_var.errors import UserError
 
@@ -105,10 +106,7 @@ def _lines(text: str, name: str, is_json: bool) -> Iterator[_Record]:
 
 
 def _from_json(line: str, where: str) -> _Record:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
+    record = parse_json(line, where)
     if not isinstance(record, dict) or not record.keys() & {"prompt", "messages", "infill"}:
         raise UserError(f'{where}: expected an object with "prompt", "messages" or "infill"')
     for name in ("prompt", "infill"):
@@ -200,7 +198,7 @@ def _check(text: str, where: str, tokenizer: Tokenizer) -> None:
     for index, start, stop in spans:
         if index == tokenizer.unknown_id:
             unknown = text[start:stop]
-            raise UserError(f"prompt '{text}': the checkpoint's vocabulary has nothing for '{unknown}'")
+            raise UserError(f"{where}, '{text[:80]}': the checkpoint's vocabulary has nothing for '{unknown[:80]}'")
 
 
 def token_ids(names: Sequence[str], tokenizer: Tokenizer) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import sys
@@ -17,6 +16,7 @@ import torch
 
 from dllm_var.benchmarking.instruments import command_line, describe_machine
 from dllm_var.errors import UserError
+from dllm_var.files import open_output
 from dllm_var.settings import SettingsParser
 
 STATUS_BASE = 128  # of a process that a signal ended, as shells count
@@ -134,18 +134,10 @@ def check_output(name: str | None) -> Path:
         raise UserError(f"--output must end in .json, got '{name}'; the tables go into the .md file beside it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(13, "no permission")
     except OSError as error:
         raise UserError(f"--output: cannot write into '{path.parent}': {error.strerror}") from error
+    open_output("--output", name).abandon(keep=False)
     return path
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 class Progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from dllm_var.benchmarking.cost_model import (
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
 from dllm_var.objectives import EosSchedule, KeyedNoise, Objective
+from dllm_var.settings import PlainParser
 from dllm_var.tokenization import SpecialTokens
 
 DESCRIPTION = """Says what a training run will cost, from its config alone: parameters, tokens and FLOPs of a step, its
@@ -81,12 +83,14 @@ def main(command: str, arguments: list[str]) -> int:
     """
     parser = build_parser(command)
     options, settings = parser.parse_known_args(arguments)
-    for name in ("devices", "device_tflops", "device_memory", "mfu"):
+    for name in ("devices", "device_tflops", "device_memory"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, got {value:g}")
-    if not 0 < options.supervised_share <= 1:
-        raise UserError(f"--supervised-share must be in (0, 1], got {options.supervised_share:g}")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be a number above 0, got {value:g}")
+    for name in ("mfu", "supervised_share"):
+        value = getattr(options, name)
+        if not 0 < value <= 1:
+            raise UserError(f"--{name.replace('_', '-')} must be in (0, 1], got {value:g}")
     result = plan(read(settings), options)
     print(json.dumps(result, indent=2) if options.json else report(result))
     return 0
@@ -94,7 +98,7 @@ def main(command: str, arguments: list[str]) -> int:
 
 def build_parser(command: str) -> argparse.ArgumentParser:
     """Returns the parser of its own options; all others are settings of `fit`."""
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog=f"python -m dllm_var {command}",
         usage=f"python -m dllm_var {command} --config FILE ... [options] [--key=value ...]",
         description=DESCRIPTION,
@@ -238,6 +242,9 @@ def read_step(data: dict[str, Any], trainer: dict[str, Any], objective: Objectiv
         if not str(devices).lstrip("-").isdigit() or int(devices) < 1:
             raise UserError(f"trainer.devices {devices} says no number: give plan --devices N")
         devices = int(devices) * int(trainer.get("num_nodes") or 1)
+    for name in ("batch_size", "context_length"):
+        if data[name] < 1:
+            raise UserError(f"data.{name} must be at least 1, got {data[name]}")
     length = data["context_length"]
     read, scored = tokens_read(objective, min(length, SAMPLE_LENGTH), options.supervised_share)
     precision = str(trainer.get("precision") or "32")

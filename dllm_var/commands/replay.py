@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import warnings
 from importlib import import_module
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_var.errors import UserError
-from dllm_var.settings import dump_yaml, load_yaml
+from dllm_var.settings import PlainParser, dump_yaml, read_settings
 
 DESCRIPTION = """Computes the losses again that the loss guard has recorded in a run's loss_guard.jsonl, row by row.
 
@@ -28,14 +27,15 @@ def main(command: str, arguments: list[str]) -> int:
     Raises:
         UserError: When there is no record, no checkpoint before it, or no configuration.
     """
-    parser = argparse.ArgumentParser(f"python -m dllm_var {command}", description=DESCRIPTION)
+    parser = PlainParser(f"python -m dllm_var {command}", description=DESCRIPTION)
     parser.add_argument("run", help="run folder, such as runs/quickstart/version_0")
     parser.add_argument("--step", type=int, help="which record, by its step; the last when not given")
     parser.add_argument("--checkpoint", help="go on from this one, in place of the last before the step")
     parser.add_argument("--rows", type=int, default=8, help="how many rows are shown, the worst first (default: 8)")
     parser.add_argument("--trainer.devices", dest="devices", help="processes, when not as many as the run had")
     options = parser.parse_args(arguments)
-
+    if options.rows < 1:
+        raise UserError(f"--rows must be at least 1, got {options.rows}")
     run = Path(options.run)
     record = find_record(run, options.step)
     checkpoint = checkpoint_before(run, record["step"], options.checkpoint)
@@ -45,9 +45,9 @@ def main(command: str, arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")  # most are left out
     with tempfile.TemporaryDirectory() as folder:
         overlay = Path(folder) / "replay.yaml"
-        overlay.write_text(dump_yaml(replay_settings(load_yaml(config.read_text()), record, options.rows)))
+        overlay.write_text(dump_yaml(replay_settings(read_settings(config), record, options.rows)), encoding="utf-8")
         settings = [f"--config={config}", f"--config={overlay}", f"--ckpt_path={checkpoint}"]
-        settings += [f"--trainer.devices={options.devices}"] if options.devices else []
+        settings += [f"--trainer.devices={options.devices}"] if options.devices is not None else []
         return import_module("dllm_var.cli").main("fit", settings)
 
 
@@ -96,6 +96,8 @@ def steps_of(path: Path) -> int:
 
     if is_sharded(path):
         return read_trainer_state(path)["global_step"]
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is not a checkpoint")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     except Exception as error:  # torch raises many kinds; `fit` will look at the checksum
@@ -104,7 +106,9 @@ def steps_of(path: Path) -> int:
 
 def replay_settings(config: dict[str, Any], record: dict[str, Any], rows: int) -> dict[str, Any]:
     """Returns what is different from the run: nothing is logged, saved, validated or sampled, and nothing stops it."""
-    kept = [callback for callback in config["trainer"].get("callbacks") or [] if _changes_training(callback)]
+    trainer = config.get("trainer")
+    callbacks = trainer.get("callbacks") if isinstance(trainer, dict) else None
+    kept = [callback for callback in callbacks if _changes_training(callback)] if isinstance(callbacks, list) else []
     shown = {"class_path": "dllm_var.callbacks.replay.ReplayStep", "init_args": {"record": record, "num_shown": rows}}
     return {
         "trainer": {
@@ -124,5 +128,10 @@ def _changes_training(callback: Any) -> bool:
     """Whether a run without this callback would refuse the checkpoint: one that averages weights."""
     from lightning.pytorch.callbacks import WeightAveraging
 
-    module, _, name = str(callback["class_path"]).rpartition(".")
-    return issubclass(getattr(import_module(module), name), WeightAveraging)
+    path = callback.get("class_path") if isinstance(callback, dict) else None
+    module, _, name = str(path).rpartition(".")
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):  # `fit` says what is wrong with it
+        return False
+    return isinstance(kind, type) and issubclass(kind, WeightAveraging)

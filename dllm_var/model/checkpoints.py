@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dllm_var.checkpointing.files import flush_and_publish
 from dllm_var.errors import UserError
+from dllm_var.files import write_whole
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.lora import plain_name
 from dllm_var.model.placement import fill, sections
-from dllm_var.model.safetensors_files import WEIGHTS
+from dllm_var.model.safetensors_files import WEIGHTS, save_tensors
 from dllm_var.model.stored import (
     CONFIG,
     EXPORT_FOLDER,
@@ -69,9 +68,7 @@ def save_checkpoint_folder(
     weights = {name: value.detach().cpu().contiguous() for name, value in (state or transformer.state_dict()).items()}
     if transformer.config.tie_embeddings:
         weights.pop("lm_head.weight", None)
-    temporary = folder / f".{WEIGHTS}.tmp"
-    save_file(weights, temporary, metadata={"format": "pt"})
-    flush_and_publish(temporary, folder / WEIGHTS)
+    save_tensors(weights, folder / WEIGHTS)
     save_settings(folder, transformer, tokenizer, meta)  # last: it makes the folder a checkpoint
     return folder
 
@@ -82,9 +79,7 @@ def save_settings(
     """Writes `config.json` and the tokenizer of a folder of weights, or of adapters; arguments as above."""
     tokenizer.save(folder)
     config = {"model_type": MODEL_TYPE, "transformer": transformer.config.to_dict(), **(meta or {})}
-    temporary = folder / f".{CONFIG}.tmp"
-    temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    flush_and_publish(temporary, folder / CONFIG)
+    write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def load_checkpoint(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from dllm_var.checkpointing.plain import read_object
 from dllm_var.errors import UserError
+from dllm_var.files import write_whole
 from dllm_var.model.initialise import named_generator
 from dllm_var.model.placement import fill
+from dllm_var.model.safetensors_files import save_tensors
 from dllm_var.model.transformer import Transformer
 
 ADAPTER_FOLDER = "adapter"
@@ -167,9 +169,7 @@ def save_adapter(folder: Path, weights: Mapping[str, Tensor], lora: Lora, base: 
         for name, value in weights.items()
         if is_adapter(name)
     }
-    temporary = folder / f".{ADAPTER_WEIGHTS}.tmp"
-    save_file(adapters, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / ADAPTER_WEIGHTS)
+    save_tensors(adapters, folder / ADAPTER_WEIGHTS)
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base,
@@ -182,7 +182,7 @@ def save_adapter(folder: Path, weights: Mapping[str, Tensor], lora: Lora, base: 
         "inference_mode": True,
         "task_type": None,
     }
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def load_adapter(folder: Path) -> tuple[dict[str, Tensor], Lora, str]:
@@ -195,7 +195,7 @@ def load_adapter(folder: Path) -> tuple[dict[str, Tensor], Lora, str]:
         UserError: When it is damaged, or an adapter of another kind.
     """
     try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        config = read_object(folder / ADAPTER_CONFIG)
         weights = load_file(folder / ADAPTER_WEIGHTS)
         if config["peft_type"] != "LORA" or config.get("use_dora") or config.get("use_rslora"):
             raise ValueError("it is no plain LoRA adapter")

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dllm_var.checkpointing.files import UNFINISHED, discard, flush_and_publish, hidden
+from dllm_var.checkpointing.plain import read_object
 from dllm_var.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -65,6 +67,8 @@ class SafetensorsFolder(Mapping[str, Tensor]):
 
 
 def _open(file: Path) -> Any:
+    if not file.is_file():  # a pipe would be waited for
+        raise UserError(f"cannot read {file}: there is no such file")
     try:
         return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -73,14 +77,30 @@ def _open(file: Path) -> Any:
 
 def _read_index(file: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        names = dict(weight_map)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        names = dict(read_object(file)["weight_map"])
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {file}: {error}") from error
     outside = next((name for name in names.values() if Path(str(name)).name != name), None)
     if outside is not None:
         raise UserError(f"{file} names {outside!r}, which is no file beside it")
     return names
+
+
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Writes a safetensors file that is there whole or not at all.
+
+    Raises:
+        UserError: When it cannot be written.
+    """
+    unfinished = hidden(file, UNFINISHED)
+    try:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+        flush_and_publish(unfinished, file)
+    except (OSError, SafetensorError) as error:
+        discard(unfinished)
+        raise UserError(f"cannot write {file}: {error}") from error
 
 
 def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
@@ -99,7 +119,7 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard
         nonlocal shard, held
         if shard:
             parts.append((folder / f".part-{len(parts)}.safetensors", list(shard)))
-            save_file(shard, parts[-1][0], metadata={"format": "pt"})
+            save_tensors(shard, parts[-1][0])
         shard, held = {}, 0
 
     for name, value in tensors:

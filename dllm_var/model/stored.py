@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
@@ -95,8 +94,8 @@ def locate_checkpoint(path: str | Path) -> Path:
 def _goes_beyond(checkpoint: Path, export: Path) -> bool:
     """Whether a checkpoint holds a later step than an export; by the time of writing where a step cannot be read."""
     exported, step = None, step_of(checkpoint)
-    with suppress(OSError, ValueError, AttributeError):  # told when it is read
-        exported = json.loads(export.read_text(encoding="utf-8")).get("step")
+    with suppress(UserError):  # told when it is read
+        exported = read_object(export).get("step")
     if isinstance(exported, int) and step is not None:
         return step > exported
     return written_at(checkpoint) > written_at(export)

@@ -211,7 +211,7 @@ def test_tokens_by_text_name_and_number(plain, cmudict):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("not json", ["line 1", "not JSON"]),
+        ("not json", ["line 1", "not valid JSON"]),
         ("[1]", ["line 1", '"prompt"', '"messages"', '"infill"']),
         ('{"text": "a"}', ["line 1", '"prompt"']),
         ('{"prompt": 1}', ["line 1", '"prompt"', "1"]),
