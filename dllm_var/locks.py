@@ -26,10 +26,11 @@ def hold(folder: Path) -> Iterator[None]:
         UserError: When another process holds it, or no lock can be written.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        place = folder.resolve()  # the same for all links to it
+        place.parent.mkdir(parents=True, exist_ok=True)
         # Beside the folder: Lightning takes a folder with any file in it for that of an earlier run.
-        beside = os.access(folder.parent, os.W_OK)
-        path = folder.parent / f".{folder.name}.lock" if beside else folder / ".lock"
+        beside = os.access(place.parent, os.W_OK)
+        path = place.parent / f".{place.name}.lock" if beside else place / ".lock"
         opened = _locked(path, folder)
     except OSError as error:
         raise UserError(f"cannot lock the folder {folder}: {error.strerror or error}") from error

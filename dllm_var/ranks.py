@@ -24,13 +24,12 @@ def enter() -> None:
     Runs before anything heavy is imported, so that a launcher that dies meanwhile leaves no process behind.
     """
     global _parent
-    launcher = os.environ.get(_LAUNCHER)
-    by_us = launcher is not None and "RANK" not in os.environ  # which torchrun sets, and Lightning's launcher does not
-    if int(os.environ.get("LOCAL_RANK") or 0) > 0 and launcher and by_us:
+    launcher, started = os.environ.get(_LAUNCHER), int(os.environ.get("LOCAL_RANK") or 0) > 0
+    if started and launcher == str(os.getppid()):
         _parent = int(launcher)
-        if os.getppid() != _parent:
-            os._exit(1)
         threading.Thread(target=_end_with_parent, args=(_parent,), daemon=True, name="end-with-parent").start()
+    elif started and launcher and "RANK" not in os.environ:  # by Lightning's launcher, not torchrun's, which sets RANK
+        os._exit(1)
     else:
         os.environ[_LAUNCHER] = str(os.getpid())
 

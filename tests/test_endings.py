@@ -319,9 +319,14 @@ def test_an_exception_in_a_callback_leaves_the_last_step(tiny):
 
 def test_leftovers_of_a_kill_are_cleared(tiny):
     assert main([*tiny, "--trainer.max_steps=2"]) == 0
-    (LAST.parent / ".last.ckpt.new").write_bytes(b"half")
-    assert main([*tiny, "--resume", "--trainer.max_steps=3"]) == 0
-    assert not [path for path in LAST.parent.iterdir() if path.name.startswith(".")]
+    kept = {"dirpath": "kept", "every_n_train_steps": 100}
+    more = [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": kept}]
+    Path("more.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": more}}))
+    Path("kept").mkdir()
+    for leftover in (LAST.parent / ".last.ckpt.new", LAST.parent / "..last.ckpt.new.new", Path("kept/.a.ckpt.saving")):
+        leftover.write_bytes(b"half")
+    assert main([*tiny, "--config", "more.yaml", f"--resume={LAST}", "--trainer.max_steps=3"]) == 0
+    assert not [path for folder in (LAST.parent, Path("kept")) for path in folder.glob(".*")]
 
 
 # -- damaged checkpoints -----------------------------------------------------------------------------------------------

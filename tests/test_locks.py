@@ -55,6 +55,9 @@ def refusal(folder):
 def test_a_folder_is_held_by_one_process_until_it_ends_however_it_ends(tmp_path):
     folder = tmp_path / "version_0"
     with another_process(folder) as holder:
+        (tmp_path / "link").symlink_to(folder)
+        refusal(tmp_path / "link")
+        (tmp_path / "link").unlink()
         for _ in range(2):  # a refusal changes nothing
             text = refusal(folder)
             assert f"{folder} is in use by process {holder.pid} on {os.uname().nodename}" in text and "\n" not in text
