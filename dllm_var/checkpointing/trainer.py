@@ -97,6 +97,8 @@ class Trainer(L.Trainer):
         if _is_remote(filepath):
             super().save_checkpoint(filepath, weights_only, storage_options)
             return
+        if self.is_global_zero:
+            discard(hidden(Path(filepath), SAVING))  # what a killed process left is no part of this one
         path = Path(self.strategy.broadcast(str(filepath)))
         if self.saved_at_end == (path, self.global_step):
             return  # callbacks after ours may have changed the weights for good, as weight averaging does

@@ -104,6 +104,16 @@ def test_fsdp1_writes_files_and_folders(kind, tmp_path):
     assert [step_of(path) for path in newest_first(tmp_path)] == [4, 3]
 
 
+@pytest.mark.parametrize("strategy", ["auto", Fsdp1(state_dict_type="sharded")], ids=["file", "folder"])
+def test_what_a_killed_run_left_is_no_part_of_a_checkpoint(strategy, tmp_path):
+    leftover = tmp_path / ".step=1.ckpt.saving"
+    leftover.mkdir()
+    (leftover / "__1_0.distcp").touch()
+    fit(tmp_path, CheckedFiles(), strategy, steps=1)
+    check(tmp_path / "step=1.ckpt")
+    assert names(tmp_path) == ["step=1.ckpt"] and not list(tmp_path.rglob("__1_0*"))
+
+
 def test_a_plugin_that_writes_later_and_elsewhere_is_refused(tmp_path):
     with pytest.raises(CannotSave, match=r"trainer\.plugins: AsyncCheckpointIO.*BackgroundFiles"):
         fit(tmp_path, AsyncCheckpointIO(TorchCheckpointIO()))
