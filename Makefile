@@ -5,12 +5,13 @@ PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 DEV_STAMP = $(VENV)/.installed-dev
 
-.PHONY: help quickstart test test-slow lint types clean
+.PHONY: help quickstart test test-slow test-gpu lint types clean
 
 help:
 	@echo "make quickstart  train on CMUdict in two to four minutes on two CPU cores"
 	@echo "make test        run the test suite"
 	@echo "make test-slow   run the tests that take longer: interrupted runs, several processes"
+	@echo "make test-gpu    run the tests that need a CUDA device"
 	@echo "make lint        ruff and mypy"
 	@echo "make clean       remove $(VENV) and caches; runs/ stays"
 
@@ -22,6 +23,10 @@ test: $(DEV_STAMP)
 
 test-slow: $(DEV_STAMP)
 	$(PY) -m pytest -n 2 --dist loadfile --durations 15 -m "slow and not gpu and not real_weights and not reasoning_gym"
+
+# On a machine that has torch, lightning and the rest already: python3 -m pytest -m gpu tests/gpu
+test-gpu: $(DEV_STAMP)
+	$(PY) -m pytest -m gpu --durations 15 tests/gpu
 
 lint: $(DEV_STAMP)
 	$(VENV)/bin/ruff check
