@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -10,7 +9,8 @@ import re
 import shutil
 import tempfile
 import time
-from contextlib import ExitStack
+import zlib
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from dllm_var.checkpointing.files import sync_folder
 from dllm_var.datamodules.encoding import RecordEncoder, bad_record
 from dllm_var.datamodules.sources import Located, Source
-from dllm_var.datamodules.table import COLUMNS, Table
+from dllm_var.datamodules.table import COLUMNS, Table, seal
 from dllm_var.errors import UserError
 
 VERSION = 3  # of the files' layout and meaning; part of the cache key
 CHUNK = 4_096  # records tokenized at a time
 PROGRESS_AFTER = 5.0  # seconds of tokenizing before progress is shown
-ABANDONED_AFTER = 60.0  # seconds that an unfinished folder without an owner is left alone
+ABANDONED_AFTER = 86_400.0  # seconds without a write after which nobody finishes a folder any more
 _UNFINISHED = re.compile(r"\.[0-9a-f]{32}-\w+-\w+")
 
 
-def load_table(source: Source, split: str, encoder: RecordEncoder, cache: Path) -> Table:
+def load_table(source: Source, split: str, encoder: RecordEncoder, cache: Path, verify: bool = True) -> Table:
     """Opens the tokenized table of a split, building it first if the cache has none.
 
     Several processes may do so at once: each writes a folder of its own, and the first to finish gives it its name.
@@ -40,20 +41,21 @@ def load_table(source: Source, split: str, encoder: RecordEncoder, cache: Path) 
         split: One of the source's splits.
         encoder: Makes token ids of them; a new one, that has encoded nothing yet.
         cache: Folder of tables, shared by runs and processes.
+        verify: Compares the checksums of all there is in the table.
 
     Raises:
-        UserError: When a record cannot be used, with its place; or when the cache cannot be written.
+        UserError: When a record cannot be used, with its place; when the cache cannot be written, or is damaged.
     """
     settings = {"version": VERSION, "source": source.fingerprint(), **encoder.settings}
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / f"{key}-{split}"
-    if not (folder / "meta.json").is_file():
+    if not folder.is_dir():
         try:
             _build(source, split, encoder, folder)
         except OSError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"cannot keep tokenized data in {cache}: {reason}; set data.cache_dir") from None
-    table = Table.open(folder)
+    table = Table.open(folder, verify)
     if table.meta["skipped"] and not encoder.skip_bad:  # built by a run that skipped them
         raise bad_record(table.meta["reasons"][0])
     return table
@@ -63,39 +65,28 @@ def _build(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> 
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clear_abandoned(folder.parent)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    owned = os.open(unfinished, os.O_RDONLY)
     try:
-        fcntl.flock(owned, fcntl.LOCK_EX)  # the lock ends with this process, however it ends
         unfinished.chmod(0o755)  # others may share the cache
         _write(source, split, encoder, unfinished)
-        os.fsync(owned)
+        sync_folder(unfinished)
         try:
             os.rename(unfinished, folder)
         except OSError:  # another process was faster with the same table, which is as good
             if not (folder / "meta.json").is_file():
                 raise
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        os.close(owned)
 
 
 def _clear_abandoned(cache: Path) -> None:
-    """Removes what processes that were killed while building left behind."""
+    """Removes what processes that were killed while building left behind; needs no lock, which not every disk has."""
     for folder in cache.iterdir():
-        if not _UNFINISHED.fullmatch(folder.name):
-            continue
-        try:
-            opened = os.open(folder, os.O_RDONLY)
-        except OSError:  # its owner has just finished, or it is someone else's
-            continue
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - folder.stat().st_mtime > ABANDONED_AFTER:  # else it may not have been locked yet
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:  # its owner is at work
-            pass
-        finally:
-            os.close(opened)
+        if _UNFINISHED.fullmatch(folder.name):
+            with suppress(OSError):  # its owner has just finished
+                written = max(file.stat().st_mtime for file in (folder, *folder.iterdir()))
+                if time.time() - written > ABANDONED_AFTER:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> None:
@@ -107,17 +98,20 @@ def _write(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> 
         progress = stack.enter_context(
             tqdm(desc=f"tokenizing {split}", unit=" records", delay=PROGRESS_AFTER, leave=False)
         )
-        np.zeros(1, np.int64).tofile(files["offsets"])
+        first = np.zeros(1, np.int64)
+        first.tofile(files["offsets"])
+        crc32 = {name: zlib.crc32(first) if name == "offsets" else 0 for name in COLUMNS}
         while chunk := _next_chunk(records, source, split):
             table = encoder.encode(chunk, encoder.records)
             columns = {name: getattr(table, name) for name in COLUMNS}
             columns["offsets"] = table.offsets[1:] + tokens
             for name, column in columns.items():
                 column.tofile(files[name])
+                crc32[name] = zlib.crc32(column, crc32[name])
             samples, tokens = samples + len(table), tokens + len(table.tokens)
             progress.update(len(chunk))
         meta = stack.enter_context(open(folder / "meta.json", "w", encoding="utf-8"))
-        json.dump({**encoder.meta, "samples": samples, "tokens": tokens}, meta, indent=1)
+        json.dump(seal({**encoder.meta, "samples": samples, "tokens": tokens, "crc32": crc32}), meta, indent=1)
         for file in (*files.values(), meta):
             file.flush()
             os.fsync(file.fileno())

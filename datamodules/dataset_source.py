@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dllm_var.datamodules.contents import read_contents
+from dllm_var.datamodules.readers import Blocks, Reader, RowsReader
 from dllm_var.datamodules.sources import SPLITS, Located, SplitSource
 from dllm_var.errors import UserError
 
@@ -25,6 +27,9 @@ class DatasetSource(SplitSource):
             at most 1,000.
         test_size: The same for test; none when not given.
         columns: Names our fields have in the dataset, such as ``{prompt: question, response: answer}``.
+        streaming: Reads the dataset while it is trained on, instead of downloading all of it first. Readers share its
+            shards where there are as many of them, or a multiple; nothing can be carved out. A stream is known by its
+            path, name and version, not by its content.
     """
 
     def __init__(
@@ -37,37 +42,95 @@ class DatasetSource(SplitSource):
         validation_size: int | float | None = None,
         test_size: int | float = 0,
         columns: dict[str, str] | None = None,
+        streaming: bool = False,
     ) -> None:
         super().__init__(validation_size, test_size, columns)
+        self.streaming = streaming
         self.path = path
         self.name = name
         self.split_names = dict(zip(SPLITS, (train_split, validation_split, test_split), strict=True))
 
     @cached_property
     def _datasets(self) -> dict[str, Any]:
-        import datasets
-
         folder = Path(self.path).expanduser()
         saved = (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file()
         try:
-            loaded = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(self.path, self.name)
+            loaded = self._load(folder if saved else None)
         except Exception as error:  # offline, not found, gated, broken: many libraries raise through this one call
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"data.source path: no dataset {self.path}: {reason}") from None
         if not isinstance(loaded, dict):
-            return {"train": loaded}
+            loaded = {self.split_names["train"]: loaded}
         if self.split_names["train"] not in loaded:
             raise UserError(
                 f"{self.path} has no split {self.split_names['train']!r}; set train_split to one of {', '.join(loaded)}"
             )
-        return {split: loaded[name] for split, name in self.split_names.items() if name in loaded}
+        found = {split: loaded[name] for split, name in self.split_names.items() if name in loaded}
+        carved = [
+            split for split, size in (("validation", self.validation_size), ("test", self.test_size)) if size != 0
+        ]
+        missing = next((split for split in carved if split not in found), None)
+        if missing and _is_stream(found["train"]):
+            raise UserError(
+                f"{self.path} is streamed and has no split {self.split_names[missing]!r}; none can be carved out of a "
+                f"stream: set {missing}_split, or {missing}_size to 0"
+            )
+        return found
+
+    def _load(self, saved: Path | None) -> Any:
+        import datasets
+
+        if saved is None:
+            return datasets.load_dataset(self.path, self.name, streaming=self.streaming)
+        return datasets.load_from_disk(str(saved))  # mapped into memory, which is as good as a stream
 
     def own_splits(self) -> Mapping[str, Any]:
         return self._datasets
 
     def content_fingerprint(self) -> str:
-        return json.dumps({split: dataset._fingerprint for split, dataset in self._datasets.items()})
+        return json.dumps({split: self._identity(dataset) for split, dataset in self._datasets.items()})
+
+    def _identity(self, dataset: Any) -> list[Any]:
+        """The content of the files where a dataset keeps its rows; of a stream, all that is known before it is read."""
+        if not _is_stream(dataset) and dataset.cache_files:
+            files = [Path(file["filename"]) for file in dataset.cache_files]
+            return [len(dataset), *(read_contents(file, self.cache_dir).digest for file in files)]
+        return [self.path, self.name, str(dataset.info.version), str(dataset.features)]
+
+    def reader(self, split: str) -> Reader:
+        dataset = self._datasets[split]
+        if _is_stream(dataset):
+            return Reader(self.read(split))
+        return RowsReader(
+            len(dataset), lambda start, stop: list(self._located(split, dataset.select(range(start, stop)), start))
+        )
+
+    def blocks(self, split: str, size: int, first: int = 0, step: int = 1) -> Blocks:
+        """Of a stream with enough shards each reader reads its own, block after block, and no other."""
+        dataset = self._datasets[split]
+        if not _is_stream(dataset) or step == 1 or dataset.num_shards % step:
+            yield from super().blocks(split, size, first, step)
+            return
+        own, shard = divmod(first, step)
+        rows = dataset.shard(step, shard).skip(own * size)
+        records = ((where, self._renamed(record)) for where, record in self._located(split, rows, own * size, shard))
+        for block, chunk in Reader(records).blocks(size, 0, 1):
+            yield first + block * step, chunk
 
     def read(self, split: str) -> Located:
-        for number, record in enumerate(self._datasets[split]):
-            yield f"{self.path} {self.split_names[split]} row {number}", record
+        return self._located(split, self._datasets[split])
+
+    def _located(self, split: str, rows: Iterable[Any], first: int = 0, shard: int | None = None) -> Located:
+        place = f"{self.path} {self.split_names[split]}{'' if shard is None else f' shard {shard}'} row"
+        number = first
+        try:
+            for record in rows:
+                yield f"{place} {number}", record
+                number += 1
+        except Exception as error:  # a connection that was lost, damage: many libraries raise here
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{place} {number} cannot be read: {reason}") from None
+
+
+def _is_stream(dataset: Any) -> bool:
+    return not hasattr(dataset, "cache_files")

@@ -121,6 +121,7 @@ class PackedDataModule(L.LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.cache_dir = Path(cache_dir or os.environ.get("DLLM_VAR_CACHE") or "~/.cache/dllm_var").expanduser()
+        self.source.cache_dir = self.cache_dir
         self.chat = chat
         self.check_resume = check_resume
         name_or_path = tokenizer or self.source.default_tokenizer
@@ -185,7 +186,9 @@ class PackedDataModule(L.LightningDataModule):
         """What decides the content of every row, as plain values."""
         names = ("context_length", "packing", "overhang", "canvas", "eos_padding", "seed", "chat")
         settings = {name: getattr(self, name) for name in (*names, "on_bad_record", "on_too_long", "on_special_text")}
-        identity = {"source": self.source.fingerprint(), "tokenizer": self.tokenizer.fingerprint}
+        # The version comes first: it tells why the fingerprint is another one.
+        source = {"source_version": self.source.fingerprint_version, "source": self.source.fingerprint()}
+        identity = {**source, "tokenizer": self.tokenizer.fingerprint}
         return {**identity, **settings, "plan_version": VERSIONS[self.packing]}
 
     def _check_made_from(self, saved: dict[str, Any] | None) -> None:
@@ -221,7 +224,9 @@ class PackedDataModule(L.LightningDataModule):
                 f"{type(self.source).__name__} has no split {split}; it has {', '.join(self.source.splits)}"
             )
         if split not in self._tables:
-            self._tables[split] = load_table(self.source, split, self.encoder(), self.cache_dir)
+            # Checksums are compared by one process of each node; the others wait for it in `prepare_data`.
+            first = self.trainer is None or self.trainer.local_rank == 0
+            self._tables[split] = load_table(self.source, split, self.encoder(), self.cache_dir, verify=first)
         return self._tables[split]
 
     def encoder(self) -> RecordEncoder:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice
 from typing import Any
 
 import torch
@@ -93,12 +92,9 @@ class RowStream(IterableDataset):
 
     def _blocks(self, epoch: int, first: int, shard: int, shards: int) -> Iterator[tuple[int, PackedRows]]:
         """Packed blocks of one reader, from a given one on."""
-        records = islice(self.source.located_records("train"), first * self.block_records, None)
-        for block in count(first):
-            chunk = list(islice(records, self.block_records))
+        first += (shard - first) % shards  # the reader's own next block
+        for block, chunk in self.source.blocks("train", self.block_records, first, shards):
             if not chunk:
-                return
-            if block % shards != shard:
                 continue
             begin = block * self.block_records
             table = self.encoder.encode(chunk, begin)
@@ -124,9 +120,10 @@ class StreamingDataModule(PackedDataModule):
     """Packs training rows while they are needed, for corpora that are too large to tokenize beforehand.
 
     Records are read in blocks in the source's order, and shuffled and packed within a block: a source that is sorted
-    should be shuffled once. The stream has no end, so set ``trainer.max_steps``. Checkpoints hold how far every reader
+    should be shuffled once. A reader parses the records of its own blocks alone, and resuming begins at the right one,
+    if the source can pass over the others (`Source.blocks`): uncompressed JSON Lines, Parquet and datasets can. The stream has no end, so set ``trainer.max_steps``. Checkpoints hold how far every reader
     has come, and training goes on with the very next row. Validation and test splits are tokenized as usual; bring them
-    as files of their own, because carving them out reads the whole source.
+    as files of their own, because carving them out reads the whole source once.
 
     Args:
         block_records: Records read, shuffled and packed at a time.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,24 +42,29 @@ class Table:
     folder: Path | None = None
 
     @classmethod
-    def open(cls, folder: Path) -> Table:
+    def open(cls, folder: Path, verify: bool = True) -> Table:
         """Maps the files of a table into memory.
 
         Args:
             folder: Written by `dllm_var.datamodules.cache.load_table`.
+            verify: Reads all of the files and compares their checksums, at some gigabyte per second; otherwise only
+                those of the counts, and the files' lengths.
 
         Raises:
-            UserError: When a file is missing or is not as long as it must be.
+            UserError: When a file is missing, is not as long as it must be, or is not as it was written.
         """
         try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            meta = unseal(json.loads((folder / "meta.json").read_text(encoding="utf-8")))
             lengths = dict.fromkeys(COLUMNS, meta["samples"])
             lengths |= {"tokens": meta["tokens"], "supervised": meta["tokens"], "offsets": meta["samples"] + 1}
             columns = {
                 name: _map(folder / f"{name}.bin", np.dtype(dtype or meta["dtype"]), lengths[name])
                 for name, dtype in COLUMNS.items()
             }
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            changed = [name for name in COLUMNS if verify and zlib.crc32(columns[name]) != meta["crc32"][name]]
+            if changed:
+                raise ValueError(f"{changed[0]}.bin is not as it was written")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"tokenized data is damaged ({reason}): delete {folder}, it is made again") from None
         return cls(**columns, meta=meta, folder=folder)
@@ -67,11 +74,24 @@ class Table:
         return len(self.record)
 
     def __reduce__(self) -> Any:  # worker processes map the files too, instead of getting a copy
-        return super().__reduce__() if self.folder is None else (Table.open, (self.folder,))
+        return super().__reduce__() if self.folder is None else (Table.open, (self.folder, False))
 
     def ids(self, sample: int) -> list[int]:
         """Token ids of one sample."""
         return self.tokens[self.offsets[sample] : self.offsets[sample + 1]].tolist()
+
+
+def seal(meta: dict[str, Any]) -> dict[str, Any]:
+    """Returns plain values with a checksum of them."""
+    return {**meta, "seal": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()}
+
+
+def unseal(sealed: Any) -> dict[str, Any]:
+    """Returns what was sealed; raises ValueError when it is not as it was written."""
+    meta = {name: value for name, value in sealed.items() if name != "seal"} if isinstance(sealed, dict) else {}
+    if seal(meta) != sealed:
+        raise ValueError("its description is not as it was written")
+    return meta
 
 
 def _map(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:

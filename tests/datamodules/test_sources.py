@@ -2,12 +2,14 @@ import bz2
 import gzip
 import json
 import lzma
+import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from dllm_var.datamodules import BadRecord, CmudictSource, DatasetSource, JsonlSource, ParquetSource
+from dllm_var.datamodules import BadRecord, CmudictSource, DatasetSource, JsonlSource, ParquetSource, file_sources
 from dllm_var.errors import UserError
 
 RECORDS = [{"prompt": f"p{number}", "response": f"R{number}"} for number in range(100)]
@@ -174,3 +176,126 @@ def test_datasets_saved_to_disk(tmp_path):
         DatasetSource(str(tmp_path / "several")).fingerprint()
     with pytest.raises(UserError, match="no dataset"):
         DatasetSource(str(tmp_path / "nowhere")).fingerprint()
+    rows = DatasetSource(str(tmp_path / "one"), validation_size=0)
+    assert [[record["prompt"] for _, record in chunk] for _, chunk in rows.blocks("train", 30, 1, 2)] == [
+        [f"p{number}" for number in range(30, 60)],
+        [f"p{number}" for number in range(90, 100)],
+    ]
+
+
+def test_datasets_are_streamed_by_shards(tmp_path):
+    pytest.importorskip("datasets")
+    for shard in range(4):
+        lines = [json.dumps(record) for record in RECORDS[25 * shard : 25 * shard + 25]]
+        (tmp_path / f"train-{shard}.jsonl").write_text("\n".join(lines))
+    source = DatasetSource(str(tmp_path), validation_size=0, streaming=True)
+    for readers in (1, 2, 3, 4):  # three cannot share four shards: each passes over the blocks of the others
+        blocks = [list(source.blocks("train", 7, reader, readers)) for reader in range(readers)]
+        assert sorted(str(record) for own in blocks for _, chunk in own for _, record in chunk) == sorted(
+            map(str, RECORDS)
+        )
+        assert all(number % readers == reader for reader, own in enumerate(blocks) for number, _ in own)
+        assert list(source.blocks("train", 7, 1 + readers, readers)) == blocks[1 % readers][1 + (readers == 1) :]
+    with pytest.raises(UserError, match="none can be carved out of a stream: set validation_split"):
+        list(DatasetSource(str(tmp_path), streaming=True).records("train"))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("sizes", [{"validation_size": 0}, {"validation_size": 10, "test_size": 5}])
+def test_blocks_are_the_same_whoever_reads_them(tmp_path, suffix, sizes, monkeypatch):
+    monkeypatch.setattr("dllm_var.datamodules.contents.STRIDE", 8)
+    opener = gzip.open if suffix else open
+    for name, records in (("a", RECORDS[:37]), ("b", []), ("c", RECORDS[37:])):
+        with opener(tmp_path / f"{name}.jsonl{suffix}", "wt") as file:
+            file.write("\n \n".join(map(json.dumps, records)))
+    source = JsonlSource(str(tmp_path), **sizes)
+    located = list(source.located_records("train"))
+    whole = dict(source.blocks("train", 9))
+    assert [pair for chunk in whole.values() for pair in chunk] == located
+    for readers, first in ((2, 0), (3, 5), (5, 1)):
+        for reader in range(first, first + readers):
+            assert dict(source.blocks("train", 9, reader, readers)) == {
+                number: chunk
+                for number, chunk in whole.items()
+                if number >= reader and (number - reader) % readers == 0
+            }
+
+
+def test_a_reader_parses_its_own_lines_and_reads_no_others(write_jsonl, monkeypatch):
+    source = JsonlSource(
+        write_jsonl([{"prompt": str(number), "response": "R"} for number in range(50_000)]), validation_size=0
+    )
+    source.fingerprint()
+    parsed, offsets = [], []
+    loads, read_lines = json.loads, file_sources._read_lines
+    monkeypatch.setattr(file_sources.json, "loads", lambda line: parsed.append(line) or loads(line))
+    monkeypatch.setattr(file_sources, "_read_lines", lambda file, at: offsets.append(at) or read_lines(file, at))
+    (block,) = source.blocks("train", 100, 499, 4)
+    assert [record["prompt"] for _, record in block[1]] == [str(number) for number in range(49_900, 50_000)]
+    assert len(parsed) == 100 and offsets == [source.contents(source.files["train"][0]).places[12][2]]
+
+
+def test_parquet_is_read_from_the_middle(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for name, records in (("a", RECORDS[:37]), ("b", RECORDS[37:])):
+        parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / f"{name}.parquet", row_group_size=10)
+    source = ParquetSource(str(tmp_path), validation_size=0)
+    whole = dict(source.blocks("train", 9))
+    assert [record for chunk in whole.values() for _, record in chunk] == RECORDS
+    assert dict(source.blocks("train", 9, 3, 4)) == {number: whole[number] for number in (3, 7, 11)}
+
+
+def test_data_may_be_moved(write_jsonl, tmp_path, monkeypatch):
+    monkeypatch.setattr("dllm_var.datamodules.contents.KEPT", 0)
+    (tmp_path / "a").mkdir()
+    write_jsonl(RECORDS, "a/data.jsonl")
+    cache = tmp_path / "cache"
+
+    def fingerprint(folder):
+        source = JsonlSource(str(tmp_path / folder))
+        source.cache_dir = cache
+        return source.fingerprint()
+
+    before = fingerprint("a")
+    (kept,) = (cache / "files").iterdir()
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copy)
+    assert fingerprint("b") == before and len(list((cache / "files").iterdir())) == 2
+    kept.write_text(kept.read_text().replace("1", "2"))  # damaged: found out again
+    assert fingerprint("a") == before
+    with monkeypatch.context() as patched:
+        patched.setattr("dllm_var.datamodules.contents._read_lines", None)
+        assert fingerprint("a") == before, "from the cache"
+    write_jsonl([*RECORDS[1:], RECORDS[0]], "a/data.jsonl")
+    assert fingerprint("a") != before
+    shutil.rmtree(cache)
+    cache.write_text("no folder")
+    assert fingerprint("b") == before
+
+
+def test_what_is_no_regular_file_is_told_at_once(tmp_path, write_jsonl):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "good").mkdir()
+    write_jsonl(RECORDS, "good/data.jsonl")
+    for link in ("x", "y"):
+        (tmp_path / "good" / link).symlink_to(tmp_path)
+    for path, message in (
+        ("pipe.jsonl", "no regular file"),
+        ("*.jsonl", "no regular file|cannot be read"),
+        ("loop", "cannot be read: Too many levels"),
+        ("gone.jsonl", "cannot be read: No such file"),
+        ("x" * 300, "cannot be read: File name too long"),
+        ("a\0b", "no file|null"),
+        ("folder.jsonl", "no file"),
+        ("none*.jsonl", "no file"),
+    ):
+        with pytest.raises(UserError, match=f"data.source path: .*({message})") as error:
+            JsonlSource(str(tmp_path / path))
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="~nobody_here"):
+        JsonlSource("~nobody_here/data.jsonl")
+    assert len(JsonlSource(str(tmp_path / "good" / "**" / "*.jsonl")).files["train"]) == 1, "links lead back"

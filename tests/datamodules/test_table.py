@@ -290,28 +290,40 @@ def test_a_build_that_is_killed_leaves_no_table_and_is_cleared_away(write_jsonl,
     assert written.wait(60)
     (left,) = cache.iterdir()
     assert (left / "tokens.bin").exists()
-    os.utime(left, (0, 0))
     load_table(JsonlSource(path, validation_size=0), "train", RecordEncoder(tokenizer), cache)
-    assert left.exists(), "its owner is at work"
+    assert left.exists(), "its owner may be at work"
     process.kill()
     process.join()
+    for place in (left, *left.iterdir()):
+        os.utime(place, (0, 0))
     table = load_table(JsonlSource(write_jsonl([GOOD]), validation_size=0), "train", RecordEncoder(tokenizer), cache)
     assert not left.exists()
     assert len(table) == 1
     assert len(list(cache.iterdir())) == 2
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin", "record.bin", "meta.json"])
-@pytest.mark.parametrize("damage", ["shorter", "longer", "gone"])
+@pytest.mark.parametrize("name", ["tokens.bin", "supervised.bin", "offsets.bin", "record.bin", "meta.json"])
+@pytest.mark.parametrize("damage", ["shorter", "longer", "gone", "changed"])
 def test_a_damaged_table_is_told(load, name, damage):
     file = load([GOOD] * 3).folder / name
     content = file.read_bytes()
-    if damage == "gone" and name != "meta.json":
+    if damage == "gone":
         file.unlink()
+    elif damage == "changed":
+        at = content.index(b'"skipped": 0') + 11 if name == "meta.json" else len(content) // 2
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     else:
         file.write_bytes(content[:-1] if damage == "shorter" else content + b"1")
     with pytest.raises(UserError, match=rf"damaged .*: delete {file.parent}, it is made again"):
         load([GOOD] * 3)
+
+
+@pytest.mark.parametrize("content", ["[]", "1", "{}", '{"seal": 1}', '{"samples": {}}', "\x00", "[" * 9_999])
+def test_counts_that_are_none_are_told(load, content):
+    file = load([GOOD]).folder / "meta.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match="damaged"):
+        load([GOOD])
 
 
 def test_many_chunks_are_one_table(load, tokenizer):
