@@ -55,7 +55,8 @@ class DiffusionLM(L.LightningModule):
         activation_checkpointing: What backward computes again instead of keeping it: nothing (`none`), whole layers
             (`full`: the least memory, a third more work) or all but matrix products and attention (`selective`).
         init_from: Run folder, `.ckpt` file, model folder or hub name whose weights `fit` starts from, new ones when
-            null. What `transformer` leaves at its default is then the checkpoint's to say.
+            null. What `transformer` leaves out (None) then comes from the checkpoint; what it sets wins, if that does
+            not change a weight's shape, and is refused otherwise.
         loss_guard: When an update is skipped, a loss recorded and training stopped.
         lora: Adapters to train in place of the weights, which stay as `init_from` has them; all weights when null.
         float8: How the layers multiply in 8 bits while `fit` runs; not at all when null.

@@ -42,7 +42,8 @@ __all__ = [
 ]
 
 # Settings in which a run may differ from the checkpoint it starts from, and those that tokenizer and objective decide.
-ADJUSTABLE = {"rope_theta", "rope_scaling", "norm_eps", "initializer_range", "token_shift", "context_length"}
+ADJUSTABLE = {"rope_theta", "rope_scaling", "rope_full_precision", "norm_eps"}
+ADJUSTABLE |= {"initializer_range", "token_shift", "context_length"}
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SET_BY_OTHERS = {"vocab_size", "mask_id", "terminator_ids", "pad_id", "causal", "causal_context"}
 
@@ -149,7 +150,7 @@ def starting_config(settings: TransformerConfig, path: str | Path) -> Transforme
     """Returns the shape of a model that starts from a checkpoint: the checkpoint's, with the settings' adjustments.
 
     Args:
-        settings: The user's; what has its default value is the checkpoint's to say.
+        settings: The user's; what is None comes from the checkpoint.
         path: As for `load_checkpoint`.
 
     Raises:
@@ -184,21 +185,20 @@ def start_from(transformer: Transformer, tokenizer: Tokenizer, path: str | Path)
 
 
 def _adjusted(stored: TransformerConfig, settings: TransformerConfig, path: str | Path) -> TransformerConfig:
-    given = settings.resolved()
     changes: dict[str, Any] = {}
     for field in fields(TransformerConfig):
         name, value = field.name, getattr(settings, field.name)
-        if value == field.default or name in SET_BY_OTHERS:
+        if value is None or name in SET_BY_OTHERS:
             continue
         if name in ADJUSTABLE:
             changes[name] = value
-        elif getattr(given, name) != getattr(stored, name):
+        elif value != getattr(stored, name):
             raise UserError(
                 f"model.init_from {path} has transformer.{name}={getattr(stored, name)}, the settings say {value}: "
                 "leave it out"
             )
     rows = max(settings.vocab_size or 0, stored.vocab_size or 0)
-    return replace(stored, vocab_size=rows, **changes)
+    return replace(stored, vocab_size=rows, **changes).resolved()
 
 
 def _load(

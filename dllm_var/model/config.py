@@ -11,6 +11,21 @@ from dllm_var.checkpointing.plain import fits
 from dllm_var.errors import UserError
 
 SIZES = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
+_NOT_SAID: Any = None  # of a setting that has a default: told apart from one that was set to the same value
+DEFAULTS: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_layers": 4,
+    "num_heads": 4,
+    "rope_theta": 10000.0,
+    "rope_scaling": 1.0,
+    "rope_full_precision": False,
+    "norm_eps": 1e-6,
+    "qkv_bias": False,
+    "qk_norm": False,
+    "token_shift": False,
+    "tie_embeddings": False,
+    "initializer_range": 0.02,
+}
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -18,23 +33,28 @@ LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_po
 class TransformerConfig:
     """Shape of the transformer; what the tokenizer decides is filled in from it when training starts.
 
+    A setting that is None was not given: `resolved` takes it from `DEFAULTS`, `model.init_from` from the checkpoint.
+
     Args:
-        hidden_size: Width of the residual stream.
-        num_layers: Number of transformer blocks.
-        num_heads: Number of query heads.
+        hidden_size: Width of the residual stream; 256 by default.
+        num_layers: Number of transformer blocks; 4 by default.
+        num_heads: Number of query heads; 4 by default.
         num_kv_heads: Number of key/value heads, fewer than `num_heads` for grouped-query attention; all when null.
         head_dim: Width of one head; `hidden_size // num_heads` when null.
         intermediate_size: Width of the SwiGLU layer; 8/3 of `hidden_size`, rounded up to a multiple of 64, when null.
-        rope_theta: Base of the rotary frequencies.
-        rope_scaling: Factor on `rope_theta`, to read beyond the trained length: see `dllm_var.model.rope_scaling`.
+        rope_theta: Base of the rotary frequencies; 10,000 by default.
+        rope_scaling: Factor on `rope_theta`, to read beyond the trained length: see `dllm_var.model.rope_scaling`; 1 by
+            default.
         rope_llama3: How Llama 3.1 and later slow their low frequencies down: `factor`, `low_freq_factor`,
             `high_freq_factor` and `original_max_position_embeddings`; not at all when null.
-        norm_eps: Epsilon of every RMSNorm.
+        rope_full_precision: Turns queries and keys in 32 bits also where the model computes in 16, as LLaDA does and
+            Llama, Qwen and Dream do not; false by default.
+        norm_eps: Epsilon of every RMSNorm; 1e-6 by default.
         qkv_bias: Adds a bias to the query, key and value projections (Qwen2, Dream).
         qk_norm: Normalises each query and key head (Qwen3).
         token_shift: Predicts each token at the position left of it, as causal models do and Dream still does.
         tie_embeddings: Shares the input embedding with the output head.
-        initializer_range: Standard deviation of the initial weights.
+        initializer_range: Standard deviation of the initial weights; 0.02 by default.
         context_length: Longest context in training, for those who serve the model; not enforced. What the checkpoint or
             the data has when null.
         vocab_size: Number of token ids; taken from the tokenizer when null.
@@ -45,21 +65,22 @@ class TransformerConfig:
         causal_context: Of prompt and finished blocks each position sees only its left; set by the objective.
     """
 
-    hidden_size: int = 256
-    num_layers: int = 4
-    num_heads: int = 4
+    hidden_size: int = _NOT_SAID
+    num_layers: int = _NOT_SAID
+    num_heads: int = _NOT_SAID
     num_kv_heads: int | None = None
     head_dim: int | None = None
     intermediate_size: int | None = None
-    rope_theta: float = 10000.0
-    rope_scaling: float = 1.0
+    rope_theta: float = _NOT_SAID
+    rope_scaling: float = _NOT_SAID
     rope_llama3: dict[str, float] | None = None
-    norm_eps: float = 1e-6
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    token_shift: bool = False
-    tie_embeddings: bool = False
-    initializer_range: float = 0.02
+    rope_full_precision: bool = _NOT_SAID
+    norm_eps: float = _NOT_SAID
+    qkv_bias: bool = _NOT_SAID
+    qk_norm: bool = _NOT_SAID
+    token_shift: bool = _NOT_SAID
+    tie_embeddings: bool = _NOT_SAID
+    initializer_range: float = _NOT_SAID
     context_length: int | None = None
     vocab_size: int | None = None
     mask_id: int | None = None
@@ -69,11 +90,14 @@ class TransformerConfig:
     causal_context: bool = False
 
     def resolved(self) -> TransformerConfig:
-        """Returns a copy with every derived size filled in.
+        """Returns a copy with the defaults and every derived size filled in.
 
         Raises:
             UserError: When the sizes do not fit each other.
         """
+        left_out = {name: value for name, value in DEFAULTS.items() if getattr(self, name) is None}
+        if left_out:
+            return replace(self, **left_out).resolved()
         for name in SIZES:
             if (size := getattr(self, name)) is not None and size < 1:
                 raise UserError(f"transformer.{name} must be at least 1, got {size}")

@@ -127,7 +127,7 @@ LLAMA = Layout(
         "is_llama_config": (None, True),
     },
     weights=_TRANSFORMERS_WEIGHTS,
-    implied={"qkv_bias": False, "qk_norm": False},
+    implied={"qkv_bias": False, "qk_norm": False, "rope_full_precision": False},
     ignored=_UNUSED,
 )
 QWEN2 = Layout(
@@ -137,7 +137,7 @@ QWEN2 = Layout(
     defaults=_TRANSFORMERS_DEFAULTS,
     fixed={**_TRANSFORMERS_FIXED, **_FULL_ATTENTION, "attention_bias": (None, True), "use_mrope": (None, False)},
     weights=_TRANSFORMERS_WEIGHTS,
-    implied={"qkv_bias": True, "qk_norm": False},
+    implied={"qkv_bias": True, "qk_norm": False, "rope_full_precision": False},
     ignored=_UNUSED | _WINDOW_UNUSED,
 )
 QWEN3 = Layout(
@@ -147,7 +147,7 @@ QWEN3 = Layout(
     defaults={**_TRANSFORMERS_DEFAULTS, "head_dim": 128},
     fixed={**_TRANSFORMERS_FIXED, **_FULL_ATTENTION, "attention_bias": (False,)},
     weights=_TRANSFORMERS_WEIGHTS,
-    implied={"qkv_bias": False, "qk_norm": True},
+    implied={"qkv_bias": False, "qk_norm": True, "rope_full_precision": False},
     ignored=_UNUSED | _WINDOW_UNUSED,
 )
 DREAM = Layout(
@@ -157,7 +157,7 @@ DREAM = Layout(
     defaults=_TRANSFORMERS_DEFAULTS,
     fixed={**_TRANSFORMERS_FIXED, "use_sliding_window": (False,), "use_mrope": (False, None)},
     weights=_TRANSFORMERS_WEIGHTS,
-    implied={"qkv_bias": True, "qk_norm": False, "token_shift": True},
+    implied={"qkv_bias": True, "qk_norm": False, "token_shift": True, "rope_full_precision": False},
     ignored=_UNUSED | _WINDOW_UNUSED,
     causal=False,
     remote_code=("Dream-org/Dream-v0-Base-7B", "configuration_dream.DreamConfig", "modeling_dream.DreamModel"),
@@ -177,6 +177,7 @@ LLADA = Layout(
         "norm_eps": "rms_norm_eps",
         "qkv_bias": "include_qkv_bias",
         "tie_embeddings": "weight_tying",
+        "rope_full_precision": "rope_full_precision",
         "initializer_range": "init_std",
         "context_length": "max_sequence_length",
         "mask_id": "mask_token_id",
@@ -186,6 +187,7 @@ LLADA = Layout(
         "n_kv_heads": None,
         "include_qkv_bias": False,
         "init_std": 0.02,
+        "rope_full_precision": True,
         "max_sequence_length": None,
         "pad_token_id": None,
     },
@@ -223,7 +225,7 @@ LLADA = Layout(
     implied={"qk_norm": False, "token_shift": False, "rope_llama3": None},
     ignored=frozenset(
         {"alibi_bias_max", "attention_layer_norm_with_affine", "flash_attention", "mlp_ratio", "precision"}
-        | {"init_cutoff_factor", "init_device", "init_fn", "rope_full_precision"}
+        | {"init_cutoff_factor", "init_device", "init_fn"}
     ),
     causal=False,
     rope="flat",

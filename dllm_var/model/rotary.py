@@ -32,7 +32,15 @@ class RotaryTable:
             self.sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)  # [length, head_dim]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each head of `x` [B, L, heads, head_dim] by its position's angle; `sin` carries the signs."""
-    swapped = x.roll(x.size(-1) // 2, dims=-1)
-    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, full_precision: bool = False) -> Tensor:
+    """Turns each head by its position's angle and returns it in its own type.
+
+    Args:
+        x: Heads [B, L, heads, head_dim].
+        cos: Of the angles [B, L, 1, head_dim], float32.
+        sin: Of the angles, with the rotation's signs.
+        full_precision: Computes in float32 at least, in place of the type of `x`.
+    """
+    exact = x.to(torch.promote_types(x.dtype, cos.dtype)) if full_precision else x
+    swapped = exact.roll(x.size(-1) // 2, dims=-1)
+    return torch.addcmul(exact * cos.to(exact.dtype), swapped, sin.to(exact.dtype)).to(x.dtype)

@@ -59,6 +59,7 @@ class Attention(nn.Module):
             config.hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=config.qkv_bias
         )
         self.out = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+        self.rope_full_precision = config.rope_full_precision
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
@@ -69,7 +70,7 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys = queries_keys.split((self.num_heads, self.num_kv_heads), dim=2)
             queries_keys = torch.cat((self.q_norm(queries), self.k_norm(keys)), dim=2)
-        queries_keys = rotate(queries_keys, context.cos, context.sin)
+        queries_keys = rotate(queries_keys, context.cos, context.sin, self.rope_full_precision)
         queries, keys = queries_keys.split((self.num_heads, self.num_kv_heads), dim=2)
         if context.documents is not None:
             return self.out(context.asked_of(attend_documents(queries, keys, values, context.documents).flatten(2)))

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from published import (
 
 from dllm_var.errors import UserError
 from dllm_var.model import KVCache
+from dllm_var.model.attention import attend
 from dllm_var.model.checkpoints import load_pretrained
 from dllm_var.model.layout_config import read_config
 
@@ -160,12 +162,41 @@ def test_what_is_not_understood_is_named(kind, changes, named, saved, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_llada_turns_queries_and_keys_in_32_bits_where_its_config_says_so(full, tmp_path):
+    """Its formula under bfloat16: x * cos + rotate_half(x) * sin, each step rounded to float32 or to bfloat16."""
+    write_llada(tmp_path, rope_full_precision=full)
+    model = load_pretrained(tmp_path).bfloat16()
+    assert model.config.rope_full_precision == full
+    seen = []
+    attention = model.blocks[0].attention
+    attention.qkv.register_forward_hook(lambda _, __, made: seen.append(made))
+    with patch("dllm_var.model.transformer.attend", side_effect=attend) as attended, torch.no_grad():
+        model(torch.arange(40)[None])
+    ours = attended.call_args_list[0].args[0]  # the first layer's queries [1, heads, L, D]
+
+    heads, size = attention.num_heads, attention.head_dim
+    x = seen[0][..., : heads * size].view(1, 40, heads, size).transpose(1, 2)
+    kind = torch.float32 if full else torch.bfloat16
+    angles = torch.arange(40.0)[:, None] / LLADA_CONFIG["rope_theta"] ** (torch.arange(0, size, 2) / size)
+    cos, sin = (torch.cat((part, part), dim=-1).to(kind) for part in (angles.cos(), angles.sin()))
+    a, b = x.to(kind).chunk(2, dim=-1)
+    theirs = (x.to(kind) * cos + torch.cat((-b, a), dim=-1) * sin).bfloat16()
+    assert ours.dtype == torch.bfloat16
+    if full:  # equal, but for sums that fall between two values of bfloat16
+        assert (ours == theirs).float().mean() > 0.995
+    else:
+        exact = x.double() * cos.double() + torch.cat((-b, a), dim=-1).double() * sin.double()
+        assert (ours.double() - exact).abs().mean() <= (theirs.double() - exact).abs().mean()
+        assert (ours == theirs).float().mean() < 0.995  # one rounding less
+
+
 @pytest.mark.parametrize("config", [LLADA_CONFIG, DREAM_CONFIG], ids=["llada", "dream"])
 def test_a_published_key_that_decides_what_is_computed_is_taken_over_or_has_one_value(config, tmp_path):
     """Any other value is refused by name, except for keys that change nothing and those that hold a number."""
     descriptive = {"architectures", "auto_map", "torch_dtype", "transformers_version", "use_cache", "eos_token_id"}
     descriptive |= {"alibi_bias_max", "attention_layer_norm_with_affine", "flash_attention", "init_cutoff_factor"}
-    descriptive |= {"init_device", "init_fn", "mlp_ratio", "precision", "rope_full_precision", "bos_token_id"}
+    descriptive |= {"init_device", "init_fn", "mlp_ratio", "precision", "bos_token_id"}
     descriptive |= {"max_window_layers", "sliding_window"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     for key in config.keys() - descriptive:

@@ -21,11 +21,18 @@ from dllm_var import DiffusionLM
 from dllm_var.datamodules import JsonlSource, PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.model.checkpoints import load_checkpoint, load_pretrained, start_from, starting_config
+from dllm_var.model.checkpoints import (
+    load_checkpoint,
+    load_pretrained,
+    save_checkpoint_folder,
+    start_from,
+    starting_config,
+)
 from dllm_var.model.initialise import shard
 from dllm_var.model.safetensors_files import SafetensorsFolder
 from dllm_var.objectives import Autoregressive
 from dllm_var.optim import Schedule
+from dllm_var.settings import SettingsParser
 from dllm_var.tokenization import Tokenizer
 
 
@@ -89,6 +96,27 @@ def test_a_decoder_gets_the_mask_too_and_keeps_reading_left_to_right(tmp_path):
     with torch.no_grad():
         ids = torch.arange(40)[None]
         torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_set_wins_also_at_its_default_and_what_is_left_out_comes_from_the_checkpoint(tmp_path):
+    model = Transformer(
+        TransformerConfig(hidden_size=32, num_layers=1, num_heads=2, vocab_size=261, rope_scaling=4.0, rope_theta=2e4)
+    )
+    write_byte_tokenizer(tmp_path)
+    save_checkpoint_folder(tmp_path, model, Tokenizer.from_pretrained(tmp_path))
+    kept = starting_config(TransformerConfig(), tmp_path)
+    assert (kept.rope_scaling, kept.rope_theta, kept.hidden_size) == (4.0, 2e4, 32)
+    undone = starting_config(TransformerConfig(rope_scaling=1.0), tmp_path)
+    assert (undone.rope_scaling, undone.rope_theta, undone.hidden_size) == (1.0, 2e4, 32)
+    for name, default in (("hidden_size", 256), ("num_layers", 4)):
+        with pytest.raises(UserError, match=f"transformer.{name}=.*, the settings say {default}"):
+            starting_config(TransformerConfig(**{name: default}), tmp_path)
+    for given, expected in (([], 4.0), (["--model.transformer.rope_scaling=1.0"], 1.0)):
+        parser = SettingsParser()
+        parser.add_class_arguments(DiffusionLM, "model")
+        settings = parser.parse_args([f"--model.init_from={tmp_path}", *given])
+        recorded = parser.parse_string(parser.dump(settings))  # what a run records of its settings says the same
+        assert parser.instantiate(recorded).model.config.rope_scaling == expected
 
 
 def test_another_tokenizer_is_refused(tmp_path):
