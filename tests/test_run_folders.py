@@ -152,8 +152,9 @@ def test_a_checkpoint_that_a_killed_run_had_set_aside_is_found_and_put_back(tmp_
     assert continue_newest(trainer) == folder / "last.ckpt"
 
 
-def test_settings_that_fail_leave_no_folder(tiny, capsys):
+def test_settings_that_fail_or_are_only_shown_leave_no_folder(tiny, capsys):
     assert main([*tiny, "--data.context_length=-1"]) == 2
+    assert main([*tiny, "--print_config"]) == 0
     assert not list(Path("runs").rglob("version_*"))
 
 
