@@ -355,7 +355,7 @@ def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return read_text(file)
-    template = config.get("chat_template")
+    template: Any = config.get("chat_template")
     if fits(template, list[dict[str, str]]):  # several, each with a name
         return next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
     return template

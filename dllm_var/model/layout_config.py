@@ -55,7 +55,8 @@ def read_config(values: dict[str, Any], file: Path) -> TransformerConfig:
     ours["causal_context"] = bool(extras.get("causal_context"))
     ours["causal"] = layout.causal and values.get("is_causal", True) is not False and not ours["causal_context"]
     ours["token_shift"] = bool(ours.get("token_shift") or extras.get("token_shift"))
-    theta, scaling = extras.get("rope_theta"), extras.get("rope_scaling")
+    theta: Any = extras.get("rope_theta")
+    scaling: Any = extras.get("rope_scaling")
     if fits(theta, float) and fits(scaling, float) and theta * scaling == ours["rope_theta"]:
         ours |= {"rope_theta": theta, "rope_scaling": scaling}
     ends = extras.get("terminator_ids", values.get("eos_token_id"))

@@ -196,6 +196,8 @@ def load_adapter(folder: Path) -> tuple[dict[str, Tensor], Lora, str]:
     """
     try:
         config = read_object(folder / ADAPTER_CONFIG)
+        if not (folder / ADAPTER_WEIGHTS).is_file():  # a pipe would be waited for
+            raise ValueError(f"there is no file {ADAPTER_WEIGHTS}")
         weights = load_file(folder / ADAPTER_WEIGHTS)
         if config["peft_type"] != "LORA" or config.get("use_dora") or config.get("use_rslora"):
             raise ValueError("it is no plain LoRA adapter")

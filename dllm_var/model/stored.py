@@ -131,9 +131,12 @@ def _open_adapter(folder: Path, above: tuple[Path, ...]) -> StoredModel:
     values = read_object(folder / CONFIG)
     meta = {key: value for key, value in values.items() if key not in ("model_type", "transformer")}
     config = TransformerConfig.from_dict(values.get("transformer"), folder / CONFIG)
-    different = next((name for name in SIZES[:-1] if getattr(config, name) != getattr(base.config, name)), None)
-    if different is not None:
-        raise UserError(f"{folder / CONFIG} has another {different} than {path}, which the adapter was trained on")
+    different = [name for name in SIZES if getattr(config, name) != getattr(base.config, name)]
+    rows, known = config.vocab_size or 0, base.config.vocab_size or 0
+    if different == ["vocab_size"] and known <= rows <= 2 * known:  # tokens that the base has not, such as a mask
+        different = []
+    if different:
+        raise UserError(f"{folder / CONFIG} has another {different[0]} than {path}, which the adapter was trained on")
     return StoredModel(folder, config, weights, lambda: Tokenizer.from_pretrained(folder), meta, base.published)
 
 
@@ -195,16 +198,17 @@ def check_sizes(config: TransformerConfig, tensors: int, size: int, place: Path)
     Raises:
         UserError: When its model cannot be in so many bytes.
     """
-    most = {name: tensors if name == "num_layers" else size for name in SIZES}
-    wrong = next((name for name in SIZES if (getattr(config, name) or 0) > most[name]), None)
-    told = wrong is None and config.vocab_size is not None
-    needed = sum(map(math.prod, weight_shapes(config).values())) if told else 0  # a number takes a byte at least
-    if wrong is not None or needed > size:
-        what = f"{wrong}={getattr(config, wrong)}" if wrong else f"a model of {needed:,} weights"
-        raise UserError(
-            f"{place} has {what}, and what is stored beside it is {tensors:,} tensors of {size:,} bytes in all: config "
-            "and weights do not belong together"
-        )
+    beside = (
+        f"and beside it are {tensors:,} tensors of {size:,} bytes in all: config and weights do not belong together"
+    )
+    for name in SIZES:
+        if (getattr(config, name) or 0) > (tensors if name == "num_layers" else size):
+            raise UserError(f"{place} has {name}={getattr(config, name)}, {beside}")
+    if config.vocab_size is None:
+        return  # said when the model is built
+    needed = sum(map(math.prod, weight_shapes(config).values()))
+    if needed > size:  # a number takes a byte at least
+        raise UserError(f"{place} describes a model of {needed:,} weights, {beside}")
 
 
 class FamilyWeights(Mapping[str, Tensor]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from dllm_var import sampling
 from dllm_var.checkpointing.plain import fits
@@ -106,12 +106,12 @@ def _build(config: Any) -> Any:
             "pass it with --sampler if you trust it"
         )
     kind = _PUBLIC[name]
-    known = get_type_hints(kind.__init__) if inspect.signature(kind).parameters else {}
+    known = inspect.signature(kind, eval_str=True).parameters
     arguments = {}
     for key, value in (config.get("init_args") or {}).items():
-        if key not in known or key == "return":
+        if key not in known:
             raise UserError(f"the checkpoint's sampler is damaged: {name} has no setting {key}")
-        arguments[key] = _argument(name, key, value, known[key])
+        arguments[key] = _argument(name, key, value, known[key].annotation)
     try:
         return kind(**arguments)
     except TypeError as error:  # one is missing

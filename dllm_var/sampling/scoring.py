@@ -22,7 +22,7 @@ class NotFinite(UserError):
 
 @contextmanager
 def finite_logits(model: Transformer) -> Iterator[Callable[[], None]]:
-    """Watches the head of a model while it decodes, whatever sampler does.
+    """Watches the head of a model while it decodes, whichever sampler calls it.
 
     Yields:
         What raises `NotFinite` when a logit so far was NaN or infinite. It waits for the device, so it is called when
@@ -32,7 +32,7 @@ def finite_logits(model: Transformer) -> Iterator[Callable[[], None]]:
 
     def watch(head: Any, inputs: Any, logits: Tensor) -> None:
         if logits.numel():
-            largest.append(logits.amax())  # NaN when any is
+            largest.append(logits.aminmax().max)  # NaN when any is; amax is slower in 16 bits
         if len(largest) > 1:
             largest[:] = [torch.maximum(*largest)]
 

@@ -151,7 +151,7 @@ SIZES_WITHOUT_SENSE = [
     ("num_layers", True, "where int is expected"),
     ("num_layers", 2.0, "where int is expected"),
     ("num_layers", math.nan, "num_layers=nan"),
-    ("num_layers", 10**9, "num_layers=1000000000, and what is stored beside it is 15 tensors"),
+    ("num_layers", 10**9, "num_layers=1000000000, and beside it are 15 tensors"),
     ("num_heads", [], "where int is expected"),
     ("intermediate_size", 10**5, "do not belong together"),
     ("vocab_size", 0, "at least 1"),

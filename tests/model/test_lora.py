@@ -226,6 +226,12 @@ def test_adapters_that_fit_no_model_are_named(base, tmp_path):
     ):
         with pytest.raises(UserError, match=says):
             load_checkpoint(adapter(tmp_path / "bad", base, **weights))
+    for name, value in (("hidden_size", 64), ("vocab_size", 10**9)):
+        values = json.loads((Path(base) / "config.json").read_text())
+        values["transformer"][name] = value
+        (tmp_path / "good" / "config.json").write_text(json.dumps(values))
+        with pytest.raises(UserError, match=f"another {name} than"):
+            load_checkpoint(tmp_path / "good")
     adapter(tmp_path / "first", tmp_path / "second", **up, **down)
     adapter(tmp_path / "second", tmp_path / "first", **up, **down)
     with pytest.raises(UserError, match="names itself"):
