@@ -26,7 +26,8 @@ class Window:
     tokens: int = 0
     supervised_tokens: int | torch.Tensor = 0  # counts on the device stay there until the report
     samples: int | torch.Tensor = 0
-    flops: float = 0.0
+    flops: float = 0.0  # of the matrices
+    pairs: int | torch.Tensor = 0  # of tokens that attend
 
 
 class SpeedMonitor(L.Callback):
@@ -42,8 +43,12 @@ class SpeedMonitor(L.Callback):
     - `speed/mfu`: the same over the peak (model FLOPs utilisation, PaLM, arXiv 2204.02311, appendix B).
     - `speed/peak_memory_gib`: most memory allocated on the GPU so far; on CPU the most resident memory of process 0.
 
-    The module must fill `last_step_stats` in every training step (`tokens`, `supervised_tokens`, `loss_tokens`,
-    `samples`), and its `transformer` must have `flops_per_token(context_length, head_share)`.
+    FLOPs are those of the tokens that the layers read and of the pairs of tokens that attend: of documents, the sum of
+    their lengths squared; of block diffusion, what its mask shows; half of the square where attention is causal.
+
+    The module must fill `last_step_stats` in every training step (`tokens`, `read_tokens`, `attended_pairs`,
+    `supervised_tokens`, `loss_tokens`, `samples`), and its `transformer` must have
+    `flops_per_token(context_length, head_share)`.
 
     Args:
         peak_flops: Peak FLOP/s of one device: a number, `measure` (the fastest matrix product in a fifth of a second
@@ -102,7 +107,7 @@ class SpeedMonitor(L.Callback):
         worked = self._interval(trainer)
         self._first = False
         if worked is not None:
-            self._count(pl_module, batch["input_ids"].size(1), worked, stepped)
+            self._count(pl_module, worked, stepped)
         if report and self._window.steps:
             self._report(trainer, pl_module)
             self._window, self._mark = Window(), time.perf_counter()
@@ -123,7 +128,7 @@ class SpeedMonitor(L.Callback):
         self._mark, self._paused, self._skip = now, paused, False
         return max(seconds, 0.0) if counts else None
 
-    def _count(self, pl_module: L.LightningModule, context_length: int, seconds: float, stepped: bool) -> None:
+    def _count(self, pl_module: L.LightningModule, seconds: float, stepped: bool) -> None:
         stats: Any = pl_module.last_step_stats
         transformer: Any = pl_module.transformer
         window, tokens = self._window, stats["tokens"]
@@ -132,11 +137,17 @@ class SpeedMonitor(L.Callback):
         window.tokens += tokens
         window.supervised_tokens = window.supervised_tokens + stats["supervised_tokens"]
         window.samples = window.samples + stats["samples"]
-        window.flops += tokens * transformer.flops_per_token(context_length, stats["loss_tokens"] / max(tokens, 1))
+        # FLOPs per token are linear in the pairs per token: those of the pairs are added when the device has counted.
+        read = stats["read_tokens"]
+        window.flops += read * transformer.flops_per_token(0, stats["loss_tokens"] / max(read, 1))
+        window.pairs = window.pairs + stats["attended_pairs"]
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         window = self._window
-        counts = [window.tokens, float(window.supervised_tokens), float(window.samples), window.flops]
+        transformer: Any = pl_module.transformer
+        per_pair = transformer.flops_per_token(1, 0.0) - transformer.flops_per_token(0, 0.0)
+        flops_done = window.flops + per_pair * float(window.pairs)
+        counts = [window.tokens, float(window.supervised_tokens), float(window.samples), flops_done]
         totals = sum_over_processes(trainer, counts)
         tokens, supervised_tokens, samples, flops = (total / window.seconds for total in totals)
         metrics = {
@@ -175,13 +186,16 @@ def compute_dtype(precision: str) -> torch.dtype:
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = MEASURING_SECONDS) -> float:
     """FLOP/s of the fastest of several large matrix products, which is what training could at best reach.
 
+    The factors are random: a GPU draws less power, and so runs faster, on matrices of equal numbers.
+
     Args:
         device: Where to measure.
         dtype: Type of the factors.
         seconds: How long to try, after one product to warm up.
     """
     size = 8192 if device.type == "cuda" else 1024
-    factor = torch.ones(size, size, device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    factor = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
     best, end = float("inf"), float("inf")
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         while time.perf_counter() < end:

@@ -185,12 +185,24 @@ class DiffusionLM(L.LightningModule):
         scores = self.objective.score(self._head, hidden, noised)  # 3. the head, only where a loss is; its weighted sum
         self.last_step_stats = {
             "tokens": batch["input_ids"].numel(),
+            "read_tokens": noised.input_ids.numel(),
+            "attended_pairs": self._attended_pairs(batch, noised),
             "supervised_tokens": batch["supervised"].sum(),
             "loss_tokens": len(scores.correct),
             "samples": ((batch["position_ids"] == 0) & (batch["segment_ids"] >= 0)).sum(),  # padding is at 0 too
         }
         # 4. the division waits for all ranks and accumulated batches
         return self._totals.add(self.trainer, batch["row"], noised, *scores)
+
+    def _attended_pairs(self, batch: Batch, noised: NoisedBatch) -> int | Tensor:
+        """Counts pairs of tokens that attend, for FLOPs; both halves of a causal square, and annealing at its end."""
+        if noised.attention_mask is not None:
+            return noised.attention_mask.sum()
+        rows, length = noised.input_ids.shape
+        if self.attention != "document":
+            return rows * length * length
+        squares = 2 * batch["position_ids"] + 1  # the first n odd numbers add up to n squared
+        return (squares * (batch["segment_ids"] >= 0)).sum()
 
     @property
     def _head(self) -> nn.Linear:

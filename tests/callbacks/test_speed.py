@@ -11,10 +11,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch.utils.flop_counter import FlopCounterMode
 
+from dllm_var import DiffusionLM
 from dllm_var.callbacks import SamplingCallback, SpeedMonitor
 from dllm_var.callbacks.speed import compute_dtype, measure_peak_flops, peak_memory, sum_over_processes
 from dllm_var.errors import UserError
+from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule, KeyedNoise
+from dllm_var.tokenization import SpecialTokens
 
 ROW_TOKENS = 2 * 16  # the toy data's batch: two rows of sixteen tokens, half of them supervised
 
@@ -139,3 +144,36 @@ def test_precisions() -> None:
 def test_a_peak_must_be_positive(peak: float) -> None:
     with pytest.raises(UserError, match="peak_flops"):
         SpeedMonitor(peak_flops=peak)
+
+
+@pytest.mark.parametrize("kind", ["full", "document", "causal", "blocks"])
+def test_flops_are_those_of_what_attends(kind: str) -> None:
+    """Against torch's counter over each document by itself; of block diffusion, by hand from its mask's pairs."""
+    objective = {"causal": Autoregressive(), "blocks": BlockDiffusion(4)}.get(kind, EosSchedule())
+    objective.bind(SpecialTokens(0, (1,), 2))
+    model = DiffusionLM(objective=objective, attention="full" if kind == "full" else "document")
+    causal = kind == "causal"
+    shape = TransformerConfig(hidden_size=32, num_layers=2, num_heads=2, vocab_size=20, causal=causal)
+    model.transformer = Transformer(shape)
+    lengths = [24] if kind == "full" else [5, 12, 7]
+    position = torch.cat([torch.arange(n) for n in lengths])[None]
+    segment = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+    batch = {"input_ids": torch.full((1, 24), 5), "position_ids": position, "segment_ids": segment}
+    batch |= {"supervised": position >= 2, "row": torch.arange(1)}
+    noised = objective.corrupt(batch, KeyedNoise(0))
+    read, scored = noised.input_ids.numel(), int(noised.loss_mask.sum())
+    pairs = int(model._attended_pairs(batch, noised))
+    flops = model.transformer.flops_per_token
+    ours = read * flops(0, scored / read) + pairs * (flops(1, 0.0) - flops(0, 0.0))
+
+    matrices = read * flops(0, scored / read)
+    dense = 0
+    for n in [24] if kind == "full" else lengths:
+        with FlopCounterMode(display=False) as counter:
+            q = torch.randn(1, 2, n, 16, requires_grad=True)
+            ((q @ q.transpose(-1, -2)).softmax(-1) @ q).sum().backward()
+        dense += 2 * counter.get_total_flops()  # two layers
+    if kind == "blocks":
+        dense = 2 * 12 * int(noised.attention_mask.sum()) * 32
+        assert read > 24 < pairs
+    assert ours == pytest.approx(matrices + dense / (2 if causal else 1))
