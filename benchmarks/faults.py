@@ -1,6 +1,6 @@
 """Everything that can go wrong, done on purpose: a table of faults and outcomes.
 
-    python benchmarks/faults.py          # 290 kills (90 of two ranks or with accumulation), faults, 1,200 bad inputs, memory
+    python benchmarks/faults.py          # 290 kills (90 of two ranks or with accumulation), faults, memory
     python benchmarks/faults.py --quick  # some of each, in a few minutes
     python benchmarks/faults.py --only kills --kills 1000
 
@@ -18,7 +18,6 @@ import platform
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,58 +27,16 @@ from fault_storage import broken_checkpoints, other_data, real_processes, shared
 from fault_tries import Case, Tries
 from forked_runs import warm_up
 from kills import THREE_BATCHES, Campaign, kill_and_resume
-from malformed_inputs import Outcome, attempt
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("kills", "ranks", "accumulation", "faults", "inputs", "memory")
+PARTS = ("kills", "ranks", "accumulation", "faults", "memory")
 CASES = (signals, full_disk, broken_parts, broken_checkpoints, other_data, shared_cache, real_processes)
 QUICK = (signals, broken_checkpoints)
-INPUTS = {"jsonl": 400, "parquet": 200, "config": 200, "checkpoint": 200, "prompt": 200}
 
 
 def note(text: str) -> None:
     """Says how far it has come."""
     print(text, file=sys.stderr, flush=True)
-
-
-def try_inputs(folder: Path, part: int) -> dict[str, Any]:
-    """Tries malformed inputs of all kinds, each kind in a fork, so that not even a crash of a library ends the test.
-
-    Args:
-        folder: For their files.
-        part: Leaves out all but every n-th.
-    """
-    counts: dict[str, dict[str, int]] = {}
-    failures: list[str] = []
-    for kind, number in INPUTS.items():
-        numbers = range(0, number, part)
-        outcomes = list(_in_fork(kind, numbers, folder))
-        counts[kind] = dict(Counter(outcome.result for outcome in outcomes))
-        failures += [f"{kind} {o.number}: {o.result}: {o.message}" for o in outcomes if not o.good]
-        if len(outcomes) < len(numbers):
-            failures.append(f"{kind} {numbers[len(outcomes)]}: ended the process")
-        note(f"malformed {kind}: {counts[kind]}")
-    return {"counts": counts, "failures": failures}
-
-
-def _in_fork(kind: str, numbers: range, folder: Path) -> list[Outcome]:
-    results = folder / f"{kind}.jsonl"
-    pid = os.fork()
-    if pid == 0:
-        try:
-            tempfile.tempdir = str(folder)  # nothing of it stays behind
-            silent = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silent, 1)
-            os.dup2(silent, 2)
-            with open(results, "w") as file:
-                for number in numbers:
-                    outcome = attempt(kind, number, folder / kind)
-                    file.write(json.dumps(asdict(outcome)) + "\n")
-                    file.flush()
-        finally:
-            os._exit(0)
-    os.waitpid(pid, 0)
-    return [Outcome(**json.loads(line)) for line in results.read_text().splitlines()]
 
 
 def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
@@ -107,14 +64,6 @@ def as_markdown(results: dict[str, Any]) -> str:
         lines += ["## Other faults", ""]
         rows = [(c["fault"], c["status"], f"`{c['message']}`" if c["message"] else "", c["after"]) for c in cases]
         lines += table(("fault", "exit status", "message", "then gone on with"), rows)
-    if inputs := results.get("inputs"):
-        lines += ["## Malformed inputs", "", "Refused with one line that names the cause, or used whole.", ""]
-        rows = [
-            (kind, sum(counts.values()), counts.get("refused", 0), counts.get("used", 0), sum(counts.values())
-             - counts.get("refused", 0) - counts.get("used", 0))
-            for kind, counts in inputs["counts"].items()
-        ]  # fmt: skip
-        lines += table(("kind", "inputs", "refused", "used", "else"), rows)
     if memory := results.get("memory"):
         lines += ["## Memory of a long run", ""]
         lines.append(
@@ -134,7 +83,6 @@ def failed(results: dict[str, Any]) -> list[str]:
     texts += [
         f"{case['fault']}: {case['status']}, {case['after']}" for case in results.get("cases", []) if not case["good"]
     ]
-    texts += results.get("inputs", {}).get("failures", [])
     if not results.get("memory", {"good": True})["good"]:
         texts.append("memory grows")
     return texts
@@ -177,8 +125,6 @@ def main() -> int:
         if "memory" in parts:
             results["memory"] = steady_memory(folder / "memory", 400 if arguments.quick else 4_000)
             note(f"memory: {results['memory']}")
-        if "inputs" in parts:
-            results["inputs"] = try_inputs(folder, 20 if arguments.quick else 1)
     results["seconds"] = time.monotonic() - began
     text = as_markdown(results)
     print(text)

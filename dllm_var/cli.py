@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import warnings
 from contextlib import ExitStack
 
@@ -17,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dllm_var.checkpointing.files import CannotSave
 from dllm_var.errors import UserError
-from dllm_var.failures import from_checkpoint, from_outside, is_lost_contact
+from dllm_var.failures import from_checkpoint, from_files, from_outside, is_lost_contact
 from dllm_var.interrupt import Interrupted, StopOnSignal
 from dllm_var.ranks import is_launched_child
 from dllm_var.training_cli import TrainingCLI
@@ -120,11 +121,21 @@ def resume_command(settings: list[str]) -> str:
     return shlex.join(["python", "-m", "dllm_var", "fit", *kept, "--resume"])
 
 
+def tell_thread_failure(failure: threading.ExceptHookArgs) -> None:
+    """Tells in one line what a thread could not write: TensorBoard's raises it again where the run next logs."""
+    message = from_files(failure.exc_value)
+    if message is None:
+        threading.__excepthook__(failure)
+    else:
+        print(f"warning: {message}", file=sys.stderr)
+
+
 def quieten() -> None:
     """Leaves out what Lightning prints that tells a user nothing about the run."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not re.search("Tip: For seamless|TPU available", record.getMessage())
     )
+    threading.excepthook = tell_thread_failure
     # Rows need no loader state: the data module goes on with the row after the last one trained.
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the data is in memory

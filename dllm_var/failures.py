@@ -34,7 +34,7 @@ def from_files(error: BaseException | None) -> str | None:
     if error is None or error.errno is None:
         return None
     if error.errno in _CANNOT_WRITE:
-        return f"cannot write {error.filename or 'the output'}: {error.strerror}; {_CANNOT_WRITE[error.errno]}"
+        return f"cannot write {error.filename or 'a file'}: {error.strerror}; {_CANNOT_WRITE[error.errno]}"
     if error.filename is not None:
         return f"cannot use '{error.filename}': {error.strerror}"
     return f"cannot read or write a file: {error.strerror}" if error.errno == errno.EIO else None

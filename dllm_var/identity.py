@@ -61,7 +61,7 @@ def check_identity(
         UserError: When the run cannot go on with it.
     """
     if not isinstance(saved, dict):
-        raise UserError("the checkpoint was not written by dllm_var: it has no 'dllm_var' entry")
+        raise UserError(f"the checkpoint {path} was not written by dllm_var: it has no 'dllm_var' entry")
     check_format(saved.get("format", FORMAT), path)
     if note := other_versions(saved):
         rank_zero_info(f"{note}: results may differ in their last bits")

@@ -141,6 +141,9 @@ class TrainingCLI(LightningCLI):
                 raise UserError(f"{section}: expected settings by name, got {settings.get(section)!r}")
         if settings.trainer.get("logger") is True:
             settings.trainer.logger = dict_to_namespace(default_logger(self.run_name))
+        accumulated = settings.trainer.get("accumulate_grad_batches")
+        if isinstance(accumulated, int) and accumulated < 1:
+            raise UserError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulated}")
         check_strategy(settings.trainer.get("strategy"))
         if settings.get("weights_only") is False:
             raise UserError("weights_only=false would run code that a checkpoint may hold: leave it out")

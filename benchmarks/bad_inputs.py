@@ -1,0 +1,418 @@
+"""Bad inputs to every command: each must be refused with one line that names the cause, or be used whole.
+
+    python benchmarks/bad_inputs.py                      # all; writes results/bad_inputs.md
+    python benchmarks/bad_inputs.py "generate --output"  # those whose name begins so; prints what went wrong
+    python benchmarks/bad_inputs.py -v export            # prints all of them
+
+A case is a good command with one thing changed, most by bad_inputs.yaml. It runs in a fork of a process that has
+imported everything, in a copy of a folder with a finished run. A refusal is an exit status of 1 or 2 and one `error:`
+line that names the option, setting or file; what then lies under the name of the output is whole. Full and read-only
+disks need root, `evaluate` needs lm-eval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from forked_runs import start, warm_up
+from malformed_data import damaged_bytes, damaged_value, jsonl, parquet
+from short_run import recipe
+
+from dllm_var.checkpointing.files import read_file, write_file
+from dllm_var.errors import UserError
+from dllm_var.module import DiffusionLM
+
+HERE = Path(__file__).parent
+TABLES: dict[str, Any] = yaml.safe_load((HERE / "bad_inputs.yaml").read_text())
+GOOD: dict[str, list[str]] = {name: line.split() for name, line in TABLES["commands"].items()}
+RUN = Path("runs/recipe/version_0")
+MODEL, LAST = RUN / "model", RUN / "checkpoints" / "last.ckpt"
+PATIENCE = 10.0  # seconds beyond what the good command takes
+MEMORY = 16 * 2**30  # bytes of address space
+DOUBLED = b"".join(b"a%d: &a%d [*a%d, *a%d]\n" % (n, n, n - 1, n - 1) for n in range(1, 64))
+FILES: dict[str, Any] = {  # instead of a good file: its content, what makes it, or a name under which there is none
+    "missing": "bad{}", "empty": b"", "a folder": Path.mkdir, "a pipe": os.mkfifo, "zeros": bytes(1_000),
+    "a loop of links": lambda path: path.symlink_to(path.name), "below a file": "recipe.yaml/bad{}",
+    "too long a name": "bad" * 100 + "{}", "unreadable": lambda path: path.symlink_to("/proc/self/mem"),
+    "not UTF-8": b"\xff\xfe\x00caf\xe9: [", "broken": b'{"a": [1, \n- b: }', "a number": b"3", "a list": b"[1, 2]",
+    "deeply nested": b"[" * 100_000, "a name of half characters": "bad\udcff{}", "foreign": b'{"nothing": {"a": 1}}',
+    "a bomb of aliases": b"a0: &a0 [1, 1]\n" + DOUBLED,
+}  # fmt: skip
+CHECKPOINTS: dict[str, Any] = {  # of others
+    "Lightning's": {"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, "a list": [1], "a tensor": torch.ones(3),
+    "an object": {"a": random.Random()}, "empty": {"dllm_var": {}, "state_dict": {}}, "half of one": {"dllm_var": 3},
+    "without weights": {"dllm_var": {"transformer": {"hidden_size": 16}}, "state_dict": {"a": torch.ones(1)}},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command with one thing wrong.
+
+    Args:
+        name: The command, and what is wrong.
+        arguments: What follows `python -m dllm_var`.
+        named: Of these the message names one; none is asked for when empty.
+        prepare: Spoils the working folder.
+        before: Spoils the process.
+        output: Is whole or not there.
+        usable: Whether it may be used.
+    """
+
+    name: str
+    arguments: list[str]
+    named: tuple[str, ...] = ()
+    prepare: Callable[[Path], Any] = id
+    before: Callable[[], Any] = int
+    output: str = "figures.json"
+    usable: bool = False
+
+    @property
+    def command(self) -> str:
+        return self.name.split()[0].rstrip(",")
+
+
+def entries(table: str) -> Iterator[tuple[int, str, list[str]]]:
+    """The entries of a table: number, command, and what follows it."""
+    for number, entry in enumerate(TABLES[table]):
+        command, *rest = entry.split()
+        yield number, command, rest
+
+
+def changed(command: str, option: str, value: str) -> list[str]:
+    """The good command with one option, or its argument, replaced."""
+    kept = [word for word in GOOD[command] if word.partition("=")[0] != option]
+    if option == "--prompts-file":
+        kept.remove("--prompt=key")
+    return [kept[0], value] if option == "RUN" else [*kept, f"{option}={value}"]
+
+
+def spoil(name: Path | str, content: Any, folder: Path) -> None:
+    """Puts something bad under a name."""
+    if not isinstance(content, str):
+        path = folder / name
+        path.unlink(missing_ok=True)
+        path.write_bytes(content) if isinstance(content, bytes) else content(path)
+
+
+def limit_files(size: int) -> None:
+    """Lets no file but the log grow beyond some bytes."""
+    log = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    assert log.stdin is not None
+    os.dup2(log.stdin.fileno(), 1)
+    os.dup2(log.stdin.fileno(), 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def mount(folder: str, options: str, full: bool = False) -> None:
+    """Mounts a disk in the working folder that goes with the process."""
+    ctypes.CDLL(None).unshare(0x00020000)  # CLONE_NEWNS
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    Path(folder).mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], check=True)
+    if full:
+        with suppress(OSError):
+            Path(folder, "filler").write_bytes(bytes(2**20))
+
+
+def in_training(step: int, work: Callable[[], Any]) -> None:
+    """Has something happen after a step."""
+    after = DiffusionLM.on_train_batch_end
+
+    def on_train_batch_end(self: Any, *rest: Any) -> None:
+        if self.trainer.global_step == step:
+            work()
+        after(self, *rest)
+
+    DiffusionLM.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign]
+
+
+def redirect(path: str | None) -> None:
+    """Opens a file in place of standard output; a pipe that nobody reads when None."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer if path is None else os.open(path, os.O_RDWR), 1)
+
+
+PLACES = {
+    "on a full disk": partial(mount, "small", "size=8k", full=True),
+    "on a read-only disk": partial(mount, "sealed", "ro"),
+    "beyond a limit": partial(limit_files, 1),
+}
+
+
+def from_tables(every: int) -> Iterator[Case]:
+    """Bad files, outputs, numbers, settings, variables and streams; of files and numbers every n-th, in turn."""
+    for number, command, (option, *suffix) in entries("inputs"):
+        for kind, content in list(FILES.items())[number % every :: every]:
+            if kind == "a pipe" and option == "--prompts-file":  # its writer is waited for
+                continue
+            value = content.format(*suffix or [""]) if isinstance(content, str) else f"bad{''.join(suffix)}"
+            named = (option.lstrip("-").rpartition(".")[2], "bad", "'nothing", "train split", "utf-8")
+            name = " ".join([command, option, *suffix, kind])
+            yield Case(name, changed(command, option, value), named, partial(spoil, value, content))
+    for number, command, (part,) in entries("parts"):
+        for kind, content in list(FILES.items())[number % every :: every]:
+            prepare = partial(spoil, RUN / part, Path.touch if kind == "missing" else content)
+            if not isinstance(content, str):
+                named = (Path(part).name, "terminators", "'nothing")
+                yield Case(f"{command} of a run whose {part} is {kind}", GOOD[command], named, prepare)
+    for _, command, (option, name) in entries("outputs"):
+        for kind, place in TABLES["places"].items():
+            value = place.format(name if kind != "too long a name" else "x" * 300)
+            named = (option.lstrip("-").rpartition(".")[2], value or "output", name)
+            case = partial(Case, f"{command} {option} {kind}", changed(command, option, value), named, output=value)
+            yield case(before=PLACES.get(kind, int))
+    for number, command, options in entries("counted"):
+        for index, option in enumerate(options, start=number):
+            word = option.lstrip("-").removeprefix("mc-").rpartition(".")[2]
+            for value in TABLES["numbers"][index % every :: every]:
+                named = (word, word.replace("-", "_"))
+                yield Case(f"{command} {option}={value}", changed(command, option, value), named)
+    for _, command, settings in entries("settings"):
+        for setting in settings:
+            yield Case(f"{command} {setting}", [*GOOD[command], setting.replace("~", "\udcff")])
+    for _, command, settings in entries("environment"):
+        for setting in settings:
+            name, _, value = setting.partition("=")
+            before = partial(os.environ.__setitem__, name, value)
+            yield Case(f"{command} with {setting}", GOOD[command], (name,), before=before, usable=True)
+    for command, arguments in GOOD.items():
+        yield Case(f"{command}, output full", arguments, before=partial(redirect, "/dev/full"), usable=True)
+        yield Case(f"{command}, reader gone", arguments, before=partial(redirect, None), usable=True)
+        yield Case(f"{command}, no streams", arguments, before=partial(os.closerange, 0, 3), usable=True)
+        yield Case(f"{command}, folder gone", arguments, before=lambda: shutil.rmtree(Path.cwd()))
+    for command, option in (("resume", "--resume"), ("generate", "--checkpoint"), ("fit", "--model.init_from")):
+        for kind, content in CHECKPOINTS.items():
+            prepare = partial(spoil, "bad.ckpt", partial(torch.save, content))
+            yield Case(f"{command} {option} {kind}", changed(command, option, "bad.ckpt"), ("bad.ckpt",), prepare)
+
+
+def in_mid_run() -> Iterator[Case]:
+    """Runs whose folder goes, or whose disk fills up, on the way."""
+    for place, name in {"runs": "run folder", "cache": "cache", ".": "working folder"}.items():
+        before = partial(in_training, 1, lambda place=place: shutil.rmtree(Path(place).resolve()))
+        yield Case(f"fit whose {name} goes in mid-run", GOOD["fit"], before=before, usable=place == "cache")
+    for size in (100, 10_000):
+        yield Case(f"predict, files of {size} bytes", GOOD["predict"], before=partial(limit_files, size), usable=True)
+        for step in (1, 2):
+            before = partial(in_training, step, partial(limit_files, size))
+            yield Case(f"fit, files of {size} bytes from step {step} on", GOOD["fit"], ("write",), before=before)
+    for size in (16, 60, 120, 180, 240):
+        arguments = changed("fit", "--trainer.logger.init_args.save_dir", "small")
+        before = partial(mount, "small", f"size={size}k")
+        yield Case(f"fit on a disk of {size} KB", arguments, ("write", "small"), before=before, usable=True)
+
+
+def damaged_recipe(rng: random.Random, folder: Path) -> None:
+    """A recipe with something wrong in its text or its settings."""
+    settings: Any = yaml.safe_load((folder / "recipe.yaml").read_text())
+    for _ in range(rng.choice((1, 1, 2))):
+        settings = damaged_value(rng, settings)
+    text = yaml.safe_dump(settings, sort_keys=False).encode(errors="replace")
+    (folder / "recipe.yaml").write_bytes(damaged_bytes(rng, text) if rng.random() < 0.3 else text)
+
+
+def damaged_checkpoint(rng: random.Random, folder: Path) -> None:
+    """Contents that do not belong together, under a good checksum."""
+    state = read_file(folder / LAST)
+    part = rng.choice(("dllm_var", "state_dict", "optimizer_states", "loops", "callbacks", "PackedDataModule"))
+    write_file({**state, part: damaged_value(rng, state[part])}, folder / LAST)
+
+
+def damaged_file(pattern: Path | str, rng: random.Random, folder: Path) -> None:
+    """A file with wrong bytes, or wrong values."""
+    path = rng.choice(sorted(folder.glob(str(pattern))))
+    if path.suffix == ".json" and rng.random() < 0.6:
+        path.write_text(json.dumps(damaged_value(rng, json.loads(path.read_text()))))
+    elif path.suffix == ".jsonl" and rng.random() < 0.6:
+        values = damaged_value(rng, [json.loads(line) for line in path.read_text().splitlines()])
+        path.write_text(
+            "".join(json.dumps(value) + "\n" for value in (values if isinstance(values, list) else [values]))
+        )
+    else:
+        path.write_bytes(damaged_bytes(rng, path.read_bytes()))
+
+
+def read_data(work: Callable[[random.Random, Path], Any], rng: random.Random) -> None:
+    """Reads broken data to its end in place of a command."""
+    try:
+        work(rng, Path.cwd())
+    except UserError as error:
+        print(f"error: {error}", flush=True)
+        os._exit(2)
+    os._exit(0)
+
+
+def at_random(number: int) -> Iterator[Case]:
+    """Damage at random places."""
+    last = changed("generate", "--checkpoint", str(LAST))
+    listed = changed("generate", "--prompts-file", "prompts.jsonl")
+    for seed in range(number):
+        for kind, command, arguments, work in (
+            ("recipe", "fit", GOOD["fit"], damaged_recipe),
+            ("tables", "fit", GOOD["fit"], partial(damaged_file, "cache/*/*")),
+            ("state", "resume", GOOD["resume"], damaged_checkpoint),
+            ("state", "generate", last, damaged_checkpoint),
+            ("bytes", "generate", last, partial(damaged_file, LAST)),
+            ("model", "generate", GOOD["generate"], partial(damaged_file, MODEL / "*.*")),
+            ("model", "export", GOOD["export"], partial(damaged_file, MODEL / "*.*")),
+            ("prompts", "generate", listed, partial(damaged_file, "prompts.jsonl")),
+            ("records", "replay", GOOD["replay"], partial(damaged_file, RUN / "loss_guard.jsonl")),
+        ):
+            rng = random.Random(f"{kind} {seed}")
+            yield Case(f"{command}, damaged {kind} {seed}", arguments, prepare=partial(work, rng), usable=True)
+        for kind, reader in (("jsonl", jsonl), ("parquet", parquet)):
+            before = partial(read_data, reader, random.Random(f"{kind} {seed}"))
+            yield Case(f"data, damaged {kind} {seed}", ["--help"], before=before, usable=True)
+
+
+def write_inputs(folder: Path) -> None:
+    """Writes what the commands read beside a run."""
+    settings = recipe(folder)
+    settings["trainer"] |= {"max_steps": 4, "val_check_interval": 2, "limit_val_batches": 1}
+    settings["trainer"]["callbacks"][1]["init_args"]["every_n_steps"] = 2
+    settings["trainer"]["callbacks"][4]["init_args"]["every_n_train_steps"] = 2
+    (folder / "recipe.yaml").write_text(json.dumps(settings, indent=1))
+    threshold = {"name": "threshold", "role": "default", "sampler": settings["sampler"]}
+    task = {"name": "tiny", "source": settings["data"]["source"], "checkpoint": str(MODEL), "entries": [threshold]}
+    (folder / "bench.yaml").write_text(json.dumps({"tasks": [task]}))
+    (folder / "prompts.jsonl").write_text('{"prompt": "key"}\n{"prompt": "cat"}\n')
+    (folder / "train.d").mkdir()
+    (folder / "full").symlink_to("/dev/full")
+    (folder / "loop").symlink_to("loop")
+
+
+def make_base(folder: Path) -> None:
+    """Makes a folder with a finished run, and what commands read beside it."""
+    write_inputs(folder)
+    run = start(folder, ["fit", "--config=recipe.yaml"])
+    run.wait()
+    assert run.statuses == {0: 0}, run.output
+    record = {"step": 4, "reason": "spike", "loss": 1.0, "median": 0.1, "gradient_norm": 1.0, "rows": [[0, 1.0, 3]]}
+    (folder / RUN / "loss_guard.jsonl").write_text(json.dumps(record) + "\n")
+
+
+def judge(case: Case, status: int | None, text: str, folder: Path) -> tuple[str, str]:
+    """What became of a case (`refused` and `used` are right), and what was said."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = next((index for index, line in enumerate(lines) if line.startswith("error: ")), len(lines))
+    message = " / ".join(lines[said:] or lines[-3:])[:500]
+    output, result = folder / case.output, "refused"
+    if any(mark in text for mark in ("Traceback (most recent call last)", "Exception ignored", "Exception in thread")):
+        result = "traceback"
+    elif status is None:
+        result = "hang"
+    elif status == 0:
+        result = "used" if case.usable or case.name in TABLES["usable"] else "accepted"
+        if output.suffix == ".json" and os.path.isfile(output):
+            with suppress(ValueError):
+                json.loads(output.read_text())
+                return result, message
+            result = "partial"
+    elif case.output and (os.path.isfile(output) or (output.name == "exported" and os.path.isdir(output))):
+        result = "partial"
+    elif status not in (1, 2):
+        result = f"status {status}"
+    elif not case.name.endswith(("no streams", "reader gone")):  # nobody would read it
+        if said != len(lines) - 1:
+            result = "no single line"
+        elif case.named and not any(name in message for name in case.named):
+            result = "unnamed"
+    return result, message
+
+
+def attempt(case: Case, base: Path, folder: Path, seconds: float) -> tuple[str, str]:
+    """Runs a case in a copy of the base; as `judge`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(base, folder / "work", symlinks=True)
+    case.prepare(folder / "work")
+
+    def before() -> None:
+        os.chdir(folder / "work")
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        os.environ |= {"DLLM_VAR_CACHE": str(folder / "work" / "cache"), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        case.before()
+
+    run = start(folder, case.arguments, before=before)
+    ended = run.wait(seconds=seconds)
+    run.end()
+    return judge(case, run.statuses.get(0) if ended else None, run.output, folder / "work")
+
+
+def all_cases(number: int, every: int = 1) -> list[Case]:
+    """All cases, `number` of each kind of random damage; of bad files and numbers every n-th."""
+    cases = [*from_tables(every), *in_mid_run(), *at_random(number)]
+    return [case for case in cases if case.command != "evaluate" or find_spec("lm_eval")]
+
+
+def as_markdown(counts: dict[str, Counter[str]], defects: list[str], seconds: float) -> str:
+    """The table of what became of the cases."""
+    lines = ["# Bad inputs to every command", "", f"`python benchmarks/bad_inputs.py`, {seconds:.0f} s.", ""]
+    lines += ["Refused with one line that names the cause, or used whole.", ""]
+    lines += ["| command | inputs | refused | used | defects |", "|---|--:|--:|--:|--:|"]
+    for command, count in [*counts.items(), ("all", sum(counts.values(), Counter()))]:
+        good = count["refused"] + count["used"]
+        lines.append(f"| {command} | {count.total()} | {count['refused']} | {count['used']} | {count.total() - good} |")
+    return "\n".join([*lines, "", *(f"- {defect}" for defect in defects), ""])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="cases whose name begins so")
+    parser.add_argument("-v", action="store_true", help="print all")
+    parser.add_argument("--random", type=int, default=10, help="cases of each kind of random damage")
+    parser.add_argument("--every", type=int, default=2, help="of bad files and numbers, in turn, every n-th")
+    options = parser.parse_args()
+    began = time.monotonic()
+    warm_up()
+    counts: dict[str, Counter[str]] = {}
+    defects: list[str] = []
+    times: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="bad-") as name:
+        base, folder = Path(name) / "base", Path(name) / "case"
+        make_base(base)
+        for case in all_cases(options.random, options.every):
+            command = case.command
+            if options.names and not case.name.startswith(tuple(options.names)):
+                continue
+            if command in GOOD and command not in times:
+                before = time.monotonic()
+                result, message = attempt(Case(command, GOOD[command], usable=True), base, folder, 600)
+                assert result == "used", (command, result, message)
+                times[command] = time.monotonic() - before
+            result, message = attempt(case, base, folder, times.get(command, 0) + PATIENCE)
+            counts.setdefault(command, Counter())[result] += 1
+            if result not in ("used", "refused"):
+                defects.append(f"{result}: `{case.name[:120]!r}`")
+            if options.v or result not in ("used", "refused"):
+                print(f"{result:<10} {case.name[:120]!r}: {message}", flush=True)
+    text = as_markdown(counts, defects, time.monotonic() - began)
+    print(text)
+    if not options.names:
+        (HERE / "results" / "bad_inputs.md").write_text(text)
+    return 1 if defects else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
