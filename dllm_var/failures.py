@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import traceback
 
@@ -33,10 +34,11 @@ def from_files(error: BaseException | None) -> str | None:
         error = error.__cause__  # the settings parser wraps what a constructor raises
     if error is None or error.errno is None:
         return None
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
     if error.errno in _CANNOT_WRITE:
-        return f"cannot write {error.filename or 'a file'}: {error.strerror}; {_CANNOT_WRITE[error.errno]}"
-    if error.filename is not None:
-        return f"cannot use '{error.filename}': {error.strerror}"
+        return f"cannot write {name or 'a file'}: {error.strerror}; {_CANNOT_WRITE[error.errno]}"
+    if name is not None:
+        return f"cannot use '{name}': {error.strerror}"
     return f"cannot read or write a file: {error.strerror}" if error.errno == errno.EIO else None
 
 

@@ -11,8 +11,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from dllm_var.errors import UserError
+
 _LAUNCHER = "DLLM_VAR_LAUNCHER"  # process id of the first process, for those it starts
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+# What Lightning, torchrun and SLURM read as numbers.
+_NUMBERS = (*_RANKS, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODEID")
+_NUMBERS += ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 POLL = 0.25  # seconds between looks
 GRACE = 5.0  # seconds a process has to end by itself
 _parent: int | None = None
@@ -22,8 +27,15 @@ def enter() -> None:
     """Marks this process as the launcher of those it starts. A launched process exits when its launcher dies.
 
     Runs before anything heavy is imported, so that a launcher that dies meanwhile leaves no process behind.
+
+    Raises:
+        UserError: When a variable of the environment that says the process reads as a number is none.
     """
     global _parent
+    for name in _NUMBERS:
+        value = os.environ.get(name)
+        if value and not value.isdigit():
+            raise UserError(f"the environment variable {name} must be a number, got '{value}': unset it, or mend it")
     launcher, started = os.environ.get(_LAUNCHER), int(os.environ.get("LOCAL_RANK") or 0) > 0
     if started and launcher == str(os.getppid()):
         _parent = int(launcher)

@@ -1,10 +1,12 @@
 """The command line as a user meets it, mostly in this process; real signals and processes are marked slow."""
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from tiny_data import data_settings, write_words
 
 from dllm_var import DiffusionLM, UserError
 from dllm_var.__main__ import COMMANDS, main
-from dllm_var.cli import quieten, resume_command
+from dllm_var.cli import quieten, resume_command, tell_thread_failure
 from dllm_var.datamodules import CmudictSource, PackedDataModule
 from dllm_var.settings import readable
 
@@ -525,3 +527,21 @@ def test_advertisements_are_left_out(caplog):
     log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     assert not log.filter(logging.LogRecord(log.name, logging.INFO, "", 1, "Tip: For seamless cloud logging", (), None))
     assert log.filter(logging.LogRecord(log.name, logging.INFO, "", 1, "`Trainer.fit` stopped", (), None))
+
+
+def test_a_launcher_variable_that_is_no_number_is_named(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "x")
+    assert main(["fit"]) == 2
+    assert capsys.readouterr().err.startswith("error: the environment variable LOCAL_RANK must be a number, got 'x'")
+
+
+def test_what_a_thread_cannot_write_is_told_in_one_line(monkeypatch, capsys):
+    def write():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), b"events")
+
+    monkeypatch.setattr(threading, "excepthook", tell_thread_failure)
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    told = "warning: cannot write events: No space left on device; make room, or write to another disk\n"
+    assert capsys.readouterr().err == told
