@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import StringIO
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from dllm_var.callbacks.decoding import say
-from dllm_var.files import WholeFile
+from dllm_var.files import WholeFile, write_whole
 from dllm_var.sampling import Generation
 
 
 class AnswerWriter(BasePredictionWriter):
     """Writes one JSON object per prompt, with the entries of `generate --json`.
 
-    The file is `answers.jsonl` in the run folder (the working folder without a logger), with the rank in its name when
-    there are several processes. Until the last answer is there, `.partial` follows its name.
+    The file is `answers.jsonl` in the run folder (the working folder without a logger), in the order of the prompts.
+    Until the last answer is there, `.partial` follows its name. Of several processes each writes its own answers into a
+    file with the rank in its name; at the end the first process puts them together, and these files go.
     """
 
     def __init__(self) -> None:
@@ -44,17 +48,33 @@ class AnswerWriter(BasePredictionWriter):
         tokenizer: Any = pl_module.tokenizer
         answers: list[Generation] = prediction
         assert self.file is not None
-        for prompt, answer in zip(batch, answers, strict=True):
+        for prompt, answer in zip((prompt for prompt in batch if len(prompt)), answers, strict=True):
             self.file.stream.write(answer.as_json(tokenizer.decode(prompt)) + "\n")
         self.file.stream.flush()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self.file is not None
         self.file.complete()
-        say(trainer, f"answers in {self.file.target}")
-        self.file = None
+        path, self.file = self.file.target, None
+        if trainer.world_size > 1:
+            path = _put_together(trainer, path)
+        say(trainer, f"answers in {path}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self.file is not None:
             self.file.abandon()
             self.file = None
+
+
+def _put_together(trainer: L.Trainer, part: Path) -> Path:
+    """Writes the answers of all processes, to which prompts were dealt in turn, into one file and returns its path."""
+    whole = part.with_name("answers.jsonl")
+    share = (trainer.distributed_sampler_kwargs or {}).get("rank", 0)  # tensor parallelism: some have the same
+    parts: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(parts, (share, part.read_text(encoding="utf-8")))
+    if trainer.is_global_zero:
+        dealt = [StringIO(text) for _, text in sorted(dict(parts).items())]
+        write_whole(whole, "".join(chain.from_iterable(zip_longest(*dealt, fillvalue=""))))
+    trainer.strategy.barrier()
+    part.unlink()
+    return whole

@@ -82,6 +82,7 @@ def undisturbed(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[No
                 stack.enter_context(precision.forward_context())
             stack.enter_context(averaged(trainer, pl_module))
             stack.enter_context(gathered_root(trainer, pl_module))
+            stack.enter_context(strategies.forwards_together(trainer.strategy, getattr(pl_module, "transformer", None)))
             pl_module.eval()
             yield
     finally:

@@ -205,10 +205,14 @@ class PackedDataModule(L.LightningDataModule):
         return self._held_out_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """Batches of the test split's prompts, as lists of token ids, for `predict`."""
+        """Batches of the test split's prompts, as lists of token ids, for `predict`; each prompt once over all ranks.
+
+        Rank r of n has prompts r, r + n, ... and as many batches as the others, filled up with an empty prompt.
+        """
         prompts = [example.prompt_ids for example in self.held_out("test")]
-        replicas, rank = self._ranks()
-        return DataLoader(prompts[rank::replicas], batch_size=self.batch_size, collate_fn=_as_it_is)  # type: ignore[arg-type]
+        sampler = HeldOutSampler(len(prompts), *self._ranks())  # Lightning deals again what has another sampler
+        dealt: Any = [*prompts, []]  # the sampler's -1 is the last one
+        return DataLoader(dealt, batch_size=self.batch_size, sampler=sampler, collate_fn=_as_it_is)
 
     def table(self, split: str) -> Table:
         """Tokenized samples of a split.

@@ -74,7 +74,7 @@ def check_changes(path: Path, text: str, trainer: L.Trainer, datamodule: Any) ->
     told = ", ".join(map(str, refused))
     if refused and getattr(datamodule, "check_resume", True):
         raise UserError(
-            f"changed since {path} was written: {told}; set back what changed, start a new run with model.init_from, or "
+            f"changed since {path} was written: {told}; set it back, start a new run with model.init_from, or "
             "go on all the same with --data.check_resume=false"
         )
     for change in refused:

@@ -32,7 +32,7 @@ from dllm_var.optim import AdamW, Schedule, parameter_groups
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
 from dllm_var.sampling.config import last_sampler, remembered_sampler
 from dllm_var.step_totals import StepResult, StepTotals
-from dllm_var.strategies import check_accumulation, check_groups, clip_gradients, skip_update
+from dllm_var.strategies import check_accumulation, check_groups, clip_gradients, forwards_together, skip_update
 from dllm_var.tokenization import Tokenizer
 
 OptimizerCallable = Callable[[Any], Optimizer]
@@ -317,11 +317,13 @@ class DiffusionLM(L.LightningModule):
     # -- prediction --------------------------------------------------------------------------------------------------
 
     def predict_step(self, batch: list[list[int]], batch_idx: int) -> list[Generation]:
-        """Decodes a batch of prompts (token ids) with the run's sampler."""
+        """Decodes a batch of prompts (token ids) with the run's sampler; an empty prompt only fills the batch up."""
         sampler = self.sampler or last_sampler(self.trainer.callbacks)  # type: ignore[attr-defined]
         if sampler is None:
             sampler = AutoregressiveSampler() if self.objective.causal else BlockDiffusionSampler()
-        return sampler.generate(self, batch)
+        prompts = [prompt for prompt in batch if len(prompt)]
+        with forwards_together(self.trainer.strategy, self.transformer):
+            return sampler.generate(self, prompts) if prompts else []
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch.optim import Optimizer
 from dllm_var.checkpointing.pieces import in_pieces, load_in_pieces
 from dllm_var.errors import UserError
 from dllm_var.model.placement import TENSOR_PARALLEL, gathered, local_part, sections
+from dllm_var.sampling.base import without_training_modes
 
 _ANYWHERE = "configs/strategy/fsdp2.yaml and ddp.yaml run on any machine"
 
@@ -89,6 +92,42 @@ class TensorParallel(ModelParallelStrategy):
 def is_sharded(strategy: Any) -> bool:
     """Whether a forward pass needs every process, because each holds only a part of the parameters."""
     return isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or getattr(strategy, "zero_stage_3", False)
+
+
+@contextmanager
+def forwards_together(strategy: Any, transformer: Any) -> Iterator[None]:
+    """Lets processes that share the parameters make different numbers of forward passes, as decoding does.
+
+    A pass gathers parameters, for which every process is needed. Within this context each pass begins with a count of
+    the processes that make one. At its end a process makes passes over one token, whose results nobody reads, until
+    no process needs them any more. Every process must enter; those of a tensor-parallel group must do the same.
+
+    Args:
+        strategy: Of the run; does nothing unless it shards parameters.
+        transformer: The sharded model.
+    """
+    if not is_sharded(strategy):
+        yield
+        return
+    own, hidden_states = vars(transformer).get("hidden_states"), transformer.hidden_states
+
+    def count(passes: float) -> Tensor:
+        return strategy.reduce(torch.tensor(passes, device=strategy.root_device), reduce_op="sum")
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        count(1)
+        return hidden_states(*args, **kwargs)
+
+    transformer.hidden_states = counted
+    try:
+        yield
+    finally:
+        del transformer.hidden_states
+        if own is not None:  # FSDP2 has put its own there
+            transformer.hidden_states = own
+    with torch.inference_mode(), without_training_modes(transformer):
+        while count(0) > 0:
+            hidden_states(torch.zeros(1, 1, dtype=torch.long, device=strategy.root_device))
 
 
 def owns_gradients(strategy: Any) -> bool:

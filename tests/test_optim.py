@@ -196,7 +196,7 @@ def test_the_state_of_another_optimizer_or_of_other_groups_is_refused():
 
     muon, adamw = Muon(groups("hidden", "rest")), AdamW(groups("hidden", "rest"))
     for theirs, ours in ((muon, adamw), (adamw, muon)):
-        with pytest.raises(UserError, match="another optimizer.*model.init_from"):
+        with pytest.raises(UserError, match=r"another optimizer.*model\.init_from"):
             ours.load_state_dict(theirs.state_dict())
     with pytest.raises(UserError, match="other groups"):
         muon.load_state_dict(Muon(groups("rest", "hidden")).state_dict())

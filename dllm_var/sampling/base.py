@@ -154,7 +154,7 @@ class Sampler(ABC):
         if was_training:  # visiting every module takes a noticeable part of a short answer's time
             transformer.eval()
         try:
-            with torch.inference_mode(), _without_training_modes(transformer), finite_logits(transformer) as check:
+            with torch.inference_mode(), without_training_modes(transformer), finite_logits(transformer) as check:
                 delivery = _Delivery(tokenizer, stop, on_block, on_answer, check)
                 request = Request(
                     max_new_tokens, delivery.on_block, tuple(suppress), delivery.stop, delivery.on_answer, tokenizer
@@ -168,7 +168,7 @@ class Sampler(ABC):
         return answers
 
 
-def _without_training_modes(transformer: Transformer) -> AbstractContextManager[Any]:
+def without_training_modes(transformer: Transformer) -> AbstractContextManager[Any]:
     """Undoes what is for training only, where it is on; entering what is not would take a share of a short answer.
 
     Mixed precision: decoding runs in the type of the weights, which is also the cache's. Compiled blocks would be
