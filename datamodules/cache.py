@@ -100,14 +100,14 @@ def _write(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> 
         )
         first = np.zeros(1, np.int64)
         first.tofile(files["offsets"])
-        crc32 = {name: zlib.crc32(first) if name == "offsets" else 0 for name in COLUMNS}
+        crc32 = {name: zlib.crc32(first.data) if name == "offsets" else 0 for name in COLUMNS}
         while chunk := _next_chunk(records, source, split):
             table = encoder.encode(chunk, encoder.records)
             columns = {name: getattr(table, name) for name in COLUMNS}
             columns["offsets"] = table.offsets[1:] + tokens
             for name, column in columns.items():
                 column.tofile(files[name])
-                crc32[name] = zlib.crc32(column, crc32[name])
+                crc32[name] = zlib.crc32(column.data, crc32[name])
             samples, tokens = samples + len(table), tokens + len(table.tokens)
             progress.update(len(chunk))
         meta = stack.enter_context(open(folder / "meta.json", "w", encoding="utf-8"))

@@ -54,13 +54,13 @@ class FileSource(SplitSource):
         paths = {"train": path, "validation": validation_path, "test": test_path}
         settings = {"train": "path", "validation": "validation_path", "test": "test_path"}
         self._contents: dict[Path, Contents] = {}
-        self.files = {split: self._find(found, settings[split]) for split, found in paths.items() if found}
+        self.files = {split: self._find(found, settings[split]) for split, found in paths.items() if found is not None}
 
     def _find(self, paths: str | list[str], setting: str) -> list[Path]:
         found: list[Path] = []
         for path in [paths] if isinstance(paths, (str, Path)) else paths:
             try:
-                files = self._files(Path(path).expanduser())
+                files = self._files(Path(path).expanduser()) if str(path) else []
                 for file in files:
                     # Data is read more than once, and never waited for as a pipe would be.
                     if not stat.S_ISREG(file.stat().st_mode):
@@ -71,11 +71,14 @@ class FileSource(SplitSource):
                 reason = getattr(error, "strerror", None) or _one_line(error)
                 raise UserError(f"data.source {setting}: {str(path)[:200]!r} cannot be read: {reason}") from None
             if not files:
-                raise UserError(f"data.source {setting}: no file {path}")
+                raise UserError(f"data.source {setting}: no file {str(path)!r}")
             found += files
+        if not found:
+            raise UserError(f"data.source {setting} is an empty list; name a file, or leave it out")
         return found
 
     def _files(self, place: Path) -> list[Path]:
+        files: Iterator[Path]
         if place.is_dir():
             files = (file for file in place.rglob("*") if set(file.suffixes) & set(self.suffixes) and file.is_file())
         elif place.exists() or place.is_symlink():

@@ -121,9 +121,10 @@ class StreamingDataModule(PackedDataModule):
 
     Records are read in blocks in the source's order, and shuffled and packed within a block: a source that is sorted
     should be shuffled once. A reader parses the records of its own blocks alone, and resuming begins at the right one,
-    if the source can pass over the others (`Source.blocks`): uncompressed JSON Lines, Parquet and datasets can. The stream has no end, so set ``trainer.max_steps``. Checkpoints hold how far every reader
-    has come, and training goes on with the very next row. Validation and test splits are tokenized as usual; bring them
-    as files of their own, because carving them out reads the whole source once.
+    where the source can pass over the others (`Source.blocks`): uncompressed JSON Lines, Parquet and datasets can. The
+    stream has no end, so set ``trainer.max_steps``. Checkpoints hold how far every reader has come, and training goes
+    on with the very next row. Validation and test splits are tokenized as usual; bring them as files of their own,
+    because carving them out reads the whole source once.
 
     Args:
         block_records: Records read, shuffled and packed at a time.

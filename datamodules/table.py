@@ -61,7 +61,7 @@ class Table:
                 name: _map(folder / f"{name}.bin", np.dtype(dtype or meta["dtype"]), lengths[name])
                 for name, dtype in COLUMNS.items()
             }
-            changed = [name for name in COLUMNS if verify and zlib.crc32(columns[name]) != meta["crc32"][name]]
+            changed = [name for name in COLUMNS if verify and zlib.crc32(columns[name].data) != meta["crc32"][name]]
             if changed:
                 raise ValueError(f"{changed[0]}.bin is not as it was written")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

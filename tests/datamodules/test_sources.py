@@ -296,6 +296,9 @@ def test_what_is_no_regular_file_is_told_at_once(tmp_path, write_jsonl):
         with pytest.raises(UserError, match=f"data.source path: .*({message})") as error:
             JsonlSource(str(tmp_path / path))
         assert "\n" not in str(error.value)
+    for path, message in (("", "no file ''"), ([], "empty list")):
+        with pytest.raises(UserError, match=f"data.source path.*{message}"):
+            JsonlSource(path)
     with pytest.raises(UserError, match="~nobody_here"):
         JsonlSource("~nobody_here/data.jsonl")
     assert len(JsonlSource(str(tmp_path / "good" / "**" / "*.jsonl")).files["train"]) == 1, "links lead back"
