@@ -169,13 +169,13 @@ def _attend_varlen(queries: Tensor, keys: Tensor, values: Tensor, ends: Tensor, 
     """Returns attention within documents [tokens, heads, D] from torch's varlen kernel."""
     from torch.nn.attention.varlen import varlen_attn  # registers operators: no start of a command should wait for it
 
-    groups: dict[str, bool] = {}
+    groups: dict[str, Any] = {}
     if queries.size(1) != keys.size(1):
         if takes_groups(varlen_attn):
             groups["enable_gqa"] = True
         else:
             keys, values = (x.repeat_interleave(queries.size(1) // x.size(1), dim=1) for x in (keys, values))
-    return varlen_attn(
+    mixed: Any = varlen_attn(
         queries.to(values.dtype),  # norms of heads leave them in float32
         keys.to(values.dtype),
         values,
@@ -186,6 +186,7 @@ def _attend_varlen(queries: Tensor, keys: Tensor, values: Tensor, ends: Tensor, 
         window_size=(-1, 0 if documents.is_causal else -1),
         **groups,
     )
+    return mixed
 
 
 class ShortChunks(torch.autograd.Function):

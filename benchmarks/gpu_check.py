@@ -1,0 +1,235 @@
+"""What one GPU visit should measure, in six minutes: copy bandwidth, decode latency, a training step, the gpu tests.
+
+    python benchmarks/gpu_check.py FOLDER                  # torch 2.11 or later and one CUDA device
+    python benchmarks/gpu_check.py FOLDER --only decode train
+    python benchmarks/gpu_check.py FOLDER --tiny           # toy sizes on any machine, to try the script itself
+
+Each part writes FOLDER/gpu_check.json anew, so that a visit that is cut off keeps what it has; a part that fails says
+so in one line and the next one goes on. The tests compare fits in each precision and strategy, and every sampler, with
+the CPU. The package need not be installed.
+"""
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+from lightning.pytorch.loggers import Logger
+
+from dllm_var import DiffusionLM
+from dllm_var.benchmarking.instruments import describe_machine, synchronise
+from dllm_var.benchmarking.training_data import packed_data
+from dllm_var.benchmarking.training_settings import TrainingCase
+from dllm_var.callbacks import SpeedMonitor
+from dllm_var.callbacks.speed import measure_peak_flops, peak_memory
+from dllm_var.checkpointing.trainer import Trainer
+from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.objectives import EosSchedule
+from dllm_var.optim import AdamW, Schedule
+from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, ConfidenceThreshold
+
+VOCABULARY = 126_464
+SPECIAL: dict[str, Any] = dict(mask_id=126_336, terminator_ids=[126_081, 126_348], pad_id=126_081)
+LLADA = dict(hidden_size=4096, num_layers=32, num_heads=32, intermediate_size=12288, rope_theta=5e5)
+DECODED = {"8.0B": LLADA, "0.57B": dict(hidden_size=1024, num_layers=24, num_heads=16, intermediate_size=2816)}
+TRAINED = dict(hidden_size=2048, num_layers=16, num_heads=16, intermediate_size=5632)
+TINY = dict(hidden_size=64, num_layers=2, num_heads=2)
+PROMPT, TEST_SECONDS = 128, 240
+
+
+class Kept(Logger):
+    """Keeps the last value of everything that is logged."""
+
+    name, version = "kept", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, float] = {}
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.values.update(metrics)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def random_model(shape: dict[str, Any], device: torch.device, dtype: torch.dtype, causal: bool = False) -> Transformer:
+    """Builds a model whose weights are drawn where they are, in seconds."""
+    with torch.device("meta"):
+        model = Transformer(TransformerConfig(**shape, **SPECIAL, vocab_size=VOCABULARY, causal=causal))
+    model.to(dtype).to_empty(device=device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1) if parameter.dim() == 1 else parameter.normal_(std=0.02)
+    return model
+
+
+def timed(call: Callable[[], Any], device: torch.device, repeats: int = 10) -> float:
+    """Returns the median time of a call in milliseconds, each waited for."""
+    seconds = []
+    for number in range(3 + repeats):
+        synchronise(device)
+        began = time.perf_counter()
+        call()
+        synchronise(device)
+        if number >= 3:
+            seconds.append(time.perf_counter() - began)
+    return 1e3 * median(seconds)
+
+
+def machine(device: torch.device, tiny: bool, folder: Path) -> dict[str, Any]:
+    source = torch.randn(2**20 if tiny else 2**30, device=device, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    milliseconds = timed(lambda: target.copy_(source), device)
+    return {
+        **describe_machine(device),
+        "cudnn": torch.backends.cudnn.version(),
+        "copy TB/s": 4 * source.numel() / milliseconds / 1e9,
+        "bf16 GEMM TFLOP/s": measure_peak_flops(device, torch.bfloat16) / 1e12,
+    }
+
+
+def decode(device: torch.device, tiny: bool, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, shape in {"tiny": TINY}.items() if tiny else DECODED.items():
+        model = random_model(shape, device, torch.bfloat16).eval().requires_grad_(False)
+        with torch.inference_mode():
+            cache = model.new_cache(1, PROMPT + 64)
+            for width in (1, 32, 64):
+                tokens = torch.randint(0, SPECIAL["pad_id"], (1, width), device=device)
+
+                def forward(model: Transformer = model, tokens: torch.Tensor = tokens, cache: Any = cache) -> Any:
+                    cache.open(tokens.size(1))
+                    return model.lm_head(model.hidden_states(tokens, cache=cache))
+
+                found[f"{name}, forward of {width}, ms"] = timed(forward, device)
+        generator = torch.Generator().manual_seed(0)
+        prompts = torch.randint(0, SPECIAL["pad_id"], (16, PROMPT), generator=generator).tolist()
+        limit = 8 if tiny else 64
+        for batch in (1, 16):
+            block = BlockDiffusionSampler(ConfidenceThreshold(0.9), block_length=32, batch_size=batch)
+            found[f"{name}, block diffusion per forward, batch {batch}, ms"] = per_forward(
+                block, model, prompts[:batch], limit, device
+            )
+        del model
+        model = random_model(shape, device, torch.bfloat16, causal=True).eval().requires_grad_(False)
+        found[f"{name}, autoregressive per token, ms"] = per_forward(
+            AutoregressiveSampler(), model, prompts[:1], min(limit, 48), device
+        )
+        del model
+    return found
+
+
+def per_forward(sampler: Any, model: Transformer, prompts: Any, limit: int, device: torch.device) -> float:
+    """Returns the milliseconds of a forward, with all that the sampler does around it; nothing ends an answer early."""
+    suppressed = SPECIAL["terminator_ids"]
+    sampler.generate(model, prompts, suppress=suppressed, max_new_tokens=4)
+    synchronise(device)
+    began = time.perf_counter()
+    answers = sampler.generate(model, prompts, suppress=suppressed, max_new_tokens=limit)
+    synchronise(device)
+    return 1e3 * (time.perf_counter() - began) / max(answer.nfe for answer in answers)
+
+
+def train(device: torch.device, tiny: bool, folder: Path) -> dict[str, Any]:
+    """Steps of a 1.1B model in bf16-mixed, documents of 420 tokens in two rows of 4,096, eager and compiled."""
+    shape, length = (TINY, 512) if tiny else (TRAINED, 4096)
+    case = TrainingCase("gpu check", VOCABULARY, dict(shape), length, 2, 12, prompt_tokens=120, answer_tokens=300)
+    found: dict[str, Any] = {}
+    variants = (("eager", False),) if tiny else (("eager", False), ("compiled", True))
+    for name, compiled in variants:
+        module = DiffusionLM(
+            TransformerConfig(**shape, vocab_size=VOCABULARY),
+            EosSchedule(),
+            optimizer=lambda groups: AdamW(groups, 1e-4),
+            schedule=Schedule("constant", 0),
+        )
+        data, kept = packed_data(case, folder / "cache"), Kept()
+        module.use_tokenizer(data.tokenizer)
+        module.transformer = random_model(shape, device, torch.float32)
+        if compiled:
+            module.transformer.compile_blocks()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        trainer = Trainer(
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=1,
+            precision="bf16-mixed",
+            max_steps=3 if tiny else 12,
+            log_every_n_steps=3 if tiny else 6,
+            gradient_clip_val=1.0,
+            callbacks=[SpeedMonitor()],
+            logger=kept,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+        )
+        began = time.perf_counter()
+        trainer.fit(module, data)
+        found[f"{name}, seconds in all"] = time.perf_counter() - began
+        for figure in ("step_seconds", "tokens_per_second", "mfu"):
+            found[f"{name}, {figure}"] = kept.values.get(f"speed/{figure}")
+        found[f"{name}, peak memory GiB"] = (peak_memory(device) or 0) / 2**30
+        del module, trainer
+    return found
+
+
+def tests(device: torch.device, tiny: bool, folder: Path) -> dict[str, Any]:
+    """Runs tests/gpu in a process of its own and returns how many passed, failed and were skipped."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--durations", "15", "tests/gpu"]
+    if tiny:
+        command += ["--collect-only"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with (folder / "tests.log").open("w") as log:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=TEST_SECONDS)
+    lines = (folder / "tests.log").read_text().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return {"status": done.returncode, "summary": lines[-1] if lines else "", "failed": failed}
+
+
+PARTS = {"machine": machine, "decode": decode, "train": train, "tests": tests}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="gets gpu_check.json and tests.log")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, on any machine")
+    options = parser.parse_args()
+    if not options.tiny and not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device; --tiny tries the script without one")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    warnings.simplefilter("ignore")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"tiny": options.tiny}
+    for name in options.only:
+        began = time.perf_counter()
+        try:
+            found = PARTS[name](device, options.tiny, options.folder)
+        except Exception as error:  # the next part may still say something
+            found = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        results[name] = {**found, "part took, s": time.perf_counter() - began}
+        (options.folder / "gpu_check.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(f"\n{name}")
+        for figure, value in results[name].items():
+            shown = f"{value:>14,.2f}" if isinstance(value, float) else value
+            print(f"  {figure:<50}{shown}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
