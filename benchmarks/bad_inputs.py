@@ -13,13 +13,11 @@ disks need root, `evaluate` needs lm-eval.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import random
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,13 +32,12 @@ from typing import Any
 
 import torch
 import yaml
+from fault_tries import after_step, limit_files, mount, redirect
 from forked_runs import start, warm_up
-from malformed_data import damaged_bytes, damaged_value, jsonl, parquet
+from malformed_data import damaged_checkpoint, damaged_file, damaged_recipe, jsonl, parquet
 from short_run import recipe
 
-from dllm_var.checkpointing.files import read_file, write_file
 from dllm_var.errors import UserError
-from dllm_var.module import DiffusionLM
 
 HERE = Path(__file__).parent
 TABLES: dict[str, Any] = yaml.safe_load((HERE / "bad_inputs.yaml").read_text())
@@ -115,45 +112,6 @@ def spoil(name: Path | str, content: Any, folder: Path) -> None:
         path.write_bytes(content) if isinstance(content, bytes) else content(path)
 
 
-def limit_files(size: int) -> None:
-    """Lets no file but the log grow beyond some bytes."""
-    log = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
-    assert log.stdin is not None
-    os.dup2(log.stdin.fileno(), 1)
-    os.dup2(log.stdin.fileno(), 2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
-def mount(folder: str, options: str, full: bool = False) -> None:
-    """Mounts a disk in the working folder that goes with the process."""
-    ctypes.CDLL(None).unshare(0x00020000)  # CLONE_NEWNS
-    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    Path(folder).mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], check=True)
-    if full:
-        with suppress(OSError):
-            Path(folder, "filler").write_bytes(bytes(2**20))
-
-
-def in_training(step: int, work: Callable[[], Any]) -> None:
-    """Has something happen after a step."""
-    after = DiffusionLM.on_train_batch_end
-
-    def on_train_batch_end(self: Any, *rest: Any) -> None:
-        if self.trainer.global_step == step:
-            work()
-        after(self, *rest)
-
-    DiffusionLM.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign]
-
-
-def redirect(path: str | None) -> None:
-    """Opens a file in place of standard output; a pipe that nobody reads when None."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    os.dup2(writer if path is None else os.open(path, os.O_RDWR), 1)
-
-
 PLACES = {
     "on a full disk": partial(mount, "small", "size=8k", full=True),
     "on a read-only disk": partial(mount, "sealed", "ro"),
@@ -211,47 +169,17 @@ def from_tables(every: int) -> Iterator[Case]:
 def in_mid_run() -> Iterator[Case]:
     """Runs whose folder goes, or whose disk fills up, on the way."""
     for place, name in {"runs": "run folder", "cache": "cache", ".": "working folder"}.items():
-        before = partial(in_training, 1, lambda place=place: shutil.rmtree(Path(place).resolve()))
+        before = partial(after_step, 1, lambda place=place: shutil.rmtree(Path(place).resolve()))
         yield Case(f"fit whose {name} goes in mid-run", GOOD["fit"], before=before, usable=place == "cache")
     for size in (100, 10_000):
         yield Case(f"predict, files of {size} bytes", GOOD["predict"], before=partial(limit_files, size), usable=True)
         for step in (1, 2):
-            before = partial(in_training, step, partial(limit_files, size))
+            before = partial(after_step, step, partial(limit_files, size))
             yield Case(f"fit, files of {size} bytes from step {step} on", GOOD["fit"], ("write",), before=before)
     for size in (16, 60, 120, 180, 240):
         arguments = changed("fit", "--trainer.logger.init_args.save_dir", "small")
         before = partial(mount, "small", f"size={size}k")
         yield Case(f"fit on a disk of {size} KB", arguments, ("write", "small"), before=before, usable=True)
-
-
-def damaged_recipe(rng: random.Random, folder: Path) -> None:
-    """A recipe with something wrong in its text or its settings."""
-    settings: Any = yaml.safe_load((folder / "recipe.yaml").read_text())
-    for _ in range(rng.choice((1, 1, 2))):
-        settings = damaged_value(rng, settings)
-    text = yaml.safe_dump(settings, sort_keys=False).encode(errors="replace")
-    (folder / "recipe.yaml").write_bytes(damaged_bytes(rng, text) if rng.random() < 0.3 else text)
-
-
-def damaged_checkpoint(rng: random.Random, folder: Path) -> None:
-    """Contents that do not belong together, under a good checksum."""
-    state = read_file(folder / LAST)
-    part = rng.choice(("dllm_var", "state_dict", "optimizer_states", "loops", "callbacks", "PackedDataModule"))
-    write_file({**state, part: damaged_value(rng, state[part])}, folder / LAST)
-
-
-def damaged_file(pattern: Path | str, rng: random.Random, folder: Path) -> None:
-    """A file with wrong bytes, or wrong values."""
-    path = rng.choice(sorted(folder.glob(str(pattern))))
-    if path.suffix == ".json" and rng.random() < 0.6:
-        path.write_text(json.dumps(damaged_value(rng, json.loads(path.read_text()))))
-    elif path.suffix == ".jsonl" and rng.random() < 0.6:
-        values = damaged_value(rng, [json.loads(line) for line in path.read_text().splitlines()])
-        path.write_text(
-            "".join(json.dumps(value) + "\n" for value in (values if isinstance(values, list) else [values]))
-        )
-    else:
-        path.write_bytes(damaged_bytes(rng, path.read_bytes()))
 
 
 def read_data(work: Callable[[random.Random, Path], Any], rng: random.Random) -> None:
@@ -272,8 +200,8 @@ def at_random(number: int) -> Iterator[Case]:
         for kind, command, arguments, work in (
             ("recipe", "fit", GOOD["fit"], damaged_recipe),
             ("tables", "fit", GOOD["fit"], partial(damaged_file, "cache/*/*")),
-            ("state", "resume", GOOD["resume"], damaged_checkpoint),
-            ("state", "generate", last, damaged_checkpoint),
+            ("state", "resume", GOOD["resume"], partial(damaged_checkpoint, LAST)),
+            ("state", "generate", last, partial(damaged_checkpoint, LAST)),
             ("bytes", "generate", last, partial(damaged_file, LAST)),
             ("model", "generate", GOOD["generate"], partial(damaged_file, MODEL / "*.*")),
             ("model", "export", GOOD["export"], partial(damaged_file, MODEL / "*.*")),

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
+import resource
 import shutil
+import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,8 @@ from forked_runs import Attempt, start
 from kills import TWO_RANKS
 from lightning.pytorch.callbacks import Callback
 from short_run import fingerprint, write_recipe
+
+from dllm_var.module import DiffusionLM
 
 
 @dataclass
@@ -121,3 +128,42 @@ def in_training(attempt: Attempt) -> Attempt:
     """Waits until two checkpoints are there."""
     attempt.wait(lambda: attempt.phase[1] >= 2 and attempt.now == "training")
     return attempt
+
+
+def limit_files(size: int) -> None:
+    """Lets no file but the log grow beyond some bytes."""
+    log = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+    assert log.stdin is not None
+    os.dup2(log.stdin.fileno(), 1)
+    os.dup2(log.stdin.fileno(), 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def mount(folder: str, options: str, full: bool = False) -> None:
+    """Mounts a disk in the working folder that goes with the process."""
+    ctypes.CDLL(None).unshare(0x00020000)  # CLONE_NEWNS
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    Path(folder).mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], check=True)
+    if full:
+        with suppress(OSError):
+            Path(folder, "filler").write_bytes(bytes(2**20))
+
+
+def after_step(step: int, work: Callable[[], Any]) -> None:
+    """Has something happen after a step."""
+    after = DiffusionLM.on_train_batch_end
+
+    def on_train_batch_end(self: Any, *rest: Any) -> None:
+        if self.trainer.global_step == step:
+            work()
+        after(self, *rest)
+
+    DiffusionLM.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign]
+
+
+def redirect(path: str | None) -> None:
+    """Opens a file in place of standard output; a pipe that nobody reads when None."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer if path is None else os.open(path, os.O_RDWR), 1)

@@ -1,4 +1,4 @@
-"""Training data that is broken in many ways."""
+"""Training data, settings and checkpoints that are broken in many ways."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from dllm_var.checkpointing.files import read_file, write_file
 from dllm_var.datamodules import CmudictSource, JsonlSource, PackedDataModule, ParquetSource
 
 TOKENIZER = CmudictSource.default_tokenizer
@@ -200,3 +203,36 @@ def parquet(rng: random.Random, folder: Path) -> None:
     data = read_all(source, rng, folder)
     if intact:
         check_whole(data, number)
+
+
+# -- what commands read -----------------------------------------------------------------------------------------------
+
+
+def damaged_recipe(rng: random.Random, folder: Path) -> None:
+    """A recipe with something wrong in its text or its settings."""
+    settings: Any = yaml.safe_load((folder / "recipe.yaml").read_text())
+    for _ in range(rng.choice((1, 1, 2))):
+        settings = damaged_value(rng, settings)
+    text = yaml.safe_dump(settings, sort_keys=False).encode(errors="replace")
+    (folder / "recipe.yaml").write_bytes(damaged_bytes(rng, text) if rng.random() < 0.3 else text)
+
+
+def damaged_checkpoint(name: Path, rng: random.Random, folder: Path) -> None:
+    """Contents that do not belong together, under a good checksum."""
+    state = read_file(folder / name)
+    part = rng.choice(("dllm_var", "state_dict", "optimizer_states", "loops", "callbacks", "PackedDataModule"))
+    write_file({**state, part: damaged_value(rng, state[part])}, folder / name)
+
+
+def damaged_file(pattern: Path | str, rng: random.Random, folder: Path) -> None:
+    """A file with wrong bytes, or wrong values."""
+    path = rng.choice(sorted(folder.glob(str(pattern))))
+    if path.suffix == ".json" and rng.random() < 0.6:
+        path.write_text(json.dumps(damaged_value(rng, json.loads(path.read_text()))))
+    elif path.suffix == ".jsonl" and rng.random() < 0.6:
+        values = damaged_value(rng, [json.loads(line) for line in path.read_text().splitlines()])
+        path.write_text(
+            "".join(json.dumps(value) + "\n" for value in (values if isinstance(values, list) else [values]))
+        )
+    else:
+        path.write_bytes(damaged_bytes(rng, path.read_bytes()))
