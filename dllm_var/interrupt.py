@@ -154,8 +154,8 @@ class StopOnSignal(Callback):
             _end_averaging(trainer, pl_module)
             with contextlib.suppress(CannotSave):
                 save_last(trainer)
-        if isinstance(exception, OSError) and exception.filename is None and self._folder is not None:
-            exception.filename = str(self._folder.parent)  # TensorBoard's writer does not say what it cannot write
+        if isinstance(exception, OSError) and exception.filename is None:
+            exception.filename = getattr(trainer.logger, "log_dir", None)  # TensorBoard's writer does not say it
         if trainer.is_global_zero and trainer.state.fn == "fit" and hasattr(exception, "add_note"):
             exception.add_note(self.how_to_go_on())
 

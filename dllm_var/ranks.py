@@ -16,8 +16,8 @@ from dllm_var.errors import UserError
 _LAUNCHER = "DLLM_VAR_LAUNCHER"  # process id of the first process, for those it starts
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 # What Lightning, torchrun and SLURM read as numbers.
-_NUMBERS = (*_RANKS, "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODEID")
-_NUMBERS += ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+_COUNTS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+_NUMBERS = (*_RANKS, *_COUNTS, "MASTER_PORT", "SLURM_LOCALID", "SLURM_NODEID")
 POLL = 0.25  # seconds between looks
 GRACE = 5.0  # seconds a process has to end by itself
 _parent: int | None = None

@@ -51,6 +51,8 @@ def step_of(path: Path) -> int | None:
     try:
         if path.is_dir():
             step = read_trainer_state(path)["global_step"]
+        elif not path.is_file():  # a pipe would be waited for
+            return None
         else:
             step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
     except Exception:  # torch raises many kinds; `check` will say what is wrong
