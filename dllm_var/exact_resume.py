@@ -118,7 +118,7 @@ class ExactResume(Callback):
 def _count_as_saved(trainer: L.Trainer) -> None:
     """Tells what saves every so many steps that the present step, which the run goes on from, has had its turn."""
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.every_n_epochs < 1:  # others save after validation
+        if isinstance(callback, ModelCheckpoint) and not callback.every_n_epochs:  # others save after validation
             callback._last_global_step_saved = trainer.global_step  # of all its state, Lightning leaves out this
 
 
