@@ -33,16 +33,12 @@ import torch
 import yaml
 from fault_tries import after_step, limit_files, mount, redirect
 from forked_runs import start, warm_up
-from malformed_data import damaged_checkpoint, damaged_file, damaged_recipe, jsonl, parquet
-from short_run import recipe
-
-from dllm_var.errors import UserError
+from malformed_data import damaged_checkpoint, damaged_file, damaged_recipe, jsonl, parquet, read_data
+from short_run import LAST, MODEL, RUN, make_base
 
 HERE = Path(__file__).parent
 TABLES: dict[str, Any] = yaml.safe_load((HERE / "bad_inputs.yaml").read_text())
 GOOD: dict[str, list[str]] = {name: line.split() for name, line in TABLES["commands"].items()}
-RUN = Path("runs/recipe/version_0")
-MODEL, LAST = RUN / "model", RUN / "checkpoints" / "last.ckpt"
 PATIENCE = 10.0  # seconds beyond what the good command takes
 MEMORY = 16 * 2**30  # bytes of address space
 DOUBLED = b"".join(b"a%d: &a%d [*a%d, *a%d]\n" % (n, n, n - 1, n - 1) for n in range(1, 64))
@@ -88,11 +84,11 @@ class Case:
         return self.name.split()[0].rstrip(",")
 
 
-def entries(table: str) -> Iterator[tuple[int, str, list[str]]]:
-    """The entries of a table: number, command, and what follows it."""
-    for number, entry in enumerate(TABLES[table]):
+def entries(table: str) -> Iterator[tuple[str, list[str]]]:
+    """The entries of a table: command, and what follows it."""
+    for entry in TABLES[table]:
         command, *rest = entry.split()
-        yield number, command, rest
+        yield command, rest
 
 
 def changed(command: str, option: str, value: str) -> list[str]:
@@ -118,38 +114,38 @@ PLACES = {
 }
 
 
-def from_tables(every: int) -> Iterator[Case]:
-    """Bad files, outputs, numbers, settings, variables and streams; of files and numbers every n-th, in turn."""
-    for number, command, (option, *suffix) in entries("inputs"):
-        for kind, content in list(FILES.items())[number % every :: every]:
+def from_tables() -> Iterator[Case]:
+    """Bad files, outputs, numbers, settings, variables and streams."""
+    for command, (option, *suffix) in entries("inputs"):
+        for kind, content in FILES.items():
             if kind == "a pipe" and option == "--prompts-file":  # its writer is waited for
                 continue
             value = content.format(*suffix or [""]) if isinstance(content, str) else f"bad{''.join(suffix)}"
             named = (option.lstrip("-").rpartition(".")[2], "bad", "'nothing", "train split", "utf-8")
             name = " ".join([command, option, *suffix, kind])
             yield Case(name, changed(command, option, value), named, partial(spoil, value, content))
-    for number, command, (part,) in entries("parts"):
-        for kind, content in list(FILES.items())[number % every :: every]:
+    for command, (part,) in entries("parts"):
+        for kind, content in FILES.items():
             prepare = partial(spoil, RUN / part, Path.touch if kind == "missing" else content)
             if not isinstance(content, str):
                 named = (Path(part).name, "terminators", "'nothing")
                 yield Case(f"{command} of a run whose {part} is {kind}", GOOD[command], named, prepare)
-    for _, command, (option, name) in entries("outputs"):
+    for command, (option, name) in entries("outputs"):
         for kind, place in TABLES["places"].items():
             value = place.format(name if kind != "too long a name" else "x" * 300)
             named = (option.lstrip("-").rpartition(".")[2], value or "output", name)
             case = partial(Case, f"{command} {option} {kind}", changed(command, option, value), named, output=value)
             yield case(before=PLACES.get(kind, int))
-    for number, command, options in entries("counted"):
-        for index, option in enumerate(options, start=number):
+    for command, options in entries("counted"):
+        for option in options:
             word = option.lstrip("-").removeprefix("mc-").rpartition(".")[2]
-            for value in TABLES["numbers"][index % every :: every]:
+            for value in TABLES["numbers"]:
                 named = (word, word.replace("-", "_"))
                 yield Case(f"{command} {option}={value}", changed(command, option, value), named)
-    for _, command, settings in entries("settings"):
+    for command, settings in entries("settings"):
         for setting in settings:
             yield Case(f"{command} {setting}", [*GOOD[command], setting.replace("~", "\udcff")])
-    for _, command, settings in entries("environment"):
+    for command, settings in entries("environment"):
         for setting in settings:
             name, _, value = setting.partition("=")
             before = partial(os.environ.__setitem__, name, value)
@@ -181,16 +177,6 @@ def in_mid_run() -> Iterator[Case]:
         yield Case(f"fit on a disk of {size} KB", arguments, ("write", "small"), before=before, usable=True)
 
 
-def read_data(work: Callable[[random.Random, Path], Any], rng: random.Random) -> None:
-    """Reads broken data to its end in place of a command."""
-    try:
-        work(rng, Path.cwd())
-    except UserError as error:
-        print(f"error: {error}", flush=True)
-        os._exit(2)
-    os._exit(0)
-
-
 def at_random(number: int) -> Iterator[Case]:
     """Damage at random places."""
     last = changed("generate", "--checkpoint", str(LAST))
@@ -212,32 +198,6 @@ def at_random(number: int) -> Iterator[Case]:
         for kind, reader in (("jsonl", jsonl), ("parquet", parquet)):
             before = partial(read_data, reader, random.Random(f"{kind} {seed}"))
             yield Case(f"data, damaged {kind} {seed}", ["--help"], before=before, usable=True)
-
-
-def write_inputs(folder: Path) -> None:
-    """Writes what the commands read beside a run."""
-    settings = recipe(folder)
-    settings["trainer"] |= {"max_steps": 4, "val_check_interval": 2, "limit_val_batches": 1}
-    settings["trainer"]["callbacks"][1]["init_args"]["every_n_steps"] = 2
-    settings["trainer"]["callbacks"][4]["init_args"]["every_n_train_steps"] = 2
-    (folder / "recipe.yaml").write_text(json.dumps(settings, indent=1))
-    threshold = {"name": "threshold", "role": "default", "sampler": settings["sampler"]}
-    task = {"name": "tiny", "source": settings["data"]["source"], "checkpoint": str(MODEL), "entries": [threshold]}
-    (folder / "bench.yaml").write_text(json.dumps({"tasks": [task]}))
-    (folder / "prompts.jsonl").write_text('{"prompt": "key"}\n{"prompt": "cat"}\n')
-    (folder / "train.d").mkdir()
-    (folder / "full").symlink_to("/dev/full")
-    (folder / "loop").symlink_to("loop")
-
-
-def make_base(folder: Path) -> None:
-    """Makes a folder with a finished run, and what commands read beside it."""
-    write_inputs(folder)
-    run = start(folder, ["fit", "--config=recipe.yaml"])
-    run.wait()
-    assert run.statuses == {0: 0}, run.output
-    record = {"step": 4, "reason": "spike", "loss": 1.0, "median": 0.1, "gradient_norm": 1.0, "rows": [[0, 1.0, 3]]}
-    (folder / RUN / "loss_guard.jsonl").write_text(json.dumps(record) + "\n")
 
 
 def is_whole(output: Path, succeeded: bool) -> bool:
@@ -294,9 +254,9 @@ def attempt(case: Case, base: Path, folder: Path, seconds: float) -> tuple[str, 
     return judge(case, run.statuses.get(0) if ended else None, run.output, folder / "work")
 
 
-def all_cases(number: int, every: int = 1) -> list[Case]:
-    """All cases, `number` of each kind of random damage; of bad files and numbers every n-th."""
-    cases = [*from_tables(every), *in_mid_run(), *at_random(number)]
+def all_cases(number: int) -> list[Case]:
+    """All cases, `number` of each kind of random damage."""
+    cases = [*from_tables(), *in_mid_run(), *at_random(number)]
     return [case for case in cases if case.command != "evaluate" or find_spec("lm_eval")]
 
 
@@ -315,8 +275,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="cases whose name begins so")
     parser.add_argument("-v", action="store_true", help="print all")
-    parser.add_argument("--random", type=int, default=6, help="cases of each kind of random damage")
-    parser.add_argument("--every", type=int, default=2, help="of bad files and numbers, in turn, every n-th")
+    parser.add_argument("--random", type=int, default=10, help="cases of each kind of random damage")
     options = parser.parse_args()
     began = time.monotonic()
     warm_up()
@@ -326,7 +285,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="bad-") as name:
         base, folder = Path(name) / "base", Path(name) / "case"
         make_base(base)
-        for case in all_cases(options.random, options.every):
+        for case in all_cases(options.random):
             command = case.command
             if options.names and not case.name.startswith(tuple(options.names)):
                 continue

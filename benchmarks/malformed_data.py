@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import yaml
 
 from dllm_var.checkpointing.files import read_file, write_file
 from dllm_var.datamodules import CmudictSource, JsonlSource, PackedDataModule, ParquetSource
+from dllm_var.errors import UserError
 
 TOKENIZER = CmudictSource.default_tokenizer
 
@@ -236,3 +239,13 @@ def damaged_file(pattern: Path | str, rng: random.Random, folder: Path) -> None:
         )
     else:
         path.write_bytes(damaged_bytes(rng, path.read_bytes()))
+
+
+def read_data(work: Callable[[random.Random, Path], Any], rng: random.Random) -> None:
+    """Reads broken data to its end in place of a command."""
+    try:
+        work(rng, Path.cwd())
+    except UserError as error:
+        print(f"error: {error}", flush=True)
+        os._exit(2)
+    os._exit(0)

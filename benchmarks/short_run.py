@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked_runs import start
 
 from dllm_var.checkpointing.files import read_file
 from dllm_var.datamodules import CmudictSource
 
 STEPS = 24
+RUN = Path("runs/recipe/version_0")
+MODEL, LAST = RUN / "model", RUN / "checkpoints" / "last.ckpt"
 
 
 def write_recipe(folder: Path) -> list[str]:
@@ -125,3 +128,29 @@ def _digest(value: Any) -> str:
 
     add(value)
     return digest.hexdigest()
+
+
+def write_inputs(folder: Path) -> None:
+    """Writes what the commands read beside a run."""
+    settings = recipe(folder)
+    settings["trainer"] |= {"max_steps": 4, "val_check_interval": 2, "limit_val_batches": 1}
+    settings["trainer"]["callbacks"][1]["init_args"]["every_n_steps"] = 2
+    settings["trainer"]["callbacks"][4]["init_args"]["every_n_train_steps"] = 2
+    (folder / "recipe.yaml").write_text(json.dumps(settings, indent=1))
+    threshold = {"name": "threshold", "role": "default", "sampler": settings["sampler"]}
+    task = {"name": "tiny", "source": settings["data"]["source"], "checkpoint": str(MODEL), "entries": [threshold]}
+    (folder / "bench.yaml").write_text(json.dumps({"tasks": [task]}))
+    (folder / "prompts.jsonl").write_text('{"prompt": "key"}\n{"prompt": "cat"}\n')
+    (folder / "train.d").mkdir()
+    (folder / "full").symlink_to("/dev/full")
+    (folder / "loop").symlink_to("loop")
+
+
+def make_base(folder: Path) -> None:
+    """Makes a folder with a finished run, and what commands read beside it."""
+    write_inputs(folder)
+    run = start(folder, ["fit", "--config=recipe.yaml"])
+    run.wait()
+    assert run.statuses == {0: 0}, run.output
+    record = {"step": 4, "reason": "spike", "loss": 1.0, "median": 0.1, "gradient_norm": 1.0, "rows": [[0, 1.0, 3]]}
+    (folder / RUN / "loss_guard.jsonl").write_text(json.dumps(record) + "\n")

@@ -48,7 +48,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
-        from bad_inputs import LAST, MODEL, RUN, write_inputs
+        from short_run import LAST, MODEL, RUN, write_inputs
 
         write_inputs(folder)
         shutil.copytree(ROOT / "checkpoints" / "cmudict", folder / MODEL)
@@ -92,8 +92,8 @@ def test_a_record_that_is_lost_on_the_way_would_be_seen(tmp_path, monkeypatch):
     import malformed_data
 
     class Losing(malformed_data.JsonlSource):
-        def read_file(self, file):
-            return (located for number, located in enumerate(super().read_file(file)) if number != 1)
+        def read_file(self, file, start):
+            return (located for number, located in enumerate(super().read_file(file, start)) if number != 1)
 
     monkeypatch.setattr(malformed_data, "JsonlSource", Losing)
     lost = 0
