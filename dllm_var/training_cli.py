@@ -141,6 +141,12 @@ class TrainingCLI(LightningCLI):
                 raise UserError(f"{section}: expected settings by name, got {settings.get(section)!r}")
         if settings.trainer.get("logger") is True:
             settings.trainer.logger = dict_to_namespace(default_logger(self.run_name))
+        seed = settings.get("seed_everything")
+        if isinstance(seed, int) and not 0 <= seed < 2**32:
+            raise UserError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}")
+        clip = settings.trainer.get("gradient_clip_val")
+        if isinstance(clip, int | float) and not clip >= 0:
+            raise UserError(f"trainer.gradient_clip_val must be at least 0, got {clip}")
         accumulated = settings.trainer.get("accumulate_grad_batches")
         if isinstance(accumulated, int) and accumulated < 1:
             raise UserError(f"trainer.accumulate_grad_batches must be at least 1, got {accumulated}")
