@@ -24,7 +24,7 @@ from dllm_var.datamodules.sources import Located, Source
 from dllm_var.datamodules.table import COLUMNS, Table, seal
 from dllm_var.errors import UserError
 
-VERSION = 3  # of the files' layout and meaning; part of the cache key
+VERSION = 4  # of the files' layout and meaning; part of the cache key
 CHUNK = 4_096  # records tokenized at a time
 PROGRESS_AFTER = 5.0  # seconds of tokenizing before progress is shown
 ABANDONED_AFTER = 86_400.0  # seconds without a write after which nobody finishes a folder any more

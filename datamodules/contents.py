@@ -80,6 +80,7 @@ def remember(cache: Path | None, kind: str, key: Any, find_out: Callable[[], dic
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=kept.parent, delete=False) as file:
             json.dump(seal(found), file)
+        os.chmod(file.name, 0o644)  # others may share the cache
         os.replace(file.name, kept)
     return found
 

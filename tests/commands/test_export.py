@@ -83,8 +83,8 @@ def test_the_way_there_and_back_loses_nothing(name, changes, tmp_path, tokenizer
     assert meta["sampler"] == sampler and meta["step"] == 7
     for (key, ours), theirs in zip(model.named_parameters(), again.parameters(), strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), key
-    with torch.no_grad():
-        assert torch.equal(model(IDS), again(IDS))
+    with torch.no_grad():  # in float32: a CPU may round 16-bit products of the same matrices in two ways
+        assert torch.equal(model.float()(IDS), again.float()(IDS))
     assert not list(tmp_path.glob(".out*"))
     # and once more, from what was exported
     export_checkpoint(open_checkpoint(tmp_path / "out"), FORMATS[name], tmp_path / "twice", {}, shard_bytes=10_000)
