@@ -14,7 +14,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from dllm_var.checkpointing.files import UNFINISHED, flush_and_publish, hidden
-from dllm_var.checkpointing.plain import parse_json, read_text
+from dllm_var.checkpointing.plain import fits, parse_json, read_text
 from dllm_var.errors import UserError
 from dllm_var.step_totals import StepResult
 
@@ -169,15 +169,18 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         if not line.endswith("\n"):
             continue
         record = parse_json(line, f"{path}, line {number}")
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int) or not _are_rows(record.get("rows")):
+        if not _is_record(record):
             raise UserError(f"{path}, line {number} is no record of a step: the file is damaged")
         records.append(record)
     return records
 
 
-def _are_rows(rows: Any) -> bool:
-    return isinstance(rows, list) and all(
-        isinstance(row, list) and len(row) == 3 and isinstance(row[1], int | float | None) for row in rows
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or not fits(record.get("rows"), list[list[int | float | None]]):
+        return False
+    fields = {"step": int, "reason": str, "loss": float | None}
+    return all(name in record and fits(record[name], kind) for name, kind in fields.items()) and all(
+        len(row) == 3 and type(row[0]) is int and type(row[2]) is int for row in record["rows"]
     )
 
 

@@ -52,7 +52,7 @@ def base(tmp_path_factory):
 
         write_inputs(folder)
         shutil.copytree(ROOT / "checkpoints" / "cmudict", folder / MODEL)
-        (folder / RUN / "loss_guard.jsonl").write_text('{"step": 4, "rows": []}\n')
+        (folder / RUN / "loss_guard.jsonl").write_text('{"step": 4, "reason": "spike", "loss": 1.0, "rows": []}\n')
         (folder / RUN / "config.yaml").write_text("{}")
         (folder / LAST).parent.mkdir()
     return folder
