@@ -17,7 +17,6 @@ FORMATS = {  # fields that must be there, by the field that shows the format
     "output": ("instruction", "output"),
     "text": ("text",),
 }
-ROLES = ("system", "user", "assistant", "tool")
 
 
 class RecordError(Exception):

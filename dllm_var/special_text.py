@@ -16,6 +16,7 @@ from dllm_var.errors import UserError
 if TYPE_CHECKING:
     from dllm_var.tokenization import Tokenizer
 
+ROLES = ("system", "user", "assistant", "tool")  # that a message may have
 MARK = "\ufdd0"  # no character and never one: Unicode keeps it for internal use
 
 

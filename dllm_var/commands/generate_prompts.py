@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from dllm_var.checkpointing.plain import parse_json
-from dllm_var.datamodules.records import ROLES
+from dllm_var.special_text import ROLES
 from dllm_var.errors import UserError
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from tiny_models import ENDS, MASK, PROMPTS, TOKENIZER, VOCABULARY, lookup_model
 from dllm_var.errors import UserError
 from dllm_var.sampling import AutoregressiveSampler, DiffuSpecSampler
 from dllm_var.sampling.config import sampler_from_config, sampler_to_config
+from dllm_var.tokenization import SpecialTokens, Tokenizer
 
 FEW = [token for token in range(VOCABULARY) if token not in (3, 6, 7, 8)]  # leaves so few that models often agree
 FIELDS = ("tokens", "finish_reason", "nfe", "auxiliary_nfe", "commit_steps", "prompt_length")
@@ -157,9 +158,10 @@ def test_stop_strings_and_streaming(tmp_path):
 
 def test_a_drafter_that_does_not_fit_is_named(tmp_path):
     target = random_model(causal=True)
+    other = Tokenizer(TOKENIZER.backend, SpecialTokens(18, ENDS, 0))
     for drafter, named in [
         (save(random_model(causal=True), tmp_path / "causal"), "sampler.drafter .*causal is autoregressive"),
-        (save(random_model(mask_id=18), tmp_path / "mask"), "mask_id 18, the model 19"),
+        (save(random_model(mask_id=18), tmp_path / "mask", other), "sampler.drafter .*mask has another tokenizer"),
         (str(tmp_path / "nowhere"), "no checkpoint at"),
     ]:
         with pytest.raises(UserError, match=named):
