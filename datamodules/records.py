@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dllm_var.special_text import ROLES
+
 FORMATS = {  # fields that must be there, by the field that shows the format
     "messages": ("messages",),
     "input_ids": ("input_ids",),

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import Namespace
 
 from dllm_var.checkpointing.plain import parse_json
-from dllm_var.special_text import ROLES
 from dllm_var.errors import UserError
+from dllm_var.special_text import ROLES
 
 if TYPE_CHECKING:
     from dllm_var.tokenization import Tokenizer

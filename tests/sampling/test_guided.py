@@ -121,7 +121,10 @@ def test_a_guide_that_does_not_fit_is_named(tmp_path):
     other = Tokenizer(TOKENIZER.backend, SpecialTokens(18, ENDS, 0))
     for guide, named in [
         (save(random_model(), tmp_path / "both_ways"), "sampler.guide .*both_ways is bidirectional"),
-        (save(random_model(causal=True, mask_id=18), tmp_path / "other", other), "sampler.guide .*other has another tokenizer"),
+        (
+            save(random_model(causal=True, mask_id=18), tmp_path / "other", other),
+            "sampler.guide .*other has another tokenizer",
+        ),
         (save(random_model(causal=True, vocab_size=21), tmp_path / "more"), "vocab_size 21, the model 20"),
         (save(random_model(causal=True, terminator_ids=[3]), tmp_path / "ends"), "terminator_ids"),
         (str(tmp_path / "nowhere"), "no checkpoint at"),
