@@ -17,8 +17,9 @@ def tokenized_data_cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_process_group_is_left():
-    """Lightning leaves the group of a run within this process behind; a later test may want its own."""
+def nothing_of_a_run_is_left():
+    """Lightning leaves a run's process group and number of threads behind; later tests want one thread each."""
     yield
+    torch.set_num_threads(1)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
