@@ -30,6 +30,7 @@ class BackgroundFiles(CheckedFiles):
         self._thread: ThreadPoolExecutor | None = None
         self._saves: deque[Future[None]] = deque()
         self._failure: BaseException | None = None
+        self._is_told = False  # the failure has been raised once; the end of the run need not raise it again
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Begins to write a checkpoint.
@@ -39,7 +40,9 @@ class BackgroundFiles(CheckedFiles):
         """
         while len(self._saves) >= _COPIES:
             self._saves.popleft().result()
-        self._raise()
+        if self._failure is not None:
+            self._is_told = True
+            raise self._failure
         self._saves.append(self._do(super().save_checkpoint, snapshot(checkpoint), path, storage_options))
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -55,7 +58,10 @@ class BackgroundFiles(CheckedFiles):
             self._thread.shutdown()
             self._thread = None
         self._saves.clear()
-        self._raise()
+        failure = None if self._is_told else self._failure
+        self._failure, self._is_told = None, False
+        if failure is not None:
+            raise failure
 
     def _do(self, work: Callable[..., None], *arguments: Any) -> Future[None]:
         if self._thread is None:
@@ -68,11 +74,6 @@ class BackgroundFiles(CheckedFiles):
                 work(*arguments)
             except BaseException as error:
                 self._failure = error
-
-    def _raise(self) -> None:
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            raise failure
 
 
 def snapshot(state: Any) -> Any:
