@@ -59,7 +59,7 @@ def tensor_parallel_bytes(
     """Returns what each process of a tensor-parallel group sends of activations in a step (arXiv 1909.08053).
 
     Each layer all-reduces its tokens' hidden states twice in the forward pass and twice in the backward one, the
-    embedding once, and the head the gradients at the scored positions, with three numbers for each of these. What comes
+    embedding once, and the head the gradients at the scored positions, with four numbers for each of these. What comes
     after the last layer's attention is about these positions alone.
 
     Args:
@@ -73,7 +73,7 @@ def tensor_parallel_bytes(
     in_layers, after_attention = (5, 4) if recompute else (4, 3)
     everywhere = config.num_layers * in_layers + 1 - after_attention
     hidden_states = tokens * everywhere + scored * (after_attention + 1)
-    return 2 * (hidden_states * config.hidden_size * width + 3 * scored * 4) * (ranks - 1) / ranks
+    return 2 * (hidden_states * config.hidden_size * width + 4 * scored * 4) * (ranks - 1) / ranks
 
 
 def step_with_communication(compute: float, communication: float, overlapped: float = 0.8) -> float:
