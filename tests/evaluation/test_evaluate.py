@@ -208,7 +208,10 @@ def test_scores_of_answers():
         (["--checkpoint", CHECKPOINT, "--tasks", "cmudict", "--include-path", "none"], "no folder 'none'"),
         (["--checkpoint", CHECKPOINT, "--tasks", "cmudict", "--samples"], "--output"),
         (["--checkpoint", CHECKPOINT, "--tasks", "cmudict", "--limit", "0"], "--limit"),
-        (["--checkpoint", CHECKPOINT, "--tasks", "cmudict", "--output", "no/where.json"], "--output: cannot write 'no/where.json'"),
+        (
+            ["--checkpoint", CHECKPOINT, "--tasks", "cmudict", "--output", "no/where.json"],
+            "--output: cannot write 'no/where.json'",
+        ),
         (["--checkpoint", CHECKPOINT, "--tasks", "cmudict", "--chat"], "chat template"),
     ],
 )
