@@ -1,4 +1,4 @@
-"""What is known of a data file from reading it once: a digest of its content, and where its records stand.
+"""Contents of data files, found out by reading each once: a digest, and where its records stand.
 
 For large files it is kept in the cache of tokenized data, under their path, size, time and inode, and found out again
 when one of these changes. Nothing but the content goes into a fingerprint, so that data may be moved.
