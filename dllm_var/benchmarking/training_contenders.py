@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -139,7 +138,6 @@ def watch(module: nn.Module, method: str, after: Callable[[], None]) -> None:
 
 def build(name: str, case: TrainingCase, device: torch.device, cache: Path) -> Contender:
     """Returns a contender by its name in the config."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if name in (OURS, COMPILED, FULL):
         attention: Literal["full", "document"] = "full" if name == FULL else "document"
         return Ours(case, device, cache, compile=name != OURS, attention=attention)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,7 @@ def main(command: str, arguments: list[str]) -> int:
     progress = measuring.Progress()
     from dllm_var.benchmarking.training import TrainingRun, top_ratios  # imports Lightning
 
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as cache, quiet("lightning.pytorch"):
         runs = [TrainingRun(case, rounds, device, Path(cache), progress.show) for case in cases]
         result, status = measuring.measure("training", runs, rounds, options.quick, device, progress)
     from dllm_var.benchmarking.training_report import markdown_report, text_report
@@ -55,6 +58,18 @@ def main(command: str, arguments: list[str]) -> int:
     print(text_report(result))
     measuring.say(f"wrote {output} and {output.with_suffix('.md')}")
     return status
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Lets a logger say warnings alone; its level is put back after."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def build_parser(command: str) -> SettingsParser:
