@@ -57,8 +57,8 @@ def run(attention: str, end: str, mask_terminators: bool, steps: int, seed: int)
     from dllm_var.metrics import AnswerMetrics
     from dllm_var.model import TransformerConfig
     from dllm_var.objectives import EosSchedule
-    from dllm_var.optim import Muon, Schedule
     from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold
+    from dllm_var.training.optim import Muon, Schedule
 
     L.seed_everything(seed, verbose=False)
     data = PackedDataModule(

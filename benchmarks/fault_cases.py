@@ -44,7 +44,7 @@ def full_disk(tries: Tries) -> None:
 
     def limit_at_save(saves: int) -> Callable[[], None]:
         def prepare() -> None:
-            from dllm_var.checkpointing.trainer import Trainer
+            from dllm_var.training.checkpointing import Trainer
 
             original, left = Trainer.save_checkpoint, saves
 

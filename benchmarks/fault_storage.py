@@ -19,7 +19,7 @@ from fault_tries import Case, Tries, in_training
 from forked_runs import start
 from short_run import fingerprint, runs_of, write_recipe
 
-from dllm_var.checkpointing import files
+from dllm_var.checkpoints import run_files as files
 
 
 def broken_checkpoints(tries: Tries) -> None:

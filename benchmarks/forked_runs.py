@@ -107,8 +107,8 @@ def warm_up() -> None:
 
     import dllm_var.__main__
     import dllm_var.callbacks
-    import dllm_var.cli
-    import dllm_var.commands.generate  # noqa: F401
+    import dllm_var.cli.fit
+    import dllm_var.cli.generate  # noqa: F401
 
     torch.set_num_threads(1)
     assert threading.active_count() == 1
@@ -195,7 +195,7 @@ def _mark_phases(phase: mmap.mmap) -> None:
     from lightning.pytorch.loops.fit_loop import _FitLoop
 
     from dllm_var.callbacks import ExportWeights, RunSummary
-    from dllm_var.checkpointing.trainer import Trainer
+    from dllm_var.training.checkpointing import Trainer
 
     @contextmanager
     def during(name: str) -> Iterator[None]:

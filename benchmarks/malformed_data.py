@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from dllm_var.checkpointing.files import read_file, write_file
+from dllm_var.checkpoints.run_files import read_file, write_file
 from dllm_var.datamodules import CmudictSource, JsonlSource, PackedDataModule, ParquetSource
 from dllm_var.errors import UserError
 

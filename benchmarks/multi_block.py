@@ -21,11 +21,11 @@ import torch
 
 from dllm_var.benchmarking import FinalNumberScorer, TokenErrorScorer
 from dllm_var.benchmarking.scorers import Scorer
+from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.datamodules import CmudictSource, GsmSymbolicSource, Source
 from dllm_var.datamodules.packed import PackedDataModule
 from dllm_var.metrics import AnswerMetrics
 from dllm_var.model import Transformer
-from dllm_var.model.checkpoints import load_checkpoint
 from dllm_var.sampling import (
     BlockDiffusionSampler,
     ConfidenceThreshold,

@@ -23,7 +23,7 @@ from dllm_var.benchmarking.cost_model import block_matrices
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.transformer import Transformer
 from dllm_var.objectives.cross_entropy import summed_cross_entropy
-from dllm_var.optim import AdamW, parameter_groups
+from dllm_var.training.optim import AdamW, parameter_groups
 
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
 DEPTHS = (2, 4, 8, 16)

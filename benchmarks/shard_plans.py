@@ -26,7 +26,7 @@ from dllm_var.datamodules.fitting import Sections
 from dllm_var.datamodules.rows import PackedRows
 from dllm_var.datamodules.samplers import RowSampler
 from dllm_var.datamodules.table import Table
-from dllm_var.tokenization import SpecialTokens
+from dllm_var.text.tokenizer import SpecialTokens
 
 CONTEXT, RANKS, BATCH = 8_192, 1_024, 4
 PIECE = 1_000_000  # lengths drawn at a time

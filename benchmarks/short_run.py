@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from forked_runs import start
 
-from dllm_var.checkpointing.files import read_file
+from dllm_var.checkpoints.run_files import read_file
 from dllm_var.datamodules import CmudictSource
 
 STEPS = 24

@@ -17,9 +17,9 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from tqdm import tqdm
 
-from dllm_var import strategies
 from dllm_var.callbacks.ema import averaged
 from dllm_var.errors import UserError
+from dllm_var.training import strategies
 
 
 @dataclass(frozen=True)

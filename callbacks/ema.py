@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dllm_var.errors import UserError
-from dllm_var.strategies import is_sharded, owns_gradients
+from dllm_var.training.strategies import is_sharded, owns_gradients
 
 
 class EmaWeights(WeightAveraging):

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dllm_var.callbacks.decoding import is_sharded, say
 from dllm_var.callbacks.ema import averaged
-from dllm_var.model.checkpoints import EXPORT_FOLDER, save_checkpoint_folder, save_settings
+from dllm_var.checkpoints.pretrained import EXPORT_FOLDER, save_checkpoint_folder, save_settings
 from dllm_var.model.lora import ADAPTER_FOLDER, MergedWeights, save_adapter
 from dllm_var.sampling.config import remembered_sampler
-from dllm_var.strategies import TensorParallel
+from dllm_var.training.strategies import TensorParallel
 
 PREFIX = "transformer."
 
@@ -22,7 +22,7 @@ class ExportWeights(L.Callback):
     """Writes the weights, config and tokenizer into the folder `model` of the run when training ends.
 
     The weights are the averaged ones where the run keeps such. It is a few megabytes of safetensors without optimizer
-    state, loadable by `dllm_var.model.checkpoints`. Beside the weights it remembers the sampler of another callback
+    state, loadable by `dllm_var.load_pretrained`. Beside the weights it remembers the sampler of another callback
     (the last one that has any) and the step. Without a logger there is no run folder and nothing is written.
     Adapters (`model.lora`) are merged into them there, and lie by themselves in the folder `adapter`, as peft has them.
     """

@@ -17,7 +17,7 @@ from rich.text import Text
 from dllm_var.metrics import align
 
 if TYPE_CHECKING:
-    from dllm_var.tokenization import Tokenizer
+    from dllm_var.text.tokenizer import Tokenizer
 
 PLAIN_WIDTH = 120
 

@@ -15,7 +15,7 @@ from dllm_var.sampling import Generation, Sampler
 from dllm_var.sampling.scoring import NotFinite
 
 if TYPE_CHECKING:
-    from dllm_var.tokenization import Tokenizer
+    from dllm_var.text.tokenizer import Tokenizer
 
 # What is logged, and how it reads in the line above the answers.
 SCORES = {

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dllm_var.checkpointing.files import sync_folder
+from dllm_var.checkpoints.run_files import sync_folder
 from dllm_var.datamodules.encoding import RecordEncoder, bad_record
 from dllm_var.datamodules.sources import Located, Source
 from dllm_var.datamodules.table import COLUMNS, Table, seal

@@ -15,8 +15,8 @@ from dllm_var.datamodules.records import Chat, Ids, RecordError, Turns, parse_re
 from dllm_var.datamodules.sources import BadRecord
 from dllm_var.datamodules.table import Table
 from dllm_var.errors import UserError
-from dllm_var.special_text import Piece
-from dllm_var.tokenization import Tokenizer
+from dllm_var.text.special_text import Piece
+from dllm_var.text.tokenizer import Tokenizer
 
 REASONS_KEPT = 5
 BATCH = 2**20  # characters encoded at a time, for each of which the tokenizer takes up to 200 bytes
@@ -147,7 +147,7 @@ class RecordEncoder:
             pairs = zip(form.texts, form.supervised, strict=True)
             return [Piece(text, supervised, self.refuse_special) for text, supervised in pairs]
         if isinstance(form, Chat):
-            from dllm_var.chat_templates import chat_pieces  # imports Jinja
+            from dllm_var.text.chat_templates import chat_pieces  # imports Jinja
 
             return chat_pieces(self.tokenizer, form.messages, self.refuse_special)
         return []

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dllm_var.datamodules.table import Table
-from dllm_var.tokenization import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
 
 HELD_OUT_SEED = 0  # held-out rows and examples are the same whatever the training seed
 

@@ -27,7 +27,7 @@ from dllm_var.datamodules.sources import Source
 from dllm_var.datamodules.table import Table
 from dllm_var.errors import UserError
 from dllm_var.model.documents import document_ends
-from dllm_var.tokenization import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
 
 
 class PackedDataModule(L.LightningDataModule):

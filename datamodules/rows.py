@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from dllm_var.datamodules.packing import COUNTS, PLANS, Plan
 from dllm_var.datamodules.table import Table
-from dllm_var.tokenization import SpecialTokens
+from dllm_var.text.tokenizer import SpecialTokens
 
 PLANS_KEPT = 2  # a batch may reach from one section into the next
 

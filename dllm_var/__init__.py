@@ -12,8 +12,9 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "DiffusionLM": "dllm_var.module",
     "UserError": "dllm_var.errors",
+    "load_pretrained": "dllm_var.checkpoints.pretrained",
 }
-__all__ = ["DiffusionLM", "UserError", "__version__"]
+__all__ = ["DiffusionLM", "UserError", "__version__", "load_pretrained"]
 
 # callbacks/ and datamodules/ stand beside this folder in a checkout but inside it in a wheel. Looking in the checkout's
 # root as well gives them the same names in both: dllm_var.callbacks and dllm_var.datamodules.
@@ -22,6 +23,7 @@ if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
 
 if TYPE_CHECKING:
+    from dllm_var.checkpoints.pretrained import load_pretrained
     from dllm_var.errors import UserError
     from dllm_var.module import DiffusionLM
 

@@ -9,22 +9,22 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from dllm_var import __version__
+from dllm_var.cli.failures import from_files
 from dllm_var.errors import UserError
-from dllm_var.failures import from_files
-from dllm_var.ranks import enter
+from dllm_var.training.ranks import enter
 
 # command: (module, what it does). A module's main(command, arguments) runs the command and returns the exit status.
 COMMANDS = {
-    "fit": ("dllm_var.cli", "train a model; --resume continues the newest run of the same config"),
-    "validate": ("dllm_var.cli", "measure a checkpoint on the validation split (--ckpt_path FILE)"),
-    "test": ("dllm_var.cli", "measure a checkpoint on the test split (--ckpt_path FILE)"),
-    "predict": ("dllm_var.cli", "answer the test split's prompts, into answers.jsonl (--ckpt_path FILE)"),
-    "generate": ("dllm_var.commands.generate", "answer prompts with a trained checkpoint"),
-    "plan": ("dllm_var.commands.plan", "say what a training run will cost: parameters, memory, time per step"),
-    "evaluate": ("dllm_var.commands.evaluate", "measure a checkpoint on standard tasks (--tasks NAME ...)"),
-    "export": ("dllm_var.commands.export", "write a checkpoint as a folder that transformers and others open"),
-    "replay": ("dllm_var.commands.replay", "compute losses again that the loss guard has recorded (RUN [--step N])"),
-    "benchmark": ("dllm_var.commands.benchmark", "measure samplers side by side (--config benchmarks/samplers.yaml)"),
+    "fit": ("dllm_var.cli.fit", "train a model; --resume continues the newest run of the same config"),
+    "validate": ("dllm_var.cli.fit", "measure a checkpoint on the validation split (--ckpt_path FILE)"),
+    "test": ("dllm_var.cli.fit", "measure a checkpoint on the test split (--ckpt_path FILE)"),
+    "predict": ("dllm_var.cli.fit", "answer the test split's prompts, into answers.jsonl (--ckpt_path FILE)"),
+    "generate": ("dllm_var.cli.generate", "answer prompts with a trained checkpoint"),
+    "plan": ("dllm_var.cli.plan", "say what a training run will cost: parameters, memory, time per step"),
+    "evaluate": ("dllm_var.cli.evaluate", "measure a checkpoint on standard tasks (--tasks NAME ...)"),
+    "export": ("dllm_var.cli.export", "write a checkpoint as a folder that transformers and others open"),
+    "replay": ("dllm_var.cli.replay", "compute losses again that the loss guard has recorded (RUN [--step N])"),
+    "benchmark": ("dllm_var.cli.benchmark", "measure samplers side by side (--config benchmarks/samplers.yaml)"),
 }
 
 

@@ -12,13 +12,12 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dllm_var.checkpoints.identity import CHANGEABLE, CHANGEABLE_WHEN_MEASURED, check_identity, identity
+from dllm_var.checkpoints.pretrained import start_from, starting_config
 from dllm_var.errors import UserError
-from dllm_var.identity import CHANGEABLE, CHANGEABLE_WHEN_MEASURED, check_identity, identity
-from dllm_var.loss_guard import GuardedSteps, LossGuard
 from dllm_var.metrics.denoising import DenoisingMetrics
 from dllm_var.model.attention import partly_causal_mask
 from dllm_var.model.build import build_transformer, can_compile
-from dllm_var.model.checkpoints import start_from, starting_config
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.float8 import Float8, check_float8
 from dllm_var.model.lora import Lora
@@ -28,12 +27,19 @@ from dllm_var.objectives import EosSchedule, KeyedNoise, NoisedBatch, Objective
 from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import summed_cross_entropy
 from dllm_var.objectives.validation import EvenMasking
-from dllm_var.optim import AdamW, Schedule, parameter_groups
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
 from dllm_var.sampling.config import last_sampler, remembered_sampler
-from dllm_var.step_totals import StepResult, StepTotals
-from dllm_var.strategies import check_accumulation, check_groups, clip_gradients, forwards_together, skip_update
-from dllm_var.tokenization import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
+from dllm_var.training.loss_guard import GuardedSteps, LossGuard
+from dllm_var.training.optim import AdamW, Schedule, parameter_groups
+from dllm_var.training.step_totals import StepResult, StepTotals
+from dllm_var.training.strategies import (
+    check_accumulation,
+    check_groups,
+    clip_gradients,
+    forwards_together,
+    skip_update,
+)
 
 OptimizerCallable = Callable[[Any], Optimizer]
 

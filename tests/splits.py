@@ -14,7 +14,7 @@ from dllm_var.callbacks import EmaWeights
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.model import TransformerConfig
 from dllm_var.objectives import Autoregressive, EosSchedule, Mdlm
-from dllm_var.optim import Schedule
+from dllm_var.training.optim import Schedule
 
 OBJECTIVES = {
     "eos": EosSchedule,

@@ -69,8 +69,8 @@ def test_resuming_after_the_last_step_does_the_export_that_was_missed(tmp_path):
 def test_a_checkpoint_that_could_run_code_is_not_offered(tmp_path):
     import torch
 
-    from dllm_var.checkpointing.choose import newest_usable
-    from dllm_var.checkpointing.files import write_file
+    from dllm_var.checkpoints.choose import newest_usable
+    from dllm_var.checkpoints.run_files import write_file
 
     write_file({"a": 1}, tmp_path / "good.ckpt")
     torch.save({"a": 1}, tmp_path / "plain.ckpt")

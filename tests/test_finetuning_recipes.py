@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dllm_var.__main__ import main
+from dllm_var.checkpoints.pretrained import load_checkpoint, save_checkpoint_folder
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.model.checkpoints import load_checkpoint, save_checkpoint_folder
-from dllm_var.tokenization import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
 from tests.byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -70,7 +70,7 @@ def test_recipe_trains_two_steps_and_answers(names, tmp_path, monkeypatch, capfd
 
 def test_the_papers_recipe_is_the_papers_method(capsys):
     """configs/paper.yaml says on other recipes what this one says by itself."""
-    from dllm_var.commands.plan import read
+    from dllm_var.cli.plan import read
 
     recipe = str(CONFIGS / "llada_8b_sft.yaml")
     alone = read(["--config", recipe])

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from dllm_var import DiffusionLM
+from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model import TransformerConfig
-from dllm_var.model.checkpoints import load_checkpoint
 from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule, Mdlm
-from dllm_var.optim import Muon, Schedule
+from dllm_var.training.optim import Muon, Schedule
 
 SMALL = TransformerConfig(hidden_size=16, num_layers=1, num_heads=2)
 

@@ -14,10 +14,10 @@ import torch
 
 from dllm_var import DiffusionLM
 from dllm_var.__main__ import main
+from dllm_var.checkpoints.pretrained import load_checkpoint, load_pretrained
 from dllm_var.datamodules import JsonlSource, PackedDataModule
-from dllm_var.model.checkpoints import load_checkpoint, load_pretrained
-from dllm_var.optim import AdamW, Schedule
 from dllm_var.sampling import AutoregressiveSampler
+from dllm_var.training.optim import AdamW, Schedule
 
 pytestmark = pytest.mark.real_weights
 QUESTION = "What is the capital of France?"

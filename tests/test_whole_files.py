@@ -8,9 +8,9 @@ import pytest
 
 from dllm_var import UserError
 from dllm_var.__main__ import main, open_streams
-from dllm_var.failures import from_files
+from dllm_var.cli.failures import from_files
+from dllm_var.cli.settings import read_settings
 from dllm_var.files import WholeFile, open_output, write_whole
-from dllm_var.settings import read_settings
 
 
 def test_a_file_gets_its_name_when_it_is_complete(tmp_path):

@@ -16,15 +16,15 @@ from dllm_var.benchmarking.instruments import ForwardClock, PeakMemory, synchron
 from dllm_var.benchmarking.ratios import TOLERANCE, choose, with_role
 from dllm_var.benchmarking.scorers import Scorer
 from dllm_var.benchmarking.settings import Setting, Task, build, expand
+from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.datamodules import Example, Source
 from dllm_var.datamodules.encoding import RecordEncoder
 from dllm_var.datamodules.held_out import held_out_examples
 from dllm_var.errors import UserError
 from dllm_var.metrics import AnswerMetrics
-from dllm_var.model.checkpoints import load_checkpoint
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling import Generation, Sampler
-from dllm_var.tokenization import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 Say = Callable[[str, str, str], None]  # task, phase, item

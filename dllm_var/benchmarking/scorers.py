@@ -13,7 +13,7 @@ from dllm_var.sampling import Generation
 
 if TYPE_CHECKING:
     from dllm_var.datamodules import Example
-    from dllm_var.tokenization import Tokenizer
+    from dllm_var.text.tokenizer import Tokenizer
 
 
 class Scorer(ABC):

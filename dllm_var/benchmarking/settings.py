@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dllm_var.cli.settings import SettingsParser, merged, read_settings
 from dllm_var.errors import UserError
-from dllm_var.settings import SettingsParser, merged, read_settings
 
 Role = Literal["candidate", "default", "autoregressive", "fixed_length", "reference"]
 

@@ -16,7 +16,7 @@ from dllm_var.benchmarking.training_settings import TrainingCase
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
 from dllm_var.objectives import EosSchedule, KeyedNoise
-from dllm_var.optim import AdamW, parameter_groups
+from dllm_var.training.optim import AdamW, parameter_groups
 
 
 class Baseline(Contender):

@@ -17,11 +17,11 @@ from dllm_var.benchmarking.training_baselines import PaddedTrainer, PlainLoop
 from dllm_var.benchmarking.training_clock import StepClock
 from dllm_var.benchmarking.training_data import packed_data
 from dllm_var.benchmarking.training_settings import COMPILED, FULL, OURS, PADDED, PLAIN_LOOP, TrainingCase
-from dllm_var.checkpointing.trainer import Trainer
 from dllm_var.model.config import TransformerConfig
 from dllm_var.module import DiffusionLM
 from dllm_var.objectives import EosSchedule
-from dllm_var.optim import AdamW, Schedule
+from dllm_var.training.checkpointing import Trainer
+from dllm_var.training.optim import AdamW, Schedule
 
 
 class Quiet(Logger):

@@ -14,7 +14,7 @@ from dllm_var.benchmarking.training_settings import TrainingCase
 from dllm_var.datamodules import CmudictSource, Source
 from dllm_var.datamodules.packed import PackedDataModule
 from dllm_var.objectives import KeyedNoise, Objective
-from dllm_var.tokenization import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
 
 SPREAD = 0.7  # standard deviation of the logarithm of a length
 ENOUGH = 4  # times as many tokens as one round trains on

@@ -15,16 +15,16 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 from tqdm import tqdm
 
-from dllm_var.chat_templates import encode_rendered, render
+from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.errors import UserError
 from dllm_var.evaluation.likelihood import Likelihood, Pair, Score
-from dllm_var.model.checkpoints import load_checkpoint
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
 from dllm_var.sampling.config import sampler_from_config
 from dllm_var.sampling.scoring import finite_logits
-from dllm_var.special_text import mark_messages
-from dllm_var.tokenization import Tokenizer
+from dllm_var.text.chat_templates import encode_rendered, render
+from dllm_var.text.special_text import mark_messages
+from dllm_var.text.tokenizer import Tokenizer
 
 LONGEST_WINDOW = 2048  # tokens at a time in rolling likelihoods, for models that do not say what they were trained on
 

@@ -14,7 +14,7 @@ from dllm_var.datamodules import CmudictSource, GsmSymbolicSource
 from dllm_var.datamodules.sources import Source
 from dllm_var.evaluation import TASKS
 from dllm_var.metrics.answers import nearest_reference
-from dllm_var.tokenization import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
 
 
 def documents(file: str, **_: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from dllm_var.checkpointing.plain import fits
+from dllm_var.checkpoints.plain import fits
 from dllm_var.errors import UserError
 
 SIZES = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")

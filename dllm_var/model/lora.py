@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dllm_var.checkpointing.plain import read_object
+from dllm_var.checkpoints.plain import read_object
+from dllm_var.checkpoints.safetensors_files import save_tensors
 from dllm_var.errors import UserError
 from dllm_var.files import write_whole
 from dllm_var.model.initialise import named_generator
 from dllm_var.model.placement import fill
-from dllm_var.model.safetensors_files import save_tensors
 from dllm_var.model.transformer import Transformer
 
 ADAPTER_FOLDER = "adapter"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dllm_var.errors import UserError
 from dllm_var.objectives.cross_entropy import Scores, cross_entropy, head_loss, summed_cross_entropy
 from dllm_var.objectives.noise import KeyedNoise
-from dllm_var.tokenization import SpecialTokens
+from dllm_var.text.tokenizer import SpecialTokens
 
 Batch = dict[str, Tensor]
 

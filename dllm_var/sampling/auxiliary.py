@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.errors import UserError
-from dllm_var.model.checkpoints import load_checkpoint
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import Request
-from dllm_var.tokenization import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
 
 SHARED = ("vocab_size", "mask_id", "terminator_ids")  # what two models must agree on to exchange tokens
 

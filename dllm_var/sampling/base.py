@@ -18,7 +18,7 @@ from dllm_var.sampling.stopping import StopStrings
 if TYPE_CHECKING:
     from dllm_var.model.config import TransformerConfig
     from dllm_var.model.transformer import Transformer
-    from dllm_var.tokenization import Tokenizer
+    from dllm_var.text.tokenizer import Tokenizer
 
 OnBlock = Callable[[int, list[int]], None]
 OnAnswer = Callable[[int, "Generation"], None]

@@ -20,7 +20,7 @@ from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, Unmasking
 from dllm_var.sampling.scoring import score_positions
 
 if TYPE_CHECKING:
-    from dllm_var.tokenization import Tokenizer
+    from dllm_var.text.tokenizer import Tokenizer
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dllm_var.errors import UserError
 
 if TYPE_CHECKING:
-    from dllm_var.tokenization import Tokenizer
+    from dllm_var.text.tokenizer import Tokenizer
 
 _SLACK = 8  # characters: a text decoded from its middle may begin differently
 

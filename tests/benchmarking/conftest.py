@@ -6,11 +6,11 @@ import pytest
 import torch
 import yaml
 
+from dllm_var.checkpoints.pretrained import save_checkpoint_folder
 from dllm_var.datamodules import CmudictSource
-from dllm_var.model.checkpoints import save_checkpoint_folder
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.transformer import Transformer
-from dllm_var.tokenization import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from test_benchmark_report import forget_matplotlib
 
 from dllm_var.__main__ import main
 from dllm_var.benchmarking.settings import expand, read_task
-from dllm_var.commands.benchmark import build_parser, only
+from dllm_var.cli.benchmark import build_parser, only
 from dllm_var.sampling import BlockDiffusionSampler
 
 ROOT = Path(__file__).parent.parent.parent

@@ -12,8 +12,8 @@ from dllm_var.benchmarking.instruments import ForwardClock, PeakMemory
 from dllm_var.benchmarking.measure import Contender, Effort, TaskRun, decode, turns
 from dllm_var.benchmarking.results import task_result
 from dllm_var.benchmarking.settings import Setting, read_task
+from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.errors import UserError
-from dllm_var.model.checkpoints import load_checkpoint
 from dllm_var.sampling import BlockDiffusionSampler, DiffuSpecSampler, GuidedSampler, Sampler
 
 CPU = torch.device("cpu")

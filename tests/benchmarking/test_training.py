@@ -16,7 +16,7 @@ from dllm_var.benchmarking.training_clock import StepClock
 from dllm_var.benchmarking.training_contenders import LightningMarks
 from dllm_var.benchmarking.training_data import SamplesByThemselves, packed_data
 from dllm_var.benchmarking.training_settings import COMPILED, FULL, OURS, PADDED, PLAIN_LOOP, TrainingCase
-from dllm_var.commands.benchmark_training import build_parser, chosen_cases
+from dllm_var.cli.benchmark_training import build_parser, chosen_cases
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.objectives import EosSchedule, KeyedNoise

@@ -17,7 +17,7 @@ from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.model.config import TransformerConfig
 from dllm_var.sampling import BlockDiffusionSampler, Generation
 from dllm_var.sampling.base import Sampler
-from dllm_var.tokenization import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
 
 ROWS, LENGTH = 24, 16
 

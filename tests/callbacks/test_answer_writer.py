@@ -53,7 +53,7 @@ from dllm_var.callbacks import AnswerWriter
 from dllm_var.datamodules import CmudictSource, JsonlSource, PackedDataModule
 from dllm_var.model.config import TransformerConfig
 from dllm_var.sampling import BlockDiffusionSampler
-from dllm_var.strategies import FSDP2
+from dllm_var.training.strategies import FSDP2
 
 torch.set_num_threads(1)
 folder, strategy, devices = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import CSVLogger
 from dllm_var.__main__ import main
 from dllm_var.callbacks import EmaWeights, ExportWeights, RunSummary, SamplingCallback
 from dllm_var.callbacks.ema import Average
+from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
-from dllm_var.model.checkpoints import load_checkpoint
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -6,7 +6,7 @@ import pytest
 
 from dllm_var.callbacks.rendering import AnswerRow, answer_table, mark, markdown_table, plain_text, rich_text
 from dllm_var.datamodules.cmudict import CmudictSource
-from dllm_var.tokenization import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

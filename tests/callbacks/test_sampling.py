@@ -19,7 +19,7 @@ from dllm_var.callbacks import SamplingCallback
 from dllm_var.callbacks.decoding import is_sharded
 from dllm_var.errors import UserError
 from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold
-from dllm_var.strategies import FSDP2
+from dllm_var.training.strategies import FSDP2
 
 
 @pytest.mark.parametrize(("accumulate", "expected"), [(1, [2, 4, 6]), (3, [2, 4, 6])])

@@ -19,7 +19,7 @@ from dllm_var.callbacks.speed import compute_dtype, measure_peak_flops, peak_mem
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule, KeyedNoise
-from dllm_var.tokenization import SpecialTokens
+from dllm_var.text.tokenizer import SpecialTokens
 
 ROW_TOKENS = 2 * 16  # the toy data's batch: two rows of sixteen tokens, half of them supervised
 

@@ -16,8 +16,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from dllm_var.callbacks import ExportWeights, RunSummary, SamplingCallback, SpeedMonitor
 from dllm_var.callbacks.summary import shown_path, write_json
+from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.errors import UserError
-from dllm_var.model.checkpoints import load_checkpoint
 
 
 def read(folder: Path) -> dict[str, Any]:

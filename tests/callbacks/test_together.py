@@ -14,10 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from dllm_var.callbacks import ExportWeights, ProgressBar, RunSummary, SamplingCallback, SpeedMonitor
+from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.datamodules import JsonlSource, PackedDataModule
 from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.metrics import AnswerMetrics
-from dllm_var.model.checkpoints import load_checkpoint
 from dllm_var.sampling import BlockDiffusionSampler
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ import pytest
 
 from dllm_var.datamodules import GsmSymbolicSource, ReasoningGymSource
 from dllm_var.errors import UserError
-from dllm_var.tokenization import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation", "test")
 

@@ -17,7 +17,7 @@ RECORDS = [{"prompt": f"p{number}", "response": f"R{number}"} for number in rang
 
 def test_importing_sources_is_cheap():
     script = (
-        "import sys; import dllm_var.datamodules, dllm_var.tokenization;"
+        "import sys; import dllm_var.datamodules, dllm_var.text.tokenizer;"
         "print([name for name in ('datasets', 'transformers', 'lightning', 'torch', 'pyarrow') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ from dllm_var.datamodules.cache import CHUNK, load_table
 from dllm_var.datamodules.encoding import RecordEncoder
 from dllm_var.datamodules.fitting import fit_samples
 from dllm_var.errors import UserError
-from dllm_var.tokenization import SpecialTokens, Tokenizer
+from dllm_var.text.tokenizer import SpecialTokens, Tokenizer
 
 GOOD = {"prompt": "key", "response": "K IY"}
 

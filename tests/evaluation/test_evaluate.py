@@ -12,6 +12,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from dllm_var.__main__ import main
+from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.datamodules import CmudictSource
 from dllm_var.errors import UserError
 from dllm_var.evaluation import TASKS
@@ -19,10 +20,9 @@ from dllm_var.evaluation.likelihood import Likelihood
 from dllm_var.evaluation.lm import EvaluatedModel
 from dllm_var.evaluation.scoring import documents, error_rate, final_number_scores, grouped, pronunciation_scores
 from dllm_var.metrics import AnswerMetrics
-from dllm_var.model.checkpoints import load_checkpoint
 from dllm_var.sampling import BlockDiffusionSampler
 from dllm_var.sampling.config import sampler_from_config
-from dllm_var.tokenization import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
 from tests.byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
 from tests.sampling.tiny_models import TOKENIZER, random_model
 

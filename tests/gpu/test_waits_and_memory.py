@@ -13,8 +13,8 @@ from dllm_var.datamodules import PackedDataModule
 from dllm_var.model import TransformerConfig
 from dllm_var.objectives import BlockDiffusion
 from dllm_var.sampling import BlockDiffusionSampler
-from dllm_var.step_totals import StepTotals
-from dllm_var.strategies import FSDP2
+from dllm_var.training.step_totals import StepTotals
+from dllm_var.training.strategies import FSDP2
 
 
 class CountWaits(L.Callback):

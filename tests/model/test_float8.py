@@ -16,11 +16,11 @@ import torch
 from dllm_var import DiffusionLM
 from dllm_var.__main__ import main
 from dllm_var.callbacks import ExportWeights
+from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.model.build import build_transformer
-from dllm_var.model.checkpoints import load_checkpoint
 from dllm_var.model.float8 import Float8, check_float8, float8_matrices, use_float8
 from dllm_var.model.lora import Lora
 

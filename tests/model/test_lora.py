@@ -17,14 +17,14 @@ from peft import PeftModel
 
 from dllm_var import DiffusionLM
 from dllm_var.callbacks import ExportWeights
-from dllm_var.commands.export import main as export
+from dllm_var.checkpoints.pretrained import load_checkpoint, save_checkpoint_folder
+from dllm_var.cli.export import main as export
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.model.build import build_transformer
-from dllm_var.model.checkpoints import load_checkpoint, save_checkpoint_folder
 from dllm_var.model.lora import Lora, MergedWeights, add_adapters, is_adapter, load_adapter, plain_name
-from dllm_var.optim import AdamW, Schedule
+from dllm_var.training.optim import AdamW, Schedule
 
 ROOT = Path(__file__).parent.parent.parent
 TOKENS = torch.randint(4, 60, (2, 12), generator=torch.Generator().manual_seed(0))

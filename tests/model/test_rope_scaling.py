@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from dllm_var.__main__ import main
+from dllm_var.checkpoints.pretrained import load_checkpoint, save_checkpoint_folder
 from dllm_var.datamodules import CmudictSource
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.model.checkpoints import load_checkpoint, save_checkpoint_folder
 from dllm_var.model.rope_scaling import critical_dimension, ntk_scaling, read_rope_scaling
-from dllm_var.tokenization import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
 
 
 def tiny(**changes) -> Transformer:

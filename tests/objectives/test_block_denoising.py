@@ -13,7 +13,7 @@ from dllm_var.objectives.cross_entropy import head_loss
 from dllm_var.sampling import BlockDiffusionSampler
 from dllm_var.sampling.policies import UnmaskingPolicy
 from dllm_var.sampling.policies.base import Decision
-from dllm_var.tokenization import SpecialTokens
+from dllm_var.text.tokenizer import SpecialTokens
 
 MASK, END, PAD, VOCABULARY = 0, 1, 2, 30
 SPECIAL = SpecialTokens(mask_id=MASK, terminator_ids=(END,), pad_id=PAD)

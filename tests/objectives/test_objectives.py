@@ -10,7 +10,7 @@ from dllm_var.errors import UserError
 from dllm_var.objectives import Autoregressive, EosSchedule, KeyedNoise, Mdlm
 from dllm_var.objectives.cross_entropy import head_loss, summed_cross_entropy
 from dllm_var.objectives.validation import EvenMasking
-from dllm_var.tokenization import SpecialTokens
+from dllm_var.text.tokenizer import SpecialTokens
 
 MASK, END, OTHER_END, PAD = 0, 1, 2, 3
 SPECIAL = SpecialTokens(mask_id=MASK, terminator_ids=(END, OTHER_END), pad_id=PAD)

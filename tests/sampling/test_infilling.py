@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.model.checkpoints import load_checkpoint
 from dllm_var.sampling import ConfidenceThreshold, FixedSteps
 from dllm_var.sampling import policies as P
 from dllm_var.sampling.infilling import infill

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dllm_var.__main__ import main
-from dllm_var.model.checkpoints import load_checkpoint, save_checkpoint_folder
+from dllm_var.checkpoints.pretrained import load_checkpoint, save_checkpoint_folder
 
 ROOT = Path(__file__).parent.parent.parent
 OVERLAYS = sorted(path.stem for path in (ROOT / "configs" / "sampler").glob("*.yaml"))

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
+from dllm_var.checkpoints.pretrained import save_checkpoint_folder
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.model.checkpoints import save_checkpoint_folder
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, ConfidenceThreshold, FixedLengthSampler
 from dllm_var.sampling.diffuspec import DiffuSpecSampler
 from dllm_var.sampling.freedave import FreeDaveSampler
@@ -18,7 +18,7 @@ from dllm_var.sampling.guided import GuidedSampler
 from dllm_var.sampling.multi_block import MultiBlockSampler
 from dllm_var.sampling.stopping import StopStrings
 from dllm_var.sampling.wino import WinoSampler
-from dllm_var.tokenization import SpecialTokens, Tokenizer
+from dllm_var.text.tokenizer import SpecialTokens, Tokenizer
 
 LETTERS = [*"abcdefghijklmnop", "<pad>", "<mask>", "<eos>"]
 PAD, MASK, EOS = 16, 17, 18

@@ -7,9 +7,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from dllm_var.checkpoints.pretrained import save_checkpoint_folder
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.model.checkpoints import save_checkpoint_folder
-from dllm_var.tokenization import SpecialTokens, Tokenizer
+from dllm_var.text.tokenizer import SpecialTokens, Tokenizer
 
 MASK, ENDS, VOCABULARY = 19, (3, 4), 20
 PROMPTS = [

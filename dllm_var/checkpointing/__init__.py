@@ -1,1 +1,0 @@
-"""Checkpoints on disk: written whole or not at all, checked before they are read, read without running any code."""

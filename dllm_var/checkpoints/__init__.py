@@ -1,0 +1,1 @@
+"""From files to tensors and back: published families, safetensors, checkpoints of runs."""

@@ -1,0 +1,92 @@
+"""Checkpoint files written by a thread while training goes on."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from dllm_var.training.checkpointing import CheckedFiles
+
+_COPIES = 2  # of the state in memory at most: a step's own file, and last.ckpt
+
+
+class BackgroundFiles(CheckedFiles):
+    """Writes checkpoint files as `CheckedFiles` does, in a thread while training goes on.
+
+    The state is copied into the CPU's memory before `save_checkpoint` returns, so that later steps do not change what
+    is written; when two copies wait already, it waits as well. Files are written and removed in the order asked for:
+    an old checkpoint goes when the new one is whole. After a failure nothing more is written or removed, and the next
+    save or `teardown` raises it. Folders, which sharded strategies write, are not written in the background.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread: ThreadPoolExecutor | None = None
+        self._saves: deque[Future[None]] = deque()
+        self._failure: BaseException | None = None
+        self._is_told = False  # the failure has been raised once; the end of the run need not raise it again
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Begins to write a checkpoint.
+
+        Raises:
+            OSError: When an earlier one could not be written; names it.
+        """
+        while len(self._saves) >= _COPIES:
+            self._saves.popleft().result()
+        if self._failure is not None:
+            self._is_told = True
+            raise self._failure
+        self._saves.append(self._do(super().save_checkpoint, snapshot(checkpoint), path, storage_options))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self._do(super().remove_checkpoint, path)
+
+    def teardown(self) -> None:
+        """Waits until everything is written.
+
+        Raises:
+            OSError: When a checkpoint could not be written; names it.
+        """
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+        self._saves.clear()
+        failure = None if self._is_told else self._failure
+        self._failure, self._is_told = None, False
+        if failure is not None:
+            raise failure
+
+    def _do(self, work: Callable[..., None], *arguments: Any) -> Future[None]:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
+        return self._thread.submit(self._unless_failed, work, *arguments)
+
+    def _unless_failed(self, work: Callable[..., None], *arguments: Any) -> None:
+        if self._failure is None:
+            try:
+                work(*arguments)
+            except BaseException as error:
+                self._failure = error
+
+
+def snapshot(state: Any) -> Any:
+    """Returns a copy that nothing changes any more, its tensors on the CPU; tensors that are one stay one."""
+    copies: dict[Any, Tensor] = {}
+    memo: dict[int, Any] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if place not in copies:
+            copies[place] = tensor.detach().to("cpu", copy=True)
+        memo[id(tensor)] = copies[place]
+        return tensor
+
+    apply_to_collection(state, Tensor, keep)
+    return copy.deepcopy(state, memo)

@@ -1,0 +1,269 @@
+"""Measures a checkpoint on standard tasks, with lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from jsonargparse import Namespace
+
+from dllm_var.checkpoints.plain import read_text
+from dllm_var.checkpoints.provenance import provenance
+from dllm_var.cli.generate import load
+from dllm_var.cli.generate_options import add_draw_options, add_sampler_options
+from dllm_var.cli.settings import SettingsParser, check_size
+from dllm_var.errors import UserError
+from dllm_var.evaluation import TASKS
+from dllm_var.files import open_output
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+    from dllm_var.evaluation.lm import EvaluatedModel
+    from dllm_var.sampling import Sampler
+
+DESCRIPTION = """Measures a checkpoint on tasks of lm-evaluation-harness: those that ship (cmudict, gsm_symbolic), YAML
+files of your own, and its standard ones by name, whose data comes from the Hugging Face hub.
+
+Answers are decoded by the checkpoint's sampler; likelihoods are exact for causal checkpoints and Monte-Carlo bounds for
+diffusion models. Needs pip install "dllm-var[evaluate]"."""
+
+EXAMPLES = """examples:
+  python -m dllm_var evaluate --checkpoint checkpoints/cmudict --tasks cmudict --output cmudict.json
+  python -m dllm_var evaluate --checkpoint checkpoints/cmudict --tasks cmudict --sampler configs/sampler/factor.yaml
+  python -m dllm_var evaluate --checkpoint RUN --tasks gsm8k arc_easy --limit 100 --mc-draws 128
+
+docs/evaluate.md explains estimators and figures."""
+
+
+MOST_DOCUMENTS = 1e9
+
+
+def main(command: str, arguments: list[str]) -> int:
+    """Runs `evaluate` and returns its exit status.
+
+    Args:
+        command: `evaluate`.
+        arguments: Its options, as `--help` lists them.
+
+    Raises:
+        UserError: For a bad checkpoint, task, sampler or output file, or without lm-eval.
+    """
+    if any(argument in ("-h", "--help") for argument in arguments):
+        build_parser(command, None).print_help()
+        return 0
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars are for terminals
+    if find_spec("lm_eval") is None:
+        raise UserError('evaluate needs lm-evaluation-harness: pip install "dllm-var[evaluate]"')
+    options, sampler, model, tokenizer = load(command, arguments, build_parser, check_options)
+    if options.chat and tokenizer.chat_template is None:
+        raise UserError("--chat needs a checkpoint whose tokenizer has a chat template, and this one has none")
+    from dllm_var.evaluation.likelihood import Likelihood
+    from dllm_var.evaluation.lm import EvaluatedModel
+
+    block_length = options.mc_block_length
+    if block_length is None:
+        block_length = getattr(sampler, "block_length", 0) if model.config.causal_context else 0
+    likelihood = Likelihood(options.mc_draws, options.mc_batch_size, options.mc_seed, options.mc_canvas, block_length)
+    evaluated = EvaluatedModel(model, tokenizer, sampler, likelihood, options.max_new_tokens)
+    from lm_eval.utils import handle_non_serializable
+
+    with nullcontext() if options.output is None else open_output("--output", options.output) as output:
+        result = evaluate(evaluated, options)
+        result["dllm_var"] = description(evaluated, sampler, options)
+        print(report(result))
+        if output is not None:
+            text = json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False)
+            output.write(text + "\n")
+    return 0
+
+
+def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser:
+    """Returns the parser of the options; `sampler` is the default one, null for a parser that only shows help."""
+    parser = SettingsParser(
+        prog=f"python -m dllm_var {command}",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.usage = f"python -m dllm_var {command} --checkpoint PATH --tasks NAME ... [options]"
+    what = parser.add_argument_group("what")
+    what.add_argument("--checkpoint", type=str, metavar="PATH", help="run folder, .ckpt file or model folder")
+    what.add_argument("--tasks", nargs="+", type=str, metavar="NAME", help="names of tasks, or YAML files of tasks")
+    what.add_argument("--include-path", type=str, metavar="FOLDER", help="folder with YAML files of further tasks")
+    what.add_argument("--limit", type=float, metavar="N", help="documents per task; below 1 the share of them")
+    what.add_argument("--num-fewshot", type=int, metavar="N", help="worked examples before each question")
+    what.add_argument("--chat", action="store_true", help="put prompts through the checkpoint's chat template")
+
+    decoding = parser.add_argument_group("answers (generate_until)")
+    decoding.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; the task's when not given")
+    add_draw_options(decoding)
+    add_sampler_options(parser, sampler)
+
+    scoring = parser.add_argument_group("likelihoods of diffusion models")
+    scoring.add_argument("--mc-draws", type=int, default=128, metavar="N", help="draws per answer (128)")
+    scoring.add_argument("--mc-batch-size", type=int, default=32, metavar="N", help="rows per forward (32)")
+    scoring.add_argument("--mc-seed", type=int, default=0, metavar="N", help="seed of the draws (0)")
+    scoring.add_argument(
+        "--mc-canvas",
+        type=int,
+        default=0,
+        metavar="N",
+        help="show masks behind an answer up to a multiple of N tokens, as block samplers do; none when 0 (LLaDA)",
+    )
+    scoring.add_argument(
+        "--mc-block-length",
+        type=int,
+        metavar="N",
+        help="score blocks of N tokens, each given those before it; whole answers when 0 (LLaDA); when not given, the "
+        "sampler's for a checkpoint that reads finished blocks from left to right, else 0",
+    )
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", type=str, metavar="FILE", help="JSON file for lm-eval's results and our figures")
+    output.add_argument("--samples", action="store_true", help="keep every document's answer in that file")
+    output.add_argument("--config", action="config", metavar="FILE", help="YAML file with any of these options")
+    return parser
+
+
+def check_options(options: Namespace) -> None:
+    """Raises UserError for options that lack something or contradict each other."""
+    if not options.tasks:
+        raise UserError("evaluate needs --tasks NAME ..., such as cmudict")
+    if options.limit is not None and not 0 < options.limit < MOST_DOCUMENTS:
+        raise UserError(f"--limit must be above 0 and below {MOST_DOCUMENTS:g}, got {options.limit:g}")
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        raise UserError(f"--num-fewshot must be at least 0, got {options.num_fewshot}")
+    if options.output is None and options.samples:
+        raise UserError("--samples needs --output FILE.json: that is where the answers go")
+
+
+def evaluate(evaluated: EvaluatedModel, options: Namespace) -> dict[str, Any]:
+    """Runs the harness and returns its results.
+
+    Raises:
+        UserError: When a task is unknown or its data cannot be loaded.
+    """
+    for name in ("lm_eval", "httpx", "httpcore"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from lm_eval import evaluator
+
+    # The harness asks git about the current folder, which complains aloud where that is no repository.
+    evaluator.get_git_commit_hash = lambda: (provenance()["git"] or {}).get("commit")
+    names, manager = find_tasks(options.tasks, options.include_path)
+    limit = options.limit
+    try:
+        return evaluator.simple_evaluate(
+            model=evaluated,
+            tasks=names,
+            task_manager=manager,
+            limit=limit if limit is None or limit < 1 else int(limit),
+            num_fewshot=options.num_fewshot,
+            apply_chat_template=options.chat,
+            fewshot_as_multiturn=options.chat,
+            log_samples=options.samples,
+            bootstrap_iters=1000,
+        )
+    except (OSError, ImportError) as error:  # no hub, no such data set, a metric's package
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"--tasks {' '.join(options.tasks)}: {reason}") from error
+
+
+def find_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[list[str], TaskManager]:
+    """Returns the names of the tasks, and the manager that knows them; lm-eval's own are indexed only when wanted.
+
+    Args:
+        tasks: Names of tasks, or YAML files.
+        include_path: A folder with YAML files.
+
+    Raises:
+        UserError: When a folder, file or task is not there.
+    """
+    from lm_eval.tasks import TaskManager
+
+    names: list[str] = []
+    folders = [TASKS]
+    if include_path is not None:
+        if not Path(include_path).is_dir():
+            raise UserError(f"--include-path: there is no folder '{include_path}'")
+        folders.append(Path(include_path))
+    for task in tasks:
+        if Path(task).suffix in (".yaml", ".yml"):
+            names.append(_task_name(Path(task)))
+            folders.append(Path(task).absolute().parent)
+        else:
+            names.append(task)
+    paths: list[str | Path] = list(dict.fromkeys(folders))
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    if any(name not in manager.task_index for name in names):
+        manager = TaskManager(include_path=paths, include_defaults=True)
+    for name in names:
+        if name not in manager.task_index:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise UserError(f"--tasks: there is no task '{name}'{hint}")
+    return names, manager
+
+
+def _task_name(file: Path) -> str:
+    """Returns what a task's YAML file calls it; what follows `!function` is left to lm-eval."""
+    if not file.is_file():
+        raise UserError(f"--tasks: there is no file '{file}'")
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("!function", lambda loader, node: None)
+    try:
+        text = read_text(file)
+        check_size(text)
+        content = yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--tasks: {file} is not a YAML file: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("task"), str):
+        raise UserError(f"--tasks: {file} has no 'task: NAME'")
+    return content["task"]
+
+
+def description(evaluated: EvaluatedModel, sampler: Sampler, options: Namespace) -> dict[str, Any]:
+    """Returns what lm-eval's results do not say: the model, how it was decoded, and what that took."""
+    from dllm_var.sampling.config import sampler_to_config
+
+    model, likelihood = evaluated.model, evaluated.likelihood
+    exact = model.config.causal
+    return {
+        **provenance(),
+        "checkpoint": options.checkpoint,
+        "parameters": model.num_parameters,
+        "sampler": sampler_to_config(sampler),
+        "likelihood": {"estimator": "exact"} if exact else {"estimator": "Monte-Carlo bound", **vars(likelihood)},
+        "decoding": {task: decoded.figures() for task, decoded in evaluated.decoded.items()},
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    """Returns lm-eval's tables, and below them how the answers were decoded."""
+    from lm_eval.utils import make_table
+
+    tables = [make_table(result).rstrip()]
+    if "groups" in result:
+        tables.append(make_table(result, "groups").rstrip())
+    for task, figures in result["dllm_var"]["decoding"].items():
+        tables.append(
+            f"{task}: {figures['answers']:,} answers, {figures['ended_by_eos']:.1%} ended by eos, "
+            f"{figures['ended_by_stop']:.1%} by a stop string, {figures['hit_limit']:.1%} hit the limit; "
+            f"{figures['nfe']:.2f} forwards/answer, {figures['tokens_per_forward']:.2f} tokens/forward, "
+            f"{figures['useful_tokens_per_second']:,.0f} useful tokens/s"
+        )
+    return "\n".join(tables)

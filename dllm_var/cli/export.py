@@ -1,0 +1,126 @@
+"""Writes a checkpoint as a model folder that transformers and other engines open."""
+
+from __future__ import annotations
+
+import argparse
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dllm_var.checkpoints.plain import fits
+from dllm_var.cli.settings import SettingsParser
+from dllm_var.errors import UserError
+
+if TYPE_CHECKING:
+    from dllm_var.checkpoints.stored import StoredModel
+
+DESCRIPTION = """Writes a checkpoint as the folder of a published model family: config, safetensors, tokenizer, chat
+template, mask token, terminators, and how to decode it. docs/checkpoints.md says which engine serves which format."""
+EXAMPLES = """examples:
+  python -m dllm_var export --checkpoint runs/llada_8b_sft/version_0 --format llada --output llada-var --dtype bfloat16
+  python -m dllm_var export --checkpoint checkpoints/cmudict --format llama --output cmudict-llama"""
+
+
+def main(command: str, arguments: list[str]) -> int:
+    """Runs `export` and returns its exit status.
+
+    Args:
+        command: `export`.
+        arguments: Its options, as `--help` lists them.
+
+    Raises:
+        UserError: For a bad checkpoint or option, or a model that the format cannot hold.
+    """
+    options = build_parser(command).parse_args(arguments)
+    for name in ("checkpoint", "format", "output"):
+        if options[name] is None:
+            raise UserError(f"export needs --{name}; python -m dllm_var export --help lists its options")
+    import torch  # not before --help has been answered
+
+    from dllm_var.checkpoints.export import export_checkpoint
+    from dllm_var.checkpoints.families import FORMATS
+    from dllm_var.checkpoints.stored import open_checkpoint
+
+    if options.format not in FORMATS:
+        raise UserError(f"--format {options.format} is unknown; there are {', '.join(FORMATS)}")
+    stored = open_checkpoint(options.checkpoint)
+    sampler, decoding = decoding_settings(stored, options.block_length, options.threshold)
+    stored = replace(stored, meta={**stored.meta, "sampler": sampler})
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    config = export_checkpoint(stored, FORMATS[options.format], Path(options.output), decoding, dtype)
+    print(
+        f"{options.output}: {options.format}, {config.num_layers} layers of width {config.hidden_size}, "
+        f"mask {config.mask_id}, terminators {', '.join(map(str, config.terminator_ids or []))}"
+        + "".join(f", {name.replace('_', ' ')} {value}" for name, value in decoding.items())
+    )
+    return 0
+
+
+def build_parser(command: str) -> SettingsParser:
+    """Returns the parser of the options."""
+    parser = SettingsParser(
+        prog=f"python -m dllm_var {command}",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.usage = f"python -m dllm_var {command} --checkpoint PATH --format NAME --output FOLDER [options]"
+    parser.add_argument("--checkpoint", type=str, metavar="PATH", help="run folder, .ckpt file or model folder")
+    parser.add_argument("--format", type=str, metavar="NAME", help="model family: llada, dream, llama, qwen2 or qwen3")
+    parser.add_argument("--output", type=str, metavar="FOLDER", help="where to; must not exist yet")
+    parser.add_argument(
+        "--dtype", type=Literal["float32", "bfloat16", "float16"], help="converts the weights; as stored when not given"
+    )
+    parser.add_argument(
+        "--block-length",
+        type=int,
+        metavar="N",
+        help="tokens decoded together; the checkpoint's sampler's when not given",
+    )
+    parser.add_argument(
+        "--threshold", type=float, metavar="P", help="confidence from which tokens are committed; likewise"
+    )
+    return parser
+
+
+def decoding_settings(
+    stored: StoredModel, block_length: int | None, threshold: float | None
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Returns the sampler to remember, and what other engines must know of it: `block_length` and `threshold`.
+
+    Args:
+        stored: The checkpoint, with the sampler it remembers; a diffusion model's default is BlockDiffusionSampler.
+        block_length: The user's, instead.
+        threshold: The user's, instead.
+
+    Raises:
+        UserError: When one is given for a sampler that has none, or is out of range.
+    """
+    from dllm_var.sampling import BlockDiffusionSampler
+    from dllm_var.sampling.config import sampler_from_config, sampler_to_config
+
+    sampler = deepcopy(stored.meta.get("sampler"))
+    if sampler is None and not stored.config.causal:
+        sampler = sampler_to_config(BlockDiffusionSampler())
+    if sampler is not None and (block_length is not None or threshold is not None):
+        sampler = sampler_to_config(sampler_from_config(sampler))  # ours, with all its settings
+    settings = _arguments(sampler)
+    policy = _arguments(settings.get("policy"))
+    for name, place, given in (("block_length", settings, block_length), ("threshold", policy, threshold)):
+        if given is None:
+            continue
+        if name not in place:
+            kind = "this model, which reads left to right" if sampler is None else sampler["class_path"]
+            raise UserError(f"--{name.replace('_', '-')} does not go with {kind}")
+        place[name] = given
+    if sampler is not None and (block_length is not None or threshold is not None):
+        sampler_from_config(sampler)  # checks the ranges
+    places = {"block_length": settings, "threshold": policy}
+    return sampler, {name: place[name] for name, place in places.items() if fits(place.get(name), float)}
+
+
+def _arguments(described: Any) -> dict[str, Any]:
+    """Returns the arguments in a checkpoint's description of a sampler or policy; none when it is not one."""
+    arguments = described.get("init_args") if isinstance(described, dict) and "class_path" in described else None
+    return arguments if isinstance(arguments, dict) else {}

@@ -1,1 +1,0 @@
-"""The commands that do not train; dllm_var/__main__.py lists them."""

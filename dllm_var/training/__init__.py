@@ -1,0 +1,1 @@
+"""One optimizer step, and what keeps a run alive: optimizers, strategies, checkpoints, resume, signals."""

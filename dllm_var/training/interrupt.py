@@ -1,0 +1,252 @@
+"""How a run is told to end, and ends: signals, a checkpoint of the last finished step, an exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+
+from dllm_var.checkpoints.choose import newest_checkpoint
+from dllm_var.checkpoints.run_files import CannotSave, clear_leftovers
+from dllm_var.training.checkpointing import Trainer
+from dllm_var.training.ranks import Children, is_launched_child
+from dllm_var.training.runs import checkpoint_folders, save_last
+
+# SIGUSR1 only saves, except in a SLURM job, where it announces the end of the allotted time.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+STATUS_BASE = 128  # of a process that a signal ended, as shells count
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal; the message says what was saved.
+
+    Args:
+        message: What happened.
+        status: Exit status for the process.
+        requeued: Whether SLURM will run the job again.
+    """
+
+    def __init__(self, message: str, status: int, requeued: bool = False) -> None:
+        super().__init__(message)
+        self.status, self.requeued = status, requeued
+
+
+class StopOnSignal(Callback):
+    """Turns signals into an orderly stop with a checkpoint.
+
+    The step under way is finished first, so that the saved weights, optimizer and counters belong together, and all
+    ranks stop at the same step, whichever of them got the signal. Ctrl-C and SIGTERM stop, with status 130 and 143; a
+    second Ctrl-C stops at once. SIGUSR1 saves and goes on; in a SLURM job it saves, requeues the job and stops with
+    status 138. Once training is over and saved, a signal ends what is left of the run at once.
+
+    When another callback or the data fail between two steps, the last step is saved as well.
+
+    Raises:
+        Interrupted: When the checkpoint is written.
+    """
+
+    def __init__(self) -> None:
+        self.children = Children()
+        self.training_over = False
+        self._asked = 0  # the signal
+        self._last_step = 0
+        self._folder: Path | None = None
+        self._between_steps: Any = None  # the data's state while weights and counters belong together
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._asked, self.training_over, self._between_steps = 0, False, None
+        if keeps_checkpoints(trainer):
+            self._folder = checkpoint_folders(trainer)[0]
+        self.children.take_over(trainer.strategy.launcher, lambda lost: f"{lost}; {self.how_to_go_on()}")
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._listen()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._last_step = trainer.global_step
+        self._listen()
+
+    def _listen(self) -> None:
+        """Takes the signals over; Lightning gives them back when the run has ended, however it ends."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.training_over:
+            self.end_now(number)
+        elif number == signal.SIGINT and self._asked == number:
+            signal.signal(number, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        else:
+            self._asked = max(self._asked, number, key=_urgency)
+            if not is_launched_child():
+                again = " (Ctrl-C again: at once)" if number == signal.SIGINT else ""
+                with contextlib.suppress(RuntimeError):  # in the midst of another print
+                    print(
+                        f"\n{name}: {'saving' if _only_saves(number) else 'stopping'} after this step{again}",
+                        flush=True,
+                    )
+
+    def end_now(self, number: int = 0) -> None:
+        """Cuts short what follows training, when a signal asks or has asked for it."""
+        number = number or self._asked
+        if number and not _only_saves(number) and not is_launched_child():  # the first process ends the others
+            name = signal.Signals(number).name
+            raise Interrupted(
+                f"{name} after the last step, which is saved: what follows was cut short", _status(number)
+            )
+
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        self._between_steps = None
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped = trainer.global_step != self._last_step  # between accumulated batches there are gradients to lose
+        self._last_step = trainer.global_step
+        if stepped:
+            if trainer.world_size == 1:
+                self._between_steps = _data_state(trainer)
+            self._obey(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        if trainer.state.fn == "fit":
+            self._obey(trainer, pl_module)
+
+    def _obey(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        asked = self._asked
+        if trainer.world_size > 1:  # the ranks must act at the same step, on the same signal
+            urgency = torch.tensor(_urgency(asked), device=pl_module.device)
+            asked = [0, *reversed(SIGNALS)][int(trainer.strategy.reduce(urgency, reduce_op="max"))]
+        if not asked or (trainer.validating and _only_saves(asked)):  # in validation the weights may be averages
+            return
+        self._asked = 0
+        if trainer.global_step == 0:  # a sanity check, or validation among the first step's accumulated batches
+            raise Interrupted("stopped before the first step", _status(asked))
+        _end_averaging(trainer, pl_module)
+        path = save_last(trainer)
+        step = trainer.global_step
+        if _only_saves(asked):
+            if trainer.is_global_zero:
+                print(f"saved {path} at step {step}", flush=True)
+            return
+        requeued = asked == getattr(signal, "SIGUSR1", None) and trainer.is_global_zero and requeue()
+        raise Interrupted(f"stopped at step {step}, saved {path}", _status(asked), requeued)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        state, self._between_steps = self._between_steps, None
+        unforeseen = isinstance(exception, Exception) and not isinstance(exception, Interrupted | CannotSave)
+        if unforeseen and state is not None and keeps_checkpoints(trainer) and _data_state(trainer) == state:
+            _end_averaging(trainer, pl_module)
+            with contextlib.suppress(CannotSave):
+                save_last(trainer)
+        if isinstance(exception, OSError) and exception.filename is None:
+            exception.filename = getattr(trainer.logger, "log_dir", None)  # TensorBoard's writer does not say it
+        if trainer.is_global_zero and trainer.state.fn == "fit" and hasattr(exception, "add_note"):
+            exception.add_note(self.how_to_go_on())
+
+    def how_to_go_on(self) -> str:
+        """Says which checkpoint a run that has failed left behind."""
+        kept = None if self._folder is None else newest_checkpoint(self._folder)
+        return f"the newest checkpoint is {kept}: go on with --resume" if kept else "there is no checkpoint of this run"
+
+
+class SaveAtEnd(Callback):
+    """Saves the last step of a run as last.ckpt when no checkpoint of that step exists.
+
+    Lightning saves at intervals only, so that the steps after the last interval, or a short run altogether, are lost.
+    It must come before other callbacks: what they do when training ends may take minutes, or leave averaged weights in
+    the model.
+
+    Args:
+        stop: Told when the last step is safe.
+    """
+
+    def __init__(self, stop: StopOnSignal | None = None) -> None:
+        self.stop = stop
+        self._saved_step = -1
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._saved_step = -1
+        if stage == "fit" and keeps_checkpoints(trainer):
+            folders = checkpoint_folders(trainer)
+            if trainer.is_global_zero:
+                for folder in folders:
+                    clear_leftovers(folder)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._saved_step = trainer.global_step
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if keeps_checkpoints(trainer) and self._saved_step != trainer.global_step:
+            path = save_last(trainer)
+            if isinstance(trainer, Trainer):
+                trainer.saved_at_end = (path, trainer.global_step)
+        elif isinstance(trainer, Trainer):
+            trainer.finish_saving()
+        if self.stop is not None:
+            self.stop.training_over = True
+            self.stop.end_now()
+
+
+def keeps_checkpoints(trainer: L.Trainer) -> bool:
+    """Whether the run saves any checkpoints."""
+    return bool(trainer.checkpoint_callbacks) and not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+
+def _data_state(trainer: L.Trainer) -> Any:
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    return datamodule.state_dict() if datamodule is not None else {}
+
+
+def _end_averaging(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Puts the weights in training back into the model where validation was using averages."""
+    if trainer.validating:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging):
+                callback.on_validation_epoch_end(trainer, pl_module)
+
+
+def _status(number: int) -> int:
+    return STATUS_BASE + number
+
+
+def _urgency(number: int) -> int:
+    return [0, *reversed(SIGNALS)].index(number)
+
+
+def in_slurm_job() -> bool:
+    return "SLURM_JOB_ID" in os.environ
+
+
+def _only_saves(number: int) -> bool:
+    return number == getattr(signal, "SIGUSR1", None) and not in_slurm_job()
+
+
+def requeue() -> bool:
+    """Asks SLURM to run this job again; says so when it cannot."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID', '0')}"
+    command = shutil.which("scontrol")
+    if command is None:
+        print(f"cannot requeue job {job}: scontrol is not on this node", flush=True)
+        return False
+    done = subprocess.run([command, "requeue", job], capture_output=True, text=True, check=False)
+    if done.returncode:
+        print(f"cannot requeue job {job}: {(done.stderr or done.stdout).strip()}", flush=True)
+    return done.returncode == 0

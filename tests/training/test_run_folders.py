@@ -1,0 +1,171 @@
+"""Where runs go, that each has a folder of its own, and that one process at a time goes on in it."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonargparse import dict_to_namespace
+from test_locks import another_process
+from tiny_data import write_tiny
+
+from dllm_var.__main__ import main
+from dllm_var.checkpoints.choose import step_of
+from dllm_var.errors import UserError
+from dllm_var.training.run_folders import continue_newest, lock, place_runs, reserve
+from dllm_var.training.runs import default_logger
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return ["fit", "--config", write_tiny()]
+
+
+def logger(kind, save_dir, name, version=None):
+    arguments = {"save_dir": str(save_dir), "name": name, "version": version}
+    return {"class_path": f"lightning.pytorch.loggers.{kind}", "init_args": arguments}
+
+
+def settings(**trainer):
+    return dict_to_namespace(trainer)
+
+
+def runs(folder="runs/tiny"):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def error_line(capsys):
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+@pytest.mark.parametrize("kind", ["TensorBoardLogger", "CSVLogger"])
+def test_runs_that_start_together_have_folders_of_their_own(kind, tmp_path):
+    (tmp_path / "runs" / "version_7").mkdir(parents=True)
+    trainers = [settings(logger=logger(kind, tmp_path, "runs")) for _ in range(40)]
+    with ExitStack() as held, ThreadPoolExecutor(20) as pool:
+        list(pool.map(lambda trainer: reserve(trainer, held), trainers))
+        taken = sorted(trainer.logger.init_args.version for trainer in trainers)
+        assert taken == list(range(8, 48))
+        (tmp_path / "runs" / "version_9" / "config.yaml").touch()
+    assert runs(tmp_path / "runs") == ["version_7", "version_9"]  # a run that did not come to anything leaves none
+
+
+def test_loggers_of_one_run_have_one_number(tmp_path):
+    (tmp_path / "b" / "version_2").mkdir(parents=True)
+    trainer = settings(logger=[logger("CSVLogger", tmp_path, "a"), logger("TensorBoardLogger", tmp_path, "b")])
+    explicit = settings(logger=logger("CSVLogger", tmp_path, "a", "job_7"))
+    with ExitStack() as held:
+        reserve(trainer, held)
+        reserve(explicit, held)
+        assert [one.init_args.version for one in trainer.logger] == [3, 3]
+        assert (tmp_path / "a" / "version_3").is_dir() and explicit.logger.init_args.version == "job_7"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "runs").touch()
+    with ExitStack() as held, pytest.raises(UserError, match=r"run folder .*version_0: .*trainer\.default_root_dir"):
+        reserve(settings(logger=logger("CSVLogger", tmp_path / "runs", "x")), held)
+
+
+def test_what_has_no_run_folder_locks_where_its_checkpoints_go(tmp_path):
+    own = {"class_path": "x.ModelCheckpoint", "init_args": {"dirpath": str(tmp_path / "kept")}}
+    root = str(tmp_path)
+    for trainer, folder in (
+        (settings(logger=False, default_root_dir=root), "checkpoints"),
+        (settings(logger=logger("CSVLogger", tmp_path, "a", 3)), "a/version_3"),
+        (settings(logger=logger("CSVLogger", tmp_path, "a", 4), callbacks=own), "kept"),
+    ):
+        with another_process(tmp_path / folder), ExitStack() as held, pytest.raises(UserError, match=folder):
+            lock(trainer, held)
+    with another_process(tmp_path / "checkpoints"), ExitStack() as held:
+        lock(settings(logger=False, default_root_dir=root, enable_checkpointing=False), held)
+
+
+def test_the_default_logger_s_runs_are_below_default_root_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    for root, save_dir, expected in (
+        (None, "runs", "runs"),
+        ("/elsewhere", "runs", "/elsewhere/runs"),
+        ("/elsewhere", "logs", "logs"),
+        (None, "~/runs", "/home/x/runs"),
+    ):
+        trainer = settings(default_root_dir=root, logger=default_logger("tiny"))
+        trainer.logger.init_args.save_dir = save_dir
+        place_runs(trainer)
+        assert trainer.logger.init_args.save_dir == expected
+    for remote in (
+        {"default_root_dir": "s3://bucket"},
+        {"logger": logger("CSVLogger", "s3://bucket", "a")},
+        {"callbacks": [{"class_path": "x.ModelCheckpoint", "init_args": {"dirpath": "s3://bucket"}}]},
+    ):
+        with pytest.raises(UserError, match=r"trainer\.\w+.*'s3://bucket' is no folder of this machine"):
+            place_runs(settings(**remote))
+
+
+def test_runs_go_and_are_found_where_default_root_dir_says(tiny, tmp_path):
+    there = ["--trainer.default_root_dir=there"]
+    last = Path("there/runs/tiny/version_0/checkpoints/last.ckpt")
+    assert main([*tiny, *there]) == 0 and main([*tiny, *there, "--resume", "--trainer.max_steps=3"]) == 0
+    assert step_of(last) == 3 and runs("there/runs/tiny") == ["version_0"] and not Path("runs").exists()
+    assert main(["validate", *tiny[1:], *there, "--ckpt_path=last"]) == 0
+    saved = yaml.safe_load((last.parent.parent / "config.yaml").read_text())["trainer"]
+    assert (saved["default_root_dir"], saved["logger"]["init_args"]["save_dir"]) == ("there", "runs")
+    assert main([*tiny, *there, "--trainer.logger=true"]) == 0
+    assert runs("there/runs/tiny") == ["version_0", "version_1", "version_2"]
+
+
+def test_a_run_under_way_is_neither_resumed_nor_touched(tiny, capsys):
+    assert main(tiny) == 0
+    run = Path("runs/tiny/version_0")
+    (run / "checkpoints" / ".last.ckpt.new").touch()  # the other one writes
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with another_process(run) as other:
+        for resume in ("--resume", f"--resume={run}", "--resume=auto", "--trainer.logger.version=0"):
+            assert main([*tiny, resume, "--trainer.max_steps=4"]) == 2
+            line = error_line(capsys)
+            assert f"{run} is in use by process {other.pid}" in line
+        assert {path: path.read_bytes() for path in before} == before
+        assert main(tiny) == 0  # a new one
+    assert main([*tiny, f"--resume={run}", "--trainer.max_steps=4"]) == 0
+    assert step_of(run / "checkpoints" / "last.ckpt") == 4
+    assert not list(run.rglob(".*")) and runs() == ["version_0", "version_1"]
+
+
+def test_a_checkpoint_that_a_killed_run_had_set_aside_is_found_and_put_back(tmp_path):
+    folder = tmp_path / "a" / "version_0" / "checkpoints"
+    aside = folder / ".last.ckpt.previous"
+    aside.mkdir(parents=True)
+    (aside / "seal.json").touch()
+    trainer = settings(logger=logger("CSVLogger", tmp_path, "a"))
+    assert continue_newest(trainer) == aside
+    with ExitStack() as held:
+        lock(trainer, held)
+    assert continue_newest(trainer) == folder / "last.ckpt"
+
+
+def test_settings_that_fail_or_are_only_shown_leave_no_folder(tiny, capsys):
+    assert main([*tiny, "--data.context_length=-1"]) == 2
+    assert main([*tiny, "--print_config"]) == 0
+    assert not list(Path("runs").rglob("version_*"))
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_runs_started_together(tiny):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    two = ["--trainer.strategy=ddp", "--trainer.devices=2"]
+    command = [sys.executable, "-m", "dllm_var", *tiny, *two]
+    started = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], errors
+    assert runs() == ["version_0", "version_1"]
+    for run in runs():
+        assert step_of(Path("runs/tiny") / run / "checkpoints" / "last.ckpt") == 2

@@ -1,0 +1,139 @@
+"""Tensor parallelism: the same losses, weights, answers and checkpoints as one process, and nothing whole on any."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import divided
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import load_file
+
+from dllm_var.benchmarking.communication import tensor_parallel_bytes
+from dllm_var.checkpoints.pieces import load_in_pieces
+from dllm_var.checkpoints.shards import read_weights
+from dllm_var.errors import UserError
+from dllm_var.model import TransformerConfig
+from dllm_var.training.strategies import TensorParallel, check_groups
+
+ROOT = Path(__file__).parent.parent.parent
+CLOSE = {"adamw": dict(atol=1e-4, rtol=1e-3)}  # AdamW moves weights whose gradient is next to nothing by its sign
+
+
+def result(folder):
+    return torch.load(folder / "result.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    for name in divided.RUNS:
+        divided.fit(folder / name, name)
+    return folder
+
+
+def on_processes(folder, count):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "divided.py"), str(folder), str(count)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return on_processes(tmp_path_factory.mktemp("two"), 2)
+
+
+def assert_same_run(ours, expected, name, first=0):
+    for figure in ("losses", "norms", "accuracies"):
+        assert ours[figure] == pytest.approx(expected[figure][first:], rel=1e-5, abs=1e-7), figure
+    for rows, theirs in zip(ours["rows"], expected["rows"][first:], strict=True):  # each row once, not once a process
+        assert torch.tensor(rows) == pytest.approx(torch.tensor(theirs), rel=1e-4)
+    for weights, theirs in zip(ours["weights"], expected["weights"][first:], strict=True):
+        for weight in theirs:
+            close = CLOSE.get(name, dict(atol=1e-5, rtol=1e-4))
+            torch.testing.assert_close(weights[weight], theirs[weight], **close, msg=lambda m, w=weight: f"{w}: {m}")
+    assert ours["validated"] == pytest.approx(expected["validated"], rel=1e-4)
+    assert ours["answers"] == expected["answers"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", divided.RUNS)
+def test_two_processes_that_share_each_layer_train_as_one(name, alone, two):
+    """Grouped heads, norms of heads, tied and uneven vocabularies, recomputation, Muon, token shift, clipping."""
+    expected, ours = result(alone / name), result(two / f"{name}2")
+    assert_same_run(ours, expected, name)
+    one, other = (load_file(run / "model" / "model.safetensors") for run in (alone / name, two / f"{name}2"))
+    assert one.keys() == other.keys()
+    for weight, value in one.items():
+        torch.testing.assert_close(other[weight], value, **CLOSE.get(name, dict(atol=1e-5, rtol=1e-4)))
+
+
+@pytest.mark.slow
+def test_four_processes_as_two_groups_of_two_train_as_one(alone, tmp_path):
+    """With FSDP2 over the groups, and accumulated batches."""
+    folder = on_processes(tmp_path, 4)
+    for name in ("adamw", "muon"):
+        assert_same_run(result(folder / f"{name}4"), result(alone / name), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["resumed", "resumed_fsdp2"])
+def test_a_checkpoint_goes_on_under_tensor_parallelism_and_under_fsdp2(run, alone, two):
+    assert_same_run(result(two / run), result(alone / "adamw"), "adamw", first=divided.SAVED_AT)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_holds_the_weights_of_one_process(two):
+    saved = read_weights(two / "adamw2" / f"step={divided.SAVED_AT}.ckpt")
+    expected = result(two / "adamw2")["weights"][divided.SAVED_AT - 1]
+    assert {name.removeprefix("transformer.") for name in saved} == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(saved[f"transformer.{name}"], weight), name
+
+
+@pytest.mark.slow
+def test_nothing_of_the_whole_vocabularys_size_is_on_any_process_in_a_step(alone, two):
+    vocabulary, features = divided.RUNS["adamw"]["shape"]["vocab_size"], 2 * divided.SHAPE["intermediate_size"]
+    whole, shared = result(alone / "adamw"), result(two / "adamw2")
+    assert {vocabulary, features} <= set(whole["sizes"])
+    assert not {vocabulary, features} & set(shared["sizes"])
+    assert {-(-vocabulary // 2), features // 2} <= set(shared["sizes"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_cost_model_knows_what_a_step_sends(name, two):
+    ours = result(two / f"{name}2")
+    config = TransformerConfig(**divided.SHAPE)
+    again = "activation_checkpointing" in divided.RUNS[name]
+    expected = tensor_parallel_bytes(config, ours["tokens"], ours["scored"], 2, 4, again)
+    norms = 2 * config.num_layers * config.head_dim  # gradients of the heads' norms, which it leaves out
+    sent = 4 * (sum(ours["reduced"]) - (norms if name == "adamw" else 0))  # a ring of two sends 2 / 2 of it
+    assert sent == expected
+
+
+def test_lightnings_own_tensor_parallelism_is_refused_with_the_one_to_take():
+    strategy = ModelParallelStrategy(tensor_parallel_size=2)
+    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
+    with pytest.raises(UserError, match=r"take dllm_var.training.strategies.TensorParallel .*tensor_parallel.yaml"):
+        check_groups(strategy)
+    check_groups(TensorParallel(2))
+
+
+@pytest.mark.parametrize(("size", "processes"), [(2, 3), (4, 2), (1, 2)])
+def test_groups_must_fill_a_node(size, processes):
+    strategy = TensorParallel(size)
+    strategy.parallel_devices = [torch.device("cpu")] * processes
+    with pytest.raises(UserError, match=f"tensor_parallel_size {size} must .* divide the {processes} processes"):
+        strategy.setup_environment()
+
+
+def test_a_checkpoint_in_one_file_is_refused(tmp_path):
+    (tmp_path / "last.ckpt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"is one file, .* model.init_from"):
+        load_in_pieces(tmp_path / "last.ckpt", torch.nn.Linear(1, 1), [], lambda name: [])
