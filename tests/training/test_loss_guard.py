@@ -191,7 +191,7 @@ def test_with_deepspeed_the_loss_is_divided_before_backward(tmp_path, monkeypatc
     sgd = lambda params: torch.optim.SGD(params, lr=0.5)  # noqa: E731
     _, usual, _ = fit(tmp_path / "usual", EosSchedule(), 3, optimizer=sgd, gradient_clip_val=None)
     for module in ("strategies", "step_totals"):
-        monkeypatch.setattr(f"dllm_var.{module}.owns_gradients", lambda strategy: True)
+        monkeypatch.setattr(f"dllm_var.training.{module}.owns_gradients", lambda strategy: True)
     _, engine, _ = fit(tmp_path / "engine", EosSchedule(), 3, optimizer=sgd, gradient_clip_val=None)
     torch.testing.assert_close(usual.steps[3], engine.steps[3], atol=1e-6, rtol=1e-5)
     with pytest.raises(UserError, match="accumulate_grad_batches must be 1"):
