@@ -147,9 +147,7 @@ class RecordEncoder:
             pairs = zip(form.texts, form.supervised, strict=True)
             return [Piece(text, supervised, self.refuse_special) for text, supervised in pairs]
         if isinstance(form, Chat):
-            from dllm_var.text.chat_templates import chat_pieces  # imports Jinja
-
-            return chat_pieces(self.tokenizer, form.messages, self.refuse_special)
+            return self.tokenizer.chat_pieces(form.messages, self.refuse_special)
         return []
 
     def _encode(self, pieces: list[Piece]) -> list[list[int]]:
@@ -190,7 +188,7 @@ class RecordEncoder:
         rendered = isinstance(form, Chat) and tokenizer.chat_template is not None
         for piece, ids in zip(pieces, encoded, strict=True):
             if not (rendered and piece.special_tokens):
-                tokenizer.check_text(ids)
+                tokenizer.special_text.check(ids)
                 if piece.supervised and not set(tokenizer.terminator_ids).isdisjoint(ids):
                     raise RecordError("has an answer that spells a terminator: it would end there")
         runs = [(ids, piece.supervised) for piece, ids in zip(pieces, encoded, strict=True)]

@@ -22,8 +22,6 @@ from dllm_var.model.transformer import Transformer
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
 from dllm_var.sampling.config import sampler_from_config
 from dllm_var.sampling.scoring import finite_logits
-from dllm_var.text.chat_templates import encode_rendered, render
-from dllm_var.text.special_text import mark_messages
 from dllm_var.text.tokenizer import Tokenizer
 
 LONGEST_WINDOW = 2048  # tokens at a time in rolling likelihoods, for models that do not say what they were trained on
@@ -120,7 +118,7 @@ class EvaluatedModel(TemplateLM):
         return self.tokenizer.terminator_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return encode_rendered(self.tokenizer, string) if self._renders else self.tokenizer.encode(string)
+        return self.tokenizer.encode_rendered(string) if self._renders else self.tokenizer.encode(string)
 
     @property
     def tokenizer_name(self) -> str:
@@ -131,8 +129,8 @@ class EvaluatedModel(TemplateLM):
         if self.tokenizer.chat_template is None:
             raise UserError("--chat needs a checkpoint whose tokenizer has a chat template, and this one has none")
         self._renders = True  # from now on texts have the template's special tokens, and marks where people spell them
-        messages = mark_messages(self.tokenizer, chat_history)
-        text = render(self.tokenizer, messages, add_generation_prompt)[0]
+        messages = self.tokenizer.special_text.mark(chat_history)
+        text = self.tokenizer.render(messages, add_generation_prompt)
         if add_generation_prompt:
             return text
         content = messages[-1]["content"].strip()

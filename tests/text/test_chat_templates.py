@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dllm_var.errors import UserError
-from dllm_var.text.chat_templates import render
 from dllm_var.text.tokenizer import Tokenizer
 from tests.byte_tokenizer import write_byte_tokenizer
 
@@ -186,12 +185,11 @@ def test_time_is_counted_anew_for_each_conversation_and_in_any_thread(pairs, mon
 
     def refused():
         with pytest.raises(UserError, match="not done after"):
-            render(bad, [])
+            bad.render([])
         return True
 
     with ThreadPoolExecutor(1) as threads:
         assert threads.submit(refused).result(timeout=20)
-    assert (
-        render(tokenizer, [{"role": "user", "content": "Hi"}])[0]
-        == render(tokenizer, [{"role": "user", "content": "Hi"}])[0]
+    assert tokenizer.render([{"role": "user", "content": "Hi"}]) == tokenizer.render(
+        [{"role": "user", "content": "Hi"}]
     )

@@ -6,7 +6,6 @@ from byte_tokenizer import CHAT_TEMPLATE, MARKED_TEMPLATE, write_byte_tokenizer
 
 from dllm_var.datamodules import CmudictSource
 from dllm_var.errors import UserError
-from dllm_var.text.chat_templates import render
 from dllm_var.text.tokenizer import Tokenizer
 
 CONVERSATION = [
@@ -110,7 +109,9 @@ def test_a_settings_file_that_holds_no_settings_is_named(file, tmp_path):
     ("given", "name", "index"), [(None, "<|new|>", 261), ("<x>", "<x>", 261), ("<|pad|>", "<|pad|>", 256)]
 )
 def test_a_tokenizer_without_a_mask_token_gets_one_and_keeps_every_other_id(given, name, index, tmp_path, monkeypatch):
-    monkeypatch.setattr("dllm_var.text.tokenizer.ADDED_MASK", "<|new|>")  # the test's vocabulary has the usual one
+    monkeypatch.setattr(
+        "dllm_var.text.tokenizer_files.ADDED_MASK", "<|new|>"
+    )  # the test's vocabulary has the usual one
     folder = write_byte_tokenizer(tmp_path, mask_token=None)
     tokenizer = Tokenizer.from_pretrained(folder, mask_token=given)
     assert (tokenizer.id_to_token(tokenizer.mask_id), tokenizer.mask_id) == (name, index)
@@ -148,7 +149,7 @@ def test_loss_is_on_assistant_turns_with_their_terminators(tmp_path, template):
     assert ids[-1] == tokenizer.terminator_id
     prompt = tokenizer.encode_chat_prompt(CONVERSATION[:4])
     assert ids[: len(prompt)] == prompt, "training must see the ids that generation starts from"
-    assert prompt == tokenizer.encode(render(tokenizer, CONVERSATION[:4], add_generation_prompt=True)[0], True)
+    assert prompt == tokenizer.encode(tokenizer.render(CONVERSATION[:4], add_generation_prompt=True), True)
 
 
 def test_chat_agrees_with_transformers(tmp_path):
@@ -156,7 +157,7 @@ def test_chat_agrees_with_transformers(tmp_path):
     folder = write_byte_tokenizer(tmp_path, "{{ bos_token }}" + MARKED_TEMPLATE, bos_token="<|endoftext|>")
     reference = transformers.AutoTokenizer.from_pretrained(folder)
     ours = Tokenizer.from_pretrained(folder)
-    assert render(ours, CONVERSATION)[0] == reference.apply_chat_template(CONVERSATION, tokenize=False)
+    assert ours.render(CONVERSATION) == reference.apply_chat_template(CONVERSATION, tokenize=False)
     encoded = reference.apply_chat_template(CONVERSATION, return_assistant_tokens_mask=True, return_dict=True)
     ids, supervised = ours.encode_chat(CONVERSATION)
     # The line break after the last terminator teaches nothing and is left out.
