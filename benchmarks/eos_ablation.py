@@ -13,12 +13,13 @@ import argparse
 import itertools
 import json
 import logging
-import os
 import statistics
 import tempfile
 import time
 import warnings
 from pathlib import Path
+
+from dllm_var.files import write_text
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "eos_ablation.json"
@@ -112,10 +113,7 @@ def train_missing(seeds: list[int], threads: int) -> None:
             continue
         result = run(**wanted)
         done.append({"settings": wanted, **result})
-        RESULTS.parent.mkdir(exist_ok=True)
-        temporary = RESULTS.with_suffix(".tmp")
-        temporary.write_text(json.dumps(done, indent=1) + "\n")
-        os.replace(temporary, RESULTS)
+        write_text(RESULTS, json.dumps(done, indent=1) + "\n")
         print(wanted, result, flush=True)
 
 

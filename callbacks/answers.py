@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from dllm_var.callbacks.decoding import say
-from dllm_var.files import WholeFile, write_whole
+from dllm_var.files import OutputFile, write_text
 from dllm_var.sampling import Generation
 
 
@@ -27,13 +27,13 @@ class AnswerWriter(BasePredictionWriter):
 
     def __init__(self) -> None:
         super().__init__("batch")
-        self.file: WholeFile | None = None
+        self.file: OutputFile | None = None
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
         folder = Path(trainer.log_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = WholeFile(folder / f"answers{rank}.jsonl")
+        self.file = OutputFile(folder / f"answers{rank}.jsonl")
 
     def write_on_batch_end(
         self,
@@ -74,7 +74,7 @@ def _put_together(trainer: L.Trainer, part: Path) -> Path:
     torch.distributed.all_gather_object(parts, (share, part.read_text(encoding="utf-8")))
     if trainer.is_global_zero:
         dealt = [StringIO(text) for _, text in sorted(dict(parts).items())]
-        write_whole(whole, "".join(chain.from_iterable(zip_longest(*dealt, fillvalue=""))))
+        write_text(whole, "".join(chain.from_iterable(zip_longest(*dealt, fillvalue=""))))
     trainer.strategy.barrier()
     part.unlink()
     return whole

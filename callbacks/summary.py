@@ -16,7 +16,7 @@ from rich.table import Table
 from dllm_var.callbacks.decoding import held_out_prompts, is_sharded, say, undisturbed
 from dllm_var.callbacks.export import ExportWeights
 from dllm_var.callbacks.rendering import draw
-from dllm_var.files import write_whole
+from dllm_var.files import write_text
 from dllm_var.metrics import AnswerMetrics
 from dllm_var.sampling import Sampler
 
@@ -198,7 +198,7 @@ def shown_path(path: str | Path) -> str:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write a JSON file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(values, indent=2) + "\n")
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def _tokenizer(pl_module: L.LightningModule) -> Any:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 import shutil
-import tempfile
 import time
 import zlib
 from contextlib import ExitStack, suppress
@@ -18,17 +15,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dllm_var.checkpoints.run_files import sync_folder
 from dllm_var.datamodules.encoding import RecordEncoder, bad_record
 from dllm_var.datamodules.sources import Located, Source
 from dllm_var.datamodules.table import COLUMNS, Table, seal
 from dllm_var.errors import UserError
+from dllm_var.files import PARTIAL, write_atomically
 
 VERSION = 4  # of the files' layout and meaning; part of the cache key
 CHUNK = 4_096  # records tokenized at a time
 PROGRESS_AFTER = 5.0  # seconds of tokenizing before progress is shown
 ABANDONED_AFTER = 86_400.0  # seconds without a write after which nobody finishes a folder any more
-_UNFINISHED = re.compile(r"\.[0-9a-f]{32}-\w+-\w+")
 
 
 def load_table(source: Source, split: str, encoder: RecordEncoder, cache: Path, verify: bool = True) -> Table:
@@ -64,33 +60,22 @@ def load_table(source: Source, split: str, encoder: RecordEncoder, cache: Path, 
 def _build(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _clear_abandoned(folder.parent)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        unfinished.chmod(0o755)  # others may share the cache
-        _write(source, split, encoder, unfinished)
-        sync_folder(unfinished)
-        try:
-            os.rename(unfinished, folder)
-        except OSError:  # another process was faster with the same table, which is as good
-            if not (folder / "meta.json").is_file():
-                raise
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with write_atomically(folder, shared=True) as partial:
+        partial.mkdir()
+        _write(source, split, encoder, partial)
 
 
 def _clear_abandoned(cache: Path) -> None:
     """Removes what processes that were killed while building left behind; needs no lock, which not every disk has."""
-    for folder in cache.iterdir():
-        if _UNFINISHED.fullmatch(folder.name):
-            with suppress(OSError):  # its owner has just finished
-                written = max(file.stat().st_mtime for file in (folder, *folder.iterdir()))
-                if time.time() - written > ABANDONED_AFTER:
-                    shutil.rmtree(folder, ignore_errors=True)
+    for folder in cache.glob(f"*{PARTIAL}"):
+        with suppress(OSError):  # its owner has just finished
+            written = max(file.stat().st_mtime for file in (folder, *folder.iterdir()))
+            if time.time() - written > ABANDONED_AFTER:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> None:
-    """Writes the files of a table, chunk by chunk, and waits until they are on the disk."""
+    """Writes the files of a table, chunk by chunk."""
     records = source.located_records(split)
     samples = tokens = 0
     with ExitStack() as stack:
@@ -110,11 +95,8 @@ def _write(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> 
                 crc32[name] = zlib.crc32(column.data, crc32[name])
             samples, tokens = samples + len(table), tokens + len(table.tokens)
             progress.update(len(chunk))
-        meta = stack.enter_context(open(folder / "meta.json", "w", encoding="utf-8"))
-        json.dump(seal({**encoder.meta, "samples": samples, "tokens": tokens, "crc32": crc32}), meta, indent=1)
-        for file in (*files.values(), meta):
-            file.flush()
-            os.fsync(file.fileno())
+    meta = seal({**encoder.meta, "samples": samples, "tokens": tokens, "crc32": crc32})
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 def _next_chunk(records: Located, source: Source, split: str) -> list[tuple[str, Any]]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 from dllm_var.datamodules.table import seal, unseal
 from dllm_var.errors import UserError
+from dllm_var.files import write_atomically
 
 KEPT = 2**24  # bytes from which on a file's contents are kept in the cache
 STRIDE = 4_096  # records between the places that are noted
@@ -76,12 +75,8 @@ def remember(cache: Path | None, kind: str, key: Any, find_out: Callable[[], dic
     with contextlib.suppress(OSError, ValueError, RecursionError):  # not there, or damaged
         return unseal(json.loads(kept.read_text(encoding="utf-8")))
     found = find_out()
-    with contextlib.suppress(OSError):  # it costs time the next time, not the run
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=kept.parent, delete=False) as file:
-            json.dump(seal(found), file)
-        os.chmod(file.name, 0o644)  # others may share the cache
-        os.replace(file.name, kept)
+    with contextlib.suppress(OSError), write_atomically(kept, shared=True) as partial:  # else it is found out again
+        partial.write_text(json.dumps(seal(found)), encoding="utf-8")
     return found
 
 

@@ -1,17 +1,130 @@
-"""Output files that are there whole or not at all."""
+"""Files: written whole or not at all, and read as plain values that are checked before they are used."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
+import math
 import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from types import UnionType
+from typing import Any, Literal, TextIO, Union, get_args, get_origin
 
 from dllm_var.errors import UserError
 
+PARTIAL, PREVIOUS = ".partial", ".previous"  # behind the name of what is being written, and of a folder being replaced
 
-class WholeFile:
-    """A text file that gets its name when it is complete; a device or pipe is written directly.
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def write_atomically(path: Path, shared: bool = False) -> Iterator[Path]:
+    """Yields the path at which to write a file or a folder; it gets its name, `path`, when the block has ended well.
+
+    Args:
+        path: What it replaces, if that exists. After a failure, whatever it is, the old content is still there.
+        shared: Several processes may write the same content at once; the first to finish a folder gives it its name.
+
+    Raises:
+        OSError: When it cannot be written; names `path`, and nothing is left behind.
+    """
+    partial = partial_path(path)
+    if shared:
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        discard(partial)
+        yield partial
+        try:
+            publish(partial, path, replace=not shared)
+        except OSError:
+            if not (shared and path.is_dir()):
+                raise
+            discard(partial)
+    except BaseException as error:
+        discard(partial)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file that is there whole or not at all."""
+    with write_atomically(Path(path)) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def partial_path(path: Path) -> Path:
+    """Returns the path at which `path` is written until it is complete."""
+    return path.with_name(path.name + PARTIAL)
+
+
+def publish(partial: Path, path: Path, replace: bool = True) -> None:
+    """Waits until a finished file or folder is on the disk, and gives it its name.
+
+    A folder cannot take the place of another in one step: the old one is set aside under NAME.previous first, and
+    `put_back` returns it to its place when the process was killed between the two steps.
+    """
+    for written in [path for path in partial.rglob("*") if path.is_file()] if partial.is_dir() else [partial]:
+        _sync(written)
+    if not partial.is_dir() and (path.is_symlink() or not path.is_dir()):
+        os.replace(partial, path)
+    else:
+        _sync_folder(partial)
+        aside = path.with_name(path.name + PREVIOUS)
+        if replace and os.path.lexists(path):
+            discard(aside)
+            os.rename(path, aside)
+        os.rename(partial, path)
+        if replace:
+            _sync_folder(path.parent)
+            discard(aside)
+    _sync_folder(path.parent)
+
+
+def set_aside(folder: Path) -> dict[Path, Path]:
+    """Returns what a killed process had set aside and not replaced, by the names it had."""
+    found = {aside.with_suffix(""): aside for aside in folder.glob(f"*{PREVIOUS}")}
+    return {path: aside for path, aside in found.items() if not os.path.lexists(path)}
+
+
+def put_back(folder: Path) -> None:
+    """Gives what a killed process had set aside its name again; no other process may be writing there."""
+    for path, aside in set_aside(folder).items():
+        with contextlib.suppress(OSError):
+            os.rename(aside, path)
+
+
+def discard(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _sync(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # file systems that cannot are left alone
+        _sync(folder)
+
+
+class OutputFile:
+    """A text file to be written bit by bit: it is NAME.partial until it is complete.
+
+    A link is followed; a device or a pipe is written directly.
 
     Args:
         path: The file; its folder must exist.
@@ -21,13 +134,13 @@ class WholeFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        target = Path(os.path.realpath(Path(path).expanduser()))  # what a link points to is replaced, not the link
-        if target.is_dir():
+        self.target = Path(os.path.realpath(Path(path).expanduser()))
+        if self.target.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
-        if target.is_symlink():
+        if self.target.is_symlink():
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
-        self.target = target
-        self.partial = target if _is_device(target) else target.with_name(f"{target.name}.partial")
+        is_device = self.target.exists() and not self.target.is_file()
+        self.partial = self.target if is_device else partial_path(self.target)
         self.stream: TextIO = self.partial.open("w", encoding="utf-8")
 
     def __enter__(self) -> TextIO:
@@ -44,19 +157,16 @@ class WholeFile:
     def complete(self) -> None:
         """Waits until the content is on the disk, and gives the file its name."""
         try:
-            self.stream.flush()
-            if self.partial != self.target:
-                os.fsync(self.stream.fileno())
             self.stream.close()
             if self.partial != self.target:
-                os.replace(self.partial, self.target)
+                publish(self.partial, self.target)
         except OSError as error:
-            error.filename = str(self.target)
+            error.filename, error.filename2 = str(self.target), None
             self.abandon(keep=False)
             raise
 
     def abandon(self, keep: bool = True) -> Path | None:
-        """Leaves what has been written under the name of a partial file, and returns that; nothing leaves no file."""
+        """Closes the unfinished file, and returns its path; None when nothing was written or it is not to be kept."""
         try:
             self.stream.close()
         except OSError:  # what is still buffered finds no room either; the exception that led here says so
@@ -69,27 +179,74 @@ class WholeFile:
         return None
 
 
-def _is_device(path: Path) -> bool:
-    return path.exists() and not path.is_file()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file that is there whole or not at all.
-
-    Raises:
-        OSError: When it cannot be written; names the file.
-    """
-    with WholeFile(path) as stream:
-        stream.write(text)
-
-
-def open_output(option: str, name: str) -> WholeFile:
+def open_output(option: str, name: str) -> OutputFile:
     """Opens the file that an option names, before the work that fills it.
 
     Raises:
         UserError: When it cannot be written; names the option.
     """
     try:
-        return WholeFile(name)
+        return OutputFile(name)
     except OSError as error:
         raise UserError(f"{option}: cannot write '{name}': {error.strerror}") from error
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    """Reads a text file.
+
+    Raises:
+        UserError: When it cannot be read or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: it is not UTF-8 text") from error
+
+
+def parse_json(text: str, where: str | Path) -> Any:
+    """Returns the values of JSON text.
+
+    Raises:
+        UserError: When it is not valid JSON; names the place.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise UserError(f"{where} is not valid JSON: {reason}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file of settings by name.
+
+    Raises:
+        UserError: When it cannot be read, is not JSON, or holds something else.
+    """
+    content = parse_json(read_text(path), path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold settings by name, not {type(content).__name__}: the file is damaged")
+    return content
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value has the type of an annotation: bool, int, float, str, None, words, lists, dicts and unions.
+
+    `True` is no number, and a float must be finite; a whole number may stand for a float.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is Literal:
+        return any(type(value) is type(word) and value == word for word in inner)
+    if origin in (list, Sequence):
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(key, inner[0]) and fits(value[key], inner[1]) for key in value)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < math.inf
+    return type(value) is kind

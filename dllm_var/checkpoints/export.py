@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from dllm_var.checkpoints.pretrained import check_finite, decoding_config, with_
 from dllm_var.checkpoints.safetensors_files import write_safetensors
 from dllm_var.checkpoints.stored import CONFIG, StoredModel, weight_shapes
 from dllm_var.errors import UserError
+from dllm_var.files import write_atomically
 from dllm_var.model.config import TransformerConfig
 
 SHARD_BYTES = 2 * 1024**3
@@ -61,18 +60,12 @@ def export_checkpoint(
         "mask_token_id": tokenizer.mask_id,
         **decoding,
     }
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with write_atomically(output) as partial:
+        partial.mkdir()
         write_safetensors(partial, _their_weights(stored, layout, config, dtype), shard_bytes)
         tokenizer.save(partial)
         for name, content in ((CONFIG, values), (GENERATION_CONFIG, generation)):
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return config
 
 

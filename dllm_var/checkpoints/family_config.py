@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from dllm_var.checkpoints.families import DESCRIPTIVE, LAYOUTS, Layout
-from dllm_var.checkpoints.plain import fits
 from dllm_var.errors import UserError
+from dllm_var.files import fits
 from dllm_var.model.config import LLAMA3_KEYS, TransformerConfig, described
 
 EXTRAS = "dllm_var"  # the entry of config.json with what the family has no key for

@@ -22,7 +22,7 @@ from dllm_var.checkpoints.stored import (
     weight_shapes,
 )
 from dllm_var.errors import UserError
-from dllm_var.files import write_whole
+from dllm_var.files import write_text
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.lora import plain_name
 from dllm_var.model.placement import fill, sections
@@ -80,7 +80,7 @@ def save_settings(
     """Writes `config.json` and the tokenizer of a folder of weights, or of adapters; arguments as above."""
     tokenizer.save(folder)
     config = {"model_type": MODEL_TYPE, "transformer": transformer.config.to_dict(), **(meta or {})}
-    write_whole(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def load_checkpoint(

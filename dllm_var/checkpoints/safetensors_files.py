@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dllm_var.checkpoints.plain import read_object
-from dllm_var.checkpoints.run_files import UNFINISHED, discard, flush_and_publish, hidden
 from dllm_var.errors import UserError
+from dllm_var.files import publish, read_object, write_atomically, write_text
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth")
@@ -94,12 +92,10 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     Raises:
         UserError: When it cannot be written.
     """
-    unfinished = hidden(file, UNFINISHED)
     try:
-        save_file(tensors, unfinished, metadata={"format": "pt"})
-        flush_and_publish(unfinished, file)
+        with write_atomically(file) as partial:
+            save_file(tensors, partial, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
-        discard(unfinished)
         raise UserError(f"cannot write {file}: {error}") from error
 
 
@@ -129,12 +125,12 @@ def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard
         shard[name], held, total = value.detach().cpu().contiguous(), held + size, total + size
     flush()
     if len(parts) == 1:
-        os.replace(parts[0][0], folder / WEIGHTS)
+        publish(parts[0][0], folder / WEIGHTS)
         return
     weight_map: dict[str, str] = {}
     for number, (part, names) in enumerate(parts, start=1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        os.replace(part, folder / file)
+        publish(part, folder / file)
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")

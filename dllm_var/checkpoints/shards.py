@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from dllm_var.checkpoints.plain import fits
 from dllm_var.checkpoints.run_files import FORMAT, UnusableCheckpoint, check_format, unreadable
+from dllm_var.files import fits
 
 SEAL = "seal.json"
 _METADATA, _TRAINER_STATE = ".metadata", "meta.pt"  # torch.distributed.checkpoint's and Lightning's

@@ -16,11 +16,11 @@ from torch import Tensor
 from dllm_var.checkpoints.choose import check, is_sharded, newest_checkpoint, newest_usable, step_of, written_at
 from dllm_var.checkpoints.families import Layout
 from dllm_var.checkpoints.family_config import EXTRAS, layout_of, read_config
-from dllm_var.checkpoints.plain import read_object
 from dllm_var.checkpoints.run_files import UnusableCheckpoint, unreadable
 from dllm_var.checkpoints.safetensors_files import SafetensorsFolder
 from dllm_var.checkpoints.shards import read_trainer_state, read_weights
 from dllm_var.errors import UserError
+from dllm_var.files import read_object
 from dllm_var.model.config import SIZES, TransformerConfig
 from dllm_var.model.lora import ADAPTER_CONFIG, Lora, MergedWeights, load_adapter
 from dllm_var.model.transformer import Transformer

@@ -17,7 +17,7 @@ from dllm_var.benchmarking.settings import Entry, Sweep, Task, check_names, read
 from dllm_var.cli import measuring
 from dllm_var.cli.settings import SettingsParser, config_files, read_settings
 from dllm_var.errors import UserError
-from dllm_var.files import write_whole
+from dllm_var.files import write_text
 
 DESCRIPTION = """Measures what a config lists, side by side on one machine: a config with `tasks` compares samplers, one
 with `trainings` (benchmarks/training.yaml) ways to train.
@@ -140,7 +140,7 @@ def top_ratios(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def write(result: dict[str, Any], output: Path) -> None:
     """Writes the JSON file, the Markdown file and the plots; says so when there can be no plots."""
-    write_whole(output, json.dumps(result, indent=1) + "\n")
+    write_text(output, json.dumps(result, indent=1) + "\n")
     plots = {}
     try:
         for task in result["tasks"]:
@@ -150,4 +150,4 @@ def write(result: dict[str, Any], output: Path) -> None:
             plots[task["name"]] = path.name
     except UserError as error:
         measuring.say(f"no plots: {error}")
-    write_whole(output.with_suffix(".md"), markdown_report(result, plots))
+    write_text(output.with_suffix(".md"), markdown_report(result, plots))

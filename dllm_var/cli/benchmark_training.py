@@ -15,7 +15,7 @@ from dllm_var.benchmarking.training_settings import TrainingCase, smaller
 from dllm_var.cli import measuring
 from dllm_var.cli.settings import SettingsParser
 from dllm_var.errors import UserError
-from dllm_var.files import write_whole
+from dllm_var.files import write_text
 
 DESCRIPTION = """Measures training, side by side on one machine: a config with `trainings` lists models to train.
 
@@ -53,8 +53,8 @@ def main(command: str, arguments: list[str]) -> int:
         for bar in (bar for training in result["trainings"] for bar in training["bars"].values()):
             bar["passed"] = None
     result["ratios"] = top_ratios(result["trainings"])
-    write_whole(output, json.dumps(result, indent=1) + "\n")
-    write_whole(output.with_suffix(".md"), markdown_report(result))
+    write_text(output, json.dumps(result, indent=1) + "\n")
+    write_text(output.with_suffix(".md"), markdown_report(result))
     print(text_report(result))
     measuring.say(f"wrote {output} and {output.with_suffix('.md')}")
     return status

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from dllm_var.checkpoints.plain import parse_json
 from dllm_var.errors import UserError
+from dllm_var.files import parse_json
 from dllm_var.text.special_text import ROLES
 
 if TYPE_CHECKING:

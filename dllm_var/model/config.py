@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from dllm_var.checkpoints.plain import fits
 from dllm_var.errors import UserError
+from dllm_var.files import fits
 
 SIZES = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
 _NOT_SAID: Any = None  # of a setting that has a default: told apart from one that was set to the same value

@@ -13,10 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dllm_var.checkpoints.plain import read_object
 from dllm_var.checkpoints.safetensors_files import save_tensors
 from dllm_var.errors import UserError
-from dllm_var.files import write_whole
+from dllm_var.files import read_object, write_text
 from dllm_var.model.initialise import named_generator
 from dllm_var.model.placement import fill
 from dllm_var.model.transformer import Transformer
@@ -182,7 +181,7 @@ def save_adapter(folder: Path, weights: Mapping[str, Tensor], lora: Lora, base: 
         "inference_mode": True,
         "task_type": None,
     }
-    write_whole(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+    write_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def load_adapter(folder: Path) -> tuple[dict[str, Tensor], Lora, str]:

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Any, get_args
 
 from dllm_var import sampling
-from dllm_var.checkpoints.plain import fits
 from dllm_var.errors import UserError
+from dllm_var.files import fits
 from dllm_var.sampling import BlockLengthPolicy, Sampler, UnmaskingPolicy, policies
 
 _PLAIN = (str, int, float, bool, type(None))

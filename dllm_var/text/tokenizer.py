@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from dllm_var.checkpoints.plain import fits
 from dllm_var.errors import UserError
+from dllm_var.files import fits
 from dllm_var.text.special_text import Piece, Spans, SpecialText
 from dllm_var.text.tokenizer_files import NAMED_TOKENS, read_tokenizer, write_tokenizer
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import tokenizers
 
-from dllm_var.checkpoints.plain import fits, read_object, read_text
 from dllm_var.errors import UserError
+from dllm_var.files import fits, read_object, read_text
 from dllm_var.text.hub import TOKENIZER_FILES, download, is_hub_name
 
 ADDED_MASK = "<|mask|>"  # what a tokenizer without a mask token gets

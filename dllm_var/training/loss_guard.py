@@ -13,9 +13,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from dllm_var.checkpoints.plain import fits, parse_json, read_text
-from dllm_var.checkpoints.run_files import UNFINISHED, flush_and_publish, hidden
 from dllm_var.errors import UserError
+from dllm_var.files import fits, parse_json, read_text, write_text
 from dllm_var.training.step_totals import StepResult
 
 GUARD_FILE = "loss_guard.jsonl"
@@ -83,9 +82,7 @@ class GuardedSteps:
         if not path.is_file():
             return
         kept = [record for record in read_records(path) if record["step"] <= trainer.global_step]
-        unfinished = hidden(path, UNFINISHED)
-        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        flush_and_publish(unfinished, path)
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def allows(self, result: StepResult, trainer: L.Trainer) -> bool:
         """Decides, the same on every rank, whether the step's update is made; records it if it is out of the ordinary.
