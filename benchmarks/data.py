@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dllm_var.benchmarking.training_data import RandomSamples
+from dllm_var.benchmarking.trainers import RandomSamples
 from dllm_var.datamodules import CmudictSource, GsmSymbolicSource, Source
 from dllm_var.datamodules.packed import PackedDataModule
 from dllm_var.datamodules.table import Table

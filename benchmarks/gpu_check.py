@@ -32,8 +32,8 @@ from lightning.pytorch.loggers import Logger
 
 from dllm_var import DiffusionLM
 from dllm_var.benchmarking.instruments import describe_machine, synchronise
-from dllm_var.benchmarking.training_data import packed_data
-from dllm_var.benchmarking.training_settings import TrainingCase
+from dllm_var.benchmarking.settings import TrainingCase
+from dllm_var.benchmarking.trainers import packed_data
 from dllm_var.callbacks import SpeedMonitor
 from dllm_var.callbacks.speed import measure_peak_flops, peak_memory
 from dllm_var.model import Transformer, TransformerConfig

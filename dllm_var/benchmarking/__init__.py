@@ -1,4 +1,4 @@
-"""What `python -m dllm_var benchmark` measures: samplers side by side, on one machine and in turn."""
+"""Benchmarks: samplers, and ways to train, measured side by side on one machine and in turn."""
 
 from dllm_var.benchmarking.scorers import FinalNumberScorer, Scorer, TokenErrorScorer
 

@@ -1,13 +1,13 @@
-"""What training costs, before any of it is run: parameters, FLOPs, bytes on each device, seconds per step.
+"""Cost of training before any of it is run: parameters, FLOPs, bytes on each device, seconds per step.
 
-Closed forms of our transformer, held to the real one by tests: parameters to its own, FLOPs to torch's counter,
-activations to what autograd keeps.
+Closed forms of our transformer. Tests compare parameters with its own, FLOPs with torch's counter, activations with
+the tensors that autograd keeps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dllm_var.model.config import TransformerConfig
 
@@ -19,15 +19,7 @@ LOGITS_BYTES = 2 * 512 * 2**20  # of the head on CUDA, a chunk at a time: logits
 
 @dataclass(frozen=True)
 class Parameters:
-    """Numbers of weights.
-
-    Args:
-        embedding: Of the input embedding.
-        block: Of one block.
-        blocks: Of all blocks.
-        head: Of the output head; 0 when it is the embedding.
-        norm: Of the last normalisation.
-    """
+    """Numbers of weights: of the embedding, one block, all blocks, the head (0 if tied) and the last norm."""
 
     embedding: int
     block: int
@@ -43,68 +35,52 @@ class Parameters:
 
 def count_parameters(config: TransformerConfig) -> Parameters:
     """Returns the numbers of weights of a transformer whose `vocab_size` is set."""
-    config = config.resolved()
-    assert config.vocab_size is not None and config.head_dim is not None and config.num_kv_heads is not None
-    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    vectors = 2 * config.hidden_size + qkv * config.qkv_bias + 2 * config.head_dim * config.qk_norm
+    full = _filled(config)
+    hidden = full.hidden_size
+    vectors = 2 * hidden + _queries_keys_values(full) * full.qkv_bias + 2 * full.head_dim * full.qk_norm
     block = block_matrices(config) + vectors
-    embedding = config.vocab_size * config.hidden_size
-    return Parameters(
-        embedding, block, config.num_layers * block, 0 if config.tie_embeddings else embedding, config.hidden_size
-    )
+    embedding = full.vocab_size * hidden
+    return Parameters(embedding, block, full.num_layers * block, 0 if full.tie_embeddings else embedding, hidden)
 
 
 def block_matrices(config: TransformerConfig) -> int:
     """Returns the number of weights in the matrices of one block."""
-    config = config.resolved()
-    assert config.head_dim is not None and config.num_kv_heads is not None and config.intermediate_size is not None
-    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    out = config.num_heads * config.head_dim
-    return config.hidden_size * (qkv + out + 3 * config.intermediate_size)
+    full = _filled(config)
+    return full.hidden_size * (_queries_keys_values(full) + full.num_heads * full.head_dim + 3 * full.intermediate_size)
 
 
 def adapter_parameters(config: TransformerConfig, rank: int, targets: list[str]) -> int:
     """Returns the number of weights of low-rank adapters (`model.lora`): rank x (inputs + outputs) of each matrix."""
-    config = config.resolved()
-    assert config.head_dim is not None and config.num_kv_heads is not None and config.intermediate_size is not None
-    assert config.vocab_size is not None
-    hidden, heads = config.hidden_size, config.num_heads * config.head_dim
-    sizes = {
-        "qkv": hidden + heads + 2 * config.num_kv_heads * config.head_dim,
-        "out": heads + hidden,
-        "gate_up": hidden + 2 * config.intermediate_size,
-        "down": config.intermediate_size + hidden,
+    full = _filled(config)
+    hidden = full.hidden_size
+    both_sides = {
+        "qkv": hidden + _queries_keys_values(full),
+        "out": full.num_heads * full.head_dim + hidden,
+        "gate_up": hidden + 2 * full.intermediate_size,
+        "down": full.intermediate_size + hidden,
     }
-    in_blocks = sum(sizes[target] for target in targets if target in sizes) * config.num_layers
-    return rank * (in_blocks + (hidden + config.vocab_size) * ("lm_head" in targets))
+    in_blocks = sum(both_sides[target] for target in targets if target in both_sides) * full.num_layers
+    return rank * (in_blocks + (hidden + full.vocab_size) * ("lm_head" in targets))
 
 
 def forward_flops(config: TransformerConfig, length: int, scored: int) -> float:
-    """Returns the FLOPs of one row's forward: 2 per weight and token, and 4 per pair of tokens and head entry.
+    """Returns the FLOPs of one row's forward: 2 per weight and token, 4 per attending pair of tokens and head entry.
 
-    Args:
-        config: The transformer; a causal one attends to half of the pairs.
-        length: Tokens the layers read.
-        scored: Positions on which the head runs, and what comes after the last layer's attention.
+    The layers read `length` tokens; the head, and what comes after the last layer's attention, run on `scored` of them.
+    A causal transformer attends to half of the pairs.
     """
-    config = config.resolved()
-    assert config.head_dim is not None and config.vocab_size is not None and config.intermediate_size is not None
-    pairs = length * length / (2 if config.causal else 1)
-    attention = 4 * pairs * config.num_heads * config.head_dim
-    matrices = 2 * length * block_matrices(config)
-    after_attention = config.hidden_size * (config.num_heads * config.head_dim + 3 * config.intermediate_size)
-    at_the_end = 2 * scored * config.vocab_size * config.hidden_size - 2 * (length - scored) * after_attention
-    return config.num_layers * (matrices + attention) + at_the_end
+    full = _filled(config)
+    pairs = length * length / (2 if full.causal else 1)
+    in_layers = 2 * length * block_matrices(config) + 4 * pairs * full.num_heads * full.head_dim
+    after_attention = full.hidden_size * (full.num_heads * full.head_dim + 3 * full.intermediate_size)
+    at_the_end = 2 * scored * full.vocab_size * full.hidden_size - 2 * (length - scored) * after_attention
+    return full.num_layers * in_layers + at_the_end
 
 
 def training_flops(config: TransformerConfig, length: int, scored: int, trained_share: float = 1.0) -> float:
-    """Returns the FLOPs of one row's forward and backward; recomputed activations are not counted, as in MFU.
+    """Returns the FLOPs of one row's forward and backward; as in MFU, recomputed activations do not count.
 
-    Args:
-        config: The transformer.
-        length: Tokens the layers read.
-        scored: As for `forward_flops`.
-        trained_share: Share of the weights that get gradients: the others pass them on, which is half of backward.
+    Weights outside `trained_share` get no gradients but pass them on, which is half of their backward.
     """
     return forward_flops(config, length, scored) * (2 + trained_share)
 
@@ -112,7 +88,7 @@ def training_flops(config: TransformerConfig, length: int, scored: int, trained_
 def activation_bytes(
     config: TransformerConfig, rows: int, length: int, precision: Precision, recompute: bool = False
 ) -> float:
-    """Returns what autograd keeps of the blocks between forward and backward, attention's own matrix never.
+    """Returns the bytes that autograd keeps of the blocks between forward and backward, attention's matrix never.
 
     Args:
         config: The transformer.
@@ -121,20 +97,19 @@ def activation_bytes(
         precision: 32 bits, 16 with weights and residual stream in 32 (autocast), or all in 16.
         recompute: Keeps the input of each block only, and all of one block at a time.
     """
-    config = config.resolved()
-    assert config.head_dim is not None and config.num_kv_heads is not None and config.intermediate_size is not None
+    full = _filled(config)
     width = 4 if precision == "32" else 2
-    queries_keys = (config.num_heads + config.num_kv_heads) * config.head_dim
-    kept = width * (3 * queries_keys + 4 * config.intermediate_size + 2 * config.hidden_size)
-    kept += 4 * config.num_heads  # the logarithms of attention's sums
-    kept += 16 * config.hidden_size + 8  # norms: the input and the normalised one, in 32 bits
-    if config.qk_norm:
-        kept += (4 if width == 4 else 8) * queries_keys + 4 * (config.num_heads + config.num_kv_heads)
+    queries_keys = (full.num_heads + full.num_kv_heads) * full.head_dim
+    kept = width * (3 * queries_keys + 4 * full.intermediate_size + 2 * full.hidden_size)
+    kept += 4 * full.num_heads  # the logarithms of attention's sums
+    kept += 16 * full.hidden_size + 8  # norms: the input and the normalised one, in 32 bits
+    if full.qk_norm:
+        kept += (4 if width == 4 else 8) * queries_keys + 4 * (full.num_heads + full.num_kv_heads)
     tokens = rows * length
     if not recompute:
-        return tokens * kept * config.num_layers
+        return tokens * kept * full.num_layers
     residual = 2 if precision == "16-true" else 4
-    return tokens * (kept + residual * config.hidden_size * config.num_layers)
+    return tokens * (kept + residual * full.hidden_size * full.num_layers)
 
 
 @dataclass(frozen=True)
@@ -146,7 +121,7 @@ class Memory:
         gathered: Parameters that a sharded strategy brings together for the forward, and 16-bit copies of weights.
         gradients: Gradients, and the buckets in which ddp sends them.
         optimizer: Moments, and the 32-bit weights that DeepSpeed keeps beside 16-bit ones.
-        activations: What autograd keeps, and the head's logits.
+        activations: Tensors that autograd keeps, and the head's logits.
     """
 
     weights: float
@@ -172,7 +147,7 @@ def device_memory(
     trained: int | None = None,
     recompute: bool = False,
 ) -> Memory:
-    """Returns what a training step with AdamW needs on each device.
+    """Returns the memory of each device in a training step with AdamW.
 
     Args:
         config: The transformer.
@@ -182,8 +157,8 @@ def device_memory(
         rows: Rows of a batch.
         length: Tokens the layers read of each.
         precision: As for `activation_bytes`; DeepSpeed's 16 bits have 32-bit weights beside the optimizer state.
-        held: Number of weights, adapters included; the transformer's own when null.
-        trained: Number of weights that are trained; all when null.
+        held: Number of weights, adapters included; the transformer's own when None.
+        trained: Number of weights that are trained; all when None.
         recompute: Whether blocks are computed again in the backward pass.
     """
     parameters = count_parameters(config)
@@ -207,3 +182,12 @@ def device_memory(
 def step_seconds(flops: float, devices: int, device_flops: float, mfu: float) -> float:
     """Returns the time of a step of `flops` in all on devices that reach a share `mfu` of `device_flops` per second."""
     return flops / (devices * device_flops * mfu)
+
+
+def _filled(config: TransformerConfig) -> Any:
+    """Returns the config with its defaults filled in, so that none of its sizes is None."""
+    return config.resolved()
+
+
+def _queries_keys_values(full: Any) -> int:
+    return (full.num_heads + 2 * full.num_kv_heads) * full.head_dim

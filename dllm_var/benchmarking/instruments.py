@@ -1,32 +1,30 @@
-"""Clocks and gauges: time inside the model, peak memory, and what machine this is."""
+"""Instruments of the benchmarks: clocks for decoding and training, a gauge of peak memory, the machine's name."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from dllm_var import __version__
+from dllm_var.checkpoints.provenance import provenance
 from dllm_var.model.transformer import Transformer
+
+PHASES = ("data", "forward", "head_and_loss", "backward", "optimizer")  # of a training step
 
 
 class ForwardClock:
-    """Adds up the time that transformers spend in their forwards: layers and output head.
+    """Adds up the time that transformers spend in their forwards, layers and output head, and counts the forwards.
 
-    On the CPU two readings of the clock per call; on CUDA events on the stream, so that nothing waits for the device.
-
-    Args:
-        models: The transformers to watch.
+    On the CPU it reads the clock twice per call; on CUDA it records events, so that nothing waits for the device.
     """
 
     def __init__(self, models: Sequence[Transformer]) -> None:
@@ -41,16 +39,14 @@ class ForwardClock:
             model.lm_head.forward = self._timed(model.lm_head.forward)  # type: ignore[method-assign]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for model in self.models:  # what was set on the object hides the class's own
+    def __exit__(self, *_: Any) -> None:
+        for model in self.models:  # the object's attributes hid the methods of its class
             del model.hidden_states
             del model.lm_head.forward
 
     @property
     def seconds(self) -> float:
-        """Time spent so far."""
+        """Time spent so far; on CUDA this waits for the device."""
         for start, end in self._events:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000
@@ -75,11 +71,65 @@ class ForwardClock:
         return call
 
 
-class PeakMemory:
-    """Measures how many bytes a piece of code holds at its peak, beyond what was held when it began.
+@dataclass
+class Step:
+    """One optimizer step.
 
-    On CUDA what torch allocated; on Linux the process's resident memory, whose peak the kernel is told to forget first
-    (`/proc/self/clear_refs`), after the allocator has given back what it keeps. `bytes` is null where neither works.
+    Args:
+        seconds: Time in each phase; they add up to the step.
+        tokens: Tokens of samples in its batch, without padding.
+        positions: Positions in its batch, with padding.
+        loss_tokens: Positions with a loss.
+        pairs: Pairs of tokens, without padding, of which one attends to the other.
+    """
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    tokens: int = 0
+    positions: int = 0
+    loss_tokens: int = 0
+    pairs: int = 0
+
+
+class StepClock:
+    """Cuts the time of training into phases without a gap: each mark ends one phase and begins the next.
+
+    Each mark waits for the device, so that a phase is charged with its own work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets all steps; the time from now to the first mark belongs to the first step."""
+        self.steps: list[Step] = []
+        self._step = Step()
+        self._last = time.perf_counter()
+
+    def mark(self, phase: str) -> None:
+        """Charges a phase with the time since the last mark."""
+        synchronise(self.device)
+        now = time.perf_counter()
+        self._step.seconds[phase] += now - self._last
+        self._last = now
+
+    def count(self, tokens: int, positions: int, loss_tokens: int, pairs: int) -> None:
+        """Notes the sizes of the current step's batch; see `Step`."""
+        step = self._step
+        step.tokens, step.positions, step.loss_tokens, step.pairs = tokens, positions, loss_tokens, pairs
+
+    def end_step(self) -> None:
+        """Ends the last phase, `optimizer`, and the step."""
+        self.mark("optimizer")
+        self.steps.append(self._step)
+        self._step = Step()
+
+
+class PeakMemory:
+    """Measures how many bytes a block of code holds at its peak, beyond the bytes held when it began.
+
+    On CUDA these are torch's allocations. On Linux it is the process's resident memory: the C allocator first returns
+    its free memory, and the kernel forgets the old peak (`/proc/self/clear_refs`). `bytes` is None on other systems.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -91,90 +141,55 @@ class PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
-        else:
-            _return_free_memory()
-            self._before = _resident("VmRSS") if _forget_peak() else None
+            return self
+        with suppress(OSError, AttributeError, TypeError):  # raised where the C library is not glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+            self._before = _resident("VmRSS")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._before is None:
-            return
-        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _resident("VmHWM")
-        self.bytes = None if peak is None else max(0, peak - self._before)
+        if self._before is not None:
+            cuda = self.device.type == "cuda"
+            peak = torch.cuda.max_memory_allocated(self.device) if cuda else _resident("VmHWM")
+            self.bytes = max(0, peak - self._before)
 
 
-def _return_free_memory() -> None:
-    with suppress(OSError, AttributeError, TypeError):  # raised where the C library is not glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _forget_peak() -> bool:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _resident(field: str) -> int | None:
+def _resident(field: str) -> int:
     """Returns a line of /proc/self/status in bytes."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = next((line for line in lines if line.startswith(f"{field}:")), None)
-    return None if found is None else int(found.split()[1]) * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
 
 
 def synchronise(device: torch.device) -> None:
-    """Waits for the device, so that a clock read now counts all that was asked of it."""
+    """Waits for the device, so that a clock read now includes all its work so far."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Returns what figures depend on: processor, device, threads, versions and commit."""
+    """Returns processor, device, threads, versions and commit: figures depend on them."""
+    made = provenance()
+    git = made["git"]
     return {
-        "cpu": cpu_name(),
+        "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "platform": platform.platform(),
-        "python": platform.python_version(),
+        "python": made["versions"]["python"],
         "torch": torch.__version__,
-        "dllm_var": __version__,
-        "commit": commit(),
+        "dllm_var": made["versions"]["dllm-var"],
+        "commit": None if git is None else git["commit"][:12] + ("+changes" if git["changed"] else ""),
     }
 
 
-def cpu_name() -> str:
-    """Returns the processor's name as the system knows it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """Returns the checkout's commit, with `+changes` when files differ from it; null outside a checkout."""
-    root = Path(__file__).parent.parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        run: dict[str, Any] = dict(cwd=root, capture_output=True, text=True, timeout=10, check=True)
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head + ("+changes" if changed else "")
-
-
-def command_line() -> str:
-    """Returns how this process was started, as it would be typed."""
-    import shlex
-
-    return shlex.join(["python", "-m", "dllm_var", *sys.argv[1:]])
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

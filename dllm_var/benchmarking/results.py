@@ -1,59 +1,197 @@
-"""From measurements to the plain data that the JSON file holds and that tables and plots are made of."""
+"""Results of a benchmark of samplers: the best setting, its ratios and bars, and all of it as plain data."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from dllm_var.benchmarking.measure import Contender, Run, TaskRun
-from dllm_var.benchmarking.ratios import RULE, against_bars, choose, credited, overhead, ratios, speed, with_role
 from dllm_var.metrics import aup
+
+if TYPE_CHECKING:
+    from dllm_var.benchmarking.samplers import Contender, Run, TaskRun
+
+TOLERANCE = 0.01  # accuracy that the best setting may lose against the default one
+BARS = {  # values that the ratios should reach
+    "over_fixed_length": (30.1, "at least"),
+    "over_autoregressive": (2.4, "at least"),
+    "batch_32_over_1": (6.0, "at least"),
+    "sampler_overhead": (0.20, "at most"),
+}
+RULE = (
+    "the candidate with the most useful tokens/s at batch 1 on the {split} split, among those whose accuracy there is "
+    f"at most {100 * TOLERANCE:g} point below that of '{{default}}'; its figures are of the {{measured}} split"
+)
+
+
+def best_setting(contenders: Sequence[Contender]) -> Contender | None:
+    """Returns the best setting by `RULE`, which looks at the selection split alone; None without a default."""
+    default = with_role(contenders, "default")
+    if default is None or not default.selection_scores:
+        return default
+    lowest = default.selection_scores["accuracy"] - TOLERANCE
+    near = [
+        contender
+        for contender in contenders
+        if contender.setting.role in ("candidate", "default")
+        and contender.selection_single
+        and contender.selection_scores["accuracy"] >= lowest
+    ]
+    return max(near, key=lambda contender: speed(contender.selection_single), default=default)
+
+
+def with_role(contenders: Sequence[Contender], role: str) -> Contender | None:
+    """Returns the contender with a role that only one can have."""
+    return next((contender for contender in contenders if contender.setting.role == role), None)
+
+
+def ratios(ours: Contender, contenders: Sequence[Contender], answer_lengths: Sequence[int]) -> dict[str, float | None]:
+    """Returns one setting's ratios to the task's baselines; None where a figure is missing.
+
+    `over_*` are useful tokens/s at batch 1, `forwards_over_*` useful tokens per forward: the ratio of speeds on
+    hardware whose forwards cost the same whatever their width. Each is taken over the prompts that both have timed.
+
+    Args:
+        ours: The setting.
+        contenders: All settings of the task.
+        answer_lengths: Tokens of each prompt's longest reference. The fixed-length baseline is credited with as many
+            where its own answer has fewer, so that a bad answer does not make it look slower than it is.
+    """
+    autoregressive = with_role(contenders, "autoregressive")
+    fixed = with_role(contenders, "fixed_length")
+    pairs = [(speed([many]), speed([one])) for many, one in zip(ours.batched, ours.single, strict=False)]
+    batched = statistics.median(many / one for many, one in pairs) if pairs and all(one for _, one in pairs) else None
+    return {
+        "over_fixed_length": _over(ours, fixed, _seconds, answer_lengths),
+        "over_autoregressive": _over(ours, autoregressive, _seconds),
+        "batch_32_over_1": batched,
+        "sampler_overhead": overhead(ours.single),
+        "forwards_over_fixed_length": _over(ours, fixed, _forwards, answer_lengths),
+        "forwards_over_autoregressive": _over(ours, autoregressive, _forwards),
+    }
+
+
+def at_equal_accuracy(contenders: Sequence[Contender]) -> float | None:
+    """Returns the highest `over_autoregressive` of all settings that answer as well as the autoregressive twin.
+
+    A setting answers as well when it was scored on as many prompts and is at most `TOLERANCE` less accurate.
+    """
+    twin = with_role(contenders, "autoregressive")
+    if twin is None or not twin.scores:
+        return None
+    equal = [
+        _over(contender, twin, _seconds)
+        for contender in contenders
+        if contender is not twin
+        and contender.scores
+        and contender.scores["prompts"] >= twin.scores["prompts"]
+        and contender.scores["accuracy"] >= twin.scores["accuracy"] - TOLERANCE
+    ]
+    return max((value for value in equal if value is not None), default=None)
+
+
+def _over(
+    ours: Contender,
+    baseline: Contender | None,
+    cost: Callable[[Run, int], float],
+    credit: Sequence[int] | None = None,
+) -> float | None:
+    """Returns our useful tokens per cost over the baseline's: the median over rounds, each pair taken in one round."""
+    if baseline is None or not ours.single or not baseline.single:
+        return None
+    values = []
+    for mine, theirs in zip(ours.single, baseline.single, strict=False):  # an interrupted round may lack one of them
+        count = min(len(mine.answers), len(theirs.answers))
+        tokens = sum(len(answer.tokens) for answer in mine.answers[:count])
+        lengths = [len(answer.tokens) for answer in theirs.answers[:count]]
+        if credit is not None:
+            lengths = [max(pair) for pair in zip(lengths, credit[:count], strict=True)]
+        if not sum(lengths):
+            return None
+        values.append(tokens / cost(mine, count) / (sum(lengths) / cost(theirs, count)))
+    return statistics.median(values)
+
+
+def _seconds(run: Run, count: int) -> float:
+    return sum(run.seconds[:count])
+
+
+def _forwards(run: Run, count: int) -> float:
+    return sum(answer.nfe + answer.auxiliary_nfe for answer in run.answers[:count])
+
+
+def credited(contenders: Sequence[Contender], answer_lengths: Sequence[int]) -> str | None:
+    """Returns a sentence about the credit of the fixed-length baseline (see `ratios`); None when it has none."""
+    fixed = with_role(contenders, "fixed_length")
+    if fixed is None or not fixed.single:
+        return None
+    own = [len(answer.tokens) for answer in fixed.single[0].answers]
+    wanted = answer_lengths[: len(own)]
+    if all(mine >= length for mine, length in zip(own, wanted, strict=True)):
+        return None
+    return (
+        f"'{fixed.setting.name}' answers with {sum(own) / len(own):.1f} tokens where the references have "
+        f"{sum(wanted) / len(own):.1f}: in ratios it counts as if it had given as many"
+    )
+
+
+def speed(runs: Sequence[Run]) -> float:
+    """Returns useful tokens per second: the median over runs."""
+    return statistics.median(run.tokens / sum(run.seconds) for run in runs)
+
+
+def overhead(runs: Sequence[Run]) -> float | None:
+    """Returns the share of time outside the transformers' forwards: the median over runs."""
+    return statistics.median(1 - run.forward_seconds / sum(run.seconds) for run in runs) if runs else None
+
+
+def against_bar(value: float | None, bar: float, direction: str) -> dict[str, Any]:
+    """Returns a value, its bar, and whether it passes: None when there is no value."""
+    passed = None if value is None else bool(value >= bar if direction == "at least" else value <= bar)
+    return {"value": value, "bar": bar, "direction": direction, "passed": passed}
 
 
 def task_result(run: TaskRun) -> dict[str, Any]:
-    """Returns what was measured of one task, complete or not.
-
-    Args:
-        run: The measurements.
-    """
+    """Returns the measurements of one task, complete or not, as plain data."""
     task, contenders = run.task, run.contenders
     lengths = [max(map(len, example.references)) for example in run.examples]
-    chosen, default = choose(contenders), with_role(contenders, "default")
-    values = {} if chosen is None else ratios(chosen, contenders, lengths)
-    rule = None
-    if default is not None:
+    best, default = best_setting(contenders), with_role(contenders, "default")
+    values = {} if best is None else ratios(best, contenders, lengths)
+    rule = difference = None
+    if best is not None and default is not None:
         rule = RULE.format(split=task.selection_split, default=default.setting.name, measured=task.split)
+        if best.scores and default.scores:
+            difference = best.scores["accuracy"] - default.scores["accuracy"]
     return {
         "name": task.name,
         "checkpoint": task.checkpoint,
         "autoregressive_checkpoint": task.autoregressive_checkpoint,
         "parameters": run.model.num_parameters,
-        "weights_bytes": sum(weight.numel() * weight.element_size() for weight in run.model.parameters()),
         "split": task.split,
         "selection_split": task.selection_split,
         "batch_size": task.batch_size,
         "seconds": run.seconds,
-        "chosen": None if chosen is None else chosen.setting.name,
+        "chosen": None if best is None else best.setting.name,
         "default": None if default is None else default.setting.name,
         "rule": rule,
-        "accuracy_over_default": _difference(chosen, default),
+        "accuracy_over_default": difference,
         "ratios": values,
-        "bars": against_bars(values),
+        "over_autoregressive_at_equal_accuracy": at_equal_accuracy(contenders),
+        "bars": {name: against_bar(values.get(name), *bar) for name, bar in BARS.items()},
         "credit": credited(contenders, lengths),
         "default_ratios": {} if default is None else ratios(default, contenders, lengths),
         "settings": [_setting_result(contender, contenders, lengths) for contender in contenders],
         "curves": _curves(run),
-        "per_forward": [asdict(cost) for cost in run.forward_costs],
+        "per_forward": run.forward_costs,
     }
 
 
-def _difference(chosen: Contender | None, default: Contender | None) -> float | None:
-    """Returns how much more accurate the best setting is than the default one, on the split that is reported."""
-    if chosen is None or default is None or not chosen.scores or not default.scores:
-        return None
-    return chosen.scores["accuracy"] - default.scores["accuracy"]
+def sampler_ratios(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the ratios of the first task, and below `tasks` those of each, from their results."""
+    each = {task["name"]: {**task["ratios"], "chosen": task["chosen"], "bars": task["bars"]} for task in tasks}
+    equal = {task["name"]: task["over_autoregressive_at_equal_accuracy"] for task in tasks}
+    first = tasks[0]["ratios"] if tasks else {}
+    return {**first, "over_autoregressive_at_equal_accuracy": equal, "tasks": each}
 
 
 def _setting_result(contender: Contender, contenders: Sequence[Contender], lengths: Sequence[int]) -> dict[str, Any]:
@@ -72,29 +210,22 @@ def _setting_result(contender: Contender, contenders: Sequence[Contender], lengt
             **({"accuracy": contender.selection_scores["accuracy"]} if contender.selection_scores else {}),
             **({"tokens_per_second": speed(contender.selection_single)} if contender.selection_single else {}),
         },
-        **{name: value for name, value in compared.items() if "over_" in name and "batch" not in name},
+        **{name: value for name, value in compared.items() if name not in ("batch_32_over_1", "sampler_overhead")},
     }
 
 
 def _timing(runs: Sequence[Run]) -> dict[str, Any]:
-    """Returns speed, seconds per request and overhead of some runs of the same prompts: medians over repeats."""
+    """Returns speed, seconds per request and overhead of some runs of the same prompts: medians over runs."""
     if not runs:
         return {}
-    speeds = [run.tokens / sum(run.seconds) for run in runs]
     requests = len(runs[0].answers)
     one_by_one = len(runs[0].seconds) == requests
-    latencies = (
-        [s for run in runs for s in run.seconds] if one_by_one else [sum(run.seconds) / requests for run in runs]
-    )
+    latencies = [s for run in runs for s in (run.seconds if one_by_one else [sum(run.seconds) / requests])]
     return {
         "prompts": requests,
-        "tokens_per_second": statistics.median(speeds),
-        "tokens_per_second_lowest": min(speeds),
-        "tokens_per_second_highest": max(speeds),
+        "tokens_per_second": speed(runs),
         "seconds_per_request": statistics.median(latencies),
-        "seconds_until_answered": statistics.median(answer.seconds for run in runs for answer in run.answers),
         "sampler_overhead": overhead(runs),
-        "forwards_per_request": sum(run.forward_calls for run in runs) / len(runs) / requests,
     }
 
 
@@ -102,28 +233,26 @@ def _curves(run: TaskRun) -> list[dict[str, Any]]:
     """Returns every sweep with its area; the best accuracy is that of any setting scored on as many prompts."""
     scored = [contender for contender in run.contenders if contender.scores]
     full = [c.scores["accuracy"] for c in scored if c.scores["prompts"] >= min(run.task.prompts, len(run.examples))]
+    best = max(full, default=None)
     curves = []
     for sweep in run.task.sweeps:
         points = [
             {
-                "value": point.value,
+                "value": value,
                 "setting": contender.setting.name,
                 "accuracy": contender.scores["accuracy"],
                 "tokens_per_forward": contender.scores["tokens_per_forward"],
                 "tokens_per_second": speed(contender.single) if contender.single else None,
             }
             for contender in scored
-            for point in contender.setting.points
-            if point.sweep == sweep.name and contender.scores["tokens_per_forward"] > 0
+            for name, value in contender.setting.points
+            if name == sweep.name and contender.scores["tokens_per_forward"] > 0
         ]
         points.sort(key=lambda point: sweep.values.index(point["value"]))
-        best = max(full, default=None)
         curve = {"name": sweep.name, "over": sweep.over, "points": points, "best_accuracy": best, "aup": None}
         if points:
-            curve["aup"] = aup(
-                [point["tokens_per_forward"] for point in points],
-                [100 * point["accuracy"] for point in points],
-                None if best is None else 100 * best,
-            )
+            parallelism = [point["tokens_per_forward"] for point in points]
+            accuracies = [100 * point["accuracy"] for point in points]
+            curve["aup"] = aup(parallelism, accuracies, None if best is None else 100 * best)
         curves.append(curve)
     return curves

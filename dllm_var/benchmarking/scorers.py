@@ -1,11 +1,11 @@
-"""What makes an answer right: a scorer is a subclass named by `class_path` in a benchmark's config."""
+"""Scorers decide which answers are right; a benchmark's config names one by `class_path`."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from dllm_var.metrics import AnswerMetrics
@@ -17,18 +17,15 @@ if TYPE_CHECKING:
 
 
 class Scorer(ABC):
-    """Compares answers with what the data has for their prompts."""
+    """Compares answers with the data's references."""
 
     @abstractmethod
     def score(
         self, answers: Sequence[Generation], examples: Sequence[Example], tokenizer: Tokenizer
     ) -> dict[str, float]:
-        """Returns `accuracy`, which everything is ranked by, and any other figure, all as shares of 1.
+        """Returns `accuracy`, by which everything is ranked, and any other figure, all as shares of 1.
 
-        Args:
-            answers: One per example.
-            examples: The prompts with their acceptable answers.
-            tokenizer: Turns tokens into text.
+        `examples` has the prompt and the acceptable answers of each of the `answers`.
         """
 
 
@@ -54,11 +51,8 @@ class TokenErrorScorer(Scorer):
 class FinalNumberScorer(Scorer):
     """Accuracy is the share of answers whose final number equals the reference's; `exact_match` wants the same text.
 
-    The final number is the first one behind the last marker; an answer without marker and number is wrong. Thousands
-    separators and trailing zeros do not matter.
-
-    Args:
-        marker: What stands before the number, as `####` in GSM8K.
+    The final number is the first one behind the last `marker` (`####` in GSM8K); an answer without it is wrong.
+    Thousands separators and trailing zeros do not matter.
     """
 
     def __init__(self, marker: str = "####") -> None:
@@ -77,12 +71,7 @@ class FinalNumberScorer(Scorer):
         return {"accuracy": right / count, "exact_match": same / count}
 
     def final_number(self, text: str) -> Decimal | None:
-        """Returns the first number behind the last marker of a text, null when there is none."""
+        """Returns the first number behind the last marker of a text; None when there is none."""
         _, marker, rest = text.rpartition(self.marker)
-        found = re.search(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", rest) if marker else None
-        if found is None:
-            return None
-        try:
-            return Decimal(found[0].replace(",", ""))
-        except InvalidOperation:
-            return None
+        found = re.search(r"-?[0-9][0-9,]*(?:\.[0-9]+)?|-?\.[0-9]+", rest) if marker else None
+        return None if found is None else Decimal(found[0].replace(",", ""))

@@ -1,17 +1,22 @@
-"""What a benchmark of samplers is told to do, read from its config."""
+"""Settings of a benchmark as its YAML file has them: `tasks` compare samplers, `trainings` compare ways to train."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from dllm_var.cli.settings import SettingsParser, merged, read_settings
 from dllm_var.errors import UserError
 
 Role = Literal["candidate", "default", "autoregressive", "fixed_length", "reference"]
+COUNTS = ("prompts", "single_prompts", "batched_prompts")
+
+# Contenders of a training benchmark.
+OURS, COMPILED, FULL = "ours", "ours, compiled", "ours, compiled, full attention"
+PLAIN_LOOP, PADDED = "full logits, plain loop", "full logits, padded, Trainer"
+CONTENDERS = (OURS, COMPILED, FULL, PLAIN_LOOP, PADDED)
+BARS = ("tokens_per_second", "peak_memory", "mfu")  # beginnings of the names of a training's bars
 
 
 @dataclass
@@ -19,12 +24,12 @@ class Entry:
     """One sampler with one setting.
 
     Args:
-        name: What the tables call it.
+        name: Its name in the tables.
         sampler: `class_path` and `init_args`, or a YAML file with them, such as configs/sampler/threshold.yaml.
-        arguments: Put over the sampler's `init_args`, value by value.
-        checkpoint: `diffusion` or `autoregressive` for the task's own ones, or the path of another.
-        role: `candidate` may be chosen as the best setting; `default` too, and the others' accuracy is compared with
-            it; `autoregressive` and `fixed_length` are what speeds are divided by; `reference` is only reported.
+        arguments: Values put over the sampler's `init_args`.
+        checkpoint: `diffusion` or `autoregressive` for the task's checkpoints, or the path of another one.
+        role: A `candidate` may become the best setting, and so may the `default`, whose accuracy is the others'
+            yardstick; ratios divide by `autoregressive` and `fixed_length`; a `reference` is only reported.
         prompts: Prompts scored, in place of the task's number; slow entries take few.
         single_prompts: Prompts timed one at a time, in place of the task's number.
         batched_prompts: Prompts timed in batches, in place of the task's number; 0 for none.
@@ -45,11 +50,11 @@ class Sweep:
     """One sampler with several values of one of its arguments: a curve of accuracy against tokens per forward.
 
     Args:
-        name: What tables and plots call it; each point is called `name value`.
+        name: Its name in tables and plots; each point is called `name value`.
         sampler: As an entry's.
-        over: Path of the value that changes, such as `init_args.policy.init_args.threshold`.
-        values: The values. Where a point is an entry, too, that entry's measurement stands for it.
-        arguments: Put over the sampler's `init_args`, value by value.
+        over: Path of the argument, such as `init_args.policy.init_args.threshold`.
+        values: Its values. A point that equals an entry is measured once.
+        arguments: Values put over the sampler's `init_args`.
         checkpoint: As an entry's.
         role: `candidate` or `reference`, as an entry's.
     """
@@ -68,13 +73,13 @@ class Task:
     """Held-out prompts, the models that answer them, and the samplers to compare.
 
     Args:
-        name: What the tables call it.
+        name: Its name in the tables.
         source: Class of a `dllm_var.datamodules.Source`, with `init_args` where it needs them.
         checkpoint: The diffusion model.
         autoregressive_checkpoint: Its autoregressive twin, with the same tokenizer.
         scorer: Class of a `dllm_var.benchmarking.Scorer`.
-        split: Split that figures are taken on.
-        selection_split: Split that the best setting is chosen on.
+        split: Split of the reported figures.
+        selection_split: Split on which the best setting is chosen.
         prompts: Prompts scored, in batches.
         selection_prompts: Prompts that choose the best setting.
         single_prompts: Prompts timed one at a time.
@@ -101,27 +106,8 @@ class Task:
 
 
 @dataclass
-class Point:
-    """Where a setting stands on a sweep's curve."""
-
-    sweep: str
-    value: Any
-
-
-@dataclass
 class Setting:
-    """An entry or one point of a sweep, with nothing left open.
-
-    Args:
-        name: What the tables call it.
-        sampler: `class_path` and `init_args`.
-        checkpoint: `diffusion`, `autoregressive` or a path.
-        role: As an entry's.
-        prompts: Prompts scored.
-        single_prompts: Prompts timed one at a time.
-        batched_prompts: Prompts timed in batches.
-        points: Where it stands on the sweeps' curves.
-    """
+    """An entry, or one point of a sweep, with all its values filled in; `points` are pairs of sweep name and value."""
 
     name: str
     sampler: dict[str, Any]
@@ -130,41 +116,80 @@ class Setting:
     prompts: int
     single_prompts: int
     batched_prompts: int
-    points: list[Point] = field(default_factory=list)
+    points: list[tuple[str, Any]] = field(default_factory=list)
 
 
-def read_task(values: dict[str, Any]) -> Task:
-    """Returns a task from checked plain values; the samplers in it stay descriptions."""
-    entries = [Entry(**entry) for entry in values["entries"]]
-    sweeps = [Sweep(**sweep) for sweep in values["sweeps"]]
-    return Task(**{**values, "entries": entries, "sweeps": sweeps})
+@dataclass
+class TrainingCase:
+    """One model on one vocabulary, trained by several contenders.
+
+    Args:
+        name: Its name in the tables.
+        vocab_size: Rows of embedding and output head.
+        transformer: Its shape, as `model.transformer` in a training config.
+        context_length: Tokens in a row.
+        batch_size: Rows in a batch.
+        steps: Optimizer steps timed in each round, after one to warm up.
+        contenders: Names out of `CONTENDERS`.
+        prompt_tokens: Median length of a sample's prompt, which carries no loss.
+        answer_tokens: Median length of its answer.
+        bars: Names of ratios in the result, with the values they should reach: `mfu` at least (of full attention where
+            that takes part), `tokens_per_second_...` over the plain loop's at least, `peak_memory_...` over the plain
+            loop's at most.
+
+    Raises:
+        UserError: For a number below 1, an unknown contender or an unknown bar.
+    """
+
+    name: str
+    vocab_size: int
+    transformer: dict[str, Any] = field(default_factory=dict)
+    context_length: int = 1024
+    batch_size: int = 2
+    steps: int = 2
+    contenders: list[str] = field(default_factory=lambda: list(CONTENDERS))
+    prompt_tokens: int = 60
+    answer_tokens: int = 140
+    bars: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "batch_size", "steps", "prompt_tokens", "answer_tokens"):
+            _check_number(f"training {self.name}", name, getattr(self, name))
+        for contender in self.contenders:
+            if contender not in CONTENDERS:
+                raise UserError(f"training {self.name}: no contender '{contender}'; there are {'; '.join(CONTENDERS)}")
+        for bar in self.bars:
+            if not bar.startswith(BARS):
+                raise UserError(f"training {self.name}: a bar begins with {', '.join(BARS)}, got '{bar}'")
+
+    @property
+    def ours(self) -> str | None:
+        """The contender that the ratios are about: the compiled one where it takes part."""
+        return next((name for name in (COMPILED, OURS) if name in self.contenders), None)
 
 
 def expand(task: Task) -> list[Setting]:
-    """Returns what a task measures: its entries, and the points of its sweeps that are not entries already.
+    """Returns the settings that a task measures: its entries, and the points of its sweeps that are not entries.
+
+    Each entry's and sweep's `sampler` must be `class_path` and `init_args`, its `arguments` already in them.
 
     Raises:
-        UserError: For a number below 1, two settings of one name, or a sweep over what its sampler has not.
+        UserError: For a number below 1, two settings of one name, or a sweep over an argument that does not exist.
     """
     where = f"task {task.name}"
-    for name in ("prompts", "selection_prompts", "single_prompts", "batched_prompts", "batch_size"):
-        if getattr(task, name) < 1:
-            raise UserError(f"{where}: {name} must be at least 1, got {getattr(task, name)}")
+    for name in (*COUNTS, "selection_prompts", "batch_size"):
+        _check_number(where, name, getattr(task, name))
+    numbers = {name: getattr(task, name) for name in COUNTS}
     settings: list[Setting] = []
     for entry in task.entries:
-        numbers = {}
-        for name, lowest in (("prompts", 1), ("single_prompts", 1), ("batched_prompts", 0)):
-            value = getattr(entry, name)
-            numbers[name] = getattr(task, name) if value is None else value
-            if numbers[name] < lowest:
-                raise UserError(f"{where}, entry {entry.name}: {name} must be at least {lowest}, got {value}")
-        settings.append(Setting(entry.name, _sampler_settings(entry), entry.checkpoint, entry.role, **numbers))
-    numbers = {name: getattr(task, name) for name in ("prompts", "single_prompts", "batched_prompts")}
+        own = {name: getattr(entry, name) for name in COUNTS if getattr(entry, name) is not None}
+        for name, value in own.items():
+            _check_number(f"{where}, entry {entry.name}", name, value, 0 if name == "batched_prompts" else 1)
+        settings.append(Setting(entry.name, dict(entry.sampler), entry.checkpoint, entry.role, **{**numbers, **own}))
     for sweep in task.sweeps:
-        base = _sampler_settings(sweep)
         for value in sweep.values:
-            sampler = _with_value(base, sweep.over, value, f"{where}, sweep {sweep.name}")
-            point = Point(sweep.name, value)
+            sampler = _with_value(dict(sweep.sampler), sweep.over, value, f"{where}, sweep {sweep.name}")
+            point = (sweep.name, value)
             same = [s for s in settings if s.sampler == sampler and s.checkpoint == sweep.checkpoint]
             if same:
                 same[0].points.append(point)
@@ -190,50 +215,14 @@ def check_names(names: Iterable[str], where: str) -> None:
         seen.add(name)
 
 
-def build(kind: type, name: str, config: str | dict[str, Any], where: str) -> Any:
-    """Builds an object of a class, or of a subclass, from its `class_path` and `init_args`.
-
-    Args:
-        kind: The class.
-        name: What the setting is called in messages, such as `sampler`.
-        config: A class path, or a dictionary with it.
-        where: Which part of the benchmark this is, for messages.
-
-    Raises:
-        UserError: When there is no such class, or it does not take these arguments.
-    """
-    parser = SettingsParser()
-    parser.add_subclass_arguments(kind, name, as_group=False, required=True)
-    try:
-        return parser.instantiate(parser.parse_object({name: config}))[name]
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__
-        if cause is None:
-            raise
-        raise UserError(f"{where}: {cause}") from error
+def _check_number(where: str, name: str, value: int, lowest: int = 1) -> None:
+    if value < lowest:
+        raise UserError(f"{where}: {name} must be at least {lowest}, got {value}")
 
 
-def _sampler_settings(entry: Entry | Sweep) -> dict[str, Any]:
-    """Returns `class_path` and `init_args` of an entry, with its arguments put over them."""
-    settings: Any = entry.sampler
-    if isinstance(settings, str):
-        if Path(settings).suffix in (".yaml", ".yml", ".json"):
-            settings = read_settings(Path(settings))
-            settings = settings.get("sampler") or settings
-        else:
-            settings = {"class_path": settings}
-    if isinstance(settings, str):
-        settings = {"class_path": settings}
-    if "class_path" not in settings:
-        raise UserError(f"{entry.name}: the sampler has no class_path")
-    return {"init_args": {}, **merged(settings, {"init_args": entry.arguments} if entry.arguments else {})}
-
-
-def _with_value(settings: dict[str, Any], path: str, value: Any, where: str) -> dict[str, Any]:
-    """Returns the settings with the value at a path like `init_args.policy.init_args.threshold` replaced."""
-    result = copy.deepcopy(settings)
+def _with_value(sampler: dict[str, Any], path: str, value: Any, where: str) -> dict[str, Any]:
+    """Returns the sampler with the value at a path like `init_args.policy.init_args.threshold` replaced."""
+    result = copy.deepcopy(sampler)
     node: Any = result
     *parents, last = path.split(".")
     for key in parents:

@@ -1,4 +1,4 @@
-"""Measures training: contenders in turn, round after round, and what their figures come to."""
+"""Measures training: the contenders of one case in turn, round after round, and what their figures add up to."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ from typing import Any
 
 import torch
 
-from dllm_var.benchmarking.instruments import PeakMemory
-from dllm_var.benchmarking.training_base import Contender
-from dllm_var.benchmarking.training_clock import PHASES, Step
-from dllm_var.benchmarking.training_contenders import build
-from dllm_var.benchmarking.training_settings import COMPILED, FULL, PLAIN_LOOP, TrainingCase
+from dllm_var.benchmarking.instruments import PHASES, PeakMemory, Step
+from dllm_var.benchmarking.results import against_bar
+from dllm_var.benchmarking.settings import COMPILED, FULL, PLAIN_LOOP, TrainingCase
+from dllm_var.benchmarking.trainers import Contender, build_contender
 from dllm_var.callbacks.speed import compute_dtype, measure_peak_flops
 from dllm_var.model.build import can_compile
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.transformer import Transformer
 
-PEAK_SECONDS = 0.5  # for the fastest matrix product, in each round
+PEAK_SECONDS = 0.5  # of matrix products in each round, whose fastest is the peak
 
 Figures = dict[str, Any]
 
 
 class TrainingRun:
-    """One case: builds its contenders, measures them in turn, and adds up.
+    """All measurements of one case; they are kept when an exception ends it.
 
     Args:
         case: What to measure.
         rounds: How often each contender gets its turn.
-        device: Where.
+        device: Where to train.
         cache: Folder for tokenized data.
-        show: Is told case, phase and contender as they come.
+        show: Called with case, phase and contender as they come.
     """
 
     def __init__(
@@ -52,21 +51,18 @@ class TrainingRun:
             self.shape = Transformer(TransformerConfig(**case.transformer, vocab_size=case.vocab_size))
 
     def run(self) -> None:
-        """Measures all rounds; what has been measured stays when an exception ends it."""
+        """Measures all rounds."""
         contenders = {}
         for name in self.names:
             self.show(self.case.name, "warm-up", name)
-            contenders[name] = build(name, self.case, self.device, self.cache)
+            contenders[name] = build_contender(name, self.case, self.device, self.cache)
             contenders[name].run(0)  # compiles, and fills caches and allocators
+        dtype = compute_dtype("bf16-mixed" if self.device.type == "cuda" else "32-true")
         for number in range(self.rounds):
-            self.peaks.append(measure_peak_flops(self.device, self._dtype, PEAK_SECONDS))
+            self.peaks.append(measure_peak_flops(self.device, dtype, PEAK_SECONDS))
             for name, contender in contenders.items():
                 self.show(self.case.name, f"round {number + 1} of {self.rounds}", name)
                 self.measured[name].append(self._measure(contender))
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return compute_dtype("bf16-mixed" if self.device.type == "cuda" else "32-true")
 
     def _measure(self, contender: Contender) -> Figures:
         gc.collect()
@@ -75,41 +71,37 @@ class TrainingRun:
         weights = sum(p.numel() * p.element_size() for p in contender.model.parameters())
         figures = add_up(steps)
         figures["peak_memory_bytes"] = None if memory.bytes is None else memory.bytes + weights
-        # What the task needs, whoever does it: the pairs that attend, the head where a loss is.
+        # The FLOPs that the task needs, whoever does it: the pairs that attend, the head where there is a loss.
         useful = self.shape.flops_per_token(figures["pairs_per_token"], figures["loss_share"])
         figures["flops_per_second"] = useful * figures["tokens_per_second"]
         figures["mfu"] = figures["flops_per_second"] / self.peaks[-1]
         return figures
 
     def result(self) -> Figures:
-        """Returns the case's figures, ratios and bars as plain types."""
-        contenders = []
-        for name, rounds in self.measured.items():
-            if rounds:
-                contenders.append({"name": name, "rounds": rounds, **medians(rounds)})
+        """Returns the case's figures, ratios and bars as plain data."""
+        case = self.case
+        contenders = [
+            {"name": name, "rounds": rounds, **medians(rounds)} for name, rounds in self.measured.items() if rounds
+        ]
         result: Figures = {
-            "name": self.case.name,
-            "vocab_size": self.case.vocab_size,
-            "transformer": self.case.transformer,
+            "name": case.name,
+            "vocab_size": case.vocab_size,
+            "transformer": case.transformer,
             "parameters": self.shape.num_parameters,
-            "context_length": self.case.context_length,
-            "batch_size": self.case.batch_size,
-            "steps": self.case.steps,
-            "ours": self.case.ours if self.case.ours in self.names else None,
+            "context_length": case.context_length,
+            "batch_size": case.batch_size,
+            "steps": case.steps,
+            "ours": case.ours if case.ours in self.names else None,
             "gemm_peak_flops": median(self.peaks) if self.peaks else None,
             "contenders": contenders,
+            "over_plain_loop": over(contenders, PLAIN_LOOP),
         }
-        result["over_plain_loop"] = over(contenders, PLAIN_LOOP)
-        result["bars"] = bars(self.case, result)
+        result["bars"] = bars(case, result)
         return result
 
 
 def add_up(steps: Sequence[Step]) -> Figures:
-    """Returns speed and phases of some steps.
-
-    Args:
-        steps: At least one.
-    """
+    """Returns speed, phases and shares of at least one step."""
     phases = {phase: sum(step.seconds[phase] for step in steps) for phase in PHASES}
     seconds, positions = sum(phases.values()), sum(step.positions for step in steps)
     tokens = sum(step.tokens for step in steps)
@@ -140,42 +132,34 @@ def over(contenders: Sequence[Figures], baseline: str) -> dict[str, Figures]:
     base = next((contender["rounds"] for contender in contenders if contender["name"] == baseline), None)
     if base is None:
         return {}
+    figures = {"tokens_per_second": "tokens_per_second", "peak_memory": "peak_memory_bytes"}
     return {
-        contender["name"]: {
-            name: _ratio([r[key] for r in contender["rounds"]], [r[key] for r in base])
-            for name, key in (("tokens_per_second", "tokens_per_second"), ("peak_memory", "peak_memory_bytes"))
-        }
+        contender["name"]: {name: _ratio(contender["rounds"], base, figure) for name, figure in figures.items()}
         for contender in contenders
     }
 
 
-def _ratio(values: Sequence[float | None], base: Sequence[float | None]) -> float | None:
-    ratios = [value / other for value, other in zip(values, base, strict=False) if value is not None and other]
+def _ratio(rounds: Sequence[Figures], base: Sequence[Figures], figure: str) -> float | None:
+    pairs = [(ours[figure], theirs[figure]) for ours, theirs in zip(rounds, base, strict=False)]
+    ratios = [ours / theirs for ours, theirs in pairs if ours is not None and theirs]
     return median(ratios) if ratios else None
 
 
 def bars(case: TrainingCase, result: Figures) -> dict[str, Figures]:
-    """Returns what was asked of a case, what came out, and whether that passes; null where it was not measured.
-
-    Args:
-        case: Has the bars.
-        result: Its figures and ratios.
-    """
+    """Returns each bar of a case with its value out of the case's figures and ratios, and whether it passes."""
     utilisation = {contender["name"]: contender["mfu"] for contender in result["contenders"]}
     ratios = result["over_plain_loop"].get(result["ours"], {})
-    asked = {}
+    found = {}
     for name, bar in case.bars.items():
-        least = not name.startswith("peak_memory")
         if name.startswith("mfu"):
             value = utilisation.get(FULL, utilisation.get(result["ours"]))
         else:
-            value = ratios.get("tokens_per_second" if least else "peak_memory")
-        passed = None if value is None else bool(value >= bar if least else value <= bar)
-        asked[name] = {"value": value, "bar": bar, "direction": "at least" if least else "at most", "passed": passed}
-    return asked
+            value = ratios.get("peak_memory" if name.startswith("peak_memory") else "tokens_per_second")
+        found[name] = against_bar(value, bar, "at most" if name.startswith("peak_memory") else "at least")
+    return found
 
 
-def top_ratios(cases: Sequence[Figures]) -> Figures:
-    """Returns the ratios that bars are about, by name, and the bars with pass or fail."""
+def training_ratios(cases: Sequence[Figures]) -> Figures:
+    """Returns the ratios of all cases by the names of their bars, and the bars."""
     every = {name: bar for case in cases for name, bar in case["bars"].items()}
     return {**{name: bar["value"] for name, bar in every.items()}, "bars": every}

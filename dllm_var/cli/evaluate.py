@@ -1,4 +1,4 @@
-"""Measures a checkpoint on standard tasks, with lm-evaluation-harness."""
+"""The command `evaluate`: measures a checkpoint on tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -45,15 +46,8 @@ EXAMPLES = """examples:
 docs/evaluate.md explains estimators and figures."""
 
 
-MOST_DOCUMENTS = 1e9
-
-
 def main(command: str, arguments: list[str]) -> int:
     """Runs `evaluate` and returns its exit status.
-
-    Args:
-        command: `evaluate`.
-        arguments: Its options, as `--help` lists them.
 
     Raises:
         UserError: For a bad checkpoint, task, sampler or output file, or without lm-eval.
@@ -89,7 +83,7 @@ def main(command: str, arguments: list[str]) -> int:
 
 
 def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser:
-    """Returns the parser of the options; `sampler` is the default one, null for a parser that only shows help."""
+    """Returns the parser of the options; `sampler` is the default one, None for a parser that only shows help."""
     parser = SettingsParser(
         prog=f"python -m dllm_var {command}",
         description=DESCRIPTION,
@@ -97,7 +91,7 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.usage = f"python -m dllm_var {command} --checkpoint PATH --tasks NAME ... [options]"
-    what = parser.add_argument_group("what")
+    what = parser.add_argument_group("what to measure")
     what.add_argument("--checkpoint", type=str, metavar="PATH", help="run folder, .ckpt file or model folder")
     what.add_argument("--tasks", nargs="+", type=str, metavar="NAME", help="names of tasks, or YAML files of tasks")
     what.add_argument("--include-path", type=str, metavar="FOLDER", help="folder with YAML files of further tasks")
@@ -140,8 +134,8 @@ def check_options(options: Namespace) -> None:
     """Raises UserError for options that lack something or contradict each other."""
     if not options.tasks:
         raise UserError("evaluate needs --tasks NAME ..., such as cmudict")
-    if options.limit is not None and not 0 < options.limit < MOST_DOCUMENTS:
-        raise UserError(f"--limit must be above 0 and below {MOST_DOCUMENTS:g}, got {options.limit:g}")
+    if options.limit is not None and not 0 < options.limit < math.inf:
+        raise UserError(f"--limit must be a number above 0, got {options.limit:g}")
     if options.num_fewshot is not None and options.num_fewshot < 0:
         raise UserError(f"--num-fewshot must be at least 0, got {options.num_fewshot}")
     if options.output is None and options.samples:
@@ -182,12 +176,10 @@ def evaluate(evaluated: EvaluatedModel, options: Namespace) -> dict[str, Any]:
 def find_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[list[str], TaskManager]:
     """Returns the names of the tasks, and the manager that knows them; lm-eval's own are indexed only when wanted.
 
-    Args:
-        tasks: Names of tasks, or YAML files.
-        include_path: A folder with YAML files.
+    `tasks` are names or YAML files, `include_path` is a folder with YAML files.
 
     Raises:
-        UserError: When a folder, file or task is not there.
+        UserError: When a folder, file or task does not exist.
     """
     from lm_eval.tasks import TaskManager
 
@@ -216,7 +208,7 @@ def find_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[list[str
 
 
 def _task_name(file: Path) -> str:
-    """Returns what a task's YAML file calls it; what follows `!function` is left to lm-eval."""
+    """Returns the name in a task's YAML file; `!function` tags are lm-eval's to read."""
     if not file.is_file():
         raise UserError(f"--tasks: there is no file '{file}'")
 
@@ -236,7 +228,7 @@ def _task_name(file: Path) -> str:
 
 
 def description(evaluated: EvaluatedModel, sampler: Sampler, options: Namespace) -> dict[str, Any]:
-    """Returns what lm-eval's results do not say: the model, how it was decoded, and what that took."""
+    """Returns our entry in lm-eval's results: the model, its sampler and estimator, and figures of the decoding."""
     from dllm_var.sampling.config import sampler_to_config
 
     model, likelihood = evaluated.model, evaluated.likelihood
@@ -252,7 +244,7 @@ def description(evaluated: EvaluatedModel, sampler: Sampler, options: Namespace)
 
 
 def report(result: dict[str, Any]) -> str:
-    """Returns lm-eval's tables, and below them how the answers were decoded."""
+    """Returns lm-eval's tables, and below them a line about each task's answers."""
     from lm_eval.utils import make_table
 
     tables = [make_table(result).rstrip()]

@@ -21,6 +21,7 @@ from dllm_var.benchmarking.cost_model import (
     step_seconds,
     training_flops,
 )
+from dllm_var.cli.building import build
 from dllm_var.cli.settings import PlainParser
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
@@ -195,8 +196,6 @@ def plan(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
 
 def read_objective(model: dict[str, Any]) -> Objective:
     """Returns the objective of a model's settings."""
-    from dllm_var.benchmarking.settings import build
-
     described = model.get("objective")
     return EosSchedule() if described is None else build(Objective, "objective", described, "model")
 

@@ -1,4 +1,4 @@
-"""How likely a model finds a continuation: exact for causal models, a Monte-Carlo bound for diffusion models."""
+"""Log-likelihoods of continuations: exact for causal models, Monte-Carlo bounds for diffusion models."""
 
 from __future__ import annotations
 
@@ -34,17 +34,14 @@ class Score(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One forward's row: tokens with some hidden, the scored columns, their true tokens, and what the sum counts.
+    """One row of a forward."""
 
-    `start` is the column where the continuation begins.
-    """
-
-    pair: int
-    tokens: list[int]
-    start: int
-    columns: list[int]
-    targets: list[int]
-    weight: float
+    pair: int  # index of its pair
+    tokens: list[int]  # some of them hidden
+    start: int  # column where the continuation begins
+    columns: list[int]  # scored columns
+    targets: list[int]  # true tokens of these
+    weight: float  # of its log-probabilities in the sum
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Likelihood:
     where l is uniform in 1..L and every choice of l positions equally likely (LLaDA, arXiv 2502.09992, equation 6).
     The expectation is the mean over `draws` draws, whose l walk evenly over 1..L from a random start; where there are
     no more than `draws` choices in all (L up to 7 for 128), each is taken once and the bound is exact. A pair's draws
-    come from the seed and its own tokens: they do not depend on what it is evaluated with.
+    come from the seed and its own tokens: they do not depend on the other pairs.
 
     With `block_length` the continuation is scored block by block, each given those before it, as block samplers decode:
     a sum of such bounds. Models that read finished text from left to right (`causal_context`) need it.
@@ -69,10 +66,8 @@ class Likelihood:
         draws: Draws per pair.
         batch_size: Rows per forward.
         seed: Seed of the draws.
-        canvas: Shows masks behind the continuation, up to a multiple of this length from its start, as samplers do
-            that decode in blocks: the continuation's likelihood, whether or not the text ends there. 0 shows nothing
-            (LLaDA).
-
+        canvas: Shows masks behind the continuation, up to a multiple of this length from its start, as block samplers
+            do: the likelihood of the continuation, whether or not the text ends there. 0 shows nothing (LLaDA).
         block_length: Tokens scored together; the whole continuation when 0 (LLaDA).
 
     Raises:
@@ -100,13 +95,13 @@ class Likelihood:
         decode: bool = True,
         on_pair: Callable[[], None] = lambda: None,
     ) -> list[Score]:
-        """Returns the score of each pair.
+        """Returns the score of each pair; an empty continuation has probability 1.
 
         Args:
             model: A transformer in eval mode; a causal one needs contexts of at least one token.
-            pairs: Contexts and continuations; an empty continuation has probability 1.
-            decode: Decodes greedily, too; without it a diffusion model's scores all say that they are not greedy.
-            on_pair: Called once for each pair that is done.
+            pairs: Contexts and continuations.
+            decode: Decodes greedily, too; without it no score of a diffusion model is greedy.
+            on_pair: Called once for each finished pair.
 
         Raises:
             UserError: For a model with `causal_context` and no `block_length`.

@@ -29,19 +29,13 @@ LONGEST_WINDOW = 2048  # tokens at a time in rolling likelihoods, for models tha
 
 @dataclass
 class Decoded:
-    """Answers of one task and the wall time they took."""
+    """Answers of one task and the wall time of decoding them."""
 
     answers: list[Generation] = field(default_factory=list)
     seconds: float = 0.0
 
     def figures(self) -> dict[str, float]:
-        """Returns how the answers were decoded and how they ended.
-
-        - `nfe`: forward passes per answer, prefills and those of a second model included;
-        - `tokens_per_forward`: useful tokens (no terminator, nothing behind a stop string) over all of them;
-        - `useful_tokens_per_second`: over the wall time of all the task's requests;
-        - `ended_by_eos`, `ended_by_stop`, `hit_limit`: shares.
-        """
+        """Returns the figures that docs/evaluate.md explains: forwards, speed, and shares of the ways to end."""
         count = max(len(self.answers), 1)
         tokens = sum(len(answer.tokens) for answer in self.answers)
         forwards = sum(answer.nfe + answer.auxiliary_nfe for answer in self.answers)
@@ -86,7 +80,6 @@ class EvaluatedModel(TemplateLM):
         self.sampler = sampler or (AutoregressiveSampler() if model.config.causal else BlockDiffusionSampler())
         self.max_new_tokens, self.quiet = max_new_tokens, quiet or not sys.stderr.isatty()
         self.decoded: dict[str, Decoded] = {}  # by task
-        self._device = model.embedding.weight.device
         self._told = self._renders = False
 
     @classmethod
@@ -95,9 +88,8 @@ class EvaluatedModel(TemplateLM):
     ) -> EvaluatedModel:
         """Loads a checkpoint, for `lm_eval.simple_evaluate(model="dllm_var", model_args={"checkpoint": PATH, ...})`.
 
-        Args:
-            arg_dict: `checkpoint`, `max_new_tokens`, and settings of `Likelihood`; the sampler is the checkpoint's.
-            additional_config: `device` and `batch_size` of the harness.
+        `arg_dict` has `checkpoint`, `max_new_tokens` and settings of `Likelihood`; `additional_config` has the
+        harness's `device` and `batch_size`. The sampler is the checkpoint's.
         """
         settings = {**{k: v for k, v in (additional_config or {}).items() if v is not None}, **arg_dict}
         settings.pop("max_batch_size", None)
@@ -110,8 +102,6 @@ class EvaluatedModel(TemplateLM):
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> EvaluatedModel:
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
-
-    # -- tokens and chat ---------------------------------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
@@ -137,8 +127,6 @@ class EvaluatedModel(TemplateLM):
         if content not in text:
             raise UserError("the chat template leaves the last turn out or changes it: evaluate without --chat")
         return text[: text.rindex(content) + len(content)]
-
-    # -- requests ----------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Decodes the requests, those of one task with the same stop strings and limit in one call."""

@@ -11,7 +11,6 @@ from dllm_var.benchmarking.cost_model import (
     count_parameters,
     device_memory,
     forward_flops,
-    step_seconds,
     training_flops,
 )
 from dllm_var.model import Transformer, TransformerConfig
@@ -147,7 +146,3 @@ def test_adapters_have_no_state_but_their_own():
     memory = device_memory(config, "fsdp2", 1, 1, 8, "16-true", held=weights + 1000, trained=1000)
     assert (memory.weights, memory.gradients, memory.optimizer) == (2 * (weights + 1000), 2000, 4000)
     assert memory.gathered == 0  # one device has nothing to gather
-
-
-def test_time_of_a_step():
-    assert step_seconds(8e15, 8, 1e15, 0.5) == 2

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,13 @@ import torch
 import yaml
 
 from dllm_var.__main__ import main
-from dllm_var.benchmarking import training_clock
-from dllm_var.benchmarking.training import add_up, bars, medians, over, top_ratios
-from dllm_var.benchmarking.training_baselines import bidirectional_llama, check_reads_both_ways
-from dllm_var.benchmarking.training_clock import StepClock
-from dllm_var.benchmarking.training_contenders import LightningMarks
-from dllm_var.benchmarking.training_data import SamplesByThemselves, packed_data
-from dllm_var.benchmarking.training_settings import COMPILED, FULL, OURS, PADDED, PLAIN_LOOP, TrainingCase
-from dllm_var.cli.benchmark_training import build_parser, chosen_cases
-from dllm_var.errors import UserError
+from dllm_var.benchmarking.instruments import PHASES, StepClock
+from dllm_var.benchmarking.settings import COMPILED, FULL, OURS, PADDED, PLAIN_LOOP, TrainingCase
+from dllm_var.benchmarking.trainers import LightningMarks, PaddedTrainer, bidirectional_llama
+from dllm_var.benchmarking.training import add_up, bars, medians, over, training_ratios
+from dllm_var.cli.benchmark import build_parser, chosen_cases
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.objectives import EosSchedule, KeyedNoise
+from dllm_var.objectives import KeyedNoise
 
 ROOT = Path(__file__).parent.parent.parent
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}
@@ -32,7 +29,7 @@ def case(**changes):
 
 def test_phases_add_up_to_the_step(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(training_clock.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     clock = StepClock(torch.device("cpu"))
     for phase, seconds in (("data", 1.0), ("forward", 2.0), ("head_and_loss", 3.0), ("backward", 4.0)):
         now[0] += seconds
@@ -50,7 +47,7 @@ def test_phases_add_up_to_the_step(monkeypatch):
 
 
 def figures(tokens_per_second, memory):
-    phases = dict.fromkeys(training_clock.PHASES, 0.1)
+    phases = dict.fromkeys(PHASES, 0.1)
     return {"tokens_per_second": tokens_per_second, "peak_memory_bytes": memory, "phase_seconds": phases}
 
 
@@ -75,7 +72,7 @@ def test_bars_pass_fail_or_were_not_measured():
     result["bars"] = bars(asked, result)
     passed = {name: bar["passed"] for name, bar in result["bars"].items()}
     assert passed == {"tokens_per_second_126k": True, "peak_memory_126k": False, "mfu": True}
-    top = top_ratios([result])
+    top = training_ratios([result])
     assert (top["tokens_per_second_126k"], top["mfu"]) == (2.5, 0.65) and set(top["bars"]) == set(passed)
     result["over_plain_loop"] = {}
     assert bars(asked, result)["tokens_per_second_126k"]["passed"] is None
@@ -85,29 +82,27 @@ def test_the_baseline_has_our_shape_and_reads_both_ways():
     shape = TransformerConfig(**SHAPE, vocab_size=300)
     llama = bidirectional_llama(shape)
     assert sum(p.numel() for p in llama.parameters()) == Transformer(shape).num_parameters
-    llama.config.is_causal = True
-    for layer in llama.model.layers:
-        layer.self_attn.is_causal = True
-    with pytest.raises(UserError, match="both directions"):
-        check_reads_both_ways(llama)
+    tokens = torch.zeros(2, 4, dtype=torch.long)
+    tokens[1, -1] = 1
+    with torch.no_grad():
+        logits = llama(input_ids=tokens).logits
+    assert not torch.allclose(logits[0, 0], logits[1, 0], rtol=0, atol=1e-9)
 
 
 def test_padded_samples_are_the_packed_ones_masked_at_the_same_rates(tmp_path):
-    data = packed_data(case(), tmp_path)
-    objective = EosSchedule()
-    objective.bind(data.tokenizer.special)
-    samples = SamplesByThemselves(data, objective, KeyedNoise(0))
-    batch = samples.collate([samples[index] for index in range(len(samples))])
+    padded = PaddedTrainer(case(), torch.device("cpu"), tmp_path)
+    table = padded.data.table("train")
+    batch = padded.collate(list(range(len(table))))
     real, loss = batch["attention_mask"].bool(), batch["labels"] >= 0
-    assert int(real.sum()) == len(data.table("train").tokens) and not (loss & ~real).any()
-    rows = data.rows("train")
+    assert int(real.sum()) == len(table.tokens) and not (loss & ~real).any()
+    rows = padded.data.rows("train")
     packed = rows.__getitems__(range(len(rows)))
-    noised = objective.corrupt(packed, KeyedNoise(0))
+    noised = padded.objective.corrupt(packed, KeyedNoise(0))
     here, there = (
         float(x) for x in (loss.sum() / real.sum(), noised.loss_mask.sum() / packed["segment_ids"].ge(0).sum())
     )
     assert here == pytest.approx(there, abs=0.06)
-    assert (batch["input_ids"][loss] == data.tokenizer.mask_id).all()
+    assert (batch["input_ids"][loss] == padded.data.tokenizer.mask_id).all()
 
 
 def test_quick_run_writes_its_files(tmp_path, capsys):
@@ -128,7 +123,7 @@ def test_quick_run_writes_its_files(tmp_path, capsys):
     for contender in names.values():
         assert all(seconds > 0 for seconds in contender["phase_seconds"].values())
         assert sum(contender["phase_seconds"].values()) == pytest.approx(contender["step_seconds"], rel=0.5)
-    assert f"| {PLAIN_LOOP} |" in output.with_suffix(".md").read_text()
+    assert f"| {PLAIN_LOOP} " in output.with_suffix(".md").read_text()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -162,23 +157,6 @@ def test_a_signal_before_the_first_round_leaves_files_without_figures(tmp_path, 
     result = json.loads(output.read_text())
     assert (result["partial"], result["trainings"]) == (True, [])
     assert "partial and quick run" in output.with_suffix(".md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"name": "a"}, "vocab_size"),
-        ({"name": "a", "vocab_size": 0}, "vocab_size must be at least 1, got 0"),
-        ({"name": "a", "vocab_size": 9, "contenders": ["theirs"]}, "no contender 'theirs'"),
-        ({"name": "a", "vocab_size": 9, "bars": {"speed": 1.0}}, "a bar begins with tokens_per_second"),
-    ],
-)
-def test_mistakes_take_one_line(settings, message, tmp_path, capsys):
-    config = tmp_path / "bad.yaml"
-    config.write_text(yaml.safe_dump({"trainings": [settings]}))
-    assert main(["benchmark", f"--config={config}", "--output", str(tmp_path / "x.json")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
 def test_the_shipped_config_asks_for_every_ratio():

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from dllm_var.errors import UserError
 from dllm_var.evaluation import TASKS
 from dllm_var.evaluation.likelihood import Likelihood
 from dllm_var.evaluation.lm import EvaluatedModel
-from dllm_var.evaluation.scoring import documents, error_rate, final_number_scores, grouped, pronunciation_scores
+from dllm_var.evaluation.scoring import documents, error_rate, final_number_scores, pronunciation_scores
 from dllm_var.metrics import AnswerMetrics
 from dllm_var.sampling import BlockDiffusionSampler
 from dllm_var.sampling.config import sampler_from_config
@@ -53,6 +54,14 @@ WORDS = {
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def grouped(records, count):
+    """The first records, those with the same prompt together."""
+    by_prompt = {}
+    for record in records:
+        by_prompt.setdefault(record["prompt"], []).append(record["response"])
+    return [{"prompt": prompt, "responses": answers} for prompt, answers in islice(by_prompt.items(), count)]
 
 
 def complaint(capsys, *arguments):

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from dllm_var.benchmarking.settings import build
 from dllm_var.checkpoints.pretrained import load_checkpoint
+from dllm_var.cli.building import build
 from dllm_var.cli.settings import read_settings
 from dllm_var.sampling import Sampler
 

@@ -7,12 +7,12 @@ import time
 import pytest
 import torch
 
-from dllm_var.benchmarking.forward_cost import measure_forwards
 from dllm_var.benchmarking.instruments import ForwardClock, PeakMemory
-from dllm_var.benchmarking.measure import Contender, Effort, TaskRun, decode, turns
 from dllm_var.benchmarking.results import task_result
-from dllm_var.benchmarking.settings import Setting, read_task
+from dllm_var.benchmarking.samplers import Contender, Effort, decode, measure_forwards, turns
+from dllm_var.benchmarking.settings import Setting
 from dllm_var.checkpoints.pretrained import load_checkpoint
+from dllm_var.cli.benchmark import build_parser, chosen_tasks, task_run
 from dllm_var.errors import UserError
 from dllm_var.sampling import BlockDiffusionSampler, DiffuSpecSampler, GuidedSampler, Sampler
 
@@ -24,6 +24,17 @@ def test_every_round_has_everyone_once_and_begins_elsewhere():
     assert [order[0] for order in turns("abcd", 4)] == list("abcd")
     assert all(sorted(order) == list("abc") for order in turns("abc", 7))
     assert list(turns("", 2)) == [[], []]
+
+
+@pytest.fixture
+def built(write_config):
+    """Builds the run of a task from its config."""
+
+    def build_run(task, effort=None, show=lambda *_: None):
+        options = build_parser("benchmark").parse_args(["--config", write_config(task)])
+        return task_run(chosen_tasks(options)[0], effort or Effort(), CPU, show)
+
+    return build_run
 
 
 @pytest.fixture
@@ -104,13 +115,13 @@ def test_peak_memory_is_what_was_held_at_once():
 
 def test_a_forward_costs_more_when_it_is_wider(model):
     costs = measure_forwards(model, widths=(256,), rounds=3)
-    assert [cost.width for cost in costs] == [1, 256]
-    assert costs[0].relative == 1 and costs[1].relative > 1
+    assert [cost["width"] for cost in costs] == [1, 256]
+    assert costs[0]["relative"] == 1 and costs[1]["relative"] > 1
 
 
-def test_a_whole_task(tiny_task):
+def test_a_whole_task(tiny_task, built):
     said = []
-    run = TaskRun(read_task(tiny_task), Effort(repeats=2, widths=(2,)), CPU, lambda *told: said.append(told))
+    run = built(tiny_task, Effort(repeats=2, widths=(2,)), lambda *told: said.append(told))
     run.run()
     result = json.loads(json.dumps(task_result(run)))
     settings = {setting["name"]: setting for setting in result["settings"]}
@@ -143,13 +154,13 @@ def test_a_whole_task(tiny_task):
         (dict(scorer="dllm_var.benchmarking.Nothing"), "task tiny: scorer.*Nothing"),
     ],
 )
-def test_mistakes_show_before_anything_is_measured(tiny_task, change, message):
+def test_mistakes_show_before_anything_is_measured(tiny_task, built, change, message):
     with pytest.raises(UserError, match=message):
-        TaskRun(read_task({**tiny_task, **change}), Effort(), CPU, print)
+        built({**tiny_task, **change})
 
 
-def test_a_sampler_that_does_not_fit_its_model_is_named(tiny_task):
+def test_a_sampler_that_does_not_fit_its_model_is_named(tiny_task, built):
     entries = [{**tiny_task["entries"][0], "checkpoint": "diffusion"}]
-    run = TaskRun(read_task({**tiny_task, "entries": entries}), Effort(), CPU, lambda *told: None)
+    run = built({**tiny_task, "entries": entries})
     with pytest.raises(UserError, match="task tiny, autoregressive: this checkpoint is bidirectional"):
         run.run()

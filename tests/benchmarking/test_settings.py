@@ -1,8 +1,10 @@
-"""From a config to the settings that are measured, and what is said about a bad one."""
+"""From a config to the settings that are measured, and the messages about a bad one."""
 
 import pytest
 
-from dllm_var.benchmarking.settings import Entry, Sweep, Task, build, expand
+from dllm_var.benchmarking.settings import Entry, Sweep, Task, TrainingCase, expand
+from dllm_var.cli.benchmark import sampler_settings
+from dllm_var.cli.building import build
 from dllm_var.errors import UserError
 from dllm_var.sampling import Sampler
 
@@ -21,12 +23,11 @@ def task(entries=(), sweeps=(), **settings):
 
 
 def test_a_point_that_is_an_entry_is_measured_once():
-    settings = expand(
-        task([Entry("default", THRESHOLD, role="default")], [Sweep("threshold", THRESHOLD, OVER, [0.5, 0.9])])
-    )
-    assert [(s.name, s.role, [p.value for p in s.points]) for s in settings] == [
-        ("default", "default", [0.9]),
-        ("threshold 0.5", "candidate", [0.5]),
+    entry, sweep = Entry("default", THRESHOLD, role="default"), Sweep("threshold", THRESHOLD, OVER, [0.5, 0.9])
+    settings = expand(task([entry], [sweep]))
+    assert [(s.name, s.role, s.points) for s in settings] == [
+        ("default", "default", [("threshold", 0.9)]),
+        ("threshold 0.5", "candidate", [("threshold", 0.5)]),
     ]
     assert settings[1].sampler["init_args"]["policy"]["init_args"] == {"threshold": 0.5}
     assert settings[0].sampler == THRESHOLD
@@ -43,9 +44,11 @@ def test_an_overlay_with_arguments_over_it(tmp_path):
     overlay.write_text(
         "sampler:\n  class_path: dllm_var.sampling.FixedLengthSampler\n  init_args: {canvas_length: 9}\n"
     )
-    [setting] = expand(task([Entry("a", str(overlay), arguments={"cache": "dual"})]))
-    sampler = build(Sampler, "sampler", setting.sampler, "here")
+    settings = sampler_settings(Entry("a", str(overlay), arguments={"cache": "dual"}))
+    sampler = build(Sampler, "sampler", settings, "here")
     assert (type(sampler).__name__, sampler.canvas_length, sampler.cache) == ("FixedLengthSampler", 9, "dual")
+    with pytest.raises(UserError, match="a: the sampler has no class_path"):
+        sampler_settings(Entry("a", {"init_args": {}}))
 
 
 @pytest.mark.parametrize(
@@ -56,28 +59,39 @@ def test_an_overlay_with_arguments_over_it(tmp_path):
         (dict(entries=[Entry("a", THRESHOLD)], prompts=0), "task t: prompts must be at least 1, got 0"),
         (dict(entries=[Entry("a", THRESHOLD, prompts=0)]), "task t, entry a: prompts must be at least 1, got 0"),
         (dict(sweeps=[Sweep("s", THRESHOLD, "init_args.nothing.x", [1])]), "sweep s: over 'init_args.nothing.x' leads"),
-        (dict(entries=[Entry("a", {"init_args": {}})]), "a: the sampler has no class_path"),
-        (dict(entries=[Entry("a", "nowhere.yaml")]), "there is no configuration file 'nowhere.yaml'"),
         (
             dict(entries=[Entry("a", THRESHOLD, role="default"), Entry("b", THRESHOLD, role="default")]),
             "task t: 'a' and 'b' both have role default",
         ),
     ],
 )
-def test_mistakes_are_named(settings, message):
+def test_mistakes_of_a_task_are_named(settings, message):
     with pytest.raises(UserError, match=message):
         expand(task(**settings))
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("settings", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
+        ({"vocab_size": 9, "contenders": ["theirs"]}, "no contender 'theirs'"),
+        ({"vocab_size": 9, "bars": {"speed": 1.0}}, "a bar begins with tokens_per_second"),
+    ],
+)
+def test_mistakes_of_a_training_are_named(settings, message):
+    with pytest.raises(UserError, match=f"training a: {message}"):
+        TrainingCase("a", **settings)
+
+
+@pytest.mark.parametrize(
+    ("described", "message"),
     [
         ({**THRESHOLD, "init_args": {"block_lenght": 3}}, "block_lenght.*block_length"),
         ({**THRESHOLD, "init_args": {"block_length": 0}}, "task t, a: sampler.block_length must be at least 1, got 0"),
         ({"class_path": "dllm_var.sampling.NoSampler"}, "NoSampler"),
     ],
 )
-def test_samplers_that_cannot_be_built_are_named(config, message):
+def test_samplers_that_cannot_be_built_are_named(described, message):
     with pytest.raises(UserError, match=message) as error:
-        build(Sampler, "sampler", config, "task t, a")
+        build(Sampler, "sampler", described, "task t, a")
     assert str(error.value).startswith("task t, a: ") and "\n" not in str(error.value)

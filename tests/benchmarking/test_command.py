@@ -2,15 +2,16 @@
 
 import json
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from test_benchmark_report import forget_matplotlib
 
 from dllm_var.__main__ import main
-from dllm_var.benchmarking.settings import expand, read_task
-from dllm_var.cli.benchmark import build_parser, only
+from dllm_var.benchmarking.settings import expand
+from dllm_var.cli.benchmark import build_parser, chosen_tasks
+from dllm_var.errors import UserError
 from dllm_var.sampling import BlockDiffusionSampler
 
 ROOT = Path(__file__).parent.parent.parent
@@ -33,12 +34,13 @@ def test_quick_run_writes_json_markdown_and_plot(tiny_task, write_config, tmp_pa
     bars = {"over_fixed_length", "over_autoregressive", "batch_32_over_1", "sampler_overhead"}
     assert bars <= set(result["ratios"]) and all(result["ratios"][name] is not None for name in bars)
     assert bars == set(result["ratios"]["tasks"]["tiny"]["bars"])
-    assert "![accuracy and speed of tiny](result_tiny.png)" in output.with_suffix(".md").read_text()
+    assert "![accuracy and speed](result_tiny.png)" in output.with_suffix(".md").read_text()
     assert (output.parent / "result_tiny.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_matplotlib_the_rest_is_written(tiny_task, write_config, tmp_path, capsys, monkeypatch):
-    forget_matplotlib(monkeypatch)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     output = tmp_path / "result.json"
     assert benchmark(write_config(tiny_task), output, "--quick", "--only", "autoregressive") == 0
     assert "no plots: plots need matplotlib" in capsys.readouterr().err
@@ -77,7 +79,7 @@ def test_a_signal_saves_what_is_measured(number, status, tiny_task, write_config
         ({"tasks": []}, [], "benchmark needs --output FILE.json"),
         ({"repeats": 2}, ["--output", "x.json"], "says nothing to measure: give it a list of tasks"),
         ({"tasks": []}, ["--output", "x.json", "--repeats", "0"], "--repeats must be at least 1, got 0"),
-        ({"tasks": []}, ["--output", "x.json", "--only", "a"], "--only: nothing is called 'a'"),
+        ({"tasks": []}, ["--output", "x.json"], "says nothing to measure: give it a list of tasks"),
         ({"tasks": [{"name": "a"}]}, ["--output", "x.json"], "source"),
         ({"tasks": [{"nam": "a"}]}, ["--output", "x.json"], "tasks"),
     ],
@@ -95,24 +97,26 @@ def test_a_config_is_needed(capsys):
     assert "benchmark needs --config FILE" in capsys.readouterr().err
 
 
-def test_only_takes_entries_sweeps_and_tasks(tiny_task):
-    first, second = read_task(tiny_task), read_task({**tiny_task, "name": "other"})
+def test_only_takes_entries_sweeps_and_tasks(tiny_task, write_config):
+    config = write_config(tiny_task, {**tiny_task, "name": "other"})
 
     def names(*chosen):
-        return [
-            (t.name, [e.name for e in t.entries], [s.name for s in t.sweeps]) for t in only([first, second], chosen)
-        ]
+        options = build_parser("benchmark").parse_args(["--config", config, "--only", *chosen])
+        return [(t.name, [e.name for e in t.entries], [s.name for s in t.sweeps]) for t in chosen_tasks(options)]
 
     assert names("tiny") == [("tiny", ["autoregressive", "fixed length", "threshold 0.9"], ["threshold"])]
     assert names("threshold") == [("tiny", [], ["threshold"]), ("other", [], ["threshold"])]
     assert names("other", "autoregressive") == [("other", ["autoregressive"], [])]
+    with pytest.raises(UserError, match="--only: nothing is called 'a'; there are tiny; other; autoregressive"):
+        names("a")
 
 
-def test_the_shipped_config_is_whole(monkeypatch):
+@pytest.mark.parametrize("name", ["samplers", "gsm_symbolic"])
+def test_the_shipped_configs_are_whole(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    options = build_parser("benchmark").parse_args(["--config", "benchmarks/samplers.yaml"])
-    for values in options.tasks:
-        settings = expand(read_task(values.as_dict()))
+    options = build_parser("benchmark").parse_args(["--config", f"benchmarks/{name}.yaml"])
+    for task in chosen_tasks(options):
+        settings = expand(task)
         roles = {setting.role: setting.name for setting in settings}
         assert {"default", "autoregressive", "fixed_length"} <= set(roles), "ratios need all three"
         fixed = next(setting for setting in settings if setting.role == "fixed_length")

@@ -1,0 +1,119 @@
+"""The best setting, and the ratios, against figures worked out by hand."""
+
+import pytest
+
+from dllm_var.benchmarking.results import (
+    against_bar,
+    at_equal_accuracy,
+    best_setting,
+    credited,
+    overhead,
+    ratios,
+    speed,
+)
+from dllm_var.benchmarking.samplers import Contender, Run
+from dllm_var.benchmarking.settings import Setting
+from dllm_var.sampling import Generation
+
+
+def run(tokens, nfe, seconds, forward_share=0.9, per_call=True):
+    """A run whose prompts have the given answer lengths, forwards and seconds."""
+    answers = [
+        Generation(list(range(length)), "eos", forwards, 0.5, prompt_length=3)
+        for length, forwards in zip(tokens, nfe, strict=True)
+    ]
+    calls = list(seconds) if per_call else [sum(seconds)]
+    return Run(answers, calls, forward_share * sum(seconds), sum(nfe))
+
+
+def contender(name, role="candidate", single=(), batched=(), selection=None, accuracy=None, prompts=100):
+    """A measured setting; `selection` is accuracy and tokens/s on the selection split."""
+    setting = Setting(name, {"class_path": "some.Sampler", "init_args": {}}, "diffusion", role, 4, 4, 4)
+    result = Contender(setting, sampler=None, model=None, single=list(single), batched=list(batched))
+    if accuracy is not None:
+        result.scores = {"accuracy": accuracy, "prompts": prompts}
+    if selection is not None:
+        result.selection_scores = {"accuracy": selection[0]}
+        result.selection_single = [run([selection[1]], [1], [1.0])]
+    return result
+
+
+def test_the_fastest_within_a_point_of_the_default_is_the_best():
+    settings = [
+        contender("autoregressive", "autoregressive", selection=(0.99, 999)),
+        contender("fixed", "reference", selection=(0.99, 999)),
+        contender("default", "default", selection=(0.90, 100), accuracy=1.0),
+        contender("within", "candidate", selection=(0.8901, 150), accuracy=0.1),  # the measured split has no say
+        contender("slower", "candidate", selection=(0.95, 120)),
+        contender("beyond", "candidate", selection=(0.8899, 400)),
+    ]
+    assert best_setting(settings).setting.name == "within"
+    unmeasured = [contender("default", "default"), contender("other")]
+    assert best_setting(unmeasured).setting.name == "default"
+    assert best_setting([contender("other", selection=(0.9, 90))]) is None
+
+
+def test_ratios_by_hand():
+    ours = contender(
+        "ours",
+        "default",
+        single=[run([6, 6, 6, 6], [2, 2, 2, 2], [0.1, 0.1, 0.1, 0.1], forward_share=0.75)],
+        batched=[run([6, 6, 6, 6], [2, 2, 2, 2], [0.05], per_call=False)],
+    )
+    twin = contender("ar", "autoregressive", single=[run([6, 6, 6, 6], [7, 7, 7, 7], [0.2, 0.2, 0.2, 0.2])])
+    fixed = contender("fixed", "fixed_length", single=[run([3, 3], [256, 256], [5.0, 5.0])])
+    found = ratios(ours, [ours, twin, fixed], answer_lengths=[3, 3, 3, 3])
+    assert found == {
+        "over_fixed_length": pytest.approx((12 / 0.2) / (6 / 10)),  # on the two prompts both have
+        "over_autoregressive": pytest.approx(2),
+        "batch_32_over_1": pytest.approx((24 / 0.05) / (24 / 0.4)),
+        "sampler_overhead": pytest.approx(0.25),
+        "forwards_over_fixed_length": pytest.approx((12 / 4) / (6 / 512)),
+        "forwards_over_autoregressive": pytest.approx((24 / 8) / (24 / 28)),
+    }
+    alone = ratios(ours, [ours], [6])
+    assert [name for name, value in alone.items() if value is not None] == ["batch_32_over_1", "sampler_overhead"]
+
+
+def test_rounds_are_compared_in_pairs_and_the_median_counts():
+    ours = contender("ours", "default", single=[run([10], [1], [s]) for s in (1.0, 2.0, 4.0)])
+    twin = contender("ar", "autoregressive", single=[run([10], [10], [s]) for s in (2.0, 6.0, 20.0)])
+    assert ratios(ours, [ours, twin], [10])["over_autoregressive"] == pytest.approx(3)  # of 2, 3 and 5
+
+
+def test_a_fixed_length_baseline_that_answers_nothing_is_credited_with_the_reference():
+    ours = contender("ours", "default", single=[run([6], [2], [0.1])])
+    fixed = contender("fixed", "fixed_length", single=[run([0], [256], [6.0])])
+    assert ratios(ours, [ours, fixed], answer_lengths=[6])["over_fixed_length"] == pytest.approx(60)
+    assert "answers with 0.0 tokens where the references have 6.0" in credited([ours, fixed], [6])
+    longer = contender("fixed", "fixed_length", single=[run([12], [256], [6.0])])
+    assert ratios(ours, [ours, longer], [6])["over_fixed_length"] == pytest.approx(30)  # its own tokens, right or wrong
+    assert credited([ours, longer], [6]) is None
+
+
+def test_at_equal_accuracy_the_fastest_counts_that_answers_as_well_as_the_twin():
+    twin = contender("ar", "autoregressive", accuracy=0.93, single=[run([10], [10], [10.0])])
+    settings = [
+        twin,
+        contender("worse", accuracy=0.91, single=[run([10], [1], [1.0])]),
+        contender("as good", accuracy=0.921, single=[run([10], [2], [4.0])]),
+        contender("slower", "reference", accuracy=0.93, single=[run([10], [2], [8.0])]),
+        contender("few prompts", accuracy=1.0, prompts=2, single=[run([10], [1], [0.1])]),
+    ]
+    assert at_equal_accuracy(settings) == pytest.approx(2.5)
+    assert at_equal_accuracy(settings[:2]) is None and at_equal_accuracy(settings[1:]) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "direction", "passed"),
+    [(2.0, "at least", True), (1.9, "at least", False), (2.0, "at most", True), (2.1, "at most", False)],
+)
+def test_bars(value, direction, passed):
+    assert against_bar(value, 2.0, direction)["passed"] is passed
+    assert against_bar(None, 2.0, direction)["passed"] is None
+
+
+def test_speed_and_overhead_are_medians_of_rounds():
+    runs = [run([10], [1], [s], forward_share=f) for s, f in ((1.0, 0.5), (2.0, 0.9), (5.0, 0.8))]
+    assert speed(runs) == 5
+    assert overhead(runs) == pytest.approx(0.2)
