@@ -70,7 +70,10 @@ def test_recipe_trains_two_steps_and_answers(names, tmp_path, monkeypatch, capfd
 
 def test_the_papers_recipe_is_the_papers_method(capsys):
     """configs/paper.yaml says on other recipes what this one says by itself."""
-    from dllm_var.cli.plan import read
+    from dllm_var.cli.trainer_settings import build_parser
+
+    def read(arguments):
+        return build_parser("fit", arguments).parse_resolved(arguments)
 
     recipe = str(CONFIGS / "llada_8b_sft.yaml")
     alone = read(["--config", recipe])

@@ -10,8 +10,8 @@ import pytest
 from dllm_var import UserError, files
 from dllm_var.__main__ import main, open_streams
 from dllm_var.cli.failures import from_files
-from dllm_var.cli.settings import read_settings
 from dllm_var.files import OutputFile, discard, open_output, put_back, write_atomically
+from dllm_var.settings import read_settings
 
 
 def names(folder):

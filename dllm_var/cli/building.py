@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dllm_var.cli.settings import SettingsParser
 from dllm_var.errors import UserError
+from dllm_var.settings import SettingsParser
 
 
 def build(kind: type, name: str, described: str | dict[str, Any], where: str) -> Any:

@@ -21,10 +21,10 @@ from jsonargparse import Namespace
 from dllm_var.checkpoints.provenance import provenance
 from dllm_var.cli.generate import load
 from dllm_var.cli.generate_options import add_draw_options, add_sampler_options
-from dllm_var.cli.settings import SettingsParser, check_size
 from dllm_var.errors import UserError
 from dllm_var.evaluation import TASKS
 from dllm_var.files import open_output, read_text
+from dllm_var.settings import SettingsParser, check_size
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dllm_var.cli.settings import SettingsParser
 from dllm_var.errors import UserError
 from dllm_var.files import fits
+from dllm_var.settings import SettingsParser
 
 if TYPE_CHECKING:
     from dllm_var.checkpoints.stored import StoredModel

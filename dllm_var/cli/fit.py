@@ -4,24 +4,49 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
 import threading
 import warnings
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
+import lightning as L
+from jsonargparse import Namespace
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf.errors import OmegaConfBaseException
 
+from dllm_var import DiffusionLM
+from dllm_var.callbacks import AnswerWriter
+from dllm_var.checkpoints.background import BackgroundFiles
+from dllm_var.checkpoints.choose import check_or_offer
 from dllm_var.checkpoints.run_files import CannotSave
 from dllm_var.cli.failures import from_checkpoint, from_files, from_outside, is_lost_contact
-from dllm_var.cli.training import TrainingCLI
+from dllm_var.cli.trainer_settings import build_parser, check_settings, full_help, run_name
 from dllm_var.errors import UserError
-from dllm_var.training.interrupt import Interrupted, StopOnSignal
-from dllm_var.training.ranks import is_launched_child
+from dllm_var.model.float8 import Float8, check_float8
+from dllm_var.settings import ReferringParser
+from dllm_var.training.changed_settings import check_changes
+from dllm_var.training.checkpointing import CheckedFiles, Trainer
+from dllm_var.training.exact_resume import ExactResume, ResumableFitLoop
+from dllm_var.training.interrupt import Interrupted, SaveAtEnd, StopOnSignal
+from dllm_var.training.ranks import is_first, is_launched_child
+from dllm_var.training.run_folders import (
+    NothingToResume,
+    checkpoint_at,
+    continue_from,
+    continue_newest,
+    lock,
+    place_runs,
+    reserve,
+)
+from dllm_var.training.runs import SaveConfig, default_checkpoints
+
+_RESUMED = "DLLM_VAR_RESUMED"  # the checkpoint that the first process goes on from, for those it starts
 
 
 def main(command: str, arguments: list[str]) -> int:
@@ -34,12 +59,15 @@ def main(command: str, arguments: list[str]) -> int:
     Raises:
         UserError: For a mistake in the settings, the data or a checkpoint, and when a process or a disk fails.
     """
+    if {"-h", "--help"} & set(arguments):
+        print(full_help(build_parser(command, arguments)))
+        return 0
     quieten()
-    settings, resume = split_resume(command, arguments)
+    arguments, resume = split_resume(command, arguments)
     stop = StopOnSignal()
     with ExitStack() as held:  # run folders, until all processes have ended
         try:
-            status = run(command, settings, resume, stop, held)
+            status = run(command, arguments, resume, stop, held)
         except BaseException as error:
             lost = stop.children.end(failed=True)
             if lost is not None and is_lost_contact(error.__cause__ or error):
@@ -51,21 +79,21 @@ def main(command: str, arguments: list[str]) -> int:
     return status
 
 
-def run(command: str, settings: list[str], resume: str | None, stop: StopOnSignal, held: ExitStack) -> int:
-    """Runs one Trainer command; what ends it from outside becomes one line.
-
-    Args:
-        command: As for `main`.
-        settings: Its arguments but `--resume`.
-        resume: What `split_resume` found.
-        stop: Listens to signals.
-        held: Keeps the run's folders for it.
-    """
+def run(command: str, arguments: list[str], resume: str | None, stop: StopOnSignal, held: ExitStack) -> int:
+    """Runs one Trainer command; what ends it from outside becomes one line. `held` keeps the run's folders for it."""
     try:
-        TrainingCLI(command, settings, resume, stop, held)
+        parser = build_parser(command, arguments)
+        settings = parser.parse_resolved(arguments)
+        check_settings(settings, run_name(arguments))
+        resume = find_checkpoint(command, settings, resume)
+        seed_all(settings)
+        text = parser.dump(settings, skip_none=False, skip_validation=True)
+        place_run(command, settings, resume, held)
+        train(command, parser, settings, text, stop)
     except Interrupted as interrupted:
         if getattr(rank_zero_only, "rank", 0) == 0:
-            after = "SLURM runs the job again" if interrupted.requeued else f"continue with: {resume_command(settings)}"
+            command_line = resume_command(arguments)
+            after = "SLURM runs the job again" if interrupted.requeued else f"continue with: {command_line}"
             print(f"\n{interrupted}; {after}", file=sys.stderr)
         return 0 if is_launched_child() else interrupted.status  # the first process speaks for all it has started
     except OmegaConfBaseException as error:  # a resolver such as ${oc.env:NAME}, or a reference that goes in a circle
@@ -87,6 +115,66 @@ def run(command: str, settings: list[str], resume: str | None, stop: StopOnSigna
     return 0
 
 
+def train(command: str, parser: ReferringParser, settings: Namespace, text: str, stop: StopOnSignal) -> None:
+    """Builds model, data and Trainer, and lets the Trainer work.
+
+    Args:
+        command: The Trainer's method.
+        parser: Builds the objects.
+        settings: With the run's folder in them.
+        text: The settings as they were given, for the run folder and checkpoints.
+        stop: Listens to signals.
+    """
+    save_at_end = SaveAtEnd(stop)
+    added = [save_at_end, AnswerWriter(), ExactResume(), stop, *default_checkpoints(settings)]
+    if not settings.trainer.get("fast_dev_run"):
+        added.append(SaveConfig(parser, settings, text=text))
+    built = parser.instantiate(settings)
+    model, data = built.model, built.data
+    if isinstance(model, DiffusionLM):
+        model.sampler = built.sampler  # what predict decodes with
+    named = built.trainer.get("callbacks") or []
+    named = named if isinstance(named, list) else [named]
+    changes = {"callbacks": [*named, *added], "plugins": with_checked_files(built.trainer.get("plugins"))}
+    try:
+        trainer = Trainer(**{**built.trainer.as_dict(), **changes})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    ResumableFitLoop.take_over(trainer)
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.sort(key=lambda callback: callback is not save_at_end)
+    checkpoint = settings.get("ckpt_path")
+    if command == "fit":  # before any data is read
+        float8 = getattr(model, "float8", None)
+        if isinstance(float8, Float8):
+            check_float8(float8, trainer.strategy.root_device, trainer.precision)
+        if checkpoint is not None and Path(checkpoint).exists():
+            check_changes(Path(checkpoint), text, trainer, data)
+    options = {name: built[name] for name in ("verbose", "return_predictions") if name in built}
+    getattr(trainer, command)(model, datamodule=data, ckpt_path=checkpoint, weights_only=True, **options)
+
+
+def with_checked_files(plugins: Any) -> list[Any]:
+    """Returns the Trainer's plugins with one of ours for checkpoints, also in place of Lightning's asynchronous one."""
+    plugins = list(plugins) if isinstance(plugins, list | tuple) else [plugins] if plugins else []
+    for number, plugin in enumerate(plugins):
+        if isinstance(plugin, AsyncCheckpointIO) and isinstance(plugin.checkpoint_io, CheckedFiles | None):
+            plugins[number] = BackgroundFiles()  # Lightning's removes old checkpoints before the new one is whole
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(CheckedFiles())
+    return plugins
+
+
+# -- before a run ------------------------------------------------------------------------------------------------------
+
+
+def seed_all(settings: Namespace) -> None:
+    """Seeds all random generators as the settings say, and keeps a random seed in them."""
+    seed = settings.seed_everything
+    if seed is not False:
+        settings.seed_everything = L.seed_everything(None if seed is True else seed, workers=True)
+
+
 def split_resume(command: str, arguments: list[str]) -> tuple[list[str], str | None]:
     """Takes `--resume` out of the arguments.
 
@@ -96,29 +184,91 @@ def split_resume(command: str, arguments: list[str]) -> tuple[list[str], str | N
     Raises:
         UserError: When the command has no such option.
     """
-    settings: list[str] = []
-    resume = None
-    for argument in arguments:
-        option, _, value = argument.partition("=")
-        if option == "--resume":
-            resume = value or "newest"
-        else:
-            settings.append(argument)
-    if resume and command != "fit":
+    given = [argument for argument in arguments if argument.partition("=")[0] == "--resume"]
+    others = [argument for argument in arguments if argument not in given]
+    if given and command != "fit":
         raise UserError(f"--resume belongs to fit; {command} takes --ckpt_path FILE")
     restarts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
-    if command == "fit" and resume is None and any(restart not in ("", "0") for restart in restarts):
-        resume = "auto"
-    return settings, resume
+    if given:
+        return others, given[-1].partition("=")[2] or "newest"
+    return others, "auto" if command == "fit" and any(restart not in ("", "0") for restart in restarts) else None
 
 
-def resume_command(settings: list[str]) -> str:
-    """Returns the command that goes on where `fit` with these settings stopped."""
+def resume_command(arguments: list[str]) -> str:
+    """Returns the command that goes on where `fit` with these arguments stopped."""
     kept: list[str] = []
-    for previous, argument in zip(["", *settings], settings, strict=False):
+    for previous, argument in zip(["", *arguments], arguments, strict=False):
         if previous != "--ckpt_path" and argument.partition("=")[0] != "--ckpt_path":
             kept.append(argument)
     return shlex.join(["python", "-m", "dllm_var", "fit", *kept, "--resume"])
+
+
+def find_checkpoint(command: str, settings: Namespace, resume: str | None) -> str | None:
+    """Puts the checkpoint that `--ckpt_path` means into the settings, and returns what `--resume` means.
+
+    Raises:
+        UserError: When there is no such checkpoint, or the command needs one and none is named.
+    """
+    path = settings.get("ckpt_path")
+    if resume and path not in (None, "last"):
+        raise UserError(f"--resume finds the newest checkpoint itself: leave out --ckpt_path={path}")
+    if path == "last" and command == "fit":  # Lightning would look in the new run's folder
+        settings.ckpt_path = None
+        return resume or "newest"
+    if path == "last":
+        placed = settings.trainer.clone()
+        place_runs(placed)
+        settings.ckpt_path = str(continue_newest(placed))
+        check_or_offer(Path(settings.ckpt_path), "--ckpt_path")
+    elif path is not None:
+        settings.ckpt_path = str(checkpoint_at(str(path)))
+    elif command != "fit":
+        raise UserError(f"{command} needs --ckpt_path FILE, or --ckpt_path last for the newest run")
+    return resume
+
+
+def place_run(command: str, settings: Namespace, resume: str | None, held: ExitStack) -> None:
+    """Finds or makes the run's folder, locks it, and puts folder and checkpoint into the settings."""
+    trainer = settings.trainer
+    place_runs(trainer)
+    checkpoint = to_resume(resume, trainer) if resume else None
+    if is_first() and not trainer.get("fast_dev_run"):
+        reserve(trainer, held)
+        if command == "fit":
+            lock(trainer, held)
+            if checkpoint is not None:  # until now another run may have written there
+                checkpoint = to_resume(resume, trainer)
+    if resume:
+        settings.ckpt_path = None if checkpoint is None else str(checkpoint)
+        os.environ[_RESUMED] = settings.ckpt_path or ""
+        if checkpoint is not None and not is_launched_child():  # the first process has looked
+            check_or_offer(checkpoint, "--resume")
+        warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # it goes on there
+
+
+def to_resume(resume: str | None, trainer_settings: Any) -> Path | None:
+    """Finds the checkpoint that `--resume` means and points the loggers at its run; None when a run is to start."""
+    resume = (os.environ[_RESUMED] or None) if is_launched_child() else resume
+    try:
+        if resume in ("newest", "auto"):
+            return continue_newest(trainer_settings)
+        return None if resume is None else continue_from(resume, trainer_settings)
+    except NothingToResume:
+        if resume == "auto":
+            return None
+        raise
+
+
+def quieten() -> None:
+    """Leaves out what Lightning prints that tells a user nothing about the run."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not record.getMessage().startswith(("💡 Tip:", "Tip:", "TPU available"))
+    )
+    threading.excepthook = tell_thread_failure
+    # Rows need no loader state: the data module goes on with the row after the last one trained.
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the data is in memory
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # inside Lightning
 
 
 def tell_thread_failure(failure: threading.ExceptHookArgs) -> None:
@@ -128,15 +278,3 @@ def tell_thread_failure(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
     else:
         print(f"warning: {message}", file=sys.stderr)
-
-
-def quieten() -> None:
-    """Leaves out what Lightning prints that tells a user nothing about the run."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not re.search("Tip: For seamless|TPU available", record.getMessage())
-    )
-    threading.excepthook = tell_thread_failure
-    # Rows need no loader state: the data module goes on with the row after the last one trained.
-    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the data is in memory
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # inside Lightning

@@ -26,9 +26,9 @@ from dllm_var.errors import UserError
 _NO_MEMORY = re.compile("can't allocate memory|out of memory|Storage size calculation overflowed")
 
 if TYPE_CHECKING:
-    from dllm_var.cli.settings import SettingsParser
     from dllm_var.model.transformer import Transformer
     from dllm_var.sampling import Generation, Sampler
+    from dllm_var.settings import SettingsParser
     from dllm_var.text.tokenizer import Tokenizer
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from dllm_var.cli.settings import SettingsParser, read_settings
 from dllm_var.errors import UserError
+from dllm_var.settings import SettingsParser, read_settings
 
 DESCRIPTION = """Answers prompts with a trained checkpoint.
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,12 +21,15 @@ from dllm_var.benchmarking.cost_model import (
     step_seconds,
     training_flops,
 )
+from dllm_var.checkpoints.pretrained import starting_config
 from dllm_var.cli.building import build
-from dllm_var.cli.settings import PlainParser
+from dllm_var.cli.fit import quieten
+from dllm_var.cli.trainer_settings import build_parser, check_settings, run_name
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
 from dllm_var.objectives import EosSchedule, KeyedNoise, Objective
-from dllm_var.text.tokenizer import SpecialTokens
+from dllm_var.settings import SettingsParser
+from dllm_var.text.tokenizer import SpecialTokens, Tokenizer
 
 DESCRIPTION = """Says what a training run will cost, from its config alone: parameters, tokens and FLOPs of a step, its
 time at a given MFU, and the memory of each device under ddp, fsdp2 and zero2. Reads neither weights nor data."""
@@ -41,24 +44,14 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step.
-
-    Args:
-        devices: How many work together.
-        rows: Of a batch on one device.
-        accumulated: Batches of one step.
-        context_length: Tokens of a row.
-        read: Tokens that the layers read of a row: more where the objective adds masked copies.
-        scored: Positions of a row on which the head runs.
-        precision: Of weights and activations.
-    """
+    """One optimizer step."""
 
     devices: int
-    rows: int
-    accumulated: int
-    context_length: int
-    read: int
-    scored: int
+    rows: int  # of a batch on one device
+    accumulated: int  # batches
+    context_length: int  # tokens of a row
+    read: int  # tokens that the layers read of a row: more where the objective adds masked copies
+    scored: int  # positions of a row on which the head runs
     precision: Precision
 
     @property
@@ -82,79 +75,46 @@ def main(command: str, arguments: list[str]) -> int:
     Raises:
         UserError: For a mistake in the settings, or when they do not say the model's vocabulary.
     """
-    parser = build_parser(command)
-    options, settings = parser.parse_known_args(arguments)
+    parser = build_parser(command, arguments, trainer_command="fit")
+    add_options(parser)
+    if {"-h", "--help"} & set(arguments):
+        print(parser.format_help())
+        return 0
+    quieten()
+    settings = parser.parse_resolved(arguments)
+    check_settings(settings, run_name(arguments))
     for name in ("devices", "device_tflops", "device_memory"):
-        value = getattr(options, name)
+        value = settings[name]
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be a number above 0, got {value:g}")
     for name in ("mfu", "supervised_share"):
-        value = getattr(options, name)
-        if not 0 < value <= 1:
-            raise UserError(f"--{name.replace('_', '-')} must be in (0, 1], got {value:g}")
-    result = plan(read(settings), options)
-    print(json.dumps(result, indent=2) if options.json else report(result))
+        if not 0 < settings[name] <= 1:
+            raise UserError(f"--{name.replace('_', '-')} must be in (0, 1], got {settings[name]:g}")
+    result = plan(settings.as_dict())
+    print(json.dumps(result, indent=2) if settings.json else report(result))
     return 0
 
 
-def build_parser(command: str) -> argparse.ArgumentParser:
-    """Returns the parser of its own options; all others are settings of `fit`."""
-    parser = PlainParser(
-        prog=f"python -m dllm_var {command}",
-        usage=f"python -m dllm_var {command} --config FILE ... [options] [--key=value ...]",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--devices", type=int, metavar="N", help="devices in all; what trainer says when not given")
-    parser.add_argument("--mfu", type=float, default=0.4, metavar="X", help="model FLOPs over peak FLOPs (0.4)")
-    parser.add_argument(
+def add_options(parser: SettingsParser) -> None:
+    """Adds the options of `plan` to the settings of `fit`."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = "python -m dllm_var plan --config FILE ... [options] [--key=value ...]"
+    options = parser.add_argument_group("plan")
+    options.add_argument("--devices", type=int, metavar="N", help="devices in all; what trainer says when not given")
+    options.add_argument("--mfu", type=float, default=0.4, metavar="X", help="model FLOPs over peak FLOPs (0.4)")
+    options.add_argument(
         "--device-tflops", type=float, default=989.0, metavar="X", help="peak of one device (989: an H100 in bf16)"
     )
-    parser.add_argument("--device-memory", type=float, default=80.0, metavar="GB", help="memory of one device (80)")
-    parser.add_argument(
+    options.add_argument("--device-memory", type=float, default=80.0, metavar="GB", help="memory of one device (80)")
+    options.add_argument(
         "--supervised-share", type=float, default=0.5, metavar="X", help="share of tokens that are answers (0.5)"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
+    options.add_argument("--json", action="store_true", help="print JSON")
 
 
-def read(settings: list[str]) -> dict[str, Any]:
-    """Returns the settings of `fit` as plain values: those of files and arguments, defaults, references resolved."""
-    from dllm_var.cli.fit import quieten
-    from dllm_var.cli.training import TrainingCLI
-    from dllm_var.training.interrupt import StopOnSignal
-
-    class Reader(TrainingCLI):
-        """Stops where the settings have been read."""
-
-        def parse_arguments(self, parser: Any, args: Any) -> None:
-            self.config = parser.parse_args(args)
-
-        def before_instantiate_classes(self) -> None:
-            pass
-
-        def instantiate_classes(self) -> None:
-            pass
-
-        def _run_subcommand(self, subcommand: str) -> None:
-            pass
-
-        def _set_seed(self) -> None:
-            pass
-
-    quieten()
-    return Reader("fit", settings, None, StopOnSignal(), ExitStack()).config["fit"].as_dict()
-
-
-def plan(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Returns all figures as plain values.
-
-    Args:
-        settings: Of `fit`.
-        options: Of `plan`.
-    """
+def plan(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns all figures as plain values; `settings` has those of `fit` and the options of `plan`."""
     model, data, trainer = (settings[name] for name in ("model", "data", "trainer"))
     model, data = model["init_args"], data["init_args"]
     for section, values, names in (("model", model, ["transformer"]), ("data", data, ["batch_size", "context_length"])):
@@ -163,12 +123,12 @@ def plan(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
             raise UserError(f"plan needs {section}.{missing}, which {settings[section]['class_path']} has not")
     objective = read_objective(model)
     config = read_config(model, data, objective)
-    step = read_step(data, trainer, objective, options)
+    step = read_step(data, trainer, objective, settings)
     parameters = count_parameters(config)
     lora = model.get("lora")
     trained = adapter_parameters(config, lora["r"], lora["targets"]) if lora else parameters.total
     flops = training_flops(config, step.read, step.scored, min(1.0, trained / parameters.total)) * step.rows_in_all
-    seconds = step_seconds(flops, step.devices, options.device_tflops * 1e12, options.mfu)
+    seconds = step_seconds(flops, step.devices, settings["device_tflops"] * 1e12, settings["mfu"])
     # With adapters, the frozen weights lie in memory beside them.
     held = parameters.total + (trained if lora else 0)
     memory = {
@@ -184,12 +144,7 @@ def plan(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
         "step": {**asdict(step), "tokens": step.tokens, "flops": flops, "seconds": seconds},
         "tokens_per_second": step.tokens / seconds,
         "run": {"steps": steps, "hours": steps * seconds / 3600, "tokens": steps * step.tokens} if steps > 0 else None,
-        "assumed": {
-            "mfu": options.mfu,
-            "device_tflops": options.device_tflops,
-            "device_memory": options.device_memory,
-            "supervised_share": options.supervised_share,
-        },
+        "assumed": {name: settings[name] for name in ("mfu", "device_tflops", "device_memory", "supervised_share")},
         "memory": {name: {**asdict(value), "total": value.total} for name, value in memory.items()},
     }
 
@@ -208,8 +163,6 @@ def read_config(model: dict[str, Any], data: dict[str, Any], objective: Objectiv
     """
     config = TransformerConfig(**model["transformer"])
     if model.get("init_from") and config.vocab_size is None:
-        from dllm_var.checkpoints.pretrained import starting_config
-
         config = starting_config(config, model["init_from"])
     if config.vocab_size is None:
         config = replace(config, vocab_size=vocabulary(data))
@@ -218,10 +171,6 @@ def read_config(model: dict[str, Any], data: dict[str, Any], objective: Objectiv
 
 def vocabulary(data: dict[str, Any]) -> int:
     """Returns the size of the vocabulary of the data's tokenizer."""
-    from importlib import import_module
-
-    from dllm_var.text.tokenizer import Tokenizer
-
     name = data.get("tokenizer")
     if name is None:
         path = (data.get("source") or {}).get("class_path", "dllm_var.datamodules.CmudictSource")
@@ -232,9 +181,9 @@ def vocabulary(data: dict[str, Any]) -> int:
     return Tokenizer.from_pretrained(name, data.get("mask_token"), data.get("terminators")).vocab_size
 
 
-def read_step(data: dict[str, Any], trainer: dict[str, Any], objective: Objective, options: argparse.Namespace) -> Step:
+def read_step(data: dict[str, Any], trainer: dict[str, Any], objective: Objective, options: dict[str, Any]) -> Step:
     """Returns what one step takes; what the objective reads and scores is counted on rows made for that."""
-    devices: Any = options.devices
+    devices: Any = options["devices"]
     if devices is None:
         devices = trainer.get("devices")
         devices = len(devices) if isinstance(devices, list) else devices
@@ -245,7 +194,7 @@ def read_step(data: dict[str, Any], trainer: dict[str, Any], objective: Objectiv
         if data[name] < 1:
             raise UserError(f"data.{name} must be at least 1, got {data[name]}")
     length = data["context_length"]
-    read, scored = tokens_read(objective, min(length, SAMPLE_LENGTH), options.supervised_share)
+    read, scored = tokens_read(objective, min(length, SAMPLE_LENGTH), options["supervised_share"])
     precision = str(trainer.get("precision") or "32")
     kind: Precision = "32" if precision.startswith("32") else "16-true" if precision.endswith("true") else "16-mixed"
     return Step(

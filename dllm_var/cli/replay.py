@@ -8,8 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from dllm_var.cli.settings import PlainParser, dump_yaml, read_settings
 from dllm_var.errors import UserError
+from dllm_var.settings import SettingsParser, dump_yaml, read_settings
 
 DESCRIPTION = """Computes the losses again that the loss guard has recorded in a run's loss_guard.jsonl, row by row.
 
@@ -27,7 +27,7 @@ def main(command: str, arguments: list[str]) -> int:
     Raises:
         UserError: When there is no record, no checkpoint before it, or no configuration.
     """
-    parser = PlainParser(f"python -m dllm_var {command}", description=DESCRIPTION)
+    parser = SettingsParser(prog=f"python -m dllm_var {command}", description=DESCRIPTION)
     parser.add_argument("run", help="run folder, such as runs/quickstart/version_0")
     parser.add_argument("--step", type=int, help="which record, by its step; the last when not given")
     parser.add_argument("--checkpoint", help="go on from this one, in place of the last before the step")

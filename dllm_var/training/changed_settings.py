@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from dllm_var.checkpoints.shards import read_trainer_state
-from dllm_var.cli.settings import load_yaml
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
+from dllm_var.settings import load_yaml
 
 # Of the Trainer's settings these decide what is learned; the others say where it runs, how long, and what is kept.
 _TRAINER = {

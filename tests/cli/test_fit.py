@@ -20,8 +20,8 @@ from tiny_data import write_tiny
 from dllm_var import DiffusionLM, UserError
 from dllm_var.__main__ import COMMANDS, main
 from dllm_var.cli.fit import quieten, resume_command, tell_thread_failure
-from dllm_var.cli.settings import readable
 from dllm_var.datamodules import CmudictSource, PackedDataModule
+from dllm_var.settings import one_line
 
 ROOT = Path(__file__).parent.parent.parent
 HERE = __name__  # where this file's classes are found by class_path
@@ -165,7 +165,7 @@ def test_every_command_has_help(command, capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["--model.sed=1"], ["model.sed", "did you mean 'seed'"]),
+        (["--model.sed=1"], ["model.sed", "did you mean 'model.seed'"]),
         (["--model.transformer.hiden_size=1"], ["model.transformer.hiden_size", "hidden_size"]),
         (["--trainer.max_step=1"], ["trainer.max_step", "trainer.max_steps"]),
         (["--data.batch_size=many"], ["data.batch_size", "int", "many"]),
@@ -209,11 +209,11 @@ def test_mistakes_are_told_in_one_line(changes, words, tiny, capsys):
         ("just words\n", ["bad.yaml", "no settings"]),
         ("\x00", ["bad.yaml"]),
         ("modle: {seed: 1}\n", ["modle"]),
-        ("model: {sed: 1}\n", ["model.sed", "'seed'"]),
+        ("model: {sed: 1}\n", ["model.sed", "'model.seed'"]),
         ("seed_everything: -1\n", ["seed_everything", "got -1"]),
         ("trainer: {gradient_clip_val: -1}\n", ["trainer.gradient_clip_val", "at least 0", "got -1"]),
         ("trainer: {accumulate_grad_batches: 0}\n", ["trainer.accumulate_grad_batches", "at least 1", "got 0"]),
-        (f"model: {{objective: {OBJECTIVE % 'tmax: 1'}}}\n", ["model.objective.tmax", "'t_max'"]),
+        (f"model: {{objective: {OBJECTIVE % 'tmax: 1'}}}\n", ["model.objective.tmax", "'model.objective.t_max'"]),
         ("data: {batch_size: [1]}\n", ["data.batch_size", "int"]),
         (f"trainer: {{callbacks: [{MONITOR % 'x: 1'}]}}\n", ["trainer.callbacks", "x"]),
     ],
@@ -238,7 +238,7 @@ def test_bug_keeps_its_traceback(tiny):
 
 
 def test_message_of_the_parser_without_keys_stays():
-    assert readable("something else") == "something else"
+    assert one_line("something else", list) == "something else"
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
