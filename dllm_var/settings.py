@@ -82,11 +82,16 @@ def read_settings(path: Path) -> dict[str, Any]:
     return content
 
 
-def config_files(arguments: Sequence[str]) -> list[Path]:
-    """Returns the files that `--config` names among the arguments."""
+def given(arguments: Sequence[str], *options: str) -> list[str]:
+    """Returns the values that options have among the arguments, as `--option=value` or in two words."""
     pairs = zip(arguments, [*arguments[1:], ""], strict=True)
     split = [(*argument.partition("="), following) for argument, following in pairs]
-    return [Path(value if equals else after) for option, equals, value, after in split if option in ("--config", "-c")]
+    return [value if equals else after for option, equals, value, after in split if option in options]
+
+
+def config_files(arguments: Sequence[str]) -> list[Path]:
+    """Returns the files that `--config` names among the arguments."""
+    return [Path(value) for value in given(arguments, "--config", "-c")]
 
 
 # -- the parser --------------------------------------------------------------------------------------------------------

@@ -19,8 +19,7 @@ import yaml
 from jsonargparse import Namespace
 
 from dllm_var.checkpoints.provenance import provenance
-from dllm_var.cli.generate import load
-from dllm_var.cli.generate_options import add_draw_options, add_sampler_options
+from dllm_var.cli.generate import add_draw_options, add_sampler_options, load
 from dllm_var.errors import UserError
 from dllm_var.evaluation import TASKS
 from dllm_var.files import open_output, read_text

@@ -240,7 +240,7 @@ def test_nobody_reads_any_more(monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--prompt="], ["--prompt is empty"]),
+        (["--prompt="], ["--prompt: it is empty"]),
         (["--prompt=caté"], ["caté", "é"]),
         (["--prompts-file=nowhere.txt"], ["--prompts-file", "nowhere.txt"]),
         (["--prompts-file=gap.txt"], ["gap.txt", "line 2", "empty"]),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dllm_var.__main__ import main
-from dllm_var.cli.generate_options import EXAMPLES, build_parser
+from dllm_var.cli.generate import EXAMPLES, build_parser
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "generate.md").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from byte_tokenizer import write_byte_tokenizer
 
-from dllm_var.cli.generate_replay import replay, shown
+from dllm_var.cli.answers import replay
 from dllm_var.sampling import Generation
 from dllm_var.text.tokenizer import Tokenizer
 
@@ -66,9 +66,13 @@ def test_lines_fit_and_show_every_new_token(width, colour, cmudict):
 
 
 def test_tokens_are_shown_on_one_line(cmudict, tmp_path):
-    assert shown(cmudict.pad_id, cmudict) == "<pad>"
+    def shown(tokenizer, tokens):
+        answer = Generation(tokens, "eos", 9, 0.0, 1, "", [1] * len(tokens))
+        return replay(answer, tokenizer).splitlines()[0].split()[1:]
+
+    assert shown(cmudict, [cmudict.pad_id]) == ["<pad>"]
     tokenizer = Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path))
-    assert [shown(tokenizer.encode(letter)[0], tokenizer) for letter in "a \n\t"] == ["a", "␣", "\\n", "\\t"]
+    assert shown(tokenizer, [tokenizer.encode(letter)[0] for letter in "a \n\t"]) == ["a", "␣", r"\n", r"\t"]
 
 
 def test_an_empty_answer_and_one_that_was_not_recorded(cmudict):

@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 
 from dllm_var.__main__ import main
 from dllm_var.checkpoints.pretrained import save_checkpoint_folder
-from dllm_var.cli.generate_prompts import encode_gaps, read_prompts, token_ids
+from dllm_var.cli.prompts import encode_gaps, read_prompts, token_ids
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.text.tokenizer import Tokenizer
@@ -176,7 +176,7 @@ def test_chat_through_the_command(tmp_path, chat, capsys):
 
 def test_a_gap_is_as_many_masks_and_takes_the_blank_before_it(plain):
     def gaps(text):
-        return encode_gaps(text, "--infill", plain)
+        return encode_gaps(text, plain)
 
     mask, encode = plain.mask_id, plain.encode
     assert gaps("the <gap:2> sat") == [*encode("the"), mask, mask, *encode(" sat")]
@@ -237,7 +237,7 @@ def test_bad_records_are_named(line, words, tmp_path, plain):
 @pytest.mark.parametrize("gap", ["<gap>", "<gap:0>", "<gap:x>", "<gap:-1>", "<gap:1", "<gap:12345678>"])
 def test_gaps_without_a_length_are_named(gap, plain):
     with pytest.raises(UserError, match="write <gap:3> for three tokens"):
-        encode_gaps(f"a {gap} b <gap:2>", "--infill", plain)
+        encode_gaps(f"a {gap} b <gap:2>", plain)
 
 
 @pytest.mark.parametrize("options", [{"prompt": ["a"], "infill": ["a<gap:1>", "b<gap:1>"]}])

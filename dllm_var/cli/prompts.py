@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,43 +61,43 @@ def read_prompts(options: Namespace, tokenizer: Tokenizer) -> list[Prompt]:
     records = list(_records(options))
     if not records:
         raise UserError("no prompts: give --prompt TEXT, --prompts-file FILE or lines on standard input")
-    prompts = [_encode(record, tokenizer, options.chat, options.system) for record in records]
+    prompts = []
+    for record in records:
+        try:
+            prompts.append(_encode(record, tokenizer, options.chat, options.system))
+        except UserError as error:
+            raise UserError(f"{record.where}: {error}") from None
     if len({prompt.infill is None for prompt in prompts}) > 1:
         raise UserError("some prompts have an infill text and some have none: decode them in two runs")
     return prompts
 
 
 def _records(options: Namespace) -> Iterator[_Record]:
-    given = [_Record("--prompt", prompt) for prompt in options.prompt or []]
-    if options.infill:
-        if given and len(given) != len(options.infill):
-            raise UserError(
-                f"{len(given)} --prompt and {len(options.infill)} --infill: give a prompt for each infill text, or none"
-            )
-        for index, infill in enumerate(options.infill):
-            yield _Record("--infill", given[index].prompt if given else None, infill=infill)
+    given, infills = options.prompt or [], options.infill or []
+    if infills and given and len(given) != len(infills):
+        raise UserError(
+            f"{len(given)} --prompt and {len(infills)} --infill: give a prompt for each infill text, or none"
+        )
+    if infills:
+        for prompt, infill in zip(given or [None] * len(infills), infills, strict=True):
+            yield _Record("--infill", prompt, infill=infill)
         return
-    yield from given
-    if options.prompts_file not in (None, "-"):
-        try:
-            text = Path(options.prompts_file).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise UserError(f"--prompts-file: cannot read '{options.prompts_file}': {reason}") from error
-        yield from _lines(text, options.prompts_file, Path(options.prompts_file).suffix == ".jsonl")
-    elif options.prompts_file == "-" or (not given and not sys.stdin.isatty()):
-        try:
-            text = sys.stdin.read()
-        except UnicodeDecodeError as error:
-            raise UserError("standard input is not UTF-8 text") from error
-        yield from _lines(text, "standard input", is_json=False)
+    for prompt in given:
+        yield _Record("--prompt", prompt)
+    name = options.prompts_file
+    try:
+        if name not in (None, "-"):
+            yield from _lines(Path(name).read_text(encoding="utf-8-sig"), name, Path(name).suffix == ".jsonl")
+        elif name == "-" or (not given and not sys.stdin.isatty()):
+            yield from _lines(sys.stdin.read(), "standard input", is_json=False)
+    except (OSError, UnicodeDecodeError) as error:
+        where = f"--prompts-file: cannot read '{name}'" if name not in (None, "-") else "cannot read standard input"
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"{where}: {reason}") from error
 
 
 def _lines(text: str, name: str, is_json: bool) -> Iterator[_Record]:
-    lines = text.split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
         where = f"{name}, line {number}"
         if not is_json:
             yield _Record(where, line.strip())
@@ -130,33 +130,24 @@ def _from_json(line: str, where: str) -> _Record:
 
 def _encode(record: _Record, tokenizer: Tokenizer, chat: bool, system: str | None) -> Prompt:
     messages, text = record.messages, record.prompt
+    ids: list[int] = []
     if chat and messages is None and text is not None:
         messages = [{"role": "user", "content": text}]
     if messages is not None:
         if system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
         for turn in messages:
-            _check(turn["content"], record.where, tokenizer)
-        text, ids = messages[-1]["content"], _named(record.where, tokenizer.encode_chat_prompt, messages)
+            _check(turn["content"], tokenizer)
+        text, ids = messages[-1]["content"], tokenizer.encode_chat_prompt(messages)
     elif text is not None:
-        _check(text, record.where, tokenizer)
-        ids = _named(record.where, tokenizer.encode, text)
-    else:
-        ids = []
+        _check(text, tokenizer)
+        ids = tokenizer.encode(text)
     if record.infill is None:
-        assert text is not None
-        return Prompt(text, ids)
-    return Prompt(text or "", ids, record.infill, encode_gaps(record.infill, record.where, tokenizer))
+        return Prompt(text or "", ids)
+    return Prompt(text or "", ids, record.infill, encode_gaps(record.infill, tokenizer))
 
 
-def _named(where: str, encode: Callable[[Any], list[int]], prompt: Any) -> list[int]:
-    try:
-        return encode(prompt)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def encode_gaps(text: str, where: str, tokenizer: Tokenizer) -> list[int]:
+def encode_gaps(text: str, tokenizer: Tokenizer) -> list[int]:
     """Returns a text's token ids with one mask id for each token of a gap, `<gap:N>`.
 
     Blanks left of a gap belong to it: most tokenizers write the blank between words into the second word's token.
@@ -168,11 +159,11 @@ def encode_gaps(text: str, where: str, tokenizer: Tokenizer) -> list[int]:
     malformed = next((found[0] for piece in pieces[::2] if (found := re.search(r"<gap[^>]*>?", piece))), None)
     if malformed is not None:
         raise UserError(
-            f"{where}: the gap {malformed} has no length to be filled; write <gap:3> for three tokens "
+            f"the gap {malformed} has no length to be filled; write <gap:3> for three tokens "
             "(gaps of unknown length are not supported)"
         )
     if len(pieces) == 1:
-        raise UserError(f"{where}: '{text}' has no gap; write <gap:3> where three tokens are missing")
+        raise UserError(f"'{text}' has no gap; write <gap:3> where three tokens are missing")
     ids: list[int] = []
     for index, piece in enumerate(pieces):
         if index % 2:
@@ -180,25 +171,22 @@ def encode_gaps(text: str, where: str, tokenizer: Tokenizer) -> list[int]:
             continue
         piece = piece.rstrip(" ") if index + 1 < len(pieces) else piece
         if piece.strip():
-            _check(piece, where, tokenizer)
-            ids += _named(where, tokenizer.encode, piece)
+            _check(piece, tokenizer)
+            ids += tokenizer.encode(piece)
     return ids
 
 
-def _check(text: str, where: str, tokenizer: Tokenizer) -> None:
-    """Raises UserError for a prompt that is empty, or has text that the vocabulary cannot spell."""
+def _check(text: str, tokenizer: Tokenizer) -> None:
+    """Raises UserError for text that is empty or that the vocabulary cannot spell."""
     if not text.strip():
-        raise UserError(f"{where} is empty: give at least one token")
+        raise UserError("it is empty: give at least one token")
     try:
         spans = tokenizer.spans(text)
     except (TypeError, UnicodeEncodeError) as error:  # half a character, from a terminal that is not set to UTF-8
-        raise UserError(f"{where} is not valid Unicode: {text!r}") from error
-    if tokenizer.unknown_id is None:
-        return
-    for index, start, stop in spans:
-        if index == tokenizer.unknown_id:
-            unknown = text[start:stop]
-            raise UserError(f"{where}, '{text[:80]}': the checkpoint's vocabulary has nothing for '{unknown[:80]}'")
+        raise UserError(f"it is not valid Unicode: {text!r}") from error
+    unknown = next((text[start:stop] for index, start, stop in spans if index == tokenizer.unknown_id), None)
+    if unknown is not None:
+        raise UserError(f"'{text[:80]}': the checkpoint's vocabulary has nothing for '{unknown[:80]}'")
 
 
 def token_ids(names: Sequence[str], tokenizer: Tokenizer) -> list[int]:
@@ -209,11 +197,9 @@ def token_ids(names: Sequence[str], tokenizer: Tokenizer) -> list[int]:
     """
     ids = []
     for name in names:
-        explicit = re.fullmatch(r"id:(\d+)", name)
-        index = tokenizer.backend.token_to_id(name)
-        if explicit:
-            index = int(explicit[1])
-        elif index is None:
+        number = name.removeprefix("id:")
+        index = int(number) if number != name and number.isdecimal() else tokenizer.backend.token_to_id(name)
+        if index is None:
             encoded = tokenizer.encode(name)
             if len(encoded) != 1 or encoded[0] == tokenizer.unknown_id:
                 pieces = " ".join(repr(tokenizer.id_to_token(index)) for index in encoded)

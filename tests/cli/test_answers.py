@@ -1,22 +1,20 @@
 """Answers as they are printed: streams that equal the whole text, the order of the prompts, files that are whole."""
 
 import io
-import os
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 from byte_tokenizer import write_byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonargparse import Namespace
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
 from dllm_var.__main__ import main
-from dllm_var.cli.generate_output import AnswerPrinter, Output, TextStream, is_coloured
-from dllm_var.cli.generate_prompts import Prompt
-from dllm_var.errors import UserError
+from dllm_var.cli.answers import AnswerPrinter, TextStream, is_coloured
+from dllm_var.cli.prompts import Prompt
 from dllm_var.sampling import Generation
 from dllm_var.sampling.stopping import StopStrings
 from dllm_var.text.tokenizer import SpecialTokens, Tokenizer
@@ -111,15 +109,20 @@ def answer(text, reason="eos"):
 
 
 def printer(out, texts, tokenizer=None):
+    options = dict.fromkeys(("json", "replay", "answers_only", "no_stream", "stop"))
     prompts = [Prompt(text, [1]) for text in texts]
-    new_stream = None if tokenizer is None else lambda: TextStream(tokenizer)
-    return AnswerPrinter(out, prompts, lambda p, a: f"{p.text}: {a.text}", lambda p: f"{p.text}: ", new_stream)
+    return AnswerPrinter(out, prompts, tokenizer, Namespace(**options, stream=tokenizer is not None))
 
 
 def test_answers_wait_for_those_before_them():
     out = io.StringIO()
     ours = printer(out, "abcd")
-    for index, expected in ((2, ""), (0, "a: 0\n"), (1, "a: 0\nb: 1\nc: 2\n"), (3, "a: 0\nb: 1\nc: 2\nd: 3\n")):
+    for index, expected in (
+        (2, ""),
+        (0, "a -> 0\n"),
+        (1, "a -> 0\nb -> 1\nc -> 2\n"),
+        (3, "a -> 0\nb -> 1\nc -> 2\nd -> 3\n"),
+    ):
         ours.on_answer(index, answer(str(index)))
         assert out.getvalue() == expected
 
@@ -131,12 +134,12 @@ def test_streams_take_turns(tokenizers):
     tokens = [tokenizer.encode("first"), tokenizer.encode("second")]
     ours.on_block(1, tokens[1][:3])
     ours.on_block(0, tokens[0][:2])
-    assert out.getvalue() == "a: fi"
+    assert out.getvalue() == "a -> fi"
     ours.on_block(1, tokens[1][:4])
     ours.on_answer(0, answer("first"))
-    assert out.getvalue() == "a: first\nb: seco"
+    assert out.getvalue() == "a -> first\nb -> seco"
     ours.on_answer(1, answer("second"))
-    assert out.getvalue() == "a: first\nb: second\n"
+    assert out.getvalue() == "a -> first\nb -> second\n"
 
 
 def test_an_interrupted_line_ends(tokenizers):
@@ -145,7 +148,7 @@ def test_an_interrupted_line_ends(tokenizers):
     ours.on_block(0, tokenizer.encode("first"))
     ours.on_answer(2, answer("third"))
     ours.interrupt()
-    assert out.getvalue() == "a: first\nc: third\n"
+    assert out.getvalue() == "a -> first\nc -> third\n"
 
 
 # -- terminals ---------------------------------------------------------------------------------------------------------
@@ -199,60 +202,3 @@ def test_colour_is_for_terminals_whose_user_wants_it(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     assert not is_coloured(Terminal())
     assert "\033" not in lines_of(monkeypatch, "--prompt=cat", "--replay")
-
-
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
-def test_a_file_replaces_the_last_one_when_it_is_complete(tmp_path):
-    path = tmp_path / "answers.txt"
-    path.write_text("old")
-    output = Output(str(path))
-    output.stream.write("new")
-    output.stream.flush()
-    assert path.read_text() == "old"
-    output.complete()
-    assert path.read_text() == "new" and os.listdir(tmp_path) == ["answers.txt"]
-
-
-def test_what_a_link_points_to_is_replaced(tmp_path):
-    (tmp_path / "target.txt").write_text("old")
-    (tmp_path / "link.txt").symlink_to("target.txt")
-    output = Output(str(tmp_path / "link.txt"))
-    output.stream.write("new")
-    output.complete()
-    assert (tmp_path / "target.txt").read_text() == "new" and (tmp_path / "link.txt").is_symlink()
-
-
-@pytest.mark.parametrize("content", ["", "half"])
-def test_an_abandoned_file_keeps_its_partial_name(content, tmp_path):
-    output = Output(str(tmp_path / "answers.txt"))
-    output.stream.write(content)
-    partial = output.abandon()
-    assert os.listdir(tmp_path) == (["answers.txt.partial"] if content else [])
-    assert partial is None if not content else partial.read_text() == content
-
-
-def test_pipes_are_written_to_and_not_replaced(tmp_path):
-    fifo = tmp_path / "pipe"
-    os.mkfifo(fifo)
-    read = []
-    reader = threading.Thread(target=lambda: read.append(fifo.read_text()))
-    reader.start()
-    output = Output(str(fifo))
-    output.stream.write("text")
-    output.complete()
-    reader.join()
-    assert read == ["text"] and fifo.is_fifo()
-
-
-def test_standard_output_is_left_open():
-    for path in (None, "-"):
-        output = Output(path)
-        output.complete()
-        assert output.abandon() is None and not sys.stdout.closed
-
-
-def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(UserError, match="--output: cannot write"):
-        Output(str(tmp_path / "nowhere" / "x"))
