@@ -191,7 +191,6 @@ def at_random(number: int) -> Iterator[Case]:
             ("model", "generate", GOOD["generate"], partial(damaged_file, MODEL / "*.*")),
             ("model", "export", GOOD["export"], partial(damaged_file, MODEL / "*.*")),
             ("prompts", "generate", listed, partial(damaged_file, "prompts.jsonl")),
-            ("records", "replay", GOOD["replay"], partial(damaged_file, RUN / "loss_guard.jsonl")),
         ):
             rng = random.Random(f"{kind} {seed}")
             yield Case(f"{command}, damaged {kind} {seed}", arguments, prepare=partial(work, rng), usable=True)

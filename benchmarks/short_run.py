@@ -152,5 +152,3 @@ def make_base(folder: Path) -> None:
     run = start(folder, ["fit", "--config=recipe.yaml"])
     run.wait()
     assert run.statuses == {0: 0}, run.output
-    record = {"step": 4, "reason": "spike", "loss": 1.0, "median": 0.1, "gradient_norm": 1.0, "rows": [[0, 1.0, 3]]}
-    (folder / RUN / "loss_guard.jsonl").write_text(json.dumps(record) + "\n")

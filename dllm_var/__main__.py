@@ -23,7 +23,6 @@ COMMANDS = {
     "plan": ("dllm_var.cli.plan", "say what a training run will cost: parameters, memory, time per step"),
     "evaluate": ("dllm_var.cli.evaluate", "measure a checkpoint on standard tasks (--tasks NAME ...)"),
     "export": ("dllm_var.cli.export", "write a checkpoint as a folder that transformers and others open"),
-    "replay": ("dllm_var.cli.replay", "compute losses again that the loss guard has recorded (RUN [--step N])"),
     "benchmark": ("dllm_var.cli.benchmark", "measure samplers side by side (--config benchmarks/samplers.yaml)"),
 }
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from dllm_var.checkpoints.identity import CHANGEABLE, CHANGEABLE_WHEN_MEASURED, check_identity, identity
 from dllm_var.checkpoints.pretrained import start_from, starting_config
 from dllm_var.errors import UserError
+from dllm_var.metrics.counts import step_counts
 from dllm_var.metrics.denoising import DenoisingMetrics
 from dllm_var.model.attention import partly_causal_mask
 from dllm_var.model.build import build_transformer, can_compile
@@ -30,16 +31,9 @@ from dllm_var.objectives.validation import EvenMasking
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
 from dllm_var.sampling.config import last_sampler, remembered_sampler
 from dllm_var.text.tokenizer import Tokenizer
-from dllm_var.training.loss_guard import GuardedSteps, LossGuard
 from dllm_var.training.optim import AdamW, Schedule, parameter_groups
-from dllm_var.training.step_totals import StepResult, StepTotals
-from dllm_var.training.strategies import (
-    check_accumulation,
-    check_groups,
-    clip_gradients,
-    forwards_together,
-    skip_update,
-)
+from dllm_var.training.step import LossGuard, OptimizerStep, StepResult
+from dllm_var.training.strategies import check_groups, forwards_together
 
 OptimizerCallable = Callable[[Any], Optimizer]
 
@@ -52,7 +46,7 @@ class DiffusionLM(L.LightningModule):
 
     Args:
         transformer: Shape of the transformer.
-        objective: What is masked and what the loss is; the paper's schedule when null.
+        objective: What is masked and what the loss is; the paper's schedule when None.
         attention: Each token sees the whole row (`full`, the paper) or its own sample (`document`).
         optimizer: Builds the optimizer from parameter groups.
         schedule: Learning rate over the run.
@@ -60,12 +54,12 @@ class DiffusionLM(L.LightningModule):
         compile: Compiles the transformer's blocks with torch.compile.
         activation_checkpointing: What backward computes again instead of keeping it: nothing (`none`), whole layers
             (`full`: the least memory, a third more work) or all but matrix products and attention (`selective`).
-        init_from: Run folder, `.ckpt` file, model folder or hub name whose weights `fit` starts from, new ones when
-            null. What `transformer` leaves out (None) then comes from the checkpoint; what it sets wins, if that does
-            not change a weight's shape, and is refused otherwise.
-        loss_guard: When an update is skipped, a loss recorded and training stopped.
-        lora: Adapters to train in place of the weights, which stay as `init_from` has them; all weights when null.
-        float8: How the layers multiply in 8 bits while `fit` runs; not at all when null.
+        init_from: Run folder, `.ckpt` file, model folder or hub name whose weights `fit` starts from; None draws new
+            ones. The checkpoint gives what `transformer` leaves out (None). A setting that would change a weight's
+            shape is refused.
+        loss_guard: When an update is skipped, a loss reported and training stopped.
+        lora: Adapters to train in place of the weights, which stay as `init_from` has them; None trains all weights.
+        float8: How the layers multiply in 8 bits while `fit` runs; None for not at all.
         attention_annealing: Optimizer steps in which attention grows from causal to what `attention` says, for a model
             that was causal: by step s of n, a token is shown to those left of it with probability s / n (DiffuLLaMA,
             arXiv 2410.17891, section 3.2; there drawn for each pair of tokens). 0 for none.
@@ -114,7 +108,7 @@ class DiffusionLM(L.LightningModule):
         self.tokenizer: Tokenizer | None = None
         self.sampler: Sampler | None = None  # the `sampler` section, set by the command line
         self.last_step_stats: dict[str, int | Tensor] = {}  # counts on the device stay there
-        self.guard = GuardedSteps(loss_guard)
+        self.step = OptimizerStep(loss_guard)
         self.last_step: StepResult | None = None
         self.objective_metrics, self.bound_metrics = DenoisingMetrics(), DenoisingMetrics()
 
@@ -186,29 +180,35 @@ class DiffusionLM(L.LightningModule):
     # -- training ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        noised = self.objective.corrupt(batch, self.noise)  # 1. hide tokens, keyed by (seed, row)
-        hidden = self.hidden_at_loss(batch, noised)  # 2. forward
-        scores = self.objective.score(self._head, hidden, noised)  # 3. the head, only where a loss is; its weighted sum
-        self.last_step_stats = {
-            "tokens": batch["input_ids"].numel(),
-            "read_tokens": noised.input_ids.numel(),
-            "attended_pairs": self._attended_pairs(batch, noised),
-            "supervised_tokens": batch["supervised"].sum(),
-            "loss_tokens": len(scores.correct),
-            "samples": ((batch["position_ids"] == 0) & (batch["segment_ids"] >= 0)).sum(),  # padding is at 0 too
-        }
-        # 4. the division waits for all ranks and accumulated batches
-        return self._totals.add(self.trainer, batch["row"], noised, *scores)
+        noised = self.objective.corrupt(batch, self.noise)  # 1. hide tokens, with noise keyed by (seed, row)
+        hidden = self.hidden_at_loss(batch, noised)  # 2. forward, to the loss positions alone [M, hidden]
+        scores = self.objective.score(self._head, hidden, noised)  # 3. the head and the loss, a weighted sum over M
+        self.last_step_stats = step_counts(batch, noised, self.attention)
+        return self.step.add(self.trainer, batch["row"], noised, scores)  # 4. `finish` divides when all batches are in
 
-    def _attended_pairs(self, batch: Batch, noised: NoisedBatch) -> int | Tensor:
-        """Counts pairs of tokens that attend, for FLOPs; both halves of a causal square, and annealing at its end."""
-        if noised.attention_mask is not None:
-            return noised.attention_mask.sum()
-        rows, length = noised.input_ids.shape
-        if self.attention != "document":
-            return rows * length * length
-        squares = 2 * batch["position_ids"] + 1  # the first n odd numbers add up to n squared
-        return (squares * (batch["segment_ids"] >= 0)).sum()
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.last_step = result = self.step.finish(self.trainer, optimizer)  # 5. divide, guard, clip
+        self._log_figure("train/loss", result.loss, prog_bar=True)
+        due = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if due or result.skipped:  # each costs a small model's step half a percent
+            self._log_figure("train/masked_accuracy", result.masked_accuracy, prog_bar=True)
+            if result.gradient_norm is not None:
+                self._log_figure("train/gradient_norm", result.gradient_norm)
+            if self.step.skipped:
+                self._log_figure("train/skipped_updates", float(self.step.skipped))
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: `on_before_optimizer_step` has clipped the gradients."""
+
+    def on_train_start(self) -> None:
+        self.step.begin(self.trainer)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.step.check_skipped()
+
+    def _log_figure(self, name: str, value: float, prog_bar: bool = False) -> None:
+        """Logs a number of the host's; Lightning would send a float to the device and wait for it twice."""
+        self.log(name, torch.tensor(value, device="cpu"), prog_bar=prog_bar)
 
     @property
     def _head(self) -> nn.Linear:
@@ -240,40 +240,6 @@ class DiffusionLM(L.LightningModule):
         if moved:
             hidden = moved_right(hidden, segment_ids)
         return hidden.flatten(0, 1)[noised.scored] if everywhere else hidden
-
-    def on_train_start(self) -> None:
-        check_accumulation(self.trainer)
-        self.guard.begin(self.trainer)
-        self._totals = StepTotals(self.device)
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divides the gradients by the loss tokens of the whole step, so that the same rows give the same step however
-        they are split over ranks and accumulated batches; an update that would do harm is not made."""
-        self.last_step = step = self._totals.finish(self.trainer, optimizer)
-        self._totals = StepTotals(self.device)
-        allowed = self.guard.allows(step, self.trainer)
-        if not allowed:
-            skip_update(optimizer, self.trainer)
-        self._log_figure("train/loss", step.loss, prog_bar=True)
-        due = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if due or not allowed:  # each costs a small model's step half a percent
-            self._log_figure("train/masked_accuracy", step.masked_accuracy, prog_bar=True)
-            if step.gradient_norm is not None:
-                self._log_figure("train/gradient_norm", step.gradient_norm)
-            if self.guard.skipped:
-                self._log_figure("train/skipped_updates", float(self.guard.skipped))
-
-    def _log_figure(self, name: str, value: float, prog_bar: bool = False) -> None:
-        """Logs a number of the host's; Lightning would send a float to the device and wait for it twice."""
-        self.log(name, torch.tensor(value, device="cpu"), prog_bar=prog_bar)
-
-    def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
-    ) -> None:
-        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.guard.check_count(self.trainer)
 
     # -- validation --------------------------------------------------------------------------------------------------
 
@@ -337,7 +303,7 @@ class DiffusionLM(L.LightningModule):
         assert self.tokenizer is not None and self.transformer is not None
         sampler = remembered_sampler(self.trainer.callbacks)  # type: ignore[attr-defined]
         checkpoint["dllm_var"] = identity(self.transformer.config, self.tokenizer, self.lora, sampler)
-        checkpoint["loss_guard"] = self.guard.state_dict()
+        checkpoint["loss_guard"] = self.step.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses what the run cannot go on with, before any weight is touched."""
@@ -359,4 +325,4 @@ class DiffusionLM(L.LightningModule):
                 "from the average with model.init_from"
             )
         if "loss_guard" in checkpoint:
-            self.guard.load_state_dict(checkpoint["loss_guard"])
+            self.step.load_state_dict(checkpoint["loss_guard"])

@@ -31,9 +31,6 @@ CASES = (
     "benchmark --output a folder",
     "plan --config .yaml broken",
     "plan --mfu=nan",
-    "replay RUN below a file",
-    "replay --checkpoint .ckpt a pipe",
-    "replay of a run whose loss_guard.jsonl is a number",
 )
 
 
@@ -52,7 +49,6 @@ def base(tmp_path_factory):
 
         write_inputs(folder)
         shutil.copytree(ROOT / "checkpoints" / "cmudict", folder / MODEL)
-        (folder / RUN / "loss_guard.jsonl").write_text('{"step": 4, "reason": "spike", "loss": 1.0, "rows": []}\n')
         (folder / RUN / "config.yaml").write_text("{}")
         (folder / LAST).parent.mkdir()
     return folder

@@ -21,6 +21,7 @@ from dllm_var.checkpoints.run_files import CannotSave, clear_leftovers
 from dllm_var.training.checkpointing import Trainer
 from dllm_var.training.ranks import Children, is_launched_child
 from dllm_var.training.runs import checkpoint_folders, save_last
+from dllm_var.training.step import TooManySkipped
 
 # SIGUSR1 only saves, except in a SLURM job, where it announces the end of the allotted time.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -49,7 +50,8 @@ class StopOnSignal(Callback):
     second Ctrl-C stops at once. SIGUSR1 saves and goes on; in a SLURM job it saves, requeues the job and stops with
     status 138. Once training is over and saved, a signal ends what is left of the run at once.
 
-    When another callback or the data fail between two steps, the last step is saved as well.
+    When another callback or the data fail between two steps, or too many updates were skipped, the last step is saved
+    as well.
 
     Raises:
         Interrupted: When the checkpoint is written.
@@ -150,7 +152,8 @@ class StopOnSignal(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         state, self._between_steps = self._between_steps, None
         unforeseen = isinstance(exception, Exception) and not isinstance(exception, Interrupted | CannotSave)
-        if unforeseen and state is not None and keeps_checkpoints(trainer) and _data_state(trainer) == state:
+        between_steps = unforeseen and state is not None and _data_state(trainer) == state
+        if keeps_checkpoints(trainer) and (between_steps or isinstance(exception, TooManySkipped)):
             _end_averaging(trainer, pl_module)
             with contextlib.suppress(CannotSave):
                 save_last(trainer)

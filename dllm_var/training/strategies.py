@@ -8,16 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.optim import Optimizer
 
 from dllm_var.checkpoints.pieces import in_pieces, load_in_pieces
 from dllm_var.errors import UserError
-from dllm_var.model.placement import TENSOR_PARALLEL, gathered, local_part, sections
+from dllm_var.model.placement import TENSOR_PARALLEL, gathered, sections
 from dllm_var.sampling.base import without_training_modes
 
 _ANYWHERE = "configs/strategy/fsdp2.yaml and ddp.yaml run on any machine"
@@ -145,71 +142,6 @@ def check_groups(strategy: Any) -> None:
             "that, as in configs/strategy/tensor_parallel.yaml, or set tensor_parallel_size to 1, as "
             "configs/strategy/fsdp2.yaml does"
         )
-
-
-def check_accumulation(trainer: L.Trainer) -> None:
-    """Raises UserError where batches are accumulated out of the module's reach, and so could not be weighed."""
-    if owns_gradients(trainer.strategy) and trainer.accumulate_grad_batches > 1:
-        raise UserError(
-            "trainer.accumulate_grad_batches must be 1 with DeepSpeed, which keeps the gradients to itself until they "
-            "are averaged: raise data.batch_size, or use configs/strategy/fsdp2.yaml"
-        )
-
-
-def _unscales_in_step(optimizer: Optimizer) -> bool:
-    """Whether the optimizer divides by the loss scale of 16-bit training itself, as torch's fused ones do."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
-def loss_scale_in(optimizer: Optimizer, trainer: L.Trainer) -> Tensor | float:
-    """Returns the factor that 16-bit training has left in the gradients just before the optimizer step."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is None or not _unscales_in_step(optimizer):
-        return 1.0
-    return scaler.scale(torch.ones((), device=trainer.strategy.root_device))
-
-
-def clip_gradients(module: L.LightningModule, optimizer: Optimizer, limit: Any, algorithm: Any) -> None:
-    """Clips by the norm that the step has found, the same number on every process, so that it is computed once.
-
-    What else there is to clip is left to Lightning, or under FSDP1, where Lightning refuses to, to torch's wrapper.
-    """
-    step: Any = module.last_step
-    trainer, norm = module.trainer, step.gradient_norm
-    wrapped, scaler = trainer.strategy.model, getattr(trainer.precision_plugin, "scaler", None)
-    by_norm = limit and algorithm != "value"
-    if by_norm and isinstance(wrapped, FullyShardedDataParallel):
-        wrapped.clip_grad_norm_(limit)
-    elif by_norm and norm is not None and scaler is None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if gradients and (share := limit / (norm + 1e-6)) < 1:
-            torch._foreach_mul_([local_part(gradient) for gradient in gradients], share)
-    else:
-        module.clip_gradients(optimizer, gradient_clip_val=limit, gradient_clip_algorithm=algorithm)
-
-
-def skip_update(optimizer: Optimizer, trainer: L.Trainer) -> None:
-    """Makes the optimizer step that is about to come do nothing, not even decay weights.
-
-    Args:
-        optimizer: Skips parameters without a gradient, as torch's do.
-        trainer: Its precision may scale losses.
-
-    Raises:
-        UserError: When the strategy has the gradients to itself.
-    """
-    if owns_gradients(trainer.strategy):
-        raise UserError(
-            f"the loss is not finite at step {trainer.global_step + 1}, and DeepSpeed cannot skip an update: go "
-            "on from the newest checkpoint with a lower learning rate, or with configs/strategy/fsdp2.yaml"
-        )
-    if getattr(trainer.precision_plugin, "scaler", None) is None or not _unscales_in_step(optimizer):
-        optimizer.zero_grad()
-        return
-    for group in optimizer.param_groups:  # the scaler looks for such gradients in the step, and must find some
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                local_part(parameter.grad).fill_(float("nan"))
 
 
 def check_strategy(strategy: Any) -> None:

@@ -13,7 +13,6 @@ from dllm_var.datamodules import PackedDataModule
 from dllm_var.model import TransformerConfig
 from dllm_var.objectives import BlockDiffusion
 from dllm_var.sampling import BlockDiffusionSampler
-from dllm_var.training.step_totals import StepTotals
 from dllm_var.training.strategies import FSDP2
 
 
@@ -55,7 +54,6 @@ def test_block_diffusion_reads_long_rows_with_grouped_queries_and_a_large_vocabu
     module.use_tokenizer(PackedDataModule(context_length=length).tokenizer)
     with device:
         module.configure_model()
-    module._totals = StepTotals(device)
     module._trainer = type("Trainer", (), {"strategy": None, "global_step": 0})()  # type: ignore[assignment]
     assert module.tokenizer is not None
     places = torch.arange(length)

@@ -1,6 +1,6 @@
-"""Updates from losses that are not finite are skipped on every rank, recorded, and end the run in the end."""
+"""Updates from losses that are not finite are skipped and reported, and too many of them end the run."""
 
-import json
+import logging
 import math
 import re
 
@@ -16,9 +16,9 @@ from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model import TransformerConfig
 from dllm_var.objectives import EosSchedule
-from dllm_var.training import loss_guard
-from dllm_var.training.loss_guard import GUARD_FILE, LossGuard
+from dllm_var.training.interrupt import StopOnSignal
 from dllm_var.training.optim import AdamW, Muon, Schedule
+from dllm_var.training.step import LossGuard
 
 SMALL = TransformerConfig(hidden_size=16, num_layers=1, num_heads=2)
 
@@ -96,15 +96,29 @@ def fit(
     return model, watch, trainer
 
 
-def records(folder):
-    path = folder / "run" / "version_0" / GUARD_FILE
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+@pytest.fixture
+def said():
+    """The lines that were printed about steps."""
+    lines = []
+    handler = logging.Handler()
+    handler.addFilter(lambda record: record.getMessage().startswith("step "))
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("lightning.pytorch")
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
+
+
+def steps(lines):
+    """The number and the reason of each step that was reported."""
+    found = [re.match(r"step (\d+): (?:the )?(loss|gradient) (?:is (not finite))?", line) for line in lines]
+    return [(int(match[1]), match[2] if match[3] else "spike") for match in found]
 
 
 @pytest.mark.parametrize("kind", ["nan", "infinite_gradient"])
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(4, 1), (2, 2)])
 @pytest.mark.parametrize("optimizer", [AdamW, Muon])
-def test_a_harmful_update_is_skipped_with_its_momentum_and_decay(kind, batch_size, accumulate, optimizer, tmp_path):
+def test_a_harmful_update_is_skipped_with_momentum_and_decay(kind, batch_size, accumulate, optimizer, tmp_path, said):
     model, watch, trainer = fit(
         tmp_path, Poisoned(**{kind: [9]}), batch_size=batch_size, accumulate=accumulate, optimizer=optimizer
     )
@@ -112,77 +126,58 @@ def test_a_harmful_update_is_skipped_with_its_momentum_and_decay(kind, batch_siz
     assert all(torch.equal(a, b) for a, b in zip(watch.states[2], watch.states[3], strict=True))
     assert not torch.equal(watch.steps[3], watch.steps[4])
     assert all(torch.isfinite(weights).all() for weights in watch.steps.values())
-    [record] = records(tmp_path)
-    assert record["step"] == 3 and record["reason"] == ("loss" if kind == "nan" else "gradient")
-    assert [row for row, _, _ in record["rows"]] == [8, 9, 10, 11]
-    assert [loss is None for _, loss, _ in record["rows"]] == [False, kind == "nan", False, False]
-    assert trainer.callback_metrics["train/skipped_updates"] == 1 and model.guard.skipped == 1
+    assert steps(said) == [(3, "loss" if kind == "nan" else "gradient")]
+    assert ("row 9 nan, " in said[-1]) == (kind == "nan")
+    assert trainer.callback_metrics["train/skipped_updates"] == 1 and model.step.skipped == 1
 
 
-def test_too_many_skipped_updates_end_the_run_with_its_state_saved(tmp_path):
-    saved = ModelCheckpoint(dirpath=tmp_path / "checkpoints", every_n_train_steps=100)
-    with pytest.raises(UserError, match=r"2 updates skipped.*loss_guard\.jsonl.*max_skipped") as error:
-        fit(tmp_path, Poisoned(nan=[5, 14]), guard=LossGuard(max_skipped=2), callbacks=[saved])
+def test_too_many_skipped_updates_end_the_run_with_its_state_saved(tmp_path, said):
+    callbacks = [ModelCheckpoint(dirpath=tmp_path / "checkpoints", every_n_train_steps=100), StopOnSignal()]
+    with pytest.raises(UserError, match=r"2 updates skipped.*max_skipped") as error:
+        fit(tmp_path, Poisoned(nan=[5, 14]), guard=LossGuard(max_skipped=2), callbacks=callbacks)
     assert len(str(error.value).splitlines()) == 1
-    assert [record["step"] for record in records(tmp_path)] == [2, 4]
+    assert steps(said) == [(2, "loss"), (4, "loss")]
     # it goes on from there once allowed to, and counts on
     model, _, trainer = fit(
         tmp_path, Poisoned(nan=[17]), 6, guard=LossGuard(max_skipped=4), checkpoint=tmp_path / "checkpoints/last.ckpt"
     )
-    assert trainer.global_step == 6 and model.guard.skipped == 3
+    assert trainer.global_step == 6 and model.step.skipped == 3
 
 
-def test_a_run_resumed_between_skipped_updates_and_spikes_is_the_same_bit_for_bit(tmp_path):
+def test_a_run_resumed_between_skipped_updates_and_spikes_is_the_same_bit_for_bit(tmp_path, said):
     objective = dict(nan=[9, 120], huge=[101, 130])
-    whole, watch, _ = fit(tmp_path / "whole", Poisoned(**objective), 34)
-    saved = ModelCheckpoint(dirpath=tmp_path / "parts", every_n_train_steps=27, save_top_k=-1, filename="{step}")
-    fit(tmp_path / "parts", Poisoned(**objective), 32, callbacks=[saved])  # killed while it records step 31 once more
-    with open(tmp_path / "parts" / "run" / "version_0" / GUARD_FILE, "a") as file:
-        file.write('{"step": 31, "rea')
-    resumed, again, _ = fit(
-        tmp_path / "parts", Poisoned(**objective), 34, checkpoint=tmp_path / "parts" / "step=27.ckpt"
-    )
+    saved = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=27, save_top_k=-1, filename="{step}")
+    whole, watch, _ = fit(tmp_path / "whole", Poisoned(**objective), 34, callbacks=[saved])
+    assert steps(said) == [(3, "loss"), (26, "spike"), (31, "loss"), (33, "spike")]
+    first = list(said)
+    resumed, again, _ = fit(tmp_path / "rest", Poisoned(**objective), 34, checkpoint=tmp_path / "step=27.ckpt")
     assert torch.equal(watch.steps[34], again.steps[34])
-    assert whole.guard.state_dict() == resumed.guard.state_dict()
-    assert records(tmp_path / "whole") == records(tmp_path / "parts")
-    assert [(r["step"], r["reason"]) for r in records(tmp_path / "whole")] == [
-        *((3, "loss"), (26, "spike"), (31, "loss"), (33, "spike")),
-    ]
+    assert whole.step.state_dict() == resumed.step.state_dict()
+    assert said[len(first) :] == first[2:]
 
 
-def test_a_new_run_in_the_folder_of_another_drops_none_of_its_records(tmp_path):
-    for _ in range(2):
-        fit(tmp_path, Poisoned(nan=[5]), 3)
-    assert [record["step"] for record in records(tmp_path)] == [2, 2]
-
-
-def test_a_spike_is_recorded_and_trained_on(tmp_path, monkeypatch):
-    said: list[str] = []
-    monkeypatch.setattr(loss_guard, "rank_zero_info", said.append)
-    _, watch, _ = fit(tmp_path, Poisoned(huge=[101]), 26)
-    assert re.search(r"step 26: loss [\d.]+, the median is [\d.]+; rows in .*loss_guard\.jsonl", "\n".join(said))
-    [record] = records(tmp_path)
-    assert record["loss"] > 3 * record["median"]
-    worst = max(record["rows"], key=lambda row: row[1])
-    assert worst[0] == 101
-    total = sum(loss * tokens for _, loss, tokens in record["rows"])
-    assert record["loss"] == pytest.approx(total / sum(tokens for *_, tokens in record["rows"]), rel=1e-6)
+def test_a_spike_is_reported_and_trained_on(tmp_path, said):
+    model, watch, _ = fit(tmp_path, Poisoned(huge=[101]), 26)
+    assert re.search(r"step 26: loss [\d.]+, the median is [\d.]+; highest losses per token: row 101 ", "\n".join(said))
+    rows, loss = model.last_step.rows(), model.last_step.loss
+    assert sorted(row for row, *_ in rows) == [100, 101, 102, 103]
+    total = sum(loss * tokens for _, loss, tokens in rows)
+    assert loss == pytest.approx(total / sum(tokens for *_, tokens in rows), rel=1e-6)
     assert not torch.equal(watch.steps[25], watch.steps[26])
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_with_a_loss_scaler_overflow_is_its_business_and_a_bad_loss_is_ours(fused, tmp_path):
+def test_with_a_loss_scaler_overflow_is_its_business_and_a_bad_loss_is_ours(fused, tmp_path, said):
     model, watch, trainer = fit(
         tmp_path,
         Poisoned(nan=[9], infinite_gradient=[17]),
         optimizer=lambda params: AdamW(params, fused=fused),
         plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))],  # Lightning makes bf16 of the name
-        gradient_clip_val=None if fused else 1.0,
     )
     assert torch.equal(watch.steps[2], watch.steps[3]) and torch.equal(watch.steps[4], watch.steps[5])
     assert not torch.equal(watch.steps[5], watch.steps[6])
-    assert [record["reason"] for record in records(tmp_path)] == ["loss"]
-    assert model.guard.skipped == 1
+    assert steps(said) == [(3, "loss")]
+    assert model.step.skipped == 1
     assert trainer.callback_metrics["train/gradient_norm"] < 100  # the scale of 65,536 is not in it
 
 
@@ -190,7 +185,7 @@ def test_with_deepspeed_the_loss_is_divided_before_backward(tmp_path, monkeypatc
     """Its engine lets nobody at the gradients; what it would average and step on must be the same."""
     sgd = lambda params: torch.optim.SGD(params, lr=0.5)  # noqa: E731
     _, usual, _ = fit(tmp_path / "usual", EosSchedule(), 3, optimizer=sgd, gradient_clip_val=None)
-    for module in ("strategies", "step_totals"):
+    for module in ("strategies", "step"):
         monkeypatch.setattr(f"dllm_var.training.{module}.owns_gradients", lambda strategy: True)
     _, engine, _ = fit(tmp_path / "engine", EosSchedule(), 3, optimizer=sgd, gradient_clip_val=None)
     torch.testing.assert_close(usual.steps[3], engine.steps[3], atol=1e-6, rtol=1e-5)

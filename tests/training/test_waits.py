@@ -11,7 +11,6 @@ from dllm_var.datamodules import PackedDataModule
 from dllm_var.model import TransformerConfig, documents
 from dllm_var.model.documents import document_ends
 from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule, Mdlm
-from dllm_var.training.step_totals import StepTotals
 
 aten = torch.ops.aten
 
@@ -54,7 +53,6 @@ def test_a_batch_waits_for_its_loss_positions_alone(objective, attention, waits,
     module = DiffusionLM(TransformerConfig(hidden_size=16, num_layers=2, num_heads=2), objective, attention)
     module.use_tokenizer(data.tokenizer)
     module.configure_model()
-    module._totals = StepTotals(torch.device("cpu"))
     module._trainer = SimpleNamespace(strategy=None, global_step=0)
     batch = data.rows("train").__getitems__(range(4))
     if attention == "document":

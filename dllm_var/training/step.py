@@ -1,0 +1,248 @@
+"""One optimizer step: sums the losses of its batches, divides and clips its gradients, and guards the update."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
+
+from dllm_var.errors import UserError
+from dllm_var.model.placement import copies, local_part
+from dllm_var.objectives.base import NoisedBatch
+from dllm_var.objectives.cross_entropy import Scores
+from dllm_var.training.strategies import is_sharded, owns_gradients
+
+LOSS_SCALE = 2.0**-12  # keeps the gradients of summed losses in the range of 16-bit floats
+LEAST_HISTORY = 20  # losses before a median says anything
+
+
+class TooManySkipped(UserError):
+    """Training stops because too many updates were skipped; every process raises it between the same two steps."""
+
+
+@dataclass
+class LossGuard:
+    """Limits beyond which a step is reported or training stops.
+
+    Args:
+        max_skipped: Training stops when it has skipped this many updates since its first step.
+        spike_factor: A loss of this many times the running median is reported, and trained on; None reports none.
+        spike_window: Number of steps of the median.
+
+    Raises:
+        UserError: For numbers that make no sense.
+    """
+
+    max_skipped: int = 20
+    spike_factor: float | None = 3.0
+    spike_window: int = 100
+
+    def __post_init__(self) -> None:
+        factor = math.inf if self.spike_factor is None else self.spike_factor
+        if self.max_skipped < 1 or not factor > 1 or self.spike_window < LEAST_HISTORY:
+            raise UserError(
+                f"model.loss_guard needs max_skipped >= 1, spike_factor > 1 and spike_window >= {LEAST_HISTORY}, got "
+                f"{self.max_skipped}, {self.spike_factor} and {self.spike_window}"
+            )
+
+
+@dataclass
+class StepResult:
+    """Figures of one optimizer step, over all ranks and accumulated batches.
+
+    Args:
+        loss: Summed loss over the normaliser, in nats.
+        masked_accuracy: Share of loss tokens whose most likely token is the right one.
+        gradient_norm: Norm of the divided gradients before clipping; None where DeepSpeed keeps them to itself.
+        batches: This rank's row numbers [B], loss positions [B, L] and weighted token losses [M], batch by batch.
+        skipped: Whether the update is skipped.
+    """
+
+    loss: float
+    masked_accuracy: float
+    gradient_norm: float | None
+    batches: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    skipped: bool = False
+
+    def rows(self) -> list[tuple[int, float, int]]:
+        """Gathers (row, loss per token, loss tokens) of every row of the step; every rank must call it."""
+        mine = [
+            (row, float(losses.sum()) / max(len(losses), 1), len(losses))
+            for rows, loss_mask, token_loss in self.batches
+            for row, losses in zip(rows.tolist(), token_loss.split(loss_mask.sum(dim=1).tolist()), strict=True)
+        ]
+        if not (dist.is_available() and dist.is_initialized()):
+            return mine
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        return list({row[0]: row for part in parts for row in part}.values())  # tensor parallelism: ranks share rows
+
+
+class OptimizerStep:
+    """Makes one update of several batches, the same however its rows are split over ranks and accumulated batches.
+
+    `add` only sums and never waits for the device; `finish` waits once, for the figures. An update whose loss or
+    gradient is not finite is skipped on every rank; an overflow that 16-bit training expects, while its loss scale
+    comes down, is left to the scaler and not counted.
+    """
+
+    def __init__(self, guard: LossGuard) -> None:
+        self.guard, self.skipped = guard, 0
+        self._losses: deque[float] = deque(maxlen=guard.spike_window)
+        self._sums: list[Tensor] = []  # summed loss, normaliser, right predictions, loss tokens
+        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def begin(self, trainer: L.Trainer) -> None:
+        """Forgets the batches of a run that was broken off.
+
+        Raises:
+            UserError: Where batches are accumulated inside DeepSpeed, and so cannot be weighed by their loss tokens.
+        """
+        self._sums, self._batches = [], []
+        if owns_gradients(trainer.strategy) and trainer.accumulate_grad_batches > 1:
+            raise UserError(
+                "trainer.accumulate_grad_batches must be 1 with DeepSpeed, which keeps the gradients to itself until "
+                "they are averaged: raise data.batch_size, or use configs/strategy/fsdp2.yaml"
+            )
+
+    def add(self, trainer: L.Trainer, rows: Tensor, noised: NoisedBatch, scores: Scores) -> Tensor:
+        """Adds a batch's sums, with the numbers `rows` [B] of its rows; returns the scaled loss for `backward()`."""
+        loss_sum, token_loss, correct = scores
+        scored = torch.full_like(noised.normaliser, correct.numel())
+        sums = [loss_sum.detach(), noised.normaliser, correct.sum(), scored]
+        self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
+        weighted = token_loss if noised.weights is None else token_loss * noised.at_loss(noised.weights)
+        self._batches.append((rows, noised.loss_mask, weighted.detach().float()))
+        if not owns_gradients(trainer.strategy):
+            return loss_sum * LOSS_SCALE  # `_divide` undoes it
+        normaliser = trainer.strategy.reduce(noised.normaliser.clone(), reduce_op="sum")
+        return loss_sum * (trainer.world_size / normaliser.clamp_min(1))  # DeepSpeed will average over ranks
+
+    def finish(self, trainer: L.Trainer, optimizer: Optimizer) -> StepResult:
+        """Divides and clips the gradients just before the optimizer's step, or makes that step do nothing.
+
+        Raises:
+            UserError: When the update must be skipped and DeepSpeed has the gradients to itself.
+        """
+        gradients: dict[int, list[Tensor]] = {}  # this process's parts, by the number of processes that hold the same
+        if not owns_gradients(trainer.strategy):
+            for gradient in _gradients(optimizer):
+                held_by = copies(gradient) if is_sharded(trainer.strategy) else trainer.world_size
+                gradients.setdefault(held_by, []).append(local_part(gradient))
+        result = self._divide(gradients, trainer, optimizer)
+        result.skipped = self._must_skip(result, trainer)
+        if result.skipped:
+            _skip_update(optimizer, trainer)
+        else:
+            _clip([part for parts in gradients.values() for part in parts], result.gradient_norm, trainer, optimizer)
+        return result
+
+    def _divide(self, gradients: dict[int, list[Tensor]], trainer: L.Trainer, optimizer: Optimizer) -> StepResult:
+        """Divides the gradients by the loss tokens of all ranks and batches, and waits for the figures.
+
+        Lightning has averaged the gradients over ranks and divided them by the accumulation; both are undone.
+        """
+        device = self._sums[0].device
+        exact = torch.float32 if device.type == "mps" else torch.float64  # counts beyond 2^24 need 64 bits
+        squares = torch.zeros((), dtype=exact, device=device)
+        for held_by, parts in gradients.items():
+            norms = torch.stack(torch._foreach_norm(parts, 2, torch.float32))
+            squares += norms.to(exact).square().sum() / held_by
+        sums = torch.stack([part.to(exact) for part in (*self._sums, squares)])
+        loss_sum, normaliser, correct, scored, squares = trainer.strategy.reduce(sums, reduce_op="sum")
+        factor = trainer.world_size * trainer.accumulate_grad_batches / LOSS_SCALE / normaliser.clamp_min(1)
+        for parts in gradients.values():
+            torch._foreach_mul_(parts, factor.float())
+        scaler = _scaler_in_step(optimizer, trainer)
+        norm = squares.sqrt() * factor / (1.0 if scaler is None else scaler.scale(torch.ones((), device=device)))
+        figures = torch.stack((loss_sum / normaliser.clamp_min(1), correct / scored.clamp_min(1), norm))
+        loss, accuracy, gradient_norm = figures.tolist()
+        batches, self._sums, self._batches = self._batches, [], []
+        return StepResult(loss, accuracy, gradient_norm if gradients else None, batches)
+
+    def _must_skip(self, result: StepResult, trainer: L.Trainer) -> bool:
+        """Decides, the same on every rank, whether the update would do harm; says so, and when the loss jumps."""
+        usual = median(self._losses) if len(self._losses) >= LEAST_HISTORY else math.inf
+        loss, norm = result.loss, result.gradient_norm
+        wrong = "loss" if not math.isfinite(loss) else "gradient" if norm and not math.isfinite(norm) else None
+        if wrong != "loss":
+            self._losses.append(loss)
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if wrong == "gradient" and scaler is not None and scaler.get_scale() > 1:
+            return False  # the scaler skips the update itself, and lowers its scale
+        if wrong is not None:
+            self.skipped += 1
+            message = f"the {wrong} is not finite, update skipped ({self.skipped} of {self.guard.max_skipped})"
+        elif loss > (self.guard.spike_factor or math.inf) * usual:
+            message = f"loss {loss:.4g}, the median is {usual:.4g}"
+        else:
+            return False
+        rows = sorted(result.rows(), key=lambda row: -row[1] if math.isfinite(row[1]) else -math.inf)
+        worst = ", ".join(f"row {row} {row_loss:.4g}" for row, row_loss, _ in rows[:3])
+        rank_zero_info(f"step {trainer.global_step + 1}: {message}; highest losses per token: {worst}")
+        return wrong is not None
+
+    def check_skipped(self) -> None:
+        """Raises TooManySkipped once as many updates were skipped as `max_skipped` allows."""
+        if self.skipped >= self.guard.max_skipped:
+            raise TooManySkipped(
+                f"{self.skipped} updates skipped because loss or gradients were not finite: lower the learning rate, "
+                "mend the rows named above, or raise model.loss_guard.max_skipped"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "losses": list(self._losses)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped = state["skipped"]
+        self._losses = deque(state["losses"], maxlen=self.guard.spike_window)
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _scaler_in_step(optimizer: Optimizer, trainer: L.Trainer) -> Any:
+    """Returns the loss scaler of 16-bit training if the optimizer, a fused one of torch, divides by its scale itself.
+
+    The gradients then still have the scale just before the optimizer's step.
+    """
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return getattr(trainer.precision_plugin, "scaler", None) if fused else None
+
+
+def _clip(gradients: list[Tensor], norm: float | None, trainer: L.Trainer, optimizer: Optimizer) -> None:
+    """Clips as the Trainer's settings say: by the norm that is known already, or by value as Lightning does."""
+    limit, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+    wrapped = trainer.strategy.model
+    if limit and algorithm != "value" and isinstance(wrapped, FullyShardedDataParallel):
+        wrapped.clip_grad_norm_(limit)  # Lightning refuses to
+    elif limit and algorithm != "value" and norm is not None:
+        if limit < norm + 1e-6:
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
+    else:
+        trainer.lightning_module.clip_gradients(optimizer, limit, algorithm)
+
+
+def _skip_update(optimizer: Optimizer, trainer: L.Trainer) -> None:
+    """Makes the optimizer's coming step do nothing, not even decay weights."""
+    if owns_gradients(trainer.strategy):
+        raise UserError(
+            f"the loss is not finite at step {trainer.global_step + 1}, and DeepSpeed cannot skip an update: go "
+            "on from the newest checkpoint with a lower learning rate, or with configs/strategy/fsdp2.yaml"
+        )
+    if _scaler_in_step(optimizer, trainer) is None:
+        optimizer.zero_grad()  # torch's optimizers pass over parameters without a gradient
+    else:
+        for gradient in _gradients(optimizer):  # the scaler looks for such numbers in the step, and must find some
+            local_part(gradient).fill_(float("nan"))
