@@ -12,7 +12,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from dllm_var.callbacks.decoding import say
 from dllm_var.files import OutputFile, write_text
 from dllm_var.sampling import Generation
 
@@ -58,7 +57,7 @@ class AnswerWriter(BasePredictionWriter):
         path, self.file = self.file.target, None
         if trainer.world_size > 1:
             path = _put_together(trainer, path)
-        say(trainer, f"answers in {path}")
+        pl_module.print(f"answers in {path}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self.file is not None:

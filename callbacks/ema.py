@@ -66,7 +66,8 @@ class EmaWeights(WeightAveraging):
             )
         pl_module.configure_model()
         device = self._device or trainer.strategy.root_device  # the model itself is moved there later
-        self._average_model = Average(_weights_of(pl_module), device, self.decay_at)
+        parts = nn.ModuleDict(dict(pl_module.named_children()))  # its copy copies no sampler, optimizer or trainer
+        self._average_model = Average(parts, device, self.decay_at)
 
     @contextmanager
     def in_use(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
@@ -139,18 +140,6 @@ class Average(AveragedModel):
         update = get_ema_multi_avg_fn(self.decay_at(int(self.n_averaged)))
         update(average, current, self.n_averaged)
         self.n_averaged += 1
-
-
-def _weights_of(module: nn.Module) -> nn.Module:
-    """Returns a module with the same parts and nothing else: a copy of it copies no sampler, optimizer or trainer."""
-    bare = nn.Module()
-    for name, child in module.named_children():
-        bare.add_module(name, child)
-    for name, parameter in module.named_parameters(recurse=False):
-        bare.register_parameter(name, parameter)
-    for name, buffer in module.named_buffers(recurse=False):
-        bare.register_buffer(name, buffer)
-    return bare
 
 
 def _values(module: nn.Module) -> Iterator[Tensor]:

@@ -8,12 +8,11 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from dllm_var.callbacks.decoding import is_sharded, say
 from dllm_var.callbacks.ema import averaged
 from dllm_var.checkpoints.pretrained import EXPORT_FOLDER, save_checkpoint_folder, save_settings
 from dllm_var.model.lora import ADAPTER_FOLDER, MergedWeights, save_adapter
 from dllm_var.sampling.config import remembered_sampler
-from dllm_var.training.strategies import TensorParallel
+from dllm_var.training.strategies import TensorParallel, is_sharded
 
 PREFIX = "transformer."
 
@@ -35,9 +34,9 @@ class ExportWeights(L.Callback):
         if not trainer.loggers or run is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if getattr(trainer.strategy, "zero_stage_3", False):
-            say(trainer, "weights not exported: with DeepSpeed stage 3 take them from the checkpoint")
+            pl_module.print("weights not exported: with DeepSpeed stage 3 take them from the checkpoint")
             return
-        state = gathered_state(trainer) if is_sharded(trainer) else None
+        state = gathered_state(trainer) if is_sharded(trainer.strategy) else None
         self.path = Path(run) / EXPORT_FOLDER
         if trainer.is_global_zero:
             transformer: Any = pl_module.transformer

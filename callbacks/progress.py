@@ -1,4 +1,4 @@
-"""One line that moves on a terminal, plain lines where output goes to a file."""
+"""The progress of a run: a bar on a terminal, plain lines where output goes to a file."""
 
 from __future__ import annotations
 
@@ -7,111 +7,95 @@ import time
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
 
-from dllm_var.callbacks.decoding import say
 from dllm_var.errors import UserError
 
+REFRESHES = 5  # per second
 VALIDATION = {
     "val/loss": "loss {:.3f}",
     "val/masked_accuracy": "masked accuracy {:.1%}",
     "val/terminator_recall": "terminator recall {:.1%}",
     "val/perplexity_bound": "perplexity bound {:.2f}",
 }
-TRAINING = {
-    "train/loss": "loss {:.3f}",
-    "train/masked_accuracy": "masked accuracy {:.1%}",
-    "tokens/s": "{:,.0f} tokens/s",
-}
+TRAINING = {"train/loss": "{:.3f}", "train/masked_accuracy": "{:.1%}", "tokens/s": "{:,.0f}"}
 
 
-class ProgressBar(TQDMProgressBar):
+class ProgressBar(RichProgressBar):
     """Shows what the module logs for the progress bar, and a line after each validation.
 
     With `trainer.max_steps` the bar spans the whole run, else an epoch. Where stdout is no terminal there is a line
     every `plain_every_n_steps` optimizer steps instead of a bar.
 
-    Args:
-        refresh_seconds: Least time between two refreshes of the bar.
-        plain_every_n_steps: Optimizer steps between two plain lines.
-
     Raises:
         UserError: `plain_every_n_steps` is below one.
     """
 
-    BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-
-    def __init__(self, refresh_seconds: float = 0.2, plain_every_n_steps: int = 100) -> None:
+    def __init__(self, plain_every_n_steps: int = 100) -> None:
         if plain_every_n_steps < 1:
             raise UserError(f"plain_every_n_steps of the progress bar is {plain_every_n_steps}: give at least 1")
-        super().__init__()
-        self.refresh_seconds = refresh_seconds
+        super().__init__(refresh_rate=REFRESHES)
         self.plain_every_n_steps = plain_every_n_steps
-        self._plain = False
-        self._shown = 0.0
-        self._began = 0.0
+        self._began = self._shown = 0.0
         self._step = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._plain = not (sys.stdout.isatty() or "ipykernel" in sys.modules)
-        if self._plain:
+        if not (sys.stdout.isatty() or "ipykernel" in sys.modules):
             self.disable()
+
+    def configure_columns(self, trainer: L.Trainer) -> list[ProgressColumn]:
+        """Returns few and narrow columns, so that the figures have room on a terminal of 80."""
+        return [TextColumn("{task.description}"), BarColumn(10), MofNCompleteColumn(), TimeRemainingColumn()]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._began, self._step = time.perf_counter(), trainer.global_step
-        self.train_progress_bar.initial = trainer.global_step  # a resumed run's rate is that of its new steps
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.max_steps <= 0:
+        spans_run = trainer.max_steps > 0
+        if not spans_run or self.train_progress_bar_id is None:
             super().on_train_epoch_start(trainer, pl_module)
-            return
-        self.train_progress_bar.total = trainer.max_steps
-        self.train_progress_bar.set_description(f"Epoch {trainer.current_epoch}")
+        if self.progress is not None and self.train_progress_bar_id is not None:
+            size = {"total": trainer.max_steps, "completed": trainer.global_step} if spans_run else {}
+            self.progress.update(self.train_progress_bar_id, description=f"Epoch {trainer.current_epoch}", **size)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        stepped = trainer.global_step != self._step
-        self._step = trainer.global_step
-        if self._plain:
-            if stepped and self._step % self.plain_every_n_steps == 0:
-                say(trainer, self._plain_line(trainer))
-            return
-        self.train_progress_bar.n = self._step if trainer.max_steps > 0 else batch_idx + 1
-        now = time.perf_counter()
-        if now - self._shown >= self.refresh_seconds:
-            self._shown = now
-            self._refresh(trainer)
-
-    def _refresh(self, trainer: L.Trainer) -> None:
-        if self.is_enabled:
-            self.train_progress_bar.set_postfix_str(", ".join(figures(trainer)))
+        stepped, self._step = trainer.global_step != self._step, trainer.global_step
+        if self.is_enabled and time.perf_counter() - self._shown >= 1 / REFRESHES:
+            self._shown = time.perf_counter()
+            done = self._step - 1 if trainer.max_steps > 0 else batch_idx
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, done)
+        elif trainer.is_global_zero and self.is_disabled and stepped and self._step % self.plain_every_n_steps == 0:
+            step = f"step {self._step}" + (f"/{trainer.max_steps}" if trainer.max_steps > 0 else "")
+            minutes, seconds = divmod(int(time.perf_counter() - self._began), 60)
+            figures = [_with_unit(name, value) for name, value in self.get_metrics(trainer, pl_module).items()]
+            print("  ".join([step, *figures, f"{minutes}:{seconds:02d}"]))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._refresh(trainer)
-
-    def _plain_line(self, trainer: L.Trainer) -> str:
-        steps = f"step {self._step}" + (f"/{trainer.max_steps}" if trainer.max_steps > 0 else "")
-        minutes, seconds = divmod(int(time.perf_counter() - self._began), 60)
-        return "  ".join([steps, *figures(trainer), f"{minutes}:{seconds:02d}"])
+        done = trainer.global_step if trainer.max_steps > 0 else trainer.fit_loop.batch_idx + 1
+        super().on_train_batch_end(trainer, pl_module, None, None, done - 1)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.is_enabled:
-            self.val_progress_bar.close()
-        self.reset_dataloader_idx_tracker()
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not trainer.is_global_zero:
             return
         metrics = trainer.callback_metrics
         shown = [form.format(float(metrics[name])) for name, form in VALIDATION.items() if name in metrics]
         if shown:
-            say(trainer, f"step {trainer.global_step} validation: " + ", ".join(shown))
+            print(f"step {trainer.global_step} validation: " + ", ".join(shown))
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Returns what the module logged for the bar in training, as text: the known figures first."""
+        logged = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
+        known = {name: form.format(logged[name]) for name, form in TRAINING.items() if name in logged}
+        others = {name: f"{logged[name]:.4g}" for name in logged if name not in TRAINING}
+        figures = {name.removeprefix("train/"): value for name, value in {**known, **others}.items()}
+        return {name.replace("_", " "): value for name, value in figures.items() if not name.startswith("val/")}
 
 
-def figures(trainer: L.Trainer) -> list[str]:
-    """What the module logged for the progress bar in training, formatted: the known ones first and in their own way."""
-    metrics = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
-    known = [form.format(metrics[name]) for name, form in TRAINING.items() if name in metrics]
-    others = [name for name in metrics if name not in TRAINING and not name.startswith("val/")]
-    return known + [f"{name.removeprefix('train/')} {metrics[name]:.4g}" for name in others]
+def _with_unit(name: str, value: str) -> str:
+    return f"{value} {name}" if "/" in name else f"{name} {value}"

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 
-from dllm_var.callbacks.decoding import Prompt, held_out_prompts, is_sharded, say, undisturbed
-from dllm_var.callbacks.rendering import AnswerRow, answer_table, mark, markdown_table
+from dllm_var.callbacks.answer_tables import AnswerRow, answer_table, mark, markdown_table
+from dllm_var.callbacks.decoding import held_out_prompts, undisturbed
+from dllm_var.datamodules.held_out import Example
 from dllm_var.errors import UserError
 from dllm_var.metrics import AnswerMetrics, nearest_reference
 from dllm_var.sampling import Generation, Sampler
 from dllm_var.sampling.scoring import NotFinite
+from dllm_var.training.strategies import is_sharded
 
 if TYPE_CHECKING:
     from dllm_var.text.tokenizer import Tokenizer
 
-# What is logged, and how it reads in the line above the answers.
+# The figures that are logged, and how they read in the line above the answers.
 SCORES = {
     "token_error_rate": "{:.1%} token errors",
     "answer_error_rate": "{:.0%} of answers wrong",
@@ -45,7 +47,7 @@ class SamplingCallback(L.Callback):
         prompts: Texts to decode; without them the first examples of a held-out split are taken.
         num_examples: How many held-out examples are decoded and scored.
         every_n_steps: Optimizer steps between samplings.
-        split: Which held-out split the examples come from.
+        split: Name of the held-out split.
         num_shown: How many of the answers are printed and logged as text, at most.
 
     Raises:
@@ -68,18 +70,14 @@ class SamplingCallback(L.Callback):
             raise UserError(
                 "prompts of the sampling callback is empty: name some, or leave it out to use held-out examples"
             )
-        self.sampler = sampler
-        self.prompts = prompts
-        self.num_examples = num_examples
-        self.every_n_steps = every_n_steps
-        self.split = split
-        self.num_shown = num_shown
-        self.pause_seconds = 0.0  # training stood still for so long; SpeedMonitor leaves it out
-        self._examples: list[Prompt] = []
+        self.sampler, self.prompts, self.split = sampler, prompts, split
+        self.num_examples, self.every_n_steps, self.num_shown = num_examples, every_n_steps, num_shown
+        self.pause_seconds = 0.0  # how long training has stood still for it; SpeedMonitor leaves it out
+        self._examples: list[Example] = []
         self._last_step = 0
 
     def generate(self, model: Any, prompts: list[list[int]], tokenizer: Tokenizer) -> list[Generation]:
-        """Decode prompts; the method to override for another way of decoding.
+        """Decodes prompts; the method to override for another way of decoding.
 
         Args:
             model: The LightningModule, in eval mode and without gradients; the network is its `transformer`.
@@ -93,7 +91,7 @@ class SamplingCallback(L.Callback):
             self._examples = held_out_prompts(trainer, self.split, self.num_examples)
         else:
             tokenizer: Any = pl_module.tokenizer
-            self._examples = [Prompt(text, tokenizer.encode(text)) for text in self.prompts]
+            self._examples = [Example(text, tokenizer.encode(text)) for text in self.prompts]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._last_step = trainer.global_step  # on resume, the step of the checkpoint has been sampled before
@@ -101,54 +99,53 @@ class SamplingCallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if step == self._last_step:  # gradients are being accumulated
-            return
-        self._last_step = step
-        if step % self.every_n_steps == 0 and (trainer.is_global_zero or is_sharded(trainer)):
+        stepped, self._last_step = trainer.global_step != self._last_step, trainer.global_step
+        due = stepped and trainer.global_step % self.every_n_steps == 0
+        if due and (trainer.is_global_zero or is_sharded(trainer.strategy)):
             began = time.perf_counter()
             self.sample(trainer, pl_module)
             self.pause_seconds += time.perf_counter() - began
 
     def sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Decode, print and log once, whatever the step."""
+        """Decodes, prints and logs once, whatever the step."""
         tokenizer: Any = pl_module.tokenizer
+        step = trainer.global_step
         with undisturbed(trainer, pl_module):
             began = time.perf_counter()
             try:
-                generations = self.generate(pl_module, [example.ids for example in self._examples], tokenizer)
-            except NotFinite as error:  # whether training can go on is for the loss guard to say
-                say(trainer, f"step {trainer.global_step}: no answers: {error}")
+                answers = self.generate(pl_module, [example.prompt_ids for example in self._examples], tokenizer)
+            except NotFinite as error:  # the loss guard decides whether training can go on
+                pl_module.print(f"step {step}: no answers: {error}")
                 return
             seconds = time.perf_counter() - began
         if not trainer.is_global_zero:
             return
-        scores = self._score(generations, seconds)
-        shown = list(zip(self._examples, generations, strict=True))[: self.num_shown]
-        rows = [_row(tokenizer, example, generation) for example, generation in shown]
-        step = trainer.global_step
+        scores = self._score(answers, seconds)
+        shown = list(zip(self._examples, answers, strict=True))[: self.num_shown]
+        rows = [_row(tokenizer, example, answer) for example, answer in shown]
         figures = ", ".join(SCORES[name].format(value) for name, value in scores.items())
-        say(trainer, ["", f"step {step}, {len(generations)} answers: {figures}", answer_table(rows), ""])
+        pl_module.print(f"\nstep {step}, {len(answers)} answers: {figures}\n{answer_table(rows)}\n")
         for logger in trainer.loggers:
             logger.log_metrics({f"sample/{name}": value for name, value in scores.items()}, step=step)
             add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
             if add_text is not None:
                 add_text("sample/answers", markdown_table(rows), global_step=step)
 
-    def _score(self, generations: list[Generation], seconds: float) -> dict[str, float]:
+    def _score(self, answers: list[Generation], seconds: float) -> dict[str, float]:
         metrics = AnswerMetrics(sync_on_compute=False)  # this process measures alone
-        scored = [(g, example.references) for g, example in zip(generations, self._examples, strict=True)]
-        known = all(references for _, references in scored)
-        # Without references an answer is its own: what is left are the figures that need none.
-        metrics.update(generations, [references or [g.tokens] for g, references in scored])
+        known = all(example.references for example in self._examples)
+        # Without references an answer is compared with itself: the other figures need none.
+        pairs = zip(self._examples, answers, strict=True)
+        metrics.update(answers, [example.references or [answer.tokens] for example, answer in pairs])
         result = metrics.compute()
         result["tokens_per_second"] = result["tokens"] / max(seconds, 1e-9)
         return {name: result[name] for name in SCORES if known or name not in NEED_REFERENCES}
 
 
-def _row(tokenizer: Tokenizer, example: Prompt, generation: Generation) -> AnswerRow:
-    reference = nearest_reference(generation.tokens, example.references)[0] if example.references else None
-    pieces = mark(tokenizer, generation.tokens, reference)
-    wrong = reference is not None and list(reference) != list(generation.tokens)
-    expected = tokenizer.decode(reference or []) if wrong else ""
-    return AnswerRow(example.text, pieces, expected, generation.finish_reason, generation.nfe)
+def _row(tokenizer: Tokenizer, example: Example, answer: Generation) -> AnswerRow:
+    reference = nearest_reference(answer.tokens, example.references)[0] if example.references else None
+    is_wrong = reference is not None and list(reference) != list(answer.tokens)
+    expected = tokenizer.decode(reference or []) if is_wrong else ""
+    return AnswerRow(
+        example.prompt, mark(tokenizer, answer.tokens, reference), expected, answer.finish_reason, answer.nfe
+    )

@@ -28,7 +28,7 @@ def provenance() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     return {"versions": versions, "git": git_state(root if (root / ".git").exists() else Path.cwd())}
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rapidfuzz.distance import Levenshtein
 from torchmetrics import Metric
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ COUNTS = (
 class AnswerMetrics(Metric):
     """Error and termination rates of generated answers, each scored against the nearest of its references.
 
-    The nearest reference is the one with the fewest edits and, among those, the one closest in length. Everything is a
-    sum of counts, so several processes add up exactly. `compute()` gives plain floats, the rates as shares in [0, 1]:
+    Everything is a sum of counts, so several processes add up exactly. `compute()` gives plain floats, the rates as
+    shares in [0, 1] (0 without any answer):
 
     - `token_error_rate`: edits (insert, delete, replace) over reference tokens; above 1 when answers run on.
     - `answer_error_rate`: share of answers that equal none of their references.
@@ -53,10 +54,10 @@ class AnswerMetrics(Metric):
             self.add_state(name, default=torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, generations: Sequence[Generation], references: Sequence[Sequence[Sequence[int]]]) -> None:
-        """Add answers.
+        """Adds answers.
 
         Args:
-            generations: One per prompt; `tokens`, `finish_reason` and `nfe` are read.
+            generations: One per prompt.
             references: For each generation its acceptable answers as token ids, without terminator; at least one.
 
         Raises:
@@ -85,7 +86,6 @@ class AnswerMetrics(Metric):
             getattr(self, name).add_(int(count))
 
     def compute(self) -> dict[str, float]:
-        """Give the rates over all answers so far; without any answer every rate is 0."""
         total = {name: int(getattr(self, name)) for name in COUNTS}
         answers = max(total["answers"], 1)
         return {
@@ -104,75 +104,14 @@ class AnswerMetrics(Metric):
 
 
 def nearest_reference(answer: Sequence[int], references: Sequence[Sequence[int]]) -> tuple[Sequence[int], int]:
-    """Give the reference with the fewest edits from the answer (ties: closest in length, then the first) and the edits.
+    """Returns the reference with the fewest edits from the answer (ties: closest in length, then the first) and the
+    number of insertions, deletions and replacements.
 
     Raises:
         ValueError: There is no reference.
     """
     if not references:
         raise ValueError("an answer needs at least one reference to be scored against")
-    scored = [(edit_distance(answer, reference), abs(len(answer) - len(reference))) for reference in references]
+    scored = [(Levenshtein.distance(answer, reference), abs(len(answer) - len(reference))) for reference in references]
     best = min(range(len(references)), key=scored.__getitem__)
     return references[best], scored[best][0]
-
-
-def edit_distance(answer: Sequence[int], reference: Sequence[int]) -> int:
-    """Levenshtein distance of two token sequences: insertions, deletions and replacements cost 1 each.
-
-    Exact for any length, whereas torchmetrics' `edit_distance` searches a beam and takes strings only.
-    """
-    if not reference:
-        return len(answer)
-    *_, (_, _, distance) = _distance_columns(answer, reference)
-    return distance
-
-
-def align(answer: Sequence[int], reference: Sequence[int]) -> list[tuple[int | None, int | None]]:
-    """Pair the positions of an answer with those of a reference along one shortest edit path.
-
-    Returns:
-        Pairs (position in answer, position in reference) from left to right; None stands where one has no counterpart.
-    """
-    columns = list(_distance_columns(answer, reference))
-    row, column = len(answer), len(reference)
-    pairs: list[tuple[int | None, int | None]] = []
-    while row and column:
-        up, _, _ = columns[column - 1]
-        if up >> (row - 1) & 1:  # the distance rises with this token of the answer: it is one too many
-            row -= 1
-            pairs.append((row, None))
-        elif column > 1 and columns[column - 2][1] >> (row - 1) & 1:  # a token of the reference is missing
-            column -= 1
-            pairs.append((None, column))
-        else:
-            row, column = row - 1, column - 1
-            pairs.append((row, column))
-    pairs += [(position, None) for position in reversed(range(row))]
-    pairs += [(None, position) for position in reversed(range(column))]
-    return pairs[::-1]
-
-
-def _distance_columns(answer: Sequence[int], reference: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield, per reference token, where the distance table rises and falls down its column, and its last entry.
-
-    Bit i of the two integers says whether the entry of answer token i is one more, or one less, than that above it
-    (bit-parallel recurrence of Myers 1999 in the form of Hyyrö 2003; Python's integers have any width).
-    """
-    occurs: dict[int, int] = {}
-    for position, token in enumerate(answer):
-        occurs[token] = occurs.get(token, 0) | 1 << position
-    every = (1 << len(answer)) - 1
-    last = 1 << len(answer) >> 1
-    rises, falls, distance = every, 0, len(answer)
-    for token in reference:
-        equal = occurs.get(token, 0)
-        vertical = equal | falls
-        horizontal = (((equal & rises) + rises) ^ rises) | equal
-        right_rises = falls | (every & ~(horizontal | rises))
-        right_falls = rises & horizontal
-        distance += bool(right_rises & last) - bool(right_falls & last) if answer else 1
-        right_rises = right_rises << 1 | 1
-        right_falls <<= 1
-        rises = (right_falls | ~(vertical | right_rises)) & every
-        falls = right_rises & vertical & every
-        yield rises, falls, distance

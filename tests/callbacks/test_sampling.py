@@ -16,10 +16,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from torch.distributed.tensor import DTensor
 
 from dllm_var.callbacks import SamplingCallback
-from dllm_var.callbacks.decoding import is_sharded
 from dllm_var.errors import UserError
 from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold
-from dllm_var.training.strategies import FSDP2
+from dllm_var.training.strategies import FSDP2, is_sharded
 
 
 @pytest.mark.parametrize(("accumulate", "expected"), [(1, [2, 4, 6]), (3, [2, 4, 6])])
@@ -242,4 +241,4 @@ def test_which_strategies_are_sharded() -> None:
         (SimpleNamespace(zero_stage_3=False), False),
     ]
     for strategy, expected in cases:
-        assert bool(is_sharded(SimpleNamespace(strategy=strategy))) == expected
+        assert bool(is_sharded(strategy)) == expected

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from dllm_var.callbacks import ExportWeights, RunSummary, SamplingCallback, SpeedMonitor
-from dllm_var.callbacks.summary import shown_path, write_json
+from dllm_var.callbacks.summary import shown_path
 from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.errors import UserError
 
@@ -164,17 +164,6 @@ def test_processes_share_the_prompts_unless_parameters_are_sharded(fit: Any, spy
     monkeypatch.setattr("dllm_var.callbacks.summary.is_sharded", lambda trainer: True)
     callback.evaluate(trainer, model)
     assert asked == [2, 12]  # of twelve prompts the fifth process takes numbers 4 and 9
-
-
-def test_json_is_replaced_whole(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "summary.json"
-    write_json(path, {"per": 1.0})
-    write_json(path, {"per": 0.5})
-    assert json.loads(path.read_text()) == {"per": 0.5}
-    assert list(path.parent.iterdir()) == [path]
-    with pytest.raises(TypeError):
-        write_json(path, {"per": object()})
-    assert json.loads(path.read_text()) == {"per": 0.5}
 
 
 def test_paths_are_shown_as_they_can_be_typed(tmp_path: Path, monkeypatch: Any) -> None:

@@ -12,7 +12,7 @@ from splits import BAD_ROW, OBJECTIVES, Poisoned, fit
 
 from dllm_var.callbacks import EmaWeights
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def same(one, other):
@@ -47,8 +47,8 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     fit(folder / "start")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(HERE / "splits.py"), str(folder), str(folder / "start" / "end.ckpt")]
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
+    command += [str(TESTS / "splits.py"), str(folder), str(folder / "start" / "end.ckpt")]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr[-3000:]
     return folder
