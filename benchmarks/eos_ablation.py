@@ -1,10 +1,10 @@
-"""Does EOS really lead? Attention x overhang x terminator_last x terminator mask rate, measured on CMUdict.
+"""Does EOS really lead? Attention x end of a sample x terminator mask rate x terminator_last, measured on CMUdict.
 
     python benchmarks/eos_ablation.py             # trains what results/eos_ablation.json lacks: 45 minutes on one core
-    python benchmarks/eos_ablation.py --report    # table (docs/eos_ablation.md) and plot from the results
+    python benchmarks/eos_ablation.py --report    # writes the table (docs/eos_ablation.md) from the results
 
-Every model is the quickstart's (0.87M parameters) trained on the same words with the same number of tokens; only the
-row below differs. Each is decoded with and without `terminator_last` on the same 300 validation words.
+Every model is the quickstart's (0.87M parameters) trained on the same words with the same number of tokens; only these
+settings differ. Each is decoded with and without `terminator_last` on the same 300 validation words.
 """
 
 from __future__ import annotations
@@ -12,44 +12,37 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import logging
 import statistics
 import tempfile
 import time
-import warnings
 from pathlib import Path
-
-from dllm_var.files import write_text
+from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "eos_ablation.json"
-DOCS = HERE.parent / "docs"
+TABLE = HERE.parent / "docs" / "eos_ablation.md"
 SHORT, LONG = 300, 1200  # optimizer steps
-ROWS, CONTEXT = 8, 128
-ATTENTIONS = ("document", "full")
+BLOCK = 8
+ATTENTIONS = ("full", "document")
 ENDS = {"none": "nothing", "overhang": "0 to 8 masks", "canvas": "the sampler's canvas"}  # what follows a terminator
-WORDS, BLOCK = 300, 8
 METRICS = ("token_error_rate", "length_exact", "ended_by_eos", "premature", "overrun", "tokens_per_forward")
+HEADER = (
+    "steps", "attention", "after the terminator", "terminator masked", "terminator_last", "PER (range over seeds)",
+    "length exact", "ended by EOS", "ended early", "ended late", "tokens/forward",
+)  # fmt: skip
 
 
-def settings(seeds: list[int]) -> list[dict]:
-    """Every training run: the full grid and the canvas at the short budget, the two attentions at the long one."""
-    grid = [
-        dict(attention=attention, end=end, mask_terminators=always, steps=SHORT, seed=seed)
-        for seed, attention, end, always in itertools.product(seeds, ATTENTIONS, ("none", "overhang"), (True, False))
+def settings(seeds: list[int]) -> list[dict[str, Any]]:
+    """Returns every training run: a grid and the canvas at the short budget, the two attentions at the long one."""
+    ends = [("none", True, SHORT), ("none", False, SHORT), ("overhang", True, SHORT), ("overhang", False, SHORT)]
+    ends += [("canvas", True, SHORT), ("overhang", True, LONG)]
+    return [
+        dict(attention=attention, end=end, mask_terminators=always, steps=steps, seed=seed)
+        for (end, always, steps), seed, attention in itertools.product(ends, seeds, ATTENTIONS)
     ]
-    canvas = [
-        dict(attention=attention, end="canvas", mask_terminators=True, steps=SHORT, seed=seed)
-        for seed, attention in itertools.product(seeds, ATTENTIONS)
-    ]
-    longer = [
-        dict(attention=attention, end="overhang", mask_terminators=True, steps=LONG, seed=seed)
-        for seed, attention in itertools.product(seeds, ATTENTIONS)
-    ]
-    return grid + canvas + longer
 
 
-def run(attention: str, end: str, mask_terminators: bool, steps: int, seed: int) -> dict:
+def run(attention: str, end: str, mask_terminators: bool, steps: int, seed: int) -> dict[str, Any]:
     """Trains one model and decodes the held-out words both ways."""
     import lightning as L
 
@@ -63,8 +56,8 @@ def run(attention: str, end: str, mask_terminators: bool, steps: int, seed: int)
 
     L.seed_everything(seed, verbose=False)
     data = PackedDataModule(
-        batch_size=ROWS,
-        context_length=CONTEXT,
+        batch_size=8,
+        context_length=128,
         packing="best_fit",
         overhang=BLOCK if end == "overhang" else 0,
         canvas=BLOCK if end == "canvas" else 0,
@@ -85,136 +78,56 @@ def run(attention: str, end: str, mask_terminators: bool, steps: int, seed: int)
         )  # fmt: skip
         began = time.perf_counter()
         trainer.fit(model, data)
-        seconds = time.perf_counter() - began
-    examples = data.held_out("validation", WORDS)
-    result: dict = {"train_seconds": round(seconds, 1)}
-    for last in (False, True):
+        result: dict[str, Any] = {"train_seconds": round(time.perf_counter() - began, 1)}
+    examples = data.held_out("validation", 300)
+    for order, last in (("any_order", False), ("terminator_last", True)):
         sampler = BlockDiffusionSampler(
             ConfidenceThreshold(0.9), block_length=BLOCK, max_new_tokens=40, batch_size=100, terminator_last=last
         )
         metrics = AnswerMetrics()
         answers = sampler.generate(model, [example.prompt_ids for example in examples])
         metrics.update(answers, [example.references for example in examples])
-        scores = metrics.compute()
-        result["terminator_last" if last else "any_order"] = {name: round(scores[name], 4) for name in METRICS}
+        result[order] = {name: round(metrics.compute()[name], 4) for name in METRICS}
     return result
 
 
-def train_missing(seeds: list[int], threads: int) -> None:
-    """Runs what RESULTS lacks, saving after each."""
-    import torch
-
-    torch.set_num_threads(threads)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    done = load()
-    for wanted in settings(seeds):
-        if any(entry["settings"] == wanted for entry in done):
-            continue
-        result = run(**wanted)
-        done.append({"settings": wanted, **result})
-        write_text(RESULTS, json.dumps(done, indent=1) + "\n")
-        print(wanted, result, flush=True)
-
-
-def load() -> list[dict]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-
-
-def summarise(done: list[dict]) -> list[dict]:
-    """One line per setting and decoding order: medians and ranges over seeds."""
-    lines = []
+def table(done: list[dict[str, Any]]) -> str:
+    """Returns one line per setting and decoding order: medians over seeds, and the range of the error rate."""
     keys = ("steps", "attention", "end", "mask_terminators")
-    groups: dict[tuple, list[dict]] = {}
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for entry in done:
         groups.setdefault(tuple(entry["settings"][key] for key in keys), []).append(entry)
-    for group, entries in sorted(groups.items(), key=lambda item: _place(*item[0])):
-        for order in ("any_order", "terminator_last"):
-            line = {**dict(zip(keys, group, strict=True)), "terminator_last": order == "terminator_last"}
-            line["seeds"] = len(entries)
-            for name in METRICS:
-                values = [entry[order][name] for entry in entries]
-                line[name] = statistics.median(values)
-                line[f"{name}_range"] = (min(values), max(values))
-            lines.append(line)
-    return lines
 
+    def place(group: tuple[Any, ...]) -> tuple[Any, ...]:
+        steps, attention, end, always = group
+        return steps, ATTENTIONS.index(attention), list(ENDS).index(end), not always
 
-def _place(steps: int, attention: str, end: str, always: bool) -> tuple:
-    """Where a setting stands in the table."""
-    return steps, attention != "full", list(ENDS).index(end), not always
-
-
-def table(lines: list[dict]) -> str:
-    rows = [
-        "| steps | attention | after the terminator | terminator masked | terminator_last | PER (range over seeds) "
-        "| length exact | ended by EOS | ended early | ended late | tokens/forward |",
-        "|--:|---|---|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for line in lines:
-        low, high = line["token_error_rate_range"]
-        rows.append(
-            f"| {line['steps']} | {line['attention']} | {ENDS[line['end']]} "
-            f"| {'always' if line['mask_terminators'] else 'with t'} | {'yes' if line['terminator_last'] else 'no'} "
-            f"| {line['token_error_rate']:.1%} ({low:.1%} to {high:.1%}) | {line['length_exact']:.1%} "
-            f"| {line['ended_by_eos']:.1%} | {line['premature']:.1%} | {line['overrun']:.1%} "
-            f"| {line['tokens_per_forward']:.2f} |"
-        )
-    return "\n".join(rows)
-
-
-def plot(lines: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    def label(line: dict) -> str:
-        return (
-            f"{line['attention']}, {ENDS[line['end']]} after"
-            f"{'' if line['mask_terminators'] else ', masked with t'}"
-            f"{f', {LONG} steps' if line['steps'] == LONG else ''}"
-        )
-
-    names = list(dict.fromkeys(label(line) for line in lines))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.42 * len(names) + 1.4), sharey=True)
-    panels = (("token_error_rate", "phoneme error rate"), ("length_exact", "share of answers of the right length"))
-    for axis, (metric, title) in zip(axes, panels, strict=True):
-        for last, colour, shift in ((False, "#c44e52", -0.18), (True, "#4c72b0", 0.18)):
-            chosen = [line for line in lines if line["terminator_last"] == last]
-            places = [names.index(label(line)) + shift for line in chosen]
-            values = [line[metric] for line in chosen]
-            spread = [[line[metric] - line[f"{metric}_range"][0] for line in chosen],
-                      [line[f"{metric}_range"][1] - line[metric] for line in chosen]]  # fmt: skip
-            axis.barh(places, values, 0.34, xerr=spread, color=colour, label=f"terminator_last: {str(last).lower()}",
-                      error_kw={"elinewidth": 1})  # fmt: skip
-        axis.set_xlabel(title)
-        axis.set_xlim(0, 1.5 if metric == "token_error_rate" else 1)
-        axis.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    axes[1].legend(loc="upper right")
-    figure.suptitle(
-        "Which setting lets the model end its own answers (median and range of the seeds; longer bars are cut)"
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    rows = [f"| {' | '.join(HEADER)} |", "|--:|---|---|---|---|--:|--:|--:|--:|--:|--:|"]
+    for group in sorted(groups, key=place):
+        steps, attention, end, always = group
+        for order, last in (("any_order", "no"), ("terminator_last", "yes")):
+            figures = {name: [entry[order][name] for entry in groups[group]] for name in METRICS}
+            error, *shares, speed = (statistics.median(values) for values in figures.values())
+            errors = figures["token_error_rate"]
+            cells = [str(steps), attention, ENDS[end], "always" if always else "with t", last]
+            cells += [f"{error:.1%} ({min(errors):.1%} to {max(errors):.1%})", *(f"{share:.1%}" for share in shares)]
+            rows.append(f"| {' | '.join([*cells, f'{speed:.2f}'])} |")
+    return "\n".join(rows) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="only write the table and the plot")
-    arguments = parser.parse_args()
-    if not arguments.report:
-        train_missing(arguments.seeds, arguments.threads)
-    lines = summarise(load())
-    if not lines:
-        raise SystemExit(f"no results in {RESULTS}: run without --report first")
-    print(table(lines))
-    (DOCS / "eos_ablation.md").write_text(table(lines) + "\n")
-    plot(lines, DOCS / "eos_ablation.png")
+    parser.add_argument("--report", action="store_true", help="only write the table")
+    options = parser.parse_args()
+    done = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    for wanted in [] if options.report else settings(options.seeds):
+        if all(entry["settings"] != wanted for entry in done):
+            done.append({"settings": wanted, **run(**wanted)})
+            RESULTS.write_text(json.dumps(done, indent=1) + "\n")
+            print(done[-1], flush=True)
+    TABLE.write_text(table(done))
+    print(table(done))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Everything that can go wrong, done on purpose: a table of faults and outcomes.
+"""Does a run that is killed at any moment, and resumed, end like one that was left alone?
 
-    python benchmarks/faults.py          # 290 kills (90 of two ranks or with accumulation), faults, memory
-    python benchmarks/faults.py --quick  # some of each, in a few minutes
-    python benchmarks/faults.py --only kills --kills 1000
+    python benchmarks/faults.py                    # 290 kills, half an hour
+    python benchmarks/faults.py --kills 6 --only kills accumulation
 
 A short run that trains, validates, samples, saves and exports is killed (-9) at random moments, also while it writes a
 checkpoint, and resumed until it is through: weights, optimizer, schedule, data position and figures must be those of a
-run that was left alone. Runs are forks of one process that has imported everything; some are real commands.
+run that was left alone. Single faults (signals, full disks, lost processes, damaged checkpoints, other data) are tests:
+tests/training/test_endings.py and test_ranks.py.
 """
 
 from __future__ import annotations
@@ -15,137 +15,217 @@ import argparse
 import json
 import os
 import platform
+import random
+import shutil
+import signal
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fault_cases import broken_parts, full_disk, signals, steady_memory
-from fault_storage import broken_checkpoints, other_data, real_processes, shared_cache
-from fault_tries import Case, Tries
-from forked_runs import warm_up
-from kills import THREE_BATCHES, Campaign, kill_and_resume
+from forked_runs import Attempt, start, warm_up
+from short_run import fingerprint, write_recipe
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("kills", "ranks", "accumulation", "faults", "memory")
-CASES = (signals, full_disk, broken_parts, broken_checkpoints, other_data, shared_cache, real_processes)
-QUICK = (signals, broken_checkpoints)
+TWO_RANKS = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=2"]
+THREE_BATCHES = ["--trainer.accumulate_grad_batches=3", "--data.batch_size=1", "--trainer.val_check_interval=7"]
+KILLS_PER_RUN = 6  # before it is left to finish
+CALLS = 40  # about as many system calls that settle a checkpoint in one run
+SAVE_SECONDS = 0.05
+ALONE_SECONDS = 60.0  # for the other rank to end by itself, before it gets the SIGTERM that a launcher sends
 
 
-def note(text: str) -> None:
-    """Says how far it has come."""
-    print(text, file=sys.stderr, flush=True)
+@dataclass
+class Campaign:
+    """Kills of one kind of run, and what came of them.
+
+    Args:
+        arguments: Settings of the runs.
+        ranks: Processes of each run.
+        kills: How many processes, or groups of them, were killed.
+        runs: Runs that went on to their end.
+        phases: Phases in which they were killed, and how often.
+        survivors: Ways in which the other rank ended when one was killed, and how often.
+        failures: Whatever should not be.
+    """
+
+    arguments: Sequence[str] = ()
+    ranks: int = 1
+    kills: int = 0
+    runs: int = 0
+    phases: Counter[str] = field(default_factory=Counter)
+    survivors: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    def run(self, folder: Path, kills: int, rng: random.Random) -> None:
+        """Kills runs, with working folders in `folder`, until so many kills have been survived."""
+        arguments = [*write_recipe(folder / "whole"), *(TWO_RANKS if self.ranks > 1 else []), *self.arguments]
+        began = time.monotonic()
+        whole = start(folder / "whole", arguments, self.ranks)
+        whole.wait()
+        life = time.monotonic() - began
+        if not self._is_through(whole):
+            return
+        expected = fingerprint(folder / "whole")
+        while self.kills < kills:
+            working = folder / str(self.runs)
+            write_recipe(working)
+            history: list[str] = []
+            for number in range(KILLS_PER_RUN + 1):
+                resume = ["--resume=auto"] if number else []
+                last = number == KILLS_PER_RUN
+                where = self._run_and_kill(working, [*arguments, *resume], None if last else life, rng)
+                if where is None:
+                    break
+                history.append(where)
+            self.runs += 1
+            try:
+                found: Any = fingerprint(working)
+            except (OSError, IndexError, ValueError) as error:
+                found = str(error)
+            if found == expected:
+                shutil.rmtree(working)
+            else:
+                self.failures.append(f"{working}: {found} and not {expected} after kills in {'; '.join(history)}")
+            print(f"{self.kills} kills of {self.ranks} rank(s) in {self.runs} runs", file=sys.stderr, flush=True)
+
+    def _is_through(self, attempt: Attempt) -> bool:
+        if not attempt.pids and not any(attempt.statuses.values()):
+            return True
+        attempt.end()
+        message = attempt.output.strip().rpartition("\n")[2]
+        self.failures.append(f"{attempt.log}: ended with {attempt.statuses}: {message}")
+        return False
+
+    def _run_and_kill(self, folder: Path, arguments: list[str], life: float | None, rng: random.Random) -> str | None:
+        """Runs until a random moment and kills; returns the phase, or None when the run was through before.
+
+        A third of the kills come at a random moment of a run's whole `life` (None: none comes), a third while a
+        checkpoint is being written, and a third right before or after one of the system calls that settle it.
+        """
+        way = rng.choice(("moment", "saving", "call")) if life is not None else "none"
+        before = _kill_at_call(rng.randint(1, CALLS), rng.random() < 0.5) if way == "call" else None
+        attempt = start(folder, arguments, self.ranks, before)
+        if life is not None and way == "moment":
+            ended = attempt.wait(seconds=rng.uniform(0, life))
+        elif way == "saving":
+            saves = rng.randint(1, 6)
+            attempt.wait(lambda: attempt.phase[1] >= saves)
+            time.sleep(rng.uniform(0, SAVE_SECONDS))
+            ended = not attempt.poll()
+        else:
+            ended = attempt.wait(lambda: bool(attempt.statuses))
+            ended = ended and -signal.SIGKILL not in attempt.statuses.values()
+        if ended or way == "none":
+            attempt.wait()
+            self._is_through(attempt)
+            return None
+        where = attempt.now
+        if self.ranks > 1 and (way == "call" or rng.random() < 0.5):
+            self._kill_one(attempt, rng)
+        else:
+            attempt.kill()
+            attempt.wait()
+        self.kills += 1
+        self.phases[where] += 1
+        return f"{where} ({attempt.log.name})"
+
+    def _kill_one(self, attempt: Attempt, rng: random.Random) -> None:
+        """Kills one rank, unless it did so itself, and notes how the other ends, for which no launcher is there."""
+        if -signal.SIGKILL not in attempt.statuses.values() and attempt.pids:
+            attempt.kill([rng.choice(sorted(attempt.pids))])
+        how = "by itself"
+        if not attempt.wait(seconds=ALONE_SECONDS):
+            how = "when told to, as launchers do"
+            attempt.kill(number=signal.SIGTERM)
+            if not attempt.wait(seconds=ALONE_SECONDS):
+                attempt.end()
+                self.failures.append(f"{attempt.log}: the other rank hangs, even when told to end")
+                return
+        others = [status for status in attempt.statuses.values() if status != -signal.SIGKILL]
+        self.survivors.update(f"{how}, exit status {status}" for status in others)
 
 
-def table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
-    """A table in Markdown."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in cells), ""]
+def _kill_at_call(number: int, after: bool) -> Callable[[], None]:
+    """Makes the first rank kill itself at one of the calls that settle a file on the disk."""
+
+    def prepare() -> None:
+        if int(os.environ.get("RANK", "0")):
+            return
+        left = number
+
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left == 0 and not after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                result = original(*args, **kwargs)
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return result
+
+            return call
+
+        for name in ("fsync", "replace", "rename", "unlink"):
+            setattr(os, name, wrap(getattr(os, name)))
+
+    return prepare
 
 
 def as_markdown(results: dict[str, Any]) -> str:
-    """What `results` holds, for readers."""
     lines = ["# Faults tried, and what came of them", ""]
     lines += [f"`python benchmarks/faults.py`, {results['machine']}, {results['seconds']:.0f} s.", ""]
-    for name, campaign in results.get("kills", {}).items():
-        lines += [f"## kill -9 of {name}", ""]
-        lines.append(
-            f"{campaign['kills']} kills in {campaign['runs']} runs, each resumed with `--resume`; "
-            f"{campaign['runs'] - len(campaign['failures'])} runs ended with the weights, optimizer, schedule, data "
-            "position and figures of a run that was left alone."
-        )
-        lines += ["", *table(("killed during", "times"), sorted(campaign["phases"].items(), key=lambda item: -item[1]))]
-        if campaign["survivors"]:
-            lines += table(("the other rank ended", "times"), list(campaign["survivors"].items()))
-    if cases := results.get("cases"):
-        lines += ["## Other faults", ""]
-        rows = [(c["fault"], c["status"], f"`{c['message']}`" if c["message"] else "", c["after"]) for c in cases]
-        lines += table(("fault", "exit status", "message", "then gone on with"), rows)
-    if memory := results.get("memory"):
-        lines += ["## Memory of a long run", ""]
-        lines.append(
-            f"{memory['steps']:,} steps with sampling, validation and a checkpoint every 50: "
-            f"{memory['second_quarter_mb']} MB in the second quarter, {memory['last_quarter_mb']} MB in the last "
-            f"({memory['growth']:+.2%})."
-        )
-        lines.append("")
-    failures = failed(results)
-    lines += ["## Failures", "", *(f"- {text}" for text in failures or ["none"]), ""]
+    for name, campaign in results["kills"].items():
+        kills, runs, failures = campaign["kills"], campaign["runs"], campaign["failures"]
+        lines += [
+            f"## kill -9 of {name}",
+            "",
+            f"{kills} kills in {runs} runs, each resumed with `--resume`; {runs - len(failures)} runs ended with the "
+            "weights, optimizer, schedule, data position and figures of a run that was left alone.",
+            "",
+            *(f"- killed during {phase}: {count}" for phase, count in campaign["phases"].most_common()),
+            *(f"- the other rank ended {how}: {count}" for how, count in campaign["survivors"].most_common()),
+            *(f"- FAILED: {failure}" for failure in failures),
+            "",
+        ]
     return "\n".join(lines)
 
 
-def failed(results: dict[str, Any]) -> list[str]:
-    """Everything that is not as it should be."""
-    texts = [text for campaign in results.get("kills", {}).values() for text in campaign["failures"]]
-    texts += [
-        f"{case['fault']}: {case['status']}, {case['after']}" for case in results.get("cases", []) if not case["good"]
-    ]
-    if not results.get("memory", {"good": True})["good"]:
-        texts.append("memory grows")
-    return texts
-
-
 def main() -> int:
+    both = "one or both of two processes"
+    campaigns = {
+        "kills": {"one process": Campaign()},
+        "ranks": {both: Campaign(ranks=2)},
+        "accumulation": {
+            "one process, three batches a step": Campaign(THREE_BATCHES),
+            f"{both}, three batches a step": Campaign(THREE_BATCHES, ranks=2),
+        },
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="some of each")
-    parser.add_argument("--only", choices=PARTS, action="append", help="a part of it; may be repeated")
-    parser.add_argument("--kills", type=int, help="kills of runs of one process (200)")
-    parser.add_argument("--rank-kills", type=int, help="kills of runs of two, and of those that accumulate (30)")
-    parser.add_argument("--seed", type=int, default=0, help="decides the moments of the kills")
-    parser.add_argument("--output", type=Path, help="folder of faults.json and faults.md; results/ when all is run")
-    arguments = parser.parse_args()
-    parts = arguments.only or PARTS
-    kills = arguments.kills or (6 if arguments.quick else 200)
-    rank_kills = arguments.rank_kills or (2 if arguments.quick else 30)
+    parser.add_argument("--only", nargs="+", choices=campaigns, default=list(campaigns), help="parts of it")
+    parser.add_argument("--kills", type=int, default=200, help="kills of runs of one process; a seventh of all others")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of faults.json and faults.md")
+    options = parser.parse_args()
     began = time.monotonic()
     warm_up()
-    results: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "seed": arguments.seed}
+    results: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "kills": {}}
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
-        folder = Path(name)
-        campaigns: dict[str, Campaign] = {}
-        if "kills" in parts:
-            campaigns["one process"] = kill_and_resume(folder / "one", kills, 1, arguments.seed, note)
-        if "ranks" in parts:
-            campaigns["one or both of two processes"] = kill_and_resume(
-                folder / "two", rank_kills, 2, arguments.seed, note
-            )
-        if "accumulation" in parts:
-            for ranks, title in ((1, "one process"), (2, "one or both of two processes")):
-                campaigns[f"{title}, three batches a step"] = kill_and_resume(
-                    folder / f"accumulating{ranks}", rank_kills, ranks, arguments.seed, note, THREE_BATCHES
-                )
-        results["kills"] = {title: dict(vars(campaign)) for title, campaign in campaigns.items()}
-        if "faults" in parts:
-            results["cases"] = [
-                asdict(case) for case in try_cases(folder / "cases", QUICK if arguments.quick else CASES)
-            ]
-        if "memory" in parts:
-            results["memory"] = steady_memory(folder / "memory", 400 if arguments.quick else 4_000)
-            note(f"memory: {results['memory']}")
+        for part in options.only:
+            for title, campaign in campaigns[part].items():
+                kills = options.kills if part == "kills" else max(2, options.kills // 7)
+                campaign.run(Path(name) / title.replace(" ", "-"), kills, random.Random(0))
+                results["kills"][title] = vars(campaign)
     results["seconds"] = time.monotonic() - began
-    text = as_markdown(results)
-    print(text)
-    output = arguments.output or (RESULTS if set(parts) == set(PARTS) and not arguments.quick else None)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "faults.json").write_text(json.dumps(results, indent=1) + "\n")
-        (output / "faults.md").write_text(text)
-    return 1 if failed(results) else 0
-
-
-def try_cases(folder: Path, groups: Any) -> list[Case]:
-    """Tries single faults."""
-    tries = Tries(folder)
-    folder.mkdir()
-    for group in groups:
-        before = len(tries.cases)
-        group(tries)
-        for case in tries.cases[before:]:
-            note(f"{'ok ' if case.good else 'BAD'} {case.fault}: {case.status}, {case.after}: {case.message}")
-    return tries.cases
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "faults.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.output / "faults.md").write_text(as_markdown(results))
+    print(as_markdown(results))
+    return 1 if any(campaign["failures"] for campaign in results["kills"].values()) else 0
 
 
 if __name__ == "__main__":

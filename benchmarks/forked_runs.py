@@ -1,7 +1,7 @@
 """Runs of the command line in forks of one process that has imported everything: a second each instead of twenty.
 
 A fork does what `python -m dllm_var` does, from the arguments to the exit status, in a session and a log file of its
-own. `benchmarks/faults.py` kills such runs and resumes them.
+own. faults.py kills such runs and resumes them; bad_inputs.py gives them bad arguments and files.
 """
 
 from __future__ import annotations
@@ -17,39 +17,37 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PHASES = ("start-up", "training", "validation", "saving a checkpoint", "export and summary")
+PHASES = ("start-up", "training", "saving a checkpoint")
 POLL = 0.002  # seconds between looks at a run
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
-HANGS_AFTER = 300.0  # seconds after which a run that still lives is said to hang
+HANGS_AFTER = 300.0  # seconds
 
 
 @dataclass
 class Attempt:
-    """A run under way, of one process or several.
+    """A run of one process or several.
 
     Args:
+        log: Its output.
+        phase: Memory shared with the processes: the index of the phase, and how many checkpoints were begun.
         pids: Processes that have not been waited for, by rank.
-        log: What they print.
-        began: Moment of the start.
-        phase: Shared with the processes; the first byte is the index of the phase, the second counts saves.
         statuses: Exit statuses so far, by rank; minus the number of the signal that ended it.
     """
 
-    pids: dict[int, int]
     log: Path
-    began: float
     phase: mmap.mmap
-    statuses: dict[int, int]
+    pids: dict[int, int] = field(default_factory=dict)
+    statuses: dict[int, int] = field(default_factory=dict)
 
     @property
     def now(self) -> str:
-        """Name of the phase the first rank is in."""
+        """Name of the phase of the first rank."""
         return PHASES[self.phase[0]]
 
     def poll(self) -> bool:
@@ -71,7 +69,7 @@ class Attempt:
         return True
 
     def kill(self, ranks: Sequence[int] | None = None, number: int = signal.SIGKILL) -> None:
-        """Sends a signal to some or all ranks, and SIGKILL to all that they have started."""
+        """Sends a signal to some or all ranks; SIGKILL also to all processes that they have started."""
         for rank, pid in self.pids.items():
             if ranks is None or rank in ranks:
                 if number == signal.SIGKILL:
@@ -80,7 +78,7 @@ class Attempt:
                 os.kill(pid, number)
 
     def end(self) -> None:
-        """Makes sure that nothing is left; what still runs tells where it stands first."""
+        """Kills the processes that still run; they write their stacks to the log first."""
         if self.poll():
             self.kill(number=signal.SIGQUIT)
             time.sleep(0.2)
@@ -89,19 +87,13 @@ class Attempt:
 
     @property
     def output(self) -> str:
+        """All that the run printed."""
         return self.log.read_text(encoding="utf-8", errors="replace")
-
-    @property
-    def message(self) -> str:
-        """The last line the run printed."""
-        lines = [line.strip() for line in self.output.splitlines() if line.strip()]
-        return lines[-1] if lines else ""
 
 
 def warm_up() -> None:
-    """Imports what runs import. Starts no thread: forks of a process with threads may hang."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    """Imports what runs import. It starts no thread: forks of a process with threads may hang."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     import torch
     import torch.utils.tensorboard
 
@@ -119,59 +111,53 @@ def start(folder: Path, arguments: Sequence[str], ranks: int = 1, before: Callab
 
     Args:
         folder: Its working folder.
-        arguments: What follows `python -m dllm_var`.
+        arguments: Arguments of `python -m dllm_var`.
         ranks: Processes to train with, as torchrun starts them.
         before: Called in each process first, to prepare a fault.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    phase = mmap.mmap(-1, 2)
-    number = len(list(folder.glob("*.log")))
-    attempt = Attempt({}, folder / f"{number:03d}.log", time.monotonic(), phase, {})
+    attempt = Attempt(folder / f"{len(list(folder.glob('*.log'))):03d}.log", mmap.mmap(-1, 2))
     attempt.log.touch()
-    port = _free_port() if ranks > 1 else 0
+    environment: dict[str, str] = {}
+    if ranks > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
+        environment["TORCHELASTIC_RUN_ID"] = "faults"
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
-            _child(folder, attempt.log, list(arguments), rank, ranks, port, phase, before)
+            if ranks > 1:
+                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            _child(folder, attempt, list(arguments), environment, before, marks=rank == 0)
         attempt.pids[rank] = pid
     return attempt
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _child(
     folder: Path,
-    log: Path,
+    attempt: Attempt,
     arguments: list[str],
-    rank: int,
-    ranks: int,
-    port: int,
-    phase: mmap.mmap,
+    environment: dict[str, str],
     before: Callable[[], None] | None,
+    marks: bool,
 ) -> None:
     status = 1
     try:
         os.setsid()
-        atexit._clear()  # what its parent would tidy up is not its own
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nothing outlives whoever tests
+        atexit._clear()  # the parent's files are not this process's to remove
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it does not outlive the campaign
         os.chdir(folder)
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+        os.environ |= environment
+        output = os.open(attempt.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
+            os.dup2(target, stream)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         faulthandler.register(signal.SIGQUIT)  # shows where a run hangs
-        if ranks > 1:
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
-            os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "faults"}
-        if rank == 0:
-            _mark_phases(phase)
+        if marks:
+            _mark_phases(attempt.phase)
         if before is not None:
             before()
         from dllm_var.__main__ import main
@@ -190,34 +176,20 @@ def _child(
 
 
 def _mark_phases(phase: mmap.mmap) -> None:
-    """Has this process note what it is doing."""
-    from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
-    from lightning.pytorch.loops.fit_loop import _FitLoop
-
-    from dllm_var.callbacks import ExportWeights, RunSummary
+    """Makes this process note its phase: training from the first step on, and each save of a checkpoint."""
+    from dllm_var.module import DiffusionLM
     from dllm_var.training.checkpointing import Trainer
 
-    @contextmanager
-    def during(name: str) -> Iterator[None]:
-        previous = phase[0]
-        phase[0] = PHASES.index(name)
-        if name == "saving a checkpoint":
-            phase[1] = (phase[1] + 1) % 256
-        yield
-        phase[0] = previous
-
-    def wrap(owner: Any, method: str, name: str) -> None:
+    def wrap(owner: Any, method: str, index: int, saves: int, after: int) -> None:
         original = getattr(owner, method)
 
         def marked(*args: Any, **kwargs: Any) -> Any:
-            with during(name):
-                return original(*args, **kwargs)
+            phase[0], phase[1] = index, (phase[1] + saves) % 256
+            result = original(*args, **kwargs)
+            phase[0] = after
+            return result
 
         setattr(owner, method, marked)
 
-    wrap(Trainer, "save_checkpoint", "saving a checkpoint")
-    wrap(_EvaluationLoop, "run", "validation")
-    wrap(_FitLoop, "run", "training")
-    wrap(ExportWeights, "on_train_end", "export and summary")
-    wrap(RunSummary, "on_train_end", "export and summary")
-    wrap(RunSummary, "on_fit_end", "export and summary")
+    wrap(DiffusionLM, "training_step", 1, 0, 1)
+    wrap(Trainer, "save_checkpoint", 2, 1, 1)

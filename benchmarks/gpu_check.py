@@ -1,4 +1,4 @@
-"""What one GPU visit should measure, in six minutes: copy bandwidth, decode latency, a training step, the gpu tests.
+"""How fast is one GPU, and does everything run on it? Bandwidth, decoding, a training step, the gpu tests; six minutes.
 
     python benchmarks/gpu_check.py FOLDER                  # torch 2.11 or later and one CUDA device
     python benchmarks/gpu_check.py FOLDER --only decode train

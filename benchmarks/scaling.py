@@ -1,4 +1,4 @@
-"""Step time against context length and depth, and how well two measured rates predict it.
+"""Step time against context length and depth: how well do two measured rates predict it?
 
     python benchmarks/scaling.py          # some minutes
     python benchmarks/scaling.py --quick  # seconds
@@ -33,18 +33,7 @@ VOCABULARY = 256
 
 @dataclass
 class Point:
-    """One measured setting.
-
-    Args:
-        name: What was varied.
-        layers: Depth.
-        rows: Rows of a batch.
-        context: Tokens of a row.
-        matrix_flops: FLOPs of a step in matrix products.
-        attention_flops: FLOPs of a step in attention.
-        seconds: Measured; median.
-        predicted: From the fitted rates.
-    """
+    """One measured setting; FLOPs are those of a step, seconds are a median."""
 
     name: str
     layers: int
@@ -56,33 +45,26 @@ class Point:
     predicted: float = 0.0
 
 
-def measure(point: Point, hidden: int, repeats: int) -> None:
-    """Trains a few steps on random tokens and notes the median time of a step."""
-    config = TransformerConfig(hidden_size=hidden, num_layers=point.layers, num_heads=2, vocab_size=VOCABULARY)
+def measure(name: str, layers: int, context: int, hidden: int, tokens: int, repeats: int) -> Point:
+    """Trains a few steps on random tokens, the same number in each step whatever the context."""
+    config = TransformerConfig(hidden_size=hidden, num_layers=layers, num_heads=2, vocab_size=VOCABULARY)
+    weights = layers * block_matrices(config) + VOCABULARY * hidden
+    point = Point(
+        name, layers, tokens // context, context, 6.0 * tokens * weights, 12.0 * layers * tokens * context * hidden
+    )
     model = Transformer(config)
     optimizer = AdamW(parameter_groups(model))
-    tokens = torch.randint(0, VOCABULARY, (point.rows, point.context))
+    batch = torch.randint(0, VOCABULARY, (point.rows, context))
     seconds = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        hidden_states = model.hidden_states(tokens).flatten(0, 1)
-        summed_cross_entropy(model.lm_head, hidden_states, tokens.flatten()).loss_sum.backward()
+        hidden_states = model.hidden_states(batch).flatten(0, 1)
+        summed_cross_entropy(model.lm_head, hidden_states, batch.flatten()).loss_sum.backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)
     point.seconds = median(seconds[1:])
-
-
-def points(hidden: int, tokens: int) -> list[Point]:
-    """Returns what is measured: contexts at one depth, depths at one context, the same number of tokens in each."""
-    found = []
-    varied = [(f"context {c}", 4, c) for c in CONTEXTS if c <= tokens] + [(f"depth {d}", d, 512) for d in DEPTHS]
-    for name, layers, context in varied:
-        config = TransformerConfig(hidden_size=hidden, num_layers=layers, num_heads=2, vocab_size=VOCABULARY)
-        weights = layers * block_matrices(config) + VOCABULARY * hidden
-        attention = 12.0 * layers * tokens * context * hidden
-        found.append(Point(name, layers, tokens // context, context, 6.0 * tokens * weights, attention))
-    return found
+    return point
 
 
 def main() -> None:
@@ -93,15 +75,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     hidden, tokens, repeats = (32, 4096, 1) if options.quick else (256, options.tokens, options.repeats)
-    measured = points(hidden, tokens)
-    for point in measured:
-        measure(point, hidden, repeats)
-    fitted = [point for point in measured if point.name in FITTED]
+    varied = [(f"context {c}", 4, c) for c in CONTEXTS if c <= tokens] + [(f"depth {d}", d, 512) for d in DEPTHS]
+    points = [measure(*one, hidden, tokens, repeats) for one in varied]
+    fitted = [point for point in points if point.name in FITTED]
     flops = np.array([[point.matrix_flops, point.attention_flops] for point in fitted])
     rates = 1 / np.linalg.solve(flops, np.array([point.seconds for point in fitted]))
     print(f"{tokens} tokens a step, width {hidden}, {torch.get_num_threads()} threads")
     print(f"fitted: {rates[0] / 1e9:.0f} GFLOP/s in matrix products, {rates[1] / 1e9:.0f} in attention")
-    for point in measured:
+    for point in points:
         point.predicted = point.matrix_flops / rates[0] + point.attention_flops / rates[1]
         error = "fitted" if point in fitted else f"{point.predicted / point.seconds - 1:+.0%}"
         share = point.attention_flops / (point.attention_flops + point.matrix_flops)
@@ -109,7 +90,7 @@ def main() -> None:
             f"{point.name:13} {point.seconds:7.2f} s, predicted {point.predicted:7.2f} ({error}), {share:.0%} attention"
         )
     if options.output:
-        result = {"rates": rates.tolist(), "points": [asdict(point) for point in measured]}
+        result = {"rates": rates.tolist(), "points": [asdict(point) for point in points]}
         options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""A short run that does everything a long one does, and a fingerprint of what it ends with."""
+"""A short run that does everything a long one does, and a fingerprint of its end."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forked_runs import start
 
 from dllm_var.checkpoints.run_files import read_file
 from dllm_var.datamodules import CmudictSource
 
 STEPS = 24
-RUN = Path("runs/recipe/version_0")
-MODEL, LAST = RUN / "model", RUN / "checkpoints" / "last.ckpt"
 
 
 def write_recipe(folder: Path) -> list[str]:
@@ -37,12 +34,7 @@ def _records() -> dict[str, str]:
 
 
 def recipe(folder: Path, absolute: bool = False) -> dict[str, Any]:
-    """The settings of that run, whose data is written into the folder.
-
-    Args:
-        folder: Its working folder.
-        absolute: Names paths so that they hold in any working folder.
-    """
+    """Writes the run's data into its working folder and returns its settings, with `absolute` paths if so asked."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, lines in _records().items():
         (folder / f"{split}.jsonl").write_text(lines)
@@ -96,7 +88,7 @@ def runs_of(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """Hashes of all that must be the same when a run was interrupted: of its weights, its whole state, its figures."""
+    """Returns hashes of the weights, the state and the figures of a run: the same however often it was interrupted."""
     run = runs_of(folder)[-1]
     weights = hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
     checkpoint = read_file(run / "checkpoints" / "last.ckpt")
@@ -128,27 +120,3 @@ def _digest(value: Any) -> str:
 
     add(value)
     return digest.hexdigest()
-
-
-def write_inputs(folder: Path) -> None:
-    """Writes what the commands read beside a run."""
-    settings = recipe(folder)
-    settings["trainer"] |= {"max_steps": 4, "val_check_interval": 2, "limit_val_batches": 1}
-    settings["trainer"]["callbacks"][1]["init_args"]["every_n_steps"] = 2
-    settings["trainer"]["callbacks"][4]["init_args"]["every_n_train_steps"] = 2
-    (folder / "recipe.yaml").write_text(json.dumps(settings, indent=1))
-    threshold = {"name": "threshold", "role": "default", "sampler": settings["sampler"]}
-    task = {"name": "tiny", "source": settings["data"]["source"], "checkpoint": str(MODEL), "entries": [threshold]}
-    (folder / "bench.yaml").write_text(json.dumps({"tasks": [task]}))
-    (folder / "prompts.jsonl").write_text('{"prompt": "key"}\n{"prompt": "cat"}\n')
-    (folder / "train.d").mkdir()
-    (folder / "full").symlink_to("/dev/full")
-    (folder / "loop").symlink_to("loop")
-
-
-def make_base(folder: Path) -> None:
-    """Makes a folder with a finished run, and what commands read beside it."""
-    write_inputs(folder)
-    run = start(folder, ["fit", "--config=recipe.yaml"])
-    run.wait()
-    assert run.statuses == {0: 0}, run.output

@@ -45,10 +45,10 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
-        from short_run import LAST, MODEL, RUN, write_inputs
+        from bad_inputs import LAST, RUN, write_inputs
 
         write_inputs(folder)
-        shutil.copytree(ROOT / "checkpoints" / "cmudict", folder / MODEL)
+        shutil.copytree(ROOT / "checkpoints" / "cmudict", folder / RUN / "model")
         (folder / RUN / "config.yaml").write_text("{}")
         (folder / LAST).parent.mkdir()
     return folder
