@@ -27,7 +27,7 @@ from dllm_var.model.transformer import Transformer, moved_right
 from dllm_var.objectives import EosSchedule, KeyedNoise, NoisedBatch, Objective
 from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import summed_cross_entropy
-from dllm_var.objectives.validation import EvenMasking
+from dllm_var.objectives.mdlm import EvenMasking
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
 from dllm_var.sampling.config import last_sampler, remembered_sampler
 from dllm_var.text.tokenizer import Tokenizer

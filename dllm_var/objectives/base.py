@@ -1,4 +1,4 @@
-"""What an objective is: which tokens are hidden from the model, and what its guesses cost."""
+"""Objectives: an objective decides which tokens are hidden from the model, and what its predictions of them cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm_var.errors import UserError
-from dllm_var.objectives.cross_entropy import Scores, cross_entropy, head_loss, summed_cross_entropy
+from dllm_var.objectives.cross_entropy import Scores, summed_cross_entropy
 from dllm_var.objectives.noise import KeyedNoise
 from dllm_var.text.tokenizer import SpecialTokens
 
@@ -21,18 +21,18 @@ Batch = dict[str, Tensor]
 class NoisedBatch:
     """A batch as the model sees it, and what it must predict.
 
+    An objective that gives the model more to read than the batch's tokens may choose its own L; it then gives
+    `position_ids` and `attention_mask`.
+
     Args:
         input_ids: Tokens the model reads [B, L].
         targets: Token to predict at each position [B, L]; only those under `loss_mask` count.
         loss_mask: Positions whose prediction is scored [B, L], bool.
         mask_rate: Probability with which each position was masked [B, L], for weights and for reports.
-        weights: Weight of each position's loss [B, L]; 1 when null.
-        normaliser: What the summed loss is divided by, after adding it up over ranks and accumulated batches.
-        position_ids: Rotary position of each token [B, L]; the batch's when null.
-        attention_mask: Which token sees which [B, L, L], bool; what `model.attention` says when null.
-
-    An objective that gives the model more to read than the batch's tokens may choose its own L; it then gives both of
-    the last two.
+        weights: Weight of each position's loss [B, L]; None for 1.
+        normaliser: Divides the summed loss, after both are added up over ranks and accumulated batches.
+        position_ids: Rotary position of each token [B, L]; None for the batch's.
+        attention_mask: Which token sees which [B, L, L], bool; None for what `model.attention` says.
     """
 
     input_ids: Tensor
@@ -55,7 +55,7 @@ class NoisedBatch:
 
 
 class Objective(ABC):
-    """An objective corrupts a batch; the module does the rest, the same for all of them.
+    """Corrupts a batch and scores predictions; the module does the rest, the same for all objectives.
 
     Attributes:
         causal: Whether the transformer reads left to right under this objective.
@@ -80,41 +80,43 @@ class Objective(ABC):
         """Returns the noised batch; a pure function of the batch, its `row` numbers and the generator's seed."""
 
     def likelihood(self) -> Objective | None:
-        """Returns the noise under which a bound on the likelihood is measured; `EvenMasking` when null."""
+        """Returns the noise under which a bound on the likelihood is measured; None for `EvenMasking`."""
         return None
 
-    def token_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Returns what each prediction costs in training [M], from logits [M, V] in float32: its cross-entropy."""
-        return cross_entropy(logits, targets)
-
-    def loss(self, token_loss: Tensor, noised: NoisedBatch) -> Tensor:
-        """Returns the weighted sum of the per-token losses [M] at `noised.loss_mask`, not yet normalised."""
-        if noised.weights is None:
-            return token_loss.sum()
-        return (token_loss * noised.at_loss(noised.weights)).sum()
-
     def score(self, head: nn.Linear, hidden: Tensor, noised: NoisedBatch) -> Scores:
-        """Returns the weighted sum of the losses at `noised.loss_mask`, and the single ones.
-
-        Plain cross-entropies, weighted by `noised.weights`, take a faster way to the same gradients.
+        """Returns the loss at `noised.loss_mask`: the sum of the cross-entropies, weighted by `noised.weights`.
 
         Args:
             head: The output head.
-            hidden: What it reads at those positions [M, hidden].
+            hidden: Hidden states at the scored positions [M, hidden].
             noised: What the model saw and has to predict.
         """
-        targets = noised.at_loss(noised.targets)
-        if type(self).token_loss is Objective.token_loss and type(self).loss is Objective.loss:
-            weights = None if noised.weights is None else noised.at_loss(noised.weights)
-            return summed_cross_entropy(head, hidden, targets, weights)
-        token_loss, guesses = head_loss(head, hidden, targets, self.token_loss)
-        return Scores(self.loss(token_loss, noised), token_loss.detach(), guesses == targets)
+        weights = None if noised.weights is None else noised.at_loss(noised.weights)
+        return summed_cross_entropy(head, hidden, noised.at_loss(noised.targets), weights)
 
     def specials(self) -> SpecialTokens:
-        """Returns the bound ids or says that there are none."""
+        """Returns the bound ids.
+
+        Raises:
+            UserError: When there are none yet.
+        """
         if self.special is None:
             raise UserError(f"{type(self).__name__} has no mask and terminator ids: call bind(tokenizer.special) first")
         return self.special
+
+    def hide(
+        self, batch: Batch, masked: Tensor, rate: Tensor, weights: Tensor | None = None, total: Tensor | None = None
+    ) -> NoisedBatch:
+        """Returns the batch with mask tokens where it is `masked` [B, L]; `total`, else their number, normalises."""
+        tokens = batch["input_ids"]
+        return NoisedBatch(
+            input_ids=torch.where(masked, self.specials().mask_id, tokens),
+            targets=tokens,
+            loss_mask=masked,
+            mask_rate=rate,
+            weights=weights,
+            normaliser=masked.sum() if total is None else total,
+        )
 
 
 def is_one_of(tokens: Tensor, ids: tuple[int, ...]) -> Tensor:
@@ -125,14 +127,12 @@ def is_one_of(tokens: Tensor, ids: tuple[int, ...]) -> Tensor:
     return found
 
 
-def mask_rates(
-    batch: Batch, generator: KeyedNoise, low: float, high: float, per_segment: bool, stream: int = 1
-) -> Tensor:
+def mask_rates(batch: Batch, generator: KeyedNoise, low: float, high: float, per_segment: bool) -> Tensor:
     """Draws mask rates, uniform in [low, high], one per row or per segment, spread over positions [B, L]."""
     rows, length = batch["row"], batch["input_ids"].size(1)
     if not per_segment:
-        return (low + (high - low) * generator.uniform(rows, 1, stream)).expand(-1, length)
-    return low + (high - low) * generator.uniform(rows, length, stream).gather(1, segment_starts(batch))
+        return (low + (high - low) * generator.uniform(rows, 1, stream=1)).expand(-1, length)
+    return low + (high - low) * generator.uniform(rows, length, stream=1).gather(1, segment_starts(batch))
 
 
 def segment_starts(batch: Batch) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +17,7 @@ from dllm_var.objectives.noise import KeyedNoise, golden_fractions
 CLEAN, FIRST_COPY = 0, 1  # which copy a token belongs to
 
 
-@dataclass
-class Copy:
+class Copy(NamedTuple):
     """One copy of the blocks: which tokens it masks [B, N, K], the rates, and whether their predictions are scored."""
 
     masked: Tensor
@@ -27,16 +25,15 @@ class Copy:
     scored: bool = True
 
 
-@dataclass
-class Blocks:
-    """Where the supervised blocks of a batch lie; N is the most that a row has, K their length.
+class Blocks(NamedTuple):
+    """The supervised blocks of a batch; N is the most that a row has, K their length.
 
     Args:
         number: Block of each clean token [B, L]: counts up along the row, an unsupervised span being one block.
         start: Column where each supervised block starts [B, N].
-        exists: Which of them exist, rows having different numbers [B, N].
-        column: Column of each of their tokens [B, N, K], inside the row also where nothing is.
-        answer: Which of their tokens are the answer's; what the last block of an answer has behind it is not [B, N, K].
+        exists: Which of them exist, as rows have different numbers [B, N].
+        column: Column of each of their tokens [B, N, K]; a column inside the row also where there is no token.
+        answer: Which of these tokens belong to the answer; those behind the end of an answer do not [B, N, K].
     """
 
     number: Tensor
@@ -44,6 +41,10 @@ class Blocks:
     exists: Tensor
     column: Tensor
     answer: Tensor
+
+    def take(self, values: Tensor) -> Tensor:
+        """Returns `values` [B, L] at the blocks' tokens [B, N, K]."""
+        return values.gather(1, self.column.flatten(1)).view(self.column.shape)
 
 
 class BlockDiffusion(Certainty):
@@ -56,12 +57,11 @@ class BlockDiffusion(Certainty):
     end of what is seen does not tell where the answer ends.
 
     Blocks are counted from each answer's start and the prompt is one block, because that is how `BlockDiffusionSampler`
-    decodes: an answer always begins with a whole block, and all prompt tokens see each other. SDAR, LLaDA 2.0,
-    Fast-dLLM v2 and dllm's BD3LM count blocks from the start of the text and read prompts block by block, causally;
-    their checkpoints have not learned the contexts that this objective gives.
+    decodes. SDAR, LLaDA 2.0, Fast-dLLM v2 and dllm's BD3LM count blocks from the start of the text and read prompts
+    block by block, causally; their checkpoints have not learned the contexts that this objective gives.
 
     Each block has a mask rate t ~ U(t_min, t_max) of its own. The terminator is always masked, as in dLLM-Var (arXiv
-    2510.24605). The loss is the mean cross-entropy over what is scored: the masked tokens of all copies.
+    2510.24605). The loss is the mean cross-entropy over the masked tokens of all copies.
 
     Args:
         block_length: The sampler's `block_length`.
@@ -70,15 +70,15 @@ class BlockDiffusion(Certainty):
             which is scored too: it is the first step of every block.
         t_min: Smallest mask rate.
         t_max: Largest mask rate.
-        whole_share: Share of blocks whose mask rate is 1 instead: all masks, as the sampler's first step meets them.
-        causal_context: Clean tokens see only their left, as in an autoregressive model, whose knowledge is kept so
+        whole_share: Fraction of the blocks whose mask rate is 1 instead: all masks, as in the sampler's first step.
+        causal_context: Clean tokens see only their left, as in an autoregressive model, which keeps its knowledge
             (NBDiff, arXiv 2512.06776); the model remembers it for its samplers. A finished block is then read the same
             way with and without the next one, and `kv_commit` makes no difference.
         autoregressive_weight: Weight of each clean token's prediction of the next one, beside the masked tokens' (0.5
             in NBDiff); needs `causal_context`.
         token_shift: Predicts each token at the position left of it, as an autoregressive model does (Fast-dLLM v2), the
-            first of a block at the clean token before; sets `transformer.token_shift`. A text without prompt lacks its
-            first token then.
+            first of a block at the clean token before; sets `transformer.token_shift`. The first token of a text
+            without prompt is then not predicted.
         complementary: Adds to each copy one that masks what it shows, so that every token is predicted (Fast-dLLM v2,
             arXiv 2509.26328, section 3).
         right_heavy: Masks positions further right more often, as decoding leaves them: the token at offset i of its
@@ -137,18 +137,16 @@ class BlockDiffusion(Certainty):
         return EvenBlockMasking(self).bind(self.specials())
 
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
-        tokens = batch["input_ids"]
         blocks = find_blocks(batch, self.block_length)
         rate = self.rates(batch, blocks, generator)[:, :, None].expand_as(blocks.column)
-        masked = self.masked(batch, blocks, rate, generator) & blocks.answer
-        copies = [Copy(masked, rate)]
-        if self.complementary:
-            copies.append(Copy(blocks.answer & ~masked, 1 - rate))
+        masked = self._draw_masked(batch, blocks, rate, generator)
+        ends = torch.zeros_like(masked)
         if self.mask_terminators:
-            ends = is_one_of(_take(tokens, blocks.column), self.specials().terminator_ids) & blocks.answer
-            for copy in copies:
-                copy.masked = copy.masked | ends
-        if self.clean_sees_masks:  # the first copy is the one that they see
+            ends = is_one_of(blocks.take(batch["input_ids"]), self.specials().terminator_ids) & blocks.answer
+        copies = [Copy(masked | ends, rate)]
+        if self.complementary:
+            copies.append(Copy((blocks.answer & ~masked) | ends, 1 - rate))
+        if self.clean_sees_masks:  # the first copy is the one that clean tokens see
             copies.insert(0, Copy(blocks.answer, torch.ones_like(rate), self.scores_first_step))
         return self.lay_out(batch, blocks, copies)
 
@@ -163,18 +161,18 @@ class BlockDiffusion(Certainty):
         rate = self.t_min + (self.t_max - self.t_min) * uniform / (1 - self.whole_share)
         return torch.where(uniform < 1 - self.whole_share, rate, 1.0)
 
-    def masked(self, batch: Batch, blocks: Blocks, rate: Tensor, generator: KeyedNoise) -> Tensor:
-        """Draws which tokens of the blocks are masked [B, N, K]."""
+    def _draw_masked(self, batch: Batch, blocks: Blocks, rate: Tensor, generator: KeyedNoise) -> Tensor:
+        """Draws which answer tokens of the blocks are masked [B, N, K]."""
         rows, length = batch["row"], batch["input_ids"].size(1)
         if self.exact_count:
             count = (rate[..., :1] * blocks.answer.sum(dim=-1, keepdim=True)).round()
         else:
-            masked = (_take(generator.uniform(rows, length, stream=2), blocks.column) < rate) & blocks.answer
+            masked = (blocks.take(generator.uniform(rows, length, stream=2)) < rate) & blocks.answer
             if self.right_heavy == 0:
                 return masked
             count = masked.sum(dim=-1, keepdim=True)
-        # The largest of log weight + Gumbel noise are a draw without replacement.
-        uniform = _take(generator.uniform(rows, length, stream=3), blocks.column).clamp_min(1e-7)
+        # The tokens with the largest log weight + Gumbel noise are a draw without replacement.
+        uniform = blocks.take(generator.uniform(rows, length, stream=3)).clamp_min(1e-7)
         offset = torch.arange(self.block_length, device=rate.device)
         keys = self.right_heavy * (1 - rate) * offset - (-uniform.log()).log()
         keys = keys.masked_fill(~blocks.answer, -torch.inf)
@@ -183,46 +181,51 @@ class BlockDiffusion(Certainty):
 
     def lay_out(self, batch: Batch, blocks: Blocks, copies: list[Copy]) -> NoisedBatch:
         """Returns the batch as `[clean | copy | copy ...]`."""
-        tokens = batch["input_ids"]
-        targets = _take(tokens, blocks.column)  # [B, N, K]
+        tokens, mask_id = batch["input_ids"], self.specials().mask_id
+        targets = blocks.take(tokens)  # [B, N, K]
         first = batch["position_ids"].gather(1, blocks.start)[:, :, None]
         positions = (first + torch.arange(self.block_length, device=tokens.device)).flatten(1)
-        next_token, scored, weight = self.score_clean(batch, blocks)
-        read, wanted, masked, rate = [tokens], [next_token], [scored], [torch.ones_like(weight)]
+
+        def shifted(values: Tensor) -> Tensor:
+            """Moves what is predicted to the position left of it."""
+            return (F.pad(values[..., 1:], (0, 1)) if self.token_shift else values).flatten(1)
+
+        next_token, scored, weight = self._score_clean(batch, blocks)
+        read, wanted, loss_mask, rate = [tokens], [next_token], [scored], [torch.ones_like(weight)]
         for copy in copies:
-            read.append(torch.where(blocks.answer & ~copy.masked, targets, self.specials().mask_id).flatten(1))
-            hidden = copy.masked if copy.scored else torch.zeros_like(copy.masked)
-            wanted.append((F.pad(targets[..., 1:], (0, 1)) if self.token_shift else targets).flatten(1))
-            masked.append((F.pad(hidden[..., 1:], (0, 1)) if self.token_shift else hidden).flatten(1))
+            read.append(torch.where(blocks.answer & ~copy.masked, targets, mask_id).flatten(1))
+            wanted.append(shifted(targets))
+            loss_mask.append(shifted(copy.masked & copy.scored))
             rate.append(copy.rate.flatten(1))
-        loss_mask, weights = torch.cat(masked, dim=1), None
+        weights = None
         if self.autoregressive_weight not in (0, 1):
-            weights = torch.cat([weight, *(torch.ones_like(share) for share in rate[1:])], dim=1)
+            weights = torch.cat([weight, *(torch.ones_like(part) for part in rate[1:])], dim=1)
+        scored = torch.cat(loss_mask, dim=1)
         return NoisedBatch(
             input_ids=torch.cat(read, dim=1),
             targets=torch.cat(wanted, dim=1),
-            loss_mask=loss_mask,
+            loss_mask=scored,
             mask_rate=torch.cat(rate, dim=1),
             weights=weights,
-            normaliser=loss_mask.sum(),
+            normaliser=scored.sum(),
             position_ids=torch.cat([batch["position_ids"], *[positions] * len(copies)], dim=1),
-            attention_mask=self.attention_mask(batch, blocks, len(copies)),
+            attention_mask=self._attention_mask(batch, blocks, len(copies)),
         )
 
-    def score_clean(self, batch: Batch, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns what clean tokens predict, which of them are scored, and their weights, each [B, L]."""
+    def _score_clean(self, batch: Batch, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns each clean token's target, whether its prediction is scored, and with which weight, each [B, L]."""
         next_token, follows = next_token_targets(batch)
         weight = torch.full(follows.shape, self.autoregressive_weight, device=follows.device)
-        if not self.token_shift:
-            return next_token, follows & (weight > 0), weight
-        before_block = follows & (blocks.number != blocks.number.roll(-1, dims=1))  # these do not see what they predict
-        weight = weight.masked_fill(before_block, 1.0)
+        if self.token_shift:  # the clean token before a block predicts the first of it, which it does not see
+            before_block = follows & (blocks.number != blocks.number.roll(-1, dims=1))
+            weight = weight.masked_fill(before_block, 1.0)
         return next_token, follows & (weight > 0), weight
 
-    def attention_mask(self, batch: Batch, blocks: Blocks, copies: int) -> Tensor:
+    def _attention_mask(self, batch: Batch, blocks: Blocks, copies: int) -> Tensor:
         """Returns which token sees which [B, S, S] in `[clean | copies]`, S = L + copies * N * K."""
         clean_segment, length = batch["segment_ids"], batch["input_ids"].size(1)
-        block = _take(blocks.number, blocks.start).masked_fill(~blocks.exists, -1)  # what is not there sees its like
+        # Blocks that do not exist see each other, so that no softmax is empty.
+        block = blocks.number.gather(1, blocks.start).masked_fill(~blocks.exists, -1)
         block = block.repeat_interleave(self.block_length, dim=1)
         segment = clean_segment.gather(1, blocks.start).repeat_interleave(self.block_length, dim=1)
         copy = torch.arange(FIRST_COPY, FIRST_COPY + copies, device=block.device).repeat_interleave(block.size(1))
@@ -240,11 +243,9 @@ class BlockDiffusion(Certainty):
 
 
 class EvenBlockMasking(BlockDiffusion):
-    """Masks every supervised token of a block with a rate that walks evenly over (0, 1), weighted by 1 / rate.
+    """Masks every supervised token of an objective's blocks with a rate that walks evenly over (0, 1).
 
-    Args:
-        objective: Whose blocks and contexts these are.
-        smallest: Smallest mask rate; keeps the weights finite.
+    Losses are weighted by 1 / rate; `smallest`, the smallest rate, keeps the weights finite.
     """
 
     scores_first_step = False
@@ -286,10 +287,6 @@ def find_blocks(batch: Batch, block_length: int) -> Blocks:
     column = start[:, :, None] + torch.arange(block_length, device=start.device)
     inside = column < length
     column = column.clamp_max(length - 1)
-    same = _take(number, column) == number.gather(1, start)[:, :, None]
-    return Blocks(number, start, exists, column, inside & same & exists[:, :, None])
-
-
-def _take(values: Tensor, columns: Tensor) -> Tensor:
-    """Returns `values` [B, L] at `columns` [B, ...]."""
-    return values.gather(1, columns.flatten(1)).view(columns.shape)
+    blocks = Blocks(number, start, exists, column, inside & exists[:, :, None])
+    same = blocks.take(number) == number.gather(1, start)[:, :, None]
+    return blocks._replace(answer=blocks.answer & same)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dllm_var.errors import UserError
 from dllm_var.objectives.base import NoisedBatch, Objective
-from dllm_var.objectives.cross_entropy import Scores, head_loss
+from dllm_var.objectives.cross_entropy import Scores, cross_entropy, head_loss
 
 
 class Certainty(Objective):
@@ -47,10 +47,11 @@ class Certainty(Objective):
         rights = torch.zeros_like(counted).index_add_(0, row, right.long())
         # The step divides by loss tokens, this mean by right ones.
         token_loss = token_loss + self.certainty * entropy * right * (counted / rights.clamp_min(1))[row]
-        return Scores(self.loss(token_loss, noised), token_loss.detach(), right)
+        weighted = token_loss if noised.weights is None else token_loss * noised.at_loss(noised.weights)
+        return Scores(weighted.sum(), token_loss.detach(), right)
 
     def _loss_and_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Returns each prediction's loss and its entropy in nats at `certainty_temperature` [M, 2]."""
+        """Returns each prediction's cross-entropy and its entropy in nats at `certainty_temperature` [M, 2]."""
         log_probs = (logits / self.certainty_temperature).log_softmax(dim=-1)
         entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
-        return torch.stack((self.token_loss(logits, targets), entropy), dim=1)
+        return torch.stack((cross_entropy(logits, targets), entropy), dim=1)

@@ -15,13 +15,11 @@ from torch.utils.checkpoint import checkpoint
 from dllm_var.model.placement import VocabularySlice, vocabulary_slice
 
 LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}  # float32 logits alive at a time: 64 and 512 MiB
-
-
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Scores(NamedTuple):
-    """What predictions at M positions cost.
+    """The loss of predictions at M positions.
 
     Args:
         loss_sum: Weighted sum of the losses, from which backward starts.
@@ -39,11 +37,6 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="none")
 
 
-def _scored(hidden: Tensor, targets: Tensor, head: nn.Module, token_loss: TokenLoss) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float()
-    return token_loss(logits, targets), logits.detach().argmax(dim=-1)
-
-
 def head_loss(
     head: nn.Linear,
     hidden: Tensor,
@@ -53,50 +46,46 @@ def head_loss(
 ) -> tuple[Tensor, Tensor]:
     """Returns the loss [M, ...] and the most likely token [M] at M positions.
 
-    Beyond `logits_per_chunk` the head runs in chunks whose logits are computed again in the backward pass, so that
-    [M, vocabulary] never exists as a whole.
+    Beyond `logits_per_chunk` (None for `LOGITS_PER_CHUNK`) the head runs in chunks whose logits are computed again in
+    the backward pass, so that [M, vocabulary] never exists as a whole.
 
     Args:
-        head: The output head, hidden size to vocabulary.
+        head: The output head.
         hidden: Hidden states at the scored positions [M, hidden].
         targets: Token ids [M].
         token_loss: Loss [M], or several terms of it [M, n], from logits [M, V] in float32 and targets.
-        logits_per_chunk: Number of logits that may exist at a time; `LOGITS_PER_CHUNK` when null.
+        logits_per_chunk: Number of logits that may exist at a time.
     """
-    chunk = _rows(head, hidden, logits_per_chunk)
-    if hidden.size(0) <= chunk:
-        return _scored(hidden, targets, head, token_loss)
-    parts = [
-        checkpoint(_scored, h, t, head, token_loss, use_reentrant=False)
-        for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    ]
+
+    def of_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(hidden).float()
+        return token_loss(logits, targets), logits.detach().argmax(dim=-1)
+
+    rows = _rows_per_chunk(head, hidden, logits_per_chunk)
+    if hidden.size(0) <= rows:
+        return of_chunk(hidden, targets)
+    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+    parts = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
     return torch.cat([loss for loss, _ in parts]), torch.cat([tokens for _, tokens in parts])
 
 
 def summed_cross_entropy(
     head: nn.Linear, hidden: Tensor, targets: Tensor, weights: Tensor | None = None, logits_per_chunk: int | None = None
 ) -> Scores:
-    """Returns the weighted sum of the cross-entropies at M positions.
+    """Returns the sum of the cross-entropies at M positions, weighted by `weights` [M]; other arguments as `head_loss`.
 
-    As `head_loss`, but the weights are known with the logits: each chunk's gradient is made at once, and no logit is
-    computed twice. (The idea of Liger's and torch's `linear_cross_entropy`, which tells neither the single losses nor
-    which predictions are right, and on CPUs is slower than all logits at once.)
-
-    Args:
-        head: The output head, hidden size to vocabulary.
-        hidden: Hidden states at the scored positions [M, hidden].
-        targets: Token ids [M].
-        weights: Weight of each loss [M]; 1 when null.
-        logits_per_chunk: Number of logits that may exist at a time; `LOGITS_PER_CHUNK` when null.
+    The weights are known with the logits: each chunk's gradient is made at once, and no logit is computed twice. (The
+    idea of Liger's and torch's `linear_cross_entropy`, which tells neither the single losses nor which predictions are
+    right, and on CPUs is slower than all logits at once.)
     """
     # Adapters have more than a weight; and in float16 the loss scale must come before the gradients.
     if type(head) is not nn.Linear or head.bias is not None or _compute_dtype(hidden) == torch.float16:
         token_loss, guesses = head_loss(head, hidden, targets, cross_entropy, logits_per_chunk)
         loss_sum = (token_loss if weights is None else token_loss * weights).sum()
         return Scores(loss_sum, token_loss.detach(), guesses == targets)
-    rows = _rows(head, hidden, logits_per_chunk)
+    rows = _rows_per_chunk(head, hidden, logits_per_chunk)
     matrix, slice_ = vocabulary_slice(head.weight)
-    if not torch.is_grad_enabled():  # which a Function does not hear of
+    if not torch.is_grad_enabled():  # a Function is not told
         hidden, matrix = hidden.detach(), matrix.detach()
     return Scores(*_SummedCrossEntropy.apply(hidden, matrix, targets, weights, rows * slice_.ranks, slice_))
 
@@ -107,7 +96,7 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _rows(head: nn.Linear, hidden: Tensor, logits: int | None) -> int:
+def _rows_per_chunk(head: nn.Linear, hidden: Tensor, logits: int | None) -> int:
     """Returns how many positions' logits may exist at a time."""
     if logits is None:
         logits = LOGITS_PER_CHUNK.get(hidden.device.type, LOGITS_PER_CHUNK["cpu"])
@@ -117,9 +106,9 @@ def _rows(head: nn.Linear, hidden: Tensor, logits: int | None) -> int:
 class _SummedCrossEntropy(torch.autograd.Function):
     """The loss and both gradients in one pass over chunks of positions; backward only scales them.
 
-    Where processes share the vocabulary, each has some of the logits [chunk, V / ranks]. For a chunk they exchange the
-    largest logit, the sum of the exponentials, the right token's logit and whether another token beats it, [chunk]
-    each. In the end they add up the gradient of the hidden states.
+    Where the vocabulary is divided among processes, each has some of the logits [chunk, V / ranks]. For a chunk they
+    exchange the largest logit, the sum of the exponentials, the right token's logit and whether another token beats
+    it, [chunk] each. In the end they add up the gradient of the hidden states.
     """
 
     @staticmethod

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-
 from dllm_var.objectives.base import Batch, NoisedBatch, check_rates, is_one_of, mask_rates
 from dllm_var.objectives.certainty import Certainty
 from dllm_var.objectives.noise import KeyedNoise
@@ -21,7 +19,6 @@ class EosSchedule(Certainty):
         mask_terminators: Masks supervised terminators with probability 1 (the paper); with t like any token if false.
         certainty: Weight of the mean entropy of predictions that are already right, which makes a model sure of more
             tokens at once (dParallel, arXiv 2509.26488, section 3; there 2.0, on a trained model). 0 leaves it out.
-            See `dllm_var.objectives.certainty.Certainty`.
         certainty_temperature: Divides the logits before that entropy (there 0.5).
 
     Raises:
@@ -43,18 +40,9 @@ class EosSchedule(Certainty):
         self.rate_per, self.mask_terminators = rate_per, mask_terminators
 
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
-        special = self.specials()
-        tokens, supervised = batch["input_ids"], batch["supervised"]
+        tokens = batch["input_ids"]
         rate = mask_rates(batch, generator, self.t_min, self.t_max, self.rate_per == "segment")
         masked = generator.uniform(batch["row"], tokens.size(1), stream=2) < rate
         if self.mask_terminators:
-            masked = masked | is_one_of(tokens, special.terminator_ids)
-        masked = masked & supervised
-        return NoisedBatch(
-            input_ids=torch.where(masked, special.mask_id, tokens),
-            targets=tokens,
-            loss_mask=masked,
-            mask_rate=rate,
-            weights=None,
-            normaliser=masked.sum(),
-        )
+            masked = masked | is_one_of(tokens, self.specials().terminator_ids)
+        return self.hide(batch, masked & batch["supervised"], rate)

@@ -1,4 +1,4 @@
-"""The objective of MDLM and of LLaDA's fine-tuning: any token masked with probability t, loss weighted by 1/t."""
+"""Masking with losses weighted by 1/t: the objective of MDLM and of LLaDA's fine-tuning, and a bound on likelihood."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from dllm_var.objectives.base import Batch, NoisedBatch, Objective, check_rates, mask_rates, segment_starts
-from dllm_var.objectives.noise import KeyedNoise
+from dllm_var.objectives.noise import KeyedNoise, golden_fractions
 
 
 class Mdlm(Objective):
@@ -37,21 +37,33 @@ class Mdlm(Objective):
         self.eps, self.rate_per, self.mean_over = eps, rate_per, mean_over
 
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
-        special = self.specials()
-        tokens, supervised = batch["input_ids"], batch["supervised"]
+        supervised = batch["supervised"]
         rate = mask_rates(batch, generator, self.eps, 1.0, self.rate_per == "segment")
-        masked = (generator.uniform(batch["row"], tokens.size(1), stream=2) < rate) & supervised
+        masked = (generator.uniform(batch["row"], rate.size(1), stream=2) < rate) & supervised
         weights, normaliser = 1.0 / rate, supervised.sum()
         if self.mean_over == "samples":
             starts = segment_starts(batch)
             answer_length = torch.zeros_like(starts).scatter_add_(1, starts, supervised.long())  # at each start
             weights = weights / answer_length.gather(1, starts).clamp_min(1)
             normaliser = (answer_length > 0).sum()
-        return NoisedBatch(
-            input_ids=torch.where(masked, special.mask_id, tokens),
-            targets=tokens,
-            loss_mask=masked,
-            mask_rate=rate,
-            weights=weights,
-            normaliser=normaliser,
-        )
+        return self.hide(batch, masked, rate, weights, normaliser)
+
+
+class EvenMasking(Objective):
+    """Masks every supervised token, terminators too, with a rate that walks evenly over (0, 1) from row to row.
+
+    The 1/t-weighted loss under it estimates the NELBO (MDLM, arXiv 2406.07524, equation 10), whatever the model was
+    trained with. Successive multiples of the golden ratio are about as even as a grid for any number of rows.
+
+    Args:
+        smallest: Smallest mask rate; keeps the weights finite.
+    """
+
+    def __init__(self, smallest: float = 1e-2) -> None:
+        self.smallest = smallest
+
+    def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
+        rows, supervised = batch["row"], batch["supervised"]
+        rate = (self.smallest + (1 - self.smallest) * golden_fractions(rows))[:, None].expand_as(supervised)
+        masked = (generator.uniform(rows, rate.size(1), stream=2) < rate) & supervised
+        return self.hide(batch, masked, rate, 1.0 / rate, supervised.sum())

@@ -36,22 +36,15 @@ def golden_fractions(numbers: Tensor) -> Tensor:
 
 
 class KeyedNoise:
-    """Random numbers keyed by (seed, stream, row, position): no state, so nothing to restore and nothing to shard.
-
-    Args:
-        seed: Seed of the whole run.
-    """
+    """Random numbers keyed by (seed, stream, row, position): no state, so nothing to restore and nothing to shard."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def uniform(self, rows: Tensor, length: int, stream: int = 0) -> Tensor:
-        """Returns float32 numbers in [0, 1) of shape [B, length].
+        """Returns float32 numbers in [0, 1) of shape [B, length], for the global row numbers [B].
 
-        Args:
-            rows: Global row numbers [B], int64.
-            length: Numbers per row.
-            stream: Which independent sequence; an objective uses one for mask rates and one for positions.
+        Streams are independent sequences; an objective uses one for mask rates and one for positions.
         """
         bits = _shift_right(self._bits(rows, length, stream), 40)  # the 24 bits a float32 holds exactly
         return bits.to(torch.float32) * 2.0**-24
@@ -60,11 +53,6 @@ class KeyedNoise:
         """Returns float32 numbers of the exponential distribution with mean 1, above 0, of shape [B, length].
 
         The small ones, which win races, come from 63 bits and have a float32's relative precision down to 2^-63.
-
-        Args:
-            rows: Global row numbers [B], int64.
-            length: Numbers per row.
-            stream: Which independent sequence.
         """
         bits = _shift_right(self._bits(rows, length, stream), 1).bitwise_or_(1)
         return bits.to(torch.float32).mul_(-(2.0**-63)).log1p_().neg_()

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dllm_var.errors import UserError
 from dllm_var.objectives import Autoregressive, EosSchedule, KeyedNoise, Mdlm
 from dllm_var.objectives.cross_entropy import head_loss, summed_cross_entropy
-from dllm_var.objectives.validation import EvenMasking
+from dllm_var.objectives.mdlm import EvenMasking
 from dllm_var.text.tokenizer import SpecialTokens
 
 MASK, END, OTHER_END, PAD = 0, 1, 2, 3
@@ -76,9 +76,8 @@ def test_mdlm_weights_make_the_expected_loss_independent_of_the_rate():
     batch = make_batch(rows=600, length=200)
     objective = Mdlm().bind(SPECIAL)
     noised = objective.corrupt(batch, KeyedNoise(3))
-    token_loss = torch.ones(int(noised.loss_mask.sum()))
     # With a loss of 1 per token, sum of 1/t over masked tokens estimates the number of supervised tokens.
-    ratio = objective.loss(token_loss, noised) / noised.normaliser
+    ratio = noised.at_loss(noised.weights).sum() / noised.normaliser
     assert float(ratio) == pytest.approx(1.0, abs=0.1)
     assert noised.mask_rate.min() >= objective.eps
 
@@ -103,7 +102,7 @@ def test_mdlm_over_samples_is_the_loss_of_lladas_finetuning():
     objective = Mdlm(mean_over="samples").bind(SPECIAL)
     noised = objective.corrupt(batch, KeyedNoise(1))
     cost = torch.rand(2, length)  # the cross-entropy of each position
-    ours = objective.loss(cost[noised.loss_mask], noised) / noised.normaliser
+    ours = (cost[noised.loss_mask] * noised.at_loss(noised.weights)).sum() / noised.normaliser
 
     width = max(columns.stop - columns.start for _, columns in samples)
     theirs = torch.zeros(len(samples), width)  # token_loss / p_mask / answer_lengths, where masked
@@ -267,31 +266,6 @@ def test_summed_cross_entropy_of_large_logits_and_in_bfloat16():
     assert scores.token_loss.dtype == torch.float32
     for mine, exact in zip(torch.autograd.grad(scores.loss_sum, (hidden, head.weight)), expected, strict=True):
         assert mine.dtype == torch.float32 and float((mine - exact).norm() / exact.norm()) < 0.02
-
-
-def test_only_plain_losses_take_the_short_way(monkeypatch):
-    class Doubled(EosSchedule):
-        def loss(self, token_loss, noised):
-            return 2 * super().loss(token_loss, noised)
-
-    class Squared(EosSchedule):
-        def token_loss(self, logits, targets):
-            return super().token_loss(logits, targets).square()
-
-    torch.manual_seed(0)
-    head = torch.nn.Linear(8, 40, bias=False)
-    batch = make_batch()
-    results = {}
-    for objective in (EosSchedule(), Doubled(), Squared(), Mdlm()):
-        noised = objective.bind(SPECIAL).corrupt(batch, KeyedNoise(0))
-        hidden = torch.randn(int(noised.loss_mask.sum()), 8, generator=torch.Generator().manual_seed(1))
-        token_loss, _ = head_loss(head, hidden, noised.targets[noised.loss_mask], objective.token_loss)
-        expected = objective.loss(token_loss, noised)
-        scores = objective.score(head, hidden, noised)
-        torch.testing.assert_close(scores.loss_sum, expected)
-        results[type(objective)] = scores.loss_sum.grad_fn.name()
-    short = [kind for kind, name in results.items() if "SummedCrossEntropy" in name]
-    assert short == [EosSchedule, Mdlm]
 
 
 def test_no_scored_position_gives_an_empty_loss():

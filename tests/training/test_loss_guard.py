@@ -41,9 +41,9 @@ class Poisoned(EosSchedule):
         self.explode = bool(self.infinite_gradient & set(batch["row"].tolist()))
         return noised
 
-    def loss(self, token_loss, noised):
-        loss = super().loss(token_loss, noised)
-        return Explode.apply(loss) if self.explode else loss
+    def score(self, head, hidden, noised):
+        scores = super().score(head, hidden, noised)
+        return scores._replace(loss_sum=Explode.apply(scores.loss_sum)) if self.explode else scores
 
 
 class Explode(torch.autograd.Function):
