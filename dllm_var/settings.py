@@ -152,7 +152,7 @@ class ReferringParser(SettingsParser):
 
 # Lines of jsonargparse's messages that list types and values, or that speak of the other types a setting may have.
 _LISTS = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
-_LISTS += ("Expected a path", "Not a valid subclass")
+_LISTS += ("Expected a path", "Not a valid subclass", "Subclass types expect", "a class path (str)", "a dict with")
 LONGEST = 400  # characters of a message
 
 

@@ -25,7 +25,7 @@ from dllm_var.callbacks import AnswerWriter
 from dllm_var.checkpoints.background import BackgroundFiles
 from dllm_var.checkpoints.choose import check_or_offer
 from dllm_var.checkpoints.run_files import CannotSave
-from dllm_var.cli.failures import from_checkpoint, from_files, from_outside, is_lost_contact
+from dllm_var.cli.failures import from_checkpoint, from_files, from_outside
 from dllm_var.cli.trainer_settings import build_parser, check_settings, full_help, run_name
 from dllm_var.errors import UserError
 from dllm_var.model.float8 import Float8, check_float8
@@ -64,22 +64,11 @@ def main(command: str, arguments: list[str]) -> int:
         return 0
     quieten()
     arguments, resume = split_resume(command, arguments)
-    stop = StopOnSignal()
-    with ExitStack() as held:  # run folders, until all processes have ended
-        try:
-            status = run(command, arguments, resume, stop, held)
-        except BaseException as error:
-            lost = stop.children.end(failed=True)
-            if lost is not None and is_lost_contact(error.__cause__ or error):
-                raise UserError(stop.children.explain(lost)) from error
-            if is_launched_child() and isinstance(error, CannotSave):  # the first process says why
-                return 1
-            raise
-        stop.children.end(failed=False)
-    return status
+    with ExitStack() as held:
+        return run(command, arguments, resume, held)
 
 
-def run(command: str, arguments: list[str], resume: str | None, stop: StopOnSignal, held: ExitStack) -> int:
+def run(command: str, arguments: list[str], resume: str | None, held: ExitStack) -> int:
     """Runs one Trainer command; what ends it from outside becomes one line. `held` keeps the run's folders for it."""
     try:
         parser = build_parser(command, arguments)
@@ -89,7 +78,11 @@ def run(command: str, arguments: list[str], resume: str | None, stop: StopOnSign
         seed_all(settings)
         text = parser.dump(settings, skip_none=False, skip_validation=True)
         place_run(command, settings, resume, held)
-        train(command, parser, settings, text, stop)
+        train(command, parser, settings, text)
+    except CannotSave:
+        if is_launched_child():  # the first process says why
+            return 1
+        raise
     except Interrupted as interrupted:
         if getattr(rank_zero_only, "rank", 0) == 0:
             command_line = resume_command(arguments)
@@ -115,7 +108,7 @@ def run(command: str, arguments: list[str], resume: str | None, stop: StopOnSign
     return 0
 
 
-def train(command: str, parser: ReferringParser, settings: Namespace, text: str, stop: StopOnSignal) -> None:
+def train(command: str, parser: ReferringParser, settings: Namespace, text: str) -> None:
     """Builds model, data and Trainer, and lets the Trainer work.
 
     Args:
@@ -123,8 +116,8 @@ def train(command: str, parser: ReferringParser, settings: Namespace, text: str,
         parser: Builds the objects.
         settings: With the run's folder in them.
         text: The settings as they were given, for the run folder and checkpoints.
-        stop: Listens to signals.
     """
+    stop = StopOnSignal()
     save_at_end = SaveAtEnd(stop)
     added = [save_at_end, AnswerWriter(), ExactResume(), stop, *default_checkpoints(settings)]
     if not settings.trainer.get("fast_dev_run"):

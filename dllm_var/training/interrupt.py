@@ -19,12 +19,11 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 from dllm_var.checkpoints.choose import newest_checkpoint
 from dllm_var.checkpoints.run_files import CannotSave, clear_leftovers
 from dllm_var.training.checkpointing import Trainer
-from dllm_var.training.ranks import Children, is_launched_child
+from dllm_var.training.ranks import is_launched_child
 from dllm_var.training.runs import checkpoint_folders, save_last
 from dllm_var.training.step import TooManySkipped
 
-# SIGUSR1 only saves, except in a SLURM job, where it announces the end of the allotted time.
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # the later, the more urgent
 STATUS_BASE = 128  # of a process that a signal ended, as shells count
 
 
@@ -33,13 +32,13 @@ class Interrupted(Exception):
 
     Args:
         message: What happened.
-        status: Exit status for the process.
+        number: The signal.
         requeued: Whether SLURM will run the job again.
     """
 
-    def __init__(self, message: str, status: int, requeued: bool = False) -> None:
+    def __init__(self, message: str, number: int, requeued: bool = False) -> None:
         super().__init__(message)
-        self.status, self.requeued = status, requeued
+        self.status, self.requeued = STATUS_BASE + number, requeued
 
 
 class StopOnSignal(Callback):
@@ -47,8 +46,9 @@ class StopOnSignal(Callback):
 
     The step under way is finished first, so that the saved weights, optimizer and counters belong together, and all
     ranks stop at the same step, whichever of them got the signal. Ctrl-C and SIGTERM stop, with status 130 and 143; a
-    second Ctrl-C stops at once. SIGUSR1 saves and goes on; in a SLURM job it saves, requeues the job and stops with
-    status 138. Once training is over and saved, a signal ends what is left of the run at once.
+    second Ctrl-C stops at once. SIGUSR1 saves and goes on; in a SLURM job, where it announces the end of the allotted
+    time, it saves, requeues the job and stops with status 138. Once training is over and saved, a signal ends what is
+    left of the run at once.
 
     When another callback or the data fail between two steps, or too many updates were skipped, the last step is saved
     as well.
@@ -58,7 +58,6 @@ class StopOnSignal(Callback):
     """
 
     def __init__(self) -> None:
-        self.children = Children()
         self.training_over = False
         self._asked = 0  # the signal
         self._last_step = 0
@@ -69,7 +68,6 @@ class StopOnSignal(Callback):
         self._asked, self.training_over, self._between_steps = 0, False, None
         if keeps_checkpoints(trainer):
             self._folder = checkpoint_folders(trainer)[0]
-        self.children.take_over(trainer.strategy.launcher, lambda lost: f"{lost}; {self.how_to_go_on()}")
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._listen()
@@ -85,43 +83,36 @@ class StopOnSignal(Callback):
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
         if self.training_over:
             self.end_now(number)
         elif number == signal.SIGINT and self._asked == number:
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt
         else:
-            self._asked = max(self._asked, number, key=_urgency)
+            self._asked = max(self._asked, number, key=[0, *SIGNALS].index)
             if not is_launched_child():
+                does = "saving" if _only_saves(number) else "stopping"
                 again = " (Ctrl-C again: at once)" if number == signal.SIGINT else ""
                 with contextlib.suppress(RuntimeError):  # in the midst of another print
-                    print(
-                        f"\n{name}: {'saving' if _only_saves(number) else 'stopping'} after this step{again}",
-                        flush=True,
-                    )
+                    print(f"\n{signal.Signals(number).name}: {does} after this step{again}", flush=True)
 
     def end_now(self, number: int = 0) -> None:
         """Cuts short what follows training, when a signal asks or has asked for it."""
         number = number or self._asked
         if number and not _only_saves(number) and not is_launched_child():  # the first process ends the others
-            name = signal.Signals(number).name
-            raise Interrupted(
-                f"{name} after the last step, which is saved: what follows was cut short", _status(number)
-            )
+            after = "after the last step, which is saved: what follows was cut short"
+            raise Interrupted(f"{signal.Signals(number).name} {after}", number)
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         self._between_steps = None
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        stepped = trainer.global_step != self._last_step  # between accumulated batches there are gradients to lose
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step == self._last_step:  # between accumulated batches there are gradients to lose
+            return
         self._last_step = trainer.global_step
-        if stepped:
-            if trainer.world_size == 1:
-                self._between_steps = _data_state(trainer)
-            self._obey(trainer, pl_module)
+        if trainer.world_size == 1:
+            self._between_steps = _data_state(trainer)
+        self._obey(trainer, pl_module)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
@@ -132,13 +123,13 @@ class StopOnSignal(Callback):
     def _obey(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         asked = self._asked
         if trainer.world_size > 1:  # the ranks must act at the same step, on the same signal
-            urgency = torch.tensor(_urgency(asked), device=pl_module.device)
-            asked = [0, *reversed(SIGNALS)][int(trainer.strategy.reduce(urgency, reduce_op="max"))]
+            urgency = torch.tensor([0, *SIGNALS].index(asked), device=pl_module.device)
+            asked = [0, *SIGNALS][int(trainer.strategy.reduce(urgency, reduce_op="max"))]
         if not asked or (trainer.validating and _only_saves(asked)):  # in validation the weights may be averages
             return
         self._asked = 0
         if trainer.global_step == 0:  # a sanity check, or validation among the first step's accumulated batches
-            raise Interrupted("stopped before the first step", _status(asked))
+            raise Interrupted("stopped before the first step", asked)
         _end_averaging(trainer, pl_module)
         path = save_last(trainer)
         step = trainer.global_step
@@ -146,8 +137,8 @@ class StopOnSignal(Callback):
             if trainer.is_global_zero:
                 print(f"saved {path} at step {step}", flush=True)
             return
-        requeued = asked == getattr(signal, "SIGUSR1", None) and trainer.is_global_zero and requeue()
-        raise Interrupted(f"stopped at step {step}, saved {path}", _status(asked), requeued)
+        requeued = asked == signal.SIGUSR1 and trainer.is_global_zero and requeue()
+        raise Interrupted(f"stopped at step {step}, saved {path}", asked, requeued)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         state, self._between_steps = self._between_steps, None
@@ -179,17 +170,16 @@ class SaveAtEnd(Callback):
         stop: Told when the last step is safe.
     """
 
-    def __init__(self, stop: StopOnSignal | None = None) -> None:
+    def __init__(self, stop: StopOnSignal) -> None:
         self.stop = stop
         self._saved_step = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._saved_step = -1
         if stage == "fit" and keeps_checkpoints(trainer):
-            folders = checkpoint_folders(trainer)
-            if trainer.is_global_zero:
-                for folder in folders:
-                    clear_leftovers(folder)
+            folders = checkpoint_folders(trainer)  # asked on every rank
+            for folder in folders if trainer.is_global_zero else ():
+                clear_leftovers(folder)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved_step = trainer.global_step
@@ -201,9 +191,8 @@ class SaveAtEnd(Callback):
                 trainer.saved_at_end = (path, trainer.global_step)
         elif isinstance(trainer, Trainer):
             trainer.finish_saving()
-        if self.stop is not None:
-            self.stop.training_over = True
-            self.stop.end_now()
+        self.stop.training_over = True
+        self.stop.end_now()
 
 
 def keeps_checkpoints(trainer: L.Trainer) -> bool:
@@ -224,20 +213,8 @@ def _end_averaging(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
                 callback.on_validation_epoch_end(trainer, pl_module)
 
 
-def _status(number: int) -> int:
-    return STATUS_BASE + number
-
-
-def _urgency(number: int) -> int:
-    return [0, *reversed(SIGNALS)].index(number)
-
-
-def in_slurm_job() -> bool:
-    return "SLURM_JOB_ID" in os.environ
-
-
 def _only_saves(number: int) -> bool:
-    return number == getattr(signal, "SIGUSR1", None) and not in_slurm_job()
+    return number == signal.SIGUSR1 and "SLURM_JOB_ID" not in os.environ
 
 
 def requeue() -> bool:
@@ -246,10 +223,11 @@ def requeue() -> bool:
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID', '0')}"
     command = shutil.which("scontrol")
-    if command is None:
-        print(f"cannot requeue job {job}: scontrol is not on this node", flush=True)
-        return False
-    done = subprocess.run([command, "requeue", job], capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(f"cannot requeue job {job}: {(done.stderr or done.stdout).strip()}", flush=True)
-    return done.returncode == 0
+    reason = "scontrol is not on this node"
+    if command is not None:
+        done = subprocess.run([command, "requeue", job], capture_output=True, text=True, check=False)
+        if not done.returncode:
+            return True
+        reason = (done.stderr or done.stdout).strip()
+    print(f"cannot requeue job {job}: {reason}", flush=True)
+    return False

@@ -20,7 +20,6 @@ from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.checkpoints.run_files import read_file
 from dllm_var.checkpoints.shards import read_trainer_state
 from dllm_var.cli.failures import is_lost_contact, killed_worker
-from dllm_var.training.ranks import Children
 
 ROOT = Path(__file__).parent.parent.parent
 LAST = Path("runs/tiny/version_0/checkpoints/last.ckpt")
@@ -92,7 +91,11 @@ def event(**arguments):
 
 @contextlib.contextmanager
 def started(arguments):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{Path(__file__).parent}",
+        "OMP_NUM_THREADS": "1",
+    }
     with open("output.txt", "w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "dllm_var", *arguments],
@@ -159,15 +162,14 @@ def test_whatever_befalls_one_of_two_both_end_and_a_checkpoint_is_left(tmp_path,
     assert read_file(LAST)["global_step"] == 3
 
     status, output = run([*command, "--resume", *event(what="error", step=6, rank=1)])
-    assert status == 2, output
-    assert "KeyError: 'a bug'" in output and "rank 1 of 2" in output.splitlines()[-1]
-    assert "go on with --resume" in output.splitlines()[-1]
+    assert status in (2, -signal.SIGKILL), output  # whichever comes first: a lost connection, or Lightning's watch
+    assert "KeyError: 'a bug'" in output and ("lost contact" in output or "terminated with code" in output)
     assert read_file(newest_checkpoint(LAST.parent))["global_step"] == 4
 
     status, output = run([*command, "--resume", *event(what="SIGKILL", step=6, rank=1)])
-    assert status == 2, output
+    assert status in (2, -signal.SIGKILL), output
     assert "Traceback" not in output, output
-    assert "was killed by SIGKILL" in output.splitlines()[-1] and "go on with --resume" in output.splitlines()[-1]
+    assert "lost contact" in output or "terminated with code -9" in output
 
     status, output = run([*command, "--resume", *event(what="SIGKILL", step=6, rank=0)])  # `run` sees both gone
     assert status == -signal.SIGKILL
@@ -257,34 +259,6 @@ def test_a_child_whose_launcher_is_gone_before_it_begins_ends_at_once():
     environment.pop("RANK", None)
     child = [sys.executable, "-m", "dllm_var", "fit", "--config", "nowhere.yaml"]  # which would be told with status 2
     assert subprocess.run(child, env=environment, timeout=WAIT, check=False).returncode == 1
-
-
-# -- in this process ---------------------------------------------------------------------------------------------------
-
-
-class Launcher:
-    def __init__(self, *codes):
-        self.procs = [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
-
-
-def test_the_first_process_knows_which_child_failed():
-    children = Children()
-    launcher = Launcher("import time; time.sleep(60)", "raise SystemExit(3)")
-    children.take_over(launcher, lambda lost: lost)
-    assert launcher.procs == []  # nothing left for Lightning's own watch
-    children.processes[1].wait()
-    lost = children.lost()
-    assert lost is not None and "rank 2 of 3" in lost and "ended with status 3" in lost
-    assert children.end(failed=True) == lost
-    assert [process.wait(10) for process in children.processes] == [-signal.SIGKILL, 3]
-    assert children.lost() == lost  # not the one that was killed because of it
-
-
-def test_children_that_end_by_themselves_are_left_to_it():
-    children = Children()
-    children.take_over(Launcher("import time; time.sleep(0.5)"), str)
-    assert children.end(failed=False) is None
-    assert children.processes[0].returncode == 0
 
 
 def test_errors_that_only_say_that_someone_is_gone():
