@@ -23,7 +23,7 @@ from dllm_var.model.config import TransformerConfig
 from dllm_var.model.float8 import Float8, check_float8
 from dllm_var.model.lora import Lora
 from dllm_var.model.recompute import Recompute
-from dllm_var.model.transformer import Transformer, moved_right
+from dllm_var.model.transformer import Transformer
 from dllm_var.objectives import EosSchedule, KeyedNoise, NoisedBatch, Objective
 from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import summed_cross_entropy
@@ -188,14 +188,19 @@ class DiffusionLM(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.last_step = result = self.step.finish(self.trainer, optimizer)  # 5. divide, guard, clip
-        self._log_figure("train/loss", result.loss, prog_bar=True)
+
+        def log(name: str, value: float, prog_bar: bool = False) -> None:
+            # Lightning would send a number of Python's to the device and wait for it twice.
+            self.log(name, torch.tensor(value, device="cpu"), prog_bar=prog_bar)
+
+        log("train/loss", result.loss, prog_bar=True)
         due = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if due or result.skipped:  # each costs a small model's step half a percent
-            self._log_figure("train/masked_accuracy", result.masked_accuracy, prog_bar=True)
+            log("train/masked_accuracy", result.masked_accuracy, prog_bar=True)
             if result.gradient_norm is not None:
-                self._log_figure("train/gradient_norm", result.gradient_norm)
+                log("train/gradient_norm", result.gradient_norm)
             if self.step.skipped:
-                self._log_figure("train/skipped_updates", float(self.step.skipped))
+                log("train/skipped_updates", float(self.step.skipped))
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: `on_before_optimizer_step` has clipped the gradients."""
@@ -206,10 +211,6 @@ class DiffusionLM(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.step.check_skipped()
 
-    def _log_figure(self, name: str, value: float, prog_bar: bool = False) -> None:
-        """Logs a number of the host's; Lightning would send a float to the device and wait for it twice."""
-        self.log(name, torch.tensor(value, device="cpu"), prog_bar=prog_bar)
-
     @property
     def _head(self) -> nn.Linear:
         assert self.transformer is not None
@@ -218,17 +219,16 @@ class DiffusionLM(L.LightningModule):
     def hidden_at_loss(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """Returns what the head reads at the loss positions [M, hidden]."""
         assert self.transformer is not None
+        own_layout = noised.attention_mask is not None  # the objective decides what is seen, and moves its targets
         position_ids, segment_ids = noised.position_ids, None
-        if noised.attention_mask is None and self.attention == "document":
+        if self.attention == "document" and not own_layout:
             position_ids, segment_ids = batch["position_ids"], batch["segment_ids"]
         attention_mask = noised.attention_mask
-        annealed = self.training and 0 < self.attention_annealing > self.trainer.global_step
-        if annealed:
-            share = self.trainer.global_step / self.attention_annealing
-            shown = self.noise.uniform(batch["row"], noised.input_ids.size(1), ANNEALING_STREAM) < share
+        if self.training and 0 < self.attention_annealing > self.trainer.global_step:
+            chance = self.trainer.global_step / self.attention_annealing
+            shown = self.noise.uniform(batch["row"], noised.input_ids.size(1), ANNEALING_STREAM) < chance
             attention_mask = partly_causal_mask(shown, segment_ids)
-        moved = annealed and self.transformer.config.token_shift  # left to whoever gives a mask
-        everywhere = moved or self.float8 is not None  # products in 8 bits need numbers of tokens that 16 divides
+        everywhere = self.float8 is not None  # products in 8 bits need numbers of tokens that 16 divides
         hidden = self.transformer.hidden_states(
             noised.input_ids,
             position_ids,
@@ -236,9 +236,8 @@ class DiffusionLM(L.LightningModule):
             attention_mask=attention_mask,
             asked=None if everywhere else noised.scored,
             document_ends=batch.get("document_ends"),
+            shift=not own_layout,
         )
-        if moved:
-            hidden = moved_right(hidden, segment_ids)
         return hidden.flatten(0, 1)[noised.scored] if everywhere else hidden
 
     # -- validation --------------------------------------------------------------------------------------------------
@@ -249,9 +248,6 @@ class DiffusionLM(L.LightningModule):
             assert self.tokenizer is not None
             likelihood = self.objective.likelihood() or EvenMasking().bind(self.tokenizer.special)
             self._measure(batch, likelihood, self.bound_metrics)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
 
     def _measure(self, batch: Batch, objective: Objective, metrics: DenoisingMetrics) -> None:
         """Adds a batch under fixed noise to the metrics."""
@@ -268,15 +264,9 @@ class DiffusionLM(L.LightningModule):
         )
 
     def on_validation_epoch_end(self) -> None:
-        self._log_metrics("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_metrics("test")
-
-    def _log_metrics(self, stage: str) -> None:
-        bound = self.objective_metrics if self.objective.causal else self.bound_metrics
-        values = self.objective_metrics.compute()
-        likelihood = bound.compute()  # already of all ranks; sync_dist below only says so to Lightning
+        stage = "test" if self.trainer.testing else "val"
+        values = self.objective_metrics.compute()  # already of all ranks; sync_dist below only says so to Lightning
+        likelihood = values if self.objective.causal else self.bound_metrics.compute()
         for name in ("loss", "masked_accuracy", "terminator_recall"):
             if name in values:
                 self.log(f"{stage}/{name}", values[name], prog_bar=name == "loss", sync_dist=True)
@@ -285,6 +275,8 @@ class DiffusionLM(L.LightningModule):
                 self.log(f"{stage}/{name}", value, sync_dist=True)
         self.objective_metrics.reset()
         self.bound_metrics.reset()
+
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     # -- prediction --------------------------------------------------------------------------------------------------
 

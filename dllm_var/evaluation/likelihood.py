@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from dllm_var.errors import UserError
 from dllm_var.model.attention import partly_causal_mask
-from dllm_var.model.transformer import Transformer, moved_right
+from dllm_var.model.transformer import Transformer
 from dllm_var.objectives.noise import KeyedNoise
 from dllm_var.sampling.base import special_ids
 
@@ -261,9 +261,7 @@ def _hidden(model: Transformer, rows: Sequence[Row]) -> Tensor:
     if model.config.causal_context:
         before = torch.arange(longest) < torch.tensor([row.start for row in rows])[:, None]
         seen = partly_causal_mask(torch.zeros_like(before), padding) | (~before[:, :, None] & (padding == 0)[:, None])
-        hidden = model.hidden_states(tokens.to(device), attention_mask=seen.to(device))
-        hidden = moved_right(hidden, None) if model.config.token_shift else hidden  # left to whoever gives a mask
-        return hidden.flatten(0, 1)[asked]
+        return model.hidden_states(tokens.to(device), attention_mask=seen.to(device), asked=asked)
     segments = padding.to(device) if not model.config.causal and bool(padding.any()) else None
     return model.hidden_states(tokens.to(device), segment_ids=segments, asked=asked)
 

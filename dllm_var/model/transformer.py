@@ -222,6 +222,7 @@ class Transformer(nn.Module):
         attention_mask: Tensor | None = None,
         asked: Tensor | None = None,
         document_ends: Tensor | None = None,
+        shift: bool = True,
     ) -> Tensor:
         """Returns the normalised last hidden states [B, L, hidden], so that the head may run on a few of them.
 
@@ -236,10 +237,12 @@ class Transformer(nn.Module):
             position_ids: Rotary positions [B, L], below L; 0, 1, ... when null. Not used with a cache.
             segment_ids: Document of each token [B, L]; a token sees only its own document. Everything when null.
             cache: Keys and values of earlier tokens, opened for this forward with `cache.open`; gets this forward's.
-            attention_mask: Which token sees which [B, L, L], bool, in place of `segment_ids`; not with a cache. Nothing
-                is moved then: who gives it knows which token is left of which.
+            attention_mask: Which token sees which [B, L, L], bool; not with a cache. `segment_ids` then only say where
+                the token shift begins anew.
             asked: Positions to return [M], counted through the flattened batch; all when null. Not with a cache.
             document_ends: What `dllm_var.model.documents.document_ends` finds in `segment_ids`, where it is known.
+            shift: False leaves the hidden states where they are, although the model has `token_shift`: for rows whose
+                order is not that of the text, as in block diffusion, whose targets are moved instead.
         """
         length = input_ids.size(1)
         causal, head_dim = self.config.causal, self.config.head_dim
@@ -263,7 +266,7 @@ class Transformer(nn.Module):
                 mask = mask & causal_mask(length, input_ids.device)
             context_causal = causal and mask is None
         cos, sin = self.rotary(positions, reach)
-        moved = self.config.token_shift and not causal and attention_mask is None
+        moved = self.config.token_shift and not causal and shift
         if asked is not None and moved:  # they get what is made of the positions left of them
             everywhere = torch.arange(input_ids.numel(), device=input_ids.device).view(*input_ids.shape, 1)
             asked = moved_right(everywhere, segment_ids).flatten()[asked]

@@ -239,7 +239,7 @@ def test_the_sampler_computes_the_trained_conditionals(mode, causal, shift, answ
     noised = objective.lay_out(batch, blocks, [Copy(blocks.answer, rate), Copy(blocks.answer & ~shown, rate)])
     with torch.no_grad():
         hidden = transformer.hidden_states(
-            noised.input_ids, position_ids=noised.position_ids, attention_mask=noised.attention_mask
+            noised.input_ids, position_ids=noised.position_ids, attention_mask=noised.attention_mask, shift=False
         )
         logits = transformer.lm_head(hidden)[0]
     trained = logits[batch["input_ids"].size(1) :].view(2, -1, BLOCK, VOCABULARY)
