@@ -36,7 +36,7 @@ class Score(NamedTuple):
 class Row(NamedTuple):
     """One row of a forward."""
 
-    pair: int  # index of its pair
+    part: int  # index of the continuation, or of its block
     tokens: list[int]  # some of them hidden
     start: int  # column where the continuation begins
     columns: list[int]  # scored columns
@@ -101,7 +101,7 @@ class Likelihood:
             model: A transformer in eval mode; a causal one needs contexts of at least one token.
             pairs: Contexts and continuations.
             decode: Decodes greedily, too; without it no score of a diffusion model is greedy.
-            on_pair: Called once for each finished pair.
+            on_pair: Called once for each pair with a continuation, as its turn comes.
 
         Raises:
             UserError: For a model with `causal_context` and no `block_length`.
@@ -111,57 +111,43 @@ class Likelihood:
                 "this checkpoint reads what is finished from left to right (causal_context): its likelihoods need the "
                 "block length it was trained with (evaluate --mc-block-length)"
             )
-        if self.block_length and not model.config.causal:
-            return self._by_blocks(model, pairs, decode, on_pair)
-        return self._score(model, pairs, decode, on_pair)
-
-    def _by_blocks(
-        self, model: Transformer, pairs: Sequence[Pair], decode: bool, on_pair: Callable[[], None]
-    ) -> list[Score]:
-        """Scores each block of the continuations with what stands before it as context, and adds up."""
-        blocks: list[Pair] = []
-        owner: list[int] = []
-        for index, (context, continuation) in enumerate(pairs):
-            for start in range(0, len(continuation), self.block_length):
-                block = continuation[start : start + self.block_length]
-                blocks.append(([*context, *continuation[:start]], block))
-                owner.append(index)
-        totals, greedy = [0.0] * len(pairs), [True] * len(pairs)
-        for index, score in zip(owner, self._score(model, blocks, decode, lambda: None), strict=True):
-            totals[index] += score.log_likelihood
-            greedy[index] &= score.is_greedy
-        for _ in pairs:
-            on_pair()
-        return [Score(total, same) for total, same in zip(totals, greedy, strict=True)]
-
-    def _score(
-        self, model: Transformer, pairs: Sequence[Pair], decode: bool, on_pair: Callable[[], None]
-    ) -> list[Score]:
-        order = sorted(range(len(pairs)), key=lambda index: sum(map(len, pairs[index])), reverse=True)
         causal = model.config.causal
-        rows = (row for i in order for row in (causal_rows(i, pairs[i]) if causal else self.rows(i, pairs[i], model)))
-        sums = [0.0] * len(pairs)
-        greedy = [True] * len(pairs)
-        newest = None
+        parts: list[Pair] = []  # scored on their own: whole continuations, or their blocks given those before them
+        owners: list[int] = []
+        for index, (context, continuation) in enumerate(pairs):
+            length = self.block_length if self.block_length and not causal else max(len(continuation), 1)
+            for start in range(0, len(continuation), length):
+                parts.append(([*context, *continuation[:start]], continuation[start : start + length]))
+                owners.append(index)
+        order = sorted(range(len(parts)), key=lambda part: sum(map(len, parts[part])), reverse=True)
+        rows = (row for part in order for row in self._rows(part, parts[part], model))
+        sums, greedy = [0.0] * len(parts), [True] * len(parts)
+        begun: set[int] = set()
         for batch in _chunks(rows, self.batch_size):
-            losses, guesses = predict(model, batch)
-            for row, loss, guess in zip(batch, losses, guesses, strict=True):
-                sums[row.pair] -= row.weight * float(loss.double().sum())
-                greedy[row.pair] &= guess.tolist() == row.targets
-                if row.pair != newest:  # those before it are done
-                    newest = row.pair
+            for row, loss, guess in zip(batch, *predict(model, batch), strict=True):
+                sums[row.part] -= row.weight * float(loss.double().sum())
+                greedy[row.part] &= guess.tolist() == row.targets
+                if owners[row.part] not in begun:
+                    begun.add(owners[row.part])
                     on_pair()
         if not causal:
-            greedy = self.decoded_greedily(model, pairs) if decode else [False] * len(pairs)
-        return [Score(total, same) for total, same in zip(sums, greedy, strict=True)]
+            greedy = self.decoded_greedily(model, parts) if decode else [False] * len(parts)
+        totals, same = [0.0] * len(pairs), [causal or decode] * len(pairs)
+        for owner, total, is_greedy in zip(owners, sums, greedy, strict=True):
+            totals[owner] += total
+            same[owner] &= is_greedy
+        return [Score(total, is_greedy) for total, is_greedy in zip(totals, same, strict=True)]
 
-    def rows(self, index: int, pair: Pair, model: Transformer) -> Iterator[Row]:
-        """Yields a diffusion model's rows for one pair; their weighted log-probabilities add up to the estimate."""
-        length = len(pair[1])
-        if not length:
+    def _rows(self, part: int, pair: Pair, model: Transformer) -> Iterator[Row]:
+        """Yields the rows of a continuation; their weighted log-probabilities add up to its score."""
+        context, continuation = pair
+        if model.config.causal:
+            tokens = [*context, *continuation]
+            columns = list(range(len(context) - 1, len(tokens) - 1))
+            yield Row(part, tokens[:-1], len(context), columns, list(continuation), 1.0)
             return
         for hidden, weight in self.masks(pair):
-            yield self._row(index, pair, hidden, weight, model)
+            yield self._row(part, pair, hidden, weight, model)
 
     def masks(self, pair: Pair) -> Iterator[tuple[list[int], float]]:
         """Yields which positions of the continuation are hidden, with the weight of what is predicted there."""
@@ -187,10 +173,10 @@ class Likelihood:
                 rows = [self._row(index, pairs[index], hidden[index], 1.0, model) for index in batch]
                 for row, (column, token) in zip(rows, most_confident(model, rows), strict=True):
                     place = row.columns.index(column)
-                    same[row.pair] = token == row.targets[place]
-                    del hidden[row.pair][place]
-                    if not same[row.pair] or not hidden[row.pair]:
-                        del hidden[row.pair]
+                    same[row.part] = token == row.targets[place]
+                    del hidden[row.part][place]
+                    if not same[row.part] or not hidden[row.part]:
+                        del hidden[row.part]
         return same
 
     def _row(self, index: int, pair: Pair, hidden: list[int], weight: float, model: Transformer) -> Row:
@@ -204,47 +190,48 @@ class Likelihood:
         return Row(index, tokens, len(context), columns, [continuation[place] for place in hidden], weight)
 
 
-def causal_rows(index: int, pair: Pair) -> Iterator[Row]:
-    """Yields the one row of a causal model for a pair, none for an empty continuation."""
-    context, continuation = pair
-    if continuation:
-        tokens = [*context, *continuation]
-        columns = list(range(len(context) - 1, len(tokens) - 1))
-        yield Row(index, tokens[:-1], len(context), columns, list(continuation), 1.0)
-
-
 def predict(model: Transformer, rows: Sequence[Row]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Returns cross-entropies and most likely tokens of the scored columns, for each row."""
-    hidden = _hidden(model, rows)
-    targets = torch.tensor([token for row in rows for token in row.targets], device=hidden.device)
-    losses, guesses = [], []
-    size = _chunk(model)
-    for part, wanted in zip(hidden.split(size), targets.split(size), strict=True):
-        logits = model.lm_head(part).float()
-        losses.append(cross_entropy(logits, wanted, reduction="none").cpu())
-        guesses.append(logits.argmax(dim=-1).cpu())
-    counts = [len(row.targets) for row in rows]
-    return torch.cat(losses).split(counts), torch.cat(guesses).split(counts)
+    targets = torch.tensor([token for row in rows for token in row.targets], device=model.embedding.weight.device)
+
+    def read(logits: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
+        return cross_entropy(logits, targets[positions], reduction="none"), logits.argmax(dim=-1)
+
+    return _from_logits(model, rows, read)
 
 
 def most_confident(model: Transformer, rows: Sequence[Row]) -> list[tuple[int, int]]:
     """Returns for each row the scored column whose best token has the highest probability, and that token."""
-    hidden, (mask, _) = _hidden(model, rows), special_ids(model)
-    confidences, tokens = [], []
-    for part in hidden.split(_chunk(model)):
-        logits = model.lm_head(part).float()
+    mask, _ = special_ids(model)
+
+    def read(logits: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
         logits[:, mask] = -torch.inf
         best = logits.softmax(dim=-1).max(dim=-1)
-        confidences.append(best.values.cpu())
-        tokens.append(best.indices.cpu())
-    counts = [len(row.columns) for row in rows]
+        return best.values, best.indices
+
     found = []
-    for row, confidence, token in zip(
-        rows, torch.cat(confidences).split(counts), torch.cat(tokens).split(counts), strict=True
-    ):
+    for row, confidence, tokens in zip(rows, *_from_logits(model, rows, read), strict=True):
         place = int(confidence.argmax())
-        found.append((row.columns[place], int(token[place])))
+        found.append((row.columns[place], int(tokens[place])))
     return found
+
+
+def _from_logits(
+    model: Transformer, rows: Sequence[Row], read: Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Returns two numbers for each scored column, row by row; `read` gives them for some logits [M, vocabulary].
+
+    The head runs for some positions at a time: all logits at once would not fit into memory.
+    """
+    hidden = _hidden(model, rows)
+    size = max(1, LOGITS_PER_CHUNK // model.lm_head.out_features)
+    pieces = []
+    for start in range(0, len(hidden), size):
+        positions = slice(start, start + size)
+        pieces.append([numbers.cpu() for numbers in read(model.lm_head(hidden[positions]).float(), positions)])
+    counts = [len(row.columns) for row in rows]
+    first, second = (torch.cat(numbers).split(counts) for numbers in zip(*pieces, strict=True))
+    return first, second
 
 
 def _hidden(model: Transformer, rows: Sequence[Row]) -> Tensor:
@@ -264,11 +251,6 @@ def _hidden(model: Transformer, rows: Sequence[Row]) -> Tensor:
         return model.hidden_states(tokens.to(device), attention_mask=seen.to(device), asked=asked)
     segments = padding.to(device) if not model.config.causal and bool(padding.any()) else None
     return model.hidden_states(tokens.to(device), segment_ids=segments, asked=asked)
-
-
-def _chunk(model: Transformer) -> int:
-    """Returns for how many positions the head runs at a time."""
-    return max(1, LOGITS_PER_CHUNK // model.lm_head.out_features)
 
 
 def _key(pair: Pair) -> int:
