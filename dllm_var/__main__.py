@@ -30,23 +30,19 @@ COMMANDS = {
 def overview() -> str:
     """Returns what `python -m dllm_var --help` shows."""
     width = max(map(len, COMMANDS)) + 2
-    lines = [f"  {name:<{width}}{summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: python -m dllm_var COMMAND [--config FILE ...] [--key=value ...]",
-            "",
-            "Variable-length diffusion language models: training, sampling, measuring.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "options:",
-            f"  {'--help':<{width}}show this text; after a command, its settings",
-            f"  {'--version':<{width}}show the version",
-            "",
-            "example: python -m dllm_var fit --config configs/quickstart.yaml --trainer.max_steps=500",
-        ]
-    )
+    commands = "\n".join(f"  {name:<{width}}{summary}" for name, (_, summary) in COMMANDS.items())
+    return f"""usage: python -m dllm_var COMMAND [--config FILE ...] [--key=value ...]
+
+Variable-length diffusion language models: training, sampling, measuring.
+
+commands:
+{commands}
+
+options:
+  {"--help":<{width}}show this text; after a command, its settings
+  {"--version":<{width}}show the version
+
+example: python -m dllm_var fit --config configs/quickstart.yaml --trainer.max_steps=500"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,18 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: list[str], is_process: bool) -> int:
-    """Runs one command and returns its exit status.
-
-    Args:
-        arguments: What follows `python -m dllm_var`.
-        is_process: Whether nothing else runs in this process.
-    """
+    """Runs one command and returns its exit status; `is_process` says that nothing else runs in this process."""
     command, *rest = arguments or ["--help"]
-    if command in ("-h", "--help", "help"):
-        print(overview())
-        return 0
-    if command == "--version":
-        print(f"dllm-var {__version__}")
+    if command in ("-h", "--help", "help", "--version"):
+        print(f"dllm-var {__version__}" if command == "--version" else overview())
         return 0
     if command not in COMMANDS:
         raise UserError(f"no command '{command}'; commands are: {', '.join(COMMANDS)}")

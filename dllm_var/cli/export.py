@@ -25,10 +25,6 @@ EXAMPLES = """examples:
 def main(command: str, arguments: list[str]) -> int:
     """Runs `export` and returns its exit status.
 
-    Args:
-        command: `export`.
-        arguments: Its options, as `--help` lists them.
-
     Raises:
         UserError: For a bad checkpoint or option, or a model that the format cannot hold.
     """

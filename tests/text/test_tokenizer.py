@@ -152,20 +152,6 @@ def test_loss_is_on_assistant_turns_with_their_terminators(tmp_path, template):
     assert prompt == tokenizer.encode(tokenizer.render(CONVERSATION[:4], add_generation_prompt=True), True)
 
 
-def test_chat_agrees_with_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    folder = write_byte_tokenizer(tmp_path, "{{ bos_token }}" + MARKED_TEMPLATE, bos_token="<|endoftext|>")
-    reference = transformers.AutoTokenizer.from_pretrained(folder)
-    ours = Tokenizer.from_pretrained(folder)
-    assert ours.render(CONVERSATION) == reference.apply_chat_template(CONVERSATION, tokenize=False)
-    encoded = reference.apply_chat_template(CONVERSATION, return_assistant_tokens_mask=True, return_dict=True)
-    ids, supervised = ours.encode_chat(CONVERSATION)
-    # The line break after the last terminator teaches nothing and is left out.
-    assert ids == encoded["input_ids"][: len(ids)]
-    assert supervised == [bool(flag) for flag in encoded["assistant_masks"][: len(ids)]]
-    assert not any(encoded["assistant_masks"][len(ids) :])
-
-
 def test_turns_follow_each_other_without_a_template(cmudict):
     messages = [{"role": "user", "content": "key"}, {"role": "assistant", "content": "K IY"}]
     ids, supervised = cmudict.encode_chat(messages)
