@@ -151,8 +151,10 @@ class ReferringParser(SettingsParser):
 
 
 # Lines of jsonargparse's messages that list types and values, or that speak of the other types a setting may have.
-_LISTS = ("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>")
-_LISTS += ("Expected a path", "Not a valid subclass", "Subclass types expect", "a class path (str)", "a dict with")
+_LISTS = (
+    *("Does not validate", "Subtypes:", "Errors:", "Given value", "Expected a <class 'NoneType'>", "Expected a path"),
+    *("Not a valid subclass", "Subclass types expect", "a class path (str)", "a dict with"),
+)
 LONGEST = 400  # characters of a message
 
 
@@ -164,7 +166,8 @@ def one_line(message: str, known: Callable[[], list[str]]) -> str:
         known: Lists the command's settings.
     """
     keys: list[str] = []
-    class_path, reasons = "", {}
+    class_path = ""
+    reasons: dict[str, str] = {}  # the line as it is, by the line as it is shown
     for line in message.splitlines():
         line = line.strip().removeprefix("- ")
         if 'Parser key "' in line:
