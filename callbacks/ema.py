@@ -30,7 +30,7 @@ class EmaWeights(WeightAveraging):
         warmup: Begins with less, min(decay, (1 + n) / (10 + n)) at update n (TensorFlow's ExponentialMovingAverage), so
             that the average forgets the first weights however short the run.
         every_n_steps: Optimizer steps between updates.
-        device: Where the average is kept; beside the weights when null.
+        device: Device of the average; None for that of the weights.
 
     Raises:
         UserError: For numbers that make no sense; at the start of training when no process has the whole weights.

@@ -66,16 +66,14 @@ class DenoisingMetrics(Metric):
         weight: Tensor,
         supervised_tokens: int | Tensor,
     ) -> None:
-        """Add the M loss tokens of one batch.
+        """Adds the M loss tokens of one batch.
 
         Args:
-            token_loss: Cross-entropy of each loss token in nats, [M].
-            correct: Whether the most likely token is the right one, bool [M]. For a terminator any terminator id counts
-                as right, if the caller so decides.
-            mask_rate: Mask rate t in [0, 1] of each token's row, [M]; None if the objective has none (autoregressive).
+            token_loss: Cross-entropy of each loss token in nats [M].
+            correct: Whether the most likely token is the right one, bool [M].
+            mask_rate: Mask rate of each token in [0, 1], [M]; None if the objective has none (autoregressive).
             is_terminator: Whether the token to predict is a terminator, bool [M].
-            weight: One over the probability with which this position was masked, [M]: 1/t, and 1 for a terminator that
-                is always masked.
+            weight: One over the probability with which this position was masked [M].
             supervised_tokens: Number of supervised tokens in the batch, masked or not.
         """
         token_loss = token_loss.detach().float()
@@ -92,7 +90,6 @@ class DenoisingMetrics(Metric):
             self.bucket_tokens += torch.bincount(bucket, minlength=self.buckets)
 
     def compute(self) -> dict[str, Tensor]:
-        """Give the metrics over all tokens so far; without any token the losses are 0."""
         nelbo = self.weighted_loss_sum / self.supervised_tokens.clamp(min=1)
         metrics = {
             "loss": self.loss_sum / self.loss_tokens.clamp(min=1),

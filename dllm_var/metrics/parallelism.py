@@ -24,7 +24,7 @@ def aup(
     Args:
         parallelism: Tokens per forward of each point, above 0.
         accuracy: Accuracy of each point in per cent.
-        best_accuracy: Best accuracy any method has on the task, in per cent; the best of these points when null.
+        best_accuracy: Best accuracy any method has on the task, in per cent; None for the best of these points.
         alpha: How much lost accuracy costs.
         tolerance: Per cent below the first point's accuracy that still count.
 
