@@ -50,7 +50,8 @@ def mark(tokenizer: Tokenizer, answer: Sequence[int], reference: Sequence[int] |
     """
     pieces: list[Piece] = []
     shown, after_missing = "", False  # decoding prefixes keeps the spacing that the tokenizer gives
-    for kind, start, end, *_ in Levenshtein.opcodes(answer, answer if reference is None else reference):
+    for code in Levenshtein.opcodes(answer, answer if reference is None else reference):
+        kind, start, end = code.tag, code.src_start, code.src_end
         if kind == "insert":
             pieces.append(Piece(" " if pieces else "", "-", False))
         elif end > start:

@@ -58,8 +58,9 @@ class ProgressBar(RichProgressBar):
         if not spans_run or self.train_progress_bar_id is None:
             super().on_train_epoch_start(trainer, pl_module)
         if self.progress is not None and self.train_progress_bar_id is not None:
-            size = {"total": trainer.max_steps, "completed": trainer.global_step} if spans_run else {}
-            self.progress.update(self.train_progress_bar_id, description=f"Epoch {trainer.current_epoch}", **size)
+            self.progress.update(self.train_progress_bar_id, description=f"Epoch {trainer.current_epoch}")
+            if spans_run:
+                self.progress.update(self.train_progress_bar_id, total=trainer.max_steps, completed=trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
