@@ -1,7 +1,7 @@
 """Does EOS really lead? Attention x end of a sample x terminator mask rate x terminator_last, measured on CMUdict.
 
     python benchmarks/eos_ablation.py             # trains what results/eos_ablation.json lacks: 45 minutes on one core
-    python benchmarks/eos_ablation.py --report    # writes the table (docs/eos_ablation.md) from the results
+    python benchmarks/eos_ablation.py --report    # only prints the table of docs/eos.md
 
 Every model is the quickstart's (0.87M parameters) trained on the same words with the same number of tokens; only these
 settings differ. Each is decoded with and without `terminator_last` on the same 300 validation words.
@@ -20,7 +20,6 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "eos_ablation.json"
-TABLE = HERE.parent / "docs" / "eos_ablation.md"
 SHORT, LONG = 300, 1200  # optimizer steps
 BLOCK = 8
 ATTENTIONS = ("full", "document")
@@ -118,7 +117,7 @@ def table(done: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--report", action="store_true", help="only write the table")
+    parser.add_argument("--report", action="store_true", help="only print the table")
     options = parser.parse_args()
     done = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     for wanted in [] if options.report else settings(options.seeds):
@@ -126,7 +125,6 @@ def main() -> None:
             done.append({"settings": wanted, **run(**wanted)})
             RESULTS.write_text(json.dumps(done, indent=1) + "\n")
             print(done[-1], flush=True)
-    TABLE.write_text(table(done))
     print(table(done))
 
 
