@@ -104,6 +104,11 @@ class Task:
     entries: list[Entry] = field(default_factory=list)
     sweeps: list[Sweep] = field(default_factory=list)
 
+    @property
+    def parts(self) -> list[Entry | Sweep]:
+        """Its entries and sweeps."""
+        return [*self.entries, *self.sweeps]
+
 
 @dataclass
 class Setting:
@@ -185,10 +190,12 @@ def expand(task: Task) -> list[Setting]:
         own = {name: getattr(entry, name) for name in COUNTS if getattr(entry, name) is not None}
         for name, value in own.items():
             _check_number(f"{where}, entry {entry.name}", name, value, 0 if name == "batched_prompts" else 1)
-        settings.append(Setting(entry.name, dict(entry.sampler), entry.checkpoint, entry.role, **{**numbers, **own}))
+        described: Any = entry.sampler
+        settings.append(Setting(entry.name, described, entry.checkpoint, entry.role, **{**numbers, **own}))
     for sweep in task.sweeps:
+        base: Any = sweep.sampler
         for value in sweep.values:
-            sampler = _with_value(dict(sweep.sampler), sweep.over, value, f"{where}, sweep {sweep.name}")
+            sampler = _with_value(base, sweep.over, value, f"{where}, sweep {sweep.name}")
             point = (sweep.name, value)
             same = [s for s in settings if s.sampler == sampler and s.checkpoint == sweep.checkpoint]
             if same:

@@ -147,15 +147,16 @@ class Ours(Contender):
         )
         self.module.use_tokenizer(packed_data(case, cache).tokenizer)
         self.module.configure_model()
-        self.model: Any = self.module.transformer
-        hidden_states = self.model.hidden_states
+        transformer: Any = self.module.transformer
+        hidden_states = transformer.hidden_states
 
         def marked(*args: Any, **kwargs: Any) -> Any:
             result = hidden_states(*args, **kwargs)
             self.clock.mark("forward")
             return result
 
-        self.model.hidden_states = marked
+        transformer.hidden_states = marked
+        self.model = transformer
 
     def train(self, steps: int) -> None:
         trainer = Trainer(

@@ -136,14 +136,14 @@ def chosen_tasks(options: Any) -> list[Task]:
         tasks.append(Task(**{**values, "entries": entries, "sweeps": sweeps}))
     check_names([task.name for task in tasks], "tasks")
     for task in tasks:
-        for part in (*task.entries, *task.sweeps):
+        for part in task.parts:
             part.sampler = sampler_settings(part)
 
     def keep(task: Task, names: Sequence[str]) -> Task:
         entries = [entry for entry in task.entries if entry.name in names]
         return replace(task, entries=entries, sweeps=[sweep for sweep in task.sweeps if sweep.name in names])
 
-    tasks = only(tasks, options.only, lambda task: [part.name for part in (*task.entries, *task.sweeps)], keep)
+    tasks = only(tasks, options.only, lambda task: [part.name for part in task.parts], keep)
     if options.quick:
         no_counts: dict[str, Any] = dict.fromkeys(COUNTS)
         tasks = [replace(task, **QUICK_TASK, entries=[replace(e, **no_counts) for e in task.entries]) for task in tasks]
