@@ -23,8 +23,7 @@ import numpy as np
 import torch
 
 from dllm_var.benchmarking.trainers import RandomSamples
-from dllm_var.datamodules import CmudictSource, GsmSymbolicSource, Source
-from dllm_var.datamodules.packed import PackedDataModule
+from dllm_var.datamodules import CmudictSource, GsmSymbolicSource, PackedDataModule, Source
 from dllm_var.datamodules.table import Table
 from dllm_var.errors import UserError
 

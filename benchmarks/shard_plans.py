@@ -22,9 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from dllm_var.datamodules.fitting import Sections
-from dllm_var.datamodules.rows import PackedRows
-from dllm_var.datamodules.samplers import RowSampler
+from dllm_var.datamodules.packing import Sections
+from dllm_var.datamodules.rows import PackedRows, RowSampler
 from dllm_var.datamodules.table import Table
 from dllm_var.text.tokenizer import SpecialTokens
 

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 from dllm_var.callbacks.ema import averaged
-from dllm_var.datamodules.held_out import Example
+from dllm_var.datamodules import Example
 from dllm_var.errors import UserError
 from dllm_var.training.strategies import forwards_together
 

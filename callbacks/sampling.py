@@ -9,7 +9,7 @@ import lightning as L
 
 from dllm_var.callbacks.answer_tables import AnswerRow, answer_table, mark, markdown_table
 from dllm_var.callbacks.decoding import held_out_prompts, undisturbed
-from dllm_var.datamodules.held_out import Example
+from dllm_var.datamodules import Example
 from dllm_var.errors import UserError
 from dllm_var.metrics import AnswerMetrics, nearest_reference
 from dllm_var.sampling import Generation, Sampler

@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.datamodules.dataset_source import DatasetSource
-from dllm_var.datamodules.file_sources import JsonlSource, ParquetSource
-from dllm_var.datamodules.held_out import Example
+from dllm_var.datamodules.parquet_source import ParquetSource
 from dllm_var.datamodules.reasoning_gym import GsmSymbolicSource, ReasoningGymSource
-from dllm_var.datamodules.sources import BadRecord, Source, SplitSource
+from dllm_var.datamodules.records import BadRecord
+from dllm_var.datamodules.sources import JsonlSource, Source, SplitSource
+from dllm_var.datamodules.table import Example
 
 if TYPE_CHECKING:
-    from dllm_var.datamodules.packed import PackedDataModule
-    from dllm_var.datamodules.samplers import RowSampler
+    from dllm_var.datamodules.data_module import PackedDataModule
+    from dllm_var.datamodules.rows import RowSampler
     from dllm_var.datamodules.streaming import StreamingDataModule
 
 _LAZY = {
-    "PackedDataModule": "dllm_var.datamodules.packed",
+    "PackedDataModule": "dllm_var.datamodules.data_module",
     "StreamingDataModule": "dllm_var.datamodules.streaming",
-    "RowSampler": "dllm_var.datamodules.samplers",
+    "RowSampler": "dllm_var.datamodules.rows",
 }
 __all__ = [
     "BadRecord",

@@ -1,107 +1,96 @@
-"""Tables on disk: tokenized once, kept under a fingerprint, memory-mapped by every process."""
+"""Findings about data that take a reading of all of it, kept in the cache of tokenized data.
+
+The contents of a large file are kept under its path, size, time and inode, and found again when one of these changes.
+Only the content goes into a fingerprint, so that data may be moved.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import shutil
-import time
-import zlib
-from contextlib import ExitStack, suppress
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
-from dllm_var.datamodules.encoding import RecordEncoder, bad_record
-from dllm_var.datamodules.sources import Located, Source
-from dllm_var.datamodules.table import COLUMNS, Table, seal
 from dllm_var.errors import UserError
-from dllm_var.files import PARTIAL, write_atomically
+from dllm_var.files import write_atomically
 
-VERSION = 4  # of the files' layout and meaning; part of the cache key
-CHUNK = 4_096  # records tokenized at a time
-PROGRESS_AFTER = 5.0  # seconds of tokenizing before progress is shown
-ABANDONED_AFTER = 86_400.0  # seconds without a write after which nobody finishes a folder any more
+LARGE = 2**24  # bytes from which on a file's contents are kept in the cache
+CHUNK = 2**20  # bytes read at a time
+STRIDE = 4_096  # records between the places that are noted
 
 
-def load_table(source: Source, split: str, encoder: RecordEncoder, cache: Path, verify: bool = True) -> Table:
-    """Opens the tokenized table of a split, building it first if the cache has none.
-
-    Several processes may do so at once: each writes a folder of its own, and the first to finish gives it its name.
+def read_contents(file: Path, cache: Path | None, lines: bool = False) -> dict[str, Any]:
+    """Reads a file, unless the cache has its contents.
 
     Args:
-        source: Where the records come from.
-        split: One of the source's splits.
-        encoder: Makes token ids of them; a new one, that has encoded nothing yet.
-        cache: Folder of tables, shared by runs and processes.
-        verify: Compares the checksums of all there is in the table.
+        file: A regular file.
+        cache: Folder of tokenized data, if there is one.
+        lines: Whether its records are lines of uncompressed text, which are counted then.
+
+    Returns:
+        ``digest``: SHA-256 of all bytes; for lines also ``records``: the number of lines that are not blank, and
+        ``places``: of every `STRIDE`-th record its number, its line's number and the byte where it begins.
 
     Raises:
-        UserError: When a record cannot be used, with its place; when the cache cannot be written, or is damaged.
+        UserError: When the file cannot be read.
     """
-    settings = {"version": VERSION, "source": source.fingerprint(), **encoder.settings}
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-    folder = cache / f"{key}-{split}"
-    if not folder.is_dir():
-        try:
-            _build(source, split, encoder, folder)
-        except OSError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"cannot keep tokenized data in {cache}: {reason}; set data.cache_dir") from None
-    table = Table.open(folder, verify)
-    if table.meta["skipped"] and not encoder.skip_bad:  # built by a run that skipped them
-        raise bad_record(table.meta["reasons"][0])
-    return table
-
-
-def _build(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _clear_abandoned(folder.parent)
-    with write_atomically(folder, shared=True) as partial:
-        partial.mkdir()
-        _write(source, split, encoder, partial)
-
-
-def _clear_abandoned(cache: Path) -> None:
-    """Removes what processes that were killed while building left behind; needs no lock, which not every disk has."""
-    for folder in cache.glob(f"*{PARTIAL}"):
-        with suppress(OSError):  # its owner has just finished
-            written = max(file.stat().st_mtime for file in (folder, *folder.iterdir()))
-            if time.time() - written > ABANDONED_AFTER:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> None:
-    """Writes the files of a table, chunk by chunk."""
-    records = source.located_records(split)
-    samples = tokens = 0
-    with ExitStack() as stack:
-        files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in COLUMNS}
-        progress = stack.enter_context(
-            tqdm(desc=f"tokenizing {split}", unit=" records", delay=PROGRESS_AFTER, leave=False)
-        )
-        first = np.zeros(1, np.int64)
-        first.tofile(files["offsets"])
-        crc32 = {name: zlib.crc32(first.data) if name == "offsets" else 0 for name in COLUMNS}
-        while chunk := _next_chunk(records, source, split):
-            table = encoder.encode(chunk, encoder.records)
-            columns = {name: getattr(table, name) for name in COLUMNS}
-            columns["offsets"] = table.offsets[1:] + tokens
-            for name, column in columns.items():
-                column.tofile(files[name])
-                crc32[name] = zlib.crc32(column.data, crc32[name])
-            samples, tokens = samples + len(table), tokens + len(table.tokens)
-            progress.update(len(chunk))
-    meta = seal({**encoder.meta, "samples": samples, "tokens": tokens, "crc32": crc32})
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-
-
-def _next_chunk(records: Located, source: Source, split: str) -> list[tuple[str, Any]]:
     try:
-        return list(islice(records, CHUNK))
-    except OSError as error:  # not to be taken for one of the cache
-        reason = " ".join(str(error).split())
-        raise UserError(f"the {split} split of {type(source).__name__} cannot be read: {reason}") from error
+        state = file.stat()
+        key = [str(file.absolute()), state.st_size, state.st_mtime_ns, state.st_ino, lines, STRIDE]
+        return remember(cache if state.st_size >= LARGE else None, "files", key, lambda: _read(file, lines))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+
+
+def remember(cache: Path | None, kind: str, key: Any, find_out: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns the finding kept for a key, or finds it out and keeps it.
+
+    Args:
+        cache: Folder of tokenized data; nothing is kept when None, or when it cannot be written.
+        kind: Name of the folder in it.
+        key: Everything the finding depends on, as plain values.
+        find_out: Returns the finding, as plain values.
+    """
+    if cache is None:
+        return find_out()
+    path = cache / kind / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # missing or damaged
+        return unseal(json.loads(path.read_text(encoding="utf-8")))
+    found = find_out()
+    with contextlib.suppress(OSError), write_atomically(path, shared=True) as partial:  # else it is found out again
+        partial.write_text(json.dumps(seal(found)), encoding="utf-8")
+    return found
+
+
+def seal(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns plain values with a checksum of them."""
+    return {**values, "seal": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
+
+
+def unseal(sealed: Any) -> dict[str, Any]:
+    """Returns the values without their checksum; raises ValueError when they have changed since."""
+    values = {name: value for name, value in sealed.items() if name != "seal"} if isinstance(sealed, dict) else {}
+    if seal(values) != sealed:
+        raise ValueError("its description is not as it was written")
+    return values
+
+
+def _read(file: Path, lines: bool) -> dict[str, Any]:
+    with open(file, "rb") as stream:
+        digest = hashlib.sha256()
+        if not lines:
+            while chunk := stream.read(CHUNK):
+                digest.update(chunk)
+            return {"digest": digest.hexdigest()}
+        places: list[list[int]] = []
+        records = offset = 0
+        for number, line in enumerate(stream):
+            digest.update(line)
+            if not line.isspace():
+                if records % STRIDE == 0:
+                    places.append([records, number, offset])
+                records += 1
+            offset += len(line)
+    return {"digest": digest.hexdigest(), "records": records, "places": places}

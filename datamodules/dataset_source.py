@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property, partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from dllm_var.datamodules.contents import read_contents
-from dllm_var.datamodules.readers import Blocks, Reader, RowsReader
-from dllm_var.datamodules.sources import SPLITS, Located, SplitSource
+from dllm_var.datamodules.cache import read_contents
+from dllm_var.datamodules.sources import SPLITS, Located, SplitSource, Unparsed, one_line
 from dllm_var.errors import UserError
 
 
@@ -23,13 +23,13 @@ class DatasetSource(SplitSource):
         train_split: What the dataset calls its training split.
         validation_split: What it calls its validation split; carved out of training when it has none of that name.
         test_split: What it calls its test split.
-        validation_size: Prompts to carve out for validation: a number, or a share below 1. When not given, 2 % of them,
-            at most 1,000.
+        validation_size: Prompts to carve out for validation: a number, or a fraction below 1. When not given, 2 % of
+            them, at most 1,000.
         test_size: The same for test; none when not given.
         columns: Names our fields have in the dataset, such as ``{prompt: question, response: answer}``.
-        streaming: Reads the dataset while it is trained on, instead of downloading all of it first. Readers share its
-            shards where there are as many of them, or a multiple; nothing can be carved out. A stream is known by its
-            path, name and version, not by its content.
+        streaming: Reads the dataset while it is trained on, instead of downloading all of it first. Each reader has
+            shards of its own where their number is a multiple of the readers'; nothing can be carved out. A stream is
+            known by its path, name and version, not by its content.
     """
 
     def __init__(
@@ -94,42 +94,42 @@ class DatasetSource(SplitSource):
         """The content of the files where a dataset keeps its rows; of a stream, all that is known before it is read."""
         if not _is_stream(dataset) and dataset.cache_files:
             files = [Path(file["filename"]) for file in dataset.cache_files]
-            return [len(dataset), *(read_contents(file, self.cache_dir).digest for file in files)]
+            return [len(dataset), *(read_contents(file, self.cache_dir)["digest"] for file in files)]
         return [self.path, self.name, str(dataset.info.version), str(dataset.features)]
 
-    def reader(self, split: str) -> Reader:
-        dataset = self._datasets[split]
-        if _is_stream(dataset):
-            return Reader(self.read(split))
-        return RowsReader(
-            len(dataset), lambda start, stop: list(self._located(split, dataset.select(range(start, stop)), start))
-        )
+    def can_seek(self, split: str) -> bool:
+        return not _is_stream(self._datasets[split])
 
-    def blocks(self, split: str, size: int, first: int = 0, step: int = 1) -> Blocks:
+    def read(self, split: str, start: int = 0) -> Iterator[Unparsed]:
+        dataset = self._datasets[split]
+        return self._located(split, dataset.skip(start) if start else dataset, start)
+
+    def blocks(self, split: str, size: int, first: int = 0, step: int = 1) -> Iterator[tuple[int, list[Located]]]:
         """Of a stream with enough shards each reader reads its own, block after block, and no other."""
         dataset = self._datasets[split]
         if not _is_stream(dataset) or step == 1 or dataset.num_shards % step:
             yield from super().blocks(split, size, first, step)
             return
         own, shard = divmod(first, step)
-        rows = dataset.shard(step, shard).skip(own * size)
-        records = ((where, self._renamed(record)) for where, record in self._located(split, rows, own * size, shard))
-        for block, chunk in Reader(records).blocks(size, 0, 1):
-            yield first + block * step, chunk
+        records = self._located(split, dataset.shard(step, shard).skip(own * size), own * size, f" shard {shard}")
+        for block in count(first, step):
+            if not (chunk := list(islice(records, size))):
+                return
+            yield block, list(self._of_split(split, chunk))
 
-    def read(self, split: str) -> Located:
-        return self._located(split, self._datasets[split])
-
-    def _located(self, split: str, rows: Iterable[Any], first: int = 0, shard: int | None = None) -> Located:
-        place = f"{self.path} {self.split_names[split]}{'' if shard is None else f' shard {shard}'} row"
+    def _located(self, split: str, rows: Iterable[Any], first: int, shard: str = "") -> Iterator[Unparsed]:
+        place = f"{self.path} {self.split_names[split]}{shard} row"
         number = first
         try:
             for record in rows:
-                yield f"{place} {number}", record
+                yield partial(_with_place, f"{place} {number}", record)
                 number += 1
         except Exception as error:  # a connection that was lost, damage: many libraries raise here
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{place} {number} cannot be read: {reason}") from None
+            raise UserError(f"{place} {number} cannot be read: {one_line(error)}") from None
+
+
+def _with_place(place: str, record: Any) -> tuple[str, Any]:
+    return place, record
 
 
 def _is_stream(dataset: Any) -> bool:

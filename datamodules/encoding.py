@@ -1,23 +1,40 @@
-"""Records to tokenized samples, many at a time."""
+"""Tokenizing: records become samples, and the samples of a split a table that is kept in a cache.
+
+The terminator is appended here. A table is tokenized once, kept under a fingerprint of its records and settings, and
+memory-mapped by every process.
+"""
 
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
+import shutil
+import time
+import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from itertools import chain, groupby
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain, groupby, islice
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
+from dllm_var.datamodules.cache import seal
 from dllm_var.datamodules.records import Chat, Ids, RecordError, Turns, parse_record
-from dllm_var.datamodules.sources import BadRecord
-from dllm_var.datamodules.table import Table
+from dllm_var.datamodules.sources import BadRecord, Located, Source
+from dllm_var.datamodules.table import COLUMNS, Table
 from dllm_var.errors import UserError
+from dllm_var.files import PARTIAL, write_atomically
 from dllm_var.text.special_text import Piece
 from dllm_var.text.tokenizer import Tokenizer
 
+VERSION = 4  # of a table's files and what they mean; part of the cache key
+CHUNK = 4_096  # records tokenized at a time
+PROGRESS_AFTER = 5.0  # seconds of tokenizing before progress is shown
+ABANDONED_AFTER = 86_400.0  # seconds without a write after which an unfinished folder is taken for abandoned
 REASONS_KEPT = 5
 BATCH = 2**20  # characters encoded at a time, for each of which the tokenizer takes up to 200 bytes
 
@@ -25,15 +42,15 @@ Runs = list[tuple[list[int], bool]]  # token ids, and whether they carry loss
 
 
 class RecordEncoder:
-    """Tokenizes records and keeps count of what could not be used.
+    """Tokenizes records and counts those that cannot be used.
 
     Args:
         tokenizer: Makes token ids of text.
         chat: Whether prompt and answer go through the tokenizer's chat template.
-        skip_bad: Whether records that cannot be used are counted instead of being an error.
-        refuse_special: Whether a text that spells a special token cannot be used; otherwise it is text like any other.
-        longest: Tokens of the longest row for which the samples are wanted: of a text that alone has more, only a
-            beginning with more tokens than that is encoded. 0 encodes all of every text.
+        skip_bad: Whether records that cannot be used are counted; otherwise the first one is an error.
+        refuse_special: Whether a text that spells a special token cannot be used; otherwise it is ordinary text.
+        longest: Tokens of the longest row. Of a text with many more, only a beginning that is longer than a row is
+            encoded. 0 encodes all of every text.
     """
 
     def __init__(
@@ -55,30 +72,21 @@ class RecordEncoder:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the token ids of a usable record, as plain values."""
-        return {
-            "tokenizer": self.tokenizer.fingerprint,
-            "chat": self.chat,
-            "refuse_special": self.refuse_special,
-            "longest": self.longest,
-        }
+        """Everything that decides the token ids of a usable record, as plain values."""
+        names = ("chat", "refuse_special", "longest")
+        return {"tokenizer": self.tokenizer.fingerprint, **{name: getattr(self, name) for name in names}}
 
     @property
     def meta(self) -> dict[str, Any]:
         """The counts so far."""
-        return {
-            "records": self.records,
-            "skipped": self.skipped,
-            "reasons": self.reasons,
-            "unknown_tokens": self.unknown_tokens,
-            "dtype": self.dtype.name,
-        }
+        names = ("records", "skipped", "reasons", "unknown_tokens")
+        return {**{name: getattr(self, name) for name in names}, "dtype": self.dtype.name}
 
-    def encode(self, records: Sequence[tuple[str, dict[str, Any] | BadRecord]], first: int) -> Table:
+    def encode(self, records: Sequence[Located], first: int) -> Table:
         """Tokenizes a number of records at once.
 
         Args:
-            records: Each with the place it stands at.
+            records: Each with its place, such as ``data.jsonl:12``.
             first: Number of the first of them in the source.
 
         Raises:
@@ -101,18 +109,18 @@ class RecordEncoder:
             meta=self.meta,
         )
 
-    def _samples(self, records: Sequence[tuple[str, dict[str, Any] | BadRecord]], first: int) -> dict[int, Runs]:
+    def _samples(self, records: Sequence[Located], first: int) -> dict[int, Runs]:
         """Runs of each usable record, by its number."""
         parsed: list[tuple[int, str, Turns | Chat | Ids, list[Piece]]] = []
         for number, (where, record) in enumerate(records, first):
             try:
                 if isinstance(record, BadRecord):
                     raise RecordError(record.reason)
-                form = self._clipped(parse_record(record, self.chat))
+                form = parse_record(record, self.chat)
                 parsed.append((number, where, form, self._pieces(form)))
             except (RecordError, UserError) as error:
                 self._skip(where, error)
-        # All at once, so that the tokenizer's threads, one for each core, have enough to share.
+        # All at once, so that the tokenizer's threads, one for each core, have enough to do.
         encoded = iter(self._encode([piece for *_, pieces in parsed for piece in pieces]))
         samples: dict[int, Runs] = {}
         for number, where, form, pieces in parsed:
@@ -123,17 +131,20 @@ class RecordEncoder:
                 self._skip(where, error)
         return samples
 
-    def _clipped(self, form: Turns | Chat | Ids) -> Turns | Chat | Ids:
-        """The record with no more of each text than is needed to know that it is longer than the longest row."""
-        if not self.longest or isinstance(form, Ids):
-            return form
+    def _pieces(self, form: Turns | Chat | Ids) -> list[Piece]:
+        """Texts of a record that have to be encoded."""
         if isinstance(form, Turns):
-            return Turns(tuple(map(self._clip, form.texts)), form.supervised)
-        return Chat([{**message, "content": self._clip(message["content"])} for message in form.messages])
+            pairs = zip(map(self._clip, form.texts), form.supervised, strict=True)
+            return [Piece(text, supervised, self.refuse_special) for text, supervised in pairs]
+        if isinstance(form, Chat):
+            messages = [{**message, "content": self._clip(message["content"])} for message in form.messages]
+            return self.tokenizer.chat_pieces(messages, self.refuse_special)
+        return []
 
     def _clip(self, text: str) -> str:
+        """A beginning of a text that is certainly longer than the longest row, or the whole text."""
         size = BATCH // 2
-        while size < len(text):
+        while self.longest and size < len(text):
             beginning = text[:size].rpartition(" ")[0] or text[:size]
             # What follows a beginning changes the last few of its tokens, and never half of them.
             if len(self.tokenizer.encode_batch([beginning])[0]) > 2 * self.longest:
@@ -141,17 +152,8 @@ class RecordEncoder:
             size *= 2
         return text
 
-    def _pieces(self, form: Turns | Chat | Ids) -> list[Piece]:
-        """Texts of a record that have to be encoded."""
-        if isinstance(form, Turns):
-            pairs = zip(form.texts, form.supervised, strict=True)
-            return [Piece(text, supervised, self.refuse_special) for text, supervised in pairs]
-        if isinstance(form, Chat):
-            return self.tokenizer.chat_pieces(form.messages, self.refuse_special)
-        return []
-
     def _encode(self, pieces: list[Piece]) -> list[list[int]]:
-        """Token ids of each piece; without a longest row, a text of many batches is encoded one batch after another."""
+        """Token ids of each piece; a text that is not clipped is cut where it is longer than a few batches."""
         ids: list[list[int]] = [[] for _ in pieces]
         for special_tokens in (False, True):
             batch: list[tuple[int, str]] = []
@@ -179,7 +181,7 @@ class RecordEncoder:
         """Token ids of a record as runs, the last of them an answer that ends with a terminator.
 
         Args:
-            form: What the record is.
+            form: The record.
             pieces: Its texts.
             encoded: Their token ids.
         """
@@ -191,23 +193,22 @@ class RecordEncoder:
                 tokenizer.special_text.check(ids)
                 if piece.supervised and not set(tokenizer.terminator_ids).isdisjoint(ids):
                     raise RecordError("has an answer that spells a terminator: it would end there")
-        runs = [(ids, piece.supervised) for piece, ids in zip(pieces, encoded, strict=True)]
-        if isinstance(form, Turns):
-            if not all(ids for ids, flag in runs if flag):
-                raise RecordError("has an answer of no tokens")
-            runs = [(ids + end if flag else ids, flag) for ids, flag in runs]
-        elif isinstance(form, Chat):
-            if not rendered:
-                runs = [(ids + end if flag else ids, flag) for ids, flag in runs]
-            said = groupby((run for run in runs if run[0]), key=itemgetter(1))  # turns may follow their like
-            runs = [(list(chain.from_iterable(ids for ids, _ in group)), flag) for flag, group in said]
-        else:
+        if isinstance(form, Ids):
             wrong = next((index for index in form.ids if not 0 <= index < tokenizer.vocab_size), None)
             if wrong is not None:
                 raise RecordError(f"has token id {wrong}, outside the vocabulary of {tokenizer.vocab_size}")
             answer = form.ids[form.prompt_length :]
             end = [] if answer[-1] in tokenizer.terminator_ids else end
             runs = [(form.ids[: form.prompt_length], False), (answer + end, True)]
+        else:
+            runs = [(ids, piece.supervised) for piece, ids in zip(pieces, encoded, strict=True)]
+            if isinstance(form, Turns) and not all(ids for ids, flag in runs if flag):
+                raise RecordError("has an answer of no tokens")
+            if not rendered:
+                runs = [(ids + end if flag else ids, flag) for ids, flag in runs]
+            if isinstance(form, Chat):  # neighbours of the same kind become one run
+                neighbours = groupby((run for run in runs if run[0]), key=itemgetter(1))
+                runs = [(list(chain.from_iterable(ids for ids, _ in group)), flag) for flag, group in neighbours]
         if any(tokenizer.mask_id in ids for ids, _ in runs):
             raise RecordError(f"contains the mask token {tokenizer.id_to_token(tokenizer.mask_id)}")
         return runs
@@ -222,11 +223,7 @@ class RecordEncoder:
 
 
 def bad_record(reason: str) -> UserError:
-    """The error for a record that cannot be used.
-
-    Args:
-        reason: Where it stands and what is wrong with it.
-    """
+    """The error for a record that cannot be used, given its place and what is wrong with it."""
     return UserError(f"{reason} (data.on_bad_record=skip leaves out and counts such records)")
 
 
@@ -240,3 +237,83 @@ def _without_cycle_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def load_table(source: Source, split: str, encoder: RecordEncoder, cache: Path, verify: bool = True) -> Table:
+    """Opens the tokenized table of a split, and builds it first if the cache does not have it.
+
+    Several processes may do so at once: each writes a folder of its own, and the first to finish gives it its name.
+
+    Args:
+        source: Where the records come from.
+        split: One of the source's splits.
+        encoder: A new one, that has encoded nothing yet.
+        cache: Folder of tables, shared by runs and processes.
+        verify: Compares the checksums of all data in the table.
+
+    Raises:
+        UserError: When a record cannot be used, with its place; when the cache cannot be written, or is damaged.
+    """
+    settings = {"version": VERSION, "source": source.fingerprint(), **encoder.settings}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    folder = cache / f"{key}-{split}"
+    if not folder.is_dir():
+        try:
+            _build(source, split, encoder, folder)
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"cannot keep tokenized data in {cache}: {reason}; set data.cache_dir") from None
+    table = Table.open(folder, verify)
+    if table.meta["skipped"] and not encoder.skip_bad:  # built by a run that skipped them
+        raise bad_record(table.meta["reasons"][0])
+    return table
+
+
+def _build(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder.parent)
+    with write_atomically(folder, shared=True) as partial:
+        partial.mkdir()
+        _write(source, split, encoder, partial)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Removes unfinished folders of processes that were killed; without locks, which not every file system has."""
+    for folder in cache.glob(f"*{PARTIAL}"):
+        with suppress(OSError):  # its owner has just finished
+            written = max(file.stat().st_mtime for file in (folder, *folder.iterdir()))
+            if time.time() - written > ABANDONED_AFTER:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> None:
+    """Writes the files of a table, chunk by chunk."""
+    records = source.located_records(split)
+    samples = tokens = 0
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in COLUMNS}
+        progress = stack.enter_context(
+            tqdm(desc=f"tokenizing {split}", unit=" records", delay=PROGRESS_AFTER, leave=False)
+        )
+        first = np.zeros(1, np.int64)
+        first.tofile(files["offsets"])
+        crc32 = {name: zlib.crc32(first.data) if name == "offsets" else 0 for name in COLUMNS}
+        while chunk := _next_chunk(records, source, split):
+            table = encoder.encode(chunk, encoder.records)
+            columns = {name: getattr(table, name) for name in COLUMNS}
+            columns["offsets"] = table.offsets[1:] + tokens
+            for name, column in columns.items():
+                column.tofile(files[name])
+                crc32[name] = zlib.crc32(column.data, crc32[name])
+            samples, tokens = samples + len(table), tokens + len(table.tokens)
+            progress.update(len(chunk))
+    meta = seal({**encoder.meta, "samples": samples, "tokens": tokens, "crc32": crc32})
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _next_chunk(records: Iterator[Located], source: Source, split: str) -> list[Located]:
+    try:
+        return list(islice(records, CHUNK))
+    except OSError as error:  # not to be taken for an error of the cache
+        reason = " ".join(str(error).split())
+        raise UserError(f"the {split} split of {type(source).__name__} cannot be read: {reason}") from error

@@ -1,40 +1,196 @@
-"""Pack plans: which piece of which sample stands where in which row, from the samples' lengths alone.
+"""Packing: how much of each sample goes into rows, and the plan of which sample stands in which row.
 
-A plan covers one epoch. It is made of a few flat arrays, so that any row is found without walking the ones before it.
+A plan needs the samples' lengths alone. It covers one epoch of one section and consists of a few flat arrays, so that
+any row is found without walking through the rows before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm_var.datamodules.best_fit import Ints
-from dllm_var.datamodules.layout import count_rows, lay_out
+from dllm_var.datamodules.table import Table
+from dllm_var.errors import UserError
 
-SIZES = 8_192  # best_fit tells no more sizes apart than this, however long the context
-SIZES_AT_LEAST = 2_048  # nor more than this where rounding up adds less than half a percent to the lengths
+TooLong = Literal["drop", "truncate", "cut", "error"]
+Packing = Literal["concat", "best_fit"]
+Ints = NDArray[np.integer]
+
+LONGEST = 2**16  # tables for rows up to this length are the same; in them the end of longer samples may be missing
+SECTION = 2**21  # samples planned together: about 300 MB, however large the table
+STRETCH = 1_024  # neighbouring samples that stay in one section, so that memory-mapped files are read in pages
+SIZES = 8_192  # best_fit distinguishes at most this many lengths
+VERSIONS = {"concat": 1, "best_fit": 3}  # raised when rows change; checkpoints record it
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What goes into rows of each sample: tokens of the table, then terminators.
+
+    Args:
+        table: Tokenized samples.
+        index: Which samples of the table are used, shape [samples].
+        body: How many tokens of each are taken from the table, shape [samples].
+        ends: How many supervised terminators are added after them, shape [samples].
+        answer_start: Position where the last answer in what is taken begins, shape [samples].
+        dropped: Number of samples that were too long and left out.
+        truncated: Number of samples that were too long and shortened.
+    """
+
+    table: Table
+    index: NDArray[np.int64]
+    body: NDArray[np.int32]
+    ends: NDArray[np.int32]
+    answer_start: NDArray[np.int32]
+    dropped: int = 0
+    truncated: int = 0
+
+    @cached_property
+    def content(self) -> NDArray[np.int32]:
+        """Tokens of each sample, shape [samples]."""
+        return self.body + self.ends
+
+
+def fit_samples(
+    table: Table,
+    context_length: int,
+    on_too_long: TooLong,
+    eos_padding: int,
+    place: Callable[[int], str] | None = None,
+    chosen: NDArray[np.int64] | None = None,
+) -> Samples:
+    """Decides how much of each sample goes into rows of `context_length` tokens.
+
+    A truncated sample keeps its prompt and the beginning of its answer, followed by a terminator. Where no answer would
+    be left, the sample ends with the previous answer of the conversation; a sample with no such answer is dropped.
+
+    Args:
+        table: Tokenized samples.
+        context_length: Tokens in a row.
+        on_too_long: What to do with samples that have more tokens than that.
+        eos_padding: Shorter answers are padded to this many tokens with terminators.
+        place: Returns where the record with a given number stands, for the error; without it they are dropped.
+        chosen: Samples to fit, shape [chosen]; all when None.
+
+    Raises:
+        UserError: When a sample is too long and `on_too_long` is ``error``.
+    """
+    index = np.arange(len(table)) if chosen is None else chosen
+    length = np.diff(table.offsets) if chosen is None else table.offsets[chosen + 1] - table.offsets[chosen]
+    body, ends = length.astype(np.int32), np.zeros(len(index), dtype=np.int32)
+    answer_start = table.answer_start[index].astype(np.int32)
+    too_long = np.flatnonzero(length > context_length) if on_too_long != "cut" else np.empty(0, dtype=np.int64)
+    if on_too_long == "error" and place is not None and len(too_long):
+        where, tokens = place(int(table.record[index[too_long[0]]])), length[too_long[0]]
+        size = f"over {LONGEST:,}" if tokens > LONGEST else f"{tokens:,}"
+        raise UserError(
+            f"{where} has {size} tokens, more than data.context_length={context_length}; raise that, or set "
+            "data.on_too_long to drop or truncate"
+        )
+    keep = np.ones(len(index), dtype=np.bool_)
+    keep[too_long] = False
+    if on_too_long == "truncate":
+        for sample in too_long.tolist():
+            body[sample], ends[sample], answer_start[sample] = _truncate(table, int(index[sample]), context_length)
+        keep[too_long] = body[too_long] > 0
+    if eos_padding:
+        fitting = length <= context_length
+        room = np.minimum(answer_start + np.int64(eos_padding), context_length) - length
+        ends[fitting] = np.maximum(room, 0)[fitting]
+    dropped = int(np.count_nonzero(~keep))
+    truncated = len(too_long) - dropped
+    return Samples(table, index[keep], body[keep], ends[keep], answer_start[keep], dropped, truncated)
+
+
+def _truncate(table: Table, sample: int, context_length: int) -> tuple[int, int, int]:
+    """Returns tokens of a sample to keep (0 for none), terminators to add, and where its last answer begins."""
+    offset = int(table.offsets[sample])
+    supervised = table.supervised[offset : offset + context_length + 1].astype(np.int8)
+    edges = np.flatnonzero(np.diff(supervised[:-1], prepend=0, append=0)).tolist()
+    for start, stop in zip(edges[-2::-2], edges[::-2], strict=True):
+        if stop < context_length or not supervised[-1]:  # the answer fits, with the terminator it has
+            return stop, 0, start
+        if start < context_length - 1:
+            return context_length - 1, 1, start
+    return 0, 0, 0
+
+
+@dataclass(frozen=True)
+class Sections:
+    """The samples of a table in sections of bounded size; a section is fitted into rows when it is asked for.
+
+    Stretches of the table are dealt to the sections in turn, so that each section is a cross-section of the data
+    whatever the order of the table. A table of at most `section` samples is one section.
+
+    Args:
+        table: Tokenized samples.
+        context_length: Tokens in a row.
+        on_too_long: What to do with samples that have more tokens than that.
+        eos_padding: Shorter answers are padded to this many tokens with terminators.
+        section: Samples in a section, at most.
+        stretch: Neighbouring samples that stay together.
+    """
+
+    table: Table
+    context_length: int
+    on_too_long: TooLong
+    eos_padding: int
+    section: int = SECTION
+    stretch: int = STRETCH
+
+    def __len__(self) -> int:
+        return max(-(-len(self.table) // self.section), 1)
+
+    def __getitem__(self, section: int) -> Samples:
+        return self._fit(section)
+
+    def totals(self, place: Callable[[int], str]) -> dict[str, int]:
+        """Counts ``samples`` kept, their ``tokens``, and samples ``dropped`` and ``truncated``; section by section.
+
+        Args:
+            place: Returns where the record with a given number stands.
+
+        Raises:
+            UserError: When a sample is too long and `on_too_long` is ``error``.
+        """
+        totals = {"samples": 0, "tokens": 0, "dropped": 0, "truncated": 0}
+        for section in range(len(self)):
+            samples = self._fit(section, place)
+            totals["samples"] += len(samples.index)
+            totals["tokens"] += int(samples.content.sum(dtype=np.int64))
+            totals["dropped"] += samples.dropped
+            totals["truncated"] += samples.truncated
+        return totals
+
+    def _fit(self, section: int, place: Callable[[int], str] | None = None) -> Samples:
+        chosen = None
+        if len(self) > 1:
+            starts = np.arange(section, -(-len(self.table) // self.stretch), len(self)) * self.stretch
+            chosen = (starts[:, None] + np.arange(self.stretch)).reshape(-1)
+            chosen = chosen[chosen < len(self.table)]
+        return fit_samples(self.table, self.context_length, self.on_too_long, self.eos_padding, place, chosen)
 
 
 @dataclass(frozen=True)
 class Spans:
-    """Pieces of samples in the order they stand in a batch of rows.
+    """Consecutive positions of samples, in the order in which they stand in a batch of rows.
 
     Args:
-        sample: which sample, shape [pieces].
-        start: first position within the sample, shape [pieces].
-        length: number of positions, shape [pieces].
-        row: index of the row within the batch, ascending, shape [pieces].
-        column: first position within the row, shape [pieces].
+        sample: Which sample, shape [spans].
+        start: First position within the sample, shape [spans].
+        length: Number of positions, shape [spans].
+        row: Index of the row within the batch, ascending, shape [spans].
     """
 
     sample: Ints
     start: Ints
     length: Ints
     row: Ints
-    column: Ints
 
 
 @dataclass(frozen=True)
@@ -42,9 +198,9 @@ class ConcatPlan:
     """One stream of samples, cut every `context_length` positions.
 
     Args:
-        order: samples in stream order, shape [samples].
-        ends: stream position where each of them ends, shape [samples].
-        context_length: positions in a row.
+        order: Samples in stream order, shape [samples].
+        ends: Stream position where each of them ends, shape [samples].
+        context_length: Positions in a row.
     """
 
     order: Ints
@@ -53,16 +209,17 @@ class ConcatPlan:
 
     @property
     def rows(self) -> int:
+        """Number of rows."""
         return -(-int(self.ends[-1]) // self.context_length) if len(self.ends) else 0
 
     @property
     def cut(self) -> int:
-        """How many samples stand in more than one row."""
+        """Number of samples that stand in more than one row."""
         starts = np.concatenate([[0], self.ends[:-1]])
         return int(np.count_nonzero(starts // self.context_length != (self.ends - 1) // self.context_length))
 
     def spans(self, rows: Ints) -> Spans:
-        """Finds the pieces that make up the given rows, shape [batch]."""
+        """Finds what the given rows consist of, shape [batch]."""
         left = np.asarray(rows, dtype=np.int64) * self.context_length
         right = np.minimum(left + self.context_length, self.ends[-1])
         first = np.searchsorted(self.ends, left, side="right")
@@ -71,94 +228,105 @@ class ConcatPlan:
         end = self.ends[place]
         begin = np.where(place > 0, self.ends[place - 1], 0)
         start = np.maximum(begin, left[row])
-        return Spans(self.order[place], start - begin, np.minimum(end, right[row]) - start, row, start - left[row])
+        return Spans(self.order[place], start - begin, np.minimum(end, right[row]) - start, row)
 
 
 @dataclass(frozen=True)
-class WholePlan:
-    """Rows of whole samples, none of them cut.
+class BestFitPlan:
+    """Rows of whole samples.
 
     Args:
-        order: samples in the order of rows and columns, shape [samples].
-        ends: running total of their lengths, shape [samples].
-        first: index into `order` of each row's first sample, and one past the last, shape [rows + 1].
+        order: Samples row after row, shape [samples].
+        lengths: Their lengths, shape [samples].
+        first: Index into `order` of each row's first sample, and one past the last, shape [rows + 1].
     """
 
     order: Ints
-    ends: Ints
+    lengths: Ints
     first: Ints
 
     cut = 0
 
     @property
     def rows(self) -> int:
+        """Number of rows."""
         return len(self.first) - 1
 
     def spans(self, rows: Ints) -> Spans:
-        """Finds the pieces that make up the given rows, shape [batch]."""
-        rows = np.asarray(rows, dtype=np.int64)
+        """Finds what the given rows consist of, shape [batch]."""
         first = self.first[rows]
-        row, place = _ragged(first, self.first[rows + 1] - first)
-        begin = np.where(place > 0, self.ends[place - 1], 0)
-        left = np.where(first > 0, self.ends[first - 1], 0)
-        return Spans(self.order[place], np.zeros_like(begin), self.ends[place] - begin, row, begin - left[row])
+        row, place = _ragged(first, self.first[np.asarray(rows) + 1] - first)
+        return Spans(self.order[place], np.zeros_like(place), self.lengths[place], row)
 
 
-Plan = ConcatPlan | WholePlan
-
-
-def plan_concat(lengths: Ints, context_length: int, generator: np.random.Generator) -> ConcatPlan:
-    """Strings all samples together and cuts every `context_length` positions (what the paper does).
+def make_plan(
+    packing: Packing, lengths: Ints, context_length: int, generator: np.random.Generator
+) -> ConcatPlan | BestFitPlan:
+    """Plans the rows of an epoch.
 
     Args:
-        lengths: positions each sample takes, shape [samples].
-        context_length: positions in a row.
-        generator: shuffles the samples.
+        packing: ``concat`` strings all samples together and cuts every `context_length` positions (what the paper
+            does); ``best_fit`` cuts no sample.
+        lengths: Positions each sample takes, at least 1, for ``best_fit`` at most `context_length`, shape [samples].
+        context_length: Positions in a row.
+        generator: Shuffles the samples, for ``best_fit`` also rows and the order within a row.
     """
-    order = _shuffled(len(lengths), generator)
-    return ConcatPlan(order, np.cumsum(lengths[order], dtype=np.int64), context_length)
-
-
-def count_concat(lengths: Ints, context_length: int) -> int:
-    """Number of rows that `plan_concat` makes."""
-    return -(-int(lengths.sum(dtype=np.int64)) // context_length)
-
-
-def plan_best_fit(lengths: Ints, context_length: int, generator: np.random.Generator) -> WholePlan:
-    """Puts samples together that fill a row, or nearly; no sample is ever cut.
-
-    Which lengths share a row is decided by `dllm_var.datamodules.layout.lay_out`, from their histogram; the samples are
-    dealt to the places afterwards.
-
-    Args:
-        lengths: positions each sample takes, each from 1 to `context_length`, shape [samples].
-        context_length: positions in a row.
-        generator: shuffles the rows, the samples of equal length and the places within a row.
-    """
-    sizes, capacity = _coarse(lengths, context_length)
-    size, row = lay_out(np.bincount(sizes, minlength=capacity + 1), capacity)
-    row = _shuffled(int(row.max(initial=-1)) + 1, generator)[row].astype(np.int64)
-    places = np.argsort(row << 32 | generator.permutation(len(row)))  # row after row, each in a random order
-    size, row = size[places], row[places]
     samples = _shuffled(len(lengths), generator)
-    order = np.empty_like(samples)
-    order[np.argsort(size, kind="stable")] = samples[np.argsort(sizes[samples], kind="stable")]
-    first = np.concatenate([[0], np.cumsum(np.bincount(row))])
-    return WholePlan(order, np.cumsum(lengths[order], dtype=np.int64), first)
-
-
-def count_best_fit(lengths: Ints, context_length: int) -> int:
-    """Number of rows that `plan_best_fit` makes."""
+    if packing == "concat":
+        return ConcatPlan(samples, np.cumsum(lengths[samples], dtype=np.int64), context_length)
     sizes, capacity = _coarse(lengths, context_length)
-    return count_rows(np.bincount(sizes, minlength=capacity + 1), capacity)
+    found = best_fit(np.bincount(sizes, minlength=capacity + 1), capacity)
+    per_row = np.repeat([len(pattern) for pattern, _ in found], [rows for _, rows in found]).astype(np.int64)
+    size = np.concatenate([np.tile(np.array(pattern, np.uint16), rows) for pattern, rows in found] or [sizes])
+    row = np.repeat(_shuffled(len(per_row), generator).astype(np.int64), per_row)
+    places = np.argsort(row << 32 | generator.permutation(len(row)))  # row after row, each in random order
+    # Samples of one size are interchangeable: they are dealt to the places of that size at random.
+    order = np.empty_like(samples)
+    order[np.argsort(size[places], kind="stable")] = samples[np.argsort(sizes[samples], kind="stable")]
+    first = np.concatenate([[0], np.cumsum(np.bincount(row))])
+    return BestFitPlan(order, lengths[order], first)
 
 
-PLANS: dict[str, Callable[[Ints, int, np.random.Generator], Plan]] = {
-    "concat": plan_concat,
-    "best_fit": plan_best_fit,
-}
-VERSIONS = {"concat": 1, "best_fit": 2}  # raised whenever rows would not be the same any more; checkpoints record it
-COUNTS: dict[str, Callable[[Ints, int], int]] = {"concat": count_concat, "best_fit": count_best_fit}
+def count_rows(packing: Packing, lengths: Ints, context_length: int) -> int:
+    """Returns the number of rows that `make_plan` makes, in a fraction of the time."""
+    if packing == "concat":
+        return -(-int(lengths.sum(dtype=np.int64)) // context_length)
+    sizes, capacity = _coarse(lengths, context_length)
+    return sum(rows for _, rows in best_fit(np.bincount(sizes, minlength=capacity + 1), capacity))
+
+
+def best_fit(counts: Ints, capacity: int) -> list[tuple[list[int], int]]:
+    """Best-fit-decreasing on a histogram of sizes (arXiv 2107.02027): its cost hardly depends on the number of samples.
+
+    From the largest size down, each sample goes into the row with the least room that is enough. Rows that hold the
+    same sizes are kept as one pattern with a count.
+
+    Args:
+        counts: Number of samples of each size, shape [capacity + 1].
+        capacity: What a row holds.
+
+    Returns:
+        Sizes that share a row, and the number of such rows.
+    """
+    patterns: list[list[tuple[list[int], int]]] = [[] for _ in range(capacity + 1)]  # by the room that is left
+    patterns[capacity] = [([], int(counts.sum()))]  # empty rows, more than are needed
+    with_room = 1 << capacity  # bit r is set when patterns[r] has any
+    for size in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[size])
+        while left:
+            enough = with_room >> size
+            room = size + (enough & -enough).bit_length() - 1
+            pattern, rows = patterns[room].pop()
+            copies = min(room // size, left)
+            used = min(rows, left // copies)
+            if rows > used:
+                patterns[room].append((pattern, rows - used))
+            elif not patterns[room]:
+                with_room &= ~(1 << room)
+            patterns[room - size * copies].append((pattern + [size] * copies, used))
+            with_room |= 1 << (room - size * copies)
+            left -= used * copies
+    return [(pattern, rows) for group in patterns for pattern, rows in group if pattern]
 
 
 def _shuffled(count: int, generator: np.random.Generator) -> Ints:
@@ -168,11 +336,10 @@ def _shuffled(count: int, generator: np.random.Generator) -> Ints:
 
 
 def _coarse(lengths: Ints, context_length: int) -> tuple[NDArray[np.uint16], int]:
-    """Lengths rounded up to few distinct sizes, and how many of their unit a row holds."""
-    mean = int(lengths.sum(dtype=np.int64)) // max(len(lengths), 1)
-    unit = max(-(-context_length // SIZES), min(-(-context_length // SIZES_AT_LEAST), mean // 200), 1)
+    """Returns lengths rounded up to multiples of a unit, as such multiples, and how many units a row holds."""
+    unit = -(-context_length // SIZES)
     capacity = context_length // unit
-    # What is longer than all whole units of a row has the row for itself anyway.
+    # A sample longer than all whole units of a row has the row for itself.
     return np.minimum(-(-lengths // unit), capacity).astype(np.uint16), capacity
 
 

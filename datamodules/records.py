@@ -1,4 +1,4 @@
-"""The five record formats, and what is wrong with a record that fits none of them."""
+"""Records: the five formats a record may have, and the errors for a record that fits none of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from dllm_var.text.special_text import ROLES
 
+FIELDS = ("prompt", "response", "instruction", "input", "output", "messages", "input_ids", "prompt_length", "text")
 FORMATS = {  # fields that must be there, by the field that shows the format
     "messages": ("messages",),
     "input_ids": ("input_ids",),
@@ -21,18 +22,24 @@ FORMATS = {  # fields that must be there, by the field that shows the format
 }
 
 
+@dataclass(frozen=True)
+class BadRecord:
+    """Stands in a stream of records for one that could not be read.
+
+    Args:
+        reason: What is wrong with it, to follow its place in an error.
+    """
+
+    reason: str
+
+
 class RecordError(Exception):
-    """What is wrong with one record; becomes an error with its place, or a count, as ``on_bad_record`` says."""
+    """The fault of one record; becomes an error with the record's place, or is counted, as ``on_bad_record`` says."""
 
 
 @dataclass(frozen=True)
 class Turns:
-    """A record as texts that follow each other.
-
-    Args:
-        texts: The pieces in order.
-        supervised: Whether each piece is an answer.
-    """
+    """A record as texts that follow each other, and whether each of them is an answer."""
 
     texts: tuple[str, ...]
     supervised: tuple[bool, ...]
@@ -40,33 +47,24 @@ class Turns:
 
 @dataclass(frozen=True)
 class Chat:
-    """A record that goes through the tokenizer's chat template.
-
-    Args:
-        messages: Turns with ``role`` and ``content``, the last one the assistant's.
-    """
+    """A record for the tokenizer's chat template: messages of ``role`` and ``content``, the last the assistant's."""
 
     messages: Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Ids:
-    """A record that comes tokenized.
-
-    Args:
-        ids: Prompt and answer.
-        prompt_length: How many of them are the prompt.
-    """
+    """A tokenized record: the ids of prompt and answer, and how many of them are the prompt."""
 
     ids: list[int]
     prompt_length: int
 
 
 def parse_record(record: Any, chat: bool) -> Turns | Chat | Ids:
-    """Recognises the format of a record by its fields and checks them.
+    """Recognises the format of a record by its fields and checks them; other fields are ignored.
 
     Args:
-        record: A dict with the fields of one of the five formats; other fields are ignored.
+        record: Any object.
         chat: Whether prompt and answer go through the chat template as messages do.
 
     Raises:
@@ -101,11 +99,7 @@ def parse_record(record: Any, chat: bool) -> Turns | Chat | Ids:
 
 
 def prompt_key(record: Any) -> int:
-    """A fixed 64-bit hash of a record's prompt; decides its split where the data does not.
-
-    Args:
-        record: Any object; what is no valid record is hashed whole.
-    """
+    """A fixed 64-bit hash of a record's prompt, or of all of a record without one; decides its split."""
     key: Any = record
     if isinstance(record, dict):
         if record.get("prompt") is not None:

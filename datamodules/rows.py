@@ -1,62 +1,36 @@
-"""Rows of packed samples by number."""
+"""Rows of packed samples by number, and the samplers that deal row numbers to ranks."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, DistributedSampler
 
-from dllm_var.datamodules.packing import COUNTS, PLANS, Plan
-from dllm_var.datamodules.table import Table
+from dllm_var.datamodules.packing import BestFitPlan, ConcatPlan, Packing, Samples, Sections, count_rows, make_plan
 from dllm_var.text.tokenizer import SpecialTokens
 
 PLANS_KEPT = 2  # a batch may reach from one section into the next
 
 
 @dataclass(frozen=True)
-class Samples:
-    """What goes into rows of each sample: tokens of the table, then terminators.
-
-    Args:
-        table: Tokenized samples.
-        index: Which samples of the table are used, shape [samples].
-        body: How many tokens of each are taken from the table, shape [samples].
-        ends: How many supervised terminators are added after them, shape [samples].
-        answer_start: Position where the last answer in what is taken begins, shape [samples].
-    """
-
-    table: Table
-    index: NDArray[np.int64]
-    body: NDArray[np.int32]
-    ends: NDArray[np.int32]
-    answer_start: NDArray[np.int32]
-
-    @cached_property
-    def content(self) -> NDArray[np.int32]:
-        """Tokens of each sample, shape [samples]."""
-        return self.body + self.ends
-
-
-@dataclass(frozen=True)
-class Packed:
+class PackedSection:
     """How one section of the samples is packed in one epoch.
 
     Args:
         samples: What is packed.
-        plan: Which piece of which sample stands where.
+        plan: Which span of which sample stands where.
         overhang: Unsupervised mask tokens after each sample, or minus the tokens cut off its end, shape [samples].
     """
 
     samples: Samples
-    plan: Plan
+    plan: ConcatPlan | BestFitPlan
     overhang: NDArray[np.int32]
 
 
@@ -64,35 +38,35 @@ class PackedRows(Dataset):
     """Rows of `context_length` tokens, each a pure function of the seed and its number.
 
     Rows are numbered on and on over the epochs, and within an epoch over the sections of the samples. For each epoch
-    the samples and rows of a section are shuffled and the overhang drawn anew, keyed by seed, epoch and section; the
-    number of rows follows from that. Memory depends on the size of a section, not on how many there are.
+    the samples and rows of a section are shuffled and the overhang is chosen anew, with a generator keyed by seed,
+    epoch and section; the number of rows follows. Memory depends on the size of a section, not on how many there are.
 
     Args:
         sections: What is packed, in one or more sections.
         special: Ids of mask, terminators and padding.
         context_length: Tokens in a row.
-        packing: Name of the policy, ``concat`` or ``best_fit``.
+        packing: ``concat`` or ``best_fit``.
         overhang: Largest number of unsupervised mask tokens after a sample.
+        seed: One number, or several.
         canvas: Ends samples where the canvas of a sampler with this block length would end; 0 for off.
         cut: Lets the canvas also end with an earlier block than the answer's last.
-        seed: With the epoch, decides order and overhang; may be several numbers.
     """
 
     def __init__(
         self,
-        sections: Sequence[Samples],
+        sections: Sections | list[Samples],
         special: SpecialTokens,
         context_length: int,
-        packing: str,
+        packing: Packing,
         overhang: int,
         seed: int | tuple[int, ...],
         canvas: int = 0,
         cut: bool = True,
     ) -> None:
-        self.sections, self._sections = sections, len(sections)
+        self.sections = sections
         self.special = special
         self.context_length = context_length
-        self.packing = packing
+        self.packing: Packing = packing
         self.overhang = overhang
         self.canvas = canvas
         self.cut = cut
@@ -100,10 +74,10 @@ class PackedRows(Dataset):
         self.seed = seed if isinstance(seed, tuple) else (seed,)
         self._starts = [0]  # number of the first row of each section, epoch after epoch, as far as they are counted
         self._filled = [0]  # positions that are not padding before each of these rows
-        self._kept: OrderedDict[tuple[int, int], Packed] = OrderedDict()
+        self._planned: OrderedDict[tuple[int, int], PackedSection] = OrderedDict()
 
     def __len__(self) -> int:
-        """Rows of the first epoch; those of others differ by a few, because their overhang is drawn anew."""
+        """Rows of the first epoch; other epochs have a few more or less when the overhang changes."""
         return self.first_row(1)
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
@@ -137,67 +111,63 @@ class PackedRows(Dataset):
         return {name: torch.from_numpy(value) for name, value in batch.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": OrderedDict()}  # cheaper to make again than to send to a worker
+        return {**self.__dict__, "_planned": OrderedDict()}  # cheaper to make again than to send to a worker
 
-    def packed(self, epoch: int, section: int = 0) -> Packed:
-        """Plans a section of an epoch, or recalls it when it is one of the last used."""
-        if (epoch, section) not in self._kept:
+    def packed(self, epoch: int, section: int = 0) -> PackedSection:
+        """Plans a section of an epoch, unless it is one of the last used."""
+        if (epoch, section) not in self._planned:
             samples = self.sections[section]
-            generator, overhang = self._draw(samples, epoch, section)
-            plan = PLANS[self.packing](samples.content + overhang, self.context_length, generator)
-            self._kept[epoch, section] = Packed(samples, plan, overhang)
-            while len(self._kept) > PLANS_KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end((epoch, section))
-        return self._kept[epoch, section]
+            generator, overhang = self._overhang(samples, epoch, section)
+            plan = make_plan(self.packing, samples.content + overhang, self.context_length, generator)
+            self._planned[epoch, section] = PackedSection(samples, plan, overhang)
+            while len(self._planned) > PLANS_KEPT:
+                self._planned.popitem(last=False)
+        self._planned.move_to_end((epoch, section))
+        return self._planned[epoch, section]
 
     def first_row(self, epoch: int) -> int:
         """Number of an epoch's first row."""
-        sections = self._sections
         if not self.varies:  # every epoch has as many rows
-            self._count(sections)
-            return epoch * self._starts[sections]
-        self._count(epoch * sections)
-        return self._starts[epoch * sections]
+            return epoch * self._count_to(len(self.sections))
+        return self._count_to(epoch * len(self.sections))
 
     @property
     def utilisation(self) -> float:
-        """Share of the positions in the first epoch's rows that is not padding."""
+        """Fraction of the positions in the first epoch's rows that is not padding."""
         rows = len(self)
-        return self._filled[self._sections] / (rows * self.context_length)
+        return self._filled[len(self.sections)] / (rows * self.context_length)
 
     def cut_samples(self) -> int:
-        """How many samples stand in several rows in the first epoch."""
+        """Number of samples that stand in several rows in the first epoch."""
         if self.packing == "best_fit":
             return 0
-        return sum(self.packed(0, section).plan.cut for section in range(self._sections))
+        return sum(self.packed(0, section).plan.cut for section in range(len(self.sections)))
 
     def locate(self, row: int) -> tuple[int, int, int]:
         """Epoch of a row, its section, and its number within that section of that epoch."""
-        epoch, sections = 0, self._sections
+        epoch, sections = 0, len(self.sections)
         if self.varies:
             while self._starts[-1] <= row:
-                self._count(len(self._starts))
+                self._count_to(len(self._starts))
         else:
-            if len(self._starts) <= sections:
-                self._count(sections)
-            epoch, row = divmod(row, self._starts[sections])
+            epoch, row = divmod(row, self._count_to(sections))
         begun = bisect_right(self._starts, row) - 1  # sections without rows are passed over
         more, section = divmod(begun, sections)
         return epoch + more, section, row - self._starts[begun]
 
-    def _count(self, sections: int) -> None:
-        """Counts rows until the first row after so many sections, over all epochs, is known."""
+    def _count_to(self, sections: int) -> int:
+        """Counts the rows of so many sections, over all epochs; returns their number."""
         while len(self._starts) <= sections:
-            epoch, section = divmod(len(self._starts) - 1, self._sections)
+            epoch, section = divmod(len(self._starts) - 1, len(self.sections))
             samples = self.sections[section]
-            _, overhang = self._draw(samples, epoch, section)
+            _, overhang = self._overhang(samples, epoch, section)
             lengths = samples.content + overhang
-            self._starts.append(self._starts[-1] + COUNTS[self.packing](lengths, self.context_length))
+            self._starts.append(self._starts[-1] + count_rows(self.packing, lengths, self.context_length))
             self._filled.append(self._filled[-1] + int(lengths.sum(dtype=np.int64)))
+        return self._starts[sections]
 
-    def _draw(self, samples: Samples, epoch: int, section: int) -> tuple[np.random.Generator, NDArray[np.int32]]:
-        """Generator of a section, and as its first draw the overhang of each sample, as far as a row has room."""
+    def _overhang(self, samples: Samples, epoch: int, section: int) -> tuple[np.random.Generator, NDArray[np.int32]]:
+        """Generator of a section, after it gave the overhang of each sample, as far as a row has room."""
         generator = np.random.default_rng((*self.seed, epoch, section) if section else (*self.seed, epoch))
         content = samples.content
         overhang = np.zeros_like(content)
@@ -211,23 +181,23 @@ class PackedRows(Dataset):
             overhang = generator.integers(0, self.overhang, size=len(content), endpoint=True, dtype=np.int32)
         return generator, np.minimum(overhang, np.maximum(self.context_length - content, 0))
 
-    def _fill(self, batch: dict[str, NDArray], places: NDArray, numbers: NDArray, packed: Packed) -> None:
+    def _fill(self, batch: dict[str, NDArray], places: NDArray, numbers: NDArray, packed: PackedSection) -> None:
         """Puts rows `numbers` of a section into rows `places` of a batch."""
         samples, spans = packed.samples, packed.plan.spans(numbers)
         sample, start, length = spans.sample, spans.start, spans.length
         body = samples.body[sample]
         origin = samples.table.offsets[samples.index[sample]]
-        # One entry per token from here on, in the order of places and columns. What counts up along a piece is the
-        # number of the token plus something that is the same for all of the piece.
+        # One entry per token from here on, in the order of places and columns. What counts up along a span is the
+        # number of the token plus a constant of the span.
         count = int(length.sum())
         number = np.arange(count)
         begin = length.cumsum() - length
         token = number + (origin + start - begin).repeat(length)
-        all_stored = bool((start + length <= body).all())
-        if not all_stored:
+        all_in_table = bool((start + length <= body).all())
+        if not all_in_table:
             np.minimum(token, (origin + body - 1).repeat(length), out=token)
         ids, supervised = samples.table.tokens[token], samples.table.supervised[token]
-        if not all_stored:
+        if not all_in_table:
             position = number + (start - begin).repeat(length)
             after_body = position >= body.repeat(length)
             hanging = position >= samples.content[sample].repeat(length)
@@ -251,3 +221,57 @@ class PackedRows(Dataset):
             here = np.arange(self.context_length) < taken  # padding is at the end of rows
             for name, values in columns.items():
                 batch[name][here] = values
+
+
+# Lightning leaves a `DistributedSampler` as it is and tells it the epoch.
+
+
+class RowSampler(DistributedSampler):
+    """Deals the endless stream of training rows.
+
+    Batch s of rank r has the rows from ``next_row + (s * ranks + r) * batch_size`` on. So what a step trains on depends
+    on the global batch size alone, every rank gets equally many batches, and no row is left out or repeated: each epoch
+    goes on where `next_row` stands, which the data module moves with every batch that is trained.
+
+    Args:
+        rows: Rows in a pass over the data; an epoch is the number of batches that covers them.
+        batch_size: Rows in a batch of one rank.
+        num_replicas: Number of ranks.
+        rank: This one.
+        next_row: Row at which the next epoch begins.
+    """
+
+    def __init__(self, rows: int, batch_size: int, num_replicas: int = 1, rank: int = 0, next_row: int = 0) -> None:
+        super().__init__(range(rows), num_replicas=num_replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self.batch_size = batch_size
+        self.next_row = next_row
+        self.batches = -(-rows // (batch_size * num_replicas))
+
+    def __len__(self) -> int:
+        return self.batches * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.next_row
+        for batch in range(self.batches):
+            row = first + (batch * self.num_replicas + self.rank) * self.batch_size
+            yield from range(row, row + self.batch_size)
+
+    def trained(self, first_row: int) -> None:
+        """Notes that the batch of this rank that begins with `first_row` is trained."""
+        self.next_row = first_row + (self.num_replicas - self.rank) * self.batch_size
+
+
+class HeldOutSampler(DistributedSampler):
+    """Deals the rows of a held-out split, each to one rank; -1, a row of padding, to ranks that would have one less."""
+
+    def __init__(self, rows: int, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(range(rows), num_replicas=num_replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.num_replicas)
+
+    def __iter__(self) -> Iterator[int]:
+        for index in range(len(self)):
+            row = index * self.num_replicas + self.rank
+            yield row if row < self.rows else -1

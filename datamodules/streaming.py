@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from dllm_var.datamodules.fitting import fit_samples
-from dllm_var.datamodules.packed import PackedDataModule
+from dllm_var.datamodules.data_module import PackedDataModule
+from dllm_var.datamodules.packing import fit_samples
 from dllm_var.datamodules.rows import PackedRows
 from dllm_var.errors import UserError
 
@@ -41,7 +41,7 @@ class RowStream(IterableDataset):
     """Endless batches of rows, packed block by block; a pure function of settings and positions.
 
     The records of the source are taken in blocks. Reader k of n packs blocks k, k + n, ..., each like an epoch of its
-    own: shuffled and drawn by a generator keyed with seed, epoch and block. Readers are the workers of all ranks.
+    own, shuffled by a generator keyed with seed, epoch and block. Readers are the workers of all ranks.
 
     Args:
         data: Has source, tokenizer and settings.
@@ -64,7 +64,7 @@ class RowStream(IterableDataset):
         worker = get_worker_info()
         reader, position = self.positions[worker.id if worker is not None else 0]
         shard, shards = self.rank * len(self.positions) + reader, self.ranks * len(self.positions)
-        pieces: list[Batch] = []
+        parts: list[Batch] = []
         missing = self.batch_size
         while True:
             found = False
@@ -73,16 +73,16 @@ class RowStream(IterableDataset):
                 row = position.row if block == position.block else 0
                 while row < len(rows):
                     taken = range(row, min(row + missing, len(rows)))
-                    piece = rows.__getitems__(taken)
-                    piece["row"] = (torch.arange(len(taken)) + position.total) * shards + shard  # unique over readers
-                    pieces.append(piece)
+                    part = rows.__getitems__(taken)
+                    part["row"] = (torch.arange(len(taken)) + position.total) * shards + shard  # unique over readers
+                    parts.append(part)
                     row, missing = taken.stop, missing - len(taken)
                     position = Position(position.epoch, block, row, position.total + len(taken))
                     if not missing:
-                        batch = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+                        batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
                         batch[POSITION] = torch.tensor([reader, position.epoch, position.block, row, position.total])
                         yield batch
-                        pieces, missing = [], self.batch_size
+                        parts, missing = [], self.batch_size
             if not found and position.block == 0:
                 raise UserError(
                     f"{type(self.source).__name__} has too few usable records for {shards} readers of blocks of "
@@ -98,7 +98,7 @@ class RowStream(IterableDataset):
                 continue
             begin = block * self.block_records
             table = self.encoder.encode(chunk, begin)
-            samples, _ = fit_samples(table, *self.fitting, place=lambda record: chunk[record - begin][0])  # noqa: B023
+            samples = fit_samples(table, *self.fitting, place=lambda record: chunk[record - begin][0])  # noqa: B023
             if len(samples.index):
                 key = (self.seed, epoch, block)
                 yield block, PackedRows([samples], self.special, *self.packing, key, self.canvas)
@@ -159,7 +159,6 @@ class StreamingDataModule(PackedDataModule):
         if isinstance(batch, dict) and POSITION in batch:
             batch = dict(batch)
             reader, *position = batch.pop(POSITION).tolist()
-            assert reader == self._turns[0][0], "readers take turns"
             self._turns.popleft()
             self._turns.append((reader, Position(*position)))
         return self.with_document_ends(batch)
@@ -179,7 +178,7 @@ class StreamingDataModule(PackedDataModule):
         return {
             "block_records": self.block_records,
             "turns": [turns for _, turns in sorted(dict(by_rank).items())],
-            "made_from": self.made_from,
+            "identity": self.identity,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -188,7 +187,7 @@ class StreamingDataModule(PackedDataModule):
         Raises:
             UserError: When rows would not be those of the checkpoint, unless `check_resume` is off; names the setting.
         """
-        self._check_made_from(state_dict.get("made_from"))
+        self._check_identity(state_dict)
         self._restored = state_dict
 
     def summary(self) -> str:

@@ -1,21 +1,39 @@
-"""Tokenized samples as a few flat arrays."""
+"""The tokenized table: all samples of a split in a few flat arrays, on disk with checksums."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dllm_var.datamodules.cache import unseal
 from dllm_var.errors import UserError
+from dllm_var.text.tokenizer import Tokenizer
 
 COLUMNS = {"tokens": None, "supervised": "bool", "offsets": "int64", "answer_start": "int64", "record": "int64"}
 """Files of a table and the types in them; the tokens' own is in ``meta.json``."""
+
+HELD_OUT_SEED = 0  # held-out rows and examples are the same whatever the training seed
+
+
+@dataclass(frozen=True)
+class Example:
+    """A held-out prompt with every answer the data has for it.
+
+    Args:
+        prompt: Text of the prompt.
+        prompt_ids: Its token ids.
+        references: Token ids of the answers, without terminator.
+    """
+
+    prompt: str
+    prompt_ids: list[int]
+    references: list[list[int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -46,12 +64,12 @@ class Table:
         """Maps the files of a table into memory.
 
         Args:
-            folder: Written by `dllm_var.datamodules.cache.load_table`.
-            verify: Reads all of the files and compares their checksums, at some gigabyte per second; otherwise only
-                those of the counts, and the files' lengths.
+            folder: Written by `dllm_var.datamodules.encoding.load_table`.
+            verify: Reads all files and compares their checksums, at some gigabyte per second; otherwise only the
+                checksum of the counts, and the files' lengths.
 
         Raises:
-            UserError: When a file is missing, is not as long as it must be, or is not as it was written.
+            UserError: When a file is missing, has another length or another checksum.
         """
         try:
             meta = unseal(json.loads((folder / "meta.json").read_text(encoding="utf-8")))
@@ -80,18 +98,22 @@ class Table:
         """Token ids of one sample."""
         return self.tokens[self.offsets[sample] : self.offsets[sample + 1]].tolist()
 
+    def examples(self, tokenizer: Tokenizer, n: int | None = None) -> list[Example]:
+        """Prompts with all their answers, in a fixed random order.
 
-def seal(meta: dict[str, Any]) -> dict[str, Any]:
-    """Returns plain values with a checksum of them."""
-    return {**meta, "seal": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()}
+        Samples without a prompt, such as records of the form ``{text}``, are left out.
 
-
-def unseal(sealed: Any) -> dict[str, Any]:
-    """Returns what was sealed; raises ValueError when it is not as it was written."""
-    meta = {name: value for name, value in sealed.items() if name != "seal"} if isinstance(sealed, dict) else {}
-    if seal(meta) != sealed:
-        raise ValueError("its description is not as it was written")
-    return meta
+        Args:
+            tokenizer: The one that made the table.
+            n: How many prompts, the same ones every time; all when not given.
+        """
+        by_prompt: dict[tuple[int, ...], list[list[int]]] = {}
+        for sample in np.random.default_rng(HELD_OUT_SEED).permutation(len(self)).tolist():
+            ids, start = self.ids(sample), int(self.answer_start[sample])
+            if start:
+                by_prompt.setdefault(tuple(ids[:start]), []).append(ids[start:-1])
+        first = list(by_prompt.items())[:n]
+        return [Example(tokenizer.decode(prompt), list(prompt), answers) for prompt, answers in first]
 
 
 def _map(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:

@@ -19,7 +19,6 @@ from dllm_var.benchmarking.settings import Setting, Task
 from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.datamodules import Example, Source
 from dllm_var.datamodules.encoding import RecordEncoder
-from dllm_var.datamodules.held_out import held_out_examples
 from dllm_var.errors import UserError
 from dllm_var.metrics import AnswerMetrics
 from dllm_var.model.kv_cache import KVCache
@@ -271,7 +270,7 @@ class TaskRun:
             has = ", ".join(self.source.splits)
             raise UserError(f"task {self.task.name}: {type(self.source).__name__} has no split {split}; it has {has}")
         table = RecordEncoder(self.tokenizer).encode(list(self.source.located_records(split)), 0)
-        examples = held_out_examples(table, self.tokenizer, count)
+        examples = table.examples(self.tokenizer, count)
         if not examples:
             raise UserError(f"task {self.task.name}: the {split} split has no prompts with answers")
         return examples

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from dllm_var.benchmarking.instruments import Step, StepClock
 from dllm_var.benchmarking.settings import COMPILED, FULL, OURS, PADDED, PLAIN_LOOP, TrainingCase
-from dllm_var.datamodules import CmudictSource, Source
-from dllm_var.datamodules.packed import PackedDataModule
+from dllm_var.datamodules import CmudictSource, PackedDataModule, Source
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
 from dllm_var.module import DiffusionLM

@@ -24,7 +24,7 @@ _NOT_SHOWN = {"callbacks", "logger", "plugins", "profiler"}  # of the others
 # Of the model's and the data's settings these may change, all others may not.
 _FREE = {"model.compile", "model.activation_checkpointing", "model.init_from", "model.loss_guard"}
 _FREE |= {"data.num_workers", "data.cache_dir", "data.check_resume"}
-# Compared by what they come to when the checkpoint is loaded, not by their text: `check_identity`, `check_made_from`.
+# Compared by what they come to when the checkpoint is loaded, not by their text: `check_identity` of model and data.
 _BY_CONTENT = {"model.transformer", "model.lora"}
 _BY_CONTENT_OF_DATA = {"data.source", "data.tokenizer", "data.mask_token", "data.terminators"}
 _ROWS = {"data.batch_size", "trainer.accumulate_grad_batches"}

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import settings
 
 from dllm_var.datamodules import CmudictSource, Source
-from dllm_var.datamodules.cache import load_table
-from dllm_var.datamodules.encoding import RecordEncoder
+from dllm_var.datamodules.encoding import RecordEncoder, load_table
 from dllm_var.text.tokenizer import Tokenizer
 
 settings.register_profile("shared", deadline=None, max_examples=40, derandomize=True)

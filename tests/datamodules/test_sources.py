@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from dllm_var.datamodules import BadRecord, CmudictSource, DatasetSource, JsonlSource, ParquetSource, file_sources
+from dllm_var.datamodules import BadRecord, CmudictSource, DatasetSource, JsonlSource, ParquetSource, sources
 from dllm_var.errors import UserError
 
 RECORDS = [{"prompt": f"p{number}", "response": f"R{number}"} for number in range(100)]
@@ -203,7 +203,7 @@ def test_datasets_are_streamed_by_shards(tmp_path):
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("sizes", [{"validation_size": 0}, {"validation_size": 10, "test_size": 5}])
 def test_blocks_are_the_same_whoever_reads_them(tmp_path, suffix, sizes, monkeypatch):
-    monkeypatch.setattr("dllm_var.datamodules.contents.STRIDE", 8)
+    monkeypatch.setattr("dllm_var.datamodules.cache.STRIDE", 8)
     opener = gzip.open if suffix else open
     for name, records in (("a", RECORDS[:37]), ("b", []), ("c", RECORDS[37:])):
         with opener(tmp_path / f"{name}.jsonl{suffix}", "wt") as file:
@@ -227,12 +227,12 @@ def test_a_reader_parses_its_own_lines_and_reads_no_others(write_jsonl, monkeypa
     )
     source.fingerprint()
     parsed, offsets = [], []
-    loads, read_lines = json.loads, file_sources._read_lines
-    monkeypatch.setattr(file_sources.json, "loads", lambda line: parsed.append(line) or loads(line))
-    monkeypatch.setattr(file_sources, "_read_lines", lambda file, at: offsets.append(at) or read_lines(file, at))
+    loads, read_lines = json.loads, sources._read_lines
+    monkeypatch.setattr(sources.json, "loads", lambda line: parsed.append(line) or loads(line))
+    monkeypatch.setattr(sources, "_read_lines", lambda file, at: offsets.append(at) or read_lines(file, at))
     (block,) = source.blocks("train", 100, 499, 4)
     assert [record["prompt"] for _, record in block[1]] == [str(number) for number in range(49_900, 50_000)]
-    assert len(parsed) == 100 and offsets == [source.contents(source.files["train"][0]).places[12][2]]
+    assert len(parsed) == 100 and offsets == [source.contents(source.files["train"][0])["places"][12][2]]
 
 
 def test_parquet_is_read_from_the_middle(tmp_path):
@@ -248,7 +248,7 @@ def test_parquet_is_read_from_the_middle(tmp_path):
 
 
 def test_data_may_be_moved(write_jsonl, tmp_path, monkeypatch):
-    monkeypatch.setattr("dllm_var.datamodules.contents.KEPT", 0)
+    monkeypatch.setattr("dllm_var.datamodules.cache.LARGE", 0)
     (tmp_path / "a").mkdir()
     write_jsonl(RECORDS, "a/data.jsonl")
     cache = tmp_path / "cache"
@@ -265,7 +265,7 @@ def test_data_may_be_moved(write_jsonl, tmp_path, monkeypatch):
     kept.write_text(kept.read_text().replace("1", "2"))  # damaged: found out again
     assert fingerprint("a") == before
     with monkeypatch.context() as patched:
-        patched.setattr("dllm_var.datamodules.contents._read_lines", None)
+        patched.setattr("dllm_var.datamodules.cache._read", None)
         assert fingerprint("a") == before, "from the cache"
     write_jsonl([*RECORDS[1:], RECORDS[0]], "a/data.jsonl")
     assert fingerprint("a") != before

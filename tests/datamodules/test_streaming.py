@@ -78,7 +78,7 @@ def test_readers_share_each_pass_over_the_source(source, tokenizer, readers, pac
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop", [1, 5, 12])
+@pytest.mark.parametrize("stop", [5, 12])
 def test_a_resumed_training_sees_the_very_next_rows(tmp_path, source, workers, stop):
     whole, _ = run(tmp_path, source, 30, num_workers=workers)
     before, checkpoint = run(tmp_path, source, stop, num_workers=workers)

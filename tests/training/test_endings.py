@@ -382,7 +382,7 @@ def test_a_checkpoint_records_what_made_it(tiny):
     if (ROOT / ".git").exists():
         assert len(record["git"]["commit"]) == 40 and isinstance(record["git"]["changed"], bool)
     assert yaml.safe_load(checkpoint["config"])["data"]["init_args"]["context_length"] == 16
-    assert checkpoint["PackedDataModule"]["made_from"]["packing"] == "concat"
+    assert checkpoint["PackedDataModule"]["identity"]["packing"] == "concat"
 
 
 def test_other_data_is_refused_unless_told_to(tiny, capsys):

@@ -13,21 +13,29 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader
 
-from dllm_var.datamodules.cache import load_table
 from dllm_var.datamodules.cmudict import CmudictSource
-from dllm_var.datamodules.encoding import RecordEncoder
-from dllm_var.datamodules.fitting import LONGEST, Sections, TooLong
-from dllm_var.datamodules.held_out import HELD_OUT_SEED, Example, held_out_examples
-from dllm_var.datamodules.made_from import check_made_from
-from dllm_var.datamodules.packing import VERSIONS
-from dllm_var.datamodules.report import describe_packing, report_packing
-from dllm_var.datamodules.rows import PackedRows
-from dllm_var.datamodules.samplers import HeldOutSampler, RowSampler
+from dllm_var.datamodules.encoding import RecordEncoder, load_table
+from dllm_var.datamodules.packing import LONGEST, VERSIONS, Packing, Sections, TooLong
+from dllm_var.datamodules.rows import HeldOutSampler, PackedRows, RowSampler
 from dllm_var.datamodules.sources import Source
-from dllm_var.datamodules.table import Table
+from dllm_var.datamodules.table import HELD_OUT_SEED, Example, Table
 from dllm_var.errors import UserError
 from dllm_var.model.documents import document_ends
 from dllm_var.text.tokenizer import Tokenizer
+
+_CHANGED = {  # messages about values that say nothing to a reader, or have another name than their setting
+    "source": "data.source has other records, or other splits, than when the checkpoint was written: set it back,",
+    "tokenizer": "data.tokenizer is not the one the checkpoint was trained with: set it back,",
+    "plan_version": "data.packing puts other samples together than in the version of dllm_var that wrote the "
+    "checkpoint: use that version,",
+}
+_NOTES = {
+    "cut": "cut over rows",
+    "dropped": "too long and dropped",
+    "truncated": "truncated",
+    "skipped": "bad records skipped",
+    "unknown_tokens": "unknown tokens",
+}
 
 
 class PackedDataModule(L.LightningDataModule):
@@ -39,18 +47,18 @@ class PackedDataModule(L.LightningDataModule):
         batch_size: Rows per batch and device.
         context_length: Tokens in a row.
         packing: ``concat`` strings samples together and cuts every `context_length` tokens, as the paper does;
-            ``best_fit`` cuts no sample and pads the few tokens left over.
-        overhang: After each sample stand 0 to this many unsupervised mask tokens, drawn anew for every epoch, so that
-            the end of a sample is not where its context ends.
+            ``best_fit`` cuts no sample and pads what is left of a row.
+        overhang: After each sample stand 0 to this many unsupervised mask tokens, another random number in every
+            epoch, so that the end of a sample is not where its context ends.
         canvas: Block length of the sampler, in place of `overhang`: a sample ends where the sampler's canvas would,
-            with a block of its answer that is drawn anew for every epoch. In its last block unsupervised mask tokens
-            fill what the answer leaves free; with an earlier one the rest of the answer is left out. So the end of what
-            the model sees tells it as little as it will when decoding. 0 for off.
+            with a block of its answer that is another random one in every epoch. In its last block unsupervised mask
+            tokens fill what the answer leaves free; with an earlier one the rest of the answer is left out. So the end
+            of what the model sees tells it as little as it will when decoding. 0 for off.
         eos_padding: Repeats the terminator, supervised, until an answer has this many tokens (the LLaDA baseline).
         on_bad_record: Records that cannot be used: ``error`` stops at the first, ``skip`` leaves out and counts them.
         on_special_text: Text of a record that spells a special token, such as ``<|im_end|>``: ``encode`` makes ordinary
-            tokens of its letters, ``refuse`` takes the record for one that cannot be used. Only a chat template, and
-            who gives ``input_ids``, writes special tokens.
+            tokens of its letters, ``refuse`` takes the record for one that cannot be used. Only chat templates
+            and records of ``input_ids`` have special tokens.
         on_too_long: Samples longer than a row: ``drop`` and count them; ``truncate`` them before the terminator;
             ``cut`` them over several rows (``concat`` only); or stop with an ``error``.
         seed: With the epoch, decides order and overhang.
@@ -59,8 +67,8 @@ class PackedDataModule(L.LightningDataModule):
         mask_token: Mask token, where the tokenizer names none.
         terminators: Tokens that end an answer, where the tokenizer names none; the first is appended to answers.
         chat: Puts prompts and answers through the tokenizer's chat template, as messages always are.
-        check_resume: Refuses to go on from a checkpoint of other records, of another tokenizer, or of settings that
-            make it another run, those of the model and the trainer too.
+        check_resume: Refuses to go on from a checkpoint of other records, of another tokenizer, or of other settings of
+            data, model or trainer that change what is learned.
 
     Raises:
         UserError: When a setting makes no sense, or the tokenizer cannot be loaded.
@@ -72,7 +80,7 @@ class PackedDataModule(L.LightningDataModule):
         tokenizer: str | None = None,
         batch_size: int = 32,
         context_length: int = 1024,
-        packing: Literal["concat", "best_fit"] = "concat",
+        packing: Packing = "concat",
         overhang: int = 0,
         canvas: int = 0,
         eos_padding: int = 0,
@@ -111,7 +119,7 @@ class PackedDataModule(L.LightningDataModule):
         self.source = source or CmudictSource()
         self.batch_size = batch_size
         self.context_length = context_length
-        self.packing = packing
+        self.packing: Packing = packing
         self.overhang = overhang
         self.canvas = canvas
         self.eos_padding = eos_padding
@@ -166,8 +174,8 @@ class PackedDataModule(L.LightningDataModule):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The row with which training goes on, whatever the number of ranks and workers then, and what rows are of."""
-        return {"next_row": self._next_row, "made_from": self.made_from}
+        """The row with which training goes on, whatever the number of ranks and workers then, and the identity."""
+        return {"next_row": self._next_row, "identity": self.identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the row after the last one that was trained.
@@ -175,26 +183,32 @@ class PackedDataModule(L.LightningDataModule):
         Raises:
             UserError: When rows would not be those of the checkpoint, unless `check_resume` is off; names the setting.
         """
-        self._check_made_from(state_dict.get("made_from"))
+        self._check_identity(state_dict)
         row = state_dict.get("next_row")
         if type(row) is not int or row < 0:
             raise UserError(f"the checkpoint does not say with which row the data goes on (next_row is {row!r})")
         self._next_row = row
 
     @cached_property
-    def made_from(self) -> dict[str, Any]:
-        """What decides the content of every row, as plain values."""
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the content of the rows, as plain values; checkpoints record it."""
         names = ("context_length", "packing", "overhang", "canvas", "eos_padding", "seed", "chat")
         settings = {name: getattr(self, name) for name in (*names, "on_bad_record", "on_too_long", "on_special_text")}
-        # The version comes first: it tells why the fingerprint is another one.
-        source = {"source_version": self.source.fingerprint_version, "source": self.source.fingerprint()}
-        identity = {**source, "tokenizer": self.tokenizer.fingerprint}
-        return {**identity, **settings, "plan_version": VERSIONS[self.packing]}
+        content = {"source": self.source.fingerprint(), "tokenizer": self.tokenizer.fingerprint}
+        return {**content, **settings, "plan_version": VERSIONS[self.packing]}
 
-    def _check_made_from(self, saved: dict[str, Any] | None) -> None:
-        fitting = self.trainer is not None and self.trainer.state.fn == "fit"
-        if saved is not None and fitting and self.check_resume:
-            check_made_from(saved, self.made_from)
+    def _check_identity(self, state_dict: dict[str, Any]) -> None:
+        saved = state_dict.get("identity", state_dict.get("made_from"))  # the latter from before it was renamed
+        if saved is None or not self.check_resume or self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        for name, value in self.identity.items():
+            was = saved.get(name, 1 if name == "plan_version" else value)  # it was not always recorded
+            if was != value:
+                change = f"data.{name} was {was} when the checkpoint was written and is {value} now: set it back,"
+                raise UserError(
+                    f"{_CHANGED.get(name, change)} start a new run with model.init_from, or go on all the same with "
+                    "--data.check_resume=false"
+                )
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         """Batches of validation rows, always the same, each once over all ranks; none without such a split."""
@@ -284,7 +298,7 @@ class PackedDataModule(L.LightningDataModule):
         Raises:
             UserError: When the source has no such split.
         """
-        return held_out_examples(self.table(split), self.tokenizer, n)
+        return self.table(split).examples(self.tokenizer, n)
 
     def report(self, split: str = "train") -> dict[str, Any]:
         """What became of a split.
@@ -293,17 +307,31 @@ class PackedDataModule(L.LightningDataModule):
             split: ``train``, ``validation`` or ``test``.
 
         Returns:
-            ``samples``, ``tokens`` (without overhang), ``rows`` of the first epoch, ``utilisation`` (share of their
+            ``samples``, ``tokens`` (without overhang), ``rows`` of the first epoch, ``utilisation`` (fraction of their
             positions that is not padding), ``cut`` (samples that stand in several rows), ``dropped`` and ``truncated``
             (too long), ``skipped`` (bad records), ``unknown_tokens`` (what the tokenizer could not spell).
         """
-        rows = self.rows(split)  # counts the totals
-        return report_packing(rows, self._totals[split], self.table(split).meta)
+        rows, meta = self.rows(split), self.table(split).meta
+        totals = self._totals[split]
+        return {
+            **{name: totals[name] for name in ("samples", "tokens")},
+            "rows": len(rows),
+            "utilisation": rows.utilisation,
+            "cut": rows.cut_samples(),
+            **{name: totals[name] for name in ("dropped", "truncated")},
+            **{name: meta[name] for name in ("skipped", "unknown_tokens")},
+        }
 
     def summary(self) -> str:
         """The report on the training data in a line or two."""
-        reasons = self.table("train").meta["reasons"]
-        return describe_packing(self.report(), self.context_length, self.packing, reasons)
+        report, reasons = self.report(), self.table("train").meta["reasons"]
+        text = (
+            f"data: {report['samples']:,} samples, {report['tokens']:,} tokens in {report['rows']:,} rows of "
+            f"{self.context_length} ({self.packing}, {report['utilisation']:.1%} used)"
+        )
+        notes = [f"{report[name]:,} {note}" for name, note in _NOTES.items() if report[name]]
+        text += f"\ndata: {', '.join(notes)}" if notes else ""
+        return text + (f", the first: {reasons[0]}" if reasons else "")
 
     def _place(self, split: str, record: int) -> str:
         """Where a record stands in the source."""
