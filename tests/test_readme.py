@@ -1,4 +1,4 @@
-"""What the README shows is run, not read."""
+"""What the README and docs/extending.md show is run, not read."""
 
 import re
 from pathlib import Path
@@ -56,10 +56,29 @@ def test_the_shipped_model_answers_as_the_readme_shows(monkeypatch, capsys):
     assert capsys.readouterr().out == shown[2]
 
 
-def test_no_placeholder_is_left():
-    assert "@@" not in README
+def test_the_source_of_the_extending_page_reverses_words(monkeypatch):
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    names: dict = {}
+    exec(compile(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], "docs/extending.md", "exec"), names)
+    source = names["Backwards"]()
+    records = list(source.records("test"))
+    assert len(records) == 2_000 and all(record["response"] == record["prompt"][::-1] for record in records)
 
 
-def test_paths_in_the_readme_exist():
-    for path in re.findall(r"(?<![\w/])(?:configs|docs|checkpoints|benchmarks)/[\w/.]*\w", README):
-        assert (ROOT / path).exists(), path
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_and_links_of_a_page_exist(page):
+    text = page.read_text(encoding="utf-8")
+    assert "@@" not in text
+    for path in re.findall(
+        r"(?<![\w/.])(?:configs|docs|checkpoints/\w|benchmarks|datamodules|dllm_var|tests)/[\w/.]*\w", text
+    ):
+        assert (ROOT / path).exists() or path.startswith("checkpoints/epoch"), path
+    for link in re.findall(r"\]\((?!http)([^)#]+)?(?:#([\w-]+))?\)", text):
+        target = page.parent / link[0] if link[0] else page
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), re.MULTILINE) if link[1] else []
+        anchors = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+        assert not link[1] or link[1] in anchors, link
