@@ -162,7 +162,7 @@ def train(device: torch.device, tiny: bool, folder: Path) -> dict[str, Any]:
         module.use_tokenizer(data.tokenizer)
         module.transformer = random_model(shape, device, torch.float32)
         if compiled:
-            module.transformer.compile_blocks()
+            module.transformer.compile_layers()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         trainer = Trainer(

@@ -9,10 +9,10 @@ import lightning as L
 from torch import Tensor
 
 from dllm_var.callbacks.ema import averaged
+from dllm_var.checkpoints.adapters import ADAPTER_FOLDER, MergedWeights, save_adapter
 from dllm_var.checkpoints.pretrained import EXPORT_FOLDER, save_checkpoint_folder, save_settings
-from dllm_var.model.lora import ADAPTER_FOLDER, MergedWeights, save_adapter
 from dllm_var.sampling.config import remembered_sampler
-from dllm_var.training.strategies import TensorParallel, is_sharded
+from dllm_var.training.strategies import is_sharded
 
 PREFIX = "transformer."
 
@@ -56,8 +56,6 @@ class ExportWeights(L.Callback):
 def gathered_state(trainer: L.Trainer) -> dict[str, Tensor]:
     """Collect the transformer's weights of all processes in the memory of the first; empty on the others."""
     assert trainer.strategy.model is not None
-    if isinstance(trainer.strategy, TensorParallel):
-        return trainer.strategy.gathered_weights()
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -33,7 +33,7 @@ from dllm_var.sampling.config import last_sampler, remembered_sampler
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.training.optim import AdamW, Schedule, parameter_groups
 from dllm_var.training.step import LossGuard, OptimizerStep, StepResult
-from dllm_var.training.strategies import check_groups, forwards_together
+from dllm_var.training.strategies import forwards_together
 
 OptimizerCallable = Callable[[Any], Optimizer]
 
@@ -135,15 +135,13 @@ class DiffusionLM(L.LightningModule):
         if float8 is not None:
             check_float8(float8, self.trainer.strategy.root_device, self.trainer.precision)
         mesh = self.device_mesh  # of a strategy that shards
-        if mesh is not None:
-            check_groups(self.trainer.strategy)
         device = None if mesh is None else self.trainer.strategy.root_device
         self.transformer = build_transformer(self.config, self.lora, not starts_elsewhere, mesh, device, float8)
         if starts_elsewhere:
             start_from(self.transformer, self.tokenizer, str(self.init_from))
         self.transformer.recompute_activations(self.recompute)
         if self.compile_blocks and can_compile(self.device):
-            self.transformer.compile_blocks()
+            self.transformer.compile_layers()
 
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:
         """The one place where ids flow from the tokenizer to the model (hence to samplers) and to the objective."""

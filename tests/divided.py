@@ -14,7 +14,6 @@ from dllm_var import DiffusionLM
 from dllm_var.callbacks import ExportWeights, SamplingCallback
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.model import TransformerConfig
-from dllm_var.model.placement import gathered, sections
 from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule, Mdlm
 from dllm_var.sampling import BlockDiffusionSampler
 from dllm_var.training.checkpointing import CheckedFiles, Trainer
@@ -90,8 +89,8 @@ class FirstStep(L.Callback):
 
 
 def whole_weights(transformer):
-    config = transformer.config
-    return {name: gathered(weight, sections(name, config)).clone() for name, weight in transformer.named_parameters()}
+    named = transformer.named_parameters()
+    return {name: w.full_tensor() if isinstance(w, DTensor) else w.detach().clone() for name, w in named}
 
 
 class Samples(SamplingCallback):

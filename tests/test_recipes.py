@@ -66,7 +66,7 @@ def first_prompts(trainer, split, n):
 def test_the_shipped_block_model_is_what_its_recipe_says():
     recipe = yaml.safe_load((CONFIGS / "gsm_symbolic.yaml").read_text())
     benchmark = yaml.safe_load((CONFIGS.parent / "benchmarks" / "gsm_symbolic.yaml").read_text())["tasks"][0]
-    shipped = json.loads((CONFIGS.parent / "checkpoints" / "gsm_symbolic" / "config.json").read_text())
+    shipped = json.loads((CONFIGS.parent / "checkpoints" / "gsm_symbolic" / "config.json").read_text())["dllm_var"]
     objective = recipe["model"]["objective"]["init_args"]
     assert shipped["step"] == recipe["trainer"]["max_steps"]
     for name in ("causal_context", "token_shift"):

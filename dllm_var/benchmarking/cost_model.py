@@ -53,12 +53,10 @@ def adapter_parameters(config: TransformerConfig, rank: int, targets: list[str])
     """Returns the number of weights of low-rank adapters (`model.lora`): rank x (inputs + outputs) of each matrix."""
     full = _filled(config)
     hidden = full.hidden_size
-    both_sides = {
-        "qkv": hidden + _queries_keys_values(full),
-        "out": full.num_heads * full.head_dim + hidden,
-        "gate_up": hidden + 2 * full.intermediate_size,
-        "down": full.intermediate_size + hidden,
-    }
+    heads, kv_heads = full.num_heads * full.head_dim, full.num_kv_heads * full.head_dim
+    both_sides = {"q_proj": hidden + heads, "k_proj": hidden + kv_heads, "v_proj": hidden + kv_heads}
+    both_sides |= {"o_proj": heads + hidden}
+    both_sides |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + full.intermediate_size)
     in_blocks = sum(both_sides[target] for target in targets if target in both_sides) * full.num_layers
     return rank * (in_blocks + (hidden + full.vocab_size) * ("lm_head" in targets))
 
@@ -100,7 +98,8 @@ def activation_bytes(
     full = _filled(config)
     width = 4 if precision == "32" else 2
     queries_keys = (full.num_heads + full.num_kv_heads) * full.head_dim
-    kept = width * (3 * queries_keys + 4 * full.intermediate_size + 2 * full.hidden_size)
+    before_norms = queries_keys if full.qk_norm and precision == "32" else 0
+    kept = width * (2 * queries_keys + before_norms + 4 * full.intermediate_size + 2 * full.hidden_size)
     kept += 4 * full.num_heads  # the logarithms of attention's sums
     kept += 16 * full.hidden_size + 8  # norms: the input and the normalised one, in 32 bits
     if full.qk_norm:

@@ -1,7 +1,8 @@
 """Families of published checkpoints: their names of settings and weights, one table each, read in both directions.
 
 The facts are those of the published `config.json` and safetensors files and of the classes that read them: LLaDA
-(arXiv 2502.09992), Dream (2508.15487), and Llama, Qwen2 and Qwen3 as transformers has them.
+(arXiv 2502.09992), Dream (2508.15487), and Llama, Qwen2 and Qwen3 as transformers has them. Our weights have the names
+that transformers gives them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ DESCRIPTIVE = frozenset(
 
 
 @dataclass(frozen=True)
-class Layout:
+class Family:
     """One family of checkpoints.
 
     Args:
@@ -29,7 +30,7 @@ class Layout:
         settings: Our settings and its keys; what an absent key means is in `defaults`. Of several keys the first that
             is not null counts, and all are written.
         fixed: Keys, and the values under which the model computes what ours does. The first is what is written.
-        weights: Our weights ({} is the layer) and its own, several where ours holds them one above the other.
+        renamed: Parts of our weights' names and the family's, where they differ.
         defaults: What it means when a key of `settings` is absent; keys that are not here must be there.
         required: Keys of `fixed` that must be there, since their absence means something else.
         implied: Our settings that every model of the family has.
@@ -42,8 +43,8 @@ class Layout:
     model_type: str
     architecture: str
     settings: dict[str, str | tuple[str, ...]]
-    fixed: dict[str, tuple[Any, ...]]
-    weights: dict[str, tuple[str, ...]]
+    fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
     required: frozenset[str] = frozenset()
     implied: dict[str, Any] = field(default_factory=dict)
@@ -57,13 +58,11 @@ class Layout:
         """The family's name in lower case, for `--format`."""
         return self.model_type.lower()
 
-    def theirs(self, ours: str) -> tuple[str, ...]:
-        """Returns the names under which the family keeps one of our weights."""
-        head, *rest = ours.split(".")
-        if head == "blocks":
-            layer, key = rest[0], ".".join(["blocks.{}", *rest[1:]])
-            return tuple(name.format(layer) for name in self.weights[key])
-        return self.weights[ours]
+    def theirs(self, ours: str) -> str:
+        """Returns the name under which the family keeps one of our weights."""
+        for part, its_part in self.renamed.items():
+            ours = ours.replace(part, its_part)
+        return ours
 
 
 _TRANSFORMERS_SETTINGS: dict[str, str | tuple[str, ...]] = {
@@ -95,26 +94,11 @@ _TRANSFORMERS_FIXED: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0,),
     "partial_rotary_factor": (None, 1.0),
 }
-_LAYER = "model.layers.{}."
-_TRANSFORMERS_WEIGHTS = {
-    "embedding.weight": ("model.embed_tokens.weight",),
-    "blocks.{}.attention_norm.weight": (_LAYER + "input_layernorm.weight",),
-    "blocks.{}.attention.qkv.weight": tuple(f"{_LAYER}self_attn.{part}_proj.weight" for part in "qkv"),
-    "blocks.{}.attention.qkv.bias": tuple(f"{_LAYER}self_attn.{part}_proj.bias" for part in "qkv"),
-    "blocks.{}.attention.q_norm.weight": (_LAYER + "self_attn.q_norm.weight",),
-    "blocks.{}.attention.k_norm.weight": (_LAYER + "self_attn.k_norm.weight",),
-    "blocks.{}.attention.out.weight": (_LAYER + "self_attn.o_proj.weight",),
-    "blocks.{}.mlp_norm.weight": (_LAYER + "post_attention_layernorm.weight",),
-    "blocks.{}.mlp.gate_up.weight": (_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight"),
-    "blocks.{}.mlp.down.weight": (_LAYER + "mlp.down_proj.weight",),
-    "norm.weight": ("model.norm.weight",),
-    "lm_head.weight": ("lm_head.weight",),
-}
 _UNUSED = frozenset({"pretraining_tp", "is_causal"})
 _FULL_ATTENTION = {"use_sliding_window": (False,), "layer_types": ("full_attention", None)}
 _WINDOW_UNUSED = frozenset({"max_window_layers", "sliding_window"})
 
-LLAMA = Layout(
+LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     settings=_TRANSFORMERS_SETTINGS,
@@ -126,45 +110,39 @@ LLAMA = Layout(
         "rope_interleaved": (None, False),
         "is_llama_config": (None, True),
     },
-    weights=_TRANSFORMERS_WEIGHTS,
     implied={"qkv_bias": False, "qk_norm": False, "rope_full_precision": False},
     ignored=_UNUSED,
 )
-QWEN2 = Layout(
+QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     settings=_TRANSFORMERS_SETTINGS,
     defaults=_TRANSFORMERS_DEFAULTS,
     fixed={**_TRANSFORMERS_FIXED, **_FULL_ATTENTION, "attention_bias": (None, True), "use_mrope": (None, False)},
-    weights=_TRANSFORMERS_WEIGHTS,
     implied={"qkv_bias": True, "qk_norm": False, "rope_full_precision": False},
     ignored=_UNUSED | _WINDOW_UNUSED,
 )
-QWEN3 = Layout(
+QWEN3 = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
     settings=_TRANSFORMERS_SETTINGS,
     defaults={**_TRANSFORMERS_DEFAULTS, "head_dim": 128},
     fixed={**_TRANSFORMERS_FIXED, **_FULL_ATTENTION, "attention_bias": (False,)},
-    weights=_TRANSFORMERS_WEIGHTS,
     implied={"qkv_bias": False, "qk_norm": True, "rope_full_precision": False},
     ignored=_UNUSED | _WINDOW_UNUSED,
 )
-DREAM = Layout(
+DREAM = Family(
     model_type="Dream",
     architecture="DreamModel",
     settings={ours: theirs for ours, theirs in _TRANSFORMERS_SETTINGS.items() if ours != "head_dim"},
     defaults=_TRANSFORMERS_DEFAULTS,
     fixed={**_TRANSFORMERS_FIXED, "use_sliding_window": (False,), "use_mrope": (False, None)},
-    weights=_TRANSFORMERS_WEIGHTS,
     implied={"qkv_bias": True, "qk_norm": False, "token_shift": True, "rope_full_precision": False},
     ignored=_UNUSED | _WINDOW_UNUSED,
     causal=False,
     remote_code=("Dream-org/Dream-v0-Base-7B", "configuration_dream.DreamConfig", "modeling_dream.DreamModel"),
 )
-
-_BLOCK = "model.transformer.blocks.{}."
-LLADA = Layout(
+LLADA = Family(
     model_type="llada",
     architecture="LLaDAModelLM",
     settings={
@@ -210,17 +188,18 @@ LLADA = Layout(
         "scale_logits": (False,),
     },
     required=frozenset({"activation_type", "block_type", "layer_norm_type", "rope"}),
-    weights={
-        "embedding.weight": ("model.transformer.wte.weight",),
-        "blocks.{}.attention_norm.weight": (_BLOCK + "attn_norm.weight",),
-        "blocks.{}.attention.qkv.weight": tuple(f"{_BLOCK}{part}_proj.weight" for part in "qkv"),
-        "blocks.{}.attention.qkv.bias": tuple(f"{_BLOCK}{part}_proj.bias" for part in "qkv"),
-        "blocks.{}.attention.out.weight": (_BLOCK + "attn_out.weight",),
-        "blocks.{}.mlp_norm.weight": (_BLOCK + "ff_norm.weight",),
-        "blocks.{}.mlp.gate_up.weight": (_BLOCK + "ff_proj.weight", _BLOCK + "up_proj.weight"),
-        "blocks.{}.mlp.down.weight": (_BLOCK + "ff_out.weight",),
-        "norm.weight": ("model.transformer.ln_f.weight",),
-        "lm_head.weight": ("model.transformer.ff_out.weight",),
+    renamed={
+        "model.embed_tokens": "model.transformer.wte",
+        "model.layers.": "model.transformer.blocks.",
+        "model.norm": "model.transformer.ln_f",
+        "lm_head": "model.transformer.ff_out",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ff_norm",
+        "self_attn.o_proj": "attn_out",
+        "self_attn.": "",
+        "mlp.gate_proj": "ff_proj",
+        "mlp.down_proj": "ff_out",
+        "mlp.": "",
     },
     implied={"qk_norm": False, "token_shift": False, "rope_llama3": None},
     ignored=frozenset(
@@ -231,6 +210,8 @@ LLADA = Layout(
     rope="flat",
     remote_code=("GSAI-ML/LLaDA-8B-Base", "configuration_llada.LLaDAConfig", "modeling_llada.LLaDAModelLM"),
 )
+# A model that no published family has, such as one with biases and norms of heads; transformers does not open it.
+OTHER = Family(model_type="dllm_var", architecture="Transformer", settings={}, rope="none")
 
-LAYOUTS = {layout.model_type: layout for layout in (LLADA, DREAM, LLAMA, QWEN2, QWEN3)}
-FORMATS = {layout.name: layout for layout in LAYOUTS.values()}
+FAMILIES = {family.model_type: family for family in (LLADA, DREAM, LLAMA, QWEN2, QWEN3, OTHER)}
+FORMATS = {family.name: family for family in FAMILIES.values() if family is not OTHER}

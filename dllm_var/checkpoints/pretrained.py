@@ -1,31 +1,31 @@
-"""Weights in and out: a folder of safetensors, JSON and tokenizer files, or a Lightning checkpoint."""
+"""Weights in and out: a model folder of safetensors, JSON and tokenizer files, or a Lightning checkpoint."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dllm_var.checkpoints.safetensors_files import WEIGHTS, save_tensors
-from dllm_var.checkpoints.stored import (
+from dllm_var.checkpoints.family_config import EXTRAS, natural_family, write_config
+from dllm_var.checkpoints.opening import (
     CONFIG,
     EXPORT_FOLDER,
-    MODEL_TYPE,
-    StoredModel,
+    FLOATING,
+    Checkpoint,
     locate_checkpoint,
     open_checkpoint,
     weight_shapes,
 )
+from dllm_var.checkpoints.safetensors_files import WEIGHTS, save_tensors
 from dllm_var.errors import UserError
 from dllm_var.files import write_text
 from dllm_var.model.config import TransformerConfig
+from dllm_var.model.initialise import fill
 from dllm_var.model.lora import plain_name
-from dllm_var.model.placement import fill, sections
 from dllm_var.model.transformer import Transformer
 from dllm_var.text.tokenizer import Tokenizer
 
@@ -44,7 +44,6 @@ __all__ = [
 # Settings in which a run may differ from the checkpoint it starts from, and those that tokenizer and objective decide.
 ADJUSTABLE = {"rope_theta", "rope_scaling", "rope_full_precision", "norm_eps"}
 ADJUSTABLE |= {"initializer_range", "token_shift", "context_length"}
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SET_BY_OTHERS = {"vocab_size", "mask_id", "terminator_ids", "pad_id", "causal", "causal_context"}
 
 
@@ -55,7 +54,8 @@ def save_checkpoint_folder(
     meta: dict[str, Any] | None = None,
     state: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Writes `config.json`, `model.safetensors` and the tokenizer, each under a temporary name first.
+    """Writes `config.json`, `model.safetensors` and the tokenizer: a folder that transformers opens, too, where it has
+    such a model.
 
     Args:
         path: The folder, made when missing.
@@ -77,10 +77,12 @@ def save_checkpoint_folder(
 def save_settings(
     folder: Path, transformer: Transformer, tokenizer: Tokenizer, meta: dict[str, Any] | None = None
 ) -> None:
-    """Writes `config.json` and the tokenizer of a folder of weights, or of adapters; arguments as above."""
+    """Writes `config.json`, with `meta` in it, and the tokenizer of a folder of weights or of adapters."""
     tokenizer.save(folder)
-    config = {"model_type": MODEL_TYPE, "transformer": transformer.config.to_dict(), **(meta or {})}
-    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    config, dtype = transformer.config, str(transformer.embedding.weight.dtype).removeprefix("torch.")
+    values = write_config(natural_family(config), config, dtype)
+    values[EXTRAS] |= meta or {}
+    write_text(folder / CONFIG, json.dumps(values, indent=2) + "\n")
 
 
 def load_checkpoint(
@@ -101,9 +103,9 @@ def load_checkpoint(
     Raises:
         UserError: When there is no checkpoint, or it is damaged, or holds something that is not fully understood.
     """
-    stored = open_checkpoint(path)
-    tokenizer = stored.load_tokenizer()
-    return _load(stored, decoding_config(stored, tokenizer), device, dtype), tokenizer, stored.meta
+    checkpoint = open_checkpoint(path)
+    tokenizer = checkpoint.load_tokenizer()
+    return _load(checkpoint, decoding_config(checkpoint, tokenizer), device, dtype), tokenizer, checkpoint.meta
 
 
 def load_pretrained(path: str | Path, causal: bool = False) -> Transformer:
@@ -114,32 +116,36 @@ def load_pretrained(path: str | Path, causal: bool = False) -> Transformer:
         causal: Reads left to right, as published Llama and Qwen models were trained to; one of our own checkpoints
             that was trained causally always does.
     """
-    stored = open_checkpoint(path)
-    return _load(stored, replace(stored.config, causal=causal or (stored.config.causal and not stored.published)))
+    checkpoint = open_checkpoint(path)
+    return _load(
+        checkpoint, replace(checkpoint.config, causal=causal or (checkpoint.config.causal and not checkpoint.published))
+    )
 
 
-def decoding_config(stored: StoredModel, tokenizer: Tokenizer) -> TransformerConfig:
+def decoding_config(checkpoint: Checkpoint, tokenizer: Tokenizer) -> TransformerConfig:
     """Returns a checkpoint's settings with its tokenizer's ids, and rows for tokens that a published model lacks.
 
     Raises:
         UserError: When the tokenizer is not the one that the model was trained with.
     """
-    if not stored.published:
+    if not checkpoint.published:
         ids = {"mask_id": tokenizer.mask_id, "pad_id": tokenizer.pad_id}
         for name, value in {**ids, "terminator_ids": list(tokenizer.terminator_ids)}.items():
-            known = getattr(stored.config, name)
+            known = getattr(checkpoint.config, name)
             if known not in (None, value):
                 raise UserError(
-                    f"{stored.place} has {name}={known} in its config, and its tokenizer says {value}: the tokenizer "
-                    "is not the one it was trained with"
+                    f"{checkpoint.place} has {name}={known} in its config, and its tokenizer says {value}: the "
+                    "tokenizer is not the one it was trained with"
                 )
-        return stored.config
-    rows = tokenizer.vocab_size - (stored.config.vocab_size or 0)
+        return checkpoint.config
+    rows = tokenizer.vocab_size - (checkpoint.config.vocab_size or 0)
     if rows > len(tokenizer.backend.get_vocab(with_added_tokens=True)):
-        raise UserError(f"{stored.place}: its tokenizer has ids up to {tokenizer.vocab_size:,} for far fewer tokens")
+        raise UserError(
+            f"{checkpoint.place}: its tokenizer has ids up to {tokenizer.vocab_size:,} for far fewer tokens"
+        )
     return replace(
-        stored.config,
-        vocab_size=max(stored.config.vocab_size or 0, tokenizer.vocab_size),
+        checkpoint.config,
+        vocab_size=max(checkpoint.config.vocab_size or 0, tokenizer.vocab_size),
         mask_id=tokenizer.mask_id,
         terminator_ids=list(tokenizer.terminator_ids),
         pad_id=tokenizer.pad_id,
@@ -170,18 +176,18 @@ def start_from(transformer: Transformer, tokenizer: Tokenizer, path: str | Path)
     Raises:
         UserError: When shape or tokenizer are not the checkpoint's.
     """
-    stored = open_checkpoint(path)
-    _adjusted(stored.config, transformer.config, path)
-    if not stored.published:
-        if stored.load_tokenizer().fingerprint != tokenizer.fingerprint:
+    checkpoint = open_checkpoint(path)
+    _adjusted(checkpoint.config, transformer.config, path)
+    if not checkpoint.published:
+        if checkpoint.load_tokenizer().fingerprint != tokenizer.fingerprint:
             raise UserError(f"model.init_from {path} was trained with another tokenizer than data.tokenizer")
-    elif (stored.place / "tokenizer.json").is_file():
+    elif (checkpoint.place / "tokenizer.json").is_file():
         vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
-        theirs = stored.load_tokenizer().backend.get_vocab(with_added_tokens=True)
+        theirs = checkpoint.load_tokenizer().backend.get_vocab(with_added_tokens=True)
         moved = next((token for token, index in theirs.items() if vocabulary.get(token, index) != index), None)
         if moved is not None or len(theirs.keys() - vocabulary.keys()) > 1:  # one may be the mask we give it
             raise UserError(f"model.init_from {path} has another tokenizer than data.tokenizer: set both to the same")
-    _copy_weights(transformer, stored)
+    _copy_weights(transformer, checkpoint)
 
 
 def _adjusted(stored: TransformerConfig, settings: TransformerConfig, path: str | Path) -> TransformerConfig:
@@ -202,73 +208,28 @@ def _adjusted(stored: TransformerConfig, settings: TransformerConfig, path: str 
 
 
 def _load(
-    stored: StoredModel,
+    checkpoint: Checkpoint,
     config: TransformerConfig,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Transformer:
-    """Builds a transformer without weights and fills it, one weight at a time."""
+    """Builds a transformer without weights, fills it one weight at a time and lays them out for decoding."""
     with torch.device("meta"):
         transformer = Transformer(config)
-    _check_names(transformer, stored)
-    kind = dtype or stored.weights["blocks.0.attention.out.weight"].dtype
+    kind = dtype or checkpoint.weights["model.norm.weight"].dtype
     if kind not in FLOATING:
-        raise UserError(f"{stored.place} has weights of type {kind}, which cannot be computed with: convert them")
+        raise UserError(f"{checkpoint.place} has weights of type {kind}, which cannot be computed with: convert them")
     transformer.to(kind)
     transformer.to_empty(device=device)
     transformer.tie_weights()
-    _copy_weights(transformer, stored)
-    if torch.device(device).type == "cpu":
-        _lay_out_for_few_tokens(transformer)
+    _copy_weights(transformer, checkpoint)
+    transformer.fuse_projections()
     return transformer.eval()
 
 
-def _lay_out_for_few_tokens(transformer: Transformer) -> None:
-    """Stores each block's matrices by columns: a CPU then multiplies a few tokens by them up to 1.5 times faster."""
-    for module in transformer.blocks.modules():
-        if isinstance(module, nn.Linear):
-            module.weight.data = module.weight.data.t().contiguous().t()
-
-
-def _check_names(transformer: Transformer, stored: StoredModel) -> None:
-    expected = weight_shapes(transformer.config).keys()
-    names = stored.weights.keys() - ({"lm_head.weight"} if transformer.config.tie_embeddings else set())
-    missing, unknown = sorted(expected - names), sorted(names - expected)
-    if missing or unknown:
-        raise UserError(f"{stored.place} does not fit its own config: missing {missing[:3]}, unknown {unknown[:3]}")
-
-
 @torch.no_grad()
-def _copy_weights(transformer: Transformer, stored: StoredModel) -> None:
+def _copy_weights(transformer: Transformer, checkpoint: Checkpoint) -> None:
     """Fills the transformer's weights, which may be sharded, one at a time."""
-    _check_names(transformer, stored)
-    weights: Mapping[str, Tensor] = stored.weights
     own = {plain_name(name): value for name, value in transformer.state_dict().items()}  # adapters are not loaded
-    for name, parameter in ((name, own[name]) for name in weight_shapes(transformer.config)):
-        value = with_rows(weights[name], name, parameter.shape[0]) if stored.published else weights[name]
-        if value.shape != parameter.shape:
-            raise UserError(
-                f"{stored.place}: weight {name} has shape {list(value.shape)}, the config says {list(parameter.shape)}"
-            )
-        check_finite(value, name, stored.place)
-        fill(parameter, value, sections(name, transformer.config))
-
-
-def check_finite(value: Tensor, name: str, place: Path) -> None:
-    """Raises UserError when a stored weight has NaN or infinite values, or is nothing that can be computed with."""
-    if value.dtype not in FLOATING or value.layout is not torch.strided or value.is_meta:
-        raise UserError(f"{place}: weight {name} is no plain tensor of floating-point numbers")
-    if not all(bound.isfinite() for bound in value.aminmax()):  # one pass, no memory; both are NaN when any value is
-        raise UserError(
-            f"{place}: weight {name} has values that are NaN or infinite: the run that wrote it had diverged, or the "
-            "file is damaged; take an earlier checkpoint"
-        )
-
-
-def with_rows(matrix: Tensor, name: str, rows: int) -> Tensor:
-    """Adds rows to embedding and head for tokens that a model has not: the mean of the others, soon learned from."""
-    more = rows - matrix.size(0)
-    if more <= 0 or name not in ("embedding.weight", "lm_head.weight"):
-        return matrix
-    mean = matrix.float().mean(dim=0, keepdim=True).to(matrix.dtype)
-    return torch.cat((matrix, mean.expand(more, -1)))
+    for name in weight_shapes(transformer.config):
+        fill(own[name], checkpoint.weight(name, list(own[name].shape)))

@@ -14,7 +14,7 @@ import torch
 
 from dllm_var.errors import UserError
 
-FORMAT = 1  # of what a checkpoint holds and how it is sealed
+FORMAT = 2  # of what a checkpoint holds and how it is sealed
 # .last.ckpt.new is a file that is being written or a folder that is being removed, .last.ckpt.saving what a strategy
 # writes, .last.ckpt.previous a folder that is being replaced
 UNFINISHED, SAVING, ASIDE = ".new", ".saving", ".previous"

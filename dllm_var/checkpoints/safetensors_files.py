@@ -30,6 +30,7 @@ class SafetensorsFolder(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._name_in_file: dict[str, str] = {}
         if (folder / INDEX).is_file():
             self._file_of = _read_index(folder / INDEX)
             self._files = {name: _open(folder / name) for name in sorted(set(self._file_of.values()))}
@@ -46,13 +47,20 @@ class SafetensorsFolder(Mapping[str, Tensor]):
             self._files = {WEIGHTS: _open(folder / WEIGHTS)}
             self._file_of = dict.fromkeys(self._files[WEIGHTS].keys(), WEIGHTS)
 
+    def rename(self, names: dict[str, str]) -> None:
+        """Gives tensors other names; `names` has the names in the files by the new ones."""
+        for new, name in names.items():
+            if name in self._file_of:
+                self._file_of[new] = self._file_of.pop(name)
+                self._name_in_file[new] = name
+
     @property
     def size(self) -> int:
         """Bytes that the files take."""
         return sum((self.folder / name).stat().st_size for name in self._files)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[self._file_of[name]].get_tensor(name)
+        return self._files[self._file_of[name]].get_tensor(self._name_in_file.get(name, name))
 
     def __contains__(self, name: object) -> bool:
         return name in self._file_of  # the inherited one would read the tensor

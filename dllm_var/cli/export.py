@@ -13,7 +13,7 @@ from dllm_var.files import fits
 from dllm_var.settings import SettingsParser
 
 if TYPE_CHECKING:
-    from dllm_var.checkpoints.stored import StoredModel
+    from dllm_var.checkpoints.opening import Checkpoint
 
 DESCRIPTION = """Writes a checkpoint as the folder of a published model family: config, safetensors, tokenizer, chat
 template, mask token, terminators, and how to decode it. docs/checkpoints.md says which engine serves which format."""
@@ -36,15 +36,15 @@ def main(command: str, arguments: list[str]) -> int:
 
     from dllm_var.checkpoints.export import export_checkpoint
     from dllm_var.checkpoints.families import FORMATS
-    from dllm_var.checkpoints.stored import open_checkpoint
+    from dllm_var.checkpoints.opening import open_checkpoint
 
     if options.format not in FORMATS:
         raise UserError(f"--format {options.format} is unknown; there are {', '.join(FORMATS)}")
-    stored = open_checkpoint(options.checkpoint)
-    sampler, decoding = decoding_settings(stored, options.block_length, options.threshold)
-    stored = replace(stored, meta={**stored.meta, "sampler": sampler})
+    checkpoint = open_checkpoint(options.checkpoint)
+    sampler, decoding = decoding_settings(checkpoint, options.block_length, options.threshold)
+    checkpoint = replace(checkpoint, meta={**checkpoint.meta, "sampler": sampler})
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    config = export_checkpoint(stored, FORMATS[options.format], Path(options.output), decoding, dtype)
+    config = export_checkpoint(checkpoint, FORMATS[options.format], Path(options.output), decoding, dtype)
     print(
         f"{options.output}: {options.format}, {config.num_layers} layers of width {config.hidden_size}, "
         f"mask {config.mask_id}, terminators {', '.join(map(str, config.terminator_ids or []))}"
@@ -81,12 +81,12 @@ def build_parser(command: str) -> SettingsParser:
 
 
 def decoding_settings(
-    stored: StoredModel, block_length: int | None, threshold: float | None
+    checkpoint: Checkpoint, block_length: int | None, threshold: float | None
 ) -> tuple[dict[str, Any] | None, dict[str, Any]]:
     """Returns the sampler to remember, and what other engines must know of it: `block_length` and `threshold`.
 
     Args:
-        stored: The checkpoint, with the sampler it remembers; a diffusion model's default is BlockDiffusionSampler.
+        checkpoint: The checkpoint, with the sampler it remembers; a diffusion model's default is BlockDiffusionSampler.
         block_length: The user's, instead.
         threshold: The user's, instead.
 
@@ -96,8 +96,8 @@ def decoding_settings(
     from dllm_var.sampling import BlockDiffusionSampler
     from dllm_var.sampling.config import sampler_from_config, sampler_to_config
 
-    sampler = deepcopy(stored.meta.get("sampler"))
-    if sampler is None and not stored.config.causal:
+    sampler = deepcopy(checkpoint.meta.get("sampler"))
+    if sampler is None and not checkpoint.config.causal:
         sampler = sampler_to_config(BlockDiffusionSampler())
     if sampler is not None and (block_length is not None or threshold is not None):
         sampler = sampler_to_config(sampler_from_config(sampler))  # ours, with all its settings

@@ -13,10 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.float8 import Float8, use_float8
-from dllm_var.model.initialise import shard
 from dllm_var.model.lora import Lora, add_adapters, reset_adapters
-from dllm_var.model.placement import DATA_PARALLEL, TENSOR_PARALLEL
-from dllm_var.model.tensor_parallel import divide
+from dllm_var.model.sharding import DATA_PARALLEL, TENSOR_PARALLEL, shard, tensor_parallel
 from dllm_var.model.transformer import Transformer
 
 
@@ -58,7 +56,7 @@ def build_transformer(
         return transformer
     if mesh is not None:
         if divided:
-            divide(transformer, mesh[TENSOR_PARALLEL])
+            tensor_parallel(transformer, mesh[TENSOR_PARALLEL])
         shard(transformer, mesh[DATA_PARALLEL])
     transformer.to_empty(device=torch.get_default_device() if device is None else device)
     transformer.tie_weights()

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from dllm_var.errors import UserError
-from dllm_var.files import fits
 
 SIZES = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
 _NOT_SAID: Any = None  # of a setting that has a default: told apart from one that was set to the same value
@@ -134,34 +132,6 @@ class TransformerConfig:
             terminator_ids=None if self.terminator_ids is None else [int(token) for token in self.terminator_ids],
         )
 
-    @classmethod
-    def from_dict(cls, values: Any, place: Path) -> TransformerConfig:
-        """Returns the settings that a checkpoint holds, resolved, once each has a known name and the right type.
-
-        Args:
-            values: What `to_dict` wrote; any content of a checkpoint.
-            place: Where it stands, for messages.
-
-        Raises:
-            UserError: When a setting is unknown, of another type, not a finite number, or does not fit the others.
-        """
-        kinds = get_type_hints(cls)
-        if not isinstance(values, dict) or not set(values) <= set(kinds):
-            unknown = sorted(map(str, set(values) - set(kinds))) if isinstance(values, dict) else values
-            raise UserError(f"{place} has transformer settings this version does not know: {unknown}")
-        for name, value in values.items():
-            if not fits(value, kinds[name]):
-                raise UserError(f"{place} has {name}={value!r}, where {described(kinds[name])} is expected")
-        try:
-            return cls(**values).resolved()
-        except UserError as error:
-            raise UserError(f"{place}: {error}") from error
-
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as plain types, for checkpoints and JSON."""
         return asdict(self)
-
-
-def described(kind: Any) -> str:
-    """Returns an annotation as it reads in a message."""
-    return kind.__name__ if isinstance(kind, type) else str(kind)

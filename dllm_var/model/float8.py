@@ -91,7 +91,7 @@ def float8_matrices(transformer: Transformer) -> set[str]:
     return {
         name
         for name, module in transformer.named_modules()
-        if name.startswith("blocks.")
+        if name.startswith("model.layers.")
         and isinstance(module, nn.Linear)
         and not (module.in_features % MULTIPLE or module.out_features % MULTIPLE)
     }

@@ -9,32 +9,43 @@ import hashlib
 import math
 
 import torch
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dllm_var.model.config import TransformerConfig
-from dllm_var.model.placement import fill, sections
+
+# Weights by the names that their draws are keyed by: those of one name are drawn as one matrix, one above the other.
+DRAWN_AS = {
+    "model.embed_tokens": "embedding",
+    "model.layers": "blocks",
+    **{f"self_attn.{part}_proj": "attention.qkv" for part in "qkv"},
+    "self_attn.o_proj": "attention.out",
+    "mlp.gate_proj": "mlp.gate_up",
+    "mlp.up_proj": "mlp.gate_up",
+    "mlp.down_proj": "mlp.down",
+}
 
 
 @torch.no_grad()
 def initialise(module: nn.Module, config: TransformerConfig, seed: int) -> None:
-    """Draws every weight anew, one at a time: normal, residual outputs scaled down by depth (GPT-2).
-
-    Args:
-        module: The transformer; parameters may be sharded.
-        config: Its shape, with the standard deviation of matrices.
-        seed: Seed of all weights.
-    """
+    """Draws every weight anew: normal, and those that write to the residual stream scaled down by depth (GPT-2)."""
+    together: dict[str, list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
-        values = torch.zeros(parameter.shape, device="cpu")
-        if parameter.dim() >= 2:
-            residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+        key = name
+        for ours, drawn_as in DRAWN_AS.items():
+            key = key.replace(ours, drawn_as)
+        together.setdefault(key if parameter.dim() > 1 else name, []).append(parameter)
+    for key, parameters in together.items():
+        sizes = [parameter.shape[0] for parameter in parameters]
+        values = torch.zeros((sum(sizes), *parameters[0].shape[1:]), device="cpu")
+        if values.dim() > 1:
+            residual = key.endswith(("attention.out.weight", "mlp.down.weight"))
             std = config.initializer_range / (math.sqrt(2 * config.num_layers) if residual else 1)
-            values.normal_(std=std, generator=named_generator(seed, name))
-        elif not name.endswith("bias"):
+            values.normal_(std=std, generator=named_generator(seed, key))
+        elif not key.endswith("bias"):
             values.fill_(1.0)
-        fill(parameter, values, sections(name, config))
+        for parameter, part in zip(parameters, values.split(sizes), strict=True):
+            fill(parameter, part)
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
@@ -43,15 +54,16 @@ def named_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def shard(transformer: nn.Module, mesh: DeviceMesh) -> None:
-    """Shards each block, and the rest with the root, over a mesh (FSDP2, torch's fully_shard).
+@torch.no_grad()
+def fill(weight: Tensor, values: Tensor) -> None:
+    """Copies values into a weight, or this process's part of them into a sharded one; no process has to send any.
 
     Args:
-        transformer: The transformer, on the meta device or a real one.
-        mesh: One-dimensional mesh of the data-parallel processes.
+        weight: The parameter.
+        values: All of it, the same on every process.
     """
-    for part in (*transformer.blocks, transformer):  # type: ignore[misc]
-        fully_shard(part, mesh=mesh)
-    register_fsdp_forward_method(transformer, "hidden_states")
-    # The head is used after hidden_states, and a block is soon gathered again: keep what has been gathered.
-    transformer.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]
+    if isinstance(weight, DTensor):
+        placed = distribute_tensor(values, weight.device_mesh, weight.placements, src_data_rank=None)
+        weight.to_local().copy_(placed.to_local())
+    else:
+        weight.copy_(values)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dllm_var.model.placement import VocabularySlice, vocabulary_slice
+from dllm_var.model.sharding import VocabularySlice, vocabulary_slice
 
 LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}  # float32 logits alive at a time: 64 and 512 MiB
 TokenLoss = Callable[[Tensor, Tensor], Tensor]

@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
 from dllm_var.errors import UserError
-from dllm_var.model.placement import local_part, share
+from dllm_var.model.sharding import local_part
 
 
 @dataclass
@@ -279,7 +279,8 @@ def orthogonalise_as_placed(matrices: Tensor, like: Tensor) -> Tensor:
             continue
         line = mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[dim]]  # type: ignore[index]
         moves.insert(0, (line, Shard(along + 1), tuple(size)))
-        size[along] = len(share(size[along], mesh.size(dim), mesh.get_local_rank(dim)))
+        each = -(-size[along] // mesh.size(dim))  # as torch.chunk deals them
+        size[along] = min(max(size[along] - mesh.get_local_rank(dim) * each, 0), each)
     shapes = []
     for line, divided, whole in moves:
         shapes.append(matrices.shape)

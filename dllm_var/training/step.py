@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from dllm_var.errors import UserError
-from dllm_var.model.placement import copies, local_part
+from dllm_var.model.sharding import copies, local_part
 from dllm_var.objectives.base import NoisedBatch
 from dllm_var.objectives.cross_entropy import Scores
 from dllm_var.training.strategies import is_sharded, owns_gradients

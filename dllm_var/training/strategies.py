@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
-from dllm_var.checkpoints.pieces import in_pieces, load_in_pieces
 from dllm_var.errors import UserError
-from dllm_var.model.placement import TENSOR_PARALLEL, gathered, sections
 from dllm_var.sampling.base import without_training_modes
 
 _ANYWHERE = "configs/strategy/fsdp2.yaml and ddp.yaml run on any machine"
@@ -64,27 +61,6 @@ class TensorParallel(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes // size
         super().setup_environment()
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        for name in ("state_dict", "optimizer_states"):
-            if name in checkpoint:
-                checkpoint[name] = in_pieces(checkpoint[name], self._sections)
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        assert self.model is not None
-        return load_in_pieces(Path(self.broadcast(str(checkpoint_path))), self.model, self.optimizers, self._sections)
-
-    def gathered_weights(self) -> dict[str, Tensor]:
-        """Collects the transformer's weights in the memory of the first process; empty on the others."""
-        assert self.lightning_module is not None
-        state = self.lightning_module.transformer.state_dict()  # type: ignore[union-attr]
-        whole = ((name, gathered(value, self._sections(name))) for name, value in state.items())
-        return {name: value.cpu() for name, value in whole if self.global_rank == 0}
-
-    def _sections(self, name: str) -> list[int]:
-        assert self.lightning_module is not None
-        return sections(name, self.lightning_module.transformer.config)  # type: ignore[union-attr,arg-type]
-
 
 def is_sharded(strategy: Any) -> bool:
     """Whether a forward pass needs every process, because each holds only a part of the parameters."""
@@ -130,18 +106,6 @@ def forwards_together(strategy: Any, transformer: Any) -> Iterator[None]:
 def owns_gradients(strategy: Any) -> bool:
     """Whether gradients are where the module cannot reach them, in DeepSpeed's engine."""
     return isinstance(strategy, DeepSpeedStrategy)
-
-
-def check_groups(strategy: Any) -> None:
-    """Raises UserError for Lightning's own tensor parallelism, which would save fused matrices in the wrong order."""
-    if not isinstance(strategy, ModelParallelStrategy) or isinstance(strategy, TensorParallel):
-        return
-    if strategy.device_mesh[TENSOR_PARALLEL].size() > 1:  # as Lightning makes of "auto"
-        raise UserError(
-            "trainer.strategy splits each layer over processes: take dllm_var.training.strategies.TensorParallel for "
-            "that, as in configs/strategy/tensor_parallel.yaml, or set tensor_parallel_size to 1, as "
-            "configs/strategy/fsdp2.yaml does"
-        )
 
 
 def check_strategy(strategy: Any) -> None:

@@ -42,12 +42,12 @@ def test_parameters_are_those_of_the_transformer(name):
     config = TransformerConfig(**SHAPES[name])
     counted, model = count_parameters(config), on_meta(config)
     assert counted.total == model.num_parameters
-    assert counted.block == sum(p.numel() for p in model.blocks[0].parameters())
+    assert counted.block == sum(p.numel() for p in model.layers[0].parameters())
     assert counted.embedding == model.embedding.weight.numel()
-    assert block_matrices(config) == sum(p.numel() for p in model.blocks[0].parameters() if p.dim() == 2)
+    assert block_matrices(config) == sum(p.numel() for p in model.layers[0].parameters() if p.dim() == 2)
 
 
-@pytest.mark.parametrize("rank_targets", [(4, ["qkv", "out", "gate_up", "down"]), (2, ["qkv", "lm_head"])])
+@pytest.mark.parametrize("rank_targets", [(4, ["q_proj", "v_proj", "o_proj", "gate_proj"]), (2, ["k_proj", "lm_head"])])
 def test_adapters_are_those_of_peft(rank_targets):
     pytest.importorskip("peft")
     from dllm_var.model.lora import Lora, add_adapters
@@ -99,13 +99,13 @@ def kept_bytes(config, precision, rows, length):
                 seen[storage._cdata] = (storage.nbytes(), tensor)  # holding it keeps its address its own
             return tensor
 
-        x = torch.randn(rows, tokens, config.hidden_size, dtype=model.norm.weight.dtype, requires_grad=True)
+        x = torch.randn(rows, tokens, config.hidden_size, dtype=model.model.norm.weight.dtype, requires_grad=True)
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=precision == "16-mixed"),
         ):
             context = LayerContext(cos, sin, None, False, None)
-            for block in model.blocks:
+            for block in model.layers:
                 x = block(x, context, 0)
         # The rotary table is one row's, in 32 bits and, for each layer, in 16: not what rows cost.
         shared = [n for n, tensor in seen.values() if tensor.shape in (cos.shape, sin.shape)]
@@ -118,7 +118,7 @@ def kept_bytes(config, precision, rows, length):
 @pytest.mark.parametrize("precision", ["32", "16-true", "16-mixed"])
 def test_activations_are_what_autograd_keeps(precision, qk_norm):
     config = TransformerConfig(**SMALL, qk_norm=qk_norm)
-    assert activation_bytes(config, 3, 32, precision) == pytest.approx(kept_bytes(config, precision, 3, 32), rel=0.02)
+    assert activation_bytes(config, 3, 32, precision) == pytest.approx(kept_bytes(config, precision, 3, 32), rel=0.03)
 
 
 def test_recomputation_keeps_the_inputs_of_the_blocks_and_one_block():

@@ -42,11 +42,11 @@ def test_samples_in_eval_mode_without_gradients_and_restores_each_mode(fit: Any,
         after: list[bool] = []  # noqa: RUF012
 
         def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            pl_module.transformer.blocks[0].eval()
+            pl_module.transformer.layers[0].eval()
 
         def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
             transformer = pl_module.transformer
-            self.after.append(transformer.training and not transformer.blocks[0].training)
+            self.after.append(transformer.training and not transformer.layers[0].training)
 
     frozen = Frozen()
     fit(frozen, SamplingCallback(spy, every_n_steps=1))
@@ -76,7 +76,9 @@ def test_under_fsdp2_blocks_are_gathered_one_at_a_time(fit: Any, real_sampler: A
     answered: list[list[list[int]]] = []
     sampling = Watched(real_sampler, num_examples=3, every_n_steps=2)
     _, sharded = seeded(sampling, strategy=FSDP2())
-    assert len(whole) == 9 and all(names == {"embedding.weight", "norm.weight", "lm_head.weight"} for names in whole)
+    assert len(whole) == 9 and all(
+        names == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} for names in whole
+    )
     assert all(isinstance(weight, DTensor) for weight in sharded.transformer.parameters())
     seeded(sampling)
     assert answered[:3] == answered[3:]  # as whole weights answer
@@ -90,7 +92,7 @@ def test_a_model_without_predictions_is_told_and_training_goes_on(fit: Any, real
         def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
             if trainer.global_step == 2:
                 with torch.no_grad():
-                    pl_module.transformer.norm.weight.fill_(torch.nan)
+                    pl_module.transformer.model.norm.weight.fill_(torch.nan)
 
     trainer, _ = fit(Break(), SamplingCallback(real_sampler, every_n_steps=1, num_examples=2), max_steps=3)
     out = capsys.readouterr().out

@@ -134,7 +134,7 @@ REFUSED = [
     ("Llama", dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}), "partial_rotary_factor"),
     ("Llama", dict(vocab_size=61), "shape"),
     ("Llama", dict(num_hidden_layers=3), "lacks 9 weights of its config, such as model.layers.2"),
-    ("Llama", dict(num_hidden_layers=1), "has 9 weights that a llama model"),
+    ("Llama", dict(num_hidden_layers=1), "has 9 weights that its config does not name"),
     ("Llama", dict(model_type="qwen3", **dict.fromkeys(["mlp_bias", "pretraining_tp"], ...)), "lacks 4 .*norm"),
     ("Qwen2", dict(model_type="qwen3", head_dim=8), "lacks 4 weights of its config, such as .*k_norm"),
     ("Qwen2", dict(model_type="Dream", layer_types=..., mask_token_id=5, num_hidden_layers=1), "has 12 weights"),
@@ -169,8 +169,8 @@ def test_llada_turns_queries_and_keys_in_32_bits_where_its_config_says_so(full, 
     model = load_pretrained(tmp_path).bfloat16()
     assert model.config.rope_full_precision == full
     seen = []
-    attention = model.blocks[0].attention
-    attention.qkv.register_forward_hook(lambda _, __, made: seen.append(made))
+    attention = model.layers[0].self_attn
+    attention.q_proj.register_forward_hook(lambda _, __, made: seen.append(made))
     with patch("dllm_var.model.transformer.attend", side_effect=attend) as attended, torch.no_grad():
         model(torch.arange(40)[None])
     ours = attended.call_args_list[0].args[0]  # the first layer's queries [1, heads, L, D]

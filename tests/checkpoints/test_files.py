@@ -63,7 +63,7 @@ def test_what_was_written_is_read(checkpoint):
 def test_it_stays_an_archive_that_torch_and_zip_tools_read(checkpoint):
     assert torch.load(checkpoint, weights_only=True, mmap=True)["plain"] == [1, "two", None]
     with zipfile.ZipFile(checkpoint) as archive:
-        assert archive.comment.startswith(b"dllm-var-checkpoint v001 sha256=")
+        assert archive.comment.startswith(b"dllm-var-checkpoint v002 sha256=")
         assert archive.testzip() is None
 
 
@@ -73,7 +73,7 @@ def test_the_checksum_is_that_of_the_bytes_torch_wrote(checkpoint):
     content = checkpoint.read_bytes()
     comment = len(content) - content.rindex(b"dllm-var-checkpoint")
     plain = content[: -comment - 2] + b"\0\0"
-    expected = hashlib.sha256(plain + b"dllm-var-checkpoint v001 sha256=").hexdigest()
+    expected = hashlib.sha256(plain + b"dllm-var-checkpoint v002 sha256=").hexdigest()
     assert content.endswith(expected.encode())
 
 
@@ -136,7 +136,7 @@ def test_another_format_is_named(checkpoint, monkeypatch):
     monkeypatch.setattr(files, "FORMAT", 7)
     write_file(state(1), checkpoint)
     monkeypatch.undo()
-    assert "format 7" in complaint(checkpoint) and "format 1" in complaint(checkpoint)
+    assert "format 7" in complaint(checkpoint) and "format 2" in complaint(checkpoint)
 
 
 def test_pickled_code_is_refused_and_not_run(tmp_path):

@@ -102,7 +102,7 @@ def change_config(**changes):
     def change(folder):
         config = json.loads((folder / "config.json").read_text())
         for name, value in changes.items():
-            (config if name in config else config["transformer"])[name] = value
+            (config if name in config else config["dllm_var"]["transformer"])[name] = value
         (folder / "config.json").write_text(json.dumps(config))
 
     return change
@@ -124,14 +124,14 @@ def change_weight(name, change):
         (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
         (change_config(model_type="gpt2"), "'gpt2'"),
         (change_config(colour="red"), "colour"),
-        (change_config(num_layers=3), "missing"),
-        (change_config(num_layers=1), "unknown"),
+        (change_config(num_layers=3), "lacks 9 weights"),
+        (change_config(num_layers=1), "has 9 weights that its config does not name"),
         (change_config(vocab_size=99), "shape"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
-        (change_weight("norm.weight", lambda weight: weight.fill_(torch.nan)), "norm.weight .*NaN or infinite"),
+        (change_weight("model.norm.weight", lambda weight: weight.fill_(torch.nan)), "norm.weight .*NaN or infinite"),
         (change_weight("lm_head.weight", lambda weight: weight.sub_(torch.inf)), "lm_head.*NaN or infinite"),
-        (change_weight("norm.weight", lambda weight: weight.to(torch.int64)), "no plain tensor"),
-        (change_weight("blocks.0.attention.out.weight", lambda weight: weight.to(torch.int8)), "type torch.int8"),
+        (change_weight("lm_head.weight", lambda weight: weight.to(torch.int64)), "no plain tensor"),
+        (change_weight("model.norm.weight", lambda weight: weight.to(torch.int8)), "type torch.int8"),
         (change_config(mask_id=2), "mask_id=2 in its config, and its tokenizer says 1"),
         (change_config(terminator_ids=[3]), r"terminator_ids=\[3\]"),
         (change_config(mask_id=999), "id 999, outside the vocabulary"),
@@ -151,7 +151,7 @@ SIZES_WITHOUT_SENSE = [
     ("num_layers", True, "where int is expected"),
     ("num_layers", 2.0, "where int is expected"),
     ("num_layers", math.nan, "num_layers=nan"),
-    ("num_layers", 10**9, "num_layers=1000000000, and beside it are 15 tensors"),
+    ("num_layers", 10**9, "num_layers=1000000000, and beside it are 21 tensors"),
     ("num_heads", [], "where int is expected"),
     ("intermediate_size", 10**5, "do not belong together"),
     ("vocab_size", 0, "at least 1"),

@@ -29,7 +29,7 @@ from dllm_var.checkpoints.safetensors_files import SafetensorsFolder
 from dllm_var.datamodules import JsonlSource, PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.model.initialise import shard
+from dllm_var.model.sharding import shard
 from dllm_var.objectives import Autoregressive
 from dllm_var.settings import SettingsParser
 from dllm_var.text.tokenizer import Tokenizer

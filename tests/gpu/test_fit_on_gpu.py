@@ -13,7 +13,7 @@ from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.model import TransformerConfig
 from dllm_var.model.float8 import Float8
 from dllm_var.model.lora import Lora, is_adapter, plain_name
-from dllm_var.model.transformer import Block
+from dllm_var.model.transformer import Layer
 from dllm_var.training.strategies import FSDP2
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def test_strategies_train_as_one_device_and_their_checkpoint_opens(
     strategies = {
         "ddp": lambda: "ddp",
         "fsdp2": FSDP2,
-        "fsdp": lambda: FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="full"),
+        "fsdp": lambda: FSDPStrategy(auto_wrap_policy={Layer}, state_dict_type="full"),
     }
     saved = ModelCheckpoint(tmp_path / "saved", save_last=True, save_top_k=0, every_n_train_steps=4)
     settings = dict(callbacks=(saved,), enable_checkpointing=True)

@@ -95,7 +95,7 @@ def test_sampling_during_fit_takes_little_and_leaves_nothing(strategy: str, fit:
     sampling = Memory(BlockDiffusionSampler(block_length=12, max_new_tokens=24), num_examples=4, every_n_steps=2)
     settings: Any = dict(callbacks=(sampling,), max_steps=4)
     _, module, _ = fit(dict(transformer=shape), strategy=FSDP2() if strategy == "fsdp2" else "auto", **settings)
-    block = sum(p.numel() * p.element_size() for p in module.transformer.blocks[0].parameters())
+    block = sum(p.numel() * p.element_size() for p in module.transformer.layers[0].parameters())
     root = sum(p.numel() * p.element_size() for p in module.transformer.parameters()) - 8 * block
     assert sampling.grown < 3 * block + root + 64 * 2**20
     assert sampling.left < 2**20

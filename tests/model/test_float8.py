@@ -38,15 +38,15 @@ def rounded(x, dtype):
 
 def test_the_matrices_of_the_blocks_are_chosen_and_nothing_else():
     names = {
-        f"blocks.{n}.{name}" for n in (0, 1) for name in ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
+        f"model.layers.{n}.{name}_proj"
+        for n in (0, 1)
+        for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
     }
     assert float8_matrices(Transformer(CONFIG)) == names
     odd = TransformerConfig(hidden_size=24, num_layers=1, num_heads=2, intermediate_size=32, vocab_size=48)
     assert float8_matrices(Transformer(odd)) == set()
-    wide = TransformerConfig(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=40, vocab_size=48)
-    assert float8_matrices(Transformer(wide)) == {
-        f"blocks.0.{n}" for n in ("attention.qkv", "attention.out", "mlp.gate_up")
-    }
+    narrow = TransformerConfig(hidden_size=32, num_layers=1, num_heads=2, intermediate_size=40, vocab_size=48)
+    assert float8_matrices(Transformer(narrow)) == {f"model.layers.0.self_attn.{n}_proj" for n in "qkvo"}
 
 
 @pytest.mark.parametrize(
@@ -78,11 +78,11 @@ def test_layers_multiply_what_has_been_rounded_and_the_head_does_not():
     """Against the definition: a scale that brings the largest entry to the largest number, gradients in e5m2."""
     torch.manual_seed(0)
     transformer = Transformer(CONFIG)
-    layer = transformer.blocks[0].attention.qkv
+    layer = transformer.layers[0].self_attn.q_proj
     weight, bias = layer.weight, layer.bias
     names = list(transformer.state_dict())
     use_float8(transformer, Float8(emulate=True))
-    converted = transformer.blocks[0].attention.qkv
+    converted = transformer.layers[0].self_attn.q_proj
     assert converted is not layer and converted.weight is weight and list(transformer.state_dict()) == names
     assert type(transformer.lm_head) is torch.nn.Linear and type(transformer.embedding) is torch.nn.Embedding
     x = torch.randn(2, 11, 32, requires_grad=True)
@@ -113,7 +113,7 @@ def test_every_recipe_is_near_the_exact_model_with_and_without_recomputing(recip
         found = rough(TOKENS)
         assert 1e-4 < (found - expected).norm() / expected.norm() < 0.05  # e4m3 has 3 bits behind the point
         found.square().mean().backward()
-        gradients.append(rough.blocks[0].mlp.down.weight.grad)
+        gradients.append(rough.layers[0].mlp.down_proj.weight.grad)
     assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
 
 
@@ -134,17 +134,17 @@ def fit(folder, **settings):
 @needs_torchao
 def test_a_run_leaves_plain_weights_that_open_without_torchao(tmp_path):
     model, _ = fit(tmp_path, float8=Float8(emulate=True))
-    assert type(model.transformer.blocks[0].mlp.down) is not torch.nn.Linear
+    assert type(model.transformer.layers[0].mlp.down_proj) is not torch.nn.Linear
     checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
     assert all(type(value) is torch.Tensor for value in checkpoint["state_dict"].values())
     opened = load_checkpoint(tmp_path / "run.ckpt")[0]
-    assert type(opened.blocks[0].mlp.down) is torch.nn.Linear
+    assert type(opened.layers[0].mlp.down_proj) is torch.nn.Linear
     for (name, ours), (other, theirs) in zip(
         model.transformer.named_parameters(), opened.named_parameters(), strict=True
     ):
         assert name == other and torch.equal(ours, theirs)
     again, _ = fit(tmp_path, init_from=str(tmp_path / "run.ckpt"))  # in full precision, from there
-    assert type(again.transformer.blocks[0].mlp.down) is torch.nn.Linear
+    assert type(again.transformer.layers[0].mlp.down_proj) is torch.nn.Linear
 
 
 @needs_torchao
@@ -152,7 +152,7 @@ def test_adapters_are_trained_in_full_precision_beside_rounded_weights(tmp_path)
     pytest.importorskip("peft")
     fit(tmp_path)
     model, _ = fit(tmp_path, init_from=str(tmp_path / "run.ckpt"), lora=Lora(r=4), float8=Float8(emulate=True))
-    adapted = model.transformer.blocks[0].mlp.down
+    adapted = model.transformer.layers[0].mlp.down_proj
     assert type(adapted.base_layer) is not torch.nn.Linear and type(adapted.lora_A["default"]) is torch.nn.Linear
     assert adapted.lora_B["default"].weight.abs().max() > 0 and not adapted.base_layer.weight.requires_grad
 

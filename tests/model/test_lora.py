@@ -17,13 +17,14 @@ from peft import PeftModel
 
 from dllm_var import DiffusionLM
 from dllm_var.callbacks import ExportWeights
+from dllm_var.checkpoints.adapters import MergedWeights, load_adapter
 from dllm_var.checkpoints.pretrained import load_checkpoint, save_checkpoint_folder
 from dllm_var.cli.export import main as export
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.model.build import build_transformer
-from dllm_var.model.lora import Lora, MergedWeights, add_adapters, is_adapter, load_adapter, plain_name
+from dllm_var.model.lora import Lora, add_adapters, is_adapter, plain_name
 from dllm_var.training.optim import AdamW, Schedule
 
 ROOT = Path(__file__).parent.parent.parent
@@ -73,7 +74,7 @@ def test_only_adapters_are_trained(base, tmp_path):
         if not is_adapter(name):
             assert torch.equal(value, original[plain_name(name)]), name
     adapters = {name: value for name, value in state.items() if is_adapter(name)}
-    assert len(adapters) == 2 * 2 * 4  # A and B of four matrices in two layers
+    assert len(adapters) == 2 * 2 * 7  # A and B of seven matrices in two layers
     assert all(value.abs().max() > 0 for value in adapters.values())
     optimised = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert optimised == {id(p) for name, p in model.transformer.named_parameters() if is_adapter(name)}
@@ -176,7 +177,7 @@ def test_two_processes_with_sharded_weights_train_as_one(base, tmp_path):
     [
         ({"r": 0}, "r >= 1"),
         ({"dropout": 1.0}, "dropout"),
-        ({"targets": ["q_proj"]}, "'q_proj'; choose among qkv"),
+        ({"targets": ["qkv"]}, "'qkv'; choose among q_proj"),
         ({"targets": []}, "choose among"),
     ],
 )
@@ -205,7 +206,7 @@ def test_other_mistakes_are_named(base, tmp_path):
 def adapter(folder, base, **weights):
     """An adapter as peft writes one."""
     folder.mkdir(exist_ok=True)
-    settings = dict(peft_type="LORA", base_model_name_or_path=str(base), r=1, lora_alpha=1, target_modules=["out"])
+    settings = dict(peft_type="LORA", base_model_name_or_path=str(base), r=1, lora_alpha=1, target_modules=["o_proj"])
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "lora_dropout": 0.0}))
     named = {f"base_model.model.{name.replace('__', '.')}.weight": value for name, value in weights.items()}
     save_file(named, folder / "adapter_model.safetensors")
@@ -213,10 +214,10 @@ def adapter(folder, base, **weights):
 
 
 def test_adapters_that_fit_no_model_are_named(base, tmp_path):
-    stem = "blocks__0__attention__out"
+    stem = "model__layers__0__self_attn__o_proj"
     up, down = {f"{stem}__lora_B": torch.ones(32, 1)}, {f"{stem}__lora_A": torch.ones(1, 32)}
     loaded = load_checkpoint(adapter(tmp_path / "good", base, **up, **down))[0]
-    moved = loaded.blocks[0].attention.out.weight - load_checkpoint(base)[0].blocks[0].attention.out.weight
+    moved = loaded.layers[0].self_attn.o_proj.weight - load_checkpoint(base)[0].layers[0].self_attn.o_proj.weight
     torch.testing.assert_close(moved, torch.ones(32, 32))
     for weights, says in (
         (up, "one half of a pair"),
@@ -228,7 +229,7 @@ def test_adapters_that_fit_no_model_are_named(base, tmp_path):
             load_checkpoint(adapter(tmp_path / "bad", base, **weights))
     for name, value in (("hidden_size", 64), ("vocab_size", 10**9)):
         values = json.loads((Path(base) / "config.json").read_text())
-        values["transformer"][name] = value
+        values["dllm_var"]["transformer"][name] = value
         (tmp_path / "good" / "config.json").write_text(json.dumps(values))
         with pytest.raises(UserError, match=f"another {name} than"):
             load_checkpoint(tmp_path / "good")

@@ -14,7 +14,7 @@ def gradients(policy, segments=None, compiled=False, **changes):
     model = Transformer(TransformerConfig(**{**SHAPE, **changes}))
     model.recompute_activations(policy)
     if compiled:
-        model.compile_blocks()
+        model.compile_layers()
     tokens = torch.randint(0, 50, (2, 48), generator=torch.Generator().manual_seed(1))
     model(tokens, None, segments).square().mean().backward()
     return [parameter.grad for parameter in model.parameters()]

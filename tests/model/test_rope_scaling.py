@@ -94,14 +94,14 @@ def folder(tmp_path):
     return save_checkpoint_folder(tmp_path / "model", model, tokenizer)
 
 
-def test_a_checkpoint_keeps_its_scaling_and_one_without_any_is_not_scaled(folder):
+def test_a_checkpoint_keeps_its_scaling_and_transformers_reads_the_scaled_theta(folder):
     model, _, _ = load_checkpoint(folder)
     assert model.config.rope_scaling == 4 and model.rotary.theta == 40_000
     config = json.loads((folder / "config.json").read_text())
-    del config["transformer"]["rope_scaling"]  # as checkpoints from before this setting
+    config["dllm_var"]["transformer"] = {}  # the family's own keys know of one theta alone
     (folder / "config.json").write_text(json.dumps(config))
     model, _, _ = load_checkpoint(folder)
-    assert model.config.rope_scaling == 1 and model.rotary.theta == 10_000
+    assert model.config.rope_scaling == 1 and model.rotary.theta == 40_000
 
 
 def test_a_setting_is_a_factor_or_two_lengths():

@@ -17,31 +17,6 @@ def tiny(**changes) -> Transformer:
     return Transformer(TransformerConfig(**{**TINY, **changes})).eval()
 
 
-def to_hugging_face(model: Transformer, theirs: torch.nn.Module) -> torch.nn.Module:
-    """Copies our weights into a transformers Llama-family model, splitting the fused projections."""
-    config = model.config
-    state = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight}
-    state["lm_head.weight"] = model.lm_head.weight
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    for i, block in enumerate(model.blocks):
-        to = f"model.layers.{i}."
-        for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
-            parts = getattr(block.attention.qkv, kind).split((q, kv, kv))
-            for name, part in zip("qkv", parts, strict=True):
-                state[f"{to}self_attn.{name}_proj.{kind}"] = part
-        if config.qk_norm:
-            state[f"{to}self_attn.q_norm.weight"] = block.attention.q_norm.weight
-            state[f"{to}self_attn.k_norm.weight"] = block.attention.k_norm.weight
-        gate, up = block.mlp.gate_up.weight.chunk(2)
-        state[f"{to}self_attn.o_proj.weight"] = block.attention.out.weight
-        state[f"{to}mlp.gate_proj.weight"], state[f"{to}mlp.up_proj.weight"] = gate, up
-        state[f"{to}mlp.down_proj.weight"] = block.mlp.down.weight
-        state[f"{to}input_layernorm.weight"] = block.attention_norm.weight
-        state[f"{to}post_attention_layernorm.weight"] = block.mlp_norm.weight
-    theirs.load_state_dict(state)
-    return theirs.eval()
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_causal_logits_equal_transformers(family):
     import transformers
@@ -63,7 +38,8 @@ def test_causal_logits_equal_transformers(family):
     )
     name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
     config = getattr(transformers, f"{name}Config")(**common)
-    theirs = to_hugging_face(ours, getattr(transformers, f"{name}ForCausalLM")(config))
+    theirs = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    theirs.load_state_dict(ours.state_dict())  # the names are the same
     tokens = torch.randint(0, 50, (3, 17))
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-4)
 
@@ -129,9 +105,9 @@ def test_bidirectional_window_sees_the_frozen_tokens_and_itself():
 
     context = LayerContext(cos, sin, mask[None, None], False, None)
     x = model.embedding(tokens)
-    for i, layer in enumerate(model.blocks):
+    for i, layer in enumerate(model.layers):
         x = layer(x, context, i)
-    torch.testing.assert_close(again, model.norm(x)[:, 4:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(again, model.model.norm(x)[:, 4:], atol=1e-5, rtol=1e-4)
 
 
 def test_tied_head_shares_the_embedding():

@@ -108,10 +108,10 @@ def forward(model, tokens, positions, keys, sees=None):
     cos, sin = model.rotary(torch.tensor([list(positions)]), max(positions) + 1)
     x = model.embedding(torch.tensor(tokens)[None])
     made = []
-    for i, block in enumerate(model.blocks):
-        attention = block.attention
-        qkv = attention.qkv(block.attention_norm(x)).view(1, length, -1, attention.head_dim)
-        q, k, v = qkv.split((attention.num_heads, attention.num_kv_heads, attention.num_kv_heads), dim=2)
+    for i, layer in enumerate(model.layers):
+        attention = layer.self_attn
+        normed, shape = layer.input_layernorm(x), (1, length, -1, attention.head_dim)
+        q, k, v = (project(normed).view(shape) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
         half = attention.head_dim // 2
         c, s = cos[..., :half], sin[..., half:]
 
@@ -129,9 +129,9 @@ def forward(model, tokens, positions, keys, sees=None):
         if sees is not None:
             scores[..., -length:].masked_fill_(~torch.tensor(sees), -torch.inf)
         weights = scores.softmax(-1)
-        x = x + attention.out((weights @ all_v).transpose(1, 2).reshape(1, length, -1))
-        x = x + block.mlp(block.mlp_norm(x))
-    return model.norm(x), made
+        x = x + attention.o_proj((weights @ all_v).transpose(1, 2).reshape(1, length, -1))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return model.model.norm(x), made
 
 
 class SlowPolicy:

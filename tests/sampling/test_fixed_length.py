@@ -153,7 +153,7 @@ def slowly_cached(model, prompt, length, block, threshold, runs):
             now = runs(row, committed, start, step)
             log.append(now)
             kept = [j for j in sorted(store) if j not in now]
-            keys = [[(store[j][i][0], store[j][i][1]) for i in range(len(model.blocks))] for j in kept]
+            keys = [[(store[j][i][0], store[j][i][1]) for i in range(len(model.layers))] for j in kept]
             with torch.no_grad():
                 hidden, made = forward(model, [row[j] for j in now], now, keys)
                 logits = model.lm_head(hidden)[0]

@@ -23,9 +23,9 @@ def broken(causal, harm):
     model = random_model(causal=causal)
     with torch.no_grad():
         if harm == "NaN":
-            model.blocks[1].mlp.down.weight[3, 4] = torch.nan
+            model.layers[1].mlp.down_proj.weight[3, 4] = torch.nan
         else:
-            model.norm.weight.fill_(1e20)
+            model.model.norm.weight.fill_(1e20)
             model.lm_head.weight.mul_(1e20)
     return model
 

@@ -34,8 +34,8 @@ def lookup_model(after: dict[int, int | tuple[int, ...]], otherwise: int, **chan
     """
     model = random_model(num_layers=1, **changes)
     with torch.no_grad():
-        model.blocks[0].attention.out.weight.zero_()
-        model.blocks[0].mlp.down.weight.zero_()
+        model.layers[0].self_attn.o_proj.weight.zero_()
+        model.layers[0].mlp.down_proj.weight.zero_()
         model.embedding.weight.copy_(torch.eye(VOCABULARY, 32))
         model.lm_head.weight.zero_()
         for token in range(VOCABULARY):

@@ -79,7 +79,7 @@ def test_muon_equals_torch_on_hidden_matrices_and_adamw_on_the_rest():
     """torch's Muon iterates in bfloat16, ours in float32 on CPU: equal up to that."""
     ours, theirs = tiny(), tiny()
     muon = Muon(parameter_groups(ours), lr=0.02, adamw_lr=0.01, weight_decay=0.1)
-    hidden = [p for name, p in theirs.named_parameters() if p.dim() == 2 and name.startswith("blocks")]
+    hidden = [p for name, p in theirs.named_parameters() if p.dim() == 2 and "proj" in name]
     chosen = {id(p) for p in hidden}
     rest = [p for p in theirs.parameters() if id(p) not in chosen]
     groups = [{"params": [p], "weight_decay": 0.1 if p is theirs.lm_head.weight else 0.0} for p in rest]
@@ -143,8 +143,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import distribute_tensor
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.model.initialise import shard
-from dllm_var.model.transformer import Block
+from dllm_var.model.sharding import shard
+from dllm_var.model.transformer import Layer
 from dllm_var.training.optim import Muon, parameter_groups
 
 torch.set_num_threads(1)
@@ -168,12 +168,12 @@ for (name, whole), part in zip(models[0].named_parameters(), models[1].parameter
     torch.testing.assert_close(part.full_tensor(), whole, atol=1e-5, rtol=1e-5, msg=lambda m: f"{name}: {m}")
 
 flat = FullyShardedDataParallel(
-    Transformer(config), auto_wrap_policy=ModuleWrapPolicy({Block}), use_orig_params=True, device_id=torch.device("cpu")
+    Transformer(config), auto_wrap_policy=ModuleWrapPolicy({Layer}), use_orig_params=True, device_id=torch.device("cpu")
 )
 def roles(model):
     named = {id(p): n.replace("_fsdp_wrapped_module.", "") for n, p in model.named_parameters()}
     return {named[id(p)]: (g["role"], g.get("weight_decay")) for g in parameter_groups(model) for p in g["params"]}
-assert any(p.dim() == 1 and "attention.out" in n for n, p in flat.named_parameters()), "FSDP1 no longer flattens"
+assert any(p.dim() == 1 and "o_proj" in n for n, p in flat.named_parameters()), "FSDP1 no longer flattens"
 assert roles(flat) == roles(models[0])
 print("equal")
 """

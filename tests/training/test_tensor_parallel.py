@@ -9,14 +9,15 @@ from types import SimpleNamespace
 import divided
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 
-from dllm_var.checkpoints.pieces import load_in_pieces
 from dllm_var.checkpoints.shards import read_weights
 from dllm_var.errors import UserError
-from dllm_var.model import TransformerConfig
-from dllm_var.training.strategies import TensorParallel, check_groups
+from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.model.build import build_transformer
+from dllm_var.model.lora import Lora
+from dllm_var.model.sharding import tensor_parallel
+from dllm_var.training.strategies import TensorParallel
 
 ROOT = Path(__file__).parent.parent.parent
 CLOSE = {"adamw": dict(atol=1e-4, rtol=1e-3)}  # AdamW moves weights whose gradient is next to nothing by its sign
@@ -97,7 +98,7 @@ def test_a_checkpoint_holds_the_weights_of_one_process(two):
 
 @pytest.mark.slow
 def test_nothing_of_the_whole_vocabularys_size_is_on_any_process_in_a_step(alone, two):
-    vocabulary, features = divided.RUNS["adamw"]["shape"]["vocab_size"], 2 * divided.SHAPE["intermediate_size"]
+    vocabulary, features = divided.RUNS["adamw"]["shape"]["vocab_size"], divided.SHAPE["intermediate_size"]
     whole, shared = result(alone / "adamw"), result(two / "adamw2")
     assert {vocabulary, features} <= set(whole["sizes"])
     assert not {vocabulary, features} & set(shared["sizes"])
@@ -120,14 +121,6 @@ def test_a_step_sends_as_many_bytes_as_the_formula_of_the_documentation_says(nam
     assert sent == expected
 
 
-def test_lightnings_own_tensor_parallelism_is_refused_with_the_one_to_take():
-    strategy = ModelParallelStrategy(tensor_parallel_size=2)
-    strategy._device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
-    with pytest.raises(UserError, match=r"take dllm_var.training.strategies.TensorParallel .*tensor_parallel.yaml"):
-        check_groups(strategy)
-    check_groups(TensorParallel(2))
-
-
 @pytest.mark.parametrize(("size", "processes"), [(2, 3), (4, 2), (1, 2)])
 def test_groups_must_fill_a_node(size, processes):
     strategy = TensorParallel(size)
@@ -136,7 +129,24 @@ def test_groups_must_fill_a_node(size, processes):
         strategy.setup_environment()
 
 
-def test_a_checkpoint_in_one_file_is_refused(tmp_path):
-    (tmp_path / "last.ckpt").write_bytes(b"")
-    with pytest.raises(UserError, match=r"is one file, .* model.init_from"):
-        load_in_pieces(tmp_path / "last.ckpt", torch.nn.Linear(1, 1), [], lambda name: [])
+@pytest.mark.parametrize(
+    ("changes", "ranks", "named"),
+    [
+        ({}, 4, "num_kv_heads 2"),
+        ({"num_heads": 6, "num_kv_heads": 6}, 4, "num_kv_heads 6"),
+        ({"intermediate_size": 33}, 2, "intermediate_size 33"),
+        ({"num_heads": 8, "num_kv_heads": 8, "intermediate_size": 64}, 8, "11 tokens"),
+    ],
+)
+def test_what_does_not_divide_is_named_with_a_remedy(changes, ranks, named):
+    shape = dict(hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=6, vocab_size=11)
+    with torch.device("meta"):
+        transformer = Transformer(TransformerConfig(**{**shape, **changes}))
+    with pytest.raises(UserError, match=f"tensor_parallel_size {ranks} .*{named}.*fsdp2.yaml"):
+        tensor_parallel(transformer, SimpleNamespace(size=lambda: ranks))
+
+
+def test_adapters_and_tensor_parallelism_are_refused_together():
+    mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
+    with pytest.raises(UserError, match=r"model\.lora does not go with tensor parallelism: .*fsdp2.yaml"):
+        build_transformer(TransformerConfig(vocab_size=11), Lora(), mesh=mesh)

@@ -4,36 +4,37 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dllm_var.checkpoints.adapters import ADAPTER_CONFIG, MergedWeights, load_adapter
 from dllm_var.checkpoints.choose import check, is_sharded, newest_checkpoint, newest_usable, step_of, written_at
-from dllm_var.checkpoints.families import Layout
-from dllm_var.checkpoints.family_config import EXTRAS, layout_of, read_config
+from dllm_var.checkpoints.family_config import EXTRAS, family_of, read_config, read_settings
 from dllm_var.checkpoints.run_files import UnusableCheckpoint, unreadable
 from dllm_var.checkpoints.safetensors_files import SafetensorsFolder
 from dllm_var.checkpoints.shards import read_trainer_state, read_weights
 from dllm_var.errors import UserError
 from dllm_var.files import read_object
 from dllm_var.model.config import SIZES, TransformerConfig
-from dllm_var.model.lora import ADAPTER_CONFIG, Lora, MergedWeights, load_adapter
+from dllm_var.model.lora import Lora
 from dllm_var.model.transformer import Transformer
 from dllm_var.text.hub import MODEL_FILES, download, is_hub_name
 from dllm_var.text.tokenizer import Tokenizer
 
 CONFIG, EXPORT_FOLDER = "config.json", "model"
-MODEL_TYPE = "dllm_var"
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PREFIX = "transformer."
 
 
 @dataclass(frozen=True)
-class StoredModel:
+class Checkpoint:
     """What a checkpoint holds.
 
     Args:
@@ -43,6 +44,7 @@ class StoredModel:
         load_tokenizer: Reads its tokenizer; one without a mask token gets one.
         meta: What else it remembers (`sampler`, `step`, ...).
         published: Whether others wrote it, so that it says nothing about how we are to read it.
+        rows: Tokens that its embedding has, when the config, an adapter's, has more.
     """
 
     place: Path
@@ -51,14 +53,39 @@ class StoredModel:
     load_tokenizer: Callable[[], Tokenizer]
     meta: dict[str, Any]
     published: bool = False
+    rows: int | None = None
+
+    def weight(self, name: str, shape: list[int]) -> Tensor:
+        """Reads one weight; embedding and head of a published model get rows for tokens that it does not have.
+
+        New rows are the mean of the existing ones.
+
+        Raises:
+            UserError: When it has another shape, or values that are NaN or infinite.
+        """
+        value = self.weights[name]
+        if value.dtype not in FLOATING or value.layout is not torch.strided or value.is_meta:
+            raise UserError(f"{self.place}: weight {name} is no plain tensor of floating-point numbers")
+        more = shape[0] - (self.rows or self.config.vocab_size or 0)
+        if self.published and more > 0 and name in ("model.embed_tokens.weight", "lm_head.weight"):
+            mean = value.float().mean(dim=0, keepdim=True).to(value.dtype)
+            value = torch.cat((value, mean.expand(more, -1)))
+        if list(value.shape) != shape:
+            raise UserError(f"{self.place}: weight {name} has shape {list(value.shape)}, the config says {shape}")
+        if not all(bound.isfinite() for bound in value.aminmax()):  # one pass; both are NaN when any value is
+            raise UserError(
+                f"{self.place}: weight {name} has values that are NaN or infinite: the run that wrote it had diverged, "
+                "or the file is damaged; take an earlier checkpoint"
+            )
+        return value
 
 
-def open_checkpoint(path: str | Path) -> StoredModel:
+def open_checkpoint(path: str | Path) -> Checkpoint:
     """Looks at a checkpoint without reading its weights; never executes pickled code.
 
     Args:
-        path: A run folder, a Lightning `.ckpt`, an exported folder, a folder of a published model (`LAYOUTS`), or the
-            name of one on the hub. The folder of an adapter is the model it was trained on with the adapter merged in.
+        path: A run folder, a Lightning `.ckpt`, a model folder of a family that we know, or the name of one on the hub.
+            The folder of an adapter means the model it was trained on with the adapter merged in.
 
     Raises:
         UserError: When there is none, or it is damaged, or holds something that is not fully understood.
@@ -66,7 +93,7 @@ def open_checkpoint(path: str | Path) -> StoredModel:
     return _open(locate_checkpoint(path), ())
 
 
-def _open(place: Path, adapters: tuple[Path, ...]) -> StoredModel:
+def _open(place: Path, adapters: tuple[Path, ...]) -> Checkpoint:
     """Opens what stands at a place; `adapters` are those that lead there."""
     if (place / ADAPTER_CONFIG).is_file():
         return _open_adapter(place, adapters)
@@ -95,32 +122,30 @@ def _goes_beyond(checkpoint: Path, export: Path) -> bool:
     """Whether a checkpoint holds a later step than an export; by the time of writing where a step cannot be read."""
     exported, step = None, step_of(checkpoint)
     with suppress(UserError):  # told when it is read
-        exported = read_object(export).get("step")
+        exported = (read_object(export).get(EXTRAS) or {}).get("step")
     if isinstance(exported, int) and step is not None:
         return step > exported
     return written_at(checkpoint) > written_at(export)
 
 
-def _open_folder(folder: Path) -> StoredModel:
-    file = folder / CONFIG
-    values = read_object(file)
-
-    def load_tokenizer() -> Tokenizer:
-        return Tokenizer.from_pretrained(folder)
-
-    if values.get("model_type") == MODEL_TYPE:
-        meta = {key: value for key, value in values.items() if key not in ("model_type", "transformer")}
-        config, files = TransformerConfig.from_dict(values.get("transformer"), file), SafetensorsFolder(folder)
-        check_sizes(config, len(files), files.size, file)
-        return StoredModel(folder, config, files, load_tokenizer, meta)
-    config, files = read_config(values, file), SafetensorsFolder(folder)
-    check_sizes(config, len(files), files.size, file)
-    weights = FamilyWeights(layout_of(values, file), config, files)
-    extras = values.get(EXTRAS)
-    return StoredModel(folder, config, weights, load_tokenizer, dict(extras or {}), published=extras is None)
+def _open_folder(folder: Path) -> Checkpoint:
+    config, meta = _read_folder_config(folder)
+    files = SafetensorsFolder(folder)
+    family = family_of(read_object(folder / CONFIG), folder / CONFIG)
+    shapes = _check_sizes(config, len(files), files.size, folder / CONFIG)
+    files.rename({name: family.theirs(name) for name in (*shapes, "lm_head.weight") if family.renamed})
+    _check_names(files, shapes, config, folder)
+    return Checkpoint(folder, config, files, partial(Tokenizer.from_pretrained, folder), meta or {}, meta is None)
 
 
-def _open_adapter(folder: Path, above: tuple[Path, ...]) -> StoredModel:
+def _read_folder_config(folder: Path) -> tuple[TransformerConfig, dict[str, Any] | None]:
+    """Returns the settings of a folder and what it remembers, None when others wrote it."""
+    values = read_object(folder / CONFIG)
+    config, ours = read_config(values, folder / CONFIG), values.get(EXTRAS)
+    return config, None if ours is None else {name: value for name, value in ours.items() if name != "transformer"}
+
+
+def _open_adapter(folder: Path, above: tuple[Path, ...]) -> Checkpoint:
     adapters, lora, path = load_adapter(folder)
     if folder.resolve() in above:
         raise UserError(f"{folder} names itself as the model that it adapts: set base_model_name_or_path")
@@ -128,24 +153,24 @@ def _open_adapter(folder: Path, above: tuple[Path, ...]) -> StoredModel:
     weights = MergedWeights(ChainMap(adapters, base.weights), lora.scaling)  # type: ignore[arg-type]
     if not (folder / CONFIG).is_file():  # peft's own
         return replace(base, place=folder, weights=weights)
-    values = read_object(folder / CONFIG)
-    meta = {key: value for key, value in values.items() if key not in ("model_type", "transformer")}
-    config = TransformerConfig.from_dict(values.get("transformer"), folder / CONFIG)
+    config, meta = _read_folder_config(folder)
     different = [name for name in SIZES if getattr(config, name) != getattr(base.config, name)]
     rows, known = config.vocab_size or 0, base.config.vocab_size or 0
     if different == ["vocab_size"] and known <= rows <= 2 * known:  # tokens that the base has not, such as a mask
         different = []
     if different:
         raise UserError(f"{folder / CONFIG} has another {different[0]} than {path}, which the adapter was trained on")
-    return StoredModel(folder, config, weights, lambda: Tokenizer.from_pretrained(folder), meta, base.published)
+    tokenizer = partial(Tokenizer.from_pretrained, folder)
+    return Checkpoint(folder, config, weights, tokenizer, meta or {}, base.published, base.config.vocab_size)
 
 
-def _open_lightning(file: Path) -> StoredModel:
+def _open_lightning(file: Path) -> Checkpoint:
     try:
         check(file)
-        checkpoint = _read(file)
         if file.is_dir():
-            checkpoint["state_dict"] = read_weights(file)
+            checkpoint: Any = {**read_trainer_state(file), "state_dict": read_weights(file)}
+        else:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds
         reason = error if isinstance(error, UnusableCheckpoint) else unreadable(file, error)
         other = newest_usable(file.parent, {file})
@@ -159,23 +184,17 @@ def _open_lightning(file: Path) -> StoredModel:
     weights: Mapping[str, Tensor] = {
         name.removeprefix(_PREFIX): value for name, value in state.items() if str(name).startswith(_PREFIX)
     }
-    meta = {key: value for key, value in ours.items() if key not in ("transformer", "tokenizer", "lora")}
-    config = TransformerConfig.from_dict(ours.get("transformer"), file)
+    config = read_settings(ours.get("transformer"), file)
     parts = [part for part in file.rglob("*") if part.is_file()] if file.is_dir() else [file]
-    check_sizes(config, len(weights), sum(part.stat().st_size for part in parts), file)
+    shapes = _check_sizes(config, len(weights), sum(part.stat().st_size for part in parts), file)
     if (lora := ours.get("lora")) is not None:
         try:
             weights = MergedWeights(weights, Lora(**lora).scaling)
         except TypeError as error:
             raise UserError(f"{file} has adapters without their settings: its 'lora' is damaged: {error}") from error
-    return StoredModel(file, config, weights, lambda: _own_tokenizer(ours.get("tokenizer"), file), meta)
-
-
-def _read(place: Path) -> Any:
-    """Reads a Lightning checkpoint, but for the weights where it is in parts."""
-    if place.is_dir():
-        return read_trainer_state(place)
-    return torch.load(place, map_location="cpu", weights_only=True, mmap=True)
+    _check_names(weights, shapes, config, file)
+    meta = {key: value for key, value in ours.items() if key not in ("transformer", "tokenizer", "lora")}
+    return Checkpoint(file, config, weights, lambda: _own_tokenizer(ours.get("tokenizer"), file), meta)
 
 
 def _own_tokenizer(values: Any, place: Path) -> Tokenizer:
@@ -186,7 +205,7 @@ def _own_tokenizer(values: Any, place: Path) -> Tokenizer:
         raise UserError(f"{place} holds a tokenizer that cannot be read: {type(error).__name__}: {reason}") from error
 
 
-def check_sizes(config: TransformerConfig, tensors: int, size: int, place: Path) -> None:
+def _check_sizes(config: TransformerConfig, tensors: int, size: int, place: Path) -> dict[str, list[int]]:
     """Compares a config with the weights it stands beside, before anything of its size is made.
 
     Args:
@@ -194,6 +213,9 @@ def check_sizes(config: TransformerConfig, tensors: int, size: int, place: Path)
         tensors: Number of weights that are stored.
         size: Bytes they take.
         place: Of the config, for messages.
+
+    Returns:
+        Names and shapes of its model's weights.
 
     Raises:
         UserError: When its model cannot be in so many bytes.
@@ -204,64 +226,27 @@ def check_sizes(config: TransformerConfig, tensors: int, size: int, place: Path)
     for name in SIZES:
         if (getattr(config, name) or 0) > (tensors if name == "num_layers" else size):
             raise UserError(f"{place} has {name}={getattr(config, name)}, {beside}")
-    if config.vocab_size is None:
-        return  # said when the model is built
-    needed = sum(map(math.prod, weight_shapes(config).values()))
+    shapes = weight_shapes(config)
+    needed = sum(map(math.prod, shapes.values()))
     if needed > size:  # a number takes a byte at least
         raise UserError(f"{place} describes a model of {needed:,} weights, {beside}")
+    return shapes
 
 
-class FamilyWeights(Mapping[str, Tensor]):
-    """A published checkpoint's weights under our names; what ours holds in one is put together when it is read.
-
-    Args:
-        layout: The family.
-        config: Our settings of the model.
-        files: Its weights under their names.
-
-    Raises:
-        UserError: When weights are missing, or there are some that our model has no use for.
-    """
-
-    def __init__(self, layout: Layout, config: TransformerConfig, files: SafetensorsFolder) -> None:
-        self._files = files
-        self._shapes = weight_shapes(config)
-        self._theirs = {name: layout.theirs(name) for name in self._shapes}
-        wanted = {name for names in self._theirs.values() for name in names}
-        surplus = {name for name in files if not name.endswith(".rotary_emb.inv_freq")} - wanted
-        (head,) = layout.theirs("lm_head.weight")
-        if config.tie_embeddings and head in surplus:
-            if not torch.equal(files[head], self["embedding.weight"]):
-                raise UserError(f"{files.folder} ties {head} to the embedding, but holds another {head}")
-            surplus.remove(head)
-        missing, unknown = sorted(wanted - files.keys()), sorted(surplus)
-        if missing:
-            raise UserError(f"{files.folder} lacks {len(missing)} weights of its config, such as {missing[0]}")
-        if unknown:
-            raise UserError(
-                f"{files.folder} has {len(unknown)} weights that a {layout.model_type} model of its config has not, "
-                f"such as {unknown[0]}"
-            )
-
-    def __getitem__(self, name: str) -> Tensor:
-        parts = [self._files[theirs] for theirs in self._theirs[name]]
-        height, *rest = self._shapes[name]
-        shapes = [list(part.shape) for part in parts]
-        if sum(shape[0] for shape in shapes) != height or any(shape[1:] != rest for shape in shapes):
-            raise UserError(
-                f"{self._files.folder}: {' and '.join(self._theirs[name])} have the shapes {shapes}, the config says "
-                f"{[height, *rest]} in all"
-            )
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._theirs  # the inherited one would read the tensors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._theirs)
-
-    def __len__(self) -> int:
-        return len(self._theirs)
+def _check_names(
+    weights: Mapping[str, Tensor], shapes: dict[str, list[int]], config: TransformerConfig, place: Path
+) -> None:
+    """Raises UserError when weights are missing, or there are some that a model of the config has no use for."""
+    names = {name for name in weights if not name.endswith(".rotary_emb.inv_freq")}
+    missing, unknown = sorted(shapes.keys() - names), names - shapes.keys()
+    if missing:
+        raise UserError(f"{place} lacks {len(missing)} weights of its config, such as {missing[0]}")
+    if config.tie_embeddings and "lm_head.weight" in unknown:
+        if not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]):
+            raise UserError(f"{place} ties lm_head.weight to the embedding, but holds another lm_head.weight")
+        unknown.remove("lm_head.weight")
+    if unknown:
+        raise UserError(f"{place} has {len(unknown)} weights that its config does not name, such as {min(unknown)}")
 
 
 def weight_shapes(config: TransformerConfig) -> dict[str, list[int]]:
