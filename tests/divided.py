@@ -90,7 +90,7 @@ class FirstStep(L.Callback):
 
 def whole_weights(transformer):
     named = transformer.named_parameters()
-    return {name: w.full_tensor() if isinstance(w, DTensor) else w.detach().clone() for name, w in named}
+    return {name: (w.full_tensor() if isinstance(w, DTensor) else w).detach().clone() for name, w in named}
 
 
 class Samples(SamplingCallback):

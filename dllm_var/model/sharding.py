@@ -79,7 +79,7 @@ def replicate(norm: nn.Module, mesh: DeviceMesh, local_output: bool = False) -> 
 
     weight = distribute_tensor(norm.weight, mesh, [Replicate()], src_data_rank=None)  # type: ignore[arg-type]
     norm.weight = nn.Parameter(weight)
-    distribute_module(norm, mesh, None, enter, leave)  # type: ignore[arg-type]
+    distribute_module(norm, mesh, None, enter, leave)
 
 
 class SharedEmbedding(nn.Embedding):

@@ -222,7 +222,8 @@ class Transformer(nn.Module):
     def fuse_projections(self) -> None:
         """Makes forwards without gradients multiply by q, k and v at once, and by gate and up; for decoding."""
         for layer in self.layers:
-            attention, mlp = layer.self_attn, layer.mlp  # type: ignore[union-attr]
+            attention: Any = layer.self_attn
+            mlp: Any = layer.mlp
             attention.fused = Fused(attention.q_proj, attention.k_proj, attention.v_proj)
             mlp.fused = Fused(mlp.gate_proj, mlp.up_proj)
 

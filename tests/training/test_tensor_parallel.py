@@ -116,8 +116,9 @@ def test_a_step_sends_as_many_bytes_as_the_formula_of_the_documentation_says(nam
         everywhere, scored = 5 * config.num_layers - 3, 5
     hidden_states = (ours["tokens"] * everywhere + ours["scored"] * scored) * config.hidden_size
     expected = 2 * (hidden_states * 4 + 4 * ours["scored"] * 4) / 2
-    norms = 2 * config.num_layers * config.head_dim  # gradients of the heads' norms, which it leaves out
-    sent = 4 * (sum(ours["reduced"]) - (norms if name == "adamw" else 0))  # a ring of two sends 2 / 2 of it
+    norms = 2 * config.num_layers * config.hidden_size  # gradients of norms, which the formula leaves out
+    norms += 2 * config.num_layers * config.head_dim if name == "adamw" else 0
+    sent = 4 * (sum(ours["reduced"]) - norms)  # a ring of two sends 2 / 2 of it
     assert sent == expected
 
 
