@@ -13,7 +13,7 @@ from dllm_var.datamodules import Example
 from dllm_var.errors import UserError
 from dllm_var.metrics import AnswerMetrics, nearest_reference
 from dllm_var.sampling import Generation, Sampler
-from dllm_var.sampling.scoring import NotFinite
+from dllm_var.sampling.base import NotFinite
 from dllm_var.training.strategies import is_sharded
 
 if TYPE_CHECKING:

@@ -1,18 +1,18 @@
-"""What every sampler takes and gives."""
+"""The contract of samplers: prompts in, answers out, with stop strings, streaming and checks around every sampler."""
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from dllm_var.errors import UserError
-from dllm_var.sampling.scoring import finite_logits
 from dllm_var.sampling.stopping import StopStrings
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Request:
         on_block: Called with (prompt index, the answer's tokens so far) each time a row gets further.
         suppressed: Token ids that are never produced; the mask token never is.
         stop: Finds the texts that end an answer.
-        on_answer: Called with (prompt index, answer) when a row ends, by samplers that tell before all rows have.
+        on_answer: Called with (prompt index, answer) when a row ends.
         tokenizer: The model's, when known; a second model must have the same.
     """
 
@@ -45,9 +45,9 @@ class Request:
     tokenizer: Tokenizer | None = None
 
     def stopped(self, index: int, answer: list[int]) -> bool:
-        """Says whether a stop string is among an answer's finished tokens: then no more need be decoded.
+        """Says whether a stop string is in an answer's finished tokens, so that no more need be decoded.
 
-        Where the answer is cut, and its finish reason, `Sampler.generate` sees to.
+        `Sampler.generate` cuts the answer there and sets its finish reason.
         """
         return self.stop is not None and self.stop.found(index, answer)
 
@@ -87,12 +87,7 @@ class Generation:
         return len(self.tokens)
 
     def as_json(self, prompt: str, **more: Any) -> str:
-        """Returns the answer and its prompt's text as one line of JSON, as `generate --json` and `predict` write it.
-
-        Args:
-            prompt: The prompt's text.
-            more: Further entries.
-        """
+        """Returns the answer, its prompt's text and `more` entries as a line of JSON, for `generate --json`."""
         line = {
             "prompt": prompt,
             "text": self.text,
@@ -127,7 +122,7 @@ class Sampler(ABC):
         on_block: OnBlock | None = None,
         on_answer: OnAnswer | None = None,
     ) -> list[Generation]:
-        """Decodes prompts, in order, each to its own end.
+        """Decodes prompts to their own ends and returns the answers in the prompts' order.
 
         Args:
             model: A `Transformer`, or a module that holds one as `.transformer` (a `DiffusionLM`).
@@ -136,9 +131,9 @@ class Sampler(ABC):
             max_new_tokens: Overrides the sampler's limit.
             stop: Texts that an answer ends before; needs a tokenizer.
             suppress: Token ids that are never produced. Without a terminator an answer runs into its limit.
-            on_block: Called with (prompt index, the answer's tokens so far) each time a row gets further. A stop string
-                takes those back that turn out to be its beginning.
-            on_answer: Called with (prompt index, answer) once for each prompt, as soon as the sampler tells.
+            on_block: Called with (prompt index, the answer's tokens so far) each time a row gets further. A later call
+                may have fewer tokens: those that turn out to begin a stop string are taken back.
+            on_answer: Called with (prompt index, answer) once for each prompt, as soon as the answer is complete.
 
         Raises:
             UserError: When a prompt is empty or holds ids outside the vocabulary, text or stop strings come without a
@@ -169,10 +164,10 @@ class Sampler(ABC):
 
 
 def without_training_modes(transformer: Transformer) -> AbstractContextManager[Any]:
-    """Undoes what is for training only, where it is on; entering what is not would take a share of a short answer.
+    """Switches off mixed precision and compiled blocks, where they are on: both are for training only.
 
-    Mixed precision: decoding runs in the type of the weights, which is also the cache's. Compiled blocks would be
-    compiled again for every shape that decoding meets.
+    Decoding runs in the type of the weights, which is also the cache's; compiled blocks would be compiled again for
+    every shape that decoding meets.
     """
     device_type = transformer.embedding.weight.device.type
     modes: list[AbstractContextManager[Any]] = []
@@ -180,7 +175,7 @@ def without_training_modes(transformer: Transformer) -> AbstractContextManager[A
         modes.append(torch.autocast(device_type, enabled=False))
     if transformer.compiled:
         modes.append(torch.compiler.set_stance("force_eager"))
-    if not modes:
+    if not modes:  # an empty stack would take a noticeable part of a short answer's time
         return nullcontext()
     with ExitStack() as stack:
         for mode in modes:
@@ -188,8 +183,42 @@ def without_training_modes(transformer: Transformer) -> AbstractContextManager[A
         return stack.pop_all()
 
 
+class NotFinite(UserError):
+    """A model's logits were NaN or infinite, so that there is no most likely token."""
+
+
+@contextmanager
+def finite_logits(model: Transformer) -> Iterator[Callable[[], None]]:
+    """Watches the output head of a model while any sampler decodes with it.
+
+    Yields:
+        A function that raises `NotFinite` when a logit so far was NaN or infinite. It waits for the device, so it is
+        called only when an answer is told; each forward leaves one number on the device.
+    """
+    largest: list[Tensor] = []
+
+    def watch(head: Any, inputs: Any, logits: Tensor) -> None:
+        if logits.numel():
+            largest.append(logits.aminmax().max)  # NaN when any is; amax is slower in 16 bits
+        if len(largest) > 1:
+            largest[:] = [torch.maximum(*largest)]
+
+    def check() -> None:
+        if largest and not largest[0].isfinite():
+            raise NotFinite(
+                "the model's predictions are not numbers (NaN or infinite): its training diverged, or its numbers are "
+                "too large for its type; take an earlier checkpoint, or weights in bfloat16 or float32"
+            )
+
+    handle = model.lm_head.register_forward_hook(watch)
+    try:
+        yield check
+    finally:
+        handle.remove()
+
+
 class _Delivery:
-    """Between a sampler and who asked it: answers get their text and are cut at stop strings, each is told once."""
+    """Stands between a sampler and its caller: cuts answers at stop strings, adds their text, and tells each once."""
 
     def __init__(
         self,
@@ -244,7 +273,7 @@ def check_suppressed(suppress: Sequence[int], config: TransformerConfig) -> None
 def encode_prompt(
     index: int, prompt: Sequence[Any] | str, tokenizer: Tokenizer | None, config: TransformerConfig
 ) -> list[int]:
-    """Returns the token ids of one prompt; raises UserError for what cannot be decoded from."""
+    """Returns the token ids of one prompt; raises UserError for an empty prompt and for ids outside the vocabulary."""
     if isinstance(prompt, str):
         if tokenizer is None:
             raise UserError("text prompts need a tokenizer: pass generate(..., tokenizer=...), or pass token ids")
@@ -261,15 +290,8 @@ def encode_prompt(
     return ids
 
 
-def check_at_least_one(**settings: int | None) -> None:
-    """Raises UserError for a sampler's setting below 1; null is left to the sampler."""
-    for name, value in settings.items():
-        if value is not None and value < 1:
-            raise UserError(f"sampler.{name} must be at least 1, got {value}")
-
-
 def special_ids(model: Transformer) -> tuple[int, tuple[int, ...]]:
-    """Returns the model's mask id and terminator ids, or says what is missing."""
+    """Returns the model's mask id and terminator ids; raises UserError when its config lacks either."""
     config = model.config
     if config.mask_id is None or not config.terminator_ids:
         raise UserError("the model's config has no mask_id or terminator_ids: set both to decode by diffusion")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,8 @@ from dllm_var.model.kv_cache import KVCache
 class BlockCopies:
     """Windows `pending | block | copy 1 | copy 2 ...` of R rows; every tensor is [R, L].
 
-    The copies stand where the block stands: they repeat its rotary positions, and what each token sees of the window
-    is up to the sampler. Nothing of the cache is copied.
+    The copies stand where the block stands: they repeat its rotary positions, and the sampler says what each token sees
+    of the window. Nothing of the cache is copied.
 
     Args:
         copy: The copy each token belongs to; 0 for the block itself and what is left of it.
@@ -39,25 +40,20 @@ class BlockCopies:
         """
         if causal_context:
             seen = seen & ~(self.finished[:, :, None] & (self.positions[:, None] > self.positions[:, :, None]))
-        seen = (seen & self.real[:, None]) | ~self.real[:, :, None]  # whatever padding sees, no softmax is empty
+        seen = (seen & self.real[:, None]) | ~self.real[:, :, None]  # padding sees everything, so no softmax is empty
         cache.open(self.copy.size(1), positions=self.positions, seen=seen)
 
 
 def lay_out(
-    starts: np.ndarray, pending: np.ndarray, width: np.ndarray, copies: np.ndarray, device: torch.device
+    starts: np.ndarray, pending: np.ndarray, width: np.ndarray, copies: Sequence[int], device: torch.device
 ) -> BlockCopies:
     """Lays out windows of `pending` tokens, a block of `width` and `copies` of it behind `starts` tokens, each [R]."""
-    starts, pending, width, copies = (values[:, None] for values in (starts, pending, width, copies))
-    in_blocks = width * (1 + copies)
-    place = np.arange(int((pending + in_blocks).max()))
-    inside = place - pending  # [R, L], below 0 for what is left of the block
-    block = np.maximum(width, 1)
+    start, before, wide, number = torch.from_numpy(np.stack((starts, pending, width, copies))).to(device)[:, :, None]
+    in_blocks = wide * (1 + number)
+    place = torch.arange(int((pending + width * (1 + np.array(copies))).max()), device=device)
+    inside = place - before  # [R, L], below 0 for what is left of the block
+    block = wide.clamp_min(1)
     offset = inside % block
-    layout = (
-        np.maximum(inside // block, 0),
-        offset,
-        inside < in_blocks,
-        inside < 0,
-        starts + np.where(inside < 0, place, pending + offset),
-    )
-    return BlockCopies(*(torch.from_numpy(values).to(device) for values in layout))
+    positions = start + torch.where(inside < 0, place, before + offset)
+    copy = inside.div(block, rounding_mode="floor").clamp_min(0)
+    return BlockCopies(copy, offset, inside < in_blocks, inside < 0, positions)

@@ -2,72 +2,229 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, Literal
 
-from dllm_var.errors import UserError
+import numpy as np
+import torch
+from torch import Tensor
+
 from dllm_var.model.transformer import Transformer
-from dllm_var.sampling.base import Generation, Request, Sampler, check_at_least_one
-from dllm_var.sampling.block_length import AdaptiveRun, BlockLengthPolicy
-from dllm_var.sampling.block_run import BlockRun
-from dllm_var.sampling.draw import Draw
-from dllm_var.sampling.policies import ConfidenceThreshold, UnmaskingPolicy
+from dllm_var.sampling.base import Request
+from dllm_var.sampling.block_length import BlockLengthPolicy, BlockStart
+from dllm_var.sampling.engine import AnyRow, Engine, EngineSampler
+from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, Decision, UnmaskingPolicy
 
 
-class BlockDiffusionSampler(Sampler):
+@dataclass
+class Batch:
+    """The rows of one forward, the slots they are in, and how many pending tokens and block tokens it takes of each."""
+
+    slots: list[int]
+    rows: list[Any]
+    index: np.ndarray | None  # the slots, None when they are all
+    pending: np.ndarray
+    width: np.ndarray
+
+
+class BlockEngine(Engine[AnyRow]):
+    """Rows `prompt | finished blocks | active block | masks`.
+
+    The cache holds the first `cache.lengths` tokens of a row; its `pending` tokens are finished but not cached yet. One
+    forward takes the pending tokens and the active block, keeps the keys and values of the former and predicts the
+    latter, whether the pending ones are a prompt (prefill), a finished block (`joint_next`) or nothing.
+    """
+
+    sampler: BlockDiffusionSampler
+
+    def __init__(
+        self, sampler: BlockDiffusionSampler, model: Transformer, prompts: list[list[int]], request: Request
+    ) -> None:
+        super().__init__(sampler, model, prompts, request, sampler.blocks_per_forward * sampler.block_length)
+        self.policy = sampler.policy or ConfidenceThreshold()
+        self.use_policy_state(self.policy.initial_state(sampler.block_length))
+        self.offsets = torch.arange(sampler.block_length, device=self.device)
+
+    def start(self, slot: int) -> None:
+        self.start_block(slot)
+
+    def start_block(self, slot: int) -> None:
+        """Opens the block behind the row's finished tokens."""
+        row = self.rows[slot]
+        row.width = row.left = self.next_width(slot, int(self.cache.lengths[slot]) + row.pending)
+        row.steps = 0
+        for name, value in self.template.items():
+            self.state[name][slot] = value
+
+    def next_width(self, slot: int, finished: int) -> int:
+        """Returns how wide a row's block behind its first `finished` tokens is."""
+        row, length = self.rows[slot], self.sampler.block_length
+        width = length - finished % length if self.sampler.grid == "absolute" else length
+        width = min(width, row.prompt_length + self.limit - finished)
+        if self.sampler.block_length_policy is not None:
+            done = finished - row.prompt_length
+            wanted = self.sampler.block_length_policy(BlockStart(done, self.limit, length, row.width, row.steps))
+            width = min(width, max(1, wanted))
+        return width
+
+    def forward(self, slots: list[int] | None) -> None:
+        where = list(range(len(self.rows))) if slots is None else slots
+        rows = [self.rows[slot] for slot in where]
+        pending, width = (np.array(values) for values in zip(*((row.pending, row.width) for row in rows), strict=True))
+        if self.sampler.kv_commit == "alone":  # a finished block (or prompt) has a forward of its own
+            width = np.where(pending > 0, 0, width)
+        batch = Batch(where, rows, None if slots is None else np.array(slots), pending, width)
+        hidden = self.model.hidden_states(self.open_window(batch), cache=self.cache)
+        self.cache.advance(pending, batch.index)
+        for row in rows:
+            row.pending, row.nfe = 0, row.nfe + 1
+        if width.any():
+            self.predict(batch, hidden)
+
+    def open_window(self, batch: Batch) -> Tensor:
+        """Opens the cache for pending tokens and active blocks, and returns them [R, L]."""
+        windows = batch.pending + batch.width
+        longest, windows = int(windows.max()), np.maximum(windows, 1)  # an idle slot: anything but an empty softmax
+        left_to_right = batch.pending if self.model.config.causal_context and batch.pending.any() else None
+        self.cache.open(longest, windows, batch.index, left_to_right=left_to_right)
+        canvas = self.canvas if batch.index is None else self.canvas[batch.slots]
+        return canvas.gather(1, self.cache.positions)
+
+    def table(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Returns, in one transfer, [R] each: first cell of the block, tokens done, width, steps, key and forwards."""
+        lengths = self.cache.lengths.tolist()
+        found = [
+            (
+                slot * self.capacity + lengths[slot],
+                lengths[slot] - row.prompt_length,
+                width,
+                row.steps,
+                row.key + row.nfe,
+                row.nfe,
+            )
+            for slot, row, width in zip(batch.slots, batch.rows, batch.width.tolist(), strict=True)
+        ]
+        return torch.tensor(found).T.contiguous().to(self.device).unbind()
+
+    def predict(self, batch: Batch, hidden: Tensor) -> None:
+        """Predicts the active blocks, applies the policy, ends blocks and rows that are complete."""
+        first, done, width, steps, key, nfe = self.table(batch)
+        cells = first[:, None] + self.offsets  # [R, K], in the flat canvas
+        inside = self.offsets < width[:, None]
+        tokens = self.canvas.take(cells)
+        all_scored = self.policy.scores_committed
+        decoded = batch.width > 0
+        count = sum(
+            (int(wide) if all_scored else row.left) for row, wide in zip(batch.rows, batch.width, strict=True) if wide
+        )
+        view = self.view(
+            hidden,
+            self.places(batch, hidden.size(1), width, tokens, inside),
+            tokens,
+            inside,
+            count,
+            step=steps,
+            progress=done / self.limit,
+            key=key,
+            all_scored=all_scored,
+        )
+        if self.sampler.block_length_policy is not None:
+            width = self.cut(view, width)
+        state = {name: value[batch.slots] for name, value in self.state.items()}
+        step = self.denoise(view, self.decide(batch, view, state), self.sampler.terminator_last)
+        if state:  # rows that only stored a block have not met the policy
+            at = np.flatnonzero(decoded)
+            for name, value in state.items():
+                self.state[name][np.array(batch.slots)[at]] = value[at]
+        self.write(cells, step.tokens, step.written, nfe)
+        self.settle(
+            batch, torch.stack((step.left, step.end, step.over, width)).T.tolist()
+        )  # the one wait for the device
+
+    def places(self, batch: Batch, length: int, width: Tensor, tokens: Tensor, inside: Tensor) -> Tensor:
+        """Returns where in a flattened forward of `length` tokens a row the blocks' positions are predicted [R, K]."""
+        start = torch.from_numpy(batch.pending + np.arange(0, len(batch.rows) * length, length)).to(self.device)
+        return start[:, None] + self.offsets
+
+    def decide(self, batch: Batch, view: BlockView, state: dict[str, Tensor]) -> Decision:
+        """Returns what becomes of the active blocks."""
+        return self.policy.decide(view, state)
+
+    def cut(self, view: BlockView, width: Tensor) -> Tensor:
+        """Narrows blocks at their first step where the block length policy says so; returns the widths [R].
+
+        What is behind the cut belongs to the next block.
+        """
+        assert self.sampler.block_length_policy is not None
+        cut = self.sampler.block_length_policy.cut(view)
+        if cut is None:
+            return width
+        width = torch.where(view.step == 0, torch.minimum(cut.clamp_min(1), width), width)
+        left_of_cut = self.offsets < width[:, None]
+        view.masked, view.changeable = view.masked & left_of_cut, view.changeable & left_of_cut
+        return width
+
+    def settle(self, batch: Batch, status: list[list[int]]) -> None:
+        """Takes of each row how many masks are left, where it ends, if its block is over, and the block's width."""
+        for slot, row, decoded, (left, end, over, width) in zip(
+            batch.slots, batch.rows, batch.width.tolist(), status, strict=True
+        ):
+            if not decoded:
+                continue
+            row.left, row.width, row.steps = left, width, row.steps + 1
+            if over:
+                self.end_block(slot, end)
+            elif end >= 0:  # kept open for edits: nothing behind the answer's end is decoded any more
+                row.width, row.left = end + 1, 0
+
+    def end_block(self, slot: int, end: int) -> None:
+        """Ends a row whose answer is complete, at `end` in its block unless that is -1; or begins its next block."""
+        row, cached = self.rows[slot], int(self.cache.lengths[slot])
+        finished = cached + row.width
+        reason = "eos" if end >= 0 else "length" if finished - row.prompt_length >= self.limit else None
+        if self.tell(slot, cached + end if end >= 0 else finished, reason):
+            return
+        if self.sampler.kv_commit == "last_step":  # what the last forward wrote is where it belongs
+            self.cache.lengths[slot] = finished
+        else:
+            row.pending = row.width
+        self.start_block(slot)
+
+
+@dataclass(eq=False)
+class BlockDiffusionSampler(EngineSampler):
     """Decodes block by block until each row's own terminator.
 
     Args:
-        policy: Decides which masked positions become tokens at each step; `ConfidenceThreshold(0.9)` when null.
+        policy: Decides which masked positions become tokens at each step; `ConfidenceThreshold(0.9)` when None.
         block_length: Tokens decoded together.
-        max_new_tokens: Longest answer; a row that reaches it has finish reason `length`.
-        batch_size: Rows decoded at a time; a finished row's place goes to the next prompt.
         terminator_last: Commits a terminator only when everything left of it is, and nothing right of a sure one.
         kv_commit: How a finished block enters the cache: `joint_next` in one forward with the next block (the paper),
             `alone` in a forward of its own, `last_step` as its last denoising step left it (FreeCache, 2505.21467):
             what that step committed is remembered as masks, so accuracy suffers.
         grid: Where blocks start: at the `prompt`'s end (the paper) or at `absolute` multiples of the block length.
-        temperature: 0 takes the most likely token; above, tokens are drawn.
-        top_k: Draws among the k most likely tokens; all when 0.
-        top_p: Draws among the most likely tokens that together have this probability.
-        seed: Seed of the draws; a row's draws do not depend on its batch.
-        block_length_policy: Decides how wide each block is, `block_length` being the widest; all are when null.
+        block_length_policy: Decides how wide each block is, `block_length` being the widest; all are when None.
 
     Raises:
         UserError: When a length or the batch size is below 1.
     """
 
-    run_class: ClassVar[type[BlockRun]] = BlockRun
-    blocks_per_window: int = 2  # a finished block and the next; what a row's cache has room for
+    engine: ClassVar[type[Engine[Any]]] = BlockEngine
 
-    def __init__(
-        self,
-        policy: UnmaskingPolicy | None = None,
-        block_length: int = 64,
-        max_new_tokens: int = 512,
-        batch_size: int = 32,
-        terminator_last: bool = True,
-        kv_commit: Literal["joint_next", "alone", "last_step"] = "joint_next",
-        grid: Literal["prompt", "absolute"] = "prompt",
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        block_length_policy: BlockLengthPolicy | None = None,
-    ) -> None:
-        check_at_least_one(block_length=block_length, max_new_tokens=max_new_tokens, batch_size=batch_size)
-        self.policy: UnmaskingPolicy = policy if policy is not None else ConfidenceThreshold()
-        self.block_length, self.max_new_tokens, self.batch_size = block_length, max_new_tokens, batch_size
-        self.terminator_last, self.kv_commit, self.grid = terminator_last, kv_commit, grid
-        self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
-        self.block_length_policy = block_length_policy
-        self.draw = Draw(temperature, top_k, top_p, seed)
+    policy: UnmaskingPolicy | None = None
+    _: KW_ONLY
+    block_length: int = 64
+    terminator_last: bool = True
+    kv_commit: Literal["joint_next", "alone", "last_step"] = "joint_next"
+    grid: Literal["prompt", "absolute"] = "prompt"
+    block_length_policy: BlockLengthPolicy | None = None
 
-    def decode(self, model: Transformer, prompts: list[list[int]], request: Request) -> list[Generation]:
-        if model.config.causal:
-            raise UserError("this checkpoint is autoregressive: decode it with dllm_var.sampling.AutoregressiveSampler")
-        run_class = self.run_class if self.block_length_policy is None else AdaptiveRun
-        run = run_class(self, model, prompts, request)
-        while run.waiting or run.in_flight:
-            run.admit()
-            run.step()
-        return [run.answers[index] for index in range(len(prompts))]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_at_least_one("block_length")
+        self.policy = self.policy or ConfidenceThreshold()
+
+    @property
+    def blocks_per_forward(self) -> int:
+        """Most blocks in a forward of a row: a finished block and the next; the cache has room for them at its end."""
+        return 2

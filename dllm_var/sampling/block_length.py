@@ -5,16 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dllm_var.errors import UserError
 from dllm_var.objectives.base import is_one_of
-from dllm_var.sampling.arrays import on_host
-from dllm_var.sampling.block_run import BlockRun
 from dllm_var.sampling.policies.base import BlockView
 
 
@@ -111,56 +107,3 @@ class DelimiterLength(BlockLengthPolicy):
         best = torch.where(found, view.confidence, -1.0).max(dim=1)
         usual = view.tokens.size(1) if self.length is None else self.length
         return torch.where(best.values >= self.threshold, best.indices + 1, usual)
-
-
-class AdaptiveRun(BlockRun):
-    """Rows in flight whose blocks have widths of their own."""
-
-    def _next_width(self, slot: int, finished: int) -> int:
-        policy = self.sampler.block_length_policy
-        assert policy is not None
-        first = self.nfe[slot] == 0
-        state = BlockStart(
-            answer_length=finished - int(self.prompt_length[slot]),
-            limit=self.limit,
-            block_length=self.sampler.block_length,
-            last_length=0 if first else int(self.width[slot]),
-            last_steps=0 if first else int(self.steps[slot]),
-        )
-        return min(super()._next_width(slot, finished), max(1, policy(state)))
-
-    def _denoise(
-        self, rows: np.ndarray, index: Tensor | None, hidden: Tensor, pending: np.ndarray, width: np.ndarray
-    ) -> None:
-        self._opening = (width > 0) & (self.steps[rows] == 0)
-        self._cut: Tensor | None = None
-        super()._denoise(rows, index, hidden, pending, width)
-
-    def _view(
-        self,
-        hidden: Tensor,
-        shift: Tensor,
-        tokens: Any,
-        inside: Any,
-        count: int,
-        steps: Tensor,
-        progress: Tensor,
-        key: Tensor,
-    ) -> BlockView:
-        """Narrows the blocks that the policy cuts: what is behind the cut is not theirs any more."""
-        view = super()._view(hidden, shift, tokens, inside, count, steps, progress, key)
-        assert self.sampler.block_length_policy is not None
-        cut = self.sampler.block_length_policy.cut(view) if self._opening.any() else None
-        if cut is not None:
-            whole = view.changeable.sum(dim=1)
-            opening = torch.from_numpy(self._opening).to(self.device)
-            self._cut = torch.where(opening, torch.minimum(cut.clamp_min(1), whole), whole)
-            left_of_cut = torch.arange(view.tokens.size(1), device=self.device) < self._cut[:, None]
-            view.masked, view.changeable = view.masked & left_of_cut, view.changeable & left_of_cut
-        return view
-
-    def _settle(self, rows: np.ndarray, decoded: np.ndarray, end: np.ndarray, over: np.ndarray) -> None:
-        if self._cut is not None:
-            (width,) = on_host(self._cut)  # a wait for the device of its own, at a block's first step only
-            self.width[rows[decoded]] = width[decoded]
-        super()._settle(rows, decoded, end, over)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -10,96 +11,87 @@ from torch import Tensor
 
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.auxiliary import AuxiliaryModel
-from dllm_var.sampling.base import Generation, Request
-from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
-from dllm_var.sampling.block_run import BlockRun
-from dllm_var.sampling.policies import BlockView, Decision, Sequential
-from dllm_var.sampling.policies.base import State
-from dllm_var.sampling.scoring import score_positions
+from dllm_var.sampling.base import Request
+from dllm_var.sampling.block_diffusion import Batch, BlockDiffusionSampler, BlockEngine
+from dllm_var.sampling.block_length import BlockLengthPolicy
+from dllm_var.sampling.engine import Engine, Row
+from dllm_var.sampling.policies import BlockView, Decision, Sequential, UnmaskingPolicy
 
 
-class GuidedRun(BlockRun):
-    """Rows in flight with a guide that reads along.
+@dataclass(eq=False)
+class GuidedRow(Row):
+    """A row that a guide reads along with.
 
-    Blocks fill from left to right, so all the guide has read but the rejected part of a proposal stays in its cache.
+    Args:
+        read: Tokens of the row that the guide has read, the rejected part of its last proposal included.
     """
 
+    read: int = 0
+
+
+class GuidedEngine(BlockEngine[GuidedRow]):
+    """Blocks fill from left to right: the guide keeps in its cache all it has read but a proposal's rejected part."""
+
     sampler: GuidedSampler
-    per_slot: ClassVar = (*BlockRun.per_slot, "guide_nfe", "guide_read")
+    row_class = GuidedRow
 
     def __init__(self, sampler: GuidedSampler, model: Transformer, prompts: list[list[int]], request: Request) -> None:
         super().__init__(sampler, model, prompts, request)
         self.guide = sampler.auxiliary.beside(model, request)
-        slots = self.prompt.size
         # A row may read its prompt beside others that are far ahead.
-        capacity = self.cache.capacity + max(map(len, prompts), default=0)
-        self.guide_cache = self.guide.new_cache(slots, capacity)
-        self.guide_nfe, self.guide_read = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
+        capacity = self.capacity + max(map(len, prompts), default=0)
+        self.guide_cache = self.guide.new_cache(len(self.rows), capacity)
 
-    def _start_block(self, slot: int) -> None:
-        super()._start_block(slot)
-        if self.nfe[slot] == 0:  # the row's first block
-            self.guide_nfe[slot] = self.guide_read[slot] = 0
-
-    def _decide(
-        self, rows: np.ndarray, index: Tensor | None, width: np.ndarray, view: BlockView, state: State
-    ) -> Decision:
+    def decide(self, batch: Batch, view: BlockView, state: dict[str, Tensor]) -> Decision:
         """Commits the masks up to the first one where the guide expects another token; the first one in any case."""
         first = view.masked & (view.masked.cumsum(dim=1) == 1)
-        masks = np.where(width > 0, self.masked_left[rows], 0)
+        masks = np.array([row.left if wide else 0 for row, wide in zip(batch.rows, batch.width, strict=True)])
         masks[masks == 1] = 0  # the only one left is committed, whatever the guide expects
         if not masks.any():
             return Decision(commit=first)
-        disagrees = view.masked & (self._expected(rows, index, width, masks, view) != view.predicted)
+        disagrees = view.masked & (self._expected(batch, masks, view) != view.predicted)
         return Decision(commit=first | (view.masked & (disagrees.cumsum(dim=1) == 0)))
 
-    def _expected(
-        self, rows: np.ndarray, index: Tensor | None, width: np.ndarray, masks: np.ndarray, view: BlockView
-    ) -> Tensor:
+    def _expected(self, batch: Batch, masks: np.ndarray, view: BlockView) -> Tensor:
         """Returns what the guide expects at the masked positions [R, K], given the proposal left of each; -1 elsewhere.
 
         Args:
-            rows: The slots.
-            index: The same on the device, null when they are all.
-            width: Each block's length [R].
+            batch: The rows.
             masks: Masked positions in each block [R], 0 for rows that do not ask.
             view: The blocks and the proposal for them.
         """
-        ends = self.cache.lengths[rows] + width  # of the blocks
+        asks, cached = masks > 0, self.cache.lengths[batch.slots]
+        ends = cached + batch.width  # of the blocks
         known = ends - masks  # tokens that are committed; the last of them predicts the first mask
-        frozen = np.where(masks > 0, np.minimum(self.guide_read[rows], known - 1), 0)
-        windows = np.where(masks > 0, ends - 1 - frozen, 1)  # the proposal's last token predicts what nobody asks for
-        self.guide_cache.lengths[rows] = frozen
-        self.guide_cache.open(int(windows.max()), windows, None if index is None else rows)
+        read = np.array([row.read for row in batch.rows])
+        frozen = np.where(asks, np.minimum(read, known - 1), 0)
+        windows = np.where(asks, ends - 1 - frozen, 1)  # the proposal's last token predicts what nobody asks for
+        self.guide_cache.lengths[batch.slots] = frozen
+        self.guide_cache.open(int(windows.max()), windows, batch.index)
         proposal = torch.where(view.masked, view.predicted, view.tokens)
-        start = torch.from_numpy(self.cache.lengths[rows]).to(self.device)[:, None]
-        place = start + torch.arange(proposal.size(1), device=self.device)
-        # Into the canvas with it: the engine writes there what becomes of the block.
-        if index is None:
-            canvas = self.canvas.scatter_(1, place, proposal)
-        else:
-            self.canvas[index[:, None], place] = proposal
-            canvas = self.canvas[index]
-        read = canvas.gather(1, self.guide_cache.positions.clamp(max=canvas.size(1) - 1))
-        hidden = self.guide.hidden_states(read, cache=self.guide_cache)
-        self.guide_read[rows] = np.where(masks > 0, ends - 1, self.guide_read[rows])
-        self.guide_nfe[rows] += masks > 0
-        asked = view.masked & torch.from_numpy(masks > 0).to(self.device)[:, None]
-        shift = torch.from_numpy(known - 1 - frozen - (width - masks)).to(self.device)
-        scored, logits = score_positions(self.guide, hidden, asked, shift, int(masks.sum()), self.request.suppressed)
+        base = np.array(batch.slots) * self.capacity
+        start, shift, asking = torch.from_numpy(
+            np.stack((base + cached, known - 1 - frozen - (batch.width - masks), asks))
+        ).to(self.device)[:, :, None]
+        self.canvas.put_(start + self.offsets, proposal)  # the engine writes there what becomes of the block
+        canvas = self.canvas if batch.index is None else self.canvas[batch.slots]
+        tokens = canvas.gather(1, self.guide_cache.positions.clamp(max=self.capacity - 1))
+        hidden = self.guide.hidden_states(tokens, cache=self.guide_cache)
+        for row, asked, end in zip(batch.rows, asks.tolist(), ends.tolist(), strict=True):
+            if asked:
+                row.read, row.auxiliary_nfe = end - 1, row.auxiliary_nfe + 1
+        places = torch.arange(len(masks), device=self.device)[:, None] * hidden.size(1) + shift + self.offsets
+        where = view.masked & asking.bool()
+        scored, logits = self.score(self.guide, hidden, places, where, int(masks.sum()))
         expected = torch.full_like(view.tokens, -1)
         return expected.view(-1).index_copy_(0, scored, logits.argmax(dim=-1)).view_as(expected)
 
-    def _answer(self, slot: int, tokens: list[int], finish_reason: str) -> Generation:
-        answer = super()._answer(slot, tokens, finish_reason)
-        answer.auxiliary_nfe = int(self.guide_nfe[slot])
-        return answer
-
-    def _compact(self, rows: np.ndarray) -> None:
-        super()._compact(rows)
-        self.guide_cache.keep(rows)
+    def compact(self, kept: list[int]) -> None:
+        super().compact(kept)
+        self.guide_cache.keep(np.array(kept))
 
 
+@dataclass(eq=False)
 class GuidedSampler(BlockDiffusionSampler):
     """Block diffusion that commits as much of each proposal as a small autoregressive model agrees with.
 
@@ -109,35 +101,20 @@ class GuidedSampler(BlockDiffusionSampler):
 
     Args:
         guide: Checkpoint of an autoregressive model with the same tokenizer: run folder, `.ckpt` or exported folder.
-        block_length: Tokens proposed together.
-        max_new_tokens: Longest answer; a row that reaches it has finish reason `length`.
-        batch_size: Rows decoded at a time.
-        kv_commit: How a finished block enters the cache; see `BlockDiffusionSampler`.
-        grid: Where blocks start; see `BlockDiffusionSampler`.
 
     Raises:
         UserError: When a length or the batch size is below 1; when decoding starts, if there is no such checkpoint, or
             it is not autoregressive or has another tokenizer.
     """
 
-    run_class: ClassVar[type[BlockRun]] = GuidedRun
+    engine: ClassVar[type[Engine[Any]]] = GuidedEngine
 
-    def __init__(
-        self,
-        guide: str,
-        block_length: int = 64,
-        max_new_tokens: int = 512,
-        batch_size: int = 32,
-        kv_commit: Literal["joint_next", "alone"] = "joint_next",
-        grid: Literal["prompt", "absolute"] = "prompt",
-    ) -> None:
-        super().__init__(
-            Sequential(),  # the order; how many is the guide's to say
-            block_length=block_length,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            kv_commit=kv_commit,
-            grid=grid,
-        )
-        self.guide = guide
-        self.auxiliary = AuxiliaryModel("guide", guide, causal=True)
+    guide: str
+    policy: UnmaskingPolicy | None = field(init=False, default=None)
+    block_length_policy: BlockLengthPolicy | None = field(init=False, default=None)
+    kv_commit: Literal["joint_next", "alone"] = field(default="joint_next", kw_only=True)
+
+    def __post_init__(self) -> None:
+        self.policy = Sequential()  # the order; how many is the guide's to say
+        super().__post_init__()
+        self.auxiliary = AuxiliaryModel("guide", self.guide, causal=True)

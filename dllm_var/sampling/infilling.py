@@ -5,19 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from dllm_var.errors import UserError
 from dllm_var.model.transformer import Transformer
-from dllm_var.sampling.base import Generation, OnAnswer, Request, Sampler, check_at_least_one, special_ids
-from dllm_var.sampling.commit import choose_commits
-from dllm_var.sampling.draw import Draw, request_keys
-from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, UnmaskingPolicy
-from dllm_var.sampling.scoring import score_positions
+from dllm_var.sampling.base import Generation, OnAnswer, Request, special_ids
+from dllm_var.sampling.engine import Engine, EngineSampler, Row
+from dllm_var.sampling.policies import ConfidenceThreshold, UnmaskingPolicy
 
 if TYPE_CHECKING:
     from dllm_var.text.tokenizer import Tokenizer
@@ -65,10 +61,10 @@ def infill(
         model: A `Transformer`, or a module that holds one as `.transformer` (a `DiffusionLM`).
         texts: Token ids with the mask id wherever a token is wanted.
         policy: Decides which gap positions become tokens at each step: it sees a text's gaps, one behind the other, as
-            its block. `ConfidenceThreshold(0.9)` when null.
-        prompts: What stands before each text; nothing when null.
+            its block. `ConfidenceThreshold(0.9)` when None.
+        prompts: What stands before each text; nothing when None.
         block_length: Shows a text's end as block diffusion does, by masks behind it up to the end of its last block; at
-            least one, where the terminator would be. Nothing is behind it when null.
+            least one, where the terminator would be. Nothing is behind it when None.
         tokenizer: Decodes the texts.
         batch_size: Texts filled at a time; those that are full leave the batch.
         temperature: 0 takes the most likely token; above, tokens are drawn.
@@ -81,8 +77,9 @@ def infill(
     Raises:
         UserError: When the model is causal, a text has no gap, or a setting is out of range.
     """
-    check_at_least_one(batch_size=batch_size, block_length=block_length)
     transformer = getattr(model, "transformer", model)
+    if block_length is not None and block_length < 1:
+        raise UserError(f"block_length must be at least 1, got {block_length}")
     mask_id, terminators = special_ids(transformer)
     before = [[]] * len(texts) if prompts is None else prompts
     for index, text in enumerate(texts):
@@ -91,146 +88,125 @@ def infill(
     spans = [range(len(prompt), len(prompt) + len(text)) for prompt, text in zip(before, texts, strict=True)]
     behind = [0 if block_length is None else block_length - len(text) % block_length for text in texts]
     rows = [[*prompt, *text, *[mask_id] * n] for prompt, text, n in zip(before, texts, behind, strict=True)]
-    draw = Draw(temperature, top_k, top_p, seed)
-    filler = _GapFiller(policy or ConfidenceThreshold(), batch_size, draw, spans)
+    settings = dict(batch_size=batch_size, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    filler = _GapFiller(spans=spans, policy=policy or ConfidenceThreshold(), **settings)
     filled = filler.generate(model, rows, tokenizer=tokenizer, suppress=[*suppress, *terminators], on_answer=on_answer)
     return [answer for answer in filled if isinstance(answer, Infilling)]
 
 
-class _GapFiller(Sampler):
+@dataclass(eq=False)
+class GapRow(Row):
+    """A row `prompt | text | masks` and the places of its gaps' positions."""
+
+    places: list[int] = field(default_factory=list)
+
+
+class GapEngine(Engine[GapRow]):
+    """Rows without a cache, each of whose gaps, one behind the other, are a block."""
+
+    sampler: _GapFiller
+    row_class = GapRow
+
+    def __init__(self, sampler: _GapFiller, model: Transformer, prompts: list[list[int]], request: Request) -> None:
+        super().__init__(sampler, model, prompts, request)
+        self.places = [
+            [place for place in span if prompt[place] == self.mask_id]
+            for span, prompt in zip(sampler.spans, prompts, strict=True)
+        ]
+        widest = max(map(len, self.places), default=0)
+        # [R, K] in the row: what is no gap is the canvas's last column, which no text reaches.
+        self.gaps = torch.full((len(self.rows), widest), self.capacity - 1, device=self.device)
+        self.inside = torch.zeros_like(self.gaps, dtype=torch.bool)
+        self.use_policy_state(sampler.policy.initial_state(widest))
+
+    def new_cache(self, slots: int) -> Any:
+        return None
+
+    def start(self, slot: int) -> None:
+        row = self.rows[slot]
+        row.places = self.places[row.index]
+        row.left = row.width = len(row.places)
+        self.gaps[slot, row.width :], self.inside[slot] = self.capacity - 1, False
+        self.gaps[slot, : row.width] = torch.tensor(row.places, device=self.device)
+        self.inside[slot, : row.width] = True
+        for name, value in self.template.items():
+            self.state[name][slot] = value
+
+    def forward(self, slots: list[int] | None) -> None:
+        """Reads all texts whole and denoises their gaps by one step."""
+        for row in self.rows:
+            row.nfe += 1
+        nfe, lengths, key = torch.tensor(
+            [(row.nfe, row.prompt_length, row.key + row.nfe) for row in self.rows], device=self.device
+        ).unbind(1)
+        longest = max(row.prompt_length for row in self.rows)
+        padding = torch.arange(longest, device=self.device) >= lengths[:, None]
+        uneven = any(row.prompt_length < longest for row in self.rows)
+        segments = padding.long() if uneven else None  # padding is a segment of its own
+        hidden = self.model.hidden_states(self.canvas[:, :longest], segment_ids=segments)
+        row_number = torch.arange(len(self.rows), device=self.device)[:, None]
+        cells, all_scored = row_number * self.capacity + self.gaps, self.sampler.policy.scores_committed
+        active = [row for row in self.rows if row.index >= 0]
+        view = self.view(
+            hidden,
+            row_number * longest + self.gaps.clamp_max(longest - 1),
+            self.canvas.take(cells),
+            self.inside,
+            sum(row.width if all_scored else row.left for row in active),
+            step=nfe - 1,
+            progress=torch.zeros_like(nfe, dtype=torch.float),
+            key=key,
+            all_scored=all_scored,
+            spacing=lengths,  # a draw must not depend on the widest row
+        )
+        decision = self.sampler.policy.decide(view, self.state)
+        decision.finish_row = None  # a gap is filled whole
+        step = self.denoise(view, decision, terminator_last=False)
+        self.write(cells, step.tokens, step.written, nfe)
+        for slot, (left, over) in enumerate(torch.stack((step.left, step.over)).T.tolist()):
+            row = self.rows[slot]
+            row.left = left
+            if over and row.index >= 0:
+                self.inside[slot] = False
+                span = self.sampler.spans[row.index]
+                self.end(slot, self.canvas[slot, span.start : span.stop].tolist(), "filled")
+
+    def answer(self, slot: int, tokens: list[int], reason: str) -> Generation:
+        row = self.rows[slot]
+        span = self.sampler.spans[row.index]
+        gaps: list[list[int]] = []
+        for before, place in zip([-2, *row.places], row.places, strict=False):
+            if place != before + 1:
+                gaps.append([])
+            gaps[-1].append(tokens[place - span.start])
+        return Infilling(
+            tokens=tokens,
+            finish_reason=reason,
+            nfe=row.nfe,
+            seconds=time.perf_counter() - row.began,
+            prompt_length=span.start,
+            commit_steps=self.committed_at[slot, span.start : span.stop].tolist(),
+            gaps=gaps,
+        )
+
+    def compact(self, kept: list[int]) -> None:
+        super().compact(kept)
+        self.gaps, self.inside = self.gaps[kept], self.inside[kept]
+
+
+@dataclass(eq=False, kw_only=True)
+class _GapFiller(EngineSampler):
     """`infill` as a sampler whose prompts are rows `prompt | text | masks`; `spans` says where the texts are."""
 
-    def __init__(self, policy: UnmaskingPolicy, batch_size: int, draw: Draw, spans: list[range]) -> None:
-        self.policy, self.batch_size, self.draw, self.spans = policy, batch_size, draw, spans
+    engine: ClassVar[type[Engine[Any]]] = GapEngine
+
+    policy: UnmaskingPolicy
+    spans: list[range]
+    max_new_tokens: int = 1  # a column behind the longest text
 
     def decode(self, model: Transformer, prompts: list[list[int]], request: Request) -> list[Generation]:
         if model.config.causal or model.config.causal_context:
             raise UserError(
                 "this checkpoint reads left to right: infilling needs a model that reads in both directions"
             )
-        keys, answers = request_keys(prompts), {}
-        for first in range(0, len(prompts), self.batch_size):
-            part = slice(first, first + self.batch_size)
-            run = _Run(self, model, prompts[part], self.spans[part], keys[part], request)
-            while run.rows.size:
-                for row in run.step():
-                    answers[first + row] = run.answer(row)
-                    request.finished(first + row, answers[first + row])
-        return [answers[index] for index in range(len(prompts))]
-
-
-class _Run:
-    """A batch of texts; `rows` are those with masks left, and every tensor holds these alone."""
-
-    def __init__(
-        self,
-        filler: _GapFiller,
-        model: Transformer,
-        texts: list[list[int]],
-        spans: list[range],
-        keys: list[int],
-        request: Request,
-    ) -> None:
-        self.filler, self.model, self.texts, self.spans = filler, model, texts, spans
-        self.suppressed = request.suppressed
-        self.began = time.perf_counter()
-        self.mask_id, self.terminators = special_ids(model)
-        device = model.embedding.weight.device
-        self.rows = np.arange(len(texts))
-        self.nfe = np.zeros(len(texts), np.int64)
-        self.keys = torch.tensor(keys, device=device)
-        lengths = [len(text) for text in texts]
-        self.tokens = torch.full((len(texts), max(lengths)), self.mask_id, device=device)  # [R, L]
-        self.places = [[at for at in span if text[at] == self.mask_id] for text, span in zip(texts, spans, strict=True)]
-        counts = torch.tensor([len(places) for places in self.places], device=device)
-        widest = int(counts.max())
-        self.gap = torch.zeros(len(texts), widest, dtype=torch.long, device=device)  # [R, K] places in the text
-        for row, (text, places) in enumerate(zip(texts, self.places, strict=True)):
-            self.tokens[row, : len(text)] = torch.tensor(text, device=device)
-            self.gap[row, : len(places)] = torch.tensor(places, device=device)
-        self.inside = torch.arange(widest, device=device) < counts[:, None]
-        self.tokens_in_row = torch.tensor(lengths, device=device)
-        self.padding = torch.arange(max(lengths), device=device) >= self.tokens_in_row[:, None]
-        self.left, self.changeable = counts.cpu().numpy(), counts.cpu().numpy()
-        self.committed_at = torch.zeros_like(self.gap)
-        template = filler.policy.initial_state(widest)
-        self.state = {name: value.to(device).repeat(len(texts), *[1] * value.dim()) for name, value in template.items()}
-        self.done: dict[int, tuple[list[int], list[int], float]] = {}
-
-    def step(self) -> list[int]:
-        """One forward of the texts with masks left; returns those that are full now."""
-        self.nfe[self.rows] += 1
-        segments = self.padding.long() if bool(self.padding.any()) else None  # padding is a segment of its own
-        hidden = self.model.hidden_states(self.tokens, segment_ids=segments)
-        hidden = hidden.gather(1, self.gap[:, :, None].expand(-1, -1, hidden.size(2)))  # [R, K, hidden]
-        tokens = self.tokens.gather(1, self.gap)
-        masked = (tokens == self.mask_id) & self.inside
-        all_scored = self.filler.policy.scores_committed
-        where = self.inside if all_scored else masked
-        count = int((self.changeable if all_scored else self.left).sum())
-        nfe = torch.from_numpy(self.nfe[self.rows]).to(tokens.device)
-        scored, logits = score_positions(self.model, hidden, where, torch.zeros_like(nfe), count, self.suppressed)
-        key = self.keys + nfe
-        owner, slot = scored // tokens.size(1), scored % tokens.size(1)  # a draw must not depend on the widest row
-        view = BlockView(
-            scored_logits=logits,
-            scored=scored,
-            tokens=tokens,
-            masked=masked,
-            changeable=self.inside,
-            step=nfe - 1,
-            progress=torch.zeros(len(self.rows), device=tokens.device),
-            key=key,
-            sampled=self.filler.draw(logits, key[owner] * self.tokens_in_row[owner] + slot),
-        )
-        decision = self.filler.policy.decide(view, self.state)
-        tokens, masked, written = choose_commits(view, decision, self.mask_id, self.terminators, False)
-        self.committed_at = torch.where(written, nfe[:, None], self.committed_at)
-        self._write(tokens)
-        left = masked.sum(dim=1)
-        is_open = left > 0 if decision.keep_open is None else (left > 0) | decision.keep_open
-        left_on_host, open_on_host = torch.stack((left, is_open.long())).cpu().numpy()
-        self.left = left_on_host
-        full = np.flatnonzero(open_on_host == 0)
-        for place in full.tolist():
-            row = int(self.rows[place])
-            filled, steps = tokens[place, : len(self.places[row])], self.committed_at[place, : len(self.places[row])]
-            self.done[row] = filled.tolist(), steps.tolist(), time.perf_counter() - self.began
-        ended = self.rows[full].tolist()
-        if full.size:
-            self._keep(np.flatnonzero(open_on_host == 1))
-        return ended
-
-    def _write(self, tokens: Tensor) -> None:
-        """Puts the gaps' tokens [R, K] in their places."""
-        row, slot = self.inside.nonzero(as_tuple=True)
-        self.tokens[row, self.gap[row, slot]] = tokens[row, slot]
-
-    def _keep(self, kept: np.ndarray) -> None:
-        """Drops all rows but these."""
-        index = torch.from_numpy(kept).to(self.tokens.device)
-        for name in ("keys", "tokens", "tokens_in_row", "gap", "inside", "padding", "committed_at"):
-            setattr(self, name, getattr(self, name)[index])
-        self.state = {name: value[index] for name, value in self.state.items()}
-        self.rows, self.left, self.changeable = self.rows[kept], self.left[kept], self.changeable[kept]
-
-    def answer(self, row: int) -> Infilling:
-        """Returns a full text."""
-        filled, steps, seconds = self.done[row]
-        tokens, commit_steps = list(self.texts[row]), [0] * len(self.texts[row])
-        gaps: list[list[int]] = []
-        for before, place, token, step in zip([-1, *self.places[row]], self.places[row], filled, steps, strict=False):
-            if not gaps or place != before + 1:
-                gaps.append([])
-            gaps[-1].append(token)
-            tokens[place], commit_steps[place] = token, step
-        span = slice(self.spans[row].start, self.spans[row].stop)
-        return Infilling(
-            tokens=tokens[span],
-            finish_reason="filled",
-            nfe=int(self.nfe[row]),
-            seconds=seconds,
-            prompt_length=span.start,
-            commit_steps=commit_steps[span],
-            gaps=gaps,
-        )
+        return super().decode(model, prompts, request)

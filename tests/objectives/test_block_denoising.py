@@ -248,7 +248,9 @@ def test_the_sampler_computes_the_trained_conditionals(mode, causal, shift, answ
         trained = torch.cat((first[:, :, None], trained[:, :, :-1]), dim=2)
 
     policy = Dictation(answer, early)
-    sampler = BlockDiffusionSampler(policy, BLOCK, 40, kv_commit=mode, terminator_last=False)
+    sampler = BlockDiffusionSampler(
+        policy, block_length=BLOCK, max_new_tokens=40, kv_commit=mode, terminator_last=False
+    )
     written = sampler.generate(transformer, [batch["input_ids"][0, :prompt].tolist()])[0]
     assert written.tokens == answer[:-1] and written.finish_reason == "eos"
     assert len(policy.seen) > len(answer) / BLOCK

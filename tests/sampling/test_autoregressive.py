@@ -48,7 +48,11 @@ def test_rows_of_any_length_equal_the_slow_loop(seed):
 
 def test_some_rows_end_themselves_and_some_do_not():
     """The comparison above would prove little if every row ran into the limit."""
-    rows = [answer for seed in range(6) for answer in AutoregressiveSampler(12).generate(random_model(seed), PROMPTS)]
+    rows = [
+        answer
+        for seed in range(6)
+        for answer in AutoregressiveSampler(max_new_tokens=12).generate(random_model(seed), PROMPTS)
+    ]
     assert {row.finish_reason for row in rows} == {"eos", "length"} and len({row.nfe for row in rows}) > 4
 
 
@@ -57,7 +61,7 @@ def test_some_rows_end_themselves_and_some_do_not():
 def test_a_row_in_a_batch_equals_the_row_alone(batch_size, settings):
     """Seven prompts through few places: rows leave, others take their place, and nobody notices."""
     model = random_model(2)
-    sampler = AutoregressiveSampler(20, batch_size, **settings)
+    sampler = AutoregressiveSampler(max_new_tokens=20, batch_size=batch_size, **settings)
     for together, prompt in zip(sampler.generate(model, PROMPTS), PROMPTS, strict=True):
         alone = sampler.generate(model, [prompt])[0]
         assert [getattr(together, name) for name in FIELDS] == [getattr(alone, name) for name in FIELDS]
@@ -80,7 +84,7 @@ def counting(seed):
 def test_waiting_prompts_take_the_places_of_finished_rows():
     model = counting(2)
     prompts = [[token, 7] for token in range(5, 19)]
-    answers = AutoregressiveSampler(12, batch_size=4).generate(model, prompts)
+    answers = AutoregressiveSampler(max_new_tokens=12, batch_size=4).generate(model, prompts)
     assert max(rows for rows, _ in model.shapes) == 4
     decoding = sum(width == 1 for _, width in model.shapes)
     in_groups = sum(max(a.nfe for a in answers[i : i + 4]) - 1 for i in range(0, len(prompts), 4))
@@ -89,7 +93,7 @@ def test_waiting_prompts_take_the_places_of_finished_rows():
 
 def test_a_row_that_has_ended_is_not_computed_for_when_nobody_waits():
     model = counting(2)
-    answers = AutoregressiveSampler(30).generate(model, [[token, 7] for token in range(5, 17)])
+    answers = AutoregressiveSampler(max_new_tokens=30).generate(model, [[token, 7] for token in range(5, 17)])
     assert {answer.finish_reason for answer in answers} == {"eos", "length"}  # some leave early
     needed = sum(answer.nfe - 1 for answer in answers)
     computed = sum(rows for rows, width in model.shapes if width == 1)
@@ -98,7 +102,7 @@ def test_a_row_that_has_ended_is_not_computed_for_when_nobody_waits():
 
 def test_first_tokens_are_drawn_from_the_tempered_distribution():
     model, prompt = random_model(1), [5, 6, 7]
-    answers = AutoregressiveSampler(1, 1000, temperature=0.8).generate(model, [prompt] * 6000)
+    answers = AutoregressiveSampler(max_new_tokens=1, batch_size=1000, temperature=0.8).generate(model, [prompt] * 6000)
     tokens = [answer.tokens[0] if answer.tokens else -1 for answer in answers]
     logits = model(torch.tensor([prompt]))[0, -1].detach()
     logits[MASK] = -torch.inf
@@ -113,7 +117,9 @@ def test_seeds_differ_and_the_likeliest_of_one_is_the_greedy_token():
     model = random_model(1)
 
     def tokens(**settings):
-        return [answer.tokens for answer in AutoregressiveSampler(10, **settings).generate(model, PROMPTS)]
+        return [
+            answer.tokens for answer in AutoregressiveSampler(max_new_tokens=10, **settings).generate(model, PROMPTS)
+        ]
 
     assert tokens(temperature=1.0) == tokens(temperature=1.0) != tokens(temperature=1.0, seed=1)
     assert tokens(temperature=1.0, top_k=1) == tokens()
@@ -121,10 +127,10 @@ def test_seeds_differ_and_the_likeliest_of_one_is_the_greedy_token():
 
 def test_suppressed_tokens_are_never_produced():
     model = random_model(2)
-    plain = AutoregressiveSampler(12).generate(model, PROMPTS)
+    plain = AutoregressiveSampler(max_new_tokens=12).generate(model, PROMPTS)
     unwanted = [*ENDS, plain[0].tokens[0]]
     for answer, prompt in zip(
-        AutoregressiveSampler(12).generate(model, PROMPTS, suppress=unwanted), PROMPTS, strict=True
+        AutoregressiveSampler(max_new_tokens=12).generate(model, PROMPTS, suppress=unwanted), PROMPTS, strict=True
     ):
         assert (answer.tokens, answer.finish_reason, answer.nfe) == slowly(model, prompt, 12, unwanted)
         assert not {MASK, *unwanted} & set(answer.tokens) and len(answer.tokens) == 12
@@ -139,10 +145,12 @@ class Letters:
 
 def test_a_stop_string_ends_its_row_at_once():
     model = random_model(2)
-    plain = AutoregressiveSampler(12).generate(model, PROMPTS, tokenizer=Letters())
+    plain = AutoregressiveSampler(max_new_tokens=12).generate(model, PROMPTS, tokenizer=Letters())
     at = next(i for i, answer in enumerate(plain) if len(answer.text) == 12)
     stop = plain[at].text[4:6]
-    answers = AutoregressiveSampler(12, batch_size=2).generate(model, PROMPTS, tokenizer=Letters(), stop=[stop])
+    answers = AutoregressiveSampler(max_new_tokens=12, batch_size=2).generate(
+        model, PROMPTS, tokenizer=Letters(), stop=[stop]
+    )
     place = plain[at].text.index(stop)
     assert (answers[at].text, answers[at].finish_reason) == (plain[at].text[:place], "stop")
     assert answers[at].nfe == place + 2  # the forward that finds the stop string's second letter is the last
@@ -152,7 +160,7 @@ def test_a_stop_string_ends_its_row_at_once():
 
 def test_tokens_are_streamed_one_by_one_and_answers_when_they_end():
     model, seen, order = random_model(2), [], []
-    answers = AutoregressiveSampler(12, batch_size=3).generate(
+    answers = AutoregressiveSampler(max_new_tokens=12, batch_size=3).generate(
         model,
         PROMPTS,
         on_block=lambda index, tokens: seen.append((index, tokens)),
@@ -166,7 +174,9 @@ def test_tokens_are_streamed_one_by_one_and_answers_when_they_end():
 
 
 def test_settings_are_remembered_and_bad_ones_named():
-    config = sampler_to_config(AutoregressiveSampler(7, 3, 0.5, 4, 0.9, 11))
+    config = sampler_to_config(
+        AutoregressiveSampler(max_new_tokens=7, batch_size=3, temperature=0.5, top_k=4, top_p=0.9, seed=11)
+    )
     assert sampler_to_config(sampler_from_config(config)) == config
     for settings in ({"max_new_tokens": 0}, {"batch_size": 0}):
         with pytest.raises(UserError, match=next(iter(settings))):

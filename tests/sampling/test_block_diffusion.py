@@ -63,7 +63,9 @@ def test_some_rows_end_themselves_and_some_do_not():
     reasons = [
         answer.finish_reason
         for seed in range(6)
-        for answer in BlockDiffusionSampler(ConfidenceThreshold(0.2), 5, 13).generate(random_model(seed), PROMPTS)
+        for answer in BlockDiffusionSampler(ConfidenceThreshold(0.2), block_length=5, max_new_tokens=13).generate(
+            random_model(seed), PROMPTS
+        )
     ]
     assert {"eos", "length"} == set(reasons)
 
@@ -279,7 +281,9 @@ def test_a_terminator_that_waits_does_not_make_saber_go_in_circles():
     """What the engine holds back, Saber counts as committed; for each such token it would mask another one again."""
     longest = 0
     for seed in range(8):
-        answers = BlockDiffusionSampler(P.Saber(), 12, 12).generate(random_model(seed, scale=0.4), PROMPTS)
+        answers = BlockDiffusionSampler(P.Saber(), block_length=12, max_new_tokens=12).generate(
+            random_model(seed, scale=0.4), PROMPTS
+        )
         longest = max(longest, *(answer.nfe for answer in answers))
     assert longest <= 2 * 12
 

@@ -66,7 +66,9 @@ def test_a_constant_width_is_that_block_length(policy, wanted):
 def test_blocks_are_as_wide_as_asked_for_and_the_policy_is_told_how_they_went():
     script, sure = [7] * 20, [0.99, 0.5, 0.5, 0.99] * 5  # steps: the doubtful ones of a block, at least one
     lengths = Widths([5, 1, 1, 1, 1, 3, 1, 1, 9, 1, 1, 1, 1, 1, 2])
-    sampler = BlockDiffusionSampler(ConfidenceThreshold(0.9), 6, 17, block_length_policy=lengths)
+    sampler = BlockDiffusionSampler(
+        ConfidenceThreshold(0.9), block_length=6, max_new_tokens=17, block_length_policy=lengths
+    )
     pieces = []
     [answer] = sampler.generate(
         Scripted([0, 0, *script], [0.5, 0.5, *sure]), [[5, 6]], on_block=lambda _, tokens: pieces.append(len(tokens))
@@ -126,12 +128,16 @@ def test_a_block_ends_at_its_most_confident_delimiter():
     sure = [0.9, 0.4, 0.9, 0.6, 0.9, 0.9, 0.2, *[0.9] * 9]
     pieces = []
     lengths = DelimiterLength([11, 12], threshold=0.3, length=4)
-    BlockDiffusionSampler(ConfidenceThreshold(0.8), 6, 16, block_length_policy=lengths).generate(
+    BlockDiffusionSampler(
+        ConfidenceThreshold(0.8), block_length=6, max_new_tokens=16, block_length_policy=lengths
+    ).generate(
         Scripted([0, 0, *script], [0.5, 0.5, *sure]), [[5, 6]], on_block=lambda _, tokens: pieces.append(len(tokens))
     )
     assert pieces == [4, 8, 12, 16]
     lengths, pieces = DelimiterLength([11], threshold=0.1, length=5), []
-    BlockDiffusionSampler(ConfidenceThreshold(0.8), 6, 16, block_length_policy=lengths).generate(
+    BlockDiffusionSampler(
+        ConfidenceThreshold(0.8), block_length=6, max_new_tokens=16, block_length_policy=lengths
+    ).generate(
         Scripted([0, 0, *script], [0.5, 0.5, *sure]), [[5, 6]], on_block=lambda _, tokens: pieces.append(len(tokens))
     )
     assert pieces == [2, 7, 12, 16]

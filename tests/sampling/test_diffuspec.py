@@ -25,8 +25,8 @@ def test_the_text_is_the_target_s_own(settings, tmp_path):
     for seed in range(2):
         target = random_model(seed, causal=True)
         folder = save(random_model(seed + 10), tmp_path / str(seed))
-        sampler = DiffuSpecSampler(folder, 17, batch_size=3, **settings)
-        plain = AutoregressiveSampler(17).generate(target, PROMPTS, suppress=FEW)
+        sampler = DiffuSpecSampler(folder, max_new_tokens=17, batch_size=3, **settings)
+        plain = AutoregressiveSampler(max_new_tokens=17).generate(target, PROMPTS, suppress=FEW)
         for together, expected, prompt in zip(
             sampler.generate(target, PROMPTS, suppress=FEW), plain, PROMPTS, strict=True
         ):
@@ -42,7 +42,7 @@ def test_the_text_is_the_target_s_own(settings, tmp_path):
 
 def test_a_right_draft_is_accepted_whole_with_one_more_token(tmp_path):
     target, drafter = constant(7, causal=True), constant(7)
-    sampler = DiffuSpecSampler(save(drafter, tmp_path), 24, **SHORT)
+    sampler = DiffuSpecSampler(save(drafter, tmp_path), max_new_tokens=24, **SHORT)
     answer = sampler.generate(target, [[5, 6]])[0]
     assert (answer.tokens, answer.finish_reason) == ([7] * 24, "length")
     assert (answer.nfe, answer.auxiliary_nfe) == (4, 4)  # 5 drafted and one of its own, four times
@@ -58,7 +58,7 @@ def test_the_last_token_of_all_is_not_drafted(tmp_path):
 
 def test_a_wrong_draft_costs_forwards_and_changes_nothing(tmp_path):
     target, drafter = constant(7, causal=True), constant(8)
-    answer = DiffuSpecSampler(save(drafter, tmp_path), 9, **SHORT).generate(target, [[5, 6]])[0]
+    answer = DiffuSpecSampler(save(drafter, tmp_path), max_new_tokens=9, **SHORT).generate(target, [[5, 6]])[0]
     assert (answer.tokens, answer.nfe, answer.auxiliary_nfe) == ([7] * 9, 9, 8)
 
 
@@ -75,7 +75,7 @@ def test_a_drafted_terminator_ends_draft_and_row(tmp_path):
 def test_nothing_is_read_twice_and_the_file_is_read_once(tmp_path):
     """The drafter accepts being wrong from the second token on: 7 where the target says 8 behind every 7."""
     target, drafter = lookup_model({7: 8, 8: 8}, 7, causal=True), constant(7)
-    sampler = DiffuSpecSampler(save(drafter, tmp_path), 8, shortest_draft=2, longest_draft=4)
+    sampler = DiffuSpecSampler(save(drafter, tmp_path), max_new_tokens=8, shortest_draft=2, longest_draft=4)
     sampler.generate(target, [[5]])
     loaded = sampler.auxiliary.beside(target, type("Request", (), {"tokenizer": None}))
     (tmp_path / "model.safetensors").unlink()
@@ -95,7 +95,7 @@ def test_nothing_is_read_twice_and_the_file_is_read_once(tmp_path):
 )
 def test_drafts_are_as_long_as_the_controller_says(said, lengths, tmp_path):
     target, drafter = constant(said, causal=True), constant(7)
-    sampler = DiffuSpecSampler(save(drafter, tmp_path), 60, shortest_draft=2, longest_draft=6)
+    sampler = DiffuSpecSampler(save(drafter, tmp_path), max_new_tokens=60, shortest_draft=2, longest_draft=6)
     loaded = sampler.auxiliary.beside(target, type("Request", (), {"tokenizer": None}))
     shapes = shapes_of(loaded)
     sampler.generate(target, [[5]])
@@ -124,7 +124,7 @@ def test_a_request_s_own_tokens_count_without_a_corpus(tmp_path):
     sampler = DiffuSpecSampler(folder, max_new_tokens=25, shortest_draft=4, longest_draft=4)
     answers = sampler.generate(target, [[5, 8], [5, *[7, 8] * 6]])
     assert answers[1].nfe == 5 < answers[0].nfe
-    assert DiffuSpecSampler(folder, 25, mix=1.0, **SHORT).generate(target, [[5, *[7, 8] * 6]])[0].nfe > 5
+    assert DiffuSpecSampler(folder, max_new_tokens=25, mix=1.0, **SHORT).generate(target, [[5, *[7, 8] * 6]])[0].nfe > 5
 
 
 def test_candidates_are_the_nucleus_and_no_more_than_asked_for(tmp_path):
@@ -148,7 +148,7 @@ class Letters:
 def test_stop_strings_and_streaming(tmp_path):
     target, drafter = alternating(causal=True), constant(7)
     seen = []
-    sampler = DiffuSpecSampler(save(drafter, tmp_path), 20, **SHORT)
+    sampler = DiffuSpecSampler(save(drafter, tmp_path), max_new_tokens=20, **SHORT)
     answer = sampler.generate(
         target, [[5, 6]], tokenizer=Letters(), stop=["dcd"], on_block=lambda index, tokens: seen.append(tokens)
     )[0]
@@ -182,7 +182,9 @@ def test_settings_out_of_range_are_named(settings):
 
 
 def test_settings_are_remembered():
-    config = sampler_to_config(DiffuSpecSampler("some/folder", 5, 6, 7, 8, 0.5, 4, 2, 0.25, "corpus.txt"))
+    config = sampler_to_config(
+        DiffuSpecSampler("some/folder", shortest_draft=7, longest_draft=8, mix=0.25, corpus="corpus.txt")
+    )
     assert config["class_path"] == "dllm_var.sampling.DiffuSpecSampler"
     assert config["init_args"]["drafter"] == "some/folder" and config["init_args"]["corpus"] == "corpus.txt"
     with pytest.raises(UserError, match=r"may not name other files.*--sampler\.drafter"):

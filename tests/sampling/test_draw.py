@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold
-from dllm_var.sampling.draw import LOGITS_PER_CHUNK, Draw, keep_likely, request_keys
+from dllm_var.sampling.settings import LOGITS_PER_CHUNK, DecodingSettings, keep_likely, request_keys
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -18,7 +18,9 @@ def test_tokens_are_drawn_from_the_tempered_distribution(temperature, top_k, top
     """Pearson's chi-square against the softmax over the tokens that are kept; 15 chunks."""
     logits = torch.cat((torch.linspace(2.0, -2.5, 15), torch.tensor([-torch.inf])))[torch.randperm(16)]
     draws = 240_000
-    tokens = Draw(temperature, top_k, top_p, seed=3)(logits.expand(draws, -1), torch.arange(draws))
+    tokens = DecodingSettings(temperature=temperature, top_k=top_k, top_p=top_p, seed=3).draw(
+        logits.expand(draws, -1), torch.arange(draws)
+    )
     observed = torch.bincount(tokens, minlength=16).double()
 
     probabilities = (logits.double() / temperature).softmax(-1)
@@ -61,7 +63,7 @@ class PeakBytes(TorchDispatchMode):
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}, {"top_k": 9}])
 def test_drawing_needs_a_fraction_of_the_logits_memory(settings, monkeypatch):
     logits = torch.randn(256, 2048)
-    draw, whole = Draw(1.0, **settings), PeakBytes(logits)
+    draw, whole = DecodingSettings(temperature=1.0, **settings).draw, PeakBytes(logits)
     monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", logits.numel())
     with whole:
         expected = draw(logits, torch.arange(256))
@@ -74,7 +76,7 @@ def test_drawing_needs_a_fraction_of_the_logits_memory(settings, monkeypatch):
 
 
 def test_temperature_zero_draws_nothing():
-    assert Draw()(torch.zeros(2, 3), torch.arange(2)) is None
+    assert DecodingSettings().draw(torch.zeros(2, 3), torch.arange(2)) is None
 
 
 def test_top_k_and_top_p_keep_the_likely_tokens():

@@ -77,7 +77,9 @@ def test_caches_change_nothing_while_every_block_takes_one_step(cache):
     """With one step per block every forward is a refresh: the cached keys are never used."""
     model = random_model(2)
     plain = FixedLengthSampler(ConfidenceThreshold(0.0), canvas_length=12, block_length=4).generate(model, PROMPTS)
-    cached = FixedLengthSampler(ConfidenceThreshold(0.0), 12, 4, cache).generate(model, PROMPTS)
+    cached = FixedLengthSampler(ConfidenceThreshold(0.0), canvas_length=12, block_length=4, cache=cache).generate(
+        model, PROMPTS
+    )
     assert [a.tokens for a in plain] == [a.tokens for a in cached] and {a.nfe for a in cached} == {3}
 
 
@@ -87,11 +89,14 @@ def test_the_caches_hold_the_keys_of_the_block_s_first_step():
     The prompt and later masks do not change within a block. So with one layer both caches are exact.
     """
     model = random_model(3, num_layers=1)
-    plain = FixedLengthSampler(FixedSteps(4), 12, 4).generate(model, PROMPTS)
+    plain = FixedLengthSampler(FixedSteps(4), canvas_length=12, block_length=4).generate(model, PROMPTS)
     for cache in ("prefix", "dual"):
-        assert [a.tokens for a in FixedLengthSampler(FixedSteps(4), 12, 4, cache).generate(model, PROMPTS)] == [
-            a.tokens for a in plain
-        ]
+        assert [
+            a.tokens
+            for a in FixedLengthSampler(FixedSteps(4), canvas_length=12, block_length=4, cache=cache).generate(
+                model, PROMPTS
+            )
+        ] == [a.tokens for a in plain]
 
 
 def test_deeper_models_differ_with_a_cache():

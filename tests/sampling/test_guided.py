@@ -57,7 +57,9 @@ def test_equals_the_slow_loop_alone_and_in_a_batch(kv_commit, block_length, tmp_
         for seed in (0, 2):
             model, guide = random_model(seed), random_model(seed + 10, causal=True, num_layers=1)
             folder = save(guide, tmp_path / str(seed))
-            sampler = GuidedSampler(folder, block_length, 13, batch_size=3, kv_commit=kv_commit)
+            sampler = GuidedSampler(
+                folder, block_length=block_length, max_new_tokens=13, batch_size=3, kv_commit=kv_commit
+            )
             for together, prompt in zip(sampler.generate(model, PROMPTS, suppress=FEW), PROMPTS, strict=True):
                 alone = sampler.generate(model, [prompt], suppress=FEW)[0]
                 assert [getattr(together, name) for name in FIELDS] == [getattr(alone, name) for name in FIELDS]
@@ -90,11 +92,18 @@ def test_the_prefix_up_to_the_first_disagreement_is_committed(tmp_path):
     """The guide counts upwards; the diffusion model always says 7: they agree right behind a 6, and nowhere else."""
     model = lookup_model({}, 7)
     counting = lookup_model({token: token + 1 for token in range(5, 18)}, 5, causal=True)
-    answer = GuidedSampler(save(counting, tmp_path), 4, 4).generate(model, [[5, 6]])[0]
+    answer = GuidedSampler(save(counting, tmp_path), block_length=4, max_new_tokens=4).generate(model, [[5, 6]])[0]
     assert answer.commit_steps == [1, 2, 3, 4]  # 7 behind 6, as expected; then 8 is, in vain
     stuttering = lookup_model({6: 7, 7: 7}, 5, causal=True)
-    assert GuidedSampler(save(stuttering, tmp_path), 4, 4).generate(model, [[5, 6]])[0].commit_steps == [1] * 4
-    assert GuidedSampler(save(stuttering, tmp_path), 4, 4).generate(model, [[5, 9]])[0].commit_steps == [1, 2, 2, 2]
+    assert (
+        GuidedSampler(save(stuttering, tmp_path), block_length=4, max_new_tokens=4)
+        .generate(model, [[5, 6]])[0]
+        .commit_steps
+        == [1] * 4
+    )
+    assert GuidedSampler(save(stuttering, tmp_path), block_length=4, max_new_tokens=4).generate(model, [[5, 9]])[
+        0
+    ].commit_steps == [1, 2, 2, 2]
 
 
 def test_an_agreed_terminator_ends_the_row(tmp_path):
@@ -134,7 +143,7 @@ def test_a_guide_that_does_not_fit_is_named(tmp_path):
 
 
 def test_settings_are_remembered_and_bad_ones_named():
-    config = sampler_to_config(GuidedSampler("some/folder", 5, 6, 7, "alone", "absolute"))
+    config = sampler_to_config(GuidedSampler("some/folder", block_length=5, kv_commit="alone"))
     assert config["class_path"] == "dllm_var.sampling.GuidedSampler" and config["init_args"]["guide"] == "some/folder"
     with pytest.raises(UserError, match=r"may not name other files.*--sampler\.guide"):
         sampler_from_config(config)

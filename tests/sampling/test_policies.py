@@ -10,7 +10,7 @@ from slow_reference import SlowCoherentCandidates, SlowEarlyExit, SlowEntropyBou
 
 from dllm_var.errors import UserError
 from dllm_var.sampling import policies as P
-from dllm_var.sampling.commit import choose_commits
+from dllm_var.sampling.engine import commit as choose_commits
 from dllm_var.sampling.policies.base import scheduled, scheduled_after
 
 VOCABULARY = 7

@@ -26,11 +26,13 @@ PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [4], [10, 11]]
 LIMITS = dict(max_new_tokens=24, batch_size=2)
 SAMPLERS = {
     "block diffusion": lambda path: BlockDiffusionSampler(ConfidenceThreshold(0.2), block_length=4, **LIMITS),
-    "fixed length": lambda path: FixedLengthSampler(ConfidenceThreshold(0.2), 24, 4, batch_size=2),
+    "fixed length": lambda path: FixedLengthSampler(
+        ConfidenceThreshold(0.2), canvas_length=24, block_length=4, batch_size=2
+    ),
     "autoregressive": lambda path: AutoregressiveSampler(**LIMITS),
     "FreeDave": lambda path: FreeDaveSampler(block_length=4, **LIMITS),
     "multi-block": lambda path: MultiBlockSampler(ConfidenceThreshold(0.2), block_length=4, blocks=3, **LIMITS),
-    "WINO": lambda path: WinoSampler(0.2, 0.1, block_length=4, **LIMITS),
+    "WINO": lambda path: WinoSampler(threshold=0.2, shadow_threshold=0.1, block_length=4, **LIMITS),
     "guided": lambda path: GuidedSampler(path(causal=True), block_length=4, **LIMITS),
     "DiffuSpec": lambda path: DiffuSpecSampler(path(causal=False), shortest_draft=2, longest_draft=4, **LIMITS),
 }

@@ -92,7 +92,10 @@ def test_the_shift_matters_and_both_endings_occur():
         BlockDiffusionSampler(FixedSteps(3), block_length=6, max_new_tokens=20, batch_size=3, kv_commit="alone"),
         BlockDiffusionSampler(FixedSteps(3), block_length=6, max_new_tokens=20, batch_size=3, kv_commit="last_step"),
         BlockDiffusionSampler(FixedSteps(3), block_length=6, max_new_tokens=20, batch_size=3, grid="absolute"),
-        *(FixedLengthSampler(FixedSteps(3), 18, 6, cache=cache) for cache in ("none", "prefix", "dual", "dkv", "free")),
+        *(
+            FixedLengthSampler(FixedSteps(3), canvas_length=18, block_length=6, cache=cache)
+            for cache in ("none", "prefix", "dual", "dkv", "free")
+        ),
     ],
     ids=lambda sampler: f"{type(sampler).__name__}-{vars(sampler).get('kv_commit') or vars(sampler).get('cache')}",
 )

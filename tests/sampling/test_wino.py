@@ -70,7 +70,13 @@ def test_equals_the_slow_loop(thresholds, causal_context):
     taken_back, reasons = 0, set()
     for seed in range(4):
         model = random_model(seed, causal_context=causal_context)
-        sampler = WinoSampler(*thresholds, block_length=7, max_new_tokens=17, terminator_last=False)
+        sampler = WinoSampler(
+            threshold=thresholds[0],
+            shadow_threshold=thresholds[1],
+            block_length=7,
+            max_new_tokens=17,
+            terminator_last=False,
+        )
         answers = sampler.generate(model, PROMPTS[:4])
         for prompt, answer in zip(PROMPTS, answers, strict=False):
             with torch.no_grad():
@@ -86,7 +92,7 @@ def test_equals_the_slow_loop(thresholds, causal_context):
 def test_a_row_in_a_batch_equals_the_row_alone(terminator_last, kv_commit):
     model = random_model(1)
     settings = dict(block_length=6, max_new_tokens=20, terminator_last=terminator_last, kv_commit=kv_commit)
-    sampler = WinoSampler(0.2, 0.4, batch_size=3, **settings)
+    sampler = WinoSampler(threshold=0.2, shadow_threshold=0.4, batch_size=3, **settings)
     for together, prompt in zip(sampler.generate(model, PROMPTS), PROMPTS, strict=True):
         alone = sampler.generate(model, [prompt])[0]
         for name in ("tokens", "finish_reason", "nfe", "commit_steps"):
@@ -101,7 +107,9 @@ def test_doubting_everything_it_still_ends(terminator_last):
     A terminator that has to wait can leave a step empty, but only after one that committed two.
     """
     for seed in range(6):
-        sampler = WinoSampler(0.0, 1.0, block_length=8, max_new_tokens=24, terminator_last=terminator_last)
+        sampler = WinoSampler(
+            threshold=0.0, shadow_threshold=1.0, block_length=8, max_new_tokens=24, terminator_last=terminator_last
+        )
         for answer in sampler.generate(random_model(seed), PROMPTS):
             blocks = len(answer.tokens) // 8 + 1
             assert answer.nfe <= blocks * 8 * (1 + terminator_last)
@@ -156,6 +164,6 @@ def test_at_most_seven_tenths_of_a_long_block_are_committed_at_once():
 def test_settings():
     with pytest.raises(UserError, match="shadow_threshold"):
         WinoSampler(shadow_threshold=1.5)
-    config = sampler_to_config(WinoSampler(0.5, 0.8, block_length=4))
+    config = sampler_to_config(WinoSampler(threshold=0.5, shadow_threshold=0.8, block_length=4))
     assert config["class_path"] == "dllm_var.sampling.WinoSampler"
     assert sampler_to_config(sampler_from_config(config)) == config

@@ -1,17 +1,13 @@
-"""What an unmasking policy sees at a denoising step, and what it answers."""
+"""The contract of unmasking policies: `BlockView` is what a policy sees at a denoising step, `Decision` its answer."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from dllm_var.sampling.arrays import arrays, tensors
 
 
 @dataclass
@@ -44,12 +40,10 @@ class BlockView:
     sampled: Tensor | None = None
 
     def after(self, tokens: Tensor, masked: Tensor, sampled: Tensor | None = None) -> BlockView:
-        """Returns the view of the next step if it had the same logits; what they gave is not computed again.
+        """Returns the view of the next step if it had the same logits.
 
-        Args:
-            tokens: The block by then [R, K].
-            masked: Its masked positions [R, K].
-            sampled: Tokens drawn anew at the scored positions [M], when the temperature is above 0.
+        `tokens` and `masked` are the block by then [R, K]; what was computed of the logits is kept.
+        `sampled` are tokens drawn anew [M], when the temperature is above 0.
         """
         later = replace(self, tokens=tokens, masked=masked, step=self.step + 1, key=self.key + 1, sampled=sampled)
         fresh = {field.name for field in fields(self)} | {"block_share"}
@@ -63,11 +57,8 @@ class BlockView:
         rows, width = self.tokens.shape
         if values.size(0) == rows * width:  # every position is scored
             return values.view(rows, width, *values.shape[1:])
-        xp, given, scored = arrays(values, self.scored)
-        shape = (rows * width, *values.shape[1:])
-        block: Any = np.zeros(shape, given.dtype) if xp is np else values.new_zeros(shape)
-        block[scored] = given
-        return tensors(block.reshape(rows, width, *shape[1:]))[0]
+        block = values.new_zeros((rows * width, *values.shape[1:]))
+        return block.index_copy_(0, self.scored, values).view(rows, width, *values.shape[1:])
 
     @cached_property
     def _best(self) -> Tensor:

@@ -6,7 +6,6 @@ import torch
 from torch.nn.functional import pad
 
 from dllm_var.errors import UserError
-from dllm_var.sampling.arrays import arrays, tensors
 from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy, ranks, top_n
 
 
@@ -31,9 +30,8 @@ class ConfidenceThreshold(UnmaskingPolicy):
     def decide(self, view: BlockView, state: State) -> Decision:
         if self.decay == 1:
             return Decision(commit=view.masked & (view.confidence > self.threshold))
-        _, step, masked, confidence = arrays(view.step, view.masked, view.confidence)
-        thresholds = self.threshold * self.decay**step  # [R]
-        return Decision(*tensors(masked & (confidence > thresholds[:, None])))
+        thresholds = self.threshold * self.decay ** view.step.double()  # [R]
+        return Decision(commit=view.masked & (view.confidence > thresholds[:, None]))
 
 
 class ConfidenceFactor(UnmaskingPolicy):

@@ -13,8 +13,8 @@ from dllm_var.sampling import (
     MultiBlockSampler,
     WinoSampler,
 )
+from dllm_var.sampling.base import NotFinite
 from dllm_var.sampling.infilling import infill
-from dllm_var.sampling.scoring import NotFinite
 from tests.sampling.tiny_models import MASK, random_model, save
 
 

@@ -1,4 +1,4 @@
-"""Drawing tokens: temperature, top-k and top-p, with noise that depends on the request and not on its batch."""
+"""The settings that samplers share, and how tokens are drawn: with noise that depends on the request, not its batch."""
 
 from __future__ import annotations
 
@@ -13,40 +13,55 @@ from dllm_var.errors import UserError
 from dllm_var.objectives.noise import KeyedNoise
 
 _FORWARDS = 1 << 20  # forwards of one request that get keys of their own
-LOGITS_PER_CHUNK = {
-    "cpu": 1 << 18,
-    "cuda": 1 << 23,
-}  # drawn from at a time; each takes some 30 bytes for noise and sorting
+LOGITS_PER_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 23}  # drawn from at a time; noise and sorting take 30 bytes for each
 
 
-@dataclass(frozen=True)
-class Draw:
-    """How tokens are drawn.
+@dataclass(eq=False, kw_only=True)
+class DecodingSettings:
+    """The base of samplers that are dataclasses: their fields are the settings that a config names.
 
     Args:
+        max_new_tokens: Longest answer in tokens; a row that reaches it has finish reason `length`.
+        batch_size: Rows decoded at a time; a finished row's place goes to the next prompt.
         temperature: 0 takes the most likely token; otherwise logits + temperature x Gumbel noise (LLaDA's form).
         top_k: Draws among the k most likely tokens; all when 0.
         top_p: Draws among the most likely tokens that together have this probability.
-        seed: Seed of the noise.
+        seed: Seed of the draws; a row's draws do not depend on its batch.
 
     Raises:
         UserError: When a value is out of range.
     """
 
+    max_new_tokens: int = 512
+    batch_size: int = 32
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self.check_at_least_one("max_new_tokens", "batch_size")
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise UserError(
                 "sampler needs temperature >= 0, top_k >= 0 and top_p in (0, 1], got "
                 f"{self.temperature}, {self.top_k} and {self.top_p}"
             )
 
-    def __call__(self, logits: Tensor, keys: Tensor) -> Tensor | None:
-        """Returns one token per position [M], or null when the most likely one is meant.
+    def check_at_least_one(self, *names: str) -> None:
+        """Raises UserError for a setting below 1; None passes."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"sampler.{name} must be at least 1, got {value}")
+
+    def check_shares(self, *names: str) -> None:
+        """Raises UserError for a setting outside [0, 1]."""
+        for name in names:
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"sampler.{name} must be in [0, 1], got {getattr(self, name)}")
+
+    def draw(self, logits: Tensor, keys: Tensor) -> Tensor | None:
+        """Returns one drawn token per position [M], or None at temperature 0.
 
         Args:
             logits: [M, V] float32.
@@ -55,8 +70,7 @@ class Draw:
         if self.temperature == 0:
             return None
         rows = max(1, LOGITS_PER_CHUNK.get(logits.device.type, LOGITS_PER_CHUNK["cpu"]) // logits.size(1))
-        tokens = [self._draw(*chunk) for chunk in zip(logits.split(rows), keys.split(rows), strict=True)]
-        return tokens[0] if len(tokens) == 1 else torch.cat(tokens)
+        return torch.cat([self._draw(*chunk) for chunk in zip(logits.split(rows), keys.split(rows), strict=True)])
 
     def _draw(self, logits: Tensor, keys: Tensor) -> Tensor:
         logits = keep_likely(logits, self.temperature, self.top_k, self.top_p)
