@@ -34,7 +34,7 @@ EVERY_POLICY = [
 def both(policy, model, drafts=4, **settings):
     """The answers of the base sampler and of FreeDave."""
     base = BlockDiffusionSampler(policy, **settings).generate(model, PROMPTS)
-    return base, FreeDaveSampler(policy, drafts, **settings).generate(model, PROMPTS)
+    return base, FreeDaveSampler(policy, drafts=drafts, **settings).generate(model, PROMPTS)
 
 
 def assert_same_text(base, ours):
