@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable
-from typing import Any, get_args
+from dataclasses import is_dataclass
+from typing import Any, get_args, get_type_hints
 
 from dllm_var import sampling
 from dllm_var.errors import UserError
@@ -106,12 +107,14 @@ def _build(config: Any) -> Any:
             "pass it with --sampler if you trust it"
         )
     kind = _PUBLIC[name]
-    known = inspect.signature(kind, eval_str=True).parameters
+    known = inspect.signature(kind).parameters
+    # The fields of a dataclass may come from other modules.
+    types = get_type_hints(kind if is_dataclass(kind) else kind.__init__)  # type: ignore[misc]
     arguments = {}
     for key, value in (config.get("init_args") or {}).items():
         if key not in known:
             raise UserError(f"the checkpoint's sampler is damaged: {name} has no setting {key}")
-        arguments[key] = _argument(name, key, value, known[key].annotation)
+        arguments[key] = _argument(name, key, value, types[key])
     try:
         return kind(**arguments)
     except TypeError as error:  # one is missing

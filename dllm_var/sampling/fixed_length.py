@@ -20,6 +20,7 @@ class CanvasEngine(Engine[Row]):
     """Groups of rows `prompt | canvas`; prompts differ in length, and all rows work on the same block of the canvas."""
 
     sampler: FixedLengthSampler
+    place: Tensor  # the block's positions in the rows [R, K]
     free_share = 1.0  # a group enters when the last one is done
 
     def __init__(
@@ -51,11 +52,11 @@ class CanvasEngine(Engine[Row]):
         hidden, shift = self._hidden(left == 0)
         inside = torch.from_numpy(left > 0).to(self.device)[:, None].expand_as(place)
         width, all_scored = place.size(1), self.policy.scores_committed
-        row = torch.arange(len(rows), device=self.device)[:, None]
+        slot = torch.arange(len(rows), device=self.device)[:, None]
         nfe, key = torch.tensor([[row.nfe, row.key + row.nfe] for row in rows], device=self.device).unbind(1)
         view = self.view(
             hidden,
-            row * hidden.size(1) + shift[:, None] + torch.arange(width, device=self.device),
+            slot * hidden.size(1) + shift[:, None] + torch.arange(width, device=self.device),
             tokens,
             inside,
             np.count_nonzero(left) * width if all_scored else int(left.sum()),
@@ -65,13 +66,13 @@ class CanvasEngine(Engine[Row]):
             all_scored=all_scored,
         )
         step = self.denoise(view, self.policy.decide(view, self.state), terminator_last=False)
-        self.write(row * self.capacity + place, step.tokens, step.written, nfe)
+        self.write(slot * self.capacity + place, step.tokens, step.written, nfe)
         masks = step.masked.sum(1)
         if self.sampler.cache == "dkv":
             self.settled.scatter_(1, place, self.settled.gather(1, place) & (step.tokens == tokens))
             self.unsettled = (self.real & ~self.settled).sum(1).cpu().numpy()
-        for row_, masks_left in zip(rows, masks.tolist(), strict=True):
-            row_.left = masks_left
+        for row, masks_left in zip(rows, masks.tolist(), strict=True):
+            row.left = masks_left
         self.step += 1
         if not any(row.left for row in rows):
             self._end_block()
@@ -90,7 +91,7 @@ class CanvasEngine(Engine[Row]):
         width = min(self.block, self.limit - self.offset)
         self.begins = self.prompt_lengths + self.offset
         begin = torch.from_numpy(self.begins).to(self.device)
-        self.place = begin[:, None] + torch.arange(width, device=self.device)  # [R, K]
+        self.place = begin[:, None] + torch.arange(width, device=self.device)
         self.use_policy_state(self.policy.initial_state(width))
         for row in self.rows:
             row.left = width if row.index >= 0 else 0

@@ -88,7 +88,7 @@ def infill(
     spans = [range(len(prompt), len(prompt) + len(text)) for prompt, text in zip(before, texts, strict=True)]
     behind = [0 if block_length is None else block_length - len(text) % block_length for text in texts]
     rows = [[*prompt, *text, *[mask_id] * n] for prompt, text, n in zip(before, texts, behind, strict=True)]
-    settings = dict(batch_size=batch_size, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    settings: dict[str, Any] = dict(batch_size=batch_size, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     filler = _GapFiller(spans=spans, policy=policy or ConfidenceThreshold(), **settings)
     filled = filler.generate(model, rows, tokenizer=tokenizer, suppress=[*suppress, *terminators], on_answer=on_answer)
     return [answer for answer in filled if isinstance(answer, Infilling)]
