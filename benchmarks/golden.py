@@ -50,7 +50,7 @@ OBJECTIVES: dict[str, tuple[str | None, dict[str, Any], dict[str, Any]]] = {  # 
     "annealing shifted": (None, {}, {"model": {"attention_annealing": 8, "transformer": {"token_shift": True}}}),
     "recomputed": (None, {}, {"model": {"activation_checkpointing": "full"}}),
     "averaged": (None, {}, {"trainer": {"callbacks": [{"class_path": "dllm_var.callbacks.EmaWeights"}]}}),
-    "muon": (None, {}, {"model": {"optimizer": {"class_path": "dllm_var.optim.Muon"}}}),
+    "muon": (None, {}, {"model": {"optimizer": {"class_path": "dllm_var.training.optim.Muon"}}}),
 }
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # of rows: records, settings
     "cmudict": ("cmudict", {}),
