@@ -105,7 +105,7 @@ class PackedDataModule(L.LightningDataModule):
             ("seed", seed, 0),
             ("num_workers", num_workers, 0),
         ):
-            if value < least:
+            if value is None or value < least:
                 raise UserError(f"data.{name} is {value}; it must be at least {least}")
         if context_length >= 2**31:  # positions are 32-bit numbers
             raise UserError(f"data.context_length is {context_length}; it must be below {2**31}")

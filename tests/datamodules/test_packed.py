@@ -204,6 +204,7 @@ def test_skipped_records_are_counted_and_shown(make):
         ({"context_length": 1}, "data.context_length is 1"),
         ({"context_length": 48_000_000_000}, "data.context_length is 48000000000; it must be below"),
         ({"overhang": -1}, "data.overhang is -1"),
+        ({"canvas": None}, "data.canvas is None; it must be at least 0"),
         ({"overhang": 32}, "less than data.context_length, 32"),
         ({"eos_padding": 99}, "data.eos_padding is 99"),
         ({"packing": "best_fit", "on_too_long": "cut"}, "data.packing=concat"),
