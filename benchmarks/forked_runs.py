@@ -178,7 +178,7 @@ def _child(
 def _mark_phases(phase: mmap.mmap) -> None:
     """Makes this process note its phase: training from the first step on, and each save of a checkpoint."""
     from dllm_var.module import DiffusionLM
-    from dllm_var.training.checkpointing import Trainer
+    from dllm_var.training.trainer import Trainer
 
     def wrap(owner: Any, method: str, index: int, saves: int, after: int) -> None:
         original = getattr(owner, method)

@@ -39,8 +39,8 @@ from dllm_var.callbacks.speed import measure_peak_flops, peak_memory
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.objectives import EosSchedule
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, ConfidenceThreshold
-from dllm_var.training.checkpointing import Trainer
 from dllm_var.training.optim import AdamW, Schedule
+from dllm_var.training.trainer import Trainer
 
 VOCABULARY = 126_464
 SPECIAL: dict[str, Any] = dict(mask_id=126_336, terminator_ids=[126_081, 126_348], pad_id=126_081)

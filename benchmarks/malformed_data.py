@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from dllm_var.checkpoints.run_files import read_file, write_file
+from dllm_var.checkpoints.archive import write_archive
 from dllm_var.datamodules import CmudictSource, JsonlSource, PackedDataModule, ParquetSource
 from dllm_var.errors import UserError
 
@@ -222,9 +223,9 @@ def damaged_recipe(rng: random.Random, folder: Path) -> None:
 
 def damaged_checkpoint(name: Path, rng: random.Random, folder: Path) -> None:
     """Contents that do not belong together, under a good checksum."""
-    state = read_file(folder / name)
+    state = torch.load(folder / name, weights_only=True)
     part = rng.choice(("dllm_var", "state_dict", "optimizer_states", "loops", "callbacks", "PackedDataModule"))
-    write_file({**state, part: damaged_value(rng, state[part])}, folder / name)
+    write_archive({**state, part: damaged_value(rng, state[part])}, folder / name)
 
 
 def damaged_file(pattern: Path | str, rng: random.Random, folder: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from dllm_var.checkpoints.run_files import read_file
 from dllm_var.datamodules import CmudictSource
 
 STEPS = 24
@@ -91,7 +90,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
     """Returns hashes of the weights, the state and the figures of a run: the same however often it was interrupted."""
     run = runs_of(folder)[-1]
     weights = hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
-    checkpoint = read_file(run / "checkpoints" / "last.ckpt")
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "PackedDataModule")
     best = [state.get("best_model_score") for state in checkpoint["callbacks"].values() if "best_model_score" in state]
     state = _digest([best, *(checkpoint[name] for name in kept)])

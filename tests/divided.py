@@ -12,13 +12,14 @@ from torch.utils._pytree import tree_leaves
 
 from dllm_var import DiffusionLM
 from dllm_var.callbacks import ExportWeights, SamplingCallback
+from dllm_var.checkpoints.checkpoint_io import CheckedFiles
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.model import TransformerConfig
 from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule, Mdlm
 from dllm_var.sampling import BlockDiffusionSampler
-from dllm_var.training.checkpointing import CheckedFiles, Trainer
 from dllm_var.training.optim import AdamW, Muon, Schedule
 from dllm_var.training.strategies import FSDP2, TensorParallel
+from dllm_var.training.trainer import Trainer
 
 STEPS, SAVED_AT, GLOBAL_BATCH = 3, 2, 8
 SHAPE = dict(hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, intermediate_size=32)

@@ -68,10 +68,10 @@ def test_resuming_after_the_last_step_does_the_export_that_was_missed(tmp_path):
 def test_a_checkpoint_that_could_run_code_is_not_offered(tmp_path):
     import torch
 
-    from dllm_var.checkpoints.choose import newest_usable
-    from dllm_var.checkpoints.run_files import write_file
+    from dllm_var.checkpoints.archive import write_archive
+    from dllm_var.checkpoints.run_checkpoint import newest_usable
 
-    write_file({"a": 1}, tmp_path / "good.ckpt")
+    write_archive({"a": 1}, tmp_path / "good.ckpt")
     torch.save({"a": 1}, tmp_path / "plain.ckpt")
     torch.save({"a": Path("x")}, tmp_path / "objects.ckpt")
     for age, name in enumerate(("objects", "plain", "good")):

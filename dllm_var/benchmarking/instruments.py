@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dllm_var.checkpoints.provenance import provenance
+from dllm_var.checkpoints.identity import provenance
 from dllm_var.model.transformer import Transformer
 
 PHASES = ("data", "forward", "head_and_loss", "backward", "optimizer")  # of a training step

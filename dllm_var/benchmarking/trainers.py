@@ -28,8 +28,8 @@ from dllm_var.model.config import TransformerConfig
 from dllm_var.module import DiffusionLM
 from dllm_var.objectives import EosSchedule, KeyedNoise
 from dllm_var.text.tokenizer import Tokenizer
-from dllm_var.training.checkpointing import Trainer
 from dllm_var.training.optim import AdamW, Schedule, parameter_groups
+from dllm_var.training.trainer import Trainer
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.95), 0.1, 1.0  # of every contender
 SPREAD = 0.7  # standard deviation of the logarithm of a sample's lengths

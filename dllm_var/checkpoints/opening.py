@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from dllm_var.checkpoints.adapters import ADAPTER_CONFIG, MergedWeights, load_adapter
-from dllm_var.checkpoints.choose import check, is_sharded, newest_checkpoint, newest_usable, step_of, written_at
+from dllm_var.checkpoints.archive import UnusableCheckpoint, unreadable
 from dllm_var.checkpoints.family_config import EXTRAS, family_of, read_config, read_settings
-from dllm_var.checkpoints.run_files import UnusableCheckpoint, unreadable
+from dllm_var.checkpoints.identity import check_format
+from dllm_var.checkpoints.run_checkpoint import check, newest_checkpoint, newest_usable, read_state, step_of
 from dllm_var.checkpoints.safetensors_files import SafetensorsFolder
-from dllm_var.checkpoints.shards import read_trainer_state, read_weights
+from dllm_var.checkpoints.sharded import is_sharded, read_weights
 from dllm_var.errors import UserError
 from dllm_var.files import read_object
 from dllm_var.model.config import SIZES, TransformerConfig
@@ -125,7 +126,7 @@ def _goes_beyond(checkpoint: Path, export: Path) -> bool:
         exported = (read_object(export).get(EXTRAS) or {}).get("step")
     if isinstance(exported, int) and step is not None:
         return step > exported
-    return written_at(checkpoint) > written_at(export)
+    return checkpoint.stat().st_mtime_ns > export.stat().st_mtime_ns
 
 
 def _open_folder(folder: Path) -> Checkpoint:
@@ -167,10 +168,9 @@ def _open_adapter(folder: Path, above: tuple[Path, ...]) -> Checkpoint:
 def _open_lightning(file: Path) -> Checkpoint:
     try:
         check(file)
+        checkpoint = read_state(file)
         if file.is_dir():
-            checkpoint: Any = {**read_trainer_state(file), "state_dict": read_weights(file)}
-        else:
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            checkpoint["state_dict"] = read_weights(file)
     except Exception as error:  # torch raises many kinds
         reason = error if isinstance(error, UnusableCheckpoint) else unreadable(file, error)
         other = newest_usable(file.parent, {file})
@@ -178,6 +178,7 @@ def _open_lightning(file: Path) -> Checkpoint:
     ours = checkpoint.get("dllm_var") if isinstance(checkpoint, dict) else None
     if not isinstance(ours, dict):
         raise UserError(f"{file} was not written by dllm_var: it has no 'dllm_var' entry")
+    check_format(ours, file)
     state = checkpoint.get("state_dict")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{file} holds no weights: its 'state_dict' is not a dictionary of tensors")

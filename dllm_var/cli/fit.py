@@ -22,19 +22,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dllm_var import DiffusionLM
 from dllm_var.callbacks import AnswerWriter
-from dllm_var.checkpoints.background import BackgroundFiles
-from dllm_var.checkpoints.choose import check_or_offer
-from dllm_var.checkpoints.run_files import CannotSave
+from dllm_var.checkpoints.archive import CannotSave
+from dllm_var.checkpoints.checkpoint_io import BackgroundFiles, CheckedFiles
+from dllm_var.checkpoints.run_checkpoint import check_or_offer
 from dllm_var.cli.failures import from_checkpoint, from_files, from_outside
 from dllm_var.cli.trainer_settings import build_parser, check_settings, full_help, run_name
 from dllm_var.errors import UserError
 from dllm_var.model.float8 import Float8, check_float8
 from dllm_var.settings import ReferringParser
-from dllm_var.training.changed_settings import check_changes
-from dllm_var.training.checkpointing import CheckedFiles, Trainer
-from dllm_var.training.exact_resume import ExactResume, ResumableFitLoop
 from dllm_var.training.interrupt import Interrupted, SaveAtEnd, StopOnSignal
 from dllm_var.training.ranks import is_first, is_launched_child
+from dllm_var.training.resume import ExactResume, ResumableFitLoop, check_changes
 from dllm_var.training.run_folders import (
     NothingToResume,
     checkpoint_at,
@@ -44,7 +42,7 @@ from dllm_var.training.run_folders import (
     place_runs,
     reserve,
 )
-from dllm_var.training.runs import SaveConfig, default_checkpoints
+from dllm_var.training.trainer import SaveConfig, Trainer, default_checkpoints
 
 _RESUMED = "DLLM_VAR_RESUMED"  # the checkpoint that the first process goes on from, for those it starts
 
@@ -117,15 +115,16 @@ def train(command: str, parser: ReferringParser, settings: Namespace, text: str)
         settings: With the run's folder in them.
         text: The settings as they were given, for the run folder and checkpoints.
     """
-    stop = StopOnSignal()
-    save_at_end = SaveAtEnd(stop)
-    added = [save_at_end, AnswerWriter(), ExactResume(), stop, *default_checkpoints(settings)]
-    if not settings.trainer.get("fast_dev_run"):
-        added.append(SaveConfig(parser, settings, text=text))
     built = parser.instantiate(settings)
     model, data = built.model, built.data
-    if isinstance(model, DiffusionLM):
+    is_ours = isinstance(model, DiffusionLM)
+    if is_ours:
         model.sampler = built.sampler  # what predict decodes with
+    stop = StopOnSignal()
+    save_at_end = SaveAtEnd(stop)
+    added = [save_at_end, AnswerWriter(), ExactResume(), stop, *default_checkpoints(settings.trainer, best=is_ours)]
+    if not settings.trainer.get("fast_dev_run"):
+        added.append(SaveConfig(parser, settings, text=text))
     named = built.trainer.get("callbacks") or []
     named = named if isinstance(named, list) else [named]
     changes = {"callbacks": [*named, *added], "plugins": with_checked_files(built.trainer.get("plugins"))}
@@ -234,7 +233,7 @@ def place_run(command: str, settings: Namespace, resume: str | None, held: ExitS
     if resume:
         settings.ckpt_path = None if checkpoint is None else str(checkpoint)
         os.environ[_RESUMED] = settings.ckpt_path or ""
-        if checkpoint is not None and not is_launched_child():  # the first process has looked
+        if checkpoint is not None and is_first():
             check_or_offer(checkpoint, "--resume")
         warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # it goes on there
 

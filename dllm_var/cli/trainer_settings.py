@@ -12,9 +12,9 @@ from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.sampling import Sampler
 from dllm_var.settings import ReferringParser, SettingsParser, config_files
-from dllm_var.training.checkpointing import Trainer
-from dllm_var.training.runs import default_logger
+from dllm_var.training.run_folders import default_logger
 from dllm_var.training.strategies import check_strategy
+from dllm_var.training.trainer import Trainer
 
 DEFAULTS = {"model": DiffusionLM, "data": PackedDataModule}
 BASES = {"model": L.LightningModule, "data": L.LightningDataModule}

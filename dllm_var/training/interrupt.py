@@ -16,12 +16,11 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 
-from dllm_var.checkpoints.choose import newest_checkpoint
-from dllm_var.checkpoints.run_files import CannotSave, clear_leftovers
-from dllm_var.training.checkpointing import Trainer
+from dllm_var.checkpoints.archive import CannotSave
+from dllm_var.checkpoints.run_checkpoint import clear_leftovers, newest_checkpoint
 from dllm_var.training.ranks import is_launched_child
-from dllm_var.training.runs import checkpoint_folders, save_last
 from dllm_var.training.step import TooManySkipped
+from dllm_var.training.trainer import Trainer, checkpoint_folders, save_last
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # the later, the more urgent
 STATUS_BASE = 128  # of a process that a signal ended, as shells count

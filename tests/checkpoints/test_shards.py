@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from dllm_var.checkpoints.choose import check, is_sharded, newest_checkpoint
-from dllm_var.checkpoints.run_files import UnusableCheckpoint
-from dllm_var.checkpoints.shards import SEAL, checksums, read_metadata, read_trainer_state, read_weights, write_seal
+from dllm_var.checkpoints.archive import UnusableCheckpoint
+from dllm_var.checkpoints.run_checkpoint import check, newest_checkpoint
+from dllm_var.checkpoints.sharded import is_sharded, read_index, read_trainer_state, read_weights, write_index_checksum
 
 
 class RunsCode:
@@ -27,7 +27,7 @@ def write_folder(path, extra=None, trainer_state=None):
         state["extra"] = extra
     dcp.save(state, checkpoint_id=path, no_dist=True)
     torch.save(trainer_state or {"global_step": 3}, path / "meta.pt")
-    write_seal(path, checksums(path, 0, 1))
+    write_index_checksum(path)
     return path
 
 
@@ -47,35 +47,39 @@ def test_a_good_folder_passes(folder):
     check(folder)
     assert is_sharded(folder) and newest_checkpoint(folder.parent) == folder
     assert read_trainer_state(folder)["global_step"] == 3
-    assert "state_dict.w" in read_metadata(folder).state_dict_metadata
+    assert "state_dict.w" in read_index(folder).state_dict_metadata
     weights = read_weights(folder)
     assert torch.equal(weights["w"], torch.arange(12.0).view(3, 4)) and weights["half"].dtype == torch.bfloat16
     assert sorted(weights) == ["half", "w"]
 
 
-def test_each_rank_sums_its_own_files(folder):
-    for name in ("__1_0.distcp", "__10_0.distcp"):
-        (folder / name).write_bytes(name.encode())
-    parts = [set(checksums(folder, rank, 11)) for rank in range(11)]
-    assert parts[1] == {"__1_0.distcp"} and parts[10] == {"__10_0.distcp"}
-    assert parts[0] == {"__0_0.distcp", ".metadata", "meta.pt"}
-    assert not any(parts[rank] for rank in range(2, 10))
-
-
 def test_any_damaged_part_is_named(folder):
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
-        for place in range(0, len(content), max(len(content) // 40, 1)):
+        for place in range(0, len(content), max(len(content) // 60, 1)):
             damaged = bytearray(content)
             damaged[place] ^= 4
             path.write_bytes(damaged)
-            assert f"damaged: {path.name}" in complaint(folder)
-        os.truncate(path, len(content) // 2)
-        assert f"damaged: {path.name}" in complaint(folder)
+            assert is_found_or_harmless(folder), (path, place)
+        path.write_bytes(content[: len(content) // 2])
+        assert path.name in complaint(folder) or path.name.endswith(".sha256")
         path.write_bytes(content)
     check(folder)
-    (folder / "meta.pt").unlink()
-    assert "meta.pt is missing" in complaint(folder)
+    for name in ("meta.pt", "__0_0.distcp", ".metadata"):
+        (folder / name).rename(folder / "kept")
+        assert f"{name} is missing" in complaint(folder)
+        (folder / "kept").rename(folder / name)
+
+
+def is_found_or_harmless(folder):
+    try:
+        check(folder)
+    except UnusableCheckpoint as error:
+        return str(folder) in str(error) and "\n" not in str(error)
+    weights = read_weights(folder)
+    return torch.equal(weights["w"], torch.arange(12.0).view(3, 4)) and torch.equal(
+        weights["half"], torch.ones(2, dtype=torch.bfloat16)
+    )
 
 
 def test_code_in_any_part_is_refused_and_not_run(tmp_path):
@@ -84,31 +88,17 @@ def test_code_in_any_part_is_refused_and_not_run(tmp_path):
     complaint(write_folder(tmp_path / "b.ckpt", trainer_state={"x": RunsCode(proof)}))
     evil = write_folder(tmp_path / "c.ckpt")
     (evil / ".metadata").write_bytes(pickle.dumps(RunsCode(proof)))
-    write_seal(evil, checksums(evil, 0, 1))
+    write_index_checksum(evil)
     assert "mkdir" in complaint(evil)
-    (evil / SEAL).unlink()
-    complaint(evil)
     assert not proof.exists()
 
 
 def test_files_outside_are_not_read(folder, tmp_path):
-    (tmp_path / "outside").write_bytes(b"x" * 100)
+    (tmp_path / "outside").write_bytes((folder / "__0_0.distcp").read_bytes())
     for name in ("../outside", str(tmp_path / "outside")):
-        digests = checksums(folder, 0, 1)
-        write_seal(folder, {**digests, name: "0" * 64})
-        assert f"names {name}, a file outside of it" in complaint(folder)
-        metadata = read_metadata(folder)
-        for info in metadata.storage_data.values():
+        index = read_index(folder)
+        for info in index.storage_data.values():
             info.relative_path = name
-        kept = (folder / ".metadata").read_bytes()
-        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-        write_seal(folder, checksums(folder, 0, 1))
+        (folder / ".metadata").write_bytes(pickle.dumps(index))
+        write_index_checksum(folder)
         assert f"names {name}, a file outside of it" in complaint(folder)
-        (folder / ".metadata").write_bytes(kept)
-
-
-def test_another_format_is_named(folder, monkeypatch):
-    monkeypatch.setattr("dllm_var.checkpoints.shards.FORMAT", 4)
-    write_seal(folder, checksums(folder, 0, 1))
-    monkeypatch.undo()
-    assert "format 4" in complaint(folder)

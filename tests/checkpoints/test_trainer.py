@@ -12,12 +12,10 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 
-from dllm_var.checkpoints import run_files as files
-from dllm_var.checkpoints.background import BackgroundFiles, snapshot
-from dllm_var.checkpoints.choose import check, newest_first, step_of
-from dllm_var.checkpoints.run_files import CannotSave, read_file
-from dllm_var.checkpoints.shards import SEAL
-from dllm_var.training.checkpointing import CheckedFiles, Trainer
+from dllm_var.checkpoints.archive import CannotSave
+from dllm_var.checkpoints.checkpoint_io import BackgroundFiles, CheckedFiles, snapshot
+from dllm_var.checkpoints.run_checkpoint import check, newest_first, step_of
+from dllm_var.training.trainer import Trainer
 
 
 class Fsdp1(FSDPStrategy):
@@ -77,18 +75,13 @@ PLUGINS = {
 
 @pytest.mark.parametrize("name", PLUGINS)
 def test_files_hold_the_state_of_their_step(name, tmp_path, monkeypatch):
-    write = files._write_sealed
-
-    def late(checkpoint, file):
-        time.sleep(0.05)  # some steps
-        write(checkpoint, file)
-
-    monkeypatch.setattr(files, "_write_sealed", late)
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda *arguments: (time.sleep(0.05), save(*arguments)))  # some steps
     seen = fit(tmp_path, PLUGINS[name]())
     assert names(tmp_path)[-2:] == ["step=3.ckpt", "step=4.ckpt"]  # Lightning's own leaves older ones behind
     assert name.startswith("Lightning") or len(names(tmp_path)) == 2
     for step in (3, 4):
-        checkpoint = read_file(tmp_path / f"step={step}.ckpt")
+        checkpoint = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
         assert checkpoint["global_step"] == step
         assert torch.equal(checkpoint["state_dict"]["layer.weight"], seen[step])
     assert not torch.equal(seen[3], seen[4])
@@ -100,13 +93,13 @@ def test_fsdp1_writes_files_and_folders(kind, tmp_path):
     assert names(tmp_path) == ["step=3.ckpt", "step=4.ckpt"]
     for path in tmp_path.iterdir():
         check(path)
-        assert (path / SEAL).is_file() == path.is_dir() == (kind == "sharded")
+        assert path.is_dir() == (kind == "sharded")
     assert [step_of(path) for path in newest_first(tmp_path)] == [4, 3]
 
 
 @pytest.mark.parametrize("strategy", ["auto", Fsdp1(state_dict_type="sharded")], ids=["file", "folder"])
 def test_what_a_killed_run_left_is_no_part_of_a_checkpoint(strategy, tmp_path):
-    leftover = tmp_path / ".step=1.ckpt.saving"
+    leftover = tmp_path / "step=1.ckpt.saving"
     leftover.mkdir()
     (leftover / "__1_0.distcp").touch()
     fit(tmp_path, CheckedFiles(), strategy, steps=1)
@@ -122,14 +115,14 @@ def test_a_plugin_that_writes_later_and_elsewhere_is_refused(tmp_path):
 @pytest.mark.parametrize("plugin", [CheckedFiles, BackgroundFiles])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
 def test_what_could_not_be_written_is_named(number, plugin, tmp_path, monkeypatch):
-    write = files._write_sealed
+    save = torch.save
 
     def fails(checkpoint, file):
         if checkpoint["global_step"] == 3:
             raise OSError(number, "the reason")
-        write(checkpoint, file)
+        save(checkpoint, file)
 
-    monkeypatch.setattr(files, "_write_sealed", fails)
+    monkeypatch.setattr(torch, "save", fails)
     with pytest.raises(CannotSave) as caught:
         fit(tmp_path, plugin())
     text = str(caught.value)
@@ -155,18 +148,18 @@ def test_lightning_s_own_trainer_writes_in_the_background_as_well(tmp_path):
 
 
 def test_an_old_checkpoint_goes_when_the_new_one_is_whole(tmp_path, monkeypatch):
-    plugin, write, gate = BackgroundFiles(), files._write_sealed, threading.Event()
+    plugin, save, gate = BackgroundFiles(), torch.save, threading.Event()
 
     def waits(checkpoint, file):
         gate.wait(10)
-        write(checkpoint, file)
+        save(checkpoint, file)
 
     old, new = tmp_path / "old.ckpt", tmp_path / "new.ckpt"
     CheckedFiles().save_checkpoint({"global_step": 1}, old)
-    monkeypatch.setattr(files, "_write_sealed", waits)
+    monkeypatch.setattr(torch, "save", waits)
     plugin.save_checkpoint({"global_step": 2}, new)
     plugin.remove_checkpoint(old)
-    assert names(tmp_path)[-1] == "old.ckpt" and not new.exists()
+    assert old.exists() and not new.exists()
     gate.set()
     plugin.teardown()
     assert names(tmp_path) == ["new.ckpt"]

@@ -17,8 +17,8 @@ import torch
 from dllm_var import DiffusionLM
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.model import TransformerConfig
-from dllm_var.training.checkpointing import Trainer
 from dllm_var.training.optim import AdamW, Schedule
+from dllm_var.training.trainer import Trainer
 
 SHAPE = dict(hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2)
 CONTEXT = 64

@@ -14,8 +14,8 @@ from dllm_var.datamodules import PackedDataModule
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.model.build import build_transformer
 from dllm_var.model.lora import Lora, is_adapter
-from dllm_var.training.checkpointing import Trainer
 from dllm_var.training.strategies import FSDP2
+from dllm_var.training.trainer import Trainer
 
 SHAPE = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, qkv_bias=True, qk_norm=True)
 

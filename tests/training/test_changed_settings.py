@@ -1,10 +1,11 @@
 """Settings that changed since the checkpoint: some may, others are refused by name unless the user insists."""
 
 import pytest
-from test_endings import LAST, error_line, state, tiny  # noqa: F401 - tiny is a fixture
+import torch
+from tiny_run import LAST, error_line, state, tiny  # noqa: F401 - tiny is a fixture
 
 from dllm_var.__main__ import main
-from dllm_var.checkpoints.run_files import read_file, write_file
+from dllm_var.checkpoints.archive import write_archive
 
 
 @pytest.fixture
@@ -53,9 +54,9 @@ def test_who_insists_goes_on_but_not_with_another_optimizer(begun, capsys, caplo
 
 
 def test_a_checkpoint_without_settings_is_taken_as_it_is(begun, caplog):
-    checkpoint = read_file(LAST)
+    checkpoint = torch.load(LAST, weights_only=True)
     del checkpoint["config"], checkpoint["rows_per_step"]
     for path in LAST.parent.iterdir():
-        write_file(checkpoint, path)
+        write_archive(checkpoint, path)
     assert main([*begun, "--model.seed=5"]) == 0
     assert "cannot be compared" in caplog.text

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import pytest
-import yaml
+import torch
 from lightning.pytorch.callbacks import Callback
-from test_endings import LAST, event, notes, same, state, tiny  # noqa: F401 - tiny is a fixture
+from tiny_run import LAST, added, event, notes, same, state, tiny  # noqa: F401 - tiny is a fixture
 
 from dllm_var.__main__ import main
-from dllm_var.checkpoints.run_files import read_file
 
 HERE = __name__
 SAVER = "lightning.pytorch.callbacks.ModelCheckpoint"
@@ -24,12 +23,6 @@ class SaveEachBatch(Callback):
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         if batch_idx == 1:
             trainer.save_checkpoint(f"each/{trainer.fit_loop.total_batch_idx + 1:02}-validation.ckpt")
-
-
-def added(*callbacks):
-    content = {"trainer": {"callbacks+": [{"class_path": name, "init_args": args} for name, args in callbacks]}}
-    Path("added.yaml").write_text(yaml.safe_dump(content))
-    return ["--config", "added.yaml"]
 
 
 @pytest.fixture
@@ -54,7 +47,8 @@ def test_a_checkpoint_of_any_batch_and_any_saver_is_one_to_go_on_from(batches, a
             assert main([*accumulating, f"--resume={path}", f"--trainer.logger.version={number}"]) == 0
             again = notes()
             assert again == whole[len(whole) - len(again) :], path
-            assert next(note for note in again if note[0] == "rows")[1] == read_file(path)["global_step"]
+            saved_at = torch.load(path, weights_only=True)["global_step"]
+            assert next(note for note in again if note[0] == "rows")[1] == saved_at
             kept = Path(f"runs/tiny/version_{number}/checkpoints")
             assert same(state(kept / "last.ckpt"), expected), path
             assert not list(kept.glob("*-v1.ckpt")), path  # a loaded step counts as saved

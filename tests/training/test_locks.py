@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from dllm_var.errors import UserError
-from dllm_var.training.locks import hold
+from dllm_var.training.run_folders import hold
 
 ROOT = Path(__file__).parent.parent.parent
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from dllm_var.training.locks import hold
+from dllm_var.training.run_folders import hold
 with hold(Path(sys.argv[1])):
     if len(sys.argv) > 2 and os.fork() == 0:
         time.sleep(60)
@@ -27,11 +27,11 @@ with hold(Path(sys.argv[1])):
 
 
 @contextlib.contextmanager
-def another_process(folder, *arguments, **environment):
+def another_process(folder, *arguments):
     """Holds a folder until it is told to end, or killed."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(folder), *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -79,26 +79,6 @@ def test_a_forked_child_that_lives_on_does_not_keep_the_lock(tmp_path):
         holder.wait()
         with hold(tmp_path):
             pass
-
-
-def test_a_slurm_job_that_runs_again_is_not_locked_out_by_its_earlier_start(tmp_path, monkeypatch):
-    with another_process(tmp_path, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1"):
-        monkeypatch.setenv("SLURM_JOB_ID", "8")
-        monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-        refusal(tmp_path)
-        monkeypatch.setenv("SLURM_JOB_ID", "7")
-        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-        refusal(tmp_path)
-        monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-        with hold(tmp_path), another_holder_is_refused(tmp_path):
-            pass
-
-
-@contextlib.contextmanager
-def another_holder_is_refused(folder):
-    with pytest.raises(AssertionError), another_process(folder):
-        pass
-    yield
 
 
 def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):

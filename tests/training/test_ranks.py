@@ -15,10 +15,9 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from tiny_data import data_settings, write_words
 
-from dllm_var.checkpoints.choose import check, newest_checkpoint
 from dllm_var.checkpoints.pretrained import load_checkpoint
-from dllm_var.checkpoints.run_files import read_file
-from dllm_var.checkpoints.shards import read_trainer_state
+from dllm_var.checkpoints.run_checkpoint import check, newest_checkpoint
+from dllm_var.checkpoints.sharded import read_trainer_state
 from dllm_var.cli.failures import is_lost_contact, killed_worker
 
 ROOT = Path(__file__).parent.parent.parent
@@ -159,12 +158,12 @@ def test_whatever_befalls_one_of_two_both_end_and_a_checkpoint_is_left(tmp_path,
     status, output = run([*command, *event(what="SIGTERM", step=3, rank=1)])  # the signal goes to one alone
     assert status == 143, output
     assert "Traceback" not in output and "stopped at step 3" in output
-    assert read_file(LAST)["global_step"] == 3
+    assert torch.load(LAST, weights_only=True)["global_step"] == 3
 
     status, output = run([*command, "--resume", *event(what="error", step=6, rank=1)])
     assert status in (2, -signal.SIGKILL), output  # whichever comes first: a lost connection, or Lightning's watch
     assert "KeyError: 'a bug'" in output and ("lost contact" in output or "terminated with code" in output)
-    assert read_file(newest_checkpoint(LAST.parent))["global_step"] == 4
+    assert torch.load(newest_checkpoint(LAST.parent), weights_only=True)["global_step"] == 4
 
     status, output = run([*command, "--resume", *event(what="SIGKILL", step=6, rank=1)])
     assert status in (2, -signal.SIGKILL), output
@@ -173,7 +172,7 @@ def test_whatever_befalls_one_of_two_both_end_and_a_checkpoint_is_left(tmp_path,
 
     status, output = run([*command, "--resume", *event(what="SIGKILL", step=6, rank=0)])  # `run` sees both gone
     assert status == -signal.SIGKILL
-    assert read_file(newest_checkpoint(LAST.parent))["global_step"] == 4
+    assert torch.load(newest_checkpoint(LAST.parent), weights_only=True)["global_step"] == 4
 
 
 @pytest.mark.slow
@@ -224,7 +223,7 @@ def test_two_ranks_go_on_bit_for_bit_and_one_alone_with_the_same_rows(strategy, 
     last = LAST.parent.parent.parent / "version_1" / "checkpoints" / "last.ckpt"
     check(last)
     assert last.is_dir() == (strategy == "fsdp2")
-    stopped = read_trainer_state(last) if last.is_dir() else read_file(last)
+    stopped = read_trainer_state(last) if last.is_dir() else torch.load(last, weights_only=True)
     assert stopped["global_step"] == 3
     status, output = run([*command, "--resume"])
     assert status == 0, output

@@ -14,10 +14,9 @@ from test_locks import another_process
 from tiny_data import write_tiny
 
 from dllm_var.__main__ import main
-from dllm_var.checkpoints.choose import step_of
+from dllm_var.checkpoints.run_checkpoint import step_of
 from dllm_var.errors import UserError
-from dllm_var.training.run_folders import continue_newest, lock, place_runs, reserve
-from dllm_var.training.runs import default_logger
+from dllm_var.training.run_folders import continue_newest, default_logger, lock, place_runs, reserve
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -126,7 +125,7 @@ def test_runs_go_and_are_found_where_default_root_dir_says(tiny, tmp_path):
 def test_a_run_under_way_is_neither_resumed_nor_touched(tiny, capsys):
     assert main(tiny) == 0
     run = Path("runs/tiny/version_0")
-    (run / "checkpoints" / ".last.ckpt.new").touch()  # the other one writes
+    (run / "checkpoints" / "last.ckpt.partial").touch()  # the other one writes
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with another_process(run) as other:
         for resume in ("--resume", f"--resume={run}", "--resume=auto", "--trainer.logger.version=0"):
@@ -137,14 +136,14 @@ def test_a_run_under_way_is_neither_resumed_nor_touched(tiny, capsys):
         assert main(tiny) == 0  # a new one
     assert main([*tiny, f"--resume={run}", "--trainer.max_steps=4"]) == 0
     assert step_of(run / "checkpoints" / "last.ckpt") == 4
-    assert not list(run.rglob(".*")) and runs() == ["version_0", "version_1"]
+    assert not list(run.rglob("*.partial")) and runs() == ["version_0", "version_1"]
 
 
 def test_a_checkpoint_that_a_killed_run_had_set_aside_is_found_and_put_back(tmp_path):
     folder = tmp_path / "a" / "version_0" / "checkpoints"
-    aside = folder / ".last.ckpt.previous"
+    aside = folder / "last.ckpt.previous"
     aside.mkdir(parents=True)
-    (aside / "seal.json").touch()
+    (aside / "meta.pt").touch()
     trainer = settings(logger=logger("CSVLogger", tmp_path, "a"))
     assert continue_newest(trainer) == aside
     with ExitStack() as held:

@@ -1,19 +1,60 @@
-"""Checkpoint files written by a thread while training goes on."""
+"""Plugins for Lightning's Trainer that write checkpoint files: whole or not at all, at once or in the background."""
 
 from __future__ import annotations
 
 import copy
+import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from dllm_var.training.checkpointing import CheckedFiles
+from dllm_var.checkpoints.archive import UnusableCheckpoint, load_archive, write_archive
+from dllm_var.checkpoints.run_checkpoint import SAVING, check
+from dllm_var.files import discard, partial_path
 
 _COPIES = 2  # of the state in memory at most: a step's own file, and last.ckpt
+
+
+class CheckedFiles(TorchCheckpointIO):
+    """Writes checkpoint files whole or not at all, and checks them before it reads them, without running code.
+
+    For any `lightning.Trainer`: `plugins=[CheckedFiles()]`. The command line always has it.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)  # our Trainer gives a name for what strategies write by themselves, which this is not
+        write_archive(checkpoint, path.with_suffix("") if path.suffix == SAVING else path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        """Loads a checkpoint, tensors and plain values only, whatever `weights_only` says.
+
+        One process of each node checks it.
+
+        Raises:
+            UnusableCheckpoint: When it is missing, damaged, or holds anything else.
+        """
+        path = Path(path)
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+            check(path)
+        checkpoint = load_archive(path, path, map_location=map_location)
+        if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
+            raise UnusableCheckpoint(f"{path} is not a checkpoint of a training run")
+        return checkpoint
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Removes a checkpoint; under another name first, so that half of a folder never passes for a checkpoint."""
+        path = Path(path)
+        if path.is_dir() and not path.is_symlink():
+            aside = partial_path(path)
+            discard(aside)
+            path = path.rename(aside)
+        discard(path)
 
 
 class BackgroundFiles(CheckedFiles):
@@ -43,7 +84,7 @@ class BackgroundFiles(CheckedFiles):
         if self._failure is not None:
             self._is_told = True
             raise self._failure
-        self._saves.append(self._do(super().save_checkpoint, snapshot(checkpoint), path, storage_options))
+        self._saves.append(self._do(super().save_checkpoint, snapshot(checkpoint), path))
 
     def remove_checkpoint(self, path: Any) -> None:
         self._do(super().remove_checkpoint, path)
