@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -29,7 +30,7 @@ from dllm_var.cli.failures import from_checkpoint, from_files, from_outside
 from dllm_var.cli.trainer_settings import build_parser, check_settings, full_help, run_name
 from dllm_var.errors import UserError
 from dllm_var.model.float8 import Float8, check_float8
-from dllm_var.settings import ReferringParser
+from dllm_var.settings import load_yaml
 from dllm_var.training.interrupt import Interrupted, SaveAtEnd, StopOnSignal
 from dllm_var.training.ranks import is_first, is_launched_child
 from dllm_var.training.resume import ExactResume, ResumableFitLoop, check_changes
@@ -69,14 +70,7 @@ def main(command: str, arguments: list[str]) -> int:
 def run(command: str, arguments: list[str], resume: str | None, held: ExitStack) -> int:
     """Runs one Trainer command; what ends it from outside becomes one line. `held` keeps the run's folders for it."""
     try:
-        parser = build_parser(command, arguments)
-        settings = parser.parse_resolved(arguments)
-        check_settings(settings, run_name(arguments))
-        resume = find_checkpoint(command, settings, resume)
-        seed_all(settings)
-        text = parser.dump(settings, skip_none=False, skip_validation=True)
-        place_run(command, settings, resume, held)
-        train(command, parser, settings, text)
+        TrainerCLI(command, arguments, resume, held).run_command()
     except CannotSave:
         if is_launched_child():  # the first process says why
             return 1
@@ -106,44 +100,78 @@ def run(command: str, arguments: list[str], resume: str | None, held: ExitStack)
     return 0
 
 
-def train(command: str, parser: ReferringParser, settings: Namespace, text: str) -> None:
-    """Builds model, data and Trainer, and lets the Trainer work.
+class TrainerCLI(LightningCLI):
+    """LightningCLI for one command: reads the settings, gives the run its folder, builds model, data and Trainer.
 
     Args:
-        command: The Trainer's method.
-        parser: Builds the objects.
-        settings: With the run's folder in them.
-        text: The settings as they were given, for the run folder and checkpoints.
+        command: `fit`, `validate`, `test` or `predict`.
+        arguments: Settings of the command.
+        resume: What `--resume` says: `newest`, `auto` or a path; None without it.
+        held: Keeps the locks of the run's folders.
+
+    Raises:
+        UserError: For a mistake in the settings.
     """
-    built = parser.instantiate(settings)
-    model, data = built.model, built.data
-    is_ours = isinstance(model, DiffusionLM)
-    if is_ours:
-        model.sampler = built.sampler  # what predict decodes with
-    stop = StopOnSignal()
-    save_at_end = SaveAtEnd(stop)
-    added = [save_at_end, AnswerWriter(), ExactResume(), stop, *default_checkpoints(settings.trainer, best=is_ours)]
-    if not settings.trainer.get("fast_dev_run"):
-        added.append(SaveConfig(parser, settings, text=text))
-    named = built.trainer.get("callbacks") or []
-    named = named if isinstance(named, list) else [named]
-    changes = {"callbacks": [*named, *added], "plugins": with_checked_files(built.trainer.get("plugins"))}
-    try:
-        trainer = Trainer(**{**built.trainer.as_dict(), **changes})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
-    ResumableFitLoop.take_over(trainer)
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks.sort(key=lambda callback: callback is not save_at_end)
-    checkpoint = settings.get("ckpt_path")
-    if command == "fit":  # before any data is read
-        float8 = getattr(model, "float8", None)
-        if isinstance(float8, Float8):
-            check_float8(float8, trainer.strategy.root_device, trainer.precision)
-        if checkpoint is not None and Path(checkpoint).exists():
-            check_changes(Path(checkpoint), text, trainer, data)
-    options = {name: built[name] for name in ("verbose", "return_predictions") if name in built}
-    getattr(trainer, command)(model, datamodule=data, ckpt_path=checkpoint, weights_only=True, **options)
+
+    def __init__(self, command: str, arguments: list[str], resume: str | None, held: ExitStack) -> None:
+        self.command, self.arguments, self.resume, self.held = command, arguments, resume, held
+        stop = StopOnSignal()
+        self.save_at_end = SaveAtEnd(stop)
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            save_config_callback=SaveConfig,
+            trainer_class=Trainer,
+            trainer_defaults={"callbacks": [self.save_at_end, AnswerWriter(), ExactResume(), stop]},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            args=arguments,
+            run=False,
+        )
+
+    def setup_parser(self, *args: Any) -> None:
+        self.parser = build_parser(self.command, self.arguments)
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
+        self.config = parser.parse_resolved(args)
+        check_settings(self.config, run_name(args))
+        self.resume = find_checkpoint(self.command, self.config, self.resume)
+
+    def before_instantiate_classes(self) -> None:
+        """Keeps the settings as they were given, for the run folder and checkpoints, then adds the run's folder."""
+        self.text = self.parser.dump(self.config, skip_none=False, skip_validation=True)
+        self.config_dump = load_yaml(self.text)
+        self.save_config_kwargs = {"text": self.text}
+        place_run(self.command, self.config, self.resume, self.held)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        is_ours = isinstance(self.model, DiffusionLM)
+        if is_ours:
+            self.model.sampler = self.config_init.sampler  # what predict decodes with
+        self.trainer_defaults["callbacks"] += default_checkpoints(self.config.trainer, best=is_ours)
+        plugins = with_checked_files(self.config_init.trainer.get("plugins"))
+        try:
+            trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        ResumableFitLoop.take_over(trainer)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.sort(key=lambda callback: callback is not self.save_at_end)
+        return trainer
+
+    def run_command(self) -> None:
+        """Lets the Trainer work; before `fit` reads any data, what this machine or a resumed run lacks is said."""
+        checkpoint = self.config.get("ckpt_path")
+        if self.command == "fit":
+            float8 = getattr(self.model, "float8", None)
+            if isinstance(float8, Float8):
+                check_float8(float8, self.trainer.strategy.root_device, self.trainer.precision)
+            if checkpoint is not None and Path(checkpoint).exists():
+                check_changes(Path(checkpoint), self.text, self.trainer, self.datamodule)
+        options = {name: self.config[name] for name in ("verbose", "return_predictions") if name in self.config}
+        method = getattr(self.trainer, self.command)
+        method(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True, **options)
 
 
 def with_checked_files(plugins: Any) -> list[Any]:
@@ -158,13 +186,6 @@ def with_checked_files(plugins: Any) -> list[Any]:
 
 
 # -- before a run ------------------------------------------------------------------------------------------------------
-
-
-def seed_all(settings: Namespace) -> None:
-    """Seeds all random generators as the settings say, and keeps a random seed in them."""
-    seed = settings.seed_everything
-    if seed is not False:
-        settings.seed_everything = L.seed_everything(None if seed is True else seed, workers=True)
 
 
 def split_resume(command: str, arguments: list[str]) -> tuple[list[str], str | None]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import Namespace, dict_to_namespace
+from lightning.pytorch.cli import LightningArgumentParser
 
 from dllm_var import DiffusionLM, __version__
 from dllm_var.datamodules import PackedDataModule
@@ -21,7 +22,11 @@ BASES = {"model": L.LightningModule, "data": L.LightningDataModule}
 PASSED = ("model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule")  # no settings of the commands
 
 
-def build_parser(command: str, arguments: list[str], trainer_command: str | None = None) -> ReferringParser:
+class TrainerParser(ReferringParser, LightningArgumentParser):
+    """The parser that LightningCLI builds from, with the mistakes and references of `ReferringParser`."""
+
+
+def build_parser(command: str, arguments: list[str], trainer_command: str | None = None) -> TrainerParser:
     """Returns the parser of a command that runs a Trainer.
 
     Args:
@@ -29,8 +34,9 @@ def build_parser(command: str, arguments: list[str], trainer_command: str | None
         arguments: What follows it; the first `--config` names the run.
         trainer_command: The Trainer's method whose arguments are settings, too; the command itself when None.
     """
-    parser = ReferringParser(
+    parser = TrainerParser(
         command,
+        description=None,
         prog=f"python -m dllm_var {command}",
         dump_header=[f"dllm_var=={__version__} lightning=={L.__version__}"],
     )
@@ -70,7 +76,7 @@ def run_name(arguments: list[str]) -> str:
     return configs[0].stem if configs else "default"
 
 
-def full_help(parser: ReferringParser) -> str:
+def full_help(parser: TrainerParser) -> str:
     """Returns --help with the settings of the default classes, which a parser of class paths does not show."""
     inner = SettingsParser(description="", usage="", add_help=False)
     for key, default in DEFAULTS.items():
