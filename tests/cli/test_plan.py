@@ -43,7 +43,7 @@ def test_options_and_settings(capsys):
     assert slow["step"]["seconds"] == pytest.approx(4 * fast["step"]["seconds"])
     assert fast["parameters"]["total"] == 1_798_080  # the vocabulary is the source's tokenizer's
     adapters = plan(capsys, "llada_8b_sft", "lora")
-    assert adapters["parameters"]["trained"] == 16 * 32 * (4096 * (1 + 3 + 1 + 1) + 4096 + 2 * 12288 + 12288 + 4096)
+    assert adapters["parameters"]["trained"] == 16 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 12288))
 
 
 def test_the_table(capsys):
