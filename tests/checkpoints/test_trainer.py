@@ -124,7 +124,7 @@ def test_what_could_not_be_written_is_named(number, plugin, tmp_path, monkeypatc
 
     monkeypatch.setattr(torch, "save", fails)
     with pytest.raises(CannotSave) as caught:
-        fit(tmp_path, plugin())
+        fit(tmp_path, plugin(), steps=8)  # enough saves for one to wait for that of step 3
     text = str(caught.value)
     assert f"{tmp_path / 'step=3.ckpt'}" in text and "the reason" in text and "step=2.ckpt is whole" in text
     assert ("make room" in text) == (number == errno.ENOSPC)
