@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -299,7 +300,7 @@ class DiffusionLM(L.LightningModule):
         """Refuses what the run cannot go on with, before any weight is touched."""
         assert self.tokenizer is not None and self.transformer is not None
         checked = getattr(self.trainer.datamodule, "check_resume", True)  # type: ignore[attr-defined]
-        check_identity(
+        note = check_identity(
             checkpoint.get("dllm_var"),
             self.transformer.config,
             self.tokenizer if checked else None,
@@ -307,6 +308,8 @@ class DiffusionLM(L.LightningModule):
             str(self.trainer.ckpt_path or ""),
             CHANGEABLE if checked and self.trainer.state.fn == "fit" else CHANGEABLE_WHEN_MEASURED,
         )
+        if note is not None:
+            rank_zero_info(note)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         averaging = any(isinstance(callback, WeightAveraging) for callback in callbacks)
         if "averaging_state" in checkpoint and self.trainer.state.fn == "fit" and not averaging:

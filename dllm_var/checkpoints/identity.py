@@ -9,8 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
-
 from dllm_var import __version__
 from dllm_var.checkpoints.archive import UnusableCheckpoint
 from dllm_var.errors import UserError
@@ -54,8 +52,8 @@ def check_identity(
     lora: Lora | None,
     path: str,
     changeable: set[str],
-) -> None:
-    """Refuses a checkpoint of another model or tokenizer, naming the setting.
+) -> str | None:
+    """Refuses a checkpoint of another model or tokenizer, naming the setting; returns a note on other versions.
 
     Args:
         saved: Its `dllm_var` entry.
@@ -73,9 +71,7 @@ def check_identity(
     check_format(saved, path)
     made_with, ours = saved.get("versions", {}), provenance()["versions"]
     changed = [name for name in _EXACT if name in made_with and made_with[name] != ours.get(name)]
-    if changed:
-        told = ", ".join(f"{name} {made_with[name]} (now {ours.get(name)})" for name in changed)
-        rank_zero_info(f"the checkpoint was made with {told}: results may differ in their last bits")
+    told = ", ".join(f"{name} {made_with[name]} (now {ours.get(name)})" for name in changed)
     theirs, settings = saved["transformer"], config.to_dict()
     for name, value in settings.items():
         if name in theirs and name not in changeable and theirs[name] != value:
@@ -93,6 +89,7 @@ def check_identity(
             "the checkpoint was trained with another tokenizer than data.tokenizer: set it back, or go on all the "
             "same with --data.check_resume=false"
         )
+    return f"the checkpoint was made with {told}: results may differ in their last bits" if changed else None
 
 
 def check_format(saved: dict[str, Any], path: str | Path) -> None:
