@@ -38,7 +38,7 @@ def export_checkpoint(
         family: The family.
         output: The folder, which must not exist yet.
         decoding: How the model is meant to be decoded (`block_length`, `threshold`), kept beside the weights.
-        dtype: Converts the weights; as stored when null.
+        dtype: Converts the weights; as stored when None.
         shard_bytes: Size of one weights file.
 
     Returns:

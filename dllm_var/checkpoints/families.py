@@ -28,7 +28,7 @@ class Family:
         model_type: How `config.json` names it.
         architecture: The class that `config.json` names.
         settings: Our settings and its keys; what an absent key means is in `defaults`. Of several keys the first that
-            is not null counts, and all are written.
+            is not None counts, and all are written.
         fixed: Keys, and the values under which the model computes what ours does. The first is what is written.
         renamed: Parts of our weights' names and the family's, where they differ.
         defaults: What it means when a key of `settings` is absent; keys that are not here must be there.

@@ -94,7 +94,7 @@ def load_checkpoint(
         path: `runs/quickstart/version_0`, `.../checkpoints/last.ckpt`, a folder with `config.json` (our own or that of
             a published model, see docs/checkpoints.md), or a published model's name on the hub.
         device: Where the weights go.
-        dtype: Converts the weights; as stored when null.
+        dtype: Converts the weights; as stored when None.
 
     Returns:
         The transformer in eval mode, its tokenizer, and what else the checkpoint remembers (`sampler`, ...). A

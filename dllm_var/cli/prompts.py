@@ -1,4 +1,4 @@
-"""What `generate` is asked: prompts from the command line, files and standard input, as token ids."""
+"""Prompts of `generate`, from the command line, files and standard input, as token ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which token sees which, and the attention itself."""
+"""Attention, and the masks that say which token sees which."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def partly_causal_mask(shown: Tensor, segment_ids: Tensor | None) -> Tensor:
 
     Args:
         shown: Which tokens are seen from their left, too [B, L], bool.
-        segment_ids: Document of each token [B, L]; a token sees only its own document. Everything when null.
+        segment_ids: Document of each token [B, L]; a token sees only its own document. Everything when None.
     """
     mask = causal_mask(shown.size(1), shown.device) | shown[:, None, :]
     return mask if segment_ids is None else mask & segment_mask(segment_ids)[:, 0]

@@ -30,11 +30,11 @@ def build_transformer(
 
     Args:
         config: Its shape; `vocab_size` must be set.
-        lora: Adapters that it gets; none when null.
+        lora: Adapters that it gets; none when None.
         draw: Draws its weights, by name from torch's seed; else they hold whatever the memory held, to be filled.
-        mesh: Lightning's, of `data_parallel` and `tensor_parallel` processes; one process has it all when null.
-        device: Where the weights go; torch's default when null.
-        float8: How its layers multiply in 8 bits; not at all when null.
+        mesh: Lightning's, of `data_parallel` and `tensor_parallel` processes; one process has it all when None.
+        device: Where the weights go; torch's default when None.
+        float8: How its layers multiply in 8 bits; not at all when None.
 
     Raises:
         UserError: When the mesh divides each layer and the transformer cannot be divided so.

@@ -37,14 +37,14 @@ class TransformerConfig:
         hidden_size: Width of the residual stream; 256 by default.
         num_layers: Number of transformer blocks; 4 by default.
         num_heads: Number of query heads; 4 by default.
-        num_kv_heads: Number of key/value heads, fewer than `num_heads` for grouped-query attention; all when null.
-        head_dim: Width of one head; `hidden_size // num_heads` when null.
-        intermediate_size: Width of the SwiGLU layer; 8/3 of `hidden_size`, rounded up to a multiple of 64, when null.
+        num_kv_heads: Number of key/value heads, fewer than `num_heads` for grouped-query attention; all when None.
+        head_dim: Width of one head; `hidden_size // num_heads` when None.
+        intermediate_size: Width of the SwiGLU layer; 8/3 of `hidden_size`, rounded up to a multiple of 64, when None.
         rope_theta: Base of the rotary frequencies; 10,000 by default.
         rope_scaling: Factor on `rope_theta`, to read beyond the trained length: see `dllm_var.model.rope_scaling`; 1 by
             default.
         rope_llama3: How Llama 3.1 and later slow their low frequencies down: `factor`, `low_freq_factor`,
-            `high_freq_factor` and `original_max_position_embeddings`; not at all when null.
+            `high_freq_factor` and `original_max_position_embeddings`; not at all when None.
         rope_full_precision: Turns queries and keys in 32 bits also where the model computes in 16, as LLaDA does and
             Llama, Qwen and Dream do not; false by default.
         norm_eps: Epsilon of every RMSNorm; 1e-6 by default.
@@ -54,11 +54,11 @@ class TransformerConfig:
         tie_embeddings: Shares the input embedding with the output head.
         initializer_range: Standard deviation of the initial weights; 0.02 by default.
         context_length: Longest context in training, for those who serve the model; not enforced. What the checkpoint or
-            the data has when null.
-        vocab_size: Number of token ids; taken from the tokenizer when null.
-        mask_id: Id of the mask token; taken from the tokenizer when null.
-        terminator_ids: Ids that end an answer; taken from the tokenizer when null.
-        pad_id: Id that fills unused positions; taken from the tokenizer when null.
+            the data has when None.
+        vocab_size: Number of token ids; taken from the tokenizer when None.
+        mask_id: Id of the mask token; taken from the tokenizer when None.
+        terminator_ids: Ids that end an answer; taken from the tokenizer when None.
+        pad_id: Id that fills unused positions; taken from the tokenizer when None.
         causal: Each position sees only its left; set by the objective.
         causal_context: Of prompt and finished blocks each position sees only its left; set by the objective.
     """

@@ -28,7 +28,7 @@ class Chunk:
 
     Args:
         size: Tokens.
-        mask: Added to the scores, so that a token sees what it may [size, size]; null when that is everything.
+        mask: Added to the scores, so that a token sees what it may [size, size]; None when that is everything.
     """
 
     size: int

@@ -62,13 +62,13 @@ class KVCache:
 
         Args:
             width: Tokens of the forward, L.
-            windows: How many of them are real in each row, the rest being padding on the right; all when null.
+            windows: How many of them are real in each row, the rest being padding on the right; all when None.
             rows: The rows that take part, when not all do; each must be empty (a prefill into free rows).
             visible: Tokens that each row attends to, when what an earlier forward wrote behind the window counts too.
             slots: Where each token is stored [B, L], when that is not right behind the frozen ones; needs `visible`.
             positions: Rotary position of each token [B, L], when that is not where it is stored.
-            seen: Which of the window's tokens each of them sees [B, L, L], beside the frozen ones; all when null.
-            left_to_right: How many of each row's first tokens see nothing to the right of them [B]; none when null.
+            seen: Which of the window's tokens each of them sees [B, L, L], beside the frozen ones; all when None.
+            left_to_right: How many of each row's first tokens see nothing to the right of them [B]; none when None.
         """
         lengths = self.lengths if rows is None else self.lengths[rows]
         assert rows is None or (seen is None and not lengths.any()), "a forward of some rows starts from empty ones"
@@ -121,7 +121,7 @@ class KVCache:
         return values.squeeze(0).index_select(0, self._padded).view(-1, self._width, *values.shape[2:])
 
     def mask(self, causal: bool) -> Tensor | None:
-        """Returns the boolean mask [B, 1, 1 or L, reach] of this forward, null when every token sees everything."""
+        """Returns the boolean mask [B, 1, 1 or L, reach] of this forward, None when every token sees everything."""
         keys = torch.arange(self.reach, device=self.storage.device)
         if causal and self._width > 1:
             return (keys <= self.positions.unsqueeze(2)).unsqueeze(1)

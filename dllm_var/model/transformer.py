@@ -290,12 +290,12 @@ class Transformer(nn.Module):
 
         Args:
             input_ids: Token ids [B, L].
-            position_ids: Rotary positions [B, L], below L; 0, 1, ... when null. Not used with a cache.
-            segment_ids: Document of each token [B, L]; a token sees only its own document. Everything when null.
+            position_ids: Rotary positions [B, L], below L; 0, 1, ... when None. Not used with a cache.
+            segment_ids: Document of each token [B, L]; a token sees only its own document. Everything when None.
             cache: Keys and values of earlier tokens, opened for this forward with `cache.open`; gets this forward's.
             attention_mask: Which token sees which [B, L, L], bool; not with a cache. `segment_ids` then only say where
                 the token shift begins anew.
-            asked: Positions to return [M], counted through the flattened batch; all when null. Not with a cache.
+            asked: Positions to return [M], counted through the flattened batch; all when None. Not with a cache.
             document_ends: What `dllm_var.model.documents.document_ends` finds in `segment_ids`, where it is known.
             shift: False leaves the hidden states where they are, although the model has `token_shift`: for rows whose
                 order is not that of the text, as in block diffusion, whose targets are moved instead.

@@ -1,4 +1,4 @@
-"""What is masked and what the loss is."""
+"""Objectives: they choose the masked tokens and the loss."""
 
 from dllm_var.objectives.autoregressive import Autoregressive
 from dllm_var.objectives.base import NoisedBatch, Objective

@@ -46,7 +46,7 @@ class BlockLengthPolicy(ABC):
         """Returns the width at which a row's next block opens."""
 
     def cut(self, view: BlockView) -> Tensor | None:
-        """Returns the width of each block [R] once its first prediction is known; null when it stays as it is.
+        """Returns the width of each block [R] once its first prediction is known; None when it stays as it is.
 
         Only rows at their block's first step follow it. Nothing is committed behind the cut: the next block is there.
         """
@@ -86,7 +86,7 @@ class DelimiterLength(BlockLengthPolicy):
     Args:
         delimiters: Token ids that end a semantic step, such as the newline's (the paper), or a comma's and a period's.
         threshold: Confidence that a delimiter must reach, in [0, 1]; the paper has 0.3.
-        length: Usual length, without a delimiter; the sampler's block length when null.
+        length: Usual length, without a delimiter; the sampler's block length when None.
 
     Raises:
         UserError: Without delimiters, for a threshold outside [0, 1] or a length below 1.

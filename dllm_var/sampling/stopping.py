@@ -51,7 +51,7 @@ class StopStrings:
         return False
 
     def cut(self, tokens: list[int]) -> tuple[int, str] | None:
-        """Returns how many tokens of an answer stay and its text up to the first stop string; null when none is in it.
+        """Returns how many tokens of an answer stay and its text up to the first stop string; None when none is in it.
 
         A token that holds both the end of the text and the beginning of the stop string stays. Blanks that the stop
         string's first token brings along do not.
