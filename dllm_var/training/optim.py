@@ -133,7 +133,7 @@ class AdamW(torch.optim.AdamW):
         lr: Learning rate.
         betas: Decays of the two moments.
         weight_decay: Decoupled decay of every group that does not set its own.
-        fused: One kernel for all parameters; set to false for 16-mixed precision with gradient clipping, which
+        fused: One kernel for all parameters; set to false for 16-mixed precision with clipping by value, which
             Lightning refuses with fused optimizers.
     """
 
