@@ -99,6 +99,19 @@ def test_overwritten_and_inserted_bytes_are_found(place, new, insert, tmp_path_f
     assert is_found_or_harmless(path)
 
 
+def test_an_entry_that_was_made_a_folder_is_found_with_and_without_our_checksum(tmp_path):
+    ours, theirs = tmp_path / "ours.ckpt", tmp_path / "theirs.ckpt"
+    write_archive(state(1), ours)
+    torch.save(state(1), theirs)
+    assert read(theirs)["plain"] == [1, "two", None]
+    for path in (ours, theirs):
+        content = bytearray(path.read_bytes())
+        entry = content.index(b"PK\x01\x02", content.index(b"PK\x01\x02") + 1)
+        content[entry + 38] = 0x10  # the attribute of a folder: torch would return whatever is in memory
+        path.write_bytes(content)
+        assert "is damaged" in complaint(path)
+
+
 def test_foreign_files_are_no_checkpoints(tmp_path):
     path = tmp_path / "x.ckpt"
     for content in (b"# notes\n", b"\x80\x04K\x01.", b"\xff" * 100):
