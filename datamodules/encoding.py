@@ -28,8 +28,7 @@ from dllm_var.datamodules.sources import BadRecord, Located, Source
 from dllm_var.datamodules.table import COLUMNS, Table
 from dllm_var.errors import UserError
 from dllm_var.files import PARTIAL, write_atomically
-from dllm_var.text.special_text import Piece
-from dllm_var.text.tokenizer import Tokenizer
+from dllm_var.text.tokenizer import Piece, Tokenizer
 
 VERSION = 4  # of a table's files and what they mean; part of the cache key
 CHUNK = 4_096  # records tokenized at a time
@@ -190,7 +189,7 @@ class RecordEncoder:
         rendered = isinstance(form, Chat) and tokenizer.chat_template is not None
         for piece, ids in zip(pieces, encoded, strict=True):
             if not (rendered and piece.special_tokens):
-                tokenizer.special_text.check(ids)
+                tokenizer.check_plain(ids)
                 if piece.supervised and not set(tokenizer.terminator_ids).isdisjoint(ids):
                     raise RecordError("has an answer that spells a terminator: it would end there")
         if isinstance(form, Ids):

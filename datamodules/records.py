@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dllm_var.text.special_text import ROLES
+from dllm_var.text.tokenizer import ROLES
 
 FIELDS = ("prompt", "response", "instruction", "input", "output", "messages", "input_ids", "prompt_length", "text")
 FORMATS = {  # fields that must be there, by the field that shows the format

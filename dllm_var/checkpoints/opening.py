@@ -26,11 +26,12 @@ from dllm_var.files import read_object
 from dllm_var.model.config import SIZES, TransformerConfig
 from dllm_var.model.lora import Lora
 from dllm_var.model.transformer import Transformer
-from dllm_var.text.hub import MODEL_FILES, download, is_hub_name
 from dllm_var.text.tokenizer import Tokenizer
+from dllm_var.text.tokenizer_files import TOKENIZER_FILES, download, is_hub_name
 
 CONFIG, EXPORT_FOLDER = "config.json", "model"
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
 _PREFIX = "transformer."
 
 

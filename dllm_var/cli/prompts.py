@@ -14,7 +14,7 @@ from jsonargparse import Namespace
 
 from dllm_var.errors import UserError
 from dllm_var.files import parse_json
-from dllm_var.text.special_text import ROLES
+from dllm_var.text.tokenizer import ROLES
 
 if TYPE_CHECKING:
     from dllm_var.text.tokenizer import Tokenizer

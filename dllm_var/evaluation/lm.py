@@ -119,7 +119,7 @@ class EvaluatedModel(TemplateLM):
         if self.tokenizer.chat_template is None:
             raise UserError("--chat needs a checkpoint whose tokenizer has a chat template, and this one has none")
         self._renders = True  # from now on texts have the template's special tokens, and marks where people spell them
-        messages = self.tokenizer.special_text.mark(chat_history)
+        messages = self.tokenizer.mark(chat_history)
         text = self.tokenizer.render(messages, add_generation_prompt)
         if add_generation_prompt:
             return text

@@ -36,7 +36,7 @@ class ChatTemplate:
         named_tokens: What the template calls ``bos_token``, ``eos_token`` and so on.
 
     Raises:
-        UserError: When it is no valid template.
+        UserError: When the source is no valid template.
     """
 
     def __init__(self, source: str, named_tokens: dict[str, str]) -> None:

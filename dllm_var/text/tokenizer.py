@@ -1,45 +1,51 @@
-"""Tokenizer with the three kinds of token diffusion needs: mask, terminators and padding.
+"""Tokenizer with the three kinds of token that diffusion needs: mask, terminators and padding.
 
-It wraps a Rust `tokenizers.Tokenizer`, which imports in a tenth of a second.
+It wraps a Rust `tokenizers.Tokenizer`, which imports in a tenth of a second. Text of people never becomes a special
+token. A chat template puts messages and its own markers into one text; `Tokenizer.mark` therefore breaks up the special
+tokens that a message spells before the template sees it, so that only the template's markers are read as such.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tokenizers
 
 from dllm_var.errors import UserError
 from dllm_var.files import fits
-from dllm_var.text.special_text import Piece, Spans, SpecialText
-from dllm_var.text.tokenizer_files import NAMED_TOKENS, read_tokenizer, write_tokenizer
+from dllm_var.text.tokenizer_files import NAMED_TOKENS, read_tokenizer
 
 if TYPE_CHECKING:
     from dllm_var.text.chat_templates import ChatTemplate
 
+ROLES = ("system", "user", "assistant", "tool")  # that a message may have
+MARK = "\ufdd0"  # put behind each letter of what spells a special token; Unicode keeps it for internal use
 _ENCODING = threading.Lock()  # whether a backend reads special tokens is a flag of the whole backend
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids of the tokens with a meaning of their own.
+    """Ids of the tokens with a meaning of their own."""
 
-    Args:
-        mask_id: Stands for a token not yet known.
-        terminator_ids: Tokens that end an answer; the first is the one appended to answers.
-        pad_id: Fills what is left of a row; never supervised, and a segment of its own.
-    """
+    mask_id: int  # stands for a token not yet known
+    terminator_ids: tuple[int, ...]  # end an answer; the first is appended to answers
+    pad_id: int  # fills what is left of a row; never supervised, and a segment of its own
 
-    mask_id: int
-    terminator_ids: tuple[int, ...]
-    pad_id: int
+
+class Piece(NamedTuple):
+    """A text that is encoded by itself."""
+
+    text: str
+    supervised: bool  # its tokens carry loss
+    special_tokens: bool  # special tokens that it spells become those tokens
 
 
 class Tokenizer:
@@ -71,35 +77,22 @@ class Tokenizer:
         backend.no_padding()
         self.backend = backend
         self.special = special
+        self.mask_id, self.terminator_ids, self.pad_id = special.mask_id, special.terminator_ids, special.pad_id
+        self.terminator_id = special.terminator_ids[0]
         self.chat_template = chat_template
         self.named_tokens = dict(named_tokens or {})
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         ends = [("terminators", index) for index in special.terminator_ids]
-        for setting, index in [("mask_token", special.mask_id), ("pad_token", special.pad_id), *ends]:
+        for setting, index in [("mask_token", self.mask_id), ("pad_token", self.pad_id), *ends]:
             if not fits(index, int) or not 0 <= index < self.vocab_size:
                 raise UserError(f"{setting} has id {index}, outside the tokenizer's vocabulary of {self.vocab_size}")
-        if special.mask_id in special.terminator_ids:
-            raise UserError(f"mask_token and terminators are the same token {self.id_to_token(special.mask_id)}")
+        if self.mask_id in self.terminator_ids:
+            raise UserError(f"mask_token and terminators are the same token {self.id_to_token(self.mask_id)}")
 
-    @property
-    def mask_id(self) -> int:
-        """Stands for a token not yet known."""
-        return self.special.mask_id
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_chat", "_normalize")}
 
-    @property
-    def terminator_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer."""
-        return self.special.terminator_ids
-
-    @property
-    def terminator_id(self) -> int:
-        """The terminator that is appended to answers."""
-        return self.special.terminator_ids[0]
-
-    @property
-    def pad_id(self) -> int:
-        """Fills what is left of a row."""
-        return self.special.pad_id
+    # -- text --------------------------------------------------------------------------------------------------------
 
     @cached_property
     def unknown_id(self) -> int | None:
@@ -107,34 +100,8 @@ class Tokenizer:
         name = getattr(self.backend.model, "unk_token", None)
         return None if name is None else self.backend.token_to_id(name)
 
-    @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """Ids of all special tokens that text can spell: those marked as special, and the mask."""
-        added = self.backend.get_added_tokens_decoder()
-        return frozenset({index for index, token in added.items() if token.special} | {self.mask_id})
-
-    @cached_property
-    def special_text(self) -> SpecialText:
-        """Finds special tokens that people spell."""
-        added = self.backend.get_added_tokens_decoder()
-        normalized = any(added[index].normalized for index in self.special_ids if index in added)
-        normalize = getattr(self.backend.normalizer, "normalize_str", None) if normalized else None
-        names = {index: self.id_to_token(index) for index in self.special_ids}
-        return SpecialText(names, self.unknown_id, lambda text: self.spans(text, True), normalize)
-
-    @cached_property
-    def _chat(self) -> ChatTemplate | None:
-        if self.chat_template is None:
-            return None
-        from dllm_var.text.chat_templates import ChatTemplate  # imports Jinja
-
-        return ChatTemplate(self.chat_template, self.named_tokens)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("special_text", "_chat")}
-
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:
-        """Token ids of a text, nothing added at either end.
+        """Returns the token ids of a text, nothing added at either end.
 
         Args:
             text: What to encode.
@@ -146,38 +113,43 @@ class Tokenizer:
         """
         ids = [index for index, _, _ in self.spans(text, special_tokens)]
         if not special_tokens:
-            self.special_text.check(ids)
+            self.check_plain(ids)
         return ids
 
     def encode_batch(self, texts: Sequence[str], special_tokens: bool = False) -> list[list[int]]:
-        """Token ids of many texts, in parallel.
-
-        Args:
-            texts: What to encode.
-            special_tokens: Whether a special token that a text spells becomes that token; else see `SpecialText.check`.
-        """
+        """Returns the token ids of many texts, made in parallel; those of plain text are left to `check_plain`."""
         with _ENCODING:
             self.backend.encode_special_tokens = not special_tokens
             encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def spans(self, text: str, special_tokens: bool = False) -> Spans:
-        """Token ids of a text, each with where it begins and ends in the text; the arguments of `encode_batch`."""
+    def spans(self, text: str, special_tokens: bool = False) -> list[tuple[int, int, int]]:
+        """Returns the token ids of a text, each with where it begins and ends in the text."""
         with _ENCODING:
             self.backend.encode_special_tokens = not special_tokens
             encoding = self.backend.encode(text, add_special_tokens=False)
         return [(index, *span) for index, span in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids, special tokens left out."""
+        """Returns the text of token ids, special tokens left out."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def id_to_token(self, index: int) -> str:
-        """Name of one token; ids the vocabulary leaves free get a name too."""
+        """Returns the name of one token; ids that the vocabulary leaves free get a name too."""
         return self.backend.id_to_token(index) or f"<{index}>"
 
+    # -- conversations -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _chat(self) -> ChatTemplate | None:
+        if self.chat_template is None:
+            return None
+        from dllm_var.text.chat_templates import ChatTemplate  # imports Jinja
+
+        return ChatTemplate(self.chat_template, self.named_tokens)
+
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[bool]]:
-        """Token ids of a conversation and which of them are supervised: the assistant's turns with their terminators.
+        """Returns the token ids of a conversation, and which are supervised: the assistant's turns and terminators.
 
         What follows the last answer's terminator is left out. A special token that a message spells is text like any
         other; only the template writes special tokens. Without a template turns simply follow each other.
@@ -192,14 +164,14 @@ class Tokenizer:
         supervised: list[bool] = []
         for piece in self.chat_pieces(messages):
             piece_ids = self.encode(piece.text, piece.special_tokens)
-            if piece.supervised and self.chat_template is None:
+            if piece.supervised and self._chat is None:
                 piece_ids.append(self.terminator_id)
             ids += piece_ids
             supervised += [piece.supervised] * len(piece_ids)
         return ids, supervised
 
     def chat_pieces(self, messages: Sequence[dict[str, Any]], refuse: bool = False) -> list[Piece]:
-        """Texts that a conversation is encoded from, one by one; without a template answers lack their terminators.
+        """Returns the texts that a conversation is encoded from; without a template answers lack their terminators.
 
         Raises:
             UserError: As `encode_chat`; with `refuse` also for a message that spells a special token.
@@ -207,23 +179,23 @@ class Tokenizer:
         if self._chat is None:
             return [Piece(message["content"], message["role"] == "assistant", refuse) for message in messages]
         terminators = [self.id_to_token(index) for index in self.terminator_ids]
-        text, answers = self._chat.render_answers(self.special_text.mark(messages, refuse), terminators)
+        text, answers = self._chat.render_answers(self.mark(messages, refuse), terminators)
         pieces: list[Piece] = []
         done = 0
         for start, stop in answers:
-            pieces += self.special_text.split(text[done:start], supervised=False)
-            pieces += self.special_text.split(text[start:stop], supervised=True)
+            pieces += self._split(text[done:start], supervised=False)
+            pieces += self._split(text[start:stop], supervised=True)
             done = stop
         return pieces
 
     def encode_chat_prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Token ids of a conversation up to where the assistant's next turn begins; `messages` as in `encode_chat`."""
+        """Returns the token ids of a conversation up to where the assistant's next turn begins."""
         if self._chat is None:
             return self.encode_chat(messages)[0]
-        return self.encode_rendered(self.render(self.special_text.mark(messages), add_generation_prompt=True))
+        return self.encode_rendered(self.render(self.mark(messages), add_generation_prompt=True))
 
     def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        """Text of messages that `special_text` has marked; `add_generation_prompt` as transformers has it.
+        """Returns the text of messages that `mark` returned; `add_generation_prompt` as transformers has it.
 
         Raises:
             UserError: When there is no chat template, or it refuses the messages.
@@ -233,9 +205,97 @@ class Tokenizer:
         return self._chat.render(messages, add_generation_prompt)[0]
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Token ids of a text that `render` has made."""
-        pieces = self.special_text.split(text, supervised=False)
+        """Returns the token ids of a text that `render` has made."""
+        pieces = self._split(text, supervised=False)
         return [index for piece in pieces for index in self.encode(piece.text, piece.special_tokens)]
+
+    # -- special tokens that people spell ----------------------------------------------------------------------------
+
+    @cached_property
+    def special_names(self) -> dict[int, str]:
+        """All special tokens that text can spell, by id: those marked as special, and the mask."""
+        added = self.backend.get_added_tokens_decoder()
+        ids = {index for index, token in added.items() if token.special} | {self.mask_id}
+        return {index: self.id_to_token(index) for index in ids}
+
+    @cached_property
+    def _normalize(self) -> Any:
+        """Changes a text before special tokens are looked for in it; None where nothing does."""
+        added = self.backend.get_added_tokens_decoder()
+        normalized = any(added[index].normalized for index in self.special_names if index in added)
+        return getattr(self.backend.normalizer, "normalize_str", None) if normalized else None
+
+    @cached_property
+    def _spelled(self) -> re.Pattern[str]:
+        names = list(self.special_names.values())
+        names += map(self._normalize, names) if self._normalize else ()
+        return re.compile("|".join(map(re.escape, names)))
+
+    def check_plain(self, ids: Sequence[int]) -> None:
+        """Refuses token ids of plain text that hold a special token, other than that for what cannot be spelled.
+
+        Raises:
+            UserError: Names the special token.
+        """
+        if not self.special_names.keys().isdisjoint(ids):
+            found = next((index for index in ids if index in self.special_names and index != self.unknown_id), None)
+            if found is not None:
+                raise UserError(f"spells the special token {self.special_names[found]}, which is kept for its own use")
+
+    def mark(self, messages: Sequence[dict[str, Any]], refuse: bool = False) -> list[dict[str, Any]]:
+        """Returns the messages with `MARK` behind each letter of a special token that one of their texts spells.
+
+        Raises:
+            UserError: When a text has `MARK` itself, or spells a token that cannot be broken up; with `refuse` when it
+                spells any.
+        """
+        marked = []
+        for number, message in enumerate(messages):
+            try:
+                marked.append(self._marked(message, refuse))
+            except UserError as error:
+                raise UserError(f"messages[{number}] {error}") from None
+        return marked
+
+    def _marked(self, value: Any, refuse: bool) -> Any:
+        """Marks all strings of a nested value."""
+        if isinstance(value, dict):
+            return {self._marked(key, refuse): self._marked(entry, refuse) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._marked(entry, refuse) for entry in value]
+        if not isinstance(value, str):
+            return value
+        if MARK in value:
+            raise UserError(f"contains U+{ord(MARK):04X}, which is no character")
+        forms = (value, self._normalize(value)) if self._normalize else (value,)
+        if not any(map(self._spelled.search, forms)):  # quick: most texts end here
+            return value
+        marked, done = [], 0
+        for index, start, stop in self.spans(value, special_tokens=True):
+            if index in self.special_names and stop > done:
+                if refuse:
+                    self.check_plain([index])
+                start = max(start, done)  # bytes of one unknown character share its place
+                marked += [value[done:start], *(letter + MARK for letter in value[start:stop])]
+                done = stop
+        text = "".join([*marked, value[done:]])
+        self.check_plain([index for index, _, _ in self.spans(text, special_tokens=True)])
+        return text
+
+    def _split(self, text: str, supervised: bool) -> list[Piece]:
+        """Takes a text rendered from marked messages apart at the template's special tokens; removes the marks."""
+        if MARK not in text:
+            return [Piece(text, supervised, True)]
+        pieces, done = [], 0
+        for index, start, stop in self.spans(text, special_tokens=True):
+            if index in self.special_names and MARK not in text[start:stop]:
+                pieces.append(Piece(text[done:start].replace(MARK, ""), supervised, False))
+                pieces.append(Piece(text[start:stop], supervised, True))
+                done = stop
+        pieces.append(Piece(text[done:].replace(MARK, ""), supervised, False))
+        return [piece for piece in pieces if piece.text]
+
+    # -- keeping -----------------------------------------------------------------------------------------------------
 
     @cached_property
     def fingerprint(self) -> str:
@@ -243,7 +303,7 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole tokenizer as strings, integers, lists and dicts, fit for a checkpoint."""
+        """Returns the whole tokenizer as strings, integers, lists and dicts, fit for a checkpoint."""
         return {
             "tokenizer_json": self.backend.to_str(),
             "mask_id": self.mask_id,
@@ -262,14 +322,22 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that Hugging Face libraries and `from_pretrained` read; makes it if it is not there."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / "tokenizer.json"))
         ends = [self.id_to_token(index) for index in self.terminator_ids]
-        special = {"mask_token": self.id_to_token(self.mask_id), "pad_token": self.id_to_token(self.pad_id)}
-        write_tokenizer(
-            Path(folder),
-            self.backend,
-            {**self.named_tokens, **special, "eos_token": ends[0], "terminators": ends},
-            self.chat_template,
-        )
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **self.named_tokens,
+            "mask_token": self.id_to_token(self.mask_id),
+            "pad_token": self.id_to_token(self.pad_id),
+            "eos_token": ends[0],
+            "terminators": ends,
+            "clean_up_tokenization_spaces": False,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if self.chat_template is not None:
+            (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
     @classmethod
     def from_pretrained(

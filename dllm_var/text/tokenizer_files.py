@@ -1,8 +1,7 @@
-"""Tokenizers as folders of files, written here and read as published models have them."""
+"""Tokenizers as published models have them: folders of files, on this machine or on the Hugging Face hub."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,22 +10,11 @@ import tokenizers
 
 from dllm_var.errors import UserError
 from dllm_var.files import fits, read_object, read_text
-from dllm_var.text.hub import TOKENIZER_FILES, download, is_hub_name
 
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt"]
+TOKENIZER_FILES += ["*config.json", "*.model"]
 ADDED_MASK = "<|mask|>"  # what a tokenizer without a mask token gets
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
-
-
-def write_tokenizer(
-    folder: Path, backend: tokenizers.Tokenizer, tokens: dict[str, Any], chat_template: str | None
-) -> None:
-    """Writes ``tokenizer.json``, ``tokenizer_config.json`` and the chat template, if there is one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if chat_template is not None:
-        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
 def read_tokenizer(
@@ -77,26 +65,42 @@ def read_tokenizer(
             f"{path_or_name} has the mask token {named['mask_token']!r}, id {masks[0]}, and its config.json has "
             f"mask_token_id {masks[1]}: correct the wrong one, or name the token with mask_token"
         )
-    given = terminators or config.get("terminators")
-    given = given if isinstance(given, list | tuple | None) else [given]
-    ends = (
-        list(dict.fromkeys(to_id(token, "terminators") for token in given))
-        if given
-        else known(named.get("eos_token"), generation.get("eos_token_id"), model.get("eos_token_id"))
-    )
+    given = terminators or config.get("terminators") or []
+    given = given if isinstance(given, list | tuple) else [given]
+    ends = list(dict.fromkeys(to_id(token, "terminators") for token in given))
+    ends = ends or known(named.get("eos_token"), generation.get("eos_token_id"), model.get("eos_token_id"))
     if not ends:
         raise UserError(f"{path_or_name} has no end-of-sequence token; name one or more with terminators")
     pads = [to_id(pad_token, "pad_token")] if pad_token else known(named.get("pad_token"), ends[0])
     return backend, (masks[0], tuple(ends), pads[0]), _read_chat_template(folder, config), named
 
 
-def _token_text(value: Any) -> str | None:
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
+def download(name: str, what: str, patterns: list[str]) -> Path:
+    """Returns the folder with a hub repository's files, downloaded unless they are there already.
+
+    Args:
+        name: Repository, `owner/name`.
+        what: What is wanted, for the message.
+        patterns: Files to take; code and pickles are never among them.
+
+    Raises:
+        UserError: When the hub cannot be reached or does not give it.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # offline, not found, gated: the hub has many ways to say no
+        raise UserError(f"{what} {name} is no folder, and cannot be had from the hub: {_first_line(error)}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.is_file() else {}
+def is_hub_name(path_or_name: str | Path) -> bool:
+    """Says whether a name that is no path here can be one of the hub's: `owner/name`, `owner` being no folder here."""
+    name = str(path_or_name)
+    owner, slash, rest = name.partition("/")
+    if isinstance(path_or_name, Path) or name.startswith((".", "/", "~")) or "/" in rest:
+        return False
+    return not slash or (bool(rest) and not Path(owner).is_dir())
 
 
 def _find_folder(path_or_name: str | Path) -> Path:
@@ -106,6 +110,15 @@ def _find_folder(path_or_name: str | Path) -> Path:
     if not is_hub_name(path_or_name):
         raise UserError(f"tokenizer folder {path_or_name} does not exist")
     return download(str(path_or_name), "tokenizer", TOKENIZER_FILES)
+
+
+def _token_text(value: Any) -> str | None:
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_object(path) if path.is_file() else {}
 
 
 # Classes that come as code with a checkpoint, and the class of transformers that they are a copy of.
