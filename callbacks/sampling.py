@@ -1,13 +1,20 @@
-"""Answers of the model while it trains: decoded every so often, shown and scored."""
+"""Answers of the model while it trains: decoded every so often, shown with their wrong tokens marked, and scored."""
 
 from __future__ import annotations
 
+import io
+import shutil
+import sys
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+from rapidfuzz.distance import Levenshtein
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from dllm_var.callbacks.answer_tables import AnswerRow, answer_table, mark, markdown_table
 from dllm_var.callbacks.decoding import held_out_prompts, undisturbed
 from dllm_var.datamodules import Example
 from dllm_var.errors import UserError
@@ -29,6 +36,8 @@ SCORES = {
     "tokens_per_second": "{:,.0f} tokens/s",
 }
 NEED_REFERENCES = ("token_error_rate", "answer_error_rate", "length_exact")
+COLUMNS = ("prompt", "answer", "expected", "end", "forwards")
+PLAIN_WIDTH = 120
 
 
 class SamplingCallback(L.Callback):
@@ -77,12 +86,9 @@ class SamplingCallback(L.Callback):
         self._last_step = 0
 
     def generate(self, model: Any, prompts: list[list[int]], tokenizer: Tokenizer) -> list[Generation]:
-        """Decodes prompts; the method to override for another way of decoding.
+        """Decodes prompts (token ids); override it for another way of decoding.
 
-        Args:
-            model: The LightningModule, in eval mode and without gradients; the network is its `transformer`.
-            prompts: Token ids.
-            tokenizer: The model's tokenizer.
+        `model` is the LightningModule, in eval mode and without gradients; the network is its `transformer`.
         """
         return self.sampler.generate(model, prompts, tokenizer=tokenizer)
 
@@ -124,12 +130,13 @@ class SamplingCallback(L.Callback):
         shown = list(zip(self._examples, answers, strict=True))[: self.num_shown]
         rows = [_row(tokenizer, example, answer) for example, answer in shown]
         figures = ", ".join(SCORES[name].format(value) for name, value in scores.items())
-        pl_module.print(f"\nstep {step}, {len(answers)} answers: {figures}\n{answer_table(rows)}\n")
+        table = answer_table(rows, sys.stdout.isatty())
+        pl_module.print(f"\nstep {step}, {len(answers)} answers: {figures}\n{table}\n")
         for logger in trainer.loggers:
             logger.log_metrics({f"sample/{name}": value for name, value in scores.items()}, step=step)
             add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
             if add_text is not None:
-                add_text("sample/answers", markdown_table(rows), global_step=step)
+                add_text("sample/answers", f"```\n{answer_table(rows)}\n```", global_step=step)
 
     def _score(self, answers: list[Generation], seconds: float) -> dict[str, float]:
         metrics = AnswerMetrics(sync_on_compute=False)  # this process measures alone
@@ -142,10 +149,49 @@ class SamplingCallback(L.Callback):
         return {name: result[name] for name in SCORES if known or name not in NEED_REFERENCES}
 
 
-def _row(tokenizer: Tokenizer, example: Example, answer: Generation) -> AnswerRow:
+def _row(tokenizer: Tokenizer, example: Example, answer: Generation) -> list[Text]:
+    """Returns the cells of COLUMNS; `expected` is empty if the answer is right or no reference is known."""
     reference = nearest_reference(answer.tokens, example.references)[0] if example.references else None
     is_wrong = reference is not None and list(reference) != list(answer.tokens)
-    expected = tokenizer.decode(reference or []) if is_wrong else ""
-    return AnswerRow(
-        example.prompt, mark(tokenizer, answer.tokens, reference), expected, answer.finish_reason, answer.nfe
-    )
+    return [
+        Text(example.prompt),
+        marked(tokenizer, answer.tokens, reference),
+        Text(tokenizer.decode(reference or []) if is_wrong else "", "dim"),
+        Text(answer.finish_reason),
+        Text(str(answer.nfe)),
+    ]
+
+
+def marked(tokenizer: Tokenizer, answer: Sequence[int], reference: Sequence[int] | None) -> Text:
+    """Returns an answer's text as `K IY [P] AO [-] D`: wrong tokens in brackets, [-] for missing ones, both in red.
+
+    The marks follow a shortest path of edits from the answer to the reference (token ids); without one all is right.
+    """
+    text = Text()
+    shown, after_missing = "", False  # decoding prefixes keeps the spacing that the tokenizer gives
+    for code in Levenshtein.opcodes(answer, answer if reference is None else reference):
+        if code.tag == "insert":
+            text.append(" " if text else "").append("[-]", "bold red")
+        elif code.src_end > code.src_start:
+            before, shown = shown, tokenizer.decode(answer[: code.src_end])
+            piece = shown[len(before) :]
+            if code.tag != "equal" and not piece.strip():  # special tokens have no text, but here they must be seen
+                piece = " " + " ".join(map(tokenizer.id_to_token, answer[code.src_start : code.src_end]))
+            words = piece.lstrip()
+            text.append((piece[: len(piece) - len(words)] or " " * after_missing) if text else "")
+            text.append(words) if code.tag == "equal" else text.append(f"[{words}]", "bold red")
+        after_missing = code.tag == "insert"
+    return text
+
+
+def answer_table(rows: Sequence[Sequence[Text]], colour: bool = False) -> str:
+    """Draws rows of COLUMNS: as wide as the terminal with colour, PLAIN_WIDTH wide without."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in COLUMNS:
+        table.add_column(name, overflow="fold", justify="right" if name == "forwards" else "left", header_style="dim")
+    for row in rows:
+        table.add_row(*row)
+    width = shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns if colour else PLAIN_WIDTH
+    text = io.StringIO()
+    Console(file=text, force_terminal=colour, width=width, legacy_windows=False).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().split("\n"))

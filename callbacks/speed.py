@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 
 from dllm_var.errors import UserError
 
@@ -37,17 +36,17 @@ class SpeedMonitor(L.Callback):
 
     Args:
         peak_flops: Peak FLOP/s of one device: a number, `measure` (the fastest matrix product in a fifth of a second
-            after the first batch), `datasheet` (known GPUs only), or None for no MFU.
+            after the first batch), or None for no MFU.
 
     Raises:
         UserError: The number is not positive.
     """
 
-    def __init__(self, peak_flops: float | Literal["measure", "datasheet"] | None = "measure") -> None:
+    def __init__(self, peak_flops: float | Literal["measure"] | None = "measure") -> None:
         if isinstance(peak_flops, float | int) and peak_flops <= 0:
-            raise UserError(f"peak_flops is {peak_flops}: give FLOP/s above 0, 'measure', 'datasheet' or null")
+            raise UserError(f"peak_flops is {peak_flops}: give FLOP/s above 0, 'measure' or null")
         self.peak_flops = peak_flops
-        self._peak: float | None = None
+        self._peak = peak_flops if isinstance(peak_flops, float | int) else None
         self._sums: dict[str, Any] = {}  # seconds and counts since the last report; counts on the device stay there
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -72,8 +71,8 @@ class SpeedMonitor(L.Callback):
         report = stepped and self._step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if report and pl_module.device.type == "cuda":
             torch.cuda.synchronize()  # within a window the host may run ahead; at its end all work must be done
-        if self._is_first:  # its time does not count
-            self._peak = self._find_peak(trainer)
+        if self._is_first and self.peak_flops == "measure":  # its time does not count
+            self._peak = measure_peak_flops(trainer.strategy.root_device, compute_dtype(str(trainer.precision)))
         worked = self._interval(trainer)
         self._is_first = False
         if worked is not None:
@@ -98,15 +97,6 @@ class SpeedMonitor(L.Callback):
         seconds = None if self._is_first or self._skip else max(now - self._mark - (paused - self._paused), 0.0)
         self._mark, self._paused, self._skip = now, paused, False
         return seconds
-
-    def _find_peak(self, trainer: L.Trainer) -> float | None:
-        device, dtype = trainer.strategy.root_device, compute_dtype(str(trainer.precision))
-        if self.peak_flops == "measure":
-            return measure_peak_flops(device, dtype)
-        if self.peak_flops == "datasheet":
-            peak = get_available_flops(device, dtype)
-            return None if peak is None else float(peak)
-        return self.peak_flops
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         sums, transformer = self._sums, pl_module.transformer

@@ -24,6 +24,8 @@ def test_predict_writes_every_test_prompt_once(tmp_path, monkeypatch, capsys):
     arguments = ["--config", CONFIG, *TOY, CALLBACKS.replace("SamplingCallback", "dllm_var.callbacks.SamplingCallback")]
     steps = ["--trainer.max_steps=1", "--trainer.limit_val_batches=0"]
     assert main(["fit", *arguments, *steps]) == 0
+    assert main(["predict", *arguments]) == 2
+    assert "predict needs --ckpt_path" in capsys.readouterr().err
     assert main(["predict", *arguments, "--ckpt_path", "last", "--trainer.limit_predict_batches=3"]) == 0
     [path] = Path("runs").glob("*/*/answers.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -34,12 +36,6 @@ def test_predict_writes_every_test_prompt_once(tmp_path, monkeypatch, capsys):
     [checkpoint] = Path("runs").glob("*/version_0/checkpoints")
     assert main(["generate", "--checkpoint", str(checkpoint), "--prompt", prompt, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == lines[0]["tokens"]
-
-
-def test_measuring_without_a_checkpoint_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert main(["validate", "--config", CONFIG]) == 2
-    assert "validate needs --ckpt_path" in capsys.readouterr().err
 
 
 PREDICT = """

@@ -30,7 +30,6 @@ def test_lines_where_there_is_no_terminal(fit: Any, capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "end"),
     [
-        ({"max_steps": 8}, "8/8"),
         ({"max_steps": 8, "accumulate_grad_batches": 2}, "8/8"),  # six steps are an epoch
         ({"max_steps": -1, "max_epochs": 2}, "12/12"),
     ],

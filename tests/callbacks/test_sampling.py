@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -12,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.distributed.tensor import DTensor
 
 from dllm_var.callbacks import SamplingCallback
+from dllm_var.callbacks.sampling import answer_table, marked
+from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.errors import UserError
-from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold
-from dllm_var.training.strategies import FSDP2, is_sharded
+from dllm_var.text.tokenizer import Tokenizer
+from dllm_var.training.strategies import FSDP2
 
 
 @pytest.mark.parametrize(("accumulate", "expected"), [(1, [2, 4, 6]), (3, [2, 4, 6])])
@@ -159,7 +159,7 @@ def test_prompts_of_ones_own_need_no_references(fit: Any, spy: Any, capsys: Any)
     assert "[" not in out.split("answers:")[1]
 
 
-def test_logs_scalars_and_a_markdown_table(fit: Any, spy: Any, tmp_path: Path) -> None:
+def test_logs_scalars_and_the_table(fit: Any, spy: Any, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = TensorBoardLogger(tmp_path, name="board")
@@ -177,7 +177,7 @@ def test_logs_scalars_and_a_markdown_table(fit: Any, spy: Any, tmp_path: Path) -
     }
     assert [event.step for event in events.Scalars("sample/length_exact")] == [3, 6]
     text = events.Tensors("sample/answers/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert text.startswith("| prompt | answer | expected | end | forwards |")
+    assert text.startswith("```\nprompt ")  # Markdown leaves the columns alone
     assert "K [-]" in text
     assert "sample/token_error_rate" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
 
@@ -201,46 +201,38 @@ def test_without_held_out_examples_it_says_so_before_training(fit: Any, spy: Any
         fit(SamplingCallback(spy, split="nowhere"))
 
 
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_pretrained(str(CmudictSource().default_tokenizer))
+
+
 @pytest.mark.parametrize(
-    ("rank", "sharded", "decodes", "prints"),
-    [(0, False, True, True), (1, False, False, False), (0, True, True, True), (1, True, True, False)],
+    ("answer", "reference", "shown"),
+    [
+        ("K IY B AO R D", "K IY B AO R D", "K IY B AO R D"),
+        ("K IY P UH R D", "K IY B AO R D", "K IY [P UH] R D"),
+        ("K B AO R D", "K IY B AO R D", "K [-] B AO R D"),
+        ("IY B AO R", "K IY B AO R D", "[-] IY B AO R [-]"),
+        ("K IY B AO R D S", "K IY B AO R D", "K IY B AO R D [S]"),
+        ("", "K IY", "[-]"),
+        ("K IY", "", "[K IY]"),
+        ("K IY", None, "K IY"),
+        ("", None, ""),
+    ],
 )
-def test_which_processes_decode_and_which_print(
-    spy: Any, monkeypatch: Any, capsys: Any, rank: int, sharded: bool, decodes: bool, prints: bool, fit: Any
+def test_wrong_and_missing_tokens_are_bracketed(
+    tokenizer: Tokenizer, answer: str, reference: str | None, shown: str
 ) -> None:
-    callback = SamplingCallback(spy, every_n_steps=1)
-    trainer, model = fit(callback, max_steps=1)
-    spy.steps.clear()
-    capsys.readouterr()
-    monkeypatch.setattr(type(trainer), "is_global_zero", property(lambda self: rank == 0))
-    monkeypatch.setattr("dllm_var.callbacks.sampling.is_sharded", lambda trainer: sharded)
-    monkeypatch.setattr(callback, "_last_step", 0)
-    callback.on_train_batch_end(trainer, model, None, None, 0)
-    assert bool(spy.steps) == decodes
-    assert bool(capsys.readouterr().out) == prints
+    expected = None if reference is None else tokenizer.encode(reference)
+    assert marked(tokenizer, tokenizer.encode(answer), expected).plain == shown
 
 
-def test_a_subclass_of_a_few_lines_decodes_in_its_own_way(fit: Any, real_sampler: Any, capsys: Any) -> None:
-    class TwoThresholds(SamplingCallback):
-        """Decodes every other prompt without waiting for confidence."""
-
-        def generate(self, model: Any, prompts: list, tokenizer: Any) -> list:
-            careful = super().generate(model, prompts[::2], tokenizer)
-            hasty = BlockDiffusionSampler(ConfidenceThreshold(0.0), block_length=4, max_new_tokens=8)
-            both = [careful, hasty.generate(model, prompts[1::2], tokenizer=tokenizer)]
-            return [both[i % 2][i // 2] for i in range(len(prompts))]
-
-    fit(TwoThresholds(real_sampler, every_n_steps=6, num_examples=4))
-    assert "step 6, 4 answers:" in capsys.readouterr().out
-
-
-def test_which_strategies_are_sharded() -> None:
-    cases: list[tuple[Any, bool]] = [
-        (SingleDeviceStrategy(), False),
-        (DDPStrategy(), False),
-        (ModelParallelStrategy(), True),
-        (SimpleNamespace(zero_stage_3=True), True),
-        (SimpleNamespace(zero_stage_3=False), False),
-    ]
-    for strategy, expected in cases:
-        assert bool(is_sharded(strategy)) == expected
+def test_a_special_token_in_an_answer_is_visible_and_wrong_tokens_are_red_on_a_terminal(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = marked(tokenizer, [*tokenizer.encode("K"), tokenizer.pad_id], tokenizer.encode("K"))
+    assert answer.plain == f"K [{tokenizer.id_to_token(tokenizer.pad_id)}]"
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    rows = [[answer] * 5]
+    assert "\x1b[" in answer_table(rows, colour=True) and "\x1b" not in answer_table(rows)

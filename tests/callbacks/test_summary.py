@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from dllm_var.callbacks import ExportWeights, RunSummary, SamplingCallback, SpeedMonitor
-from dllm_var.callbacks.summary import shown_path
 from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.errors import UserError
 
@@ -145,32 +144,6 @@ def test_training_time_adds_up_over_resumes_without_the_final_evaluation(
     summary = read(tmp_path)
     assert summary["train_seconds"] == pytest.approx(6.0)
     assert summary["decode_seconds"] == pytest.approx(50.0)
-
-
-def test_processes_share_the_prompts_unless_parameters_are_sharded(fit: Any, spy: Any, monkeypatch: Any) -> None:
-    callback = RunSummary(spy)
-    trainer, model = fit(callback, max_steps=1)
-    asked: list[int] = []
-
-    def count(model: Any, prompts: Any, **_: Any) -> list:
-        asked.append(len(prompts))
-        return []
-
-    monkeypatch.setattr(spy, "generate", count)
-    monkeypatch.setattr("dllm_var.callbacks.summary.AnswerMetrics.update", lambda *_: None)
-    monkeypatch.setattr(type(trainer), "world_size", property(lambda self: 5))
-    monkeypatch.setattr(type(trainer), "global_rank", property(lambda self: 4))
-    callback.evaluate(trainer, model)
-    monkeypatch.setattr("dllm_var.callbacks.summary.is_sharded", lambda trainer: True)
-    callback.evaluate(trainer, model)
-    assert asked == [2, 12]  # of twelve prompts the fifth process takes numbers 4 and 9
-
-
-def test_paths_are_shown_as_they_can_be_typed(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert shown_path(tmp_path / "runs" / "a") == "runs/a"
-    assert shown_path("runs/a") == "runs/a"
-    assert shown_path("/elsewhere/a") == "/elsewhere/a"
 
 
 @pytest.mark.slow
