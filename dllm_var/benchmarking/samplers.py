@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from dllm_var.benchmarking.instruments import ForwardClock, PeakMemory, synchronise
@@ -335,7 +334,7 @@ def measure_forwards(model: Transformer, widths: Sequence[int], rounds: int) -> 
     tokens = torch.zeros(1, max(PREFIX, widths[-1]), dtype=torch.long, device=weight.device)
     cache.open(PREFIX)
     model.hidden_states(tokens[:, :PREFIX], cache=cache)
-    cache.advance(np.array([PREFIX]))
+    cache.advance(torch.tensor([PREFIX]))
 
     def seconds(width: int, times: int) -> float:
         synchronise(weight.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +17,8 @@ class KVCache:
     A forward writes its window of tokens behind each row's frozen ones and attends to both. Nothing written stays
     unless `advance` freezes it: a block can be denoised many times at the same place without a copy. Where much of a
     forward would be padding, its real tokens go through the layers as one row, `packed`, and only attention sees rows.
+
+    Lengths, windows and numbers of rows are int64 tensors on the CPU, so that no forward waits for the device.
 
     Args:
         config: Shape of the transformer.
@@ -45,18 +46,18 @@ class KVCache:
         shifted = config.token_shift and not config.causal
         self.hidden = torch.zeros((rows, capacity, config.hidden_size), device=device, dtype=dtype) if shifted else None
         self.capacity = capacity
-        self.lengths = np.zeros(rows, dtype=np.int64)  # frozen tokens; on the host, so that nobody waits for the device
+        self.lengths = torch.zeros(rows, dtype=torch.long, device="cpu")  # frozen tokens of each row
 
     def open(
         self,
         width: int,
-        windows: np.ndarray | None = None,
-        rows: np.ndarray | None = None,
-        visible: np.ndarray | None = None,
+        windows: Tensor | None = None,
+        rows: Tensor | None = None,
+        visible: Tensor | None = None,
         slots: Tensor | None = None,
         positions: Tensor | None = None,
         seen: Tensor | None = None,
-        left_to_right: np.ndarray | None = None,
+        left_to_right: Tensor | None = None,
     ) -> None:
         """Prepares one forward of `width` tokens per row.
 
@@ -73,42 +74,38 @@ class KVCache:
         lengths = self.lengths if rows is None else self.lengths[rows]
         assert rows is None or (seen is None and not lengths.any()), "a forward of some rows starts from empty ones"
         assert slots is None or visible is not None
-        placed = slots is not None
-        device = self.storage.device
-        self._rows = None if rows is None else torch.from_numpy(rows).to(device)
+        device, offsets = self.storage.device, torch.arange(width, device="cpu")
+        self._rows = None if rows is None else rows.to(device)
         self._width = width
         self._end = int(lengths.max()) + width  # where the longest row's window ends
         self.reach = self._end if visible is None else max(self._end, int(visible.max()))
         assert self.reach <= self.capacity, f"cache of {self.capacity} tokens is too short for {self.reach}"
-        self._uniform = not placed and (lengths.size == 1 or bool((lengths == lengths[0]).all()))
-        if slots is None:  # counted on the host, where it takes less time to begin
-            slots = torch.from_numpy(lengths[:, None] + np.arange(width)).to(device)
-        self._slots = slots
+        self._uniform = slots is None and bool((lengths == lengths[0]).all())
+        self._slots = (lengths[:, None] + offsets).to(device) if slots is None else slots
         self.positions = self._slots if positions is None else positions
         self._starts, self._seen = lengths, seen
         ends = lengths + (width if windows is None else windows) if visible is None else visible
-        self._ends = None if (ends == self.reach).all() else torch.from_numpy(ends).to(device)
+        self._ends = None if bool((ends == self.reach).all()) else ends.to(device)
         self._last_seen: Tensor | None = None  # by each token [B, L], where they differ within a row
         if left_to_right is not None:
-            offsets = np.arange(width)
-            last = np.where(offsets < left_to_right[:, None], lengths[:, None] + offsets, ends[:, None] - 1)
-            self._last_seen = torch.from_numpy(last).to(device)
+            last = torch.where(offsets < left_to_right[:, None], lengths[:, None] + offsets, ends[:, None] - 1)
+            self._last_seen = last.to(device)
         self.packed: Tensor | None = None
-        if windows is not None and windows.size > 1 and visible is None and seen is None:
+        if windows is not None and len(windows) > 1 and visible is None and seen is None:
             self._pack(windows, rows)
 
-    def _pack(self, windows: np.ndarray, rows: np.ndarray | None) -> None:
+    def _pack(self, windows: Tensor, rows: Tensor | None) -> None:
         """Finds the real tokens of a forward when much of it is padding."""
-        real = np.arange(self._width) < windows[:, None]  # [B, L]
-        if np.count_nonzero(real) > PACKED_BELOW * real.size:
+        offsets = torch.arange(self._width, device="cpu")
+        real = offsets < windows[:, None]  # [B, L]
+        if int(real.sum()) > PACKED_BELOW * real.numel():
             return
         device = self.storage.device
-        row = np.arange(windows.size) if rows is None else rows
-        lengths = self.lengths if rows is None else self.lengths[rows]
-        places = (row * self.capacity + lengths)[:, None] + np.arange(self._width)
-        self.packed = torch.from_numpy(np.flatnonzero(real)).to(device)  # [T], in the flattened window
-        self._places = torch.from_numpy(places[real]).to(device)  # [T], in the flattened cache
-        self._padded = torch.from_numpy((np.cumsum(real) - 1).clip(min=0)).to(device)  # [B * L], in the packed row
+        row = torch.arange(len(windows), device="cpu") if rows is None else rows
+        places = (row * self.capacity + self.lengths[row])[:, None] + offsets
+        self.packed = real.flatten().nonzero().squeeze(1).to(device)  # [T], in the flattened window
+        self._places = places[real].to(device)  # [T], in the flattened cache
+        self._padded = (real.flatten().cumsum(0) - 1).clamp(min=0).to(device)  # [B * L], in the packed row
 
     def pack(self, values: Tensor) -> Tensor:
         """Returns the real tokens' values as one row [1, T, ...], from a window's [B, L, ...]; all when not packed."""
@@ -126,7 +123,7 @@ class KVCache:
         if causal and self._width > 1:
             return (keys <= self.positions.unsqueeze(2)).unsqueeze(1)
         if self._seen is not None:
-            starts = torch.from_numpy(self._starts).to(self.storage.device)
+            starts = self._starts.to(self.storage.device)
             window = keys - starts[:, None]  # each key's place in the window [B, reach], below 0 when frozen
             place = window.clamp(0, self._width - 1)[:, None].expand(-1, self._width, -1)
             inside = (window < self._width)[:, None] & self._seen.gather(2, place)
@@ -177,7 +174,7 @@ class KVCache:
         self.hidden[row[:, None], self._slots] = hidden
         return self.hidden[row[:, None], (self.positions - 1).clamp(min=0)]
 
-    def advance(self, counts: np.ndarray, rows: np.ndarray | None = None) -> None:
+    def advance(self, counts: Tensor, rows: Tensor | None = None) -> None:
         """Freezes the first `counts[i]` tokens that the last forward wrote into row i (of `rows`, or of all)."""
         if rows is None:
             self.lengths += counts
@@ -188,9 +185,9 @@ class KVCache:
         """Empties a row for another prompt."""
         self.lengths[row] = 0
 
-    def keep(self, rows: np.ndarray) -> None:
+    def keep(self, rows: Tensor) -> None:
         """Drops every row but `rows`."""
-        index = torch.from_numpy(rows).to(self.storage.device)
+        index = rows.to(self.storage.device)
         self.storage = self.storage[:, :, index]
         self.hidden = None if self.hidden is None else self.hidden[index]
         self.lengths = self.lengths[rows]

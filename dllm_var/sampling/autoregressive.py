@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from dllm_var.model.transformer import Transformer
@@ -29,14 +28,14 @@ class AutoregressiveEngine(Engine[Row]):
         """Gives rows their next token, and ends those that are complete."""
         where = list(range(len(self.rows))) if slots is None else slots
         rows = [self.rows[slot] for slot in where]
-        index = None if slots is None else np.array(slots)
-        pending = np.array([row.pending for row in rows])
+        index = None if slots is None else torch.tensor(slots)
+        pending = torch.tensor([row.pending for row in rows])
         longest = int(pending.max())
-        self.cache.open(longest, None if longest == 1 else np.maximum(pending, 1), index)
+        self.cache.open(longest, None if longest == 1 else pending.clamp_min(1), index)
         canvas = self.canvas if slots is None else self.canvas[slots]
         hidden = self.model.hidden_states(canvas.gather(1, self.cache.positions), cache=self.cache)
         self.cache.advance(pending, index)
-        last = hidden[:, 0] if longest == 1 else hidden[torch.arange(len(rows)), np.maximum(pending - 1, 0)]
+        last = hidden[:, 0] if longest == 1 else hidden[torch.arange(len(rows)), (pending - 1).clamp_min(0)]
         logits = self.model.lm_head(last).float().index_fill_(1, self.banned, -torch.inf)
         tokens = None
         for row in rows:

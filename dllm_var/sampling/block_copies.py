@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,13 +43,13 @@ class BlockCopies:
         cache.open(self.copy.size(1), positions=self.positions, seen=seen)
 
 
-def lay_out(
-    starts: np.ndarray, pending: np.ndarray, width: np.ndarray, copies: Sequence[int], device: torch.device
-) -> BlockCopies:
+def lay_out(starts: Tensor, pending: Tensor, width: Tensor, copies: Sequence[int], device: torch.device) -> BlockCopies:
     """Lays out windows of `pending` tokens, a block of `width` and `copies` of it behind `starts` tokens, each [R]."""
-    start, before, wide, number = torch.from_numpy(np.stack((starts, pending, width, copies))).to(device)[:, :, None]
+    counts = torch.stack((starts, pending, width, torch.tensor(copies)))
+    longest = int((pending + width * (1 + counts[3])).max())
+    start, before, wide, number = counts.to(device)[:, :, None]
     in_blocks = wide * (1 + number)
-    place = torch.arange(int((pending + width * (1 + np.array(copies))).max()), device=device)
+    place = torch.arange(longest, device=device)
     inside = place - before  # [R, L], below 0 for what is left of the block
     block = wide.clamp_min(1)
     offset = inside % block

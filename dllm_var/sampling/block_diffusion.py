@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +21,9 @@ class Batch:
 
     slots: list[int]
     rows: list[Any]
-    index: np.ndarray | None  # the slots, None when they are all
-    pending: np.ndarray
-    width: np.ndarray
+    index: Tensor | None  # the slots, None when they are all
+    pending: Tensor
+    width: Tensor
 
 
 class BlockEngine(Engine[AnyRow]):
@@ -70,10 +69,10 @@ class BlockEngine(Engine[AnyRow]):
     def forward(self, slots: list[int] | None) -> None:
         where = list(range(len(self.rows))) if slots is None else slots
         rows = [self.rows[slot] for slot in where]
-        pending, width = (np.array(values) for values in zip(*((row.pending, row.width) for row in rows), strict=True))
+        pending, width = torch.tensor([[row.pending, row.width] for row in rows]).unbind(1)
         if self.sampler.kv_commit == "alone":  # a finished block (or prompt) has a forward of its own
-            width = np.where(pending > 0, 0, width)
-        batch = Batch(where, rows, None if slots is None else np.array(slots), pending, width)
+            width = width.masked_fill(pending > 0, 0)
+        batch = Batch(where, rows, None if slots is None else torch.tensor(slots), pending, width)
         hidden = self.model.hidden_states(self.open_window(batch), cache=self.cache)
         self.cache.advance(pending, batch.index)
         for row in rows:
@@ -84,7 +83,7 @@ class BlockEngine(Engine[AnyRow]):
     def open_window(self, batch: Batch) -> Tensor:
         """Opens the cache for pending tokens and active blocks, and returns them [R, L]."""
         windows = batch.pending + batch.width
-        longest, windows = int(windows.max()), np.maximum(windows, 1)  # an idle slot: anything but an empty softmax
+        longest, windows = int(windows.max()), windows.clamp_min(1)  # an idle slot: anything but an empty softmax
         left_to_right = batch.pending if self.model.config.causal_context and batch.pending.any() else None
         self.cache.open(longest, windows, batch.index, left_to_right=left_to_right)
         canvas = self.canvas if batch.index is None else self.canvas[batch.slots]
@@ -115,7 +114,9 @@ class BlockEngine(Engine[AnyRow]):
         all_scored = self.policy.scores_committed
         decoded = batch.width > 0
         count = sum(
-            (int(wide) if all_scored else row.left) for row, wide in zip(batch.rows, batch.width, strict=True) if wide
+            (wide if all_scored else row.left)
+            for row, wide in zip(batch.rows, batch.width.tolist(), strict=True)
+            if wide
         )
         view = self.view(
             hidden,
@@ -133,9 +134,9 @@ class BlockEngine(Engine[AnyRow]):
         state = {name: value[batch.slots] for name, value in self.state.items()}
         step = self.denoise(view, self.decide(batch, view, state), self.sampler.terminator_last)
         if state:  # rows that only stored a block have not met the policy
-            at = np.flatnonzero(decoded)
+            slots = torch.tensor(batch.slots)[decoded]
             for name, value in state.items():
-                self.state[name][np.array(batch.slots)[at]] = value[at]
+                self.state[name][slots] = value[decoded]
         self.write(cells, step.tokens, step.written, nfe)
         self.settle(
             batch, torch.stack((step.left, step.end, step.over, width)).T.tolist()
@@ -143,8 +144,8 @@ class BlockEngine(Engine[AnyRow]):
 
     def places(self, batch: Batch, length: int, width: Tensor, tokens: Tensor, inside: Tensor) -> Tensor:
         """Returns where in a flattened forward of `length` tokens a row the blocks' positions are predicted [R, K]."""
-        start = torch.from_numpy(batch.pending + np.arange(0, len(batch.rows) * length, length)).to(self.device)
-        return start[:, None] + self.offsets
+        start = batch.pending + torch.arange(0, len(batch.rows) * length, length)
+        return start.to(self.device)[:, None] + self.offsets
 
     def decide(self, batch: Batch, view: BlockView, state: dict[str, Tensor]) -> Decision:
         """Returns what becomes of the active blocks."""

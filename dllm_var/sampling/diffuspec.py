@@ -6,7 +6,6 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,36 +71,34 @@ class SpeculativeEngine(Engine[SpeculativeRow]):
 
     def compact(self, kept: list[int]) -> None:
         super().compact(kept)
-        self.drafter_cache.keep(np.array(kept))
+        self.drafter_cache.keep(torch.tensor(kept))
 
     def forward(self, slots: list[int] | None) -> None:
         """Takes rows one draft and its verification further."""
         where = list(range(len(self.rows))) if slots is None else slots
-        index = None if slots is None else np.array(slots)
+        index = None if slots is None else torch.tensor(slots)
         # One token comes from the model itself, so the last one is never drafted.
         wanted = [
             min(row.draft_length, self.limit - (row.length - row.prompt_length) - 1) if row.index >= 0 else 0
             for row in (self.rows[slot] for slot in where)
         ]
-        drafts, lengths = self._draft(where, index, np.array(wanted))
+        drafts, lengths = self._draft(where, index, torch.tensor(wanted))
         expected = self._verify(where, index, drafts)
         for slot, draft, length, said in zip(where, drafts, lengths, expected, strict=True):
             if self.rows[slot].index >= 0:
                 self._accept(slot, draft, length, said)
 
-    def _draft(
-        self, slots: list[int], index: np.ndarray | None, wanted: np.ndarray
-    ) -> tuple[list[list[int]], list[int]]:
+    def _draft(self, slots: list[int], index: Tensor | None, wanted: Tensor) -> tuple[list[list[int]], list[int]]:
         """Returns a draft of at most `wanted` [R] tokens for each row, and how many the drafter put before its end."""
         rows = [self.rows[slot] for slot in slots]
         if not wanted.any():
             return [[] for _ in rows], [0] * len(rows)
-        behind = np.array([row.length for row in rows]) - self.drafter_cache.lengths[slots]
-        pending = np.where(wanted > 0, behind, 0)
-        hidden = self._hidden(self.drafter, self.drafter_cache, slots, index, np.maximum(pending + wanted, 1))
+        behind = torch.tensor([row.length for row in rows]) - self.drafter_cache.lengths[slots]
+        pending = behind.masked_fill(wanted == 0, 0)
+        hidden = self._hidden(self.drafter, self.drafter_cache, slots, index, (pending + wanted).clamp_min(1))
         self.drafter_cache.advance(pending, index)
-        for row, number in zip(rows, wanted, strict=True):
-            row.auxiliary_nfe += int(number > 0)
+        for row, number in zip(rows, wanted.tolist(), strict=True):
+            row.auxiliary_nfe += number > 0
         logits = self._logits(self.drafter, hidden, pending, wanted)
         top = logits.log_softmax(dim=-1).topk(min(self.sampler.candidates, self.vocab_size))
         mass = top.values.exp()
@@ -125,40 +122,40 @@ class SpeculativeEngine(Engine[SpeculativeRow]):
             drafts.append(search_path(candidates, context, row.proxy, *search) if row.proxy is not None else [])
         return drafts, lengths
 
-    def _verify(self, slots: list[int], index: np.ndarray | None, drafts: list[list[int]]) -> list[list[int]]:
+    def _verify(self, slots: list[int], index: Tensor | None, drafts: list[list[int]]) -> list[list[int]]:
         """Returns what the model says at each place of each draft, and behind it."""
         rows = [self.rows[slot] for slot in slots]
-        active = np.array([row.index >= 0 for row in rows])
+        idle = torch.tensor([row.index < 0 for row in rows])
         for slot, row, draft in zip(slots, rows, drafts, strict=True):
             self.canvas[slot, row.length : row.length + len(draft)] = torch.tensor(
                 draft, dtype=torch.long, device=self.device
             )
             row.nfe += row.index >= 0
-        length = np.array([len(draft) for draft in drafts])
-        pending = np.array([row.length for row in rows]) - self.cache.lengths[slots]
-        hidden = self._hidden(self.model, self.cache, slots, index, np.where(active, pending + length, 1))
-        self.cache.advance(np.where(active, pending, 0), index)
-        places = np.where(active, length + 1, 0)
+        length = torch.tensor([len(draft) for draft in drafts])
+        pending = torch.tensor([row.length for row in rows]) - self.cache.lengths[slots]
+        hidden = self._hidden(self.model, self.cache, slots, index, (pending + length).masked_fill(idle, 1))
+        self.cache.advance(pending.masked_fill(idle, 0), index)
+        places = (length + 1).masked_fill(idle, 0)
         said = iter(self._logits(self.model, hidden, pending - 1, places).argmax(dim=-1).tolist())  # a wait
-        return [[next(said) for _ in range(number)] for number in places]
+        return [[next(said) for _ in range(number)] for number in places.tolist()]
 
     def _hidden(
-        self, model: Transformer, cache: KVCache, slots: list[int], index: np.ndarray | None, windows: np.ndarray
+        self, model: Transformer, cache: KVCache, slots: list[int], index: Tensor | None, windows: Tensor
     ) -> Tensor:
         """Returns the hidden states [R, L, hidden] of the `windows` [R] behind what the cache holds."""
         text = None
         if model.config.causal_context:
-            text = np.array([self.rows[slot].length for slot in slots]) - cache.lengths[slots]
+            text = torch.tensor([self.rows[slot].length for slot in slots]) - cache.lengths[slots]
         cache.open(int(windows.max()), windows, index, left_to_right=text)
         canvas = self.canvas if index is None else self.canvas[slots]
         return model.hidden_states(canvas.gather(1, cache.positions), cache=cache)
 
-    def _logits(self, model: Transformer, hidden: Tensor, shift: np.ndarray, counts: np.ndarray) -> Tensor:
+    def _logits(self, model: Transformer, hidden: Tensor, shift: Tensor, counts: Tensor) -> Tensor:
         """Returns the logits [M, V] of the `counts` [R] places that begin `shift` [R] into the forward."""
-        offsets = np.arange(int(counts.max()))
-        places = (np.arange(len(counts)) * hidden.size(1) + shift)[:, None] + offsets
-        at, where = (torch.from_numpy(a).to(self.device) for a in (places, offsets < counts[:, None]))
-        return self.score(model, hidden, at, where, int(counts.sum()))[1]
+        offsets = torch.arange(int(counts.max()))
+        places = (torch.arange(len(counts)) * hidden.size(1) + shift)[:, None] + offsets
+        where = offsets < counts[:, None]
+        return self.score(model, hidden, places.to(self.device), where.to(self.device), int(counts.sum()))[1]
 
     def _accept(self, slot: int, draft: list[int], drafted: int, said: list[int]) -> None:
         """Adds what the model confirms of a draft and its own next token; ends the row when it is complete."""

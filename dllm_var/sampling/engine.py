@@ -8,7 +8,6 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -152,7 +151,7 @@ class Engine(ABC, Generic[AnyRow]):
     def compact(self, kept: list[int]) -> None:
         """Drops all slots but these."""
         if self.cache is not None:
-            self.cache.keep(np.array(kept))
+            self.cache.keep(torch.tensor(kept))
         index = torch.tensor(kept, device=self.device)
         self.canvas, self.committed_at = self.canvas[index], self.committed_at[index]
         self.state = {name: value[index] for name, value in self.state.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,11 +45,11 @@ class CanvasEngine(Engine[Row]):
         if self.step == 0:
             self._open_block()
         rows, place, tokens = self.rows, self.place, self.canvas.gather(1, self.place)
-        left = np.array([row.left for row in rows])
+        left = torch.tensor([row.left for row in rows])
         for row in rows:
             row.nfe += row.left > 0
         hidden, shift = self._hidden(left == 0)
-        inside = torch.from_numpy(left > 0).to(self.device)[:, None].expand_as(place)
+        inside = (left > 0).to(self.device)[:, None].expand_as(place)
         width, all_scored = place.size(1), self.policy.scores_committed
         slot = torch.arange(len(rows), device=self.device)[:, None]
         nfe, key = torch.tensor([[row.nfe, row.key + row.nfe] for row in rows], device=self.device).unbind(1)
@@ -59,7 +58,7 @@ class CanvasEngine(Engine[Row]):
             slot * hidden.size(1) + shift[:, None] + torch.arange(width, device=self.device),
             tokens,
             inside,
-            np.count_nonzero(left) * width if all_scored else int(left.sum()),
+            int((left > 0).sum()) * width if all_scored else int(left.sum()),
             step=torch.full_like(nfe, self.step),
             progress=torch.full_like(nfe, self.offset / self.limit, dtype=torch.float),
             key=key,
@@ -70,7 +69,7 @@ class CanvasEngine(Engine[Row]):
         masks = step.masked.sum(1)
         if self.sampler.cache == "dkv":
             self.settled.scatter_(1, place, self.settled.gather(1, place) & (step.tokens == tokens))
-            self.unsettled = (self.real & ~self.settled).sum(1).cpu().numpy()
+            self.unsettled = (self.real & ~self.settled).sum(1).cpu()
         for row, masks_left in zip(rows, masks.tolist(), strict=True):
             row.left = masks_left
         self.step += 1
@@ -80,17 +79,17 @@ class CanvasEngine(Engine[Row]):
     def _open_block(self) -> None:
         """Opens the block at `offset` in every row; before the first one, lays out the group."""
         if self.offset == 0:
-            self.prompt_lengths = np.array([row.prompt_length for row in self.rows])
+            self.prompt_lengths = torch.tensor([row.prompt_length for row in self.rows])
             self.row_lengths = self.prompt_lengths + self.limit
             self.width = int(self.row_lengths.max())
-            lengths = torch.from_numpy(self.row_lengths).to(self.device)
+            lengths = self.row_lengths.to(self.device)
             self.real = torch.arange(self.width, device=self.device) < lengths[:, None]
             self.segments = None if bool(self.real.all()) else (~self.real).long()  # padding is a segment of its own
             self.settled = torch.zeros_like(self.real)  # `dkv`: positions that have been run as what they are,
             self.unsettled = self.row_lengths  # and how many of each row have not
         width = min(self.block, self.limit - self.offset)
         self.begins = self.prompt_lengths + self.offset
-        begin = torch.from_numpy(self.begins).to(self.device)
+        begin = self.begins.to(self.device)
         self.place = begin[:, None] + torch.arange(width, device=self.device)
         self.use_policy_state(self.policy.initial_state(width))
         for row in self.rows:
@@ -107,7 +106,7 @@ class CanvasEngine(Engine[Row]):
             reason = "eos" if end < self.limit and tokens[end] != self.mask_id else "length"
             self.tell(slot, start + end, reason if last else None)
 
-    def _hidden(self, done: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _hidden(self, done: Tensor) -> tuple[Tensor, Tensor]:
         """Returns hidden states [R, L, hidden] of a step's forward and where each row's block begins in them [R].
 
         `done` says whose block is full [R]; the forward is for the others.
@@ -139,7 +138,7 @@ class CanvasEngine(Engine[Row]):
     def _hidden_of_unsettled(self, tokens: Tensor) -> Tensor:
         """Runs the positions that are masked or have just changed; returns the block's hidden states [R, K, hidden]."""
         run = self.real & ~self.settled
-        width, number = int(self.unsettled.max()), torch.from_numpy(self.unsettled).to(self.device)
+        width, number = int(self.unsettled.max()), self.unsettled.to(self.device)
         window = (~run).long().argsort(dim=1, stable=True)[:, :width]  # [R, L], the positions to run first
         beyond = torch.arange(width, device=self.device) >= number[:, None]
         # A row with fewer positions than the widest keeps its padding behind the canvas, where nobody looks.

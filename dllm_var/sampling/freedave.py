@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,9 +94,10 @@ class FreeDaveEngine(BlockEngine[DraftRow]):
         accepted = right.long().cumprod(1).sum(1)  # [R] drafts that were right
         last = torch.arange(len(batch.rows), device=self.device) * depth + accepted  # among R * D versions
 
-        at = np.flatnonzero(batch.width)
+        decoded = batch.width > 0
+        slots = torch.tensor(batch.slots)[decoded]
         for name, value in state.items():
-            self.state[name][np.array(batch.slots)[at]] = value[last][at]
+            self.state[name][slots] = value[last][decoded]
         self.write(cells, step.tokens[last], (step.tokens[last] != block) & (self.offsets < width[:, None]), nfe)
         status = [step.left[last], step.end[last], step.over[last], width, accepted]
         going_on = going_on[last]
@@ -134,8 +134,8 @@ class FreeDaveEngine(BlockEngine[DraftRow]):
         real = (self.offsets < width[:, None, None]) & (nth <= number)[:, :, None]
         all_scored = self.policy.scores_committed
         count = sum(
-            int(wide) * (1 + row.drafts) if all_scored else row.left + row.masks_in_drafts
-            for row, wide in zip(batch.rows, batch.width, strict=True)
+            wide * (1 + row.drafts) if all_scored else row.left + row.masks_in_drafts
+            for row, wide in zip(batch.rows, batch.width.tolist(), strict=True)
             if wide
         )
         return self.view(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,14 +44,14 @@ class GuidedEngine(BlockEngine[GuidedRow]):
     def decide(self, batch: Batch, view: BlockView, state: dict[str, Tensor]) -> Decision:
         """Commits the masks up to the first one where the guide expects another token; the first one in any case."""
         first = view.masked & (view.masked.cumsum(dim=1) == 1)
-        masks = np.array([row.left if wide else 0 for row, wide in zip(batch.rows, batch.width, strict=True)])
+        masks = torch.tensor([row.left for row in batch.rows]).masked_fill(batch.width == 0, 0)
         masks[masks == 1] = 0  # the only one left is committed, whatever the guide expects
         if not masks.any():
             return Decision(commit=first)
         disagrees = view.masked & (self._expected(batch, masks, view) != view.predicted)
         return Decision(commit=first | (view.masked & (disagrees.cumsum(dim=1) == 0)))
 
-    def _expected(self, batch: Batch, masks: np.ndarray, view: BlockView) -> Tensor:
+    def _expected(self, batch: Batch, masks: Tensor, view: BlockView) -> Tensor:
         """Returns what the guide expects at the masked positions [R, K], given the proposal left of each; -1 elsewhere.
 
         Args:
@@ -63,16 +62,15 @@ class GuidedEngine(BlockEngine[GuidedRow]):
         asks, cached = masks > 0, self.cache.lengths[batch.slots]
         ends = cached + batch.width  # of the blocks
         known = ends - masks  # tokens that are committed; the last of them predicts the first mask
-        read = np.array([row.read for row in batch.rows])
-        frozen = np.where(asks, np.minimum(read, known - 1), 0)
-        windows = np.where(asks, ends - 1 - frozen, 1)  # the proposal's last token predicts what nobody asks for
+        read = torch.tensor([row.read for row in batch.rows])
+        frozen = torch.minimum(read, known - 1).masked_fill(~asks, 0)
+        windows = (ends - 1 - frozen).masked_fill(~asks, 1)  # the proposal's last token predicts what nobody asks for
         self.guide_cache.lengths[batch.slots] = frozen
         self.guide_cache.open(int(windows.max()), windows, batch.index)
         proposal = torch.where(view.masked, view.predicted, view.tokens)
-        base = np.array(batch.slots) * self.capacity
-        start, shift, asking = torch.from_numpy(
-            np.stack((base + cached, known - 1 - frozen - (batch.width - masks), asks))
-        ).to(self.device)[:, :, None]
+        base = torch.tensor(batch.slots) * self.capacity
+        table = torch.stack((base + cached, known - 1 - frozen - (batch.width - masks), asks.long()))
+        start, shift, asking = table.to(self.device)[:, :, None]
         self.canvas.put_(start + self.offsets, proposal)  # the engine writes there what becomes of the block
         canvas = self.canvas if batch.index is None else self.canvas[batch.slots]
         tokens = canvas.gather(1, self.guide_cache.positions.clamp(max=self.capacity - 1))
@@ -88,7 +86,7 @@ class GuidedEngine(BlockEngine[GuidedRow]):
 
     def compact(self, kept: list[int]) -> None:
         super().compact(kept)
-        self.guide_cache.keep(np.array(kept))
+        self.guide_cache.keep(torch.tensor(kept))
 
 
 @dataclass(eq=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,7 +69,7 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
 
     def predict(self, batch: Batch, hidden: Tensor) -> None:
         """Predicts all open blocks, applies the policy to each, ends blocks and rows, and opens further blocks."""
-        opened = [row.blocks if wide else [] for row, wide in zip(batch.rows, batch.width, strict=True)]
+        opened = [row.blocks if wide else [] for row, wide in zip(batch.rows, batch.width.tolist(), strict=True)]
         blocks, size = max(map(len, opened)), len(opened)
         first, done, _, _, key, nfe = self.table(batch)
         start, width, steps, settled = self._table_of_blocks(opened, blocks)
@@ -79,7 +78,7 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
         # What is no block's position is written to the canvas's last column, which no row reaches.
         nowhere = torch.tensor(batch.slots, device=self.device)[:, None, None] * self.capacity + self.capacity - 1
         cells = torch.where(inside, first[:, None, None] + at, nowhere)
-        pending = torch.from_numpy(batch.pending).to(self.device)[:, None, None]
+        pending = batch.pending.to(self.device)[:, None, None]
         row = torch.arange(size, device=self.device)[:, None, None]
         tokens, all_scored = self.canvas.take(cells), self.policy.scores_committed
         view = self.view(
@@ -95,9 +94,10 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
         )
         state = {name: value[batch.slots][:, :blocks].flatten(0, 1) for name, value in self.state.items()}
         decision = self.policy.decide(view, state)
-        decoded = np.flatnonzero(batch.width)
+        decoded = batch.width > 0
+        slots = torch.tensor(batch.slots)[decoded]
         for name, value in state.items():
-            self.state[name][np.array(batch.slots)[decoded], :blocks] = value.unflatten(0, (-1, blocks))[decoded]
+            self.state[name][slots, :blocks] = value.unflatten(0, (-1, blocks))[decoded]
         tokens, masked, written, ending = self._commit(view, decision, settled.bool())
         self.write(cells.flatten(1), tokens.flatten(1), written.flatten(1), nfe)
         finish_row = None if decision.finish_row is None else decision.finish_row[::blocks]

@@ -65,7 +65,7 @@ class WinoEngine(BlockEngine[Row]):
     """
 
     def open_window(self, batch: Batch) -> Tensor:
-        shadows = [int(row.left < width) for row, width in zip(batch.rows, batch.width, strict=True)]
+        shadows = [int(row.left < width) for row, width in zip(batch.rows, batch.width.tolist(), strict=True)]
         if not any(shadows):
             return super().open_window(batch)
         copies = lay_out(self.cache.lengths, batch.pending, batch.width, shadows, self.device)

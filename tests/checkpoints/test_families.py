@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 from published import (
@@ -43,7 +42,7 @@ def cached_logits(model, ids, pieces):
     for piece in ids.split(pieces, dim=1):
         cache.open(piece.size(1))
         found.append(model(piece, cache=cache))
-        cache.advance(np.full(ids.size(0), piece.size(1)))
+        cache.advance(torch.full((ids.size(0),), piece.size(1)))
     return torch.cat(found, dim=1)
 
 

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
@@ -130,7 +129,7 @@ def test_a_causal_context_is_transformers_own_model_and_still_decodes_in_blocks(
     again, _, meta = load_checkpoint(tmp_path / "out")
     cache = KVCache(model.config, 2, 30, "cpu", torch.float32)
     with torch.no_grad():
-        cache.open(30, left_to_right=np.array([30, 30]))
+        cache.open(30, left_to_right=torch.tensor([30, 30]))
         torch.testing.assert_close(theirs(IDS).logits, model(IDS, cache=cache), atol=1e-5, rtol=1e-5)
     sampler = sampler_from_config(meta["sampler"])
     prompts = [[70, 71, 72], [80]]

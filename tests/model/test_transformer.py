@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -67,14 +66,14 @@ def test_causal_cache_equals_no_cache_with_rows_of_different_lengths():
     model = tiny(causal=True)
     rows = [torch.randint(0, 50, (n,)) for n in (3, 7, 5)]
     cache = KVCache(model.config, 3, 16, "cpu", torch.float32)
-    prefix = np.array([2, 5, 1])
+    prefix = torch.tensor([2, 5, 1])
     padded = torch.zeros(3, 5, dtype=torch.long)
     for i, row in enumerate(rows):
         padded[i, : prefix[i]] = row[: prefix[i]]
     cache.open(5, prefix)
     model.hidden_states(padded, cache=cache)
     cache.advance(prefix)
-    rest = np.array([len(row) for row in rows]) - prefix
+    rest = torch.tensor([len(row) for row in rows]) - prefix
     window = torch.zeros(3, int(rest.max()), dtype=torch.long)
     for i, row in enumerate(rows):
         window[i, : rest[i]] = row[prefix[i] :]
@@ -92,7 +91,7 @@ def test_bidirectional_window_sees_the_frozen_tokens_and_itself():
     cache = KVCache(model.config, 1, 16, "cpu", torch.float32)
     cache.open(4)
     model.hidden_states(prompt, cache=cache)
-    cache.advance(np.array([4]))
+    cache.advance(torch.tensor([4]))
     for _ in range(2):  # the second time must not see the first
         cache.open(3)
         again = model.hidden_states(block, cache=cache)
