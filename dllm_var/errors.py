@@ -1,5 +1,45 @@
-"""The one exception for mistakes a user can mend."""
+"""Mistakes that a user can mend, and files that cannot be used, told in one line."""
+
+import errno
+import os
 
 
 class UserError(ValueError):
     """A mistake in settings, data or a checkpoint, told in one line that names it and the remedy."""
+
+
+_REMEDIES = {
+    errno.ENOSPC: "make room, or write to another disk",
+    errno.EDQUOT: "make room, or write to another disk",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or write to another disk",
+    errno.EROFS: "write to another place",
+}
+
+
+def in_one_line(error: BaseException | None) -> str | None:
+    """Returns the line that tells a user's mistake, or a file or disk that cannot be used; None for a bug.
+
+    An exception that was raised from such a one counts too: the settings parser wraps what a constructor raises.
+    """
+    notes = getattr(error, "__notes__", [])
+    while error is not None:
+        line = None
+        if isinstance(error, UserError):
+            line = str(error).strip()
+            if "Traceback (most recent call last)" in line:  # from a loader's worker process
+                line = line.splitlines()[-1].split("UserError: ", 1)[-1]
+        elif isinstance(error, OSError):
+            line = _file_error(error)
+        if line is not None:
+            return "; ".join([line, *notes])
+        error = error.__cause__
+    return None
+
+
+def _file_error(error: OSError) -> str | None:
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
+    if error.errno in _REMEDIES:
+        return f"cannot write {name or 'a file'}: {error.strerror}; {_REMEDIES[error.errno]}"
+    if error.errno is not None and name is not None:
+        return f"cannot use '{name}': {error.strerror}"
+    return f"cannot read or write a file: {error.strerror}" if error.errno == errno.EIO else None

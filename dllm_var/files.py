@@ -23,18 +23,14 @@ PARTIAL, PREVIOUS = ".partial", ".previous"  # behind the name of what is being 
 
 @contextlib.contextmanager
 def write_atomically(path: Path, shared: bool = False) -> Iterator[Path]:
-    """Yields the path at which to write a file or a folder; it gets its name, `path`, when the block has ended well.
+    """Yields where to write a file or a folder that becomes `path` when the block ends well, and is removed otherwise.
 
-    Args:
-        path: What it replaces, if that exists. After a failure, whatever it is, the old content is still there.
-        shared: Several processes may write the same content at once; the first to finish a folder gives it its name.
+    With `shared`, several processes may write the same folder at once: the first to finish gives it its name.
 
     Raises:
-        OSError: When it cannot be written; names `path`, and nothing is left behind.
+        OSError: When it cannot be written; names `path`.
     """
-    partial = partial_path(path)
-    if shared:
-        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}") if shared else partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         discard(partial)
@@ -74,16 +70,16 @@ def publish(partial: Path, path: Path, replace: bool = True) -> None:
     if not partial.is_dir() and (path.is_symlink() or not path.is_dir()):
         os.replace(partial, path)
     else:
-        _sync_folder(partial)
+        _sync(partial)
         aside = path.with_name(path.name + PREVIOUS)
         if replace and os.path.lexists(path):
             discard(aside)
             os.rename(path, aside)
         os.rename(partial, path)
         if replace:
-            _sync_folder(path.parent)
+            _sync(path.parent)
             discard(aside)
-    _sync_folder(path.parent)
+    _sync(path.parent)
 
 
 def set_aside(folder: Path) -> dict[Path, Path]:
@@ -112,22 +108,15 @@ def _sync(path: Path) -> None:
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
+    except OSError:
+        if not path.is_dir():  # some file systems cannot do it for folders
+            raise
     finally:
         os.close(opened)
 
 
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # file systems that cannot are left alone
-        _sync(folder)
-
-
 class OutputFile:
-    """A text file to be written bit by bit: it is NAME.partial until it is complete.
-
-    A link is followed; a device or a pipe is written directly.
-
-    Args:
-        path: The file; its folder must exist.
+    """A text file that is written bit by bit: NAME.partial until `complete`; a device or a pipe is written directly.
 
     Raises:
         OSError: When it cannot be written; names the file.
@@ -137,22 +126,11 @@ class OutputFile:
         self.target = Path(os.path.realpath(Path(path).expanduser()))
         if self.target.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
-        if self.target.is_symlink():
+        if self.target.is_symlink():  # realpath leaves only links of a loop
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
         is_device = self.target.exists() and not self.target.is_file()
         self.partial = self.target if is_device else partial_path(self.target)
         self.stream: TextIO = self.partial.open("w", encoding="utf-8")
-
-    def __enter__(self) -> TextIO:
-        return self.stream
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if error is None:
-            self.complete()
-            return
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(self.target)
-        self.abandon(keep=False)
 
     def complete(self) -> None:
         """Waits until the content is on the disk, and gives the file its name."""

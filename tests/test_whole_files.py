@@ -3,15 +3,12 @@
 import contextlib
 import errno
 import os
-import sys
 
 import pytest
 
 from dllm_var import UserError, files
-from dllm_var.__main__ import main, open_streams
-from dllm_var.cli.failures import from_files
+from dllm_var.errors import in_one_line
 from dllm_var.files import OutputFile, discard, open_output, put_back, write_atomically
-from dllm_var.settings import read_settings
 
 
 def names(folder):
@@ -91,13 +88,14 @@ def test_a_full_disk_is_named(tmp_path):
             partial.write_text("text")
 
     def write_to_device(path):
-        with OutputFile(path) as stream:
-            stream.write("text")
+        file = OutputFile(path)
+        file.stream.write("text")
+        file.complete()
 
     for path, action in ((tmp_path / "a", write_to_full_disk), ("/dev/full", write_to_device)):
         with pytest.raises(OSError, match="No space left") as raised:
             action(path)
-        assert from_files(raised.value).startswith(f"cannot write {path}: No space left on device; make room")
+        assert in_one_line(raised.value).startswith(f"cannot write {path}: No space left on device; make room")
     assert names(tmp_path) == []
 
 
@@ -143,33 +141,5 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(name, reason, 
 
 
 def test_errors_without_a_file_are_no_mistakes():
-    assert from_files(OSError(errno.ECONNRESET, "reset")) is None
-    assert from_files(KeyError("bug")) is None
-
-
-def test_deep_and_exploding_settings_are_refused(tmp_path):
-    path = tmp_path / "bad.yaml"
-    path.write_text("[" * 100_000)
-    with pytest.raises(UserError, match="nested more than 100 levels"):
-        read_settings(path)
-    doubled = "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 64))
-    path.write_text("a0: &a0 [1, 1]\n" + doubled)
-    with pytest.raises(UserError, match="more than 100,000 values"):
-        read_settings(path)
-
-
-def test_closed_streams_are_opened_before_a_file_takes_their_place(tmp_path):
-    child = os.fork()
-    if child == 0:
-        os.closerange(0, 3)
-        sys.stdin = sys.stdout = sys.stderr = None
-        try:
-            open_streams()
-            descriptor = os.open(tmp_path / "file", os.O_CREAT | os.O_WRONLY)
-            print("nothing takes this")
-            status = main(["--version"]) if descriptor > 2 else 9
-        except BaseException:
-            status = 8
-        os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert (tmp_path / "file").read_text() == ""
+    assert in_one_line(OSError(errno.ECONNRESET, "reset")) is None
+    assert in_one_line(KeyError("bug")) is None

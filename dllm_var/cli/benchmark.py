@@ -36,12 +36,11 @@ from dllm_var.benchmarking.settings import (
     check_names,
     expand,
 )
-from dllm_var.cli.building import build
 from dllm_var.datamodules import Source
 from dllm_var.errors import UserError
 from dllm_var.files import open_output, write_text
 from dllm_var.sampling import Sampler
-from dllm_var.settings import SettingsParser, merged, read_settings
+from dllm_var.settings import SettingsParser, build, merged, read_settings
 
 DESCRIPTION = """Measures what a config lists, side by side on one machine: a config with `tasks` compares samplers, one
 with `trainings` (benchmarks/training.yaml) ways to train.

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import logging
 import math
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +20,8 @@ from dllm_var.checkpoints.identity import provenance
 from dllm_var.cli.generate import add_draw_options, add_sampler_options, load
 from dllm_var.errors import UserError
 from dllm_var.evaluation import TASKS
-from dllm_var.files import open_output, read_text
-from dllm_var.settings import SettingsParser, check_size
+from dllm_var.files import open_output, write_text
+from dllm_var.settings import SettingsParser, suggestion
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -69,15 +67,16 @@ def main(command: str, arguments: list[str]) -> int:
         block_length = getattr(sampler, "block_length", 0) if model.config.causal_context else 0
     likelihood = Likelihood(options.mc_draws, options.mc_batch_size, options.mc_seed, options.mc_canvas, block_length)
     evaluated = EvaluatedModel(model, tokenizer, sampler, likelihood, options.max_new_tokens)
-    from lm_eval.utils import handle_non_serializable
+    if options.output is not None:  # a mistake is told before the work
+        open_output("--output", options.output).abandon(keep=False)
+    result = evaluate(evaluated, options)
+    result["dllm_var"] = description(evaluated, sampler, options)
+    print(report(result))
+    if options.output is not None:
+        from lm_eval.utils import handle_non_serializable
 
-    with nullcontext() if options.output is None else open_output("--output", options.output) as output:
-        result = evaluate(evaluated, options)
-        result["dllm_var"] = description(evaluated, sampler, options)
-        print(report(result))
-        if output is not None:
-            text = json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False)
-            output.write(text + "\n")
+        text = json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False)
+        write_text(options.output, text + "\n")
     return 0
 
 
@@ -153,14 +152,12 @@ def evaluate(evaluated: EvaluatedModel, options: Namespace) -> dict[str, Any]:
 
     # The harness asks git about the current folder, which complains aloud where that is no repository.
     evaluator.get_git_commit_hash = lambda: (provenance()["git"] or {}).get("commit")
-    names, manager = find_tasks(options.tasks, options.include_path)
-    limit = options.limit
     try:
         return evaluator.simple_evaluate(
             model=evaluated,
-            tasks=names,
-            task_manager=manager,
-            limit=limit if limit is None or limit < 1 else int(limit),
+            tasks=options.tasks,
+            task_manager=find_tasks(options.tasks, options.include_path),
+            limit=options.limit if options.limit is None or options.limit < 1 else int(options.limit),
             num_fewshot=options.num_fewshot,
             apply_chat_template=options.chat,
             fewshot_as_multiturn=options.chat,
@@ -168,62 +165,37 @@ def evaluate(evaluated: EvaluatedModel, options: Namespace) -> dict[str, Any]:
             bootstrap_iters=1000,
         )
     except (OSError, ImportError) as error:  # no hub, no such data set, a metric's package
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--tasks {' '.join(options.tasks)}: {reason}") from error
+        reason = " ".join((str(error).strip() or type(error).__name__).split())
+        raise UserError(f"--tasks {' '.join(options.tasks)}: {reason[:300]}") from error
 
 
-def find_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[list[str], TaskManager]:
-    """Returns the names of the tasks, and the manager that knows them; lm-eval's own are indexed only when wanted.
-
-    `tasks` are names or YAML files, `include_path` is a folder with YAML files.
+def find_tasks(tasks: Sequence[str], include_path: str | None) -> TaskManager:
+    """Returns what loads the tasks: names, or YAML files; lm-eval's own tasks are indexed only when one is wanted.
 
     Raises:
         UserError: When a folder, file or task does not exist.
     """
     from lm_eval.tasks import TaskManager
 
-    names: list[str] = []
-    folders = [TASKS]
-    if include_path is not None:
-        if not Path(include_path).is_dir():
-            raise UserError(f"--include-path: there is no folder '{include_path}'")
-        folders.append(Path(include_path))
-    for task in tasks:
-        if Path(task).suffix in (".yaml", ".yml"):
-            names.append(_task_name(Path(task)))
-            folders.append(Path(task).absolute().parent)
-        else:
-            names.append(task)
-    paths: list[str | Path] = list(dict.fromkeys(folders))
-    manager = TaskManager(include_path=paths, include_defaults=False)
+    if include_path is not None and not Path(include_path).is_dir():
+        raise UserError(f"--include-path: there is no folder '{include_path}'")
+    folders: list[str | Path] = [TASKS, *([] if include_path is None else [include_path])]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    files = [task for task in tasks if Path(task).suffix in (".yaml", ".yml")]
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(f"--tasks: there is no file '{file}'")
+        try:
+            manager.load([file])
+        except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+            raise UserError(f"--tasks: {file} is no task of lm-eval: {' '.join(str(error).split())[:300]}") from error
+    names = [task for task in tasks if task not in files]
     if any(name not in manager.task_index for name in names):
-        manager = TaskManager(include_path=paths, include_defaults=True)
+        manager = TaskManager(include_path=folders, include_defaults=True)
     for name in names:
         if name not in manager.task_index:
-            close = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise UserError(f"--tasks: there is no task '{name}'{hint}")
-    return names, manager
-
-
-def _task_name(file: Path) -> str:
-    """Returns the name in a task's YAML file; `!function` tags are lm-eval's to read."""
-    if not file.is_file():
-        raise UserError(f"--tasks: there is no file '{file}'")
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_constructor("!function", lambda loader, node: None)
-    try:
-        text = read_text(file)
-        check_size(text)
-        content = yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"--tasks: {file} is not a YAML file: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("task"), str):
-        raise UserError(f"--tasks: {file} has no 'task: NAME'")
-    return content["task"]
+            raise UserError(f"--tasks: there is no task '{name}'{suggestion(name, manager.all_tasks)}")
+    return manager
 
 
 def description(evaluated: EvaluatedModel, sampler: Sampler, options: Namespace) -> dict[str, Any]:

@@ -8,12 +8,14 @@ import shlex
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
@@ -26,9 +28,8 @@ from dllm_var.callbacks import AnswerWriter
 from dllm_var.checkpoints.archive import CannotSave
 from dllm_var.checkpoints.checkpoint_io import BackgroundFiles, CheckedFiles
 from dllm_var.checkpoints.run_checkpoint import check_or_offer
-from dllm_var.cli.failures import from_checkpoint, from_files, from_outside
 from dllm_var.cli.trainer_settings import build_parser, check_settings, full_help, run_name
-from dllm_var.errors import UserError
+from dllm_var.errors import UserError, in_one_line
 from dllm_var.model.float8 import Float8, check_float8
 from dllm_var.settings import load_yaml
 from dllm_var.training.interrupt import Interrupted, SaveAtEnd, StopOnSignal
@@ -49,11 +50,10 @@ _RESUMED = "DLLM_VAR_RESUMED"  # the checkpoint that the first process goes on f
 
 
 def main(command: str, arguments: list[str]) -> int:
-    """Runs one Trainer command and returns its exit status: 0, or 128 and the number of the signal that stopped it.
+    """Runs `fit`, `validate`, `test` or `predict`.
 
-    Args:
-        command: `fit`, `validate`, `test` or `predict`.
-        arguments: Settings: `--config FILE`, `--key=value`, and for `fit` also `--resume`.
+    Returns:
+        The exit status: 0, or 128 and the number of the signal that stopped it.
 
     Raises:
         UserError: For a mistake in the settings, the data or a checkpoint, and when a process or a disk fails.
@@ -63,22 +63,18 @@ def main(command: str, arguments: list[str]) -> int:
         return 0
     quieten()
     arguments, resume = split_resume(command, arguments)
-    with ExitStack() as held:
-        return run(command, arguments, resume, held)
-
-
-def run(command: str, arguments: list[str], resume: str | None, held: ExitStack) -> int:
-    """Runs one Trainer command; what ends it from outside becomes one line. `held` keeps the run's folders for it."""
     try:
-        TrainerCLI(command, arguments, resume, held).run_command()
+        with ExitStack() as held:
+            TrainerCLI(command, arguments, resume, held).run_command()
     except CannotSave:
         if is_launched_child():  # the first process says why
             return 1
         raise
     except Interrupted as interrupted:
         if getattr(rank_zero_only, "rank", 0) == 0:
-            command_line = resume_command(arguments)
-            after = "SLURM runs the job again" if interrupted.requeued else f"continue with: {command_line}"
+            after = (
+                "SLURM runs the job again" if interrupted.requeued else f"continue with: {resume_command(arguments)}"
+            )
             print(f"\n{interrupted}; {after}", file=sys.stderr)
         return 0 if is_launched_child() else interrupted.status  # the first process speaks for all it has started
     except OmegaConfBaseException as error:  # a resolver such as ${oc.env:NAME}, or a reference that goes in a circle
@@ -93,11 +89,29 @@ def run(command: str, arguments: list[str], resume: str | None, held: ExitStack)
             raise KeyboardInterrupt from None
         raise
     except Exception as error:
-        message = None if isinstance(error, UserError) else from_outside(error) or from_checkpoint(error)
+        message = None if in_one_line(error) else failure(error)
         if message is None:
             raise
         raise UserError("; ".join([message, *getattr(error, "__notes__", [])])) from error
     return 0
+
+
+def failure(error: Exception) -> str | None:
+    """Returns a line for what is no bug: another process that is gone, a foreign checkpoint; None for anything else."""
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in text.lower() and "onnect" in text
+    ):
+        return "lost contact with another process of this run"
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
+        return f"{text.rstrip('. ')}; too little memory is the usual cause: lower data.num_workers"
+    frames = traceback.extract_tb(error.__traceback__)
+    if any("checkpoint_connector" in frame.filename and "restore" in frame.name for frame in frames):
+        return (
+            f"the checkpoint does not fit ({type(error).__name__}: {text[:300]}): it is of another version or other "
+            "settings; model.init_from takes its weights alone"
+        )
+    return None
 
 
 class TrainerCLI(LightningCLI):
@@ -284,10 +298,10 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # inside Lightning
 
 
-def tell_thread_failure(failure: threading.ExceptHookArgs) -> None:
+def tell_thread_failure(failed: threading.ExceptHookArgs) -> None:
     """Tells in one line what a thread could not write: TensorBoard's raises it again where the run next logs."""
-    message = from_files(failure.exc_value)
+    message = in_one_line(failed.exc_value)
     if message is None:
-        threading.__excepthook__(failure)
+        threading.__excepthook__(failed)
     else:
         print(f"warning: {message}", file=sys.stderr)

@@ -22,13 +22,12 @@ from dllm_var.benchmarking.cost_model import (
     training_flops,
 )
 from dllm_var.checkpoints.pretrained import starting_config
-from dllm_var.cli.building import build
 from dllm_var.cli.fit import quieten
 from dllm_var.cli.trainer_settings import build_parser, check_settings, run_name
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
 from dllm_var.objectives import EosSchedule, KeyedNoise, Objective
-from dllm_var.settings import SettingsParser
+from dllm_var.settings import SettingsParser, build
 from dllm_var.text.tokenizer import SpecialTokens, Tokenizer
 
 DESCRIPTION = """Says what a training run will cost, from its config alone: parameters, tokens and FLOPs of a step, its

@@ -1,18 +1,21 @@
-"""The settings of the commands that run a Trainer: their parser, and what is checked before anything is built."""
+"""The settings of the commands that run a Trainer: their parser, references between settings, and first checks."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import lightning as L
+import yaml
 from jsonargparse import Namespace, dict_to_namespace
 from lightning.pytorch.cli import LightningArgumentParser
+from omegaconf import OmegaConf
 
 from dllm_var import DiffusionLM, __version__
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.sampling import Sampler
-from dllm_var.settings import ReferringParser, SettingsParser, config_files
+from dllm_var.settings import SettingsParser, config_files, merged, suggestion
 from dllm_var.training.run_folders import default_logger
 from dllm_var.training.strategies import check_strategy
 from dllm_var.training.trainer import Trainer
@@ -20,10 +23,41 @@ from dllm_var.training.trainer import Trainer
 DEFAULTS = {"model": DiffusionLM, "data": PackedDataModule}
 BASES = {"model": L.LightningModule, "data": L.LightningDataModule}
 PASSED = ("model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule")  # no settings of the commands
+_REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.\[\]]*)\}")
 
 
-class TrainerParser(ReferringParser, LightningArgumentParser):
-    """The parser that LightningCLI builds from, with the mistakes and references of `ReferringParser`."""
+class TrainerParser(SettingsParser, LightningArgumentParser):
+    """Reads the settings of one command in which `${data.context_length}` stands for another setting.
+
+    Args:
+        command: The command; None for a parser inside this one, of one class's arguments.
+        **kwargs: Of jsonargparse's parser.
+    """
+
+    def __init__(self, command: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.command = command
+
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        if self.command is None:
+            return super().parse_args(args, *rest, **kwargs)
+        others, values = split_vars(args)
+        config = super().parse_args(others, *rest, **kwargs)
+        config.vars = merged(config.vars, values)
+        # All files and arguments are merged now, and nothing is resolved yet.
+        qualify_references(config, config.as_dict(), self.command)
+        return config
+
+    def parse_resolved(self, arguments: list[str]) -> Namespace:
+        """Returns the settings with all references resolved, once all files and arguments have been merged.
+
+        Raises:
+            UserError: For any mistake.
+        """
+        outer = SettingsParser(prog="python -m dllm_var", parser_mode="omegaconf+")
+        outer.names = self.names
+        outer.add_subcommands().add_subcommand(self.command, self)
+        return outer.parse_args([self.command, *arguments])[self.command]
 
 
 def build_parser(command: str, arguments: list[str], trainer_command: str | None = None) -> TrainerParser:
@@ -107,3 +141,66 @@ def check_settings(settings: Namespace, name: str) -> None:
     if settings.get("weights_only") is False:
         raise UserError("weights_only=false would run code that a checkpoint may hold: leave it out")
     settings.weights_only = True  # a checkpoint is data, never code to run
+
+
+# -- references --------------------------------------------------------------------------------------------------------
+
+
+def split_vars(arguments: list[str]) -> tuple[list[str], Any]:
+    """Takes `--vars.NAME=VALUE` out of the arguments, at any depth (`--vars.sampler.init_args.block_length=8`).
+
+    The parser would replace a whole `vars.sampler` to set one value inside it.
+
+    Returns:
+        The other arguments, and the values as nested dictionaries.
+    """
+    others: list[str] = []
+    values: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument.startswith("--vars."):
+            value = argument.removeprefix("--vars.")
+            values.append(value if "=" in value else f"{value}={next(rest, '')}")
+        else:
+            others.append(argument)
+    try:
+        return others, OmegaConf.to_container(OmegaConf.from_dotlist(values))
+    except yaml.YAMLError as error:
+        raise UserError(f"--vars.{' --vars.'.join(values)} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def qualify_references(node: Any, settings: dict[str, Any], command: str) -> Any:
+    """Rewrites each `${a.b}` into the full path of the value it names, for OmegaConf to resolve.
+
+    Users write `${data.context_length}`; the value is kept under the command's name and in the `init_args` of a class.
+
+    Args:
+        node: The settings, or a part of them; changed in place.
+        settings: All settings, as dictionaries.
+        command: The command.
+
+    Raises:
+        UserError: When a reference names nothing.
+    """
+    if isinstance(node, str):
+        return _REFERENCE.sub(lambda match: f"${{{command}.{_full_path(settings, match[1])}}}", node)
+    values = vars(node) if isinstance(node, Namespace) else node
+    items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in list(items):
+        node[key] = qualify_references(value, settings, command)
+    return node
+
+
+def _full_path(node: Any, reference: str) -> str:
+    path: list[str] = []
+    for word in reference.split("."):
+        name = word.partition("[")[0]
+        if isinstance(node, dict):  # OmegaConf finds its way in a list by itself
+            if "class_path" in node and name not in node:
+                path.append("init_args")
+                node = node.get("init_args") or {}
+            if name not in node:
+                raise UserError(f"${{{reference}}} names no setting{suggestion(name, list(node))}")
+            node = node[name]
+        path.append(word)
+    return ".".join(path)

@@ -4,9 +4,9 @@ import pytest
 
 from dllm_var.benchmarking.settings import Entry, Sweep, Task, TrainingCase, expand
 from dllm_var.cli.benchmark import sampler_settings
-from dllm_var.cli.building import build
 from dllm_var.errors import UserError
 from dllm_var.sampling import Sampler
+from dllm_var.settings import build
 
 THRESHOLD = {
     "class_path": "dllm_var.sampling.BlockDiffusionSampler",

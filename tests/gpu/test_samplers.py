@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from dllm_var.checkpoints.pretrained import load_checkpoint
-from dllm_var.cli.building import build
 from dllm_var.sampling import Sampler
-from dllm_var.settings import read_settings
+from dllm_var.settings import build, read_settings
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted(path.stem for path in (ROOT / "configs" / "sampler").glob("*.yaml"))
