@@ -19,7 +19,6 @@ CASES = (
     "generate --prompts-file .jsonl deeply nested",
     "generate --prompts-file .txt not UTF-8",
     "generate --sampler .yaml a pipe",
-    "generate --config .yaml a bomb of aliases",
     "generate --output a loop of links",
     "generate --output a full device",
     "generate of a run whose model/config.json is deeply nested",
