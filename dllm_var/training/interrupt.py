@@ -1,4 +1,4 @@
-"""How a run is told to end, and ends: signals, a checkpoint of the last finished step, an exit status."""
+"""The end of a run: signals, a checkpoint of the last finished step, an exit status."""
 
 from __future__ import annotations
 
@@ -14,26 +14,19 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 
 from dllm_var.checkpoints.archive import CannotSave
 from dllm_var.checkpoints.run_checkpoint import clear_leftovers, newest_checkpoint
 from dllm_var.training.ranks import is_launched_child
 from dllm_var.training.step import TooManySkipped
-from dllm_var.training.trainer import Trainer, checkpoint_folders, save_last
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # the later, the more urgent
 STATUS_BASE = 128  # of a process that a signal ended, as shells count
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal; the message says what was saved.
-
-    Args:
-        message: What happened.
-        number: The signal.
-        requeued: Whether SLURM will run the job again.
-    """
+    """Training was stopped by signal `number`; the message says what was saved."""
 
     def __init__(self, message: str, number: int, requeued: bool = False) -> None:
         super().__init__(message)
@@ -41,7 +34,7 @@ class Interrupted(Exception):
 
 
 class StopOnSignal(Callback):
-    """Turns signals into an orderly stop with a checkpoint.
+    """Turns signals into an orderly stop with a checkpoint; for our own `Trainer`.
 
     The step under way is finished first, so that the saved weights, optimizer and counters belong together, and all
     ranks stop at the same step, whichever of them got the signal. Ctrl-C and SIGTERM stop, with status 130 and 143; a
@@ -63,10 +56,10 @@ class StopOnSignal(Callback):
         self._folder: Path | None = None
         self._between_steps: Any = None  # the data's state while weights and counters belong together
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
         self._asked, self.training_over, self._between_steps = 0, False, None
-        if keeps_checkpoints(trainer):
-            self._folder = checkpoint_folders(trainer)[0]
+        if trainer.keeps_checkpoints:
+            self._folder = trainer.checkpoint_folders()[0]
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._listen()
@@ -119,7 +112,7 @@ class StopOnSignal(Callback):
         if trainer.state.fn == "fit":
             self._obey(trainer, pl_module)
 
-    def _obey(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _obey(self, trainer: Any, pl_module: L.LightningModule) -> None:
         asked = self._asked
         if trainer.world_size > 1:  # the ranks must act at the same step, on the same signal
             urgency = torch.tensor([0, *SIGNALS].index(asked), device=pl_module.device)
@@ -129,9 +122,7 @@ class StopOnSignal(Callback):
         self._asked = 0
         if trainer.global_step == 0:  # a sanity check, or validation among the first step's accumulated batches
             raise Interrupted("stopped before the first step", asked)
-        _end_averaging(trainer, pl_module)
-        path = save_last(trainer)
-        step = trainer.global_step
+        path, step = trainer.save_last(), trainer.global_step
         if _only_saves(asked):
             if trainer.is_global_zero:
                 print(f"saved {path} at step {step}", flush=True)
@@ -139,14 +130,13 @@ class StopOnSignal(Callback):
         requeued = asked == signal.SIGUSR1 and trainer.is_global_zero and requeue()
         raise Interrupted(f"stopped at step {step}, saved {path}", asked, requeued)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Any, pl_module: L.LightningModule, exception: BaseException) -> None:
         state, self._between_steps = self._between_steps, None
         unforeseen = isinstance(exception, Exception) and not isinstance(exception, Interrupted | CannotSave)
         between_steps = unforeseen and state is not None and _data_state(trainer) == state
-        if keeps_checkpoints(trainer) and (between_steps or isinstance(exception, TooManySkipped)):
-            _end_averaging(trainer, pl_module)
+        if trainer.keeps_checkpoints and (between_steps or isinstance(exception, TooManySkipped)):
             with contextlib.suppress(CannotSave):
-                save_last(trainer)
+                trainer.save_last()
         if isinstance(exception, OSError) and exception.filename is None:
             exception.filename = getattr(trainer.logger, "log_dir", None)  # TensorBoard's writer does not say it
         if trainer.is_global_zero and trainer.state.fn == "fit" and hasattr(exception, "add_note"):
@@ -159,57 +149,38 @@ class StopOnSignal(Callback):
 
 
 class SaveAtEnd(Callback):
-    """Saves the last step of a run as last.ckpt when no checkpoint of that step exists.
+    """Saves the last step of a run as last.ckpt when no checkpoint of that step exists; for our own `Trainer`.
 
     Lightning saves at intervals only, so that the steps after the last interval, or a short run altogether, are lost.
-    It must come before other callbacks: what they do when training ends may take minutes, or leave averaged weights in
-    the model.
-
-    Args:
-        stop: Told when the last step is safe.
+    It must come before other callbacks: what they do when training ends may take minutes, or change the weights.
+    `stop` is told when the last step is safe.
     """
 
     def __init__(self, stop: StopOnSignal) -> None:
         self.stop = stop
         self._saved_step = -1
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
         self._saved_step = -1
-        if stage == "fit" and keeps_checkpoints(trainer):
-            folders = checkpoint_folders(trainer)  # asked on every rank
+        if stage == "fit" and trainer.keeps_checkpoints:
+            folders = trainer.checkpoint_folders()  # asked on every rank
             for folder in folders if trainer.is_global_zero else ():
                 clear_leftovers(folder)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved_step = trainer.global_step
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if keeps_checkpoints(trainer) and self._saved_step != trainer.global_step:
-            path = save_last(trainer)
-            if isinstance(trainer, Trainer):
-                trainer.saved_at_end = (path, trainer.global_step)
-        elif isinstance(trainer, Trainer):
-            trainer.finish_saving()
+    def on_train_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        if trainer.keeps_checkpoints and self._saved_step != trainer.global_step:
+            trainer.save_last()
+        trainer.finish_saving()
         self.stop.training_over = True
         self.stop.end_now()
-
-
-def keeps_checkpoints(trainer: L.Trainer) -> bool:
-    """Whether the run saves any checkpoints."""
-    return bool(trainer.checkpoint_callbacks) and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
 
 def _data_state(trainer: L.Trainer) -> Any:
     datamodule: Any = getattr(trainer, "datamodule", None)
     return datamodule.state_dict() if datamodule is not None else {}
-
-
-def _end_averaging(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Puts the weights in training back into the model where validation was using averages."""
-    if trainer.validating:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, WeightAveraging):
-                callback.on_validation_epoch_end(trainer, pl_module)
 
 
 def _only_saves(number: int) -> bool:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules and parameter groups."""
+"""Learning-rate schedules, parameter groups and optimizers."""
 
 from __future__ import annotations
 
@@ -60,12 +60,10 @@ class Schedule:
     def scheduler(self, optimizer: Optimizer, total_steps: float) -> LambdaLR:
         """Returns the scheduler, to be stepped after every optimizer step.
 
-        Args:
-            optimizer: Whose learning rates it scales.
-            total_steps: Of the run; infinite or negative when nobody knows, as with `max_time` or an endless stream.
+        `total_steps` is infinite or negative when nobody knows it, as with `max_time` or an endless stream.
 
         Raises:
-            UserError: When the shape depends on what nobody knows.
+            UserError: When the shape of the schedule depends on it, and nobody knows it.
         """
         known = 0 <= total_steps < math.inf
         if not known and self.kind != "constant":
@@ -100,18 +98,19 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 def check_state(optimizer: Optimizer, state_dict: dict[str, Any], option: str) -> None:
     """Refuses a checkpoint's optimizer state that torch would take up and the first step would fail on.
 
-    Args:
-        optimizer: The one that is to go on with it.
-        state_dict: Its groups and the state of each parameter.
-        option: Each group has it if an optimizer of this class wrote the state.
+    Every group has `option` if an optimizer of the same class wrote the state.
 
     Raises:
         UserError: When another optimizer wrote it, or the parameters are grouped in another way.
     """
-    saved, ours = state_dict["param_groups"], optimizer.param_groups
+
+    def shapes(groups: list[dict[str, Any]]) -> list[tuple[str, int]]:
+        return [(group.get("role", "rest"), len(group["params"])) for group in groups]
+
+    saved = state_dict["param_groups"]
     if not all(option in group for group in saved):
         differs = f"is of another optimizer than {type(optimizer).__name__}"
-    elif [_shape(group) for group in saved] != [_shape(group) for group in ours]:
+    elif shapes(saved) != shapes(optimizer.param_groups):
         differs = "has its parameters in other groups"
     else:
         return
@@ -121,20 +120,10 @@ def check_state(optimizer: Optimizer, state_dict: dict[str, Any], option: str) -
     )
 
 
-def _shape(group: dict[str, Any]) -> tuple[str, int]:
-    return group.get("role", "rest"), len(group["params"])
-
-
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW with the defaults of language-model training.
 
-    Args:
-        params: Parameters or groups.
-        lr: Learning rate.
-        betas: Decays of the two moments.
-        weight_decay: Decoupled decay of every group that does not set its own.
-        fused: One kernel for all parameters; set to false for 16-mixed precision with clipping by value, which
-            Lightning refuses with fused optimizers.
+    Set `fused` to false for 16-mixed precision with clipping by value, which Lightning refuses with fused optimizers.
     """
 
     def __init__(
@@ -159,6 +148,8 @@ class Muon(Optimizer):
     Momentum is orthogonalised by five Newton-Schulz iterations, matrices of one shape together (Jordan et al. 2024,
     kellerjordan.github.io/posts/muon). Parameters may be sharded as DTensors (FSDP2): the processes then deal whole
     matrices among themselves, so that each is orthogonalised once.
+
+    torch.optim.Muon takes one matrix after the other, in bfloat16: ten times the time of this one on a CPU.
 
     Args:
         params: Groups from `parameter_groups`; those of another role than `hidden` are AdamW's.
@@ -264,10 +255,7 @@ def orthogonalise_as_placed(matrices: Tensor, like: Tensor) -> Tensor:
 
     Sharded matrices change places twice: each process gets its share of them whole, and gives them back; along one
     dimension of the mesh after the other. In which order the rows are put together makes no difference to the result.
-
-    Args:
-        matrices: This process's part of the stack [N, R, C].
-        like: One of the N parameters.
+    `matrices` is this process's part of the stack [N, R, C], and `like` one of the N parameters.
     """
     if not isinstance(like, DTensor):
         return orthogonalise(matrices)

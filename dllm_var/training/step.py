@@ -38,9 +38,6 @@ class LossGuard:
         max_skipped: Training stops when it has skipped this many updates since its first step.
         spike_factor: A loss of this many times the running median is reported, and trained on; None reports none.
         spike_window: Number of steps of the median.
-
-    Raises:
-        UserError: For numbers that make no sense.
     """
 
     max_skipped: int = 20

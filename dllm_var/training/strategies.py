@@ -1,4 +1,4 @@
-"""How training is spread over processes: what Lightning's strategies leave to say."""
+"""Strategies that spread training over processes, and what each of them needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from dllm_var.errors import UserError
@@ -21,10 +21,8 @@ class FSDP2(ModelParallelStrategy):
     """Parameters, gradients and optimizer state sharded over all processes of all nodes (torch's fully_shard).
 
     Lightning's ModelParallelStrategy, whose `data_parallel_size` would have to be told how many processes there are.
-
-    Args:
-        save_distributed_checkpoint: Each process writes its part into a folder; a single file, put together by the
-            first process, when false.
+    With `save_distributed_checkpoint` each process writes its part of a checkpoint into a folder; without, the first
+    process puts together a single file.
     """
 
     def __init__(self, save_distributed_checkpoint: bool = True) -> None:
@@ -38,13 +36,8 @@ class FSDP2(ModelParallelStrategy):
 class TensorParallel(ModelParallelStrategy):
     """Each layer and the vocabulary divided among processes of a node, and their parts sharded over groups of these.
 
-    The processes of a group work on the same rows; groups work on different ones, as the processes of FSDP2 do.
-
-    Args:
-        tensor_parallel_size: Processes of a group; divides the processes of a node, the heads and the features.
-
-    Raises:
-        UserError: When it does not divide the processes of a node.
+    The processes of a group work on the same rows; groups work on different ones, as the processes of FSDP2 do. The
+    size of a group must divide the processes of a node, the heads and the features.
     """
 
     def __init__(self, tensor_parallel_size: int = 2) -> None:
@@ -73,11 +66,8 @@ def forwards_together(strategy: Any, transformer: Any) -> Iterator[None]:
 
     A pass gathers parameters, for which every process is needed. Within this context each pass begins with a count of
     the processes that make one. At its end a process makes passes over one token, whose results nobody reads, until
-    no process needs them any more. Every process must enter; those of a tensor-parallel group must do the same.
-
-    Args:
-        strategy: Of the run; does nothing unless it shards parameters.
-        transformer: The sharded model.
+    no process needs them any more. Every process must enter; those of a tensor-parallel group must do the same. Does
+    nothing unless the strategy shards parameters.
     """
     if not is_sharded(strategy):
         yield
@@ -105,14 +95,11 @@ def forwards_together(strategy: Any, transformer: Any) -> Iterator[None]:
 
 def owns_gradients(strategy: Any) -> bool:
     """Whether gradients are where the module cannot reach them, in DeepSpeed's engine."""
-    return isinstance(strategy, DeepSpeedStrategy)
+    return hasattr(strategy, "zero_stage_3")
 
 
 def check_strategy(strategy: Any) -> None:
-    """Says what a strategy needs that is not here, before any data is read.
-
-    Args:
-        strategy: `trainer.strategy` of the settings: a name, or a class path with its arguments.
+    """Says what `trainer.strategy` of the settings needs that is not here, before any data is read.
 
     Raises:
         UserError: When FSDP1 or DeepSpeed is asked for without a CUDA device, or DeepSpeed without its package.

@@ -1,4 +1,4 @@
-"""Lightning's Trainer, whose checkpoints are whole or not there; and what it saves of a run, and when."""
+"""Lightning's Trainer, whose checkpoints are whole or not there; what it saves of a run, and when."""
 
 from __future__ import annotations
 
@@ -33,7 +33,31 @@ class Trainer(L.Trainer):
     them stop, with the reason.
     """
 
-    saved_at_end: tuple[Path, int] | None = None  # where and at which step
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether the run saves any checkpoints."""
+        return bool(self.checkpoint_callbacks) and not self.fast_dev_run  # type: ignore[attr-defined]
+
+    def checkpoint_folders(self) -> list[Path]:
+        """Returns the folders in which the run keeps checkpoints, last.ckpt in the first; every rank must ask."""
+        own = [Path(c.dirpath) for c in self.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+        return [*own, Path(self.log_dir or self.default_root_dir) / "checkpoints"]
+
+    def save_last(self) -> Path:
+        """Saves the present state as last.ckpt, whole when this returns, and returns its path; every rank must call it.
+
+        Raises:
+            CannotSave: When it cannot be written.
+        """
+        path = self.checkpoint_folders()[0] / "last.ckpt"
+        for callback in self.checkpoint_callbacks:  # so that a resumed run replaces this file, not beside it
+            if isinstance(callback, ModelCheckpoint) and callback.save_last:
+                callback.last_model_path = str(path)
+        if self.is_global_zero and path.is_symlink():  # save_last="link": what it points to stays as it is
+            path.unlink()
+        self.save_checkpoint(path, weights_only=False)
+        self.finish_saving()
+        return path
 
     def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
         """Saves a checkpoint; every rank must call it.
@@ -44,8 +68,6 @@ class Trainer(L.Trainer):
         if self.is_global_zero:
             discard(_staged(Path(filepath)))  # what a killed process left is no part of this one
         path = Path(self.strategy.broadcast(str(filepath)))
-        if self.saved_at_end == (path, self.global_step):
-            return  # callbacks after ours may have changed the weights for good, as weight averaging does
         staged = _staged(path)  # strategies write folders there, and other plugins files; ours writes to `path`
         save = super().save_checkpoint
         try:
@@ -127,36 +149,10 @@ def _failed_in_parts(error: BaseException) -> bool:
     return api is not None and isinstance(error, api.CheckpointException)
 
 
-def checkpoint_folders(trainer: L.Trainer) -> list[Path]:
-    """Returns the folders in which the run keeps checkpoints, last.ckpt in the first; every rank must ask."""
-    own = [Path(c.dirpath) for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
-    return [*own, Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"]
-
-
-def save_last(trainer: L.Trainer) -> Path:
-    """Saves the present state as last.ckpt of the run, whole when this returns; every rank must call it.
-
-    Returns:
-        The checkpoint.
-    """
-    path = checkpoint_folders(trainer)[0] / "last.ckpt"
-    for callback in trainer.checkpoint_callbacks:  # so that a resumed run replaces this file, not beside it
-        if isinstance(callback, ModelCheckpoint) and callback.save_last:
-            callback.last_model_path = str(path)
-    if trainer.is_global_zero and path.is_symlink():  # save_last="link": what it points to stays as it is
-        path.unlink()
-    trainer.save_checkpoint(path, weights_only=False)
-    if isinstance(trainer, Trainer):
-        trainer.finish_saving()
-    return path
-
-
 def default_checkpoints(trainer_settings: Any, best: bool) -> list[ModelCheckpoint]:
-    """Returns what keeps checkpoints when the settings name nothing that does: the last two.
+    """Returns what keeps checkpoints when the `trainer` section names nothing that does: the last two.
 
-    Args:
-        trainer_settings: The `trainer` section.
-        best: Whether to keep the best by `val/loss` as well.
+    With `best` it also keeps the best one by `val/loss`.
     """
     if trainer_settings.get("enable_checkpointing") is False:
         return []
@@ -178,14 +174,10 @@ def default_checkpoints(trainer_settings: Any, best: bool) -> list[ModelCheckpoi
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the resolved settings in the run folder and shows them in TensorBoard's text tab.
+    """Saves the resolved settings, a YAML `text`, in the run folder, and shows them in TensorBoard's text tab.
 
     Without a logger there is no run folder, and nothing is saved. A different config.yaml that is already there (a
     resumed run with changed settings) is kept as config.1.yaml, config.2.yaml and so on. Checkpoints have them, too.
-
-    Args:
-        text: The settings as YAML.
-        *args: Of Lightning's callback, as are `kwargs`.
     """
 
     def __init__(self, *args: Any, text: str, **kwargs: Any) -> None:
@@ -193,24 +185,19 @@ class SaveConfig(SaveConfigCallback):
         self.text = text
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if not trainer.loggers:
-            return
-        self.save_to_log_dir = False  # done below
         log_dir = trainer.log_dir  # asked on every rank: the first one tells the others
-        if trainer.is_global_zero and not self.already_saved and log_dir is not None:
-            path = Path(log_dir) / CONFIG_FILE
-            if path.is_file() and path.read_text(encoding="utf-8") != self.text:
-                taken = len(list(path.parent.glob("config.*.yaml")))
-                path.rename(path.with_name(f"config.{taken + 1}.yaml"))
-            write_text(path, self.text)
-        super().setup(trainer, pl_module, stage)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["config"] = self.text
-        checkpoint["rows_per_step"] = rows_per_step(trainer, getattr(trainer, "datamodule", None))
-
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if not trainer.loggers or log_dir is None or not trainer.is_global_zero:
+            return
+        path = Path(log_dir) / CONFIG_FILE
+        if path.is_file() and path.read_text(encoding="utf-8") != self.text:
+            taken = len(list(path.parent.glob("config.*.yaml")))
+            path.rename(path.with_name(f"config.{taken + 1}.yaml"))
+        write_text(path, self.text)
         for logger in trainer.loggers:
             add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
             if add_text is not None:
                 add_text("config", f"```yaml\n{self.text}\n```", global_step=trainer.global_step)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.text
+        checkpoint["rows_per_step"] = rows_per_step(trainer, getattr(trainer, "datamodule", None))
