@@ -82,7 +82,7 @@ def memory() -> float:
 def measure(table: Table, packing: str, ranks: int, steps: int) -> dict[str, Any]:
     """Counts an epoch's rows, plans some of it and finds the rows of some ranks at some steps; times are of the CPU."""
     began = time.process_time()
-    rows = PackedRows(Sections(table, CONTEXT, "drop", 0), SPECIAL, CONTEXT, packing, 0, seed=0)
+    rows = PackedRows(Sections(table, CONTEXT, "drop", 0), SPECIAL, packing, 0, seed=0)
     total = len(rows)
     counted = time.process_time() - began
     after_counting = memory()
@@ -93,8 +93,7 @@ def measure(table: Table, packing: str, ranks: int, steps: int) -> dict[str, Any
             first = (step * ranks + sampler.rank) * BATCH
             for row in range(first, first + BATCH):  # the last ones are of the next epoch
                 epoch, section, number = rows.locate(row)
-                packed = rows.packed(epoch, section)
-                spans = packed.plan.spans(np.array([number]))
+                spans = rows.packed(epoch, section)[1].spans(np.array([number]))
                 assert 0 < spans.length.sum() <= CONTEXT
     planned = time.process_time() - began
     sections = len(rows.sections)
@@ -117,12 +116,12 @@ def measure(table: Table, packing: str, ranks: int, steps: int) -> dict[str, Any
 
 def check_section(rows: PackedRows, section: int) -> None:
     """Raises unless the rows of a section hold each of its samples once, whole."""
-    packed = rows.packed(0, section)
-    held = np.zeros(len(packed.samples.index), np.int64)
-    for first in range(0, packed.plan.rows, 100_000):
-        spans = packed.plan.spans(np.arange(first, min(first + 100_000, packed.plan.rows)))
+    samples, plan = rows.packed(0, section)
+    held = np.zeros(len(samples.index), np.int64)
+    for first in range(0, plan.rows, 100_000):
+        spans = plan.spans(np.arange(first, min(first + 100_000, plan.rows)))
         np.add.at(held, spans.sample, spans.length)
-    assert (held == packed.samples.content).all()
+    assert (held == samples.content).all()
 
 
 def main() -> None:

@@ -16,14 +16,8 @@ from dllm_var.datamodules.table import Example
 
 if TYPE_CHECKING:
     from dllm_var.datamodules.data_module import PackedDataModule
-    from dllm_var.datamodules.rows import RowSampler
     from dllm_var.datamodules.streaming import StreamingDataModule
 
-_LAZY = {
-    "PackedDataModule": "dllm_var.datamodules.data_module",
-    "StreamingDataModule": "dllm_var.datamodules.streaming",
-    "RowSampler": "dllm_var.datamodules.rows",
-}
 __all__ = [
     "BadRecord",
     "CmudictSource",
@@ -34,18 +28,14 @@ __all__ = [
     "PackedDataModule",
     "ParquetSource",
     "ReasoningGymSource",
-    "RowSampler",
     "Source",
     "SplitSource",
     "StreamingDataModule",
 ]
+_LAZY = {"PackedDataModule": "data_module", "StreamingDataModule": "streaming"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -1,13 +1,12 @@
 """The CMU pronouncing dictionary that ships with the package: letters -> phonemes.
 
-The dictionary (BSD-2-Clause, notice in ``data/cmudict/LICENSE``) lies there compressed beside its tokenizer;
-`write_tokenizer` made that, and makes it again.
+The dictionary (BSD-2-Clause, notice in ``data/cmudict/LICENSE``) lies there compressed beside its tokenizer, whose
+vocabulary is letters in lower case and phonemes in upper case.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import lzma
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -19,12 +18,7 @@ from dllm_var.datamodules.sources import Source
 FOLDER = Path(__file__).parent / "data" / "cmudict"
 HELD_OUT_WORDS = 2_000  # words in the validation split, and as many in the test split
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz'"
-ALPHABET = set(LETTERS)
-PHONES = tuple(
-    "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH".split(" ")  # noqa: SIM905
-)
-SPECIALS = {"pad_token": "<pad>", "mask_token": "<mask>", "eos_token": "<eos>", "unk_token": "<unk>"}
+ALPHABET = set("abcdefghijklmnopqrstuvwxyz'")
 
 
 class CmudictSource(Source):
@@ -77,29 +71,3 @@ def split_words(words: Iterable[str]) -> dict[str, list[str]]:
         "validation": ranked[HELD_OUT_WORDS : 2 * HELD_OUT_WORDS],
         "train": sorted(ranked[2 * HELD_OUT_WORDS :]),
     }
-
-
-def write_tokenizer(folder: Path = FOLDER) -> None:
-    """Writes ``tokenizer.json`` and ``tokenizer_config.json``: lower case is letters, upper case phonemes.
-
-    Args:
-        folder: Where the two files go.
-    """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    vocabulary = [*SPECIALS.values(), *LETTERS, *PHONES]
-    tokenizer = Tokenizer(
-        models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token=SPECIALS["unk_token"])
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"[^A-Z]"), "isolated")]
-    )
-    # A space before each phoneme and none between letters, so that words and pronunciations both read as written.
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(Regex(r"^(?=[A-Z])"), " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS.values()])
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIALS, "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -274,15 +274,11 @@ class PackedDataModule(L.LightningDataModule):
                     f"{self.context_length}; raise it (the shortest has {np.diff(table.offsets).min():,} tokens), or "
                     "set data.on_too_long=truncate"
                 )
+            training = split == "train"
+            seed = self.seed if training else HELD_OUT_SEED
+            special = self.tokenizer.special
             self._rows[split] = PackedRows(
-                sections,
-                self.tokenizer.special,
-                self.context_length,
-                self.packing,
-                self.overhang,
-                self.seed if split == "train" else HELD_OUT_SEED,
-                self.canvas,
-                cut=split == "train",
+                sections, special, self.packing, self.overhang, seed, self.canvas, cut=training
             )
         return self._rows[split]
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from dllm_var.datamodules.cache import read_contents
-from dllm_var.datamodules.sources import SPLITS, Located, SplitSource, Unparsed, one_line
+from dllm_var.datamodules.sources import SPLITS, Located, SplitSource, one_line, read_contents
 from dllm_var.errors import UserError
 
 
@@ -23,13 +22,10 @@ class DatasetSource(SplitSource):
         train_split: What the dataset calls its training split.
         validation_split: What it calls its validation split; carved out of training when it has none of that name.
         test_split: What it calls its test split.
-        validation_size: Prompts to carve out for validation: a number, or a fraction below 1. When not given, 2 % of
-            them, at most 1,000.
-        test_size: The same for test; none when not given.
-        columns: Names our fields have in the dataset, such as ``{prompt: question, response: answer}``.
         streaming: Reads the dataset while it is trained on, instead of downloading all of it first. Each reader has
             shards of its own where their number is a multiple of the readers'; nothing can be carved out. A stream is
             known by its path, name and version, not by its content.
+        kwargs: As for `SplitSource`.
     """
 
     def __init__(
@@ -39,23 +35,26 @@ class DatasetSource(SplitSource):
         train_split: str = "train",
         validation_split: str = "validation",
         test_split: str = "test",
-        validation_size: int | float | None = None,
-        test_size: int | float = 0,
-        columns: dict[str, str] | None = None,
         streaming: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(validation_size, test_size, columns)
-        self.streaming = streaming
+        super().__init__(**kwargs)
         self.path = path
         self.name = name
+        self.streaming = streaming
         self.split_names = dict(zip(SPLITS, (train_split, validation_split, test_split), strict=True))
 
     @cached_property
     def _datasets(self) -> dict[str, Any]:
+        import datasets
+
         folder = Path(self.path).expanduser()
         saved = (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file()
         try:
-            loaded = self._load(folder if saved else None)
+            if saved:  # mapped into memory, which is as good as a stream
+                loaded = datasets.load_from_disk(str(folder))
+            else:
+                loaded = datasets.load_dataset(self.path, self.name, streaming=self.streaming)
         except Exception as error:  # offline, not found, gated, broken: many libraries raise through this one call
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"data.source path: no dataset {self.path}: {reason}") from None
@@ -66,23 +65,13 @@ class DatasetSource(SplitSource):
                 f"{self.path} has no split {self.split_names['train']!r}; set train_split to one of {', '.join(loaded)}"
             )
         found = {split: loaded[name] for split, name in self.split_names.items() if name in loaded}
-        carved = [
-            split for split, size in (("validation", self.validation_size), ("test", self.test_size)) if size != 0
-        ]
-        missing = next((split for split in carved if split not in found), None)
-        if missing and _is_stream(found["train"]):
-            raise UserError(
-                f"{self.path} is streamed and has no split {self.split_names[missing]!r}; none can be carved out of a "
-                f"stream: set {missing}_split, or {missing}_size to 0"
-            )
+        for split, size in (("validation", self.validation_size), ("test", self.test_size)):
+            if size != 0 and split not in found and _is_stream(found["train"]):
+                raise UserError(
+                    f"{self.path} is streamed and has no split {self.split_names[split]!r}; none can be carved out of "
+                    f"a stream: set {split}_split, or {split}_size to 0"
+                )
         return found
-
-    def _load(self, saved: Path | None) -> Any:
-        import datasets
-
-        if saved is None:
-            return datasets.load_dataset(self.path, self.name, streaming=self.streaming)
-        return datasets.load_from_disk(str(saved))  # mapped into memory, which is as good as a stream
 
     def own_splits(self) -> Mapping[str, Any]:
         return self._datasets
@@ -98,11 +87,11 @@ class DatasetSource(SplitSource):
         return [self.path, self.name, str(dataset.info.version), str(dataset.features)]
 
     def can_seek(self, split: str) -> bool:
-        return not _is_stream(self._datasets[split])
+        return not _is_stream(self._datasets[self.own_split(split)])
 
-    def read(self, split: str, start: int = 0) -> Iterator[Unparsed]:
+    def read_own(self, split: str, start: int = 0) -> Iterator[Located]:
         dataset = self._datasets[split]
-        return self._located(split, dataset.skip(start) if start else dataset, start)
+        return self._located(f"{self.path} {self.split_names[split]}", dataset.skip(start) if start else dataset, start)
 
     def blocks(self, split: str, size: int, first: int = 0, step: int = 1) -> Iterator[tuple[int, list[Located]]]:
         """Of a stream with enough shards each reader reads its own, block after block, and no other."""
@@ -110,26 +99,21 @@ class DatasetSource(SplitSource):
         if not _is_stream(dataset) or step == 1 or dataset.num_shards % step:
             yield from super().blocks(split, size, first, step)
             return
-        own, shard = divmod(first, step)
-        records = self._located(split, dataset.shard(step, shard).skip(own * size), own * size, f" shard {shard}")
+        start, shard = first // step * size, first % step
+        place = f"{self.path} {self.split_names[split]} shard {shard}"
+        records = self._located(place, dataset.shard(step, shard).skip(start), start)
         for block in count(first, step):
             if not (chunk := list(islice(records, size))):
                 return
-            yield block, list(self._of_split(split, chunk))
+            yield block, [(where, self.renamed(record)) for where, record in chunk]
 
-    def _located(self, split: str, rows: Iterable[Any], first: int, shard: str = "") -> Iterator[Unparsed]:
-        place = f"{self.path} {self.split_names[split]}{shard} row"
-        number = first
+    def _located(self, place: str, rows: Iterable[Any], number: int) -> Iterator[Located]:
         try:
             for record in rows:
-                yield partial(_with_place, f"{place} {number}", record)
+                yield f"{place} row {number}", record
                 number += 1
         except Exception as error:  # a connection that was lost, damage: many libraries raise here
-            raise UserError(f"{place} {number} cannot be read: {one_line(error)}") from None
-
-
-def _with_place(place: str, record: Any) -> tuple[str, Any]:
-    return place, record
+            raise UserError(f"{place} row {number} cannot be read: {one_line(error)}") from None
 
 
 def _is_stream(dataset: Any) -> bool:

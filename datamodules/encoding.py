@@ -14,7 +14,8 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import chain, groupby, islice
+from dataclasses import dataclass, field
+from itertools import accumulate, chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dllm_var.datamodules.cache import seal
-from dllm_var.datamodules.records import Chat, Ids, RecordError, Turns, parse_record
-from dllm_var.datamodules.sources import BadRecord, Located, Source
-from dllm_var.datamodules.table import COLUMNS, Table
+from dllm_var.datamodules.records import Ids, Turns, parse_record
+from dllm_var.datamodules.sources import Located, Source, one_line
+from dllm_var.datamodules.table import COLUMNS, Table, seal
 from dllm_var.errors import UserError
 from dllm_var.files import PARTIAL, write_atomically
 from dllm_var.text.tokenizer import Piece, Tokenizer
@@ -40,6 +40,7 @@ BATCH = 2**20  # characters encoded at a time, for each of which the tokenizer t
 Runs = list[tuple[list[int], bool]]  # token ids, and whether they carry loss
 
 
+@dataclass
 class RecordEncoder:
     """Tokenizes records and counts those that cannot be used.
 
@@ -52,22 +53,20 @@ class RecordEncoder:
             encoded. 0 encodes all of every text.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        chat: bool = False,
-        skip_bad: bool = False,
-        refuse_special: bool = False,
-        longest: int = 0,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.chat = chat
-        self.skip_bad = skip_bad
-        self.refuse_special = refuse_special
-        self.longest = longest
-        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
-        self.records = self.skipped = self.unknown_tokens = 0
-        self.reasons: list[str] = []
+    tokenizer: Tokenizer
+    chat: bool = False
+    skip_bad: bool = False
+    refuse_special: bool = False
+    longest: int = 0
+    records: int = field(default=0, init=False)
+    skipped: int = field(default=0, init=False)
+    unknown_tokens: int = field(default=0, init=False)
+    reasons: list[str] = field(default_factory=list, init=False)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The type of token ids in a table."""
+        return np.dtype(np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.int32)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -93,9 +92,9 @@ class RecordEncoder:
         """
         with _without_cycle_collection():
             samples = self._samples(records, first)
-            sizes = [[len(ids) for ids, _ in runs] for runs in samples.values()]
-            tokens = np.fromiter(chain.from_iterable(ids for runs in samples.values() for ids, _ in runs), self.dtype)
-            flags = np.array([flag for runs in samples.values() for _, flag in runs], dtype=np.bool_)
+        sizes = [[len(ids) for ids, _ in runs] for runs in samples.values()]
+        tokens = np.fromiter(chain.from_iterable(ids for runs in samples.values() for ids, _ in runs), self.dtype)
+        flags = np.array([flag for runs in samples.values() for _, flag in runs], dtype=np.bool_)
         self.records += len(records)
         if self.tokenizer.unknown_id is not None:
             self.unknown_tokens += int(np.count_nonzero(tokens == self.tokenizer.unknown_id))
@@ -110,14 +109,12 @@ class RecordEncoder:
 
     def _samples(self, records: Sequence[Located], first: int) -> dict[int, Runs]:
         """Runs of each usable record, by its number."""
-        parsed: list[tuple[int, str, Turns | Chat | Ids, list[Piece]]] = []
+        parsed: list[tuple[int, str, Turns | Ids, list[Piece]]] = []
         for number, (where, record) in enumerate(records, first):
             try:
-                if isinstance(record, BadRecord):
-                    raise RecordError(record.reason)
                 form = parse_record(record, self.chat)
                 parsed.append((number, where, form, self._pieces(form)))
-            except (RecordError, UserError) as error:
+            except UserError as error:
                 self._skip(where, error)
         # All at once, so that the tokenizer's threads, one for each core, have enough to do.
         encoded = iter(self._encode([piece for *_, pieces in parsed for piece in pieces]))
@@ -126,19 +123,21 @@ class RecordEncoder:
             ids = [next(encoded) for _ in pieces]  # also of a record that is skipped
             try:
                 samples[number] = self._runs(form, pieces, ids)
-            except (RecordError, UserError) as error:
+            except UserError as error:
                 self._skip(where, error)
         return samples
 
-    def _pieces(self, form: Turns | Chat | Ids) -> list[Piece]:
+    def _through_template(self, form: Turns) -> bool:
+        return form.chat and self.tokenizer.chat_template is not None
+
+    def _pieces(self, form: Turns | Ids) -> list[Piece]:
         """Texts of a record that have to be encoded."""
-        if isinstance(form, Turns):
-            pairs = zip(map(self._clip, form.texts), form.supervised, strict=True)
-            return [Piece(text, supervised, self.refuse_special) for text, supervised in pairs]
-        if isinstance(form, Chat):
-            messages = [{**message, "content": self._clip(message["content"])} for message in form.messages]
+        if isinstance(form, Ids):
+            return []
+        messages = [{**message, "content": self._clip(message["content"])} for message in form.messages]
+        if self._through_template(form):
             return self.tokenizer.chat_pieces(messages, self.refuse_special)
-        return []
+        return [Piece(message["content"], message["role"] == "assistant", self.refuse_special) for message in messages]
 
     def _clip(self, text: str) -> str:
         """A beginning of a text that is certainly longer than the longest row, or the whole text."""
@@ -152,31 +151,23 @@ class RecordEncoder:
         return text
 
     def _encode(self, pieces: list[Piece]) -> list[list[int]]:
-        """Token ids of each piece; a text that is not clipped is cut where it is longer than a few batches."""
+        """Token ids of each piece; texts are encoded some `BATCH` characters at a time, and longer ones in parts."""
         ids: list[list[int]] = [[] for _ in pieces]
         for special_tokens in (False, True):
-            batch: list[tuple[int, str]] = []
-            characters = 0
-            for number, piece in enumerate(pieces):
-                if piece.special_tokens is not special_tokens:
-                    continue
-                step = max(len(piece.text), 1) if self.longest else 4 * BATCH
-                for start in range(0, len(piece.text), step):
-                    text = piece.text[start : start + step]
-                    if batch and characters + len(text) > BATCH:
-                        self._encode_batch(batch, special_tokens, ids)
-                        batch, characters = [], 0
-                    batch.append((number, text))
-                    characters += len(text)
-            self._encode_batch(batch, special_tokens, ids)
+            parts = [
+                (number, piece.text[start : start + 4 * BATCH])
+                for number, piece in enumerate(pieces)
+                if piece.special_tokens is special_tokens
+                for start in range(0, len(piece.text), 4 * BATCH)
+            ]
+            ends = accumulate(len(text) for _, text in parts)
+            for _, batch in groupby(zip(parts, ends, strict=True), key=lambda part: part[1] // BATCH):
+                numbers, texts = zip(*(part for part, _ in batch), strict=True)
+                for number, found in zip(numbers, self.tokenizer.encode_batch(texts, special_tokens), strict=True):
+                    ids[number] += found
         return ids
 
-    def _encode_batch(self, batch: list[tuple[int, str]], special_tokens: bool, ids: list[list[int]]) -> None:
-        encoded = self.tokenizer.encode_batch([text for _, text in batch], special_tokens)
-        for (number, _), found in zip(batch, encoded, strict=True):
-            ids[number] = ids[number] + found if ids[number] else found
-
-    def _runs(self, form: Turns | Chat | Ids, pieces: list[Piece], encoded: list[list[int]]) -> Runs:
+    def _runs(self, form: Turns | Ids, pieces: list[Piece], encoded: list[list[int]]) -> Runs:
         """Token ids of a record as runs, the last of them an answer that ends with a terminator.
 
         Args:
@@ -184,35 +175,38 @@ class RecordEncoder:
             pieces: Its texts.
             encoded: Their token ids.
         """
-        tokenizer = self.tokenizer
-        end = [tokenizer.terminator_id]
-        rendered = isinstance(form, Chat) and tokenizer.chat_template is not None
-        for piece, ids in zip(pieces, encoded, strict=True):
-            if not (rendered and piece.special_tokens):
-                tokenizer.check_plain(ids)
-                if piece.supervised and not set(tokenizer.terminator_ids).isdisjoint(ids):
-                    raise RecordError("has an answer that spells a terminator: it would end there")
-        if isinstance(form, Ids):
-            wrong = next((index for index in form.ids if not 0 <= index < tokenizer.vocab_size), None)
-            if wrong is not None:
-                raise RecordError(f"has token id {wrong}, outside the vocabulary of {tokenizer.vocab_size}")
-            answer = form.ids[form.prompt_length :]
-            end = [] if answer[-1] in tokenizer.terminator_ids else end
-            runs = [(form.ids[: form.prompt_length], False), (answer + end, True)]
-        else:
-            runs = [(ids, piece.supervised) for piece, ids in zip(pieces, encoded, strict=True)]
-            if isinstance(form, Turns) and not all(ids for ids, flag in runs if flag):
-                raise RecordError("has an answer of no tokens")
-            if not rendered:
-                runs = [(ids + end if flag else ids, flag) for ids, flag in runs]
-            if isinstance(form, Chat):  # neighbours of the same kind become one run
-                neighbours = groupby((run for run in runs if run[0]), key=itemgetter(1))
-                runs = [(list(chain.from_iterable(ids for ids, _ in group)), flag) for flag, group in neighbours]
-        if any(tokenizer.mask_id in ids for ids, _ in runs):
-            raise RecordError(f"contains the mask token {tokenizer.id_to_token(tokenizer.mask_id)}")
+        runs = self._runs_of_ids(form) if isinstance(form, Ids) else self._runs_of_turns(form, pieces, encoded)
+        if any(self.tokenizer.mask_id in ids for ids, _ in runs):
+            raise UserError(f"contains the mask token {self.tokenizer.id_to_token(self.tokenizer.mask_id)}")
         return runs
 
-    def _skip(self, where: str, error: Exception) -> None:
+    def _runs_of_ids(self, form: Ids) -> Runs:
+        vocab_size = self.tokenizer.vocab_size
+        wrong = next((index for index in form.ids if not 0 <= index < vocab_size), None)
+        if wrong is not None:
+            raise UserError(f"has token id {wrong}, outside the vocabulary of {vocab_size}")
+        answer = form.ids[form.prompt_length :]
+        end = [] if answer[-1] in self.tokenizer.terminator_ids else [self.tokenizer.terminator_id]
+        return [(form.ids[: form.prompt_length], False), (answer + end, True)]
+
+    def _runs_of_turns(self, form: Turns, pieces: list[Piece], encoded: list[list[int]]) -> Runs:
+        templated = self._through_template(form)
+        runs = []
+        for piece, ids in zip(pieces, encoded, strict=True):
+            if not (templated and piece.special_tokens):
+                self.tokenizer.check_plain(ids)
+                if piece.supervised and not set(self.tokenizer.terminator_ids).isdisjoint(ids):
+                    raise UserError("has an answer that spells a terminator: it would end there")
+            if piece.supervised and not templated:  # the template writes terminators itself
+                if not ids:
+                    raise UserError("has an answer of no tokens")
+                ids = [*ids, self.tokenizer.terminator_id]
+            if ids:
+                runs.append((ids, piece.supervised))
+        neighbours = groupby(runs, key=itemgetter(1))
+        return [(list(chain.from_iterable(ids for ids, _ in group)), flag) for flag, group in neighbours]
+
+    def _skip(self, where: str, error: UserError) -> None:
         reason = f"{where} {error}"
         if not self.skip_bad:
             raise bad_record(reason)
@@ -258,22 +252,16 @@ def load_table(source: Source, split: str, encoder: RecordEncoder, cache: Path, 
     folder = cache / f"{key}-{split}"
     if not folder.is_dir():
         try:
-            _build(source, split, encoder, folder)
+            _remove_abandoned(cache)
+            with write_atomically(folder, shared=True) as partial:
+                partial.mkdir()
+                _write(source, split, encoder, partial)
         except OSError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"cannot keep tokenized data in {cache}: {reason}; set data.cache_dir") from None
+            raise UserError(f"cannot keep tokenized data in {cache}: {one_line(error)}; set data.cache_dir") from None
     table = Table.open(folder, verify)
     if table.meta["skipped"] and not encoder.skip_bad:  # built by a run that skipped them
         raise bad_record(table.meta["reasons"][0])
     return table
-
-
-def _build(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder.parent)
-    with write_atomically(folder, shared=True) as partial:
-        partial.mkdir()
-        _write(source, split, encoder, partial)
 
 
 def _remove_abandoned(cache: Path) -> None:
@@ -306,13 +294,12 @@ def _write(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> 
                 crc32[name] = zlib.crc32(column.data, crc32[name])
             samples, tokens = samples + len(table), tokens + len(table.tokens)
             progress.update(len(chunk))
-    meta = seal({**encoder.meta, "samples": samples, "tokens": tokens, "crc32": crc32})
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+    meta = {**encoder.meta, "samples": samples, "tokens": tokens, "crc32": crc32}
+    (folder / "meta.json").write_text(seal(meta), encoding="utf-8")
 
 
 def _next_chunk(records: Iterator[Located], source: Source, split: str) -> list[Located]:
     try:
         return list(islice(records, CHUNK))
     except OSError as error:  # not to be taken for an error of the cache
-        reason = " ".join(str(error).split())
-        raise UserError(f"the {split} split of {type(source).__name__} cannot be read: {reason}") from error
+        raise UserError(f"the {split} split of {type(source).__name__} cannot be read: {one_line(error)}") from error

@@ -38,7 +38,7 @@ class Samples:
         body: How many tokens of each are taken from the table, shape [samples].
         ends: How many supervised terminators are added after them, shape [samples].
         answer_start: Position where the last answer in what is taken begins, shape [samples].
-        dropped: Number of samples that were too long and left out.
+        dropped: Which samples of the table were too long and left out, shape [dropped].
         truncated: Number of samples that were too long and shortened.
     """
 
@@ -47,77 +47,13 @@ class Samples:
     body: NDArray[np.int32]
     ends: NDArray[np.int32]
     answer_start: NDArray[np.int32]
-    dropped: int = 0
-    truncated: int = 0
+    dropped: NDArray[np.int64]
+    truncated: int
 
     @cached_property
     def content(self) -> NDArray[np.int32]:
         """Tokens of each sample, shape [samples]."""
         return self.body + self.ends
-
-
-def fit_samples(
-    table: Table,
-    context_length: int,
-    on_too_long: TooLong,
-    eos_padding: int,
-    place: Callable[[int], str] | None = None,
-    chosen: NDArray[np.int64] | None = None,
-) -> Samples:
-    """Decides how much of each sample goes into rows of `context_length` tokens.
-
-    A truncated sample keeps its prompt and the beginning of its answer, followed by a terminator. Where no answer would
-    be left, the sample ends with the previous answer of the conversation; a sample with no such answer is dropped.
-
-    Args:
-        table: Tokenized samples.
-        context_length: Tokens in a row.
-        on_too_long: What to do with samples that have more tokens than that.
-        eos_padding: Shorter answers are padded to this many tokens with terminators.
-        place: Returns where the record with a given number stands, for the error; without it they are dropped.
-        chosen: Samples to fit, shape [chosen]; all when None.
-
-    Raises:
-        UserError: When a sample is too long and `on_too_long` is ``error``.
-    """
-    index = np.arange(len(table)) if chosen is None else chosen
-    length = np.diff(table.offsets) if chosen is None else table.offsets[chosen + 1] - table.offsets[chosen]
-    body, ends = length.astype(np.int32), np.zeros(len(index), dtype=np.int32)
-    answer_start = table.answer_start[index].astype(np.int32)
-    too_long = np.flatnonzero(length > context_length) if on_too_long != "cut" else np.empty(0, dtype=np.int64)
-    if on_too_long == "error" and place is not None and len(too_long):
-        where, tokens = place(int(table.record[index[too_long[0]]])), length[too_long[0]]
-        size = f"over {LONGEST:,}" if tokens > LONGEST else f"{tokens:,}"
-        raise UserError(
-            f"{where} has {size} tokens, more than data.context_length={context_length}; raise that, or set "
-            "data.on_too_long to drop or truncate"
-        )
-    keep = np.ones(len(index), dtype=np.bool_)
-    keep[too_long] = False
-    if on_too_long == "truncate":
-        for sample in too_long.tolist():
-            body[sample], ends[sample], answer_start[sample] = _truncate(table, int(index[sample]), context_length)
-        keep[too_long] = body[too_long] > 0
-    if eos_padding:
-        fitting = length <= context_length
-        room = np.minimum(answer_start + np.int64(eos_padding), context_length) - length
-        ends[fitting] = np.maximum(room, 0)[fitting]
-    dropped = int(np.count_nonzero(~keep))
-    truncated = len(too_long) - dropped
-    return Samples(table, index[keep], body[keep], ends[keep], answer_start[keep], dropped, truncated)
-
-
-def _truncate(table: Table, sample: int, context_length: int) -> tuple[int, int, int]:
-    """Returns tokens of a sample to keep (0 for none), terminators to add, and where its last answer begins."""
-    offset = int(table.offsets[sample])
-    supervised = table.supervised[offset : offset + context_length + 1].astype(np.int8)
-    edges = np.flatnonzero(np.diff(supervised[:-1], prepend=0, append=0)).tolist()
-    for start, stop in zip(edges[-2::-2], edges[::-2], strict=True):
-        if stop < context_length or not supervised[-1]:  # the answer fits, with the terminator it has
-            return stop, 0, start
-        if start < context_length - 1:
-            return context_length - 1, 1, start
-    return 0, 0, 0
 
 
 @dataclass(frozen=True)
@@ -126,6 +62,9 @@ class Sections:
 
     Stretches of the table are dealt to the sections in turn, so that each section is a cross-section of the data
     whatever the order of the table. A table of at most `section` samples is one section.
+
+    A truncated sample keeps its prompt and the beginning of its answer, followed by a terminator. Where no answer would
+    be left, the sample ends with the previous answer of the conversation; a sample with no such answer is dropped.
 
     Args:
         table: Tokenized samples.
@@ -147,7 +86,28 @@ class Sections:
         return max(-(-len(self.table) // self.section), 1)
 
     def __getitem__(self, section: int) -> Samples:
-        return self._fit(section)
+        table, context_length = self.table, self.context_length
+        starts = np.arange(section, -(-len(table) // self.stretch), len(self)) * self.stretch
+        index = (starts[:, None] + np.arange(self.stretch)).reshape(-1)
+        index = index[index < len(table)]
+        length = table.offsets[index + 1] - table.offsets[index]
+        body, ends = length.astype(np.int32), np.zeros(len(index), dtype=np.int32)
+        answer_start = table.answer_start[index].astype(np.int32)
+        keep = length <= context_length
+        if self.on_too_long == "cut":
+            keep[:] = True
+        too_long = np.flatnonzero(~keep)
+        if self.on_too_long == "truncate":
+            for sample in too_long.tolist():
+                body[sample], ends[sample], answer_start[sample] = _truncate(table, int(index[sample]), context_length)
+            keep[too_long] = body[too_long] > 0
+        if self.eos_padding:
+            fitting = length <= context_length
+            room = np.minimum(answer_start + np.int64(self.eos_padding), context_length) - length
+            ends[fitting] = np.maximum(room, 0)[fitting]
+        dropped = index[~keep]
+        truncated = len(too_long) - len(dropped)
+        return Samples(table, index[keep], body[keep], ends[keep], answer_start[keep], dropped, truncated)
 
     def totals(self, place: Callable[[int], str]) -> dict[str, int]:
         """Counts ``samples`` kept, their ``tokens``, and samples ``dropped`` and ``truncated``; section by section.
@@ -160,20 +120,33 @@ class Sections:
         """
         totals = {"samples": 0, "tokens": 0, "dropped": 0, "truncated": 0}
         for section in range(len(self)):
-            samples = self._fit(section, place)
+            samples = self[section]
+            if self.on_too_long == "error" and len(samples.dropped):
+                sample = samples.dropped[0]
+                tokens = self.table.offsets[sample + 1] - self.table.offsets[sample]
+                size = f"over {LONGEST:,}" if tokens > LONGEST else f"{tokens:,}"
+                raise UserError(
+                    f"{place(int(self.table.record[sample]))} has {size} tokens, more than data.context_length="
+                    f"{self.context_length}; raise that, or set data.on_too_long to drop or truncate"
+                )
             totals["samples"] += len(samples.index)
             totals["tokens"] += int(samples.content.sum(dtype=np.int64))
-            totals["dropped"] += samples.dropped
+            totals["dropped"] += len(samples.dropped)
             totals["truncated"] += samples.truncated
         return totals
 
-    def _fit(self, section: int, place: Callable[[int], str] | None = None) -> Samples:
-        chosen = None
-        if len(self) > 1:
-            starts = np.arange(section, -(-len(self.table) // self.stretch), len(self)) * self.stretch
-            chosen = (starts[:, None] + np.arange(self.stretch)).reshape(-1)
-            chosen = chosen[chosen < len(self.table)]
-        return fit_samples(self.table, self.context_length, self.on_too_long, self.eos_padding, place, chosen)
+
+def _truncate(table: Table, sample: int, context_length: int) -> tuple[int, int, int]:
+    """Returns tokens of a sample to keep (0 for none), terminators to add, and where its last answer begins."""
+    offset = int(table.offsets[sample])
+    supervised = table.supervised[offset : offset + context_length + 1].astype(np.int8)
+    edges = np.flatnonzero(np.diff(supervised[:-1], prepend=0, append=0)).tolist()
+    for start, stop in zip(edges[-2::-2], edges[::-2], strict=True):
+        if stop < context_length or not supervised[-1]:  # the answer fits, with the terminator it has
+            return stop, 0, start
+        if start < context_length - 1:
+            return context_length - 1, 1, start
+    return 0, 0, 0
 
 
 @dataclass(frozen=True)
@@ -194,74 +167,45 @@ class Spans:
 
 
 @dataclass(frozen=True)
-class ConcatPlan:
-    """One stream of samples, cut every `context_length` positions.
+class Plan:
+    """Where each sample stands in the rows of a section; positions are counted on from row to row.
 
     Args:
-        order: Samples in stream order, shape [samples].
-        ends: Stream position where each of them ends, shape [samples].
+        order: Samples in the order in which they stand, shape [samples].
+        begin: Position where each of them begins, shape [samples].
+        end: Position after its last, which is in a later row when the sample is cut, shape [samples].
         context_length: Positions in a row.
     """
 
     order: Ints
-    ends: Ints
+    begin: Ints
+    end: Ints
     context_length: int
 
     @property
     def rows(self) -> int:
         """Number of rows."""
-        return -(-int(self.ends[-1]) // self.context_length) if len(self.ends) else 0
+        return -(-int(self.end[-1]) // self.context_length) if len(self.end) else 0
 
     @property
     def cut(self) -> int:
         """Number of samples that stand in more than one row."""
-        starts = np.concatenate([[0], self.ends[:-1]])
-        return int(np.count_nonzero(starts // self.context_length != (self.ends - 1) // self.context_length))
+        return int(np.count_nonzero(self.begin // self.context_length != (self.end - 1) // self.context_length))
 
     def spans(self, rows: Ints) -> Spans:
         """Finds what the given rows consist of, shape [batch]."""
         left = np.asarray(rows, dtype=np.int64) * self.context_length
-        right = np.minimum(left + self.context_length, self.ends[-1])
-        first = np.searchsorted(self.ends, left, side="right")
-        last = np.searchsorted(self.ends, right, side="left")
-        row, place = _ragged(first, last + 1 - first)
-        end = self.ends[place]
-        begin = np.where(place > 0, self.ends[place - 1], 0)
+        right = left + self.context_length
+        first = np.searchsorted(self.end, left, side="right")
+        number = np.searchsorted(self.begin, right, side="left") - first
+        row = np.repeat(np.arange(len(number)), number)
+        place = np.arange(len(row)) + np.repeat(first - (np.cumsum(number) - number), number)
+        begin = self.begin[place]
         start = np.maximum(begin, left[row])
-        return Spans(self.order[place], start - begin, np.minimum(end, right[row]) - start, row)
+        return Spans(self.order[place], start - begin, np.minimum(self.end[place], right[row]) - start, row)
 
 
-@dataclass(frozen=True)
-class BestFitPlan:
-    """Rows of whole samples.
-
-    Args:
-        order: Samples row after row, shape [samples].
-        lengths: Their lengths, shape [samples].
-        first: Index into `order` of each row's first sample, and one past the last, shape [rows + 1].
-    """
-
-    order: Ints
-    lengths: Ints
-    first: Ints
-
-    cut = 0
-
-    @property
-    def rows(self) -> int:
-        """Number of rows."""
-        return len(self.first) - 1
-
-    def spans(self, rows: Ints) -> Spans:
-        """Finds what the given rows consist of, shape [batch]."""
-        first = self.first[rows]
-        row, place = _ragged(first, self.first[np.asarray(rows) + 1] - first)
-        return Spans(self.order[place], np.zeros_like(place), self.lengths[place], row)
-
-
-def make_plan(
-    packing: Packing, lengths: Ints, context_length: int, generator: np.random.Generator
-) -> ConcatPlan | BestFitPlan:
+def make_plan(packing: Packing, lengths: Ints, context_length: int, generator: np.random.Generator) -> Plan:
     """Plans the rows of an epoch.
 
     Args:
@@ -271,20 +215,24 @@ def make_plan(
         context_length: Positions in a row.
         generator: Shuffles the samples, for ``best_fit`` also rows and the order within a row.
     """
-    samples = _shuffled(len(lengths), generator)
+    order = generator.permutation(np.arange(len(lengths), dtype=np.int32))
     if packing == "concat":
-        return ConcatPlan(samples, np.cumsum(lengths[samples], dtype=np.int64), context_length)
+        end = np.cumsum(lengths[order], dtype=np.int64)
+        return Plan(order, end - lengths[order], end, context_length)
     sizes, capacity = _coarse(lengths, context_length)
     found = best_fit(np.bincount(sizes, minlength=capacity + 1), capacity)
     per_row = np.repeat([len(pattern) for pattern, _ in found], [rows for _, rows in found]).astype(np.int64)
     size = np.concatenate([np.tile(np.array(pattern, np.uint16), rows) for pattern, rows in found] or [sizes])
-    row = np.repeat(_shuffled(len(per_row), generator).astype(np.int64), per_row)
+    row = np.repeat(generator.permutation(np.arange(len(per_row), dtype=np.int32)).astype(np.int64), per_row)
     places = np.argsort(row << 32 | generator.permutation(len(row)))  # row after row, each in random order
     # Samples of one size are interchangeable: they are dealt to the places of that size at random.
-    order = np.empty_like(samples)
+    samples, order = order, np.empty_like(order)
     order[np.argsort(size[places], kind="stable")] = samples[np.argsort(sizes[samples], kind="stable")]
-    first = np.concatenate([[0], np.cumsum(np.bincount(row))])
-    return BestFitPlan(order, lengths[order], first)
+    begin = np.cumsum(lengths[order], dtype=np.int64) - lengths[order]  # as if no row had padding
+    in_row = np.bincount(row)
+    first = np.cumsum(in_row) - in_row
+    begin += (np.arange(len(in_row)) * context_length - begin[first]).repeat(in_row)
+    return Plan(order, begin, begin + lengths[order], context_length)
 
 
 def count_rows(packing: Packing, lengths: Ints, context_length: int) -> int:
@@ -329,22 +277,9 @@ def best_fit(counts: Ints, capacity: int) -> list[tuple[list[int], int]]:
     return [(pattern, rows) for group in patterns for pattern, rows in group if pattern]
 
 
-def _shuffled(count: int, generator: np.random.Generator) -> Ints:
-    order = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
-    generator.shuffle(order)
-    return order
-
-
 def _coarse(lengths: Ints, context_length: int) -> tuple[NDArray[np.uint16], int]:
     """Returns lengths rounded up to multiples of a unit, as such multiples, and how many units a row holds."""
     unit = -(-context_length // SIZES)
     capacity = context_length // unit
     # A sample longer than all whole units of a row has the row for itself.
     return np.minimum(-(-lengths // unit), capacity).astype(np.uint16), capacity
-
-
-def _ragged(starts: Ints, sizes: Ints) -> tuple[Ints, Ints]:
-    """Counts up from each start: the owner of each number, and the number, both of shape [sum of sizes]."""
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    before = np.cumsum(sizes) - sizes
-    return owner, np.arange(len(owner)) + np.repeat(starts - before, sizes)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import cache, partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dllm_var.datamodules.records import FIELDS
-from dllm_var.datamodules.sources import FileSource, Unparsed, one_line
+from dllm_var.datamodules.sources import FileSource, Located, one_line
 from dllm_var.errors import UserError
 
 
@@ -20,20 +21,22 @@ class ParquetSource(FileSource):
     def count(self, file: Path) -> int | None:
         return self._open(file).metadata.num_rows
 
-    def read_file(self, file: Path, start: int) -> Iterator[Unparsed]:
+    def read_file(self, file: Path, start: int = 0) -> Iterator[Located]:
         parquet = self._open(file)
+        groups = [parquet.metadata.row_group(group).num_rows for group in range(parquet.metadata.num_row_groups)]
+        ends = np.cumsum([0, *groups])
+        first = max(int(np.searchsorted(ends, start, side="right")) - 1, 0)
         wanted = {*FIELDS, *self.columns.values()}
         columns = [name for name in parquet.schema_arrow.names if name in wanted]
-        number = group = 0
-        groups = parquet.metadata.num_row_groups
-        while group < groups and number + (rows := parquet.metadata.row_group(group).num_rows) <= start:
-            number, group = number + rows, group + 1
-        batches = parquet.iter_batches(columns=columns or None, row_groups=list(range(group, groups)))
-        while (batch := _read_rows(file, number, lambda: next(batches, None))) is not None:
-            rows = cache(batch.to_pylist)
-            for row in range(max(start - number, 0), batch.num_rows):
-                yield partial(_parse_row, file, number, row, rows)
-            number += batch.num_rows
+        row = int(ends[first])
+        try:
+            for batch in parquet.iter_batches(4_096, list(range(first, len(groups))), columns or None):
+                skipped = min(max(start - row, 0), len(batch))
+                for number, record in enumerate(batch.slice(skipped).to_pylist(), row + skipped):
+                    yield f"{file} row {number}", record
+                row += len(batch)
+        except Exception as error:  # damage shows when it comes to be read, as many kinds of exception
+            raise UserError(f"{file} cannot be read beyond row {row}: {one_line(error)}") from None
 
     def _open(self, file: Path) -> Any:
         import pyarrow.parquet
@@ -42,14 +45,3 @@ class ParquetSource(FileSource):
             return pyarrow.parquet.ParquetFile(file)
         except Exception as error:  # Arrow raises many kinds
             raise UserError(f"{file} is no Parquet file: {one_line(error)}") from None
-
-
-def _parse_row(file: Path, first: int, row: int, rows: Callable[[], list[Any]]) -> tuple[str, Any]:
-    return f"{file} row {first + row}", _read_rows(file, first, rows)[row]
-
-
-def _read_rows(file: Path, row: int, read: Callable[[], Any]) -> Any:
-    try:
-        return read()
-    except Exception as error:  # damage shows when it comes to be read
-        raise UserError(f"{file} cannot be read beyond row {row}: {one_line(error)}") from None

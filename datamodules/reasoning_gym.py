@@ -1,7 +1,4 @@
-"""Problems made by reasoning-gym's generators: as many as wanted, with worked answers where the generator has them.
-
-The tokenizer of gsm_symbolic lies in ``data/gsm_symbolic``; `write_tokenizer` made it, and makes it again.
-"""
+"""Problems made by reasoning-gym's generators: as many as wanted, with worked answers where the generator has them."""
 
 from __future__ import annotations
 
@@ -16,10 +13,8 @@ from typing import Any
 from dllm_var.datamodules.sources import SPLITS, Source
 from dllm_var.errors import UserError
 
-GSM_SYMBOLIC = Path(__file__).parent / "data" / "gsm_symbolic"
 # Item i of a dataset uses seed + i, so the splits' seeds must be further apart than their sizes.
 SPLIT_DISTANCE = 1 << 28
-SPECIALS = {"pad_token": "<|pad|>", "mask_token": "<|mask|>", "eos_token": "<|eos|>"}
 
 
 class ReasoningGymSource(Source):
@@ -60,9 +55,9 @@ class ReasoningGymSource(Source):
                 raise UserError(f"data.source {split}_size is {size}; give a number from 1 to {SPLIT_DISTANCE - 1}")
 
     def records(self, split: str) -> Iterator[dict[str, Any]]:
-        seen = self._held_out if split == "train" else frozenset()
+        left_out = self._held_out if split == "train" else frozenset()
         for prompt, response in self._problems(split):
-            if prompt not in seen:
+            if prompt not in left_out:
                 yield {"prompt": prompt, "response": response}
 
     def fingerprint(self) -> str:
@@ -74,7 +69,16 @@ class ReasoningGymSource(Source):
         return frozenset(prompt for split in ("validation", "test") for prompt, _ in self._problems(split))
 
     def _problems(self, split: str) -> Iterator[tuple[str, str]]:
-        for problem in self._generator(split):
+        try:
+            import reasoning_gym
+        except ImportError as error:
+            raise UserError('data.source needs reasoning-gym: pip install "dllm-var[reasoning-gym]"') from error
+        seed = self.seed + SPLITS.index(split) * SPLIT_DISTANCE
+        try:
+            problems = reasoning_gym.create_dataset(self.task, size=self.sizes[split], seed=seed)
+        except ValueError as error:
+            raise UserError(f"data.source task {self.task!r}: {error}") from error
+        for problem in problems:
             question = problem["question"].replace(self.remove, "").strip() if self.remove else problem["question"]
             if self.response is not None and self.response not in problem["metadata"]:
                 raise UserError(
@@ -84,20 +88,11 @@ class ReasoningGymSource(Source):
             answer = problem["answer"] if self.response is None else problem["metadata"][self.response]
             yield question, str(answer)
 
-    def _generator(self, split: str) -> Any:
-        try:
-            import reasoning_gym
-        except ImportError as error:
-            raise UserError('data.source needs reasoning-gym: pip install "dllm-var[reasoning-gym]"') from error
-        seed = self.seed + SPLITS.index(split) * SPLIT_DISTANCE
-        try:
-            return reasoning_gym.create_dataset(self.task, size=self.sizes[split], seed=seed)
-        except ValueError as error:
-            raise UserError(f"data.source task {self.task!r}: {error}") from error
-
 
 class GsmSymbolicSource(ReasoningGymSource):
     """Grade-school word problems with worked answers that end in ``#### number`` (GSM-Symbolic, arXiv 2410.05229).
+
+    Its tokenizer, a byte-level BPE of 2,048 entries that takes digits one by one, was learned from 50,000 problems.
 
     Args:
         train_size: Problems to generate for training.
@@ -106,47 +101,10 @@ class GsmSymbolicSource(ReasoningGymSource):
         seed: Seed of the problems.
     """
 
-    default_tokenizer = str(GSM_SYMBOLIC)
+    default_tokenizer = str(Path(__file__).parent / "data" / "gsm_symbolic")
 
     def __init__(
         self, train_size: int = 200_000, validation_size: int = 1_000, test_size: int = 1_000, seed: int = 0
     ) -> None:
-        super().__init__(
-            "gsm_symbolic",
-            train_size,
-            validation_size,
-            test_size,
-            seed,
-            response="answer_cot",
-            remove="Give the result as your final answer. Do not include units.",
-        )
-
-
-def write_tokenizer(folder: Path = GSM_SYMBOLIC, vocab_size: int = 2048, problems: int = 50_000) -> None:
-    """Learns the byte-level BPE of gsm_symbolic, digits one by one, and writes its two files.
-
-    Args:
-        folder: Where the files go.
-        vocab_size: Entries, the special tokens included.
-        problems: Training problems to learn from.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    specials = [AddedToken(token, special=True) for token in SPECIALS.values()]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    records = GsmSymbolicSource(train_size=problems).records("train")
-    tokenizer.train_from_iterator((text for record in records for text in record.values()), trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIALS, "clean_up_tokenization_spaces": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        remove = "Give the result as your final answer. Do not include units."
+        super().__init__("gsm_symbolic", train_size, validation_size, test_size, seed, "answer_cot", remove)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dllm_var.errors import UserError
 from dllm_var.text.tokenizer import ROLES
 
 FIELDS = ("prompt", "response", "instruction", "input", "output", "messages", "input_ids", "prompt_length", "text")
@@ -33,23 +34,17 @@ class BadRecord:
     reason: str
 
 
-class RecordError(Exception):
-    """The fault of one record; becomes an error with the record's place, or is counted, as ``on_bad_record`` says."""
-
-
 @dataclass(frozen=True)
 class Turns:
-    """A record as texts that follow each other, and whether each of them is an answer."""
+    """A record as turns of ``role`` and ``content``, the last one the assistant's; the assistant's are learned.
 
-    texts: tuple[str, ...]
-    supervised: tuple[bool, ...]
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A record for the tokenizer's chat template: messages of ``role`` and ``content``, the last the assistant's."""
+    Args:
+        messages: The turns.
+        chat: Whether they go through the tokenizer's chat template; otherwise one text follows the other.
+    """
 
     messages: Sequence[dict[str, Any]]
+    chat: bool
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ class Ids:
     prompt_length: int
 
 
-def parse_record(record: Any, chat: bool) -> Turns | Chat | Ids:
+def parse_record(record: Any, chat: bool) -> Turns | Ids:
     """Recognises the format of a record by its fields and checks them; other fields are ignored.
 
     Args:
@@ -68,34 +63,35 @@ def parse_record(record: Any, chat: bool) -> Turns | Chat | Ids:
         chat: Whether prompt and answer go through the chat template as messages do.
 
     Raises:
-        RecordError: When it has no known format, or a field is missing, empty or of the wrong type.
+        UserError: When it has no known format, or a field is missing, empty or of the wrong type; the message follows
+            the record's place.
     """
+    if isinstance(record, BadRecord):
+        raise UserError(record.reason)
     if not isinstance(record, dict):
-        raise RecordError(f"is {_type_name(record)}, not an object with fields")
+        raise UserError(f"is {_type_name(record)}, not an object with fields")
     shown_by = next((name for name in FORMATS if record.get(name) is not None), None)
     if shown_by is None:
         names = ", ".join(map(str, record)) or "none"
-        raise RecordError(
+        raise UserError(
             "has none of the fields messages, input_ids, prompt, instruction, text "
             f"(it has: {names}); columns can rename them"
         )
     fields = FORMATS[shown_by]
     for name in fields:
         if record.get(name) is None:
-            raise RecordError(f"lacks the field '{name}'")
+            raise UserError(f"lacks the field '{name}'")
     if shown_by == "messages":
         return _parse_messages(record["messages"])
     if shown_by == "input_ids":
         return _parse_ids(record)
     if shown_by == "text":
-        return Turns((_text(record, "text"),), (True,))
+        return Turns([{"role": "assistant", "content": _text(record, "text")}], chat=False)
     prompt = _text(record, fields[0], may_be_empty=True)
     if fields[0] == "instruction" and record.get("input"):
         prompt = f"{prompt}\n\n{_text(record, 'input')}"
     answer = _text(record, fields[1])
-    if chat:
-        return Chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
-    return Turns((prompt, answer), (False, True))
+    return Turns([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], chat)
 
 
 def prompt_key(record: Any) -> int:
@@ -119,45 +115,45 @@ def _before_answer(messages: Sequence[Any]) -> list[Any]:
     return list(messages[: roles.index("assistant")]) if "assistant" in roles else list(messages)
 
 
-def _parse_messages(messages: Any) -> Chat:
+def _parse_messages(messages: Any) -> Turns:
     if not isinstance(messages, (list, tuple)):
-        raise RecordError(f"has {_type_name(messages)} as 'messages', not a list of turns")
+        raise UserError(f"has {_type_name(messages)} as 'messages', not a list of turns")
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise RecordError(f"has {_type_name(message)} as messages[{number}], not an object with role and content")
+            raise UserError(f"has {_type_name(message)} as messages[{number}], not an object with role and content")
         if message.get("role") not in ROLES:
-            raise RecordError(f"has role {message.get('role')!r} in messages[{number}]; roles are {', '.join(ROLES)}")
+            raise UserError(f"has role {message.get('role')!r} in messages[{number}]; roles are {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
-            raise RecordError(f"has {_type_name(message.get('content'))} as content of messages[{number}], not text")
+            raise UserError(f"has {_type_name(message.get('content'))} as content of messages[{number}], not text")
         if message["role"] == "assistant" and not message["content"].strip():
-            raise RecordError(f"has an empty answer in messages[{number}]")
+            raise UserError(f"has an empty answer in messages[{number}]")
         _check_unicode(message["content"], f"messages[{number}]")
     answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
-        raise RecordError("has no turn of the assistant in 'messages'")
-    return Chat(messages[: answers[-1] + 1])  # nothing is learned from what follows the last answer
+        raise UserError("has no turn of the assistant in 'messages'")
+    return Turns(messages[: answers[-1] + 1], chat=True)  # nothing is learned from what follows the last answer
 
 
 def _parse_ids(record: dict[str, Any]) -> Ids:
     ids = record["input_ids"]
     ids = ids.tolist() if hasattr(ids, "tolist") else ids  # an array
     if not isinstance(ids, list) or not all(type(index) is int for index in ids):
-        raise RecordError("has something else than a list of integers as 'input_ids'")
+        raise UserError("has something else than a list of integers as 'input_ids'")
     length = record.get("prompt_length")
     length = 0 if length is None else length
     if type(length) is not int:
-        raise RecordError(f"has {_type_name(length)} as 'prompt_length', not an integer")
+        raise UserError(f"has {_type_name(length)} as 'prompt_length', not an integer")
     if not 0 <= length < len(ids):
-        raise RecordError(f"leaves no answer: prompt_length is {length} of {len(ids)} input_ids")
+        raise UserError(f"leaves no answer: prompt_length is {length} of {len(ids)} input_ids")
     return Ids(ids, length)
 
 
 def _text(record: dict[str, Any], name: str, may_be_empty: bool = False) -> str:
     value = record[name]
     if not isinstance(value, str):
-        raise RecordError(f"has {_type_name(value)} as '{name}', not text")
+        raise UserError(f"has {_type_name(value)} as '{name}', not text")
     if not may_be_empty and not value.strip():
-        raise RecordError(f"has an empty '{name}'")
+        raise UserError(f"has an empty '{name}'")
     _check_unicode(value, f"'{name}'")
     return value
 
@@ -167,7 +163,7 @@ def _check_unicode(text: str, name: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise RecordError(f"has broken Unicode in {name}") from None
+        raise UserError(f"has broken Unicode in {name}") from None
 
 
 def _type_name(value: Any) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,25 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler
 
-from dllm_var.datamodules.packing import BestFitPlan, ConcatPlan, Packing, Samples, Sections, count_rows, make_plan
+from dllm_var.datamodules.packing import Packing, Plan, Samples, Sections, count_rows, make_plan
 from dllm_var.text.tokenizer import SpecialTokens
 
 PLANS_KEPT = 2  # a batch may reach from one section into the next
-
-
-@dataclass(frozen=True)
-class PackedSection:
-    """How one section of the samples is packed in one epoch.
-
-    Args:
-        samples: What is packed.
-        plan: Which span of which sample stands where.
-        overhang: Unsupervised mask tokens after each sample, or minus the tokens cut off its end, shape [samples].
-    """
-
-    samples: Samples
-    plan: ConcatPlan | BestFitPlan
-    overhang: NDArray[np.int32]
 
 
 class PackedRows(Dataset):
@@ -44,7 +27,6 @@ class PackedRows(Dataset):
     Args:
         sections: What is packed, in one or more sections.
         special: Ids of mask, terminators and padding.
-        context_length: Tokens in a row.
         packing: ``concat`` or ``best_fit``.
         overhang: Largest number of unsupervised mask tokens after a sample.
         seed: One number, or several.
@@ -54,9 +36,8 @@ class PackedRows(Dataset):
 
     def __init__(
         self,
-        sections: Sections | list[Samples],
+        sections: Sections,
         special: SpecialTokens,
-        context_length: int,
         packing: Packing,
         overhang: int,
         seed: int | tuple[int, ...],
@@ -65,7 +46,7 @@ class PackedRows(Dataset):
     ) -> None:
         self.sections = sections
         self.special = special
-        self.context_length = context_length
+        self.context_length = sections.context_length
         self.packing: Packing = packing
         self.overhang = overhang
         self.canvas = canvas
@@ -74,7 +55,7 @@ class PackedRows(Dataset):
         self.seed = seed if isinstance(seed, tuple) else (seed,)
         self._starts = [0]  # number of the first row of each section, epoch after epoch, as far as they are counted
         self._filled = [0]  # positions that are not padding before each of these rows
-        self._planned: OrderedDict[tuple[int, int], PackedSection] = OrderedDict()
+        self._planned: dict[tuple[int, int], tuple[Samples, Plan]] = {}
 
     def __len__(self) -> int:
         """Rows of the first epoch; other epochs have a few more or less when the overhang changes."""
@@ -107,22 +88,21 @@ class PackedRows(Dataset):
                 by_section.setdefault((epoch, section), []).append((place, number))
         for (epoch, section), pairs in by_section.items():
             places, numbers = np.array(pairs).T
-            self._fill(batch, places, numbers, self.packed(epoch, section))
+            self._fill(batch, places, numbers, *self.packed(epoch, section))
         return {name: torch.from_numpy(value) for name, value in batch.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_planned": OrderedDict()}  # cheaper to make again than to send to a worker
+        return {**self.__dict__, "_planned": {}}  # cheaper to make again than to send to a worker
 
-    def packed(self, epoch: int, section: int = 0) -> PackedSection:
-        """Plans a section of an epoch, unless it is one of the last used."""
+    def packed(self, epoch: int, section: int = 0) -> tuple[Samples, Plan]:
+        """Plans a section of an epoch, unless it is one of the last planned."""
         if (epoch, section) not in self._planned:
             samples = self.sections[section]
             generator, overhang = self._overhang(samples, epoch, section)
+            while len(self._planned) >= PLANS_KEPT:
+                del self._planned[next(iter(self._planned))]
             plan = make_plan(self.packing, samples.content + overhang, self.context_length, generator)
-            self._planned[epoch, section] = PackedSection(samples, plan, overhang)
-            while len(self._planned) > PLANS_KEPT:
-                self._planned.popitem(last=False)
-        self._planned.move_to_end((epoch, section))
+            self._planned[epoch, section] = samples, plan
         return self._planned[epoch, section]
 
     def first_row(self, epoch: int) -> int:
@@ -141,7 +121,7 @@ class PackedRows(Dataset):
         """Number of samples that stand in several rows in the first epoch."""
         if self.packing == "best_fit":
             return 0
-        return sum(self.packed(0, section).plan.cut for section in range(len(self.sections)))
+        return sum(self.packed(0, section)[1].cut for section in range(len(self.sections)))
 
     def locate(self, row: int) -> tuple[int, int, int]:
         """Epoch of a row, its section, and its number within that section of that epoch."""
@@ -167,7 +147,10 @@ class PackedRows(Dataset):
         return self._starts[sections]
 
     def _overhang(self, samples: Samples, epoch: int, section: int) -> tuple[np.random.Generator, NDArray[np.int32]]:
-        """Generator of a section, after it gave the overhang of each sample, as far as a row has room."""
+        """Returns the generator of a section, and what it gave: the mask tokens after each sample, shape [samples].
+
+        There are no more than a row has room for. A negative number is that of tokens cut off the end.
+        """
         generator = np.random.default_rng((*self.seed, epoch, section) if section else (*self.seed, epoch))
         content = samples.content
         overhang = np.zeros_like(content)
@@ -181,9 +164,9 @@ class PackedRows(Dataset):
             overhang = generator.integers(0, self.overhang, size=len(content), endpoint=True, dtype=np.int32)
         return generator, np.minimum(overhang, np.maximum(self.context_length - content, 0))
 
-    def _fill(self, batch: dict[str, NDArray], places: NDArray, numbers: NDArray, packed: PackedSection) -> None:
+    def _fill(self, batch: dict[str, NDArray], places: NDArray, numbers: NDArray, samples: Samples, plan: Plan) -> None:
         """Puts rows `numbers` of a section into rows `places` of a batch."""
-        samples, spans = packed.samples, packed.plan.spans(numbers)
+        spans = plan.spans(numbers)
         sample, start, length = spans.sample, spans.start, spans.length
         body = samples.body[sample]
         origin = samples.table.offsets[samples.index[sample]]

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import gzip
+import hashlib
 import json
 import lzma
-import stat
 import zlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property, partial
-from itertools import count, islice
+from functools import cached_property
+from itertools import chain, count, islice, repeat
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dllm_var.datamodules.cache import read_contents, remember
 from dllm_var.datamodules.records import FIELDS, BadRecord, prompt_key
+from dllm_var.datamodules.table import seal, unseal
 from dllm_var.errors import UserError
+from dllm_var.files import write_atomically
 
 SPLITS = ("train", "validation", "test")
+LARGE = 2**24  # bytes from which on the digest of a file is kept in the cache
+STRIDE = 4_096  # records between the places in a file that are noted
 
-Located = tuple[str, "dict[str, Any] | BadRecord"]  # a record behind its place, such as data.jsonl:12
-Unparsed = Callable[[], tuple[str, Any]]  # parses one record that was read; returns its place and the record
+Located = tuple[str, Any]  # a record, or a `BadRecord`, behind its place, such as data.jsonl:12
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
 
@@ -61,21 +64,28 @@ class Source(ABC):
             yield f"{type(self).__name__} {split} record {number}", record
 
     def blocks(self, split: str, size: int, first: int = 0, step: int = 1) -> Iterator[tuple[int, list[Located]]]:
-        """Yields every `step`-th block of located records with its number; several readers share a split so.
+        """Yields every `step`-th block of `size` records with its number, from block `first` on.
 
-        Args:
-            split: One of the splits.
-            size: Records in a block; the last one may have fewer.
-            first: Number of the first block to read, counted from the first record.
-            step: 1 for every block.
+        So several readers share a split. A block of a split that is carved out of the training data has fewer records:
+        those of the other split are left out of it.
         """
-        records = self.located_records(split)
-        _skip(records, first * size)
+        records = self.read(split, first * size)
         for block in count(first, step):
             if not (chunk := list(islice(records, size))):
                 return
-            yield block, chunk
-            _skip(records, (step - 1) * size)
+            yield block, [located for located in chunk if located is not None]
+            if step > 1 and self.can_seek(split):
+                records = self.read(split, (block + step) * size)
+            elif skipped := (step - 1) * size:
+                next(islice(records, skipped, skipped), None)
+
+    def read(self, split: str, start: int = 0) -> Iterator[Located | None]:
+        """Yields located records from the one with the number `start` on; None for those of a split carved out."""
+        return islice(self.located_records(split), start, None)
+
+    def can_seek(self, split: str) -> bool:
+        """Whether `read` finds its first record without reading all before it."""
+        return False
 
 
 class SplitSource(Source):
@@ -112,62 +122,46 @@ class SplitSource(Source):
         """Splits the data brings, by name."""
 
     @abstractmethod
-    def read(self, split: str, start: int = 0) -> Iterator[Unparsed]:
-        """Yields the records of a split the data brings, from a given one on, yet to be parsed."""
+    def read_own(self, split: str, start: int = 0) -> Iterator[Located]:
+        """Yields the records of a split the data brings, from the one with the number `start` on."""
 
     @abstractmethod
     def content_fingerprint(self) -> str:
         """A string that changes when the data does."""
 
-    def can_seek(self, split: str) -> bool:
-        """Whether `read` finds its first record without reading those before it."""
-        return False
-
     @property
     def splits(self) -> tuple[str, ...]:  # type: ignore[override]
-        sizes = {
-            "train": 1,
-            "validation": 1 if self.validation_size is None else self.validation_size,
-            "test": self.test_size,
-        }
+        sizes = {"train": 1, "validation": 1 if self.validation_size is None else self.validation_size}
+        sizes["test"] = self.test_size
         return tuple(split for split in SPLITS if split in self.own_splits() or sizes[split])
 
     def records(self, split: str) -> Iterator[dict[str, Any]]:
         return (record for _, record in self.located_records(split) if not isinstance(record, BadRecord))
 
     def located_records(self, split: str) -> Iterator[Located]:
-        return self._of_split(split, self.read(self._within(split)))
+        return (located for located in self.read(split) if located is not None)
 
-    def blocks(self, split: str, size: int, first: int = 0, step: int = 1) -> Iterator[tuple[int, list[Located]]]:
-        """Blocks are counted in the split that the data brings: where another is carved out of it they have fewer."""
-        own = self._within(split)
-        records = self.read(own, first * size)
-        for block in count(first, step):
-            if not (chunk := list(islice(records, size))):
-                return
-            yield block, list(self._of_split(split, chunk))
-            if step > 1 and self.can_seek(own):
-                records = self.read(own, (block + step) * size)
-            else:
-                _skip(records, (step - 1) * size)
+    def read(self, split: str, start: int = 0) -> Iterator[Located | None]:
+        own = self.own_splits()
+        carved = split not in own or (split == "train" and not set(self.splits) <= set(own))
+        for where, record in self.read_own(self.own_split(split), start):
+            record = self.renamed(record)
+            yield (where, record) if not carved or self._carved_into(record) == split else None
+
+    def own_split(self, split: str) -> str:
+        """The split of the data that a split is, or is carved out of."""
+        return split if split in self.own_splits() else "train"
 
     def fingerprint(self) -> str:
         settings = [self.validation_size, self.test_size, sorted(self.columns.items()), list(self.splits)]
         return f"{type(self).__name__} {self.content_fingerprint()} {json.dumps(settings)}"
 
-    def _within(self, split: str) -> str:
-        """The split of the data that a split is, or is carved out of."""
-        return split if split in self.own_splits() else "train"
-
-    def _of_split(self, split: str, records: Any) -> Iterator[Located]:
-        """Parses records of the data, and yields those that belong to a split."""
-        own = self.own_splits()
-        carved = split not in own or (split == "train" and not set(self.splits) <= set(own))
-        for parse in records:
-            where, record = parse()
-            record = self._renamed(record)
-            if not carved or self._carved_into(record) == split:
-                yield where, record
+    def renamed(self, record: Any) -> Any:
+        """The record with our names of its fields."""
+        if not self.columns or not isinstance(record, dict):
+            return record
+        renamed = {ours: record[theirs] for ours, theirs in self.columns.items() if theirs in record}
+        return {**{name: value for name, value in record.items() if name not in self.columns}, **renamed}
 
     def _carved_into(self, record: Any) -> str:
         if isinstance(record, BadRecord):
@@ -175,19 +169,13 @@ class SplitSource(Source):
         key = prompt_key(record)
         return next((split for split in ("test", "validation") if key <= self._limits[split]), "train")
 
-    def _renamed(self, record: Any) -> Any:
-        if not self.columns or not isinstance(record, dict):
-            return record
-        renamed = {ours: record[theirs] for ours, theirs in self.columns.items() if theirs in record}
-        return {**{name: value for name, value in record.items() if name not in self.columns}, **renamed}
-
     @cached_property
     def _limits(self) -> dict[str, int]:
         """Largest prompt key of each carved split: test takes the smallest keys, validation the next."""
         return remember(self.cache_dir, "splits", self.fingerprint(), self._find_limits)
 
     def _find_limits(self) -> dict[str, int]:
-        records = (self._renamed(parse()[1]) for parse in self.read("train"))
+        records = (self.renamed(record) for _, record in self.read_own("train"))
         found = (prompt_key(record) for record in records if not isinstance(record, BadRecord))
         keys = np.unique(np.fromiter(found, dtype=np.uint64))
         limits, used = {}, 0
@@ -211,10 +199,7 @@ class FileSource(SplitSource):
         path: File, folder or pattern (``data/*.jsonl``) of training records; several in a list.
         validation_path: The same for validation; carved out of training when not given.
         test_path: The same for test.
-        validation_size: Prompts to carve out for validation: a number, or a fraction below 1. When not given, 2 % of
-            them, at most 1,000.
-        test_size: The same for test; none when not given.
-        columns: Names our fields have in the files, such as ``{prompt: question, response: answer}``.
+        kwargs: As for `SplitSource`.
     """
 
     suffixes: tuple[str, ...] = ()
@@ -224,11 +209,9 @@ class FileSource(SplitSource):
         path: str | list[str],
         validation_path: str | list[str] | None = None,
         test_path: str | list[str] | None = None,
-        validation_size: int | float | None = None,
-        test_size: int | float = 0,
-        columns: dict[str, str] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(validation_size, test_size, columns)
+        super().__init__(**kwargs)
         self._contents: dict[Path, dict[str, Any]] = {}
         self.files = {"train": self._find(path, "path")}
         for split, paths in (("validation", validation_path), ("test", test_path)):
@@ -237,33 +220,29 @@ class FileSource(SplitSource):
 
     def _find(self, paths: str | list[str], setting: str) -> list[Path]:
         found: list[Path] = []
-        for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        for path in [paths] if isinstance(paths, str | Path) else paths:
             try:
                 files = self._matching(Path(path).expanduser()) if str(path) else []
-                # Data is read more than once, which a pipe does not allow.
-                other = next((file for file in files if not stat.S_ISREG(file.stat().st_mode)), None)
-            except (OSError, ValueError, RuntimeError) as error:  # also a loop of links, an impossible name, no home
+                other = next((file for file in files if not file.is_file()), None)
+            except (OSError, ValueError, RuntimeError) as error:  # an impossible name, no home folder
                 reason = getattr(error, "strerror", None) or one_line(error)
                 raise UserError(f"data.source {setting}: {str(path)[:200]!r} cannot be read: {reason}") from None
-            if other is not None:
-                raise UserError(f"data.source {setting}: {other} is no regular file")
+            if other is not None:  # such as a pipe, but data is read more than once
+                raise UserError(f"data.source {setting}: {other} is no regular file, or a broken link")
             if not files:
                 raise UserError(f"data.source {setting}: no file {str(path)!r}")
             found += files
-        if not found:
-            raise UserError(f"data.source {setting} is an empty list; name a file, or leave it out")
         return found
 
     def _matching(self, place: Path) -> list[Path]:
-        files: Iterator[Path]
         if place.is_dir():
             files = (file for file in place.rglob("*") if set(file.suffixes) & set(self.suffixes) and file.is_file())
-        elif place.exists() or place.is_symlink():
-            files = iter([place])
-        else:  # unlike the module glob, this follows no link to a folder within **, which may lead back
-            matches = Path(place.anchor).glob(str(place.relative_to(place.anchor)))
-            files = (match for match in matches if not match.name.startswith("."))
-        return sorted(files)
+            return sorted(files)
+        if place.exists() or place.is_symlink():
+            return [place]
+        # Unlike the module glob, this follows no link to a folder within **, which may lead back.
+        matches = Path(place.anchor).glob(str(place.relative_to(place.anchor)))
+        return sorted(match for match in matches if not match.name.startswith("."))
 
     def own_splits(self) -> Mapping[str, Any]:
         return self.files
@@ -273,7 +252,7 @@ class FileSource(SplitSource):
         return json.dumps(digests)
 
     def contents(self, file: Path) -> dict[str, Any]:
-        """Digest of a file, and where lines have them its number of records and their places; read once."""
+        """The digest of a file, and where it has lines their number and places; read once."""
         if file not in self._contents:
             self._contents[file] = read_contents(file, self.cache_dir, self.has_lines(file))
         return self._contents[file]
@@ -282,31 +261,25 @@ class FileSource(SplitSource):
         """Whether records are lines that can be counted in the bytes of the file."""
         return False
 
-    def can_seek(self, split: str) -> bool:
-        return all(self.count(file) is not None for file in self.files[split])
-
-    def read(self, split: str, start: int = 0) -> Iterator[Unparsed]:
-        for file in self.files[split]:
-            records = self.count(file) if start else 0
-            if records is None:  # it has to be read to be counted
-                for parse in self.read_file(file, 0):
-                    if start:
-                        start -= 1
-                    else:
-                        yield parse
-            elif start and records <= start:
-                start -= records
-            else:
-                yield from self.read_file(file, start)
-                start = 0
-
-    @abstractmethod
     def count(self, file: Path) -> int | None:
-        """Number of records in a file; None when only reading it would tell."""
+        """Number of records in a file that can be read from any of them on; None for others."""
+        return self.contents(file).get("records")
+
+    def can_seek(self, split: str) -> bool:
+        return all(self.count(file) is not None for file in self.files[self.own_split(split)])
+
+    def read_own(self, split: str, start: int = 0) -> Iterator[Located]:
+        files = self.files[split]
+        if not start or not self.can_seek(split):
+            return islice(chain.from_iterable(map(self.read_file, files)), start, None)
+        ends = np.cumsum([self.count(file) for file in files]).tolist()
+        first = bisect_right(ends, start)
+        start -= ends[first - 1] if first else 0
+        return chain.from_iterable(map(self.read_file, files[first:], chain([start], repeat(0))))
 
     @abstractmethod
-    def read_file(self, file: Path, start: int) -> Iterator[Unparsed]:
-        """Yields the records of one file from the given one on, yet to be parsed."""
+    def read_file(self, file: Path, start: int = 0) -> Iterator[Located]:
+        """Yields the records of one file; from the one with the number `start` on, where it has a `count`."""
 
 
 class JsonlSource(FileSource):
@@ -317,39 +290,73 @@ class JsonlSource(FileSource):
     def has_lines(self, file: Path) -> bool:
         return file.suffix not in OPENERS
 
-    def count(self, file: Path) -> int | None:
-        return self.contents(file).get("records")
+    def read_file(self, file: Path, start: int = 0) -> Iterator[Located]:
+        record, number, offset = 0, 0, 0
+        if start:
+            places = self.contents(file)["places"]
+            record, number, offset = places[bisect_right(places, start, key=itemgetter(0)) - 1]
+        try:
+            with OPENERS.get(file.suffix, open)(file, "rb") as stream:
+                stream.seek(offset)
+                lines = ((at, line) for at, line in enumerate(stream, number + 1) if not line.isspace())
+                for at, line in islice(lines, start - record, None):
+                    yield f"{file}:{at}", _parse(line)
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            raise UserError(f"{file} cannot be read: {one_line(error)}") from None
 
-    def read_file(self, file: Path, start: int) -> Iterator[Unparsed]:
-        places = self.contents(file).get("places", []) if start else []
-        before = bisect_right(places, start, key=itemgetter(0))
-        record, number, offset = places[before - 1] if before else (0, 0, 0)
-        lines = ((at, line) for at, line in enumerate(_read_lines(file, offset), number + 1) if not line.isspace())
-        return (partial(_parse_line, file, at, line) for at, line in islice(lines, start - record, None))
 
-
-def _parse_line(file: Path, number: int, line: bytes) -> tuple[str, Any]:
+def _parse(line: bytes) -> Any:
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except UnicodeDecodeError:
-        record = BadRecord("is not UTF-8")
+        return BadRecord("is not UTF-8")
     except (ValueError, RecursionError) as error:
-        record = BadRecord(f"is not valid JSON ({error}); each line must be one object")
-    return f"{file}:{number}", record
+        return BadRecord(f"is not valid JSON ({error}); each line must be one object")
 
 
-def _read_lines(file: Path, offset: int) -> Iterator[bytes]:
+def read_contents(file: Path, cache: Path | None, lines: bool = False) -> dict[str, Any]:
+    """Returns the SHA-256 ``digest`` of a file; a large file is read once, until its path, size, time or inode changes.
+
+    Where records are lines of uncompressed text, it also returns the number of ``records``, which are lines that are
+    not blank, and ``places``: of every `STRIDE`-th record its number, its line's number and the byte where it begins.
+
+    Raises:
+        UserError: When the file cannot be read.
+    """
     try:
-        with OPENERS.get(file.suffix, open)(file, "rb") as lines:
-            if offset:
-                lines.seek(offset)
-            yield from lines
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{file} cannot be read: {one_line(error)}") from None
+        state = file.stat()
+        key = [str(file.absolute()), state.st_size, state.st_mtime_ns, state.st_ino, lines, STRIDE]
+        return remember(cache if state.st_size >= LARGE else None, "files", key, lambda: _read(file, lines))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
 
 
-def _skip(records: Iterator[Any], number: int) -> None:
-    next(islice(records, number, number), None)
+def _read(file: Path, lines: bool) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    places: list[list[int]] = []
+    records = offset = 0
+    with open(file, "rb") as stream:
+        for number, part in enumerate(stream if lines else iter(lambda: stream.read(2**20), b"")):
+            digest.update(part)
+            if lines and not part.isspace():
+                if records % STRIDE == 0:
+                    places.append([records, number, offset])
+                records += 1
+            offset += len(part)
+    return {"digest": digest.hexdigest(), **({"records": records, "places": places} if lines else {})}
+
+
+def remember(cache: Path | None, kind: str, key: Any, find_out: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns the finding that the cache has for a key of plain values, or finds it out and keeps it if it can."""
+    if cache is None:
+        return find_out()
+    path = cache / kind / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # missing or damaged
+        return unseal(path.read_text(encoding="utf-8"))
+    found = find_out()
+    with contextlib.suppress(OSError), write_atomically(path, shared=True) as partial:
+        partial.write_text(seal(found), encoding="utf-8")
+    return found
 
 
 def one_line(error: Exception) -> str:

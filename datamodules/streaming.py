@@ -4,32 +4,25 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from itertools import groupby, islice
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dllm_var.datamodules.data_module import PackedDataModule
-from dllm_var.datamodules.packing import fit_samples
+from dllm_var.datamodules.packing import Sections
 from dllm_var.datamodules.rows import PackedRows
 from dllm_var.errors import UserError
 
-Batch = dict[str, torch.Tensor]
 POSITION = "stream_position"  # what batches carry on their way to the training loop
 
 
-@dataclass(frozen=True)
-class Position:
-    """How far a reader has come.
-
-    Args:
-        epoch: Passes over the source it has finished.
-        block: Block of records it reads.
-        row: Rows of that block it has given out.
-        total: Rows it has given out in all.
-    """
+class Position(NamedTuple):
+    """How far a reader has come: passes over the source, block it reads, rows it gave out of that block, and in all."""
 
     epoch: int = 0
     block: int = 0
@@ -47,43 +40,41 @@ class RowStream(IterableDataset):
         data: Has source, tokenizer and settings.
         rank: Which rank this is.
         ranks: How many there are.
-        positions: Where each reader of this rank begins, the one whose turn is next first.
+        turns: Where each reader of this rank begins, the one whose turn is next first.
     """
 
-    def __init__(self, data: StreamingDataModule, rank: int, ranks: int, positions: list[tuple[int, Position]]) -> None:
-        self.source, self.special = data.source, data.tokenizer.special
-        self.encoder = data.encoder()
-        self.batch_size, self.block_records = data.batch_size, data.block_records
-        self.packing = (data.context_length, data.packing, data.overhang)
+    def __init__(self, data: StreamingDataModule, rank: int, ranks: int, turns: deque[tuple[int, Position]]) -> None:
+        self.source, self.encoder = data.source, data.encoder()
+        self.batch_size, self.block_records, self.seed = data.batch_size, data.block_records, data.seed
         self.fitting = (data.context_length, data.on_too_long, data.eos_padding)
-        self.canvas, self.seed = data.canvas, data.seed
-        self.rank, self.ranks = rank, ranks
-        self.positions = positions
+        self.packing, self.overhang, self.canvas = data.packing, data.overhang, data.canvas
+        self.rank, self.ranks, self.turns = rank, ranks, turns
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = get_worker_info()
-        reader, position = self.positions[worker.id if worker is not None else 0]
-        shard, shards = self.rank * len(self.positions) + reader, self.ranks * len(self.positions)
-        parts: list[Batch] = []
-        missing = self.batch_size
+        reader, position = self.turns[worker.id if worker is not None else 0]
+        shard, shards = self.rank * len(self.turns) + reader, self.ranks * len(self.turns)
+        rows = self._rows(position, shard, shards)
         while True:
-            found = False
-            for block, rows in self._blocks(position.epoch, position.block, shard, shards):
-                found = True
-                row = position.row if block == position.block else 0
-                while row < len(rows):
-                    taken = range(row, min(row + missing, len(rows)))
-                    part = rows.__getitems__(taken)
-                    part["row"] = (torch.arange(len(taken)) + position.total) * shards + shard  # unique over readers
-                    parts.append(part)
-                    row, missing = taken.stop, missing - len(taken)
-                    position = Position(position.epoch, block, row, position.total + len(taken))
-                    if not missing:
-                        batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-                        batch[POSITION] = torch.tensor([reader, position.epoch, position.block, row, position.total])
-                        yield batch
-                        parts, missing = [], self.batch_size
-            if not found and position.block == 0:
+            taken = list(islice(rows, self.batch_size))
+            blocks = groupby(taken, key=itemgetter(0))
+            parts = [block.__getitems__([row for _, row, _ in group]) for block, group in blocks]
+            batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            numbers = torch.tensor([position.total - 1 for *_, position in taken])
+            batch["row"] = numbers * shards + shard  # unique over readers
+            batch[POSITION] = torch.tensor([reader, *taken[-1][2]])
+            yield batch
+
+    def _rows(self, position: Position, shard: int, shards: int) -> Iterator[tuple[PackedRows, int, Position]]:
+        """Yields the next rows: the block that each is in, its number there, and the position after it."""
+        while True:
+            blocks = 0
+            for block, packed in self._blocks(position.epoch, position.block, shard, shards):
+                blocks += 1
+                for row in range(position.row if block == position.block else 0, len(packed)):
+                    position = Position(position.epoch, block, row + 1, position.total + 1)
+                    yield packed, row, position
+            if not blocks and position.block == 0:
                 raise UserError(
                     f"{type(self.source).__name__} has too few usable records for {shards} readers of blocks of "
                     f"{self.block_records:,}; lower data.block_records, or use PackedDataModule"
@@ -93,38 +84,23 @@ class RowStream(IterableDataset):
     def _blocks(self, epoch: int, first: int, shard: int, shards: int) -> Iterator[tuple[int, PackedRows]]:
         """Packed blocks of one reader, from a given one on."""
         first += (shard - first) % shards  # the reader's own next block
+        special = self.encoder.tokenizer.special
         for block, chunk in self.source.blocks("train", self.block_records, first, shards):
-            if not chunk:
-                continue
             begin = block * self.block_records
-            table = self.encoder.encode(chunk, begin)
-            samples = fit_samples(table, *self.fitting, place=lambda record: chunk[record - begin][0])  # noqa: B023
-            if len(samples.index):
+            sections = Sections(self.encoder.encode(chunk, begin), *self.fitting)
+            if sections.totals(lambda record: chunk[record - begin][0])["samples"]:  # noqa: B023
                 key = (self.seed, epoch, block)
-                yield block, PackedRows([samples], self.special, *self.packing, key, self.canvas)
-
-
-class _StreamLoader:
-    """A new reading each time it is iterated over, from where training stands."""
-
-    def __init__(self, data: StreamingDataModule) -> None:
-        self.data = data
-
-    def __iter__(self) -> Iterator[Batch]:
-        ranks, rank = self.data._ranks()
-        rows = RowStream(self.data, rank, ranks, list(self.data._turns))
-        return iter(DataLoader(rows, None, num_workers=self.data.num_workers, pin_memory=self.data._on_cuda()))
+                yield block, PackedRows(sections, special, self.packing, self.overhang, key, self.canvas)
 
 
 class StreamingDataModule(PackedDataModule):
     """Packs training rows while they are needed, for corpora that are too large to tokenize beforehand.
 
     Records are read in blocks in the source's order, and shuffled and packed within a block: a source that is sorted
-    should be shuffled once. A reader parses the records of its own blocks alone, and resuming begins at the right one,
-    where the source can pass over the others (`Source.blocks`): uncompressed JSON Lines, Parquet and datasets can. The
-    stream has no end, so set ``trainer.max_steps``. Checkpoints hold how far every reader has come, and training goes
-    on with the very next row. Validation and test splits are tokenized as usual; bring them as files of their own,
-    because carving them out reads the whole source once.
+    should be shuffled once. The stream has no end, so set ``trainer.max_steps``. Checkpoints hold how far every reader
+    has come, and training goes on with the very next row. In uncompressed JSON Lines, Parquet and datasets a reader
+    passes over the blocks of the others without reading them. Validation and test splits are tokenized as usual; bring
+    them as files of their own, because carving them out reads the whole source once.
 
     Args:
         block_records: Records read, shuffled and packed at a time.
@@ -149,10 +125,12 @@ class StreamingDataModule(PackedDataModule):
             if split != "train":
                 self.table(split)
 
-    def train_dataloader(self) -> _StreamLoader:  # type: ignore[override]
-        """Batches of an endless stream, from where a restored training stood."""
-        self._turns = deque(self._begin(*self._ranks()))
-        return _StreamLoader(self)
+    def train_dataloader(self) -> DataLoader:
+        """Batches of an endless stream; each time it is iterated over, it goes on from where training stands."""
+        ranks, rank = self._ranks()
+        self._turns = deque(self._begin(ranks, rank))
+        rows = RowStream(self, rank, ranks, self._turns)
+        return DataLoader(rows, None, num_workers=self.num_workers, pin_memory=self._on_cuda())
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Notes the position of the batch that is about to be trained on; later ones may have been read already."""
@@ -163,23 +141,22 @@ class StreamingDataModule(PackedDataModule):
             self._turns.append((reader, Position(*position)))
         return self.with_document_ends(batch)
 
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """As that of `PackedDataModule`."""
+        return {**super().identity, "block_records": self.block_records}
+
     def state_dict(self) -> dict[str, Any]:
         """How far every reader of every rank has come; called on all ranks."""
         if not self._turns:
             return self._restored or {}
-        turns = [
-            [reader, position.epoch, position.block, position.row, position.total] for reader, position in self._turns
-        ]
-        by_rank: list[Any] = [(self._ranks()[1], turns)]
+        own = (self._ranks()[1], [[reader, *position] for reader, position in self._turns])
+        by_rank: list[Any] = [own]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             by_rank = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(by_rank, (self._ranks()[1], turns))
+            torch.distributed.all_gather_object(by_rank, own)
         # Processes that share the parts of one model have the same data, and the same rank here.
-        return {
-            "block_records": self.block_records,
-            "turns": [turns for _, turns in sorted(dict(by_rank).items())],
-            "identity": self.identity,
-        }
+        return {"turns": [turns for _, turns in sorted(dict(by_rank).items())], "identity": self.identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up the positions of a checkpoint when training begins.
@@ -197,38 +174,19 @@ class StreamingDataModule(PackedDataModule):
             f"of {self.context_length} ({self.packing})"
         )
 
-    def report(self, split: str = "train") -> dict[str, Any]:
-        """What became of a held-out split; see `PackedDataModule.report`.
-
-        Args:
-            split: ``validation`` or ``test``.
-
-        Raises:
-            UserError: For the training split, of which nothing is known as a whole.
-        """
-        if split == "train":
-            raise UserError("the training split is streamed: there is no report on it as a whole")
-        return super().report(split)
-
     def _begin(self, ranks: int, rank: int) -> list[tuple[int, Position]]:
         """Where each reader of this rank begins."""
         readers = max(self.num_workers, 1)
-        fresh = [(reader, Position()) for reader in range(readers)]
         if self._restored is None:
-            return fresh
-        turns = [[(turn[0], Position(*turn[1:])) for turn in rank_turns] for rank_turns in self._restored["turns"]]
-        if self._restored["block_records"] != self.block_records:
-            raise UserError(
-                f"data.block_records was {self._restored['block_records']} when the checkpoint was written and is "
-                f"{self.block_records}: set it back to resume"
-            )
+            return [(reader, Position()) for reader in range(readers)]
+        turns = [[(reader, Position(*place)) for reader, *place in turns] for turns in self._restored["turns"]]
         if len(turns) == ranks and len(turns[rank]) == readers:
             return turns[rank]
         # Blocks are dealt out anew: all readers go on after the furthest block any of them has begun.
-        last = max((position for rank_turns in turns for _, position in rank_turns), key=lambda p: (p.epoch, p.block))
-        total = max(position.total for rank_turns in turns for _, position in rank_turns)
+        positions = [position for rank_turns in turns for _, position in rank_turns]
+        last, total = max(positions), max(position.total for position in positions)
         rank_zero_warn(
             "the number of ranks or workers differs from the checkpoint's: training goes on after the last block begun "
             "and leaves out what remains of the blocks that were being read"
         )
-        return [(reader, Position(last.epoch, last.block + 1, 0, total)) for reader, _ in fresh]
+        return [(reader, Position(last.epoch, last.block + 1, 0, total)) for reader in range(readers)]

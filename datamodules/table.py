@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from dataclasses import dataclass, field
@@ -11,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm_var.datamodules.cache import unseal
 from dllm_var.errors import UserError
 from dllm_var.text.tokenizer import Tokenizer
 
@@ -72,7 +72,7 @@ class Table:
             UserError: When a file is missing, has another length or another checksum.
         """
         try:
-            meta = unseal(json.loads((folder / "meta.json").read_text(encoding="utf-8")))
+            meta = unseal((folder / "meta.json").read_text(encoding="utf-8"))
             lengths = dict.fromkeys(COLUMNS, meta["samples"])
             lengths |= {"tokens": meta["tokens"], "supervised": meta["tokens"], "offsets": meta["samples"] + 1}
             columns = {
@@ -114,6 +114,24 @@ class Table:
                 by_prompt.setdefault(tuple(ids[:start]), []).append(ids[start:-1])
         first = list(by_prompt.items())[:n]
         return [Example(tokenizer.decode(prompt), list(prompt), answers) for prompt, answers in first]
+
+
+def seal(values: dict[str, Any]) -> str:
+    """Returns plain values as JSON text with a checksum."""
+    checksum = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**values, "seal": checksum}, indent=1)
+
+
+def unseal(text: str) -> dict[str, Any]:
+    """Returns the values of `seal`.
+
+    Raises:
+        ValueError: When the text is not as it was written.
+    """
+    values = json.loads(text)
+    if not isinstance(values, dict) or seal({name: values[name] for name in values if name != "seal"}) != text:
+        raise ValueError("its description is not as it was written")
+    return values
 
 
 def _map(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:

@@ -203,7 +203,7 @@ def test_datasets_are_streamed_by_shards(tmp_path):
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("sizes", [{"validation_size": 0}, {"validation_size": 10, "test_size": 5}])
 def test_blocks_are_the_same_whoever_reads_them(tmp_path, suffix, sizes, monkeypatch):
-    monkeypatch.setattr("dllm_var.datamodules.cache.STRIDE", 8)
+    monkeypatch.setattr("dllm_var.datamodules.sources.STRIDE", 8)
     opener = gzip.open if suffix else open
     for name, records in (("a", RECORDS[:37]), ("b", []), ("c", RECORDS[37:])):
         with opener(tmp_path / f"{name}.jsonl{suffix}", "wt") as file:
@@ -226,13 +226,12 @@ def test_a_reader_parses_its_own_lines_and_reads_no_others(write_jsonl, monkeypa
         write_jsonl([{"prompt": str(number), "response": "R"} for number in range(50_000)]), validation_size=0
     )
     source.fingerprint()
-    parsed, offsets = [], []
-    loads, read_lines = json.loads, sources._read_lines
+    parsed = []
+    loads = json.loads
     monkeypatch.setattr(sources.json, "loads", lambda line: parsed.append(line) or loads(line))
-    monkeypatch.setattr(sources, "_read_lines", lambda file, at: offsets.append(at) or read_lines(file, at))
     (block,) = source.blocks("train", 100, 499, 4)
     assert [record["prompt"] for _, record in block[1]] == [str(number) for number in range(49_900, 50_000)]
-    assert len(parsed) == 100 and offsets == [source.contents(source.files["train"][0])["places"][12][2]]
+    assert len(parsed) == 100
 
 
 def test_parquet_is_read_from_the_middle(tmp_path):
@@ -248,7 +247,7 @@ def test_parquet_is_read_from_the_middle(tmp_path):
 
 
 def test_data_may_be_moved(write_jsonl, tmp_path, monkeypatch):
-    monkeypatch.setattr("dllm_var.datamodules.cache.LARGE", 0)
+    monkeypatch.setattr("dllm_var.datamodules.sources.LARGE", 0)
     (tmp_path / "a").mkdir()
     write_jsonl(RECORDS, "a/data.jsonl")
     cache = tmp_path / "cache"
@@ -265,7 +264,7 @@ def test_data_may_be_moved(write_jsonl, tmp_path, monkeypatch):
     kept.write_text(kept.read_text().replace("1", "2"))  # damaged: found out again
     assert fingerprint("a") == before
     with monkeypatch.context() as patched:
-        patched.setattr("dllm_var.datamodules.cache._read", None)
+        patched.setattr("dllm_var.datamodules.sources._read", None)
         assert fingerprint("a") == before, "from the cache"
     write_jsonl([*RECORDS[1:], RECORDS[0]], "a/data.jsonl")
     assert fingerprint("a") != before
@@ -285,9 +284,9 @@ def test_what_is_no_regular_file_is_told_at_once(tmp_path, write_jsonl):
         (tmp_path / "good" / link).symlink_to(tmp_path)
     for path, message in (
         ("pipe.jsonl", "no regular file"),
-        ("*.jsonl", "no regular file|cannot be read"),
-        ("loop", "cannot be read: Too many levels"),
-        ("gone.jsonl", "cannot be read: No such file"),
+        ("*.jsonl", "no regular file"),
+        ("loop", "broken link"),
+        ("gone.jsonl", "broken link"),
         ("x" * 300, "cannot be read: File name too long"),
         ("a\0b", "no file|null"),
         ("folder.jsonl", "no file"),
@@ -296,9 +295,8 @@ def test_what_is_no_regular_file_is_told_at_once(tmp_path, write_jsonl):
         with pytest.raises(UserError, match=f"data.source path: .*({message})") as error:
             JsonlSource(str(tmp_path / path))
         assert "\n" not in str(error.value)
-    for path, message in (("", "no file ''"), ([], "empty list")):
-        with pytest.raises(UserError, match=f"data.source path.*{message}"):
-            JsonlSource(path)
+    with pytest.raises(UserError, match=r"data\.source path: no file ''"):
+        JsonlSource("")
     with pytest.raises(UserError, match="~nobody_here"):
         JsonlSource("~nobody_here/data.jsonl")
     assert len(JsonlSource(str(tmp_path / "good" / "**" / "*.jsonl")).files["train"]) == 1, "links lead back"

@@ -86,8 +86,6 @@ def test_a_resumed_training_sees_the_very_next_rows(tmp_path, source, workers, s
     assert before == whole[:stop]
     assert after == whole[stop:]
     assert len({row for rows, _ in whole for row in rows}) == 30 * SETTINGS["batch_size"]
-    state = torch.load(checkpoint, weights_only=True)["StreamingDataModule"]
-    assert state["block_records"] == SETTINGS["block_records"]
 
 
 def test_epochs_cut_short_go_on_where_they_stopped(tmp_path, source):
@@ -111,8 +109,6 @@ def test_held_out_splits_are_as_usual(list_source):
     data.prepare_data()
     assert sum(len(batch["row"]) for batch in data.val_dataloader()) == len(data.rows("validation"))
     assert data.report("validation")["samples"] == 20
-    with pytest.raises(UserError, match="streamed"):
-        data.report()
     assert "9 records at a time" in data.summary()
 
 

@@ -34,14 +34,6 @@ def test_letters_and_phonemes(cmudict):
     assert cmudict.encode_batch(["key", "K IY"]) == [cmudict.encode("key"), cmudict.encode("K IY")]
 
 
-def test_shipped_tokenizer_is_what_the_code_writes(tmp_path):
-    from dllm_var.datamodules.cmudict import FOLDER, write_tokenizer
-
-    write_tokenizer(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert json.loads((tmp_path / name).read_text()) == json.loads((FOLDER / name).read_text())
-
-
 def test_round_trips_keep_everything(tmp_path):
     folder = write_byte_tokenizer(tmp_path / "a", MARKED_TEMPLATE, bos_token="<|im_start|>")
     original = Tokenizer.from_pretrained(folder, terminators=["<|im_end|>", "<|endoftext|>"])
