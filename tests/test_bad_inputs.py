@@ -1,6 +1,5 @@
 """Some of the cases of benchmarks/bad_inputs.py, in this process: the cheapest of each kind."""
 
-import random
 import shutil
 import subprocess
 import sys
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from dllm_var import UserError
 from dllm_var.__main__ import main
 
 ROOT = Path(__file__).parent.parent
@@ -64,44 +62,6 @@ def test_bad_inputs_are_refused_in_one_line_that_names_them(name, base, tmp_path
     status = main(case.arguments)
     shown = capfd.readouterr()
     assert judge(case, status, shown.out + shown.err, folder)[0] == "refused", shown.err
-
-
-@pytest.mark.parametrize(("kind", "number"), [("jsonl", 40), ("parquet", 20)])
-def test_broken_data_is_refused_with_a_named_cause_or_read_whole(kind, number, tmp_path):
-    import malformed_data
-
-    refused = []
-    for seed in range(number):
-        folder = tmp_path / str(seed)
-        folder.mkdir()
-        try:
-            getattr(malformed_data, kind)(random.Random(f"{kind} {seed}"), folder)
-        except UserError as error:
-            refused.append(str(error).strip())
-    assert 0 < len(refused) < number
-    assert all(len(message.splitlines()) == 1 for message in refused)
-
-
-def test_a_record_that_is_lost_on_the_way_would_be_seen(tmp_path, monkeypatch):
-    """Tests the campaign itself: data that silently loses a record is not taken for whole."""
-    import malformed_data
-
-    class Losing(malformed_data.JsonlSource):
-        def read_file(self, file, start):
-            return (located for number, located in enumerate(super().read_file(file, start)) if number != 1)
-
-    monkeypatch.setattr(malformed_data, "JsonlSource", Losing)
-    lost = 0
-    for seed in range(40):
-        folder = tmp_path / str(seed)
-        folder.mkdir()
-        try:
-            malformed_data.jsonl(random.Random(f"jsonl {seed}"), folder)
-        except UserError:
-            continue
-        except malformed_data.Partial:
-            lost += 1
-    assert lost
 
 
 @pytest.mark.slow
