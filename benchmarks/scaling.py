@@ -19,7 +19,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from dllm_var.benchmarking.cost_model import block_matrices
+from dllm_var.benchmarking.cost_model import Shape
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.transformer import Transformer
 from dllm_var.objectives.cross_entropy import summed_cross_entropy
@@ -48,7 +48,7 @@ class Point:
 def measure(name: str, layers: int, context: int, hidden: int, tokens: int, repeats: int) -> Point:
     """Trains a few steps on random tokens, the same number in each step whatever the context."""
     config = TransformerConfig(hidden_size=hidden, num_layers=layers, num_heads=2, vocab_size=VOCABULARY)
-    weights = layers * block_matrices(config) + VOCABULARY * hidden
+    weights = layers * Shape(config).block_matrices + VOCABULARY * hidden
     point = Point(
         name, layers, tokens // context, context, 6.0 * tokens * weights, 12.0 * layers * tokens * context * hidden
     )

@@ -1,7 +1,7 @@
 """Cost of training before any of it is run: parameters, FLOPs, bytes on each device, seconds per step.
 
-Closed forms of our transformer. Tests compare parameters with its own, FLOPs with torch's counter, activations with
-the tensors that autograd keeps.
+Closed forms of our transformer, whose `vocab_size` must be set. Tests compare parameters with its own, FLOPs with
+torch's counter, activations with the tensors that autograd keeps.
 """
 
 from __future__ import annotations
@@ -15,6 +15,19 @@ Strategy = Literal["ddp", "fsdp2", "zero2"]
 Precision = Literal["32", "16-mixed", "16-true"]
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp2", "zero2")
 LOGITS_BYTES = 2 * 512 * 2**20  # of the head on CUDA, a chunk at a time: logits in 32 bits, and their gradient
+
+
+class Shape:
+    """A transformer's sizes, and the widths that follow from them."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        full: Any = config.resolved()  # none of its sizes is None
+        self.config = full
+        self.hidden, self.layers, self.vocabulary = full.hidden_size, full.num_layers, full.vocab_size
+        self.queries, self.keys = full.num_heads * full.head_dim, full.num_kv_heads * full.head_dim
+        self.feed_forward = full.intermediate_size
+        self.after_attention = self.hidden * (self.queries + 3 * self.feed_forward)  # weights of one block
+        self.block_matrices = self.hidden * (self.queries + 2 * self.keys) + self.after_attention
 
 
 @dataclass(frozen=True)
@@ -34,31 +47,21 @@ class Parameters:
 
 
 def count_parameters(config: TransformerConfig) -> Parameters:
-    """Returns the numbers of weights of a transformer whose `vocab_size` is set."""
-    full = _filled(config)
-    hidden = full.hidden_size
-    vectors = 2 * hidden + _queries_keys_values(full) * full.qkv_bias + 2 * full.head_dim * full.qk_norm
-    block = block_matrices(config) + vectors
-    embedding = full.vocab_size * hidden
-    return Parameters(embedding, block, full.num_layers * block, 0 if full.tie_embeddings else embedding, hidden)
-
-
-def block_matrices(config: TransformerConfig) -> int:
-    """Returns the number of weights in the matrices of one block."""
-    full = _filled(config)
-    return full.hidden_size * (_queries_keys_values(full) + full.num_heads * full.head_dim + 3 * full.intermediate_size)
+    """Returns the numbers of weights of a transformer."""
+    shape = Shape(config)
+    vectors = 2 * shape.hidden + (shape.queries + 2 * shape.keys) * shape.config.qkv_bias
+    vectors += 2 * shape.config.head_dim * shape.config.qk_norm
+    block, embedding = shape.block_matrices + vectors, shape.vocabulary * shape.hidden
+    return Parameters(embedding, block, shape.layers * block, 0 if config.tie_embeddings else embedding, shape.hidden)
 
 
 def adapter_parameters(config: TransformerConfig, rank: int, targets: list[str]) -> int:
     """Returns the number of weights of low-rank adapters (`model.lora`): rank x (inputs + outputs) of each matrix."""
-    full = _filled(config)
-    hidden = full.hidden_size
-    heads, kv_heads = full.num_heads * full.head_dim, full.num_kv_heads * full.head_dim
-    both_sides = {"q_proj": hidden + heads, "k_proj": hidden + kv_heads, "v_proj": hidden + kv_heads}
-    both_sides |= {"o_proj": heads + hidden}
-    both_sides |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + full.intermediate_size)
-    in_blocks = sum(both_sides[target] for target in targets if target in both_sides) * full.num_layers
-    return rank * (in_blocks + (hidden + full.vocab_size) * ("lm_head" in targets))
+    shape = Shape(config)
+    outputs = {"q_proj": shape.queries, "k_proj": shape.keys, "v_proj": shape.keys, "o_proj": shape.queries}
+    outputs |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), shape.feed_forward)
+    in_blocks = sum(shape.hidden + outputs[target] for target in targets if target in outputs) * shape.layers
+    return rank * (in_blocks + (shape.hidden + shape.vocabulary) * ("lm_head" in targets))
 
 
 def forward_flops(config: TransformerConfig, length: int, scored: int) -> float:
@@ -67,12 +70,11 @@ def forward_flops(config: TransformerConfig, length: int, scored: int) -> float:
     The layers read `length` tokens; the head, and what comes after the last layer's attention, run on `scored` of them.
     A causal transformer attends to half of the pairs.
     """
-    full = _filled(config)
-    pairs = length * length / (2 if full.causal else 1)
-    in_layers = 2 * length * block_matrices(config) + 4 * pairs * full.num_heads * full.head_dim
-    after_attention = full.hidden_size * (full.num_heads * full.head_dim + 3 * full.intermediate_size)
-    at_the_end = 2 * scored * full.vocab_size * full.hidden_size - 2 * (length - scored) * after_attention
-    return full.num_layers * in_layers + at_the_end
+    shape = Shape(config)
+    pairs = length * length / (2 if config.causal else 1)
+    in_layers = 2 * length * shape.block_matrices + 4 * pairs * shape.queries
+    at_the_end = 2 * scored * shape.vocabulary * shape.hidden - 2 * (length - scored) * shape.after_attention
+    return shape.layers * in_layers + at_the_end
 
 
 def training_flops(config: TransformerConfig, length: int, scored: int, trained_share: float = 1.0) -> float:
@@ -95,39 +97,29 @@ def activation_bytes(
         precision: 32 bits, 16 with weights and residual stream in 32 (autocast), or all in 16.
         recompute: Keeps the input of each block only, and all of one block at a time.
     """
-    full = _filled(config)
-    width = 4 if precision == "32" else 2
-    queries_keys = (full.num_heads + full.num_kv_heads) * full.head_dim
-    before_norms = queries_keys if full.qk_norm and precision == "32" else 0
-    kept = width * (2 * queries_keys + before_norms + 4 * full.intermediate_size + 2 * full.hidden_size)
-    kept += 4 * full.num_heads  # the logarithms of attention's sums
-    kept += 16 * full.hidden_size + 8  # norms: the input and the normalised one, in 32 bits
-    if full.qk_norm:
-        kept += (4 if width == 4 else 8) * queries_keys + 4 * (full.num_heads + full.num_kv_heads)
-    tokens = rows * length
+    shape, width = Shape(config), 4 if precision == "32" else 2
+    queries_keys, heads = shape.queries + shape.keys, shape.config.num_heads
+    before_norms = queries_keys if config.qk_norm and precision == "32" else 0
+    kept = width * (2 * queries_keys + before_norms + 4 * shape.feed_forward + 2 * shape.hidden)
+    kept += 4 * heads  # the logarithms of attention's sums
+    kept += 16 * shape.hidden + 8  # norms: the input and the normalised one, in 32 bits
+    if config.qk_norm:
+        kept += (4 if width == 4 else 8) * queries_keys + 4 * (heads + shape.config.num_kv_heads)
     if not recompute:
-        return tokens * kept * full.num_layers
+        return rows * length * kept * shape.layers
     residual = 2 if precision == "16-true" else 4
-    return tokens * (kept + residual * full.hidden_size * full.num_layers)
+    return rows * length * (kept + residual * shape.hidden * shape.layers)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device at the peak of a step, without the allocator's waste and the CUDA context.
+    """Bytes on each device at the peak of a step, without the allocator's waste and the CUDA context."""
 
-    Args:
-        weights: Parameters, where sharded this device's part.
-        gathered: Parameters that a sharded strategy brings together for the forward, and 16-bit copies of weights.
-        gradients: Gradients, and the buckets in which ddp sends them.
-        optimizer: Moments, and the 32-bit weights that DeepSpeed keeps beside 16-bit ones.
-        activations: Tensors that autograd keeps, and the head's logits.
-    """
-
-    weights: float
-    gathered: float
-    gradients: float
-    optimizer: float
-    activations: float
+    weights: float  # where they are sharded, this device's part
+    gathered: float  # what a sharded strategy brings together for the forward, and 16-bit copies of weights
+    gradients: float  # with the buckets in which ddp sends them
+    optimizer: float  # moments, and the 32-bit weights that DeepSpeed keeps beside 16-bit ones
+    activations: float  # with the head's logits
 
     @property
     def total(self) -> float:
@@ -160,33 +152,23 @@ def device_memory(
         trained: Number of weights that are trained; all when None.
         recompute: Whether blocks are computed again in the backward pass.
     """
-    parameters = count_parameters(config)
+    parameters, shape = count_parameters(config), Shape(config)
     total = parameters.total if held is None else held
     trained = total if trained is None else trained
     width = 2 if precision == "16-true" else 4
     activations = activation_bytes(config, rows, length, precision, recompute) + LOGITS_BYTES
     # Autocast multiplies by 16-bit copies, which autograd keeps: of all blocks, or of the one that is computed again.
-    copies = block_matrices(config) * (1 if recompute else config.num_layers) * 2 if precision == "16-mixed" else 0
+    copies = shape.block_matrices * (1 if recompute else shape.layers) * 2 if precision == "16-mixed" else 0
     if strategy == "ddp":
         return Memory(width * total, copies, 2 * width * trained, 2 * width * trained, activations)
     if strategy == "fsdp2":
         around = 0 if devices == 1 else width * (parameters.embedding + parameters.head + 2 * parameters.block)
-        shares = (width * total / devices, width * trained / devices, 2 * width * trained / devices)
-        return Memory(shares[0], around + copies, shares[1], shares[2], activations)
-    width = 4 if precision == "32" else 2
-    master = 0 if precision == "32" else 4
+        weights, gradients = width * total / devices, width * trained / devices
+        return Memory(weights, around + copies, gradients, 2 * gradients, activations)
+    width, master = (4, 0) if precision == "32" else (2, 4)
     return Memory(width * total, 0, width * trained / devices, (8 + master) * trained / devices, activations)
 
 
 def step_seconds(flops: float, devices: int, device_flops: float, mfu: float) -> float:
     """Returns the time of a step of `flops` in all on devices that reach a share `mfu` of `device_flops` per second."""
     return flops / (devices * device_flops * mfu)
-
-
-def _filled(config: TransformerConfig) -> Any:
-    """Returns the config with its defaults filled in, so that none of its sizes is None."""
-    return config.resolved()
-
-
-def _queries_keys_values(full: Any) -> int:
-    return (full.num_heads + 2 * full.num_kv_heads) * full.head_dim

@@ -5,19 +5,22 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from dllm_var.checkpoints.identity import provenance
 from dllm_var.model.transformer import Transformer
 
+T = TypeVar("T")
 PHASES = ("data", "forward", "head_and_loss", "backward", "optimizer")  # of a training step
 
 
@@ -73,21 +76,13 @@ class ForwardClock:
 
 @dataclass
 class Step:
-    """One optimizer step.
-
-    Args:
-        seconds: Time in each phase; they add up to the step.
-        tokens: Tokens of samples in its batch, without padding.
-        positions: Positions in its batch, with padding.
-        loss_tokens: Positions with a loss.
-        pairs: Pairs of tokens, without padding, of which one attends to the other.
-    """
+    """One optimizer step: the time in each phase, and what its batch holds."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    tokens: int = 0
-    positions: int = 0
+    tokens: int = 0  # of samples, without padding
+    positions: int = 0  # with padding
     loss_tokens: int = 0
-    pairs: int = 0
+    pairs: int = 0  # of tokens, without padding, of which one attends to the other
 
 
 class StepClock:
@@ -113,16 +108,21 @@ class StepClock:
         self._step.seconds[phase] += now - self._last
         self._last = now
 
-    def count(self, tokens: int, positions: int, loss_tokens: int, pairs: int) -> None:
-        """Notes the sizes of the current step's batch; see `Step`."""
-        step = self._step
-        step.tokens, step.positions, step.loss_tokens, step.pairs = tokens, positions, loss_tokens, pairs
+    def end_step(self, segment_ids: Tensor, loss_tokens: int, full_attention: bool) -> None:
+        """Ends the last phase, `optimizer`, and the step.
 
-    def end_step(self) -> None:
-        """Ends the last phase, `optimizer`, and the step."""
+        Args:
+            segment_ids: Of the step's batch [B, L]: the sample that each position belongs to, below 0 for padding.
+            loss_tokens: Positions with a loss.
+            full_attention: Whether samples see their whole row, or only themselves.
+        """
         self.mark("optimizer")
-        self.steps.append(self._step)
-        self._step = Step()
+        step, self._step = self._step, Step()
+        step.tokens, step.positions = int((segment_ids >= 0).sum()), segment_ids.numel()
+        step.loss_tokens = loss_tokens
+        within_samples = sum(int(row[row >= 0].bincount().square().sum()) for row in segment_ids)
+        step.pairs = segment_ids.size(1) * step.tokens if full_attention else within_samples
+        self.steps.append(step)
 
 
 class PeakMemory:
@@ -135,9 +135,9 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.bytes: int | None = None
-        self._before: int | None = None
 
     def __enter__(self) -> PeakMemory:
+        self._before: int | None = None
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device)
@@ -149,9 +149,7 @@ class PeakMemory:
             self._before = _resident("VmRSS")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._before is not None:
             cuda = self.device.type == "cuda"
             peak = torch.cuda.max_memory_allocated(self.device) if cuda else _resident("VmHWM")
@@ -162,6 +160,13 @@ def _resident(field: str) -> int:
     """Returns a line of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
+
+
+def shown(title: str, items: Sequence[T]) -> Iterator[T]:
+    """Yields the items; standard error shows a bar that moves on a terminal, and the title alone elsewhere."""
+    if not sys.stderr.isatty():
+        print(title, file=sys.stderr, flush=True)
+    yield from tqdm(items, title, leave=False, disable=None)
 
 
 def synchronise(device: torch.device) -> None:

@@ -11,40 +11,41 @@ from dllm_var.errors import UserError
 
 MISSING = "-"
 Figures = dict[str, Any]
-Column = tuple[str, str, str]  # header, path of the value in a result, format
+Column = tuple[str, str, str, float]  # header, path of the value in a result, format, factor
+MS, MB = 1e3, 2.0**-20
 
 ANSWERS: tuple[Column, ...] = (
-    ("accuracy", "accuracy", "{:.1%}"),
-    ("exact", "exact_match", "{:.1%}"),
-    ("ended by eos", "ended_by_eos", "{:.1%}"),
-    ("early", "premature", "{:.1%}"),
-    ("late", "overrun", "{:.1%}"),
-    ("length error", "length_error", "{:.2f}"),
-    ("hit limit", "hit_limit", "{:.1%}"),
-    ("prompts", "prompts", "{:,}"),
+    ("accuracy", "accuracy", "{:.1%}", 1),
+    ("exact", "exact_match", "{:.1%}", 1),
+    ("ended by eos", "ended_by_eos", "{:.1%}", 1),
+    ("early", "premature", "{:.1%}", 1),
+    ("late", "overrun", "{:.1%}", 1),
+    ("length error", "length_error", "{:.2f}", 1),
+    ("hit limit", "hit_limit", "{:.1%}", 1),
+    ("prompts", "prompts", "{:,}", 1),
 )
 SPEED: tuple[Column, ...] = (
-    ("accuracy", "accuracy", "{:.1%}"),
-    ("NFE", "nfe", "{:.1f}"),
-    ("tok/fwd", "tokens_per_forward", "{:.2f}"),
-    ("tok/s", "single.tokens_per_second", "{:,.0f}"),
-    ("ms/req", "single.ms", "{:,.1f}"),
-    ("overhead", "single.sampler_overhead", "{:.0%}"),
-    ("MB", "memory.single", "{:.1f}"),
-    ("x AR", "over_autoregressive", "{:.2f}"),
-    ("x AR fwd", "forwards_over_autoregressive", "{:.2f}"),
-    ("tok/s", "batched.tokens_per_second", "{:,.0f}"),
-    ("ms/req", "batched.ms", "{:,.1f}"),
-    ("MB", "memory.batched", "{:.1f}"),
+    ("accuracy", "accuracy", "{:.1%}", 1),
+    ("NFE", "nfe", "{:.1f}", 1),
+    ("tok/fwd", "tokens_per_forward", "{:.2f}", 1),
+    ("tok/s", "single.tokens_per_second", "{:,.0f}", 1),
+    ("ms/req", "single.seconds_per_request", "{:,.1f}", MS),
+    ("overhead", "single.sampler_overhead", "{:.0%}", 1),
+    ("MB", "peak_memory_bytes.single", "{:.1f}", MB),
+    ("x AR", "over_autoregressive", "{:.2f}", 1),
+    ("x AR fwd", "forwards_over_autoregressive", "{:.2f}", 1),
+    ("tok/s", "batched.tokens_per_second", "{:,.0f}", 1),
+    ("ms/req", "batched.seconds_per_request", "{:,.1f}", MS),
+    ("MB", "peak_memory_bytes.batched", "{:.1f}", MB),
 )
 TRAINING: tuple[Column, ...] = (
-    ("tokens/s", "tokens_per_second", "{:,.0f}"),
-    ("x plain", "over_plain_loop", "{:.2f}"),
-    ("MFU", "mfu", "{:.0%}"),
-    ("ms/step", "ms", "{:,.0f}"),
-    *((phase.replace("_", " "), f"phase_ms.{phase}", "{:,.1f}") for phase in PHASES),
-    ("padding", "padding_share", "{:.0%}"),
-    ("MB", "memory", "{:,.0f}"),
+    ("tokens/s", "tokens_per_second", "{:,.0f}", 1),
+    ("x plain", "over_plain_loop.tokens_per_second", "{:.2f}", 1),
+    ("MFU", "mfu", "{:.0%}", 1),
+    ("ms/step", "step_seconds", "{:,.0f}", MS),
+    *((phase.replace("_", " "), f"phase_seconds.{phase}", "{:,.1f}", MS) for phase in PHASES),
+    ("padding", "padding_share", "{:.0%}", 1),
+    ("MB", "peak_memory_bytes", "{:,.0f}", MB),
 )
 RATIOS = {
     "over_fixed_length": "useful tokens/s over fixed-length diffusion",
@@ -52,14 +53,11 @@ RATIOS = {
     "batch_32_over_1": "batched throughput over batch 1",
     "sampler_overhead": "time outside the model's forwards",
 }
-FORWARD_RATIOS = {
-    "forwards_over_fixed_length": "fixed-length diffusion",
-    "forwards_over_autoregressive": "the autoregressive twin",
-}
 SAMPLERS_NOTE = (
     "The last three columns are for batches of {batch_size}, those before for batch 1. NFE: forwards per request, of "
     "all models. tok: useful tokens. MB: peak memory beyond the models. x AR: tokens/s over the autoregressive twin's; "
-    "x AR fwd: the same where a forward costs the same whatever its width, which is a GPU's cost model."
+    "x AR fwd: the same where a forward costs the same whatever its width, which is a GPU's cost model. "
+    "In ratios, an answer of fixed-length diffusion counts with at least its reference's tokens."
 )
 TRAINING_NOTE = (
     "tokens/s counts tokens of samples, not padding. x plain: over the plain loop, within each round. Phases in ms per "
@@ -91,20 +89,11 @@ def report(title: str, result: Figures, pictures: Sequence[str] = ()) -> str:
 
 
 def _task_lines(task: Figures) -> list[str]:
-    settings = []
-    for setting in task["settings"]:
-        timings = {kind: dict(setting[kind]) for kind in ("single", "batched")}
-        for timing in timings.values():
-            if timing:
-                timing["ms"] = 1000 * timing["seconds_per_request"]
-        memory = {kind: _mebibytes(size) for kind, size in (setting.get("peak_memory_bytes") or {}).items()}
-        settings.append({**setting, **timings, "memory": memory})
     lines = [f"## {task['name']}: {task['checkpoint']}, {task['parameters']:,} weights, {task['split']} split", ""]
     for columns in (ANSWERS, SPEED):
-        lines += [*_table(columns, settings, task["chosen"]), ""]
+        lines += [*_table(columns, task["settings"], task["chosen"]), ""]
     lines += [SAMPLERS_NOTE.format(**task), ""]
-    costs = task["per_forward"]
-    if costs:
+    if costs := task["per_forward"]:
         header = ["tokens of a forward", *(str(cost["width"]) for cost in costs)]
         times = ["ms", *(f"{1000 * cost['seconds']:.2f}" for cost in costs)]
         relative = ["over one token's", *(f"{cost['relative']:.2f}" for cost in costs)]
@@ -113,25 +102,15 @@ def _task_lines(task: Figures) -> list[str]:
 
 
 def _task_findings(task: Figures) -> list[str]:
-    """Returns the best setting, how it was chosen, each bar with its verdict, and the default's ratios."""
+    """Returns the best setting, how it was chosen, and each bar with its verdict."""
     if task["chosen"] is None:
         return ["no entry has role default: no best setting is chosen and no ratio is taken"]
     lines = [f"* {task['chosen']}: {task['rule']}."]
-    if task["accuracy_over_default"] is not None and task["chosen"] != task["default"]:
-        points = 100 * task["accuracy_over_default"]
-        lines.append(f"its accuracy on the {task['split']} split: {points:+.1f} points against {task['default']}")
-    lines += [_bar_line(RATIOS[name], bar, _ratio_format(name)) for name, bar in task["bars"].items()]
-    if task["credit"]:
-        lines.append(task["credit"] + ".")
+    lines += [_bar_line(RATIOS[name], name, bar) for name, bar in task["bars"].items()]
     if (equal := task.get("over_autoregressive_at_equal_accuracy")) is not None:
         lines.append(f"over the autoregressive twin, the fastest setting of its accuracy: {equal:.2f}x")
-    ratios, default = task["ratios"], task["default_ratios"]
-    forwards = [f"{ratios[name]:.2f}x over {label}" for name, label in FORWARD_RATIOS.items() if ratios.get(name)]
-    if forwards:
-        lines.append(f"where a forward costs the same whatever its width: {', '.join(forwards)}")
-    shown = [f"{_ratio_format(name).format(default[name])} {RATIOS[name]}" for name in RATIOS if default.get(name)]
-    if shown and task["default"] != task["chosen"]:
-        lines.append(f"with {task['default']}: {'; '.join(shown)}")
+    if over_fixed := task["ratios"].get("forwards_over_fixed_length"):
+        lines.append(f"useful tokens per forward over fixed-length diffusion: {over_fixed:.2f}x")
     return lines
 
 
@@ -149,32 +128,23 @@ def _training_lines(case: Figures) -> list[str]:
         f"{case['batch_size']} x {case['context_length']} tokens per step"
         + (f", matrix products at {peak / 1e9:,.0f} GFLOP/s" if peak else "")
     )
-    contenders = [
-        {
-            **contender,
-            "over_plain_loop": case["over_plain_loop"].get(contender["name"], {}).get("tokens_per_second"),
-            "ms": 1000 * contender["step_seconds"],
-            "phase_ms": {phase: 1000 * seconds for phase, seconds in contender["phase_seconds"].items()},
-            "memory": _mebibytes(contender["peak_memory_bytes"]),
-        }
-        for contender in case["contenders"]
-    ]
+    contenders = [{**one, "over_plain_loop": case["over_plain_loop"].get(one["name"])} for one in case["contenders"]]
     lines = [title, "", *_table(TRAINING, contenders, case["ours"]), "", TRAINING_NOTE, ""]
     for name, bar in case["bars"].items():
         of = "" if name.startswith("mfu") else f" of {case['ours']} over the plain loop's"
-        lines.append(f"- {_bar_line(name + of, bar, _ratio_format(name))}")
+        lines.append(f"- {_bar_line(name + of, name, bar)}")
     return lines
 
 
 def _table(columns: Sequence[Column], results: Sequence[Figures], best: str | None) -> list[str]:
-    rows = [["", *(header for header, _, _ in columns)]]
+    rows = [["", *(header for header, *_ in columns)]]
     for result in results:
         row = [f"{result['name']} *" if result["name"] == best else result["name"]]
-        for _, path, form in columns:
+        for _, path, form, scale in columns:
             value: Any = result
             for key in path.split("."):
                 value = value.get(key) if isinstance(value, dict) else None
-            row.append(MISSING if value is None else form.format(value))
+            row.append(MISSING if value is None else form.format(scale * value))
         rows.append(row)
     return _aligned(rows)
 
@@ -191,15 +161,8 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return [lines[0], rule, *lines[1:]]
 
 
-def _mebibytes(size: int | None) -> float | None:
-    return None if size is None else size / 2**20
-
-
-def _ratio_format(name: str) -> str:
-    return "{:.0%}" if name.startswith(("mfu", "sampler_overhead")) else "{:.2f}x"
-
-
-def _bar_line(label: str, bar: Figures, form: str) -> str:
+def _bar_line(label: str, name: str, bar: Figures) -> str:
+    form = "{:.0%}" if name.startswith(("mfu", "sampler_overhead")) else "{:.2f}x"
     if bar["passed"] is None:
         verdict = "not measured" if bar["value"] is None else "not judged"
     else:
@@ -209,7 +172,7 @@ def _bar_line(label: str, bar: Figures, form: str) -> str:
 
 
 def plot_task(task: Figures, path: Path) -> None:
-    """Draws a task's accuracy against parallelism and against speed, and the cost of a forward, into a PNG file.
+    """Draws a task's accuracy against parallelism and against speed into a PNG file.
 
     Raises:
         UserError: When matplotlib, an optional extra, is missing.
@@ -218,34 +181,21 @@ def plot_task(task: Figures, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError('plots need matplotlib: pip install "dllm-var[plots]"') from error
-    costs = task["per_forward"]
-    panels = 3 if costs else 2
-    figure = Figure(figsize=(5.2 * panels, 4.4), layout="constrained")
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    _draw_accuracy(axes[0], task, "tokens_per_forward", "tokens per forward")
-    _draw_accuracy(axes[1], task, "tokens_per_second", "useful tokens/s, batch 1")
-    if costs:
-        widths = [cost["width"] for cost in costs]
-        axes[2].plot(widths, [1000 * cost["seconds"] for cost in costs], marker="o", markersize=4, color="black")
-        axes[2].set_xscale("log", base=2)
-        axes[2].set_xticks(widths, [str(width) for width in widths], fontsize=7)
-        axes[2].set_ylim(bottom=0)
-        axes[2].set_xlabel("tokens of a forward (64 cached before them)")
-        axes[2].set_ylabel("ms per forward, batch 1")
-    for axis in axes:
-        axis.grid(alpha=0.3)
+    figure = Figure(figsize=(10.4, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw_accuracy(left, task, "tokens_per_forward", "tokens per forward")
+    _draw_accuracy(right, task, "tokens_per_second", "useful tokens/s, batch 1")
     figure.suptitle(f"{task['name']}, {task['split']} split")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=7)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
     figure.savefig(path, dpi=120, format="png")
 
 
 def _draw_accuracy(axis: Any, task: Figures, speed: str, label: str) -> None:
     on_a_curve = {point["setting"] for curve in task["curves"] for point in curve["points"]}
     for curve in task["curves"]:
-        points = [(point[speed], 100 * point["accuracy"]) for point in curve["points"] if point[speed] is not None]
+        points = sorted((p[speed], 100 * p["accuracy"]) for p in curve["points"] if p[speed] is not None)
         name = curve["name"] if curve["aup"] is None else f"{curve['name']} (AUP {curve['aup']:.0f})"
-        axis.plot(*zip(*sorted(points), strict=True) if points else ([], []), marker="o", markersize=4, label=name)
+        axis.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=name)
     scored = [setting for setting in task["settings"] if "accuracy" in setting]
     accuracies = [100 * setting["accuracy"] for setting in scored]
     # The axis begins a little below the worst accuracy that is at least half of the best.
@@ -260,3 +210,4 @@ def _draw_accuracy(axis: Any, task: Figures, speed: str, label: str) -> None:
     axis.set_ylim(bottom=bottom)
     axis.set_xlabel(label)
     axis.set_ylabel("accuracy (%)")
+    axis.grid(alpha=0.3)

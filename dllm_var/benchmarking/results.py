@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from dllm_var.metrics import aup
@@ -26,18 +26,18 @@ RULE = (
 
 def best_setting(contenders: Sequence[Contender]) -> Contender | None:
     """Returns the best setting by `RULE`, which looks at the selection split alone; None without a default."""
+    near = [contender for contender in near_default(contenders) if contender.selection_single]
+    return max(near, key=lambda contender: speed(contender.selection_single), default=with_role(contenders, "default"))
+
+
+def near_default(contenders: Sequence[Contender]) -> list[Contender]:
+    """Returns the candidates, and the default, whose accuracy on the selection split is near the default's."""
     default = with_role(contenders, "default")
     if default is None or not default.selection_scores:
-        return default
+        return []
     lowest = default.selection_scores["accuracy"] - TOLERANCE
-    near = [
-        contender
-        for contender in contenders
-        if contender.setting.role in ("candidate", "default")
-        and contender.selection_single
-        and contender.selection_scores["accuracy"] >= lowest
-    ]
-    return max(near, key=lambda contender: speed(contender.selection_single), default=default)
+    scored = [one for one in contenders if one.setting.role in ("candidate", "default") and one.selection_scores]
+    return [contender for contender in scored if contender.selection_scores["accuracy"] >= lowest]
 
 
 def with_role(contenders: Sequence[Contender], role: str) -> Contender | None:
@@ -59,13 +59,13 @@ def ratios(ours: Contender, contenders: Sequence[Contender], answer_lengths: Seq
     """
     autoregressive = with_role(contenders, "autoregressive")
     fixed = with_role(contenders, "fixed_length")
-    pairs = [(speed([many]), speed([one])) for many, one in zip(ours.batched, ours.single, strict=False)]
-    batched = statistics.median(many / one for many, one in pairs) if pairs and all(one for _, one in pairs) else None
+    rounds = zip(ours.batched, ours.single, strict=False)
+    batched = [speed([many]) / speed([one]) for many, one in rounds if one.tokens]
     return {
         "over_fixed_length": _over(ours, fixed, _seconds, answer_lengths),
         "over_autoregressive": _over(ours, autoregressive, _seconds),
-        "batch_32_over_1": batched,
-        "sampler_overhead": overhead(ours.single),
+        "batch_32_over_1": median(batched) if batched else None,
+        "sampler_overhead": overhead(ours.single) if ours.single else None,
         "forwards_over_fixed_length": _over(ours, fixed, _forwards, answer_lengths),
         "forwards_over_autoregressive": _over(ours, autoregressive, _forwards),
     }
@@ -109,7 +109,7 @@ def _over(
         if not sum(lengths):
             return None
         values.append(tokens / cost(mine, count) / (sum(lengths) / cost(theirs, count)))
-    return statistics.median(values)
+    return median(values)
 
 
 def _seconds(run: Run, count: int) -> float:
@@ -120,29 +120,14 @@ def _forwards(run: Run, count: int) -> float:
     return sum(answer.nfe + answer.auxiliary_nfe for answer in run.answers[:count])
 
 
-def credited(contenders: Sequence[Contender], answer_lengths: Sequence[int]) -> str | None:
-    """Returns a sentence about the credit of the fixed-length baseline (see `ratios`); None when it has none."""
-    fixed = with_role(contenders, "fixed_length")
-    if fixed is None or not fixed.single:
-        return None
-    own = [len(answer.tokens) for answer in fixed.single[0].answers]
-    wanted = answer_lengths[: len(own)]
-    if all(mine >= length for mine, length in zip(own, wanted, strict=True)):
-        return None
-    return (
-        f"'{fixed.setting.name}' answers with {sum(own) / len(own):.1f} tokens where the references have "
-        f"{sum(wanted) / len(own):.1f}: in ratios it counts as if it had given as many"
-    )
-
-
 def speed(runs: Sequence[Run]) -> float:
     """Returns useful tokens per second: the median over runs."""
-    return statistics.median(run.tokens / sum(run.seconds) for run in runs)
+    return median(run.tokens / sum(run.seconds) for run in runs)
 
 
-def overhead(runs: Sequence[Run]) -> float | None:
+def overhead(runs: Sequence[Run]) -> float:
     """Returns the share of time outside the transformers' forwards: the median over runs."""
-    return statistics.median(1 - run.forward_seconds / sum(run.seconds) for run in runs) if runs else None
+    return median(1 - run.forward_seconds / sum(run.seconds) for run in runs)
 
 
 def against_bar(value: float | None, bar: float, direction: str) -> dict[str, Any]:
@@ -157,11 +142,9 @@ def task_result(run: TaskRun) -> dict[str, Any]:
     lengths = [max(map(len, example.references)) for example in run.examples]
     best, default = best_setting(contenders), with_role(contenders, "default")
     values = {} if best is None else ratios(best, contenders, lengths)
-    rule = difference = None
-    if best is not None and default is not None:
+    rule = None
+    if default is not None:
         rule = RULE.format(split=task.selection_split, default=default.setting.name, measured=task.split)
-        if best.scores and default.scores:
-            difference = best.scores["accuracy"] - default.scores["accuracy"]
     return {
         "name": task.name,
         "checkpoint": task.checkpoint,
@@ -174,13 +157,10 @@ def task_result(run: TaskRun) -> dict[str, Any]:
         "chosen": None if best is None else best.setting.name,
         "default": None if default is None else default.setting.name,
         "rule": rule,
-        "accuracy_over_default": difference,
         "ratios": values,
         "over_autoregressive_at_equal_accuracy": at_equal_accuracy(contenders),
         "bars": {name: against_bar(values.get(name), *bar) for name, bar in BARS.items()},
-        "credit": credited(contenders, lengths),
-        "default_ratios": {} if default is None else ratios(default, contenders, lengths),
-        "settings": [_setting_result(contender, contenders, lengths) for contender in contenders],
+        "settings": [_setting_result(contender, ratios(contender, contenders, lengths)) for contender in contenders],
         "curves": _curves(run),
         "per_forward": run.forward_costs,
     }
@@ -194,9 +174,8 @@ def sampler_ratios(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**first, "over_autoregressive_at_equal_accuracy": equal, "tasks": each}
 
 
-def _setting_result(contender: Contender, contenders: Sequence[Contender], lengths: Sequence[int]) -> dict[str, Any]:
-    setting = contender.setting
-    compared = ratios(contender, contenders, lengths)
+def _setting_result(contender: Contender, compared: dict[str, float | None]) -> dict[str, Any]:
+    setting, chosen = contender.setting, contender.selection_single
     return {
         "name": setting.name,
         "role": setting.role,
@@ -205,12 +184,12 @@ def _setting_result(contender: Contender, contenders: Sequence[Contender], lengt
         **contender.scores,
         "single": _timing(contender.single),
         "batched": _timing(contender.batched),
-        "peak_memory_bytes": dict(contender.memory),
+        "peak_memory_bytes": contender.memory,
         "selection": {
-            **({"accuracy": contender.selection_scores["accuracy"]} if contender.selection_scores else {}),
-            **({"tokens_per_second": speed(contender.selection_single)} if contender.selection_single else {}),
+            "accuracy": contender.selection_scores.get("accuracy"),
+            "tokens_per_second": speed(chosen) if chosen else None,
         },
-        **{name: value for name, value in compared.items() if name not in ("batch_32_over_1", "sampler_overhead")},
+        **compared,
     }
 
 
@@ -219,40 +198,37 @@ def _timing(runs: Sequence[Run]) -> dict[str, Any]:
     if not runs:
         return {}
     requests = len(runs[0].answers)
-    one_by_one = len(runs[0].seconds) == requests
-    latencies = [s for run in runs for s in (run.seconds if one_by_one else [sum(run.seconds) / requests])]
+    per_call = requests / len(runs[0].seconds)
     return {
         "prompts": requests,
         "tokens_per_second": speed(runs),
-        "seconds_per_request": statistics.median(latencies),
+        "seconds_per_request": median(seconds / per_call for run in runs for seconds in run.seconds),
         "sampler_overhead": overhead(runs),
     }
 
 
 def _curves(run: TaskRun) -> list[dict[str, Any]]:
     """Returns every sweep with its area; the best accuracy is that of any setting scored on as many prompts."""
-    scored = [contender for contender in run.contenders if contender.scores]
-    full = [c.scores["accuracy"] for c in scored if c.scores["prompts"] >= min(run.task.prompts, len(run.examples))]
+    scored = {contender.setting.name: contender for contender in run.contenders if contender.scores}
+    most = min(run.task.prompts, len(run.examples))
+    full = [one.scores["accuracy"] for one in scored.values() if one.scores["prompts"] >= most]
     best = max(full, default=None)
     curves = []
-    for sweep in run.task.sweeps:
+    for name, settings in run.curves.items():
         points = [
             {
                 "value": value,
-                "setting": contender.setting.name,
-                "accuracy": contender.scores["accuracy"],
-                "tokens_per_forward": contender.scores["tokens_per_forward"],
-                "tokens_per_second": speed(contender.single) if contender.single else None,
+                "setting": setting,
+                "accuracy": scored[setting].scores["accuracy"],
+                "tokens_per_forward": scored[setting].scores["tokens_per_forward"],
+                "tokens_per_second": speed(scored[setting].single) if scored[setting].single else None,
             }
-            for contender in scored
-            for name, value in contender.setting.points
-            if name == sweep.name and contender.scores["tokens_per_forward"] > 0
+            for value, setting in settings
+            if setting in scored and scored[setting].scores["tokens_per_forward"] > 0
         ]
-        points.sort(key=lambda point: sweep.values.index(point["value"]))
-        curve = {"name": sweep.name, "over": sweep.over, "points": points, "best_accuracy": best, "aup": None}
+        area = None
         if points:
             parallelism = [point["tokens_per_forward"] for point in points]
-            accuracies = [100 * point["accuracy"] for point in points]
-            curve["aup"] = aup(parallelism, accuracies, None if best is None else 100 * best)
-        curves.append(curve)
+            area = aup(parallelism, [100 * p["accuracy"] for p in points], None if best is None else 100 * best)
+        curves.append({"name": name, "points": points, "best_accuracy": best, "aup": area})
     return curves

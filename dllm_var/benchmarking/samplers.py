@@ -5,16 +5,16 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
-from dllm_var.benchmarking.instruments import ForwardClock, PeakMemory, synchronise
-from dllm_var.benchmarking.results import TOLERANCE, best_setting, with_role
+from dllm_var.benchmarking.instruments import ForwardClock, PeakMemory, shown, synchronise
+from dllm_var.benchmarking.results import best_setting, near_default, with_role
 from dllm_var.benchmarking.scorers import Scorer
-from dllm_var.benchmarking.settings import Setting, Task
+from dllm_var.benchmarking.settings import Entry, Task, expand
 from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.datamodules import Example, Source
 from dllm_var.datamodules.encoding import RecordEncoder
@@ -24,30 +24,24 @@ from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling import Generation, Request, Sampler
 from dllm_var.sampling.auxiliary import AuxiliaryModel
+from dllm_var.settings import build
 from dllm_var.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-Show = Callable[[str, str, str], None]  # task, phase, item
 FINAL_ROUNDS = 3  # times the usual number, for the two settings whose ratio is the result
 WIDTHS = (1, 2, 4, 8, 12, 16, 32, 64, 128, 256)  # tokens per forward at which the cost of a forward is measured
 PREFIX = 64  # cached tokens before these
 READING_SECONDS = 0.02  # one reading repeats a small forward until it takes this long
+ENDINGS = ("ended_by_eos", "hit_limit", "length_exact", "premature", "overrun", "length_error")
 
 
 @dataclass
 class Run:
-    """One decode of a list of prompts.
-
-    Args:
-        answers: One per prompt.
-        seconds: Wall time of each call of `generate`.
-        forward_seconds: The part of it that was spent inside transformers.
-        forward_calls: Forwards of the layers, those of auxiliary models included.
-    """
+    """One decode of a list of prompts."""
 
     answers: list[Generation]
-    seconds: list[float]
-    forward_seconds: float
+    seconds: list[float]  # of each call of `generate`
+    forward_seconds: float  # the part of it inside transformers
     forward_calls: int
 
     @property
@@ -58,37 +52,23 @@ class Run:
 
 @dataclass
 class Contender:
-    """A setting with its sampler and model, and its measurements so far.
+    """A setting with its sampler and model, and its measurements so far."""
 
-    Args:
-        setting: Its setting.
-        sampler: Its sampler.
-        model: The model it decodes with.
-        scores: Figures of its answers; empty until scored.
-        single: Timed runs, one prompt at a time.
-        batched: Timed runs in batches.
-        memory: Peak bytes beyond the models, `single` and `batched`.
-        selection_scores: As `scores`, on the split that chooses the best setting.
-        selection_single: As `single`, on that split.
-    """
-
-    setting: Setting
+    setting: Entry
     sampler: Sampler
     model: Transformer
-    scores: dict[str, float] = field(default_factory=dict)
-    single: list[Run] = field(default_factory=list)
+    scores: dict[str, float] = field(default_factory=dict)  # figures of its answers; empty until scored
+    single: list[Run] = field(default_factory=list)  # one prompt at a time
     batched: list[Run] = field(default_factory=list)
-    memory: dict[str, int | None] = field(default_factory=dict)
-    selection_scores: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int | None] = field(default_factory=dict)  # peak bytes beyond the models, `single` and `batched`
+    selection_scores: dict[str, float] = field(default_factory=dict)  # on the split that chooses the best setting
     selection_single: list[Run] = field(default_factory=list)
 
     @property
     def models(self) -> list[Transformer]:
-        """The model, and those that the sampler brings."""
-        brought = vars(self.sampler).values()
-        auxiliary = [value.beside(self.model, Request()) for value in brought if isinstance(value, AuxiliaryModel)]
-        models = [self.model, *(value for value in brought if isinstance(value, Transformer)), *auxiliary]
-        return list({id(model): model for model in models}.values())
+        """The model, and the one that the sampler brings."""
+        brought = [value for value in vars(self.sampler).values() if isinstance(value, AuxiliaryModel)]
+        return [self.model, *(one.beside(self.model, Request()) for one in brought)]
 
 
 @dataclass
@@ -105,33 +85,29 @@ class TaskRun:
 
     Args:
         task: What to measure.
-        source: Its records.
-        scorer: Its scorer.
-        samplers: Its settings, each with its sampler.
         effort: How much to measure.
         device: Where the models go.
-        show: Called with task, phase and item as they come.
 
     Raises:
-        UserError: When a checkpoint cannot be loaded, or a split has no prompts.
+        UserError: When its source, scorer or a sampler cannot be built, a checkpoint cannot be loaded, or a split has
+            no prompts.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        source: Source,
-        scorer: Scorer,
-        samplers: Sequence[tuple[Setting, Sampler]],
-        effort: Effort,
-        device: torch.device,
-        show: Show,
-    ) -> None:
-        self.task, self.source, self.scorer = task, source, scorer
-        self.effort, self.device, self.show = effort, device, show
+    def __init__(self, task: Task, effort: Effort, device: torch.device) -> None:
+        self.task, self.effort, self.device = task, effort, device
+        where = f"task {task.name}"
+        settings, self.curves = expand(task)
+        samplers = [build(Sampler, "sampler", one.sampler, f"{where}, {one.name}") for one in settings]
+        self.source: Source = build(Source, "source", task.source, where)
+        self.scorer: Scorer = build(Scorer, "scorer", task.scorer, where)
         self._loaded: dict[str, tuple[Transformer, Tokenizer]] = {}
         self.model, self.tokenizer = self._load(task.checkpoint)
-        self.contenders = [Contender(setting, sampler, self._model(setting)) for setting, sampler in samplers]
-        most = max(max(s.prompts, s.single_prompts, s.batched_prompts) for s, _ in samplers)
+        self.contenders = []
+        for setting, sampler in zip(settings, samplers, strict=True):
+            if hasattr(sampler, "batch_size"):
+                sampler.batch_size = task.batch_size
+            self.contenders.append(Contender(setting, sampler, self._model(setting)))
+        most = max(getattr(s, count) for s in settings for count in ("prompts", "single_prompts", "batched_prompts"))
         self.examples = self._examples(task.split, most)
         self.selection_examples = self._examples(task.selection_split, task.selection_prompts)
         self.forward_costs: list[dict[str, float]] = []
@@ -143,58 +119,42 @@ class TaskRun:
         gc.collect()
         gc.freeze()  # the models and examples stay; collecting before each run is then quick
         try:
-            self._check()
             self._warm_up()
             self._score()
-            self._time()
+            for contender in self._rounds("speed", self.contenders, self.effort.repeats):
+                self._time(contender)
             self._select()
             self._time_finalists()
-            self.show(self.task.name, "cost of a forward", "")
             self.forward_costs = measure_forwards(self.model, self.effort.widths, 5 * self.effort.repeats)
         finally:
             gc.unfreeze()
             self.seconds = time.perf_counter() - began
 
-    def _check(self) -> None:
-        """Decodes one token with every sampler, so that a mistake shows now and not in minutes."""
-        for contender in self._each("check", self.contenders):
+    def _warm_up(self) -> None:
+        for contender in self.contenders:  # one token with every sampler, so that a mistake shows now
             try:
                 contender.sampler.generate(contender.model, [self.examples[0].prompt_ids], max_new_tokens=1)
             except UserError as error:
                 raise UserError(f"task {self.task.name}, {contender.setting.name}: {error}") from error
-
-    def _warm_up(self) -> None:
         for contender in self._each("warm-up", self.contenders):
             with PeakMemory(self.device) as memory:
                 self._decode(contender, self.examples[:1])
             contender.memory["single"] = memory.bytes
 
     def _score(self) -> None:
-        """Scores every contender; those that score no more prompts than they time are scored by `_time`."""
-        scored_here = [c for c in self.contenders if c.setting.prompts > c.setting.single_prompts]
-        for contender in self._each("accuracy", scored_here):
+        for contender in self._each("accuracy", self.contenders):
             examples = self.examples[: contender.setting.prompts]
             with PeakMemory(self.device) as memory:
-                run = self._decode(contender, examples, self.task.batch_size)
+                run = self._decode(contender, examples, one_by_one=False)
             contender.memory["batched"] = memory.bytes
             contender.scores = self.score(run.answers, examples)
 
-    def _time(self) -> None:
-        for contender in self._rounds("one prompt at a time", self.contenders, self.effort.repeats):
-            self._time_single(contender)
-            if not contender.scores:
-                count = contender.setting.prompts
-                contender.scores = self.score(contender.single[-1].answers[:count], self.examples[:count])
-        in_batches = [contender for contender in self.contenders if contender.setting.batched_prompts]
-        for contender in self._rounds("in batches", in_batches, self.effort.repeats):
-            self._time_batched(contender)
-
-    def _time_single(self, contender: Contender) -> None:
-        contender.single.append(self._decode(contender, self.examples[: contender.setting.single_prompts]))
-
-    def _time_batched(self, contender: Contender) -> None:
-        examples = self.examples[: contender.setting.batched_prompts]
-        contender.batched.append(self._decode(contender, examples, self.task.batch_size))
+    def _time(self, contender: Contender) -> None:
+        setting = contender.setting
+        contender.single.append(self._decode(contender, self.examples[: setting.single_prompts]))
+        if setting.batched_prompts:
+            examples = self.examples[: setting.batched_prompts]
+            contender.batched.append(self._decode(contender, examples, one_by_one=False))
 
     def _select(self) -> None:
         """Scores the candidates on the other split, and times those whose accuracy is near the default's."""
@@ -204,12 +164,10 @@ class TaskRun:
             return
         examples, split = self.selection_examples, self.task.selection_split
         for contender in self._each(f"accuracy, {split} split", candidates):
-            run = self._decode(contender, examples, self.task.batch_size)
+            run = self._decode(contender, examples, one_by_one=False)
             contender.selection_scores = self.score(run.answers, examples)
-        lowest = default.selection_scores["accuracy"] - TOLERANCE
-        near = [contender for contender in candidates if contender.selection_scores["accuracy"] >= lowest]
         timed = examples[: -(-self.task.single_prompts // 2)]
-        for contender in self._rounds(f"{split} split", near, self.effort.repeats):
+        for contender in self._rounds(f"speed, {split} split", near_default(candidates), self.effort.repeats):
             contender.selection_single.append(self._decode(contender, timed))
 
     def _time_finalists(self) -> None:
@@ -218,45 +176,37 @@ class TaskRun:
         Their ratio is the benchmark's main result; on a machine with other work the rounds so far are too few.
         """
         best, twin = best_setting(self.contenders), with_role(self.contenders, "autoregressive")
-        if best is None or twin is None:
-            return
-        rounds = FINAL_ROUNDS * self.effort.repeats
-        for contender in self._rounds("the best setting and its twin", [best, twin], rounds):
-            self._time_single(contender)
-            if contender.batched:
-                self._time_batched(contender)
+        if best is not None and twin is not None:
+            rounds = FINAL_ROUNDS * self.effort.repeats
+            for contender in self._rounds("the best setting and its twin", [best, twin], rounds):
+                self._time(contender)
 
     def score(self, answers: Sequence[Generation], examples: Sequence[Example]) -> dict[str, float]:
         """Returns the scorer's figures of some answers, how they end, and the forwards of all models per answer."""
         metrics = AnswerMetrics(sync_on_compute=False)
         metrics.update(answers, [example.references for example in examples])
-        ends = metrics.compute()
+        figures = metrics.compute()
         forwards = sum(answer.nfe + answer.auxiliary_nfe for answer in answers)
-        names = ("ended_by_eos", "hit_limit", "length_exact", "premature", "overrun", "length_error")
         return {
             **self.scorer.score(answers, examples, self.tokenizer),
-            **{name: ends[name] for name in names},
+            **{name: figures[name] for name in ENDINGS},
             "nfe": forwards / max(len(answers), 1),
-            "auxiliary_nfe": sum(answer.auxiliary_nfe for answer in answers) / max(len(answers), 1),
-            "tokens_per_forward": ends["tokens"] / max(forwards, 1),
+            "tokens_per_forward": figures["tokens"] / max(forwards, 1),
             "prompts": len(answers),
         }
 
-    def _decode(self, contender: Contender, examples: Sequence[Example], batch_size: int = 1) -> Run:
+    def _decode(self, contender: Contender, examples: Sequence[Example], one_by_one: bool = True) -> Run:
         gc.collect()
-        return decode(contender, [e.prompt_ids for e in examples], batch_size, self.effort.limit, self.device)
+        return decode(contender, [e.prompt_ids for e in examples], one_by_one, self.effort.limit, self.device)
 
     def _load(self, path: str) -> tuple[Transformer, Tokenizer]:
         if path not in self._loaded:
             self._loaded[path] = load_checkpoint(path, self.device)[:2]
         return self._loaded[path]
 
-    def _model(self, setting: Setting) -> Transformer:
-        path: str | None = setting.checkpoint
-        if path == "diffusion":
-            path = self.task.checkpoint
-        elif path == "autoregressive":
-            path = self.task.autoregressive_checkpoint
+    def _model(self, setting: Entry) -> Transformer:
+        named = {"diffusion": self.task.checkpoint, "autoregressive": self.task.autoregressive_checkpoint}
+        path = named.get(setting.checkpoint, setting.checkpoint)
         if path is None:
             raise UserError(f"task {self.task.name}: autoregressive_checkpoint is not set, but {setting.name} wants it")
         model, tokenizer = self._load(path)
@@ -279,38 +229,25 @@ class TaskRun:
             yield from self._each(f"{phase}, round {number} of {rounds}", order)
 
     def _each(self, phase: str, contenders: Sequence[Contender]) -> Iterator[Contender]:
-        for number, contender in enumerate(contenders, 1):
-            self.show(self.task.name, phase, f"{number}/{len(contenders)} {contender.setting.name}")
-            yield contender
+        yield from shown(f"{self.task.name}: {phase}", contenders)
 
 
 def decode(
-    contender: Contender, prompts: list[list[int]], batch_size: int, limit: int | None, device: torch.device
+    contender: Contender, prompts: list[list[int]], one_by_one: bool, limit: int | None, device: torch.device
 ) -> Run:
-    """Decodes prompts of token ids and takes the time.
+    """Decodes prompts of token ids and takes the time of each call of `generate`.
 
-    At batch 1 each prompt is one call; else all prompts are one call if the sampler makes its own batches of
-    `batch_size` rows, and each batch is one call if it does not. `limit` is the longest answer (None: the sampler's).
+    The prompts go in one by one, or all in one call. `limit` is the longest answer (None: the sampler's).
     """
-    sampler: Any = contender.sampler
-    own = getattr(sampler, "batch_size", None)
-    whole = batch_size > 1 and isinstance(own, int)
-    calls = [prompts] if whole else [prompts[i : i + batch_size] for i in range(0, len(prompts), batch_size)]
     answers: list[Generation] = []
     seconds: list[float] = []
-    try:
-        if whole:
-            sampler.batch_size = batch_size
-        with ForwardClock(contender.models) as clock:
-            for call in calls:
-                synchronise(device)
-                began = time.perf_counter()
-                answers += sampler.generate(contender.model, call, max_new_tokens=limit)
-                synchronise(device)
-                seconds.append(time.perf_counter() - began)
-    finally:
-        if whole:
-            sampler.batch_size = own
+    with ForwardClock(contender.models) as clock:
+        for call in [[prompt] for prompt in prompts] if one_by_one else [prompts]:
+            synchronise(device)
+            began = time.perf_counter()
+            answers += contender.sampler.generate(contender.model, call, max_new_tokens=limit)
+            synchronise(device)
+            seconds.append(time.perf_counter() - began)
     return Run(answers, seconds, clock.seconds, clock.calls)
 
 

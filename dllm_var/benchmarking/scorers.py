@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from dllm_var.datamodules import Example
     from dllm_var.text.tokenizer import Tokenizer
 
+Scores = dict[str, float]
+
 
 class Scorer(ABC):
     """Compares answers with the data's references."""
 
     @abstractmethod
-    def score(
-        self, answers: Sequence[Generation], examples: Sequence[Example], tokenizer: Tokenizer
-    ) -> dict[str, float]:
+    def score(self, answers: Sequence[Generation], examples: Sequence[Example], tokenizer: Tokenizer) -> Scores:
         """Returns `accuracy`, by which everything is ranked, and any other figure, all as shares of 1.
 
         `examples` has the prompt and the acceptable answers of each of the `answers`.
@@ -35,16 +35,14 @@ class TokenErrorScorer(Scorer):
     With phonemes as tokens these are 1 - PER and 1 - WER.
     """
 
-    def score(
-        self, answers: Sequence[Generation], examples: Sequence[Example], tokenizer: Tokenizer
-    ) -> dict[str, float]:
+    def score(self, answers: Sequence[Generation], examples: Sequence[Example], tokenizer: Tokenizer) -> Scores:
         metrics = AnswerMetrics(sync_on_compute=False)
         metrics.update(answers, [example.references for example in examples])
-        scores = metrics.compute()
+        errors = metrics.compute()
         return {
-            "accuracy": max(0.0, 1 - scores["token_error_rate"]),
-            "exact_match": 1 - scores["answer_error_rate"],
-            "token_error_rate": scores["token_error_rate"],
+            "accuracy": max(0.0, 1 - errors["token_error_rate"]),
+            "exact_match": 1 - errors["answer_error_rate"],
+            "token_error_rate": errors["token_error_rate"],
         }
 
 
@@ -58,9 +56,7 @@ class FinalNumberScorer(Scorer):
     def __init__(self, marker: str = "####") -> None:
         self.marker = marker
 
-    def score(
-        self, answers: Sequence[Generation], examples: Sequence[Example], tokenizer: Tokenizer
-    ) -> dict[str, float]:
+    def score(self, answers: Sequence[Generation], examples: Sequence[Example], tokenizer: Tokenizer) -> Scores:
         right = same = 0
         for answer, example in zip(answers, examples, strict=True):
             number = self.final_number(tokenizer.decode(answer.tokens))

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from dllm_var.errors import UserError
+from dllm_var.settings import merged, read_settings
 
-Role = Literal["candidate", "default", "autoregressive", "fixed_length", "reference"]
 COUNTS = ("prompts", "single_prompts", "batched_prompts")
 
 # Contenders of a training benchmark.
 OURS, COMPILED, FULL = "ours", "ours, compiled", "ours, compiled, full attention"
-PLAIN_LOOP, PADDED = "full logits, plain loop", "full logits, padded, Trainer"
+PLAIN_LOOP, PADDED = "full logits, plain loop", "full logits, padded"
 CONTENDERS = (OURS, COMPILED, FULL, PLAIN_LOOP, PADDED)
-BARS = ("tokens_per_second", "peak_memory", "mfu")  # beginnings of the names of a training's bars
+TRAINING_BARS = ("tokens_per_second", "peak_memory", "mfu")  # beginnings of the names of a training's bars
 
 
 @dataclass
@@ -39,33 +40,23 @@ class Entry:
     sampler: str | dict[str, Any]
     arguments: dict[str, Any] = field(default_factory=dict)
     checkpoint: str = "diffusion"
-    role: Role = "candidate"
+    role: Literal["candidate", "default", "autoregressive", "fixed_length", "reference"] = "candidate"
     prompts: int | None = None
     single_prompts: int | None = None
     batched_prompts: int | None = None
 
 
-@dataclass
-class Sweep:
-    """One sampler with several values of one of its arguments: a curve of accuracy against tokens per forward.
+@dataclass(kw_only=True)
+class Sweep(Entry):
+    """An entry with several values of one argument: a curve of accuracy against tokens per forward.
 
     Args:
-        name: Its name in tables and plots; each point is called `name value`.
-        sampler: As an entry's.
         over: Path of the argument, such as `init_args.policy.init_args.threshold`.
-        values: Its values. A point that equals an entry is measured once.
-        arguments: Values put over the sampler's `init_args`.
-        checkpoint: As an entry's.
-        role: `candidate` or `reference`, as an entry's.
+        values: Its values. Each point is called `name value`; one that equals an entry is measured once.
     """
 
-    name: str
-    sampler: str | dict[str, Any]
     over: str
     values: list[Any]
-    arguments: dict[str, Any] = field(default_factory=dict)
-    checkpoint: str = "diffusion"
-    role: Literal["candidate", "reference"] = "candidate"
 
 
 @dataclass
@@ -105,23 +96,22 @@ class Task:
     sweeps: list[Sweep] = field(default_factory=list)
 
     @property
-    def parts(self) -> list[Entry | Sweep]:
-        """Its entries and sweeps."""
-        return [*self.entries, *self.sweeps]
+    def parts(self) -> list[str]:
+        """The names of its entries and sweeps."""
+        return [part.name for part in (*self.entries, *self.sweeps)]
 
+    def only(self, names: Iterable[str]) -> Task:
+        """Returns the task with nothing but the named entries and sweeps."""
+        entries = [entry for entry in self.entries if entry.name in names]
+        return replace(self, entries=entries, sweeps=[sweep for sweep in self.sweeps if sweep.name in names])
 
-@dataclass
-class Setting:
-    """An entry, or one point of a sweep, with all its values filled in; `points` are pairs of sweep name and value."""
-
-    name: str
-    sampler: dict[str, Any]
-    checkpoint: str
-    role: Role
-    prompts: int
-    single_prompts: int
-    batched_prompts: int
-    points: list[tuple[str, Any]] = field(default_factory=list)
+    def quick(self) -> Task:
+        """Returns the task with so few prompts that it takes seconds."""
+        no_counts: dict[str, Any] = dict.fromkeys(COUNTS)
+        entries = [replace(entry, **no_counts) for entry in self.entries]
+        sweeps = [replace(sweep, **no_counts) for sweep in self.sweeps]
+        few: dict[str, Any] = dict(prompts=4, selection_prompts=4, single_prompts=1, batched_prompts=4, batch_size=4)
+        return replace(self, entries=entries, sweeps=sweeps, **few)
 
 
 @dataclass
@@ -164,45 +154,55 @@ class TrainingCase:
             if contender not in CONTENDERS:
                 raise UserError(f"training {self.name}: no contender '{contender}'; there are {'; '.join(CONTENDERS)}")
         for bar in self.bars:
-            if not bar.startswith(BARS):
-                raise UserError(f"training {self.name}: a bar begins with {', '.join(BARS)}, got '{bar}'")
+            if not bar.startswith(TRAINING_BARS):
+                raise UserError(f"training {self.name}: a bar begins with {', '.join(TRAINING_BARS)}, got '{bar}'")
 
     @property
-    def ours(self) -> str | None:
-        """The contender that the ratios are about: the compiled one where it takes part."""
-        return next((name for name in (COMPILED, OURS) if name in self.contenders), None)
+    def parts(self) -> list[str]:
+        """The names of its contenders."""
+        return self.contenders
+
+    def only(self, names: Iterable[str]) -> TrainingCase:
+        """Returns the case with nothing but the named contenders."""
+        return replace(self, contenders=[name for name in self.contenders if name in names])
+
+    def quick(self) -> TrainingCase:
+        """Returns the case with a tiny model and nothing compiled."""
+        tiny: dict[str, Any] = dict(hidden_size=32, num_layers=1, num_heads=2)
+        few: dict[str, Any] = dict(context_length=64, batch_size=2, steps=1, prompt_tokens=6, answer_tokens=10)
+        contenders = [name for name in self.contenders if name not in (COMPILED, FULL)]
+        return replace(self, transformer=tiny, vocab_size=min(self.vocab_size, 512), contenders=contenders, **few)
 
 
-def expand(task: Task) -> list[Setting]:
-    """Returns the settings that a task measures: its entries, and the points of its sweeps that are not entries.
+Curves = dict[str, list[tuple[Any, str]]]  # of each sweep: its values, with the names of the settings that have them
 
-    Each entry's and sweep's `sampler` must be `class_path` and `init_args`, its `arguments` already in them.
+
+def expand(task: Task) -> tuple[list[Entry], Curves]:
+    """Returns the settings that a task measures, with all their values filled in, and the curves that they make.
+
+    Settings are the entries, and the points of sweeps that are not entries. Their samplers are `class_path` and
+    `init_args`.
 
     Raises:
-        UserError: For a number below 1, two settings of one name, or a sweep over an argument that does not exist.
+        UserError: For a number below 1, two settings of one name or role, a sampler's file that cannot be read, or a
+            sweep over an argument that does not exist.
     """
     where = f"task {task.name}"
     for name in (*COUNTS, "selection_prompts", "batch_size"):
         _check_number(where, name, getattr(task, name))
-    numbers = {name: getattr(task, name) for name in COUNTS}
-    settings: list[Setting] = []
-    for entry in task.entries:
-        own = {name: getattr(entry, name) for name in COUNTS if getattr(entry, name) is not None}
-        for name, value in own.items():
-            _check_number(f"{where}, entry {entry.name}", name, value, 0 if name == "batched_prompts" else 1)
-        described: Any = entry.sampler
-        settings.append(Setting(entry.name, described, entry.checkpoint, entry.role, **{**numbers, **own}))
+    settings = [_filled_in(entry, task) for entry in task.entries]
+    curves: Curves = {}
     for sweep in task.sweeps:
-        base: Any = sweep.sampler
+        base, curve = _filled_in(sweep, task), curves.setdefault(sweep.name, [])
         for value in sweep.values:
-            sampler = _with_value(base, sweep.over, value, f"{where}, sweep {sweep.name}")
-            point = (sweep.name, value)
-            same = [s for s in settings if s.sampler == sampler and s.checkpoint == sweep.checkpoint]
-            if same:
-                same[0].points.append(point)
-            else:
-                name = f"{sweep.name} {value:g}" if isinstance(value, float) else f"{sweep.name} {value}"
-                settings.append(Setting(name, sampler, sweep.checkpoint, sweep.role, **numbers, points=[point]))
+            name = f"{sweep.name} {value:g}" if isinstance(value, float) else f"{sweep.name} {value}"
+            sampler = _with_value(base.sampler, sweep.over, value, f"{where}, sweep {sweep.name}")
+            counts = {count: getattr(base, count) for count in COUNTS}
+            point = Entry(name, sampler, {}, sweep.checkpoint, sweep.role, **counts)
+            same = [s for s in settings if (s.sampler, s.checkpoint) == (point.sampler, point.checkpoint)]
+            if not same:
+                settings.append(point)
+            curve.append((value, (same or [point])[0].name))
     check_names([setting.name for setting in settings], where)
     for role in ("default", "autoregressive", "fixed_length"):
         names = [setting.name for setting in settings if setting.role == role]
@@ -210,7 +210,7 @@ def expand(task: Task) -> list[Setting]:
             raise UserError(f"{where}: '{names[0]}' and '{names[1]}' both have role {role}; only one can")
     if not settings:
         raise UserError(f"{where}: nothing to measure; give entries or sweeps")
-    return settings
+    return settings, curves
 
 
 def check_names(names: Iterable[str], where: str) -> None:
@@ -227,10 +227,30 @@ def _check_number(where: str, name: str, value: int, lowest: int = 1) -> None:
         raise UserError(f"{where}: {name} must be at least {lowest}, got {value}")
 
 
-def _with_value(sampler: dict[str, Any], path: str, value: Any, where: str) -> dict[str, Any]:
+def _filled_in(entry: Entry, task: Task) -> Entry:
+    """Returns the entry with its sampler's file read, its arguments put over it, and the task's numbers of prompts."""
+    sampler: Any = entry.sampler
+    if isinstance(sampler, str) and Path(sampler).suffix in (".yaml", ".yml", ".json"):
+        sampler = read_settings(Path(sampler))
+        sampler = sampler.get("sampler") or sampler
+    if isinstance(sampler, str):
+        sampler = {"class_path": sampler}
+    where = f"task {task.name}, {entry.name}"
+    if "class_path" not in sampler:
+        raise UserError(f"{where}: the sampler has no class_path")
+    sampler = {"init_args": {}, **merged(sampler, {"init_args": entry.arguments} if entry.arguments else {})}
+    counts: dict[str, Any] = {}
+    for name in COUNTS:
+        own = getattr(entry, name)
+        counts[name] = getattr(task, name) if own is None else own
+        _check_number(where, name, counts[name], 0 if name == "batched_prompts" else 1)
+    return replace(entry, sampler=sampler, arguments={}, **counts)
+
+
+def _with_value(sampler: Any, path: str, value: Any, where: str) -> dict[str, Any]:
     """Returns the sampler with the value at a path like `init_args.policy.init_args.threshold` replaced."""
     result = copy.deepcopy(sampler)
-    node: Any = result
+    node = result
     *parents, last = path.split(".")
     for key in parents:
         node = node.get(key) if isinstance(node, dict) else None

@@ -6,10 +6,12 @@ All train a model of the same shape on the same samples of random tokens, with t
 from __future__ import annotations
 
 import gc
-import tempfile
+import logging
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +29,7 @@ from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
 from dllm_var.module import DiffusionLM
 from dllm_var.objectives import EosSchedule, KeyedNoise
+from dllm_var.objectives.base import Batch
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.training.optim import AdamW, Schedule, parameter_groups
 from dllm_var.training.trainer import Trainer
@@ -114,14 +117,8 @@ class LightningMarks(L.Callback):
         self.clock.mark("backward")
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.clock.mark("optimizer")
-        segments = batch["segment_ids"]
-        tokens = int((segments >= 0).sum())
-        pairs = sum(row[row >= 0].bincount().square().sum() for row in segments)
-        if module.attention == "full":
-            pairs = segments.size(1) * tokens
-        self.clock.count(tokens, segments.numel(), int(module.last_step_stats["loss_tokens"]), int(pairs))
-        self.clock.end_step()
+        loss_tokens = int(module.last_step_stats["loss_tokens"])
+        self.clock.end_step(batch["segment_ids"], loss_tokens, module.attention == "full")
 
 
 class Ours(Contender):
@@ -158,31 +155,45 @@ class Ours(Contender):
         self.model = transformer
 
     def train(self, steps: int) -> None:
-        trainer = Trainer(
-            accelerator="gpu" if self.device.type == "cuda" else "cpu",
-            devices=1,
-            precision="bf16-mixed" if self.mixed else "32-true",
-            max_steps=steps,
-            gradient_clip_val=CLIP,
-            callbacks=[LightningMarks(self.clock)],
-            logger=DummyLogger(),  # logging costs its usual time
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-        )
-        with warnings.catch_warnings():  # Lightning's, about runs this short
-            warnings.simplefilter("ignore")
+        with quiet():
+            trainer = Trainer(
+                accelerator="gpu" if self.device.type == "cuda" else "cpu",
+                devices=1,
+                precision="bf16-mixed" if self.mixed else "32-true",
+                max_steps=steps,
+                gradient_clip_val=CLIP,
+                callbacks=[LightningMarks(self.clock)],
+                logger=DummyLogger(),  # logging costs its usual time
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                limit_val_batches=0,
+            )
             trainer.fit(self.module, packed_data(self.case, self.cache))
         self.module.trainer = None  # and with it the optimizer
         self.module.zero_grad()
 
 
-class Baseline(Contender):
-    """transformers' Llama of the same shape, reading in both directions, with full logits and AdamW.
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leaves out Lightning's notes about every fit, and its warnings about short ones."""
+    logging.disable(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
-    The objective and its noise are ours: the same tokens are masked, with the same rates.
+
+class PlainLoop(Contender):
+    """transformers' Llama of the same shape, reading in both directions, in a plain loop with full logits and AdamW.
+
+    Rows are packed, attention is full, and the loss is what dLLM-Var's released code computes. The objective and its
+    noise are ours: the same tokens are masked, with the same rates.
     """
+
+    full_attention = True
 
     def __init__(self, case: TrainingCase, device: torch.device, cache: Path) -> None:
         super().__init__(case, device, cache)
@@ -193,127 +204,66 @@ class Baseline(Contender):
         self.data = packed_data(case, cache)
         self.objective.bind(self.data.tokenizer.special)
 
-    def masked(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns a batch's noised tokens and its labels, -100 at positions without a loss; both [B, L]."""
-        noised = self.objective.corrupt(batch, self.noise)
-        return noised.input_ids, noised.targets.masked_fill(~noised.loss_mask, -100)
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Returns the cross-entropy of all positions' logits [B, L, V], of which those with a label count."""
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
-
-
-class PlainLoop(Baseline):
-    """Packed rows with full attention in a plain loop: the loss as dLLM-Var's released code computes it."""
+    def batches(self) -> Iterator[Batch]:
+        """Yields batches from the data's first row on."""
+        yield from packed_data(self.case, self.cache).train_dataloader()
 
     def train(self, steps: int) -> None:
         optimizer = AdamW(parameter_groups(self.model), LEARNING_RATE, BETAS, WEIGHT_DECAY)
-        batches = iter(packed_data(self.case, self.cache).train_dataloader())
+        batches = self.batches()
         for _ in range(steps):
             batch = {name: value.to(self.device) for name, value in next(batches).items()}
             self.clock.mark("data")
-            tokens, labels = self.masked(batch)
-            real = batch["segment_ids"] >= 0
-            count = int(real.sum())
-            self.clock.count(count, real.numel(), int((labels >= 0).sum()), real.size(1) * count)
+            noised = self.objective.corrupt(batch, self.noise)
+            labels = noised.targets.masked_fill(~noised.loss_mask, -100)
+            seen = None if self.full_attention else (batch["segment_ids"] >= 0).long()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
-                logits = self.model(input_ids=tokens, use_cache=False).logits
-                loss = self.loss(logits, labels)
+                logits = self.model(input_ids=noised.input_ids, attention_mask=seen, use_cache=False).logits
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
             self.clock.mark("head_and_loss")
             loss.backward()
-            del logits, loss
+            loss_tokens = int(noised.loss_mask.sum())
+            del logits, loss, noised, labels
             self.clock.mark("backward")
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
-            self.clock.end_step()
+            self.clock.end_step(batch["segment_ids"], loss_tokens, self.full_attention)
 
 
-class PaddedTrainer(Baseline):
-    """Each sample in a row of its own, padded to the longest of the batch, under transformers' Trainer.
+class PaddedLoop(PlainLoop):
+    """The plain loop with each sample in a row of its own, padded to the longest of the batch.
 
     A batch has as many samples as the packed rows of the other contenders have on average.
     """
 
-    def train(self, steps: int) -> None:
-        from transformers import PrinterCallback, TrainerCallback, TrainingArguments
-        from transformers import Trainer as TheirTrainer
+    full_attention = False
 
-        clock = self.clock
-
-        class Marks(TrainerCallback):
-            def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-                clock.mark("data")
-
-            def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-                clock.mark("backward")
-
-            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-                clock.end_step()
-
-        def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-            value = self.loss(outputs.logits, labels)
-            clock.mark("head_and_loss")
-            pairs = int(self.lengths.square().sum())
-            clock.count(int(self.lengths.sum()), labels.numel(), int((labels >= 0).sum()), pairs)
-            return value
-
+    def batches(self) -> Iterator[Batch]:
         table = self.data.table("train")
-        samples = round(self.case.batch_size * self.case.context_length * len(table) / len(table.tokens))
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
-                output_dir=folder,
-                per_device_train_batch_size=max(1, samples),
-                max_steps=steps,
-                learning_rate=LEARNING_RATE,
-                adam_beta1=BETAS[0],
-                adam_beta2=BETAS[1],
-                weight_decay=WEIGHT_DECAY,
-                max_grad_norm=CLIP,
-                lr_scheduler_type="constant",
-                optim="adamw_torch_fused",
-                bf16=self.mixed,
-                use_cpu=not self.mixed,
-                dataloader_pin_memory=self.mixed,
-                remove_unused_columns=False,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-            )
-            trainer = TheirTrainer(
-                model=self.model,
-                args=arguments,
-                data_collator=self.collate,
-                train_dataset=range(len(table)),
-                compute_loss_func=loss,
-                callbacks=[Marks()],
-            )
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
-        self.model.zero_grad()
+        count = max(1, round(self.case.batch_size * self.case.context_length * len(table) / len(table.tokens)))
+        for start in cycle(range(0, len(table) - count + 1, count)):
+            yield self.padded(range(start, start + count))
 
-    def collate(self, samples: list[int]) -> dict[str, Tensor]:
-        """Returns `input_ids`, `attention_mask` and `labels` of samples, each a row padded to the longest."""
+    def padded(self, samples: range) -> Batch:
+        """Returns a batch of samples of the table, each a row padded to the longest."""
         table = self.data.table("train")
         spans = [slice(int(table.offsets[sample]), int(table.offsets[sample + 1])) for sample in samples]
-        self.lengths = torch.tensor([span.stop - span.start for span in spans])
-        shape = (len(samples), int(self.lengths.max()))
-        tokens = np.full(shape, self.data.tokenizer.pad_id, dtype=np.int64)
-        supervised = np.zeros(shape, dtype=np.bool_)
+        lengths = torch.tensor([span.stop - span.start for span in spans])
+        present = torch.arange(int(lengths.max())) < lengths[:, None]
+        tokens = torch.full(present.shape, self.data.tokenizer.pad_id)
+        supervised = torch.zeros(present.shape, dtype=torch.bool)
         for row, span in enumerate(spans):
-            tokens[row, : span.stop - span.start] = table.tokens[span]
-            supervised[row, : span.stop - span.start] = table.supervised[span]
-        present = (torch.arange(shape[1]) < self.lengths[:, None]).long()
-        batch = {
-            "input_ids": torch.from_numpy(tokens),
-            "supervised": torch.from_numpy(supervised),
-            "segment_ids": present - 1,
-            "position_ids": torch.arange(shape[1]).expand(shape),
+            tokens[row, : lengths[row]] = torch.from_numpy(table.tokens[span].astype(np.int64))
+            supervised[row, : lengths[row]] = torch.from_numpy(table.supervised[span].astype(np.bool_))
+        positions = torch.arange(present.size(1)).expand(present.shape)
+        return {
+            "input_ids": tokens,
+            "supervised": supervised,
+            "segment_ids": present.long() - 1,
+            "position_ids": positions,
             "row": torch.tensor(samples),
         }
-        noised, labels = self.masked(batch)
-        return {"input_ids": noised, "attention_mask": present, "labels": labels}
 
 
 def bidirectional_llama(shape: TransformerConfig) -> Any:
@@ -325,7 +275,7 @@ def bidirectional_llama(shape: TransformerConfig) -> Any:
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
-        raise UserError("the baselines need transformers and accelerate: pip install -e '.[dev]'") from error
+        raise UserError("the baselines need transformers: pip install -e '.[dev]'") from error
     shape = shape.resolved()
     settings: dict[str, Any] = dict(
         vocab_size=shape.vocab_size,
@@ -351,4 +301,4 @@ def build_contender(name: str, case: TrainingCase, device: torch.device, cache: 
     """Returns a contender by its name in the config."""
     if name in (OURS, COMPILED, FULL):
         return Ours(case, device, cache, compile=name != OURS, attention="full" if name == FULL else "document")
-    return {PLAIN_LOOP: PlainLoop, PADDED: PaddedTrainer}[name](case, device, cache)
+    return {PLAIN_LOOP: PlainLoop, PADDED: PaddedLoop}[name](case, device, cache)

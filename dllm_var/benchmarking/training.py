@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from dllm_var.benchmarking.instruments import PHASES, PeakMemory, Step
+from dllm_var.benchmarking.instruments import PHASES, PeakMemory, Step, shown
 from dllm_var.benchmarking.results import against_bar
-from dllm_var.benchmarking.settings import COMPILED, FULL, PLAIN_LOOP, TrainingCase
+from dllm_var.benchmarking.settings import COMPILED, FULL, OURS, PLAIN_LOOP, TrainingCase
 from dllm_var.benchmarking.trainers import Contender, build_contender
 from dllm_var.callbacks.speed import compute_dtype, measure_peak_flops
 from dllm_var.model.build import can_compile
@@ -32,18 +32,10 @@ class TrainingRun:
         rounds: How often each contender gets its turn.
         device: Where to train.
         cache: Folder for tokenized data.
-        show: Called with case, phase and contender as they come.
     """
 
-    def __init__(
-        self,
-        case: TrainingCase,
-        rounds: int,
-        device: torch.device,
-        cache: Path,
-        show: Callable[[str, str, str], None],
-    ) -> None:
-        self.case, self.rounds, self.device, self.cache, self.show = case, rounds, device, cache, show
+    def __init__(self, case: TrainingCase, rounds: int, device: torch.device, cache: Path) -> None:
+        self.case, self.rounds, self.device, self.cache = case, rounds, device, cache
         self.names = [name for name in case.contenders if name not in (COMPILED, FULL) or can_compile(device)]
         self.peaks: list[float] = []
         self.measured: dict[str, list[Figures]] = {name: [] for name in self.names}
@@ -53,16 +45,14 @@ class TrainingRun:
     def run(self) -> None:
         """Measures all rounds."""
         contenders = {}
-        for name in self.names:
-            self.show(self.case.name, "warm-up", name)
+        for name in shown(f"{self.case.name}: warm-up", self.names):
             contenders[name] = build_contender(name, self.case, self.device, self.cache)
             contenders[name].run(0)  # compiles, and fills caches and allocators
         dtype = compute_dtype("bf16-mixed" if self.device.type == "cuda" else "32-true")
         for number in range(self.rounds):
             self.peaks.append(measure_peak_flops(self.device, dtype, PEAK_SECONDS))
-            for name, contender in contenders.items():
-                self.show(self.case.name, f"round {number + 1} of {self.rounds}", name)
-                self.measured[name].append(self._measure(contender))
+            for name in shown(f"{self.case.name}: round {number + 1} of {self.rounds}", self.names):
+                self.measured[name].append(self._measure(contenders[name]))
 
     def _measure(self, contender: Contender) -> Figures:
         gc.collect()
@@ -79,11 +69,13 @@ class TrainingRun:
 
     def result(self) -> Figures:
         """Returns the case's figures, ratios and bars as plain data."""
-        case = self.case
+        case, base = self.case, self.measured.get(PLAIN_LOOP, [])
         contenders = [
             {"name": name, "rounds": rounds, **medians(rounds)} for name, rounds in self.measured.items() if rounds
         ]
-        result: Figures = {
+        ratios = {contender["name"]: over(contender["rounds"], base) for contender in contenders}
+        ours = next((name for name in (COMPILED, OURS) if name in self.names), None)
+        return {
             "name": case.name,
             "vocab_size": case.vocab_size,
             "transformer": case.transformer,
@@ -91,25 +83,23 @@ class TrainingRun:
             "context_length": case.context_length,
             "batch_size": case.batch_size,
             "steps": case.steps,
-            "ours": case.ours if case.ours in self.names else None,
+            "ours": ours,
             "gemm_peak_flops": median(self.peaks) if self.peaks else None,
             "contenders": contenders,
-            "over_plain_loop": over(contenders, PLAIN_LOOP),
+            "over_plain_loop": ratios,
+            "bars": bars(case.bars, ours, contenders, ratios),
         }
-        result["bars"] = bars(case, result)
-        return result
 
 
 def add_up(steps: Sequence[Step]) -> Figures:
     """Returns speed, phases and shares of at least one step."""
     phases = {phase: sum(step.seconds[phase] for step in steps) for phase in PHASES}
-    seconds, positions = sum(phases.values()), sum(step.positions for step in steps)
-    tokens = sum(step.tokens for step in steps)
+    seconds, tokens = sum(phases.values()), sum(step.tokens for step in steps)
     return {
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds / len(steps),
         "phase_seconds": {phase: value / len(steps) for phase, value in phases.items()},
-        "padding_share": 1 - tokens / positions,
+        "padding_share": 1 - tokens / sum(step.positions for step in steps),
         "loss_share": sum(step.loss_tokens for step in steps) / tokens,
         "pairs_per_token": sum(step.pairs for step in steps) / tokens,
     }
@@ -123,38 +113,32 @@ def medians(rounds: Sequence[Figures]) -> Figures:
         if isinstance(value, dict):
             result[name] = medians(values)
         else:
-            result[name] = None if any(v is None for v in values) else median(values)
+            result[name] = None if None in values else median(values)
     return result
 
 
-def over(contenders: Sequence[Figures], baseline: str) -> dict[str, Figures]:
-    """Returns each contender's speed and memory over a baseline's: medians of the ratios within each round."""
-    base = next((contender["rounds"] for contender in contenders if contender["name"] == baseline), None)
-    if base is None:
-        return {}
-    figures = {"tokens_per_second": "tokens_per_second", "peak_memory": "peak_memory_bytes"}
-    return {
-        contender["name"]: {name: _ratio(contender["rounds"], base, figure) for name, figure in figures.items()}
-        for contender in contenders
-    }
+def over(rounds: Sequence[Figures], base: Sequence[Figures]) -> dict[str, float | None]:
+    """Returns speed and memory over a baseline's: medians of the ratios within each round, None without any."""
+    found: dict[str, float | None] = {}
+    for name, figure in (("tokens_per_second", "tokens_per_second"), ("peak_memory", "peak_memory_bytes")):
+        pairs = [(ours[figure], theirs[figure]) for ours, theirs in zip(rounds, base, strict=False)]
+        ratios = [ours / theirs for ours, theirs in pairs if ours is not None and theirs]
+        found[name] = median(ratios) if ratios else None
+    return found
 
 
-def _ratio(rounds: Sequence[Figures], base: Sequence[Figures], figure: str) -> float | None:
-    pairs = [(ours[figure], theirs[figure]) for ours, theirs in zip(rounds, base, strict=False)]
-    ratios = [ours / theirs for ours, theirs in pairs if ours is not None and theirs]
-    return median(ratios) if ratios else None
-
-
-def bars(case: TrainingCase, result: Figures) -> dict[str, Figures]:
-    """Returns each bar of a case with its value out of the case's figures and ratios, and whether it passes."""
-    utilisation = {contender["name"]: contender["mfu"] for contender in result["contenders"]}
-    ratios = result["over_plain_loop"].get(result["ours"], {})
+def bars(
+    wanted: dict[str, float], ours: str | None, contenders: Sequence[Figures], ratios: dict[str, Figures]
+) -> dict[str, Figures]:
+    """Returns each bar with its value out of the contenders' figures and ratios, and whether it passes."""
+    utilisation = {contender["name"]: contender["mfu"] for contender in contenders}
     found = {}
-    for name, bar in case.bars.items():
+    for name, bar in wanted.items():
         if name.startswith("mfu"):
-            value = utilisation.get(FULL, utilisation.get(result["ours"]))
+            value = utilisation.get(FULL, utilisation.get(ours))
         else:
-            value = ratios.get("peak_memory" if name.startswith("peak_memory") else "tokens_per_second")
+            ratio = "peak_memory" if name.startswith("peak_memory") else "tokens_per_second"
+            value = ratios.get(ours or "", {}).get(ratio)
         found[name] = against_bar(value, bar, "at most" if name.startswith("peak_memory") else "at least")
     return found
 

@@ -10,7 +10,7 @@ import yaml
 
 from dllm_var.__main__ import main
 from dllm_var.benchmarking.settings import expand
-from dllm_var.cli.benchmark import build_parser, chosen_tasks
+from dllm_var.cli.benchmark import build_parser, read_tasks, wanted
 from dllm_var.errors import UserError
 from dllm_var.sampling import BlockDiffusionSampler
 
@@ -19,6 +19,10 @@ ROOT = Path(__file__).parent.parent.parent
 
 def benchmark(config, output, *options):
     return main(["benchmark", "--config", config, "--output", str(output), *options])
+
+
+def tasks_of(config):
+    return read_tasks(build_parser("benchmark").parse_args(["--config", config]))
 
 
 def test_quick_run_writes_json_markdown_and_plot(tiny_task, write_config, tmp_path, capsys):
@@ -30,10 +34,11 @@ def test_quick_run_writes_json_markdown_and_plot(tiny_task, write_config, tmp_pa
     assert f"wrote {output}" in shown.err
     result = json.loads(output.read_text())
     assert (result["kind"], result["quick"], result["partial"], result["repeats"]) == ("samplers", True, False, 1)
-    assert {"cpu", "threads", "torch", "commit"} <= set(result["machine"]) and "--quick" not in result["date"]
+    assert {"cpu", "threads", "torch", "commit"} <= set(result["machine"])
     bars = {"over_fixed_length", "over_autoregressive", "batch_32_over_1", "sampler_overhead"}
     assert bars <= set(result["ratios"]) and all(result["ratios"][name] is not None for name in bars)
     assert bars == set(result["ratios"]["tasks"]["tiny"]["bars"])
+    assert set(result["ratios"]["over_autoregressive_at_equal_accuracy"]) == {"tiny"}
     assert "![accuracy and speed](result_tiny.png)" in output.with_suffix(".md").read_text()
     assert (output.parent / "result_tiny.png").read_bytes().startswith(b"\x89PNG")
 
@@ -43,32 +48,39 @@ def test_without_matplotlib_the_rest_is_written(tiny_task, write_config, tmp_pat
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     output = tmp_path / "result.json"
     assert benchmark(write_config(tiny_task), output, "--quick", "--only", "autoregressive") == 0
-    assert "no plots: plots need matplotlib" in capsys.readouterr().err
+    assert 'no plots: plots need matplotlib: pip install "dllm-var[plots]"' in capsys.readouterr().err
     assert json.loads(output.read_text())["partial"] is False
     assert ".png" not in output.with_suffix(".md").read_text() and not list(tmp_path.glob("*.png"))
 
 
+class Interrupting(BlockDiffusionSampler):
+    """Sends a signal to its own process the third time it decodes: it has been warmed up and scored then."""
+
+    number, calls = signal.SIGINT, 0
+
+    def decode(self, *args):
+        self.calls += 1
+        if self.calls == 4:
+            signal.raise_signal(Interrupting.number)
+        return super().decode(*args)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_what_is_measured(number, status, tiny_task, write_config, tmp_path, capsys, monkeypatch):
-    decode, calls = BlockDiffusionSampler.decode, []
-
-    def interrupted(self, *args):
-        calls.append(self)
-        if len(calls) == 7:  # 2 settings checked, warmed up and scored
-            signal.raise_signal(number)
-        return decode(self, *args)
-
-    monkeypatch.setattr(BlockDiffusionSampler, "decode", interrupted)
+def test_a_signal_saves_what_is_measured(number, status, tiny_task, write_config, tmp_path, capsys):
+    Interrupting.number = number
+    interrupting = {"class_path": f"{__name__}.Interrupting", "init_args": {"block_length": 4, "max_new_tokens": 8}}
+    entries = [tiny_task["entries"][0], {"name": "interrupting", "role": "default", "sampler": interrupting}]
     output = tmp_path / "result.json"
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    assert benchmark(write_config(tiny_task), output, "--quick") == status
+    config = write_config({**tiny_task, "entries": entries, "sweeps": []})
+    assert benchmark(config, output, "--quick") == status
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     shown = capsys.readouterr()
     assert "interrupted: writing what has been measured" in shown.err and "partial and quick run" in shown.out
     result = json.loads(output.read_text())
     assert result["partial"] is True
     settings = {setting["name"]: setting for setting in result["tasks"][0]["settings"]}
-    assert "accuracy" in settings["threshold 0.9"] and settings["threshold 0.9"]["single"] == {}
+    assert "accuracy" in settings["interrupting"] and settings["interrupting"]["single"] == {}
     assert settings["autoregressive"]["single"]["tokens_per_second"] >= 0
 
 
@@ -77,7 +89,6 @@ def test_a_signal_saves_what_is_measured(number, status, tiny_task, write_config
     [
         ({"tasks": []}, ["--output", "x.txt"], "--output must end in .json, got 'x.txt'"),
         ({"tasks": []}, [], "benchmark needs --output FILE.json"),
-        ({"repeats": 2}, ["--output", "x.json"], "says nothing to measure: give it a list of tasks"),
         ({"tasks": []}, ["--output", "x.json", "--repeats", "0"], "--repeats must be at least 1, got 0"),
         ({"tasks": []}, ["--output", "x.json"], "says nothing to measure: give it a list of tasks"),
         ({"tasks": [{"name": "a"}]}, ["--output", "x.json"], "source"),
@@ -98,15 +109,14 @@ def test_a_config_is_needed(capsys):
 
 
 def test_only_takes_entries_sweeps_and_tasks(tiny_task, write_config):
-    config = write_config(tiny_task, {**tiny_task, "name": "other"})
+    tasks = tasks_of(write_config(tiny_task, {**tiny_task, "name": "other"}))
 
     def names(*chosen):
-        options = build_parser("benchmark").parse_args(["--config", config, "--only", *chosen])
-        return [(t.name, [e.name for e in t.entries], [s.name for s in t.sweeps]) for t in chosen_tasks(options)]
+        return [(task.name, task.parts) for task in wanted(tasks, chosen, quick=False)]
 
-    assert names("tiny") == [("tiny", ["autoregressive", "fixed length", "threshold 0.9"], ["threshold"])]
-    assert names("threshold") == [("tiny", [], ["threshold"]), ("other", [], ["threshold"])]
-    assert names("other", "autoregressive") == [("other", ["autoregressive"], [])]
+    assert names("tiny") == [("tiny", ["autoregressive", "fixed length", "threshold 0.9", "threshold"])]
+    assert names("threshold") == [("tiny", ["threshold"]), ("other", ["threshold"])]
+    assert names("other", "autoregressive") == [("other", ["autoregressive"])]
     with pytest.raises(UserError, match="--only: nothing is called 'a'; there are tiny; other; autoregressive"):
         names("a")
 
@@ -114,10 +124,8 @@ def test_only_takes_entries_sweeps_and_tasks(tiny_task, write_config):
 @pytest.mark.parametrize("name", ["samplers", "gsm_symbolic"])
 def test_the_shipped_configs_are_whole(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    options = build_parser("benchmark").parse_args(["--config", f"benchmarks/{name}.yaml"])
-    for task in chosen_tasks(options):
-        settings = expand(task)
-        roles = {setting.role: setting.name for setting in settings}
-        assert {"default", "autoregressive", "fixed_length"} <= set(roles), "ratios need all three"
+    for task in tasks_of(f"benchmarks/{name}.yaml"):
+        settings = expand(task)[0]
+        assert {"default", "autoregressive", "fixed_length"} <= {s.role for s in settings}, "ratios need all three"
         fixed = next(setting for setting in settings if setting.role == "fixed_length")
         assert fixed.sampler["init_args"]["canvas_length"] >= 256 and "policy" not in fixed.sampler["init_args"]

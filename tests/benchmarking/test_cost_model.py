@@ -5,9 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dllm_var.benchmarking.cost_model import (
+    Shape,
     activation_bytes,
     adapter_parameters,
-    block_matrices,
     count_parameters,
     device_memory,
     forward_flops,
@@ -44,7 +44,7 @@ def test_parameters_are_those_of_the_transformer(name):
     assert counted.total == model.num_parameters
     assert counted.block == sum(p.numel() for p in model.layers[0].parameters())
     assert counted.embedding == model.embedding.weight.numel()
-    assert block_matrices(config) == sum(p.numel() for p in model.layers[0].parameters() if p.dim() == 2)
+    assert Shape(config).block_matrices == sum(p.numel() for p in model.layers[0].parameters() if p.dim() == 2)
 
 
 @pytest.mark.parametrize("rank_targets", [(4, ["q_proj", "v_proj", "o_proj", "gate_proj"]), (2, ["k_proj", "lm_head"])])

@@ -3,7 +3,6 @@
 import pytest
 
 from dllm_var.benchmarking.settings import Entry, Sweep, Task, TrainingCase, expand
-from dllm_var.cli.benchmark import sampler_settings
 from dllm_var.errors import UserError
 from dllm_var.sampling import Sampler
 from dllm_var.settings import build
@@ -23,18 +22,20 @@ def task(entries=(), sweeps=(), **settings):
 
 
 def test_a_point_that_is_an_entry_is_measured_once():
-    entry, sweep = Entry("default", THRESHOLD, role="default"), Sweep("threshold", THRESHOLD, OVER, [0.5, 0.9])
-    settings = expand(task([entry], [sweep]))
-    assert [(s.name, s.role, s.points) for s in settings] == [
-        ("default", "default", [("threshold", 0.9)]),
-        ("threshold 0.5", "candidate", [("threshold", 0.5)]),
-    ]
+    entry, sweep = (
+        Entry("default", THRESHOLD, role="default"),
+        Sweep("threshold", THRESHOLD, over=OVER, values=[0.5, 0.9]),
+    )
+    settings, curves = expand(task([entry], [sweep]))
+    assert [(s.name, s.role) for s in settings] == [("default", "default"), ("threshold 0.5", "candidate")]
+    assert curves == {"threshold": [(0.5, "threshold 0.5"), (0.9, "default")]}
     assert settings[1].sampler["init_args"]["policy"]["init_args"] == {"threshold": 0.5}
     assert settings[0].sampler == THRESHOLD
 
 
 def test_numbers_of_prompts_are_the_tasks_unless_the_entry_has_its_own():
-    one, other = expand(task([Entry("a", THRESHOLD), Entry("b", THRESHOLD, prompts=3, batched_prompts=0)], prompts=70))
+    entries = [Entry("a", THRESHOLD), Entry("b", THRESHOLD, prompts=3, batched_prompts=0)]
+    one, other = expand(task(entries, prompts=70))[0]
     assert (one.prompts, one.single_prompts, one.batched_prompts) == (70, 48, 96)
     assert (other.prompts, other.single_prompts, other.batched_prompts) == (3, 48, 0)
 
@@ -44,11 +45,9 @@ def test_an_overlay_with_arguments_over_it(tmp_path):
     overlay.write_text(
         "sampler:\n  class_path: dllm_var.sampling.FixedLengthSampler\n  init_args: {canvas_length: 9}\n"
     )
-    settings = sampler_settings(Entry("a", str(overlay), arguments={"cache": "dual"}))
-    sampler = build(Sampler, "sampler", settings, "here")
+    [setting], _ = expand(task([Entry("a", str(overlay), arguments={"cache": "dual"})]))
+    sampler = build(Sampler, "sampler", setting.sampler, "here")
     assert (type(sampler).__name__, sampler.canvas_length, sampler.cache) == ("FixedLengthSampler", 9, "dual")
-    with pytest.raises(UserError, match="a: the sampler has no class_path"):
-        sampler_settings(Entry("a", {"init_args": {}}))
 
 
 @pytest.mark.parametrize(
@@ -57,8 +56,12 @@ def test_an_overlay_with_arguments_over_it(tmp_path):
         (dict(entries=[Entry("a", THRESHOLD), Entry("a", THRESHOLD)]), "task t: two are called 'a'"),
         (dict(), "task t: nothing to measure"),
         (dict(entries=[Entry("a", THRESHOLD)], prompts=0), "task t: prompts must be at least 1, got 0"),
-        (dict(entries=[Entry("a", THRESHOLD, prompts=0)]), "task t, entry a: prompts must be at least 1, got 0"),
-        (dict(sweeps=[Sweep("s", THRESHOLD, "init_args.nothing.x", [1])]), "sweep s: over 'init_args.nothing.x' leads"),
+        (dict(entries=[Entry("a", THRESHOLD, prompts=0)]), "task t, a: prompts must be at least 1, got 0"),
+        (dict(entries=[Entry("a", {"init_args": {}})]), "task t, a: the sampler has no class_path"),
+        (
+            dict(sweeps=[Sweep("s", THRESHOLD, over="init_args.nothing.x", values=[1])]),
+            "sweep s: over 'init_args.nothing.x' leads",
+        ),
         (
             dict(entries=[Entry("a", THRESHOLD, role="default"), Entry("b", THRESHOLD, role="default")]),
             "task t: 'a' and 'b' both have role default",
