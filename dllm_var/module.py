@@ -13,8 +13,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dllm_var.checkpoints.identity import CHANGEABLE, CHANGEABLE_WHEN_MEASURED, check_identity, identity
 from dllm_var.checkpoints.pretrained import start_from, starting_config
+from dllm_var.checkpoints.run_checkpoint import (
+    CHANGEABLE,
+    CHANGEABLE_WHEN_MEASURED,
+    check_identity,
+    identity,
+    read_identity,
+)
 from dllm_var.errors import UserError
 from dllm_var.metrics.counts import step_counts
 from dllm_var.metrics.denoising import DenoisingMetrics
@@ -301,11 +307,10 @@ class DiffusionLM(L.LightningModule):
         assert self.tokenizer is not None and self.transformer is not None
         checked = getattr(self.trainer.datamodule, "check_resume", True)  # type: ignore[attr-defined]
         note = check_identity(
-            checkpoint.get("dllm_var"),
+            read_identity(checkpoint, str(self.trainer.ckpt_path or "")),
             self.transformer.config,
             self.tokenizer if checked else None,
             self.lora,
-            str(self.trainer.ckpt_path or ""),
             CHANGEABLE if checked and self.trainer.state.fn == "fit" else CHANGEABLE_WHEN_MEASURED,
         )
         if note is not None:

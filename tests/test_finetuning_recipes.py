@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dllm_var.__main__ import main
-from dllm_var.checkpoints.pretrained import load_checkpoint, save_checkpoint_folder
+from dllm_var.checkpoints.export import save_checkpoint_folder
+from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.text.tokenizer import Tokenizer
 from tests.byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dllm_var.checkpoints.identity import provenance
+from dllm_var.checkpoints.run_checkpoint import provenance
 from dllm_var.model.transformer import Transformer
 
 T = TypeVar("T")

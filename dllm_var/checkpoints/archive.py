@@ -1,11 +1,19 @@
-"""The archives that `torch.save` writes: written whole, checked to the last byte, read without running code."""
+"""Checkpoints of a run on the disk: written whole, checked to the last byte, read without running code.
+
+A checkpoint is a file, the archive of `torch.save`. Under FSDP2 and other strategies it is a folder of shards, to which
+each process writes its part.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-import re
+import pickle
+import warnings
 import zipfile
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -18,6 +26,21 @@ _FIRST_BYTES = b"PK\x03\x04"
 _SEAL = b"dllm-var sha256="  # begins the archive's comment; the checksum of all that stands before the comment follows
 _SEAL_BYTES = len(_SEAL) + 64
 _CHUNK = 2**22
+_INDEX, _INDEX_CHECKSUM = ".metadata", ".metadata.sha256"  # torch.distributed.checkpoint's, and ours beside it
+_TRAINER_STATE = "meta.pt"  # Lightning's
+_DEEPSPEED = "latest"
+_WEIGHTS = "state_dict."  # names of weights begin so
+_INDEX_MODULE = "torch.distributed.checkpoint.metadata"
+_INDEX_CLASSES = {
+    *((_INDEX_MODULE, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata")),
+    *((_INDEX_MODULE, name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties")),
+    (_INDEX_MODULE, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("collections", "OrderedDict"),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+}
 
 
 class CannotSave(UserError):
@@ -26,6 +49,52 @@ class CannotSave(UserError):
 
 class UnusableCheckpoint(UserError):
     """A checkpoint is damaged, of another format, or no checkpoint at all; the message says which."""
+
+
+# -- either ------------------------------------------------------------------------------------------------------------
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a path is a folder of shards."""
+    return any((path / name).exists() for name in (_INDEX, _TRAINER_STATE, _DEEPSPEED))
+
+
+def check(path: Path) -> None:
+    """Reads all of a checkpoint, compares its checksums, and makes sure that loading it runs no code.
+
+    A file that has passed is not read again by this process, unless it was written again.
+
+    Raises:
+        UnusableCheckpoint: When it is damaged or no checkpoint.
+    """
+    try:
+        if path.is_dir():
+            _check_folder(path)
+            return
+        state = path.stat()
+        _check_file(path, state.st_size, state.st_mtime_ns, state.st_ino)
+    except OSError as error:
+        raise UnusableCheckpoint(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+
+
+def read_state(path: Path) -> Any:
+    """Reads the values of a checkpoint: from a file with its tensors, which stay on the disk until they are used; from
+    a folder all but weights and optimizer.
+
+    Raises:
+        UnusableCheckpoint: When it cannot be read.
+    """
+    try:
+        if path.is_dir():
+            return load_archive(path / _TRAINER_STATE, path / _TRAINER_STATE)
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UnusableCheckpoint(f"{path} is not a checkpoint")
+        return load_archive(path, path, mmap=True)
+    except OSError as error:
+        raise UnusableCheckpoint(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def write_archive(checkpoint: Any, path: Path) -> None:
@@ -52,31 +121,32 @@ class _HashedFile:
     """Passes on what `torch.save` writes, and computes its checksum."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.digest = file, hashlib.sha256()
+        self.file, self.digest, self.flush = file, hashlib.sha256(), file.flush
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
         return self.file.write(data)
 
-    def flush(self) -> None:
-        self.file.flush()
+
+@cache
+def _check_file(path: Path, *version: int) -> None:
+    if not path.is_file():  # a pipe would be waited for
+        raise UnusableCheckpoint(f"{path} is not a checkpoint")
+    with open(path, "rb") as file:
+        check_archive(file, path)
+    load_archive(path, path, mmap=True)  # its values; tensors stay on the disk
 
 
 def check_archive(file: IO[bytes], path: Path) -> None:
     """Reads an archive to its end and compares its checksum; those of its tensors if another program wrote it.
 
-    Args:
-        file: Of the archive, open at its beginning.
-        path: Of the checkpoint, for the message.
-
     Raises:
-        UnusableCheckpoint: When it is damaged or no archive.
+        UnusableCheckpoint: When it is damaged or no archive; names `path`.
     """
     first = file.read(len(_FIRST_BYTES))
-    if not first:
-        raise UnusableCheckpoint(f"the checkpoint {path} is damaged: it is empty")
     if first != _FIRST_BYTES:
-        raise UnusableCheckpoint(f"{path} is not a checkpoint")
+        empty = f"the checkpoint {path} is damaged: it is empty"
+        raise UnusableCheckpoint(f"{path} is not a checkpoint" if first else empty)
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - _SEAL_BYTES, 0))
     seal = file.read()
@@ -109,33 +179,129 @@ def check_archive(file: IO[bytes], path: Path) -> None:
 
 
 def load_archive(file: Path | IO[bytes], path: Path, **options: Any) -> Any:
-    """Loads an archive: tensors and plain values, never code.
-
-    Args:
-        file: Of the archive.
-        path: Of the checkpoint, for the message.
-        **options: Of `torch.load`; tensors go to the CPU when these do not say otherwise.
+    """Loads an archive with `torch.load`: tensors, on the CPU when `options` do not say otherwise, and plain values.
 
     Raises:
-        UnusableCheckpoint: When it cannot be read, or holds anything else.
+        UnusableCheckpoint: When it cannot be read, or holds anything else, which could run code; names `path`.
     """
     try:
         return torch.load(file, weights_only=True, **{"map_location": "cpu", **options})
     except OSError:
         raise
     except Exception as error:  # torch raises many kinds
-        raise unreadable(path, error) from error
+        objects = _objects_in(file)
+        raise (_holds_objects(path, objects[0]) if objects else _cannot_read(path, error)) from error
 
 
-def unreadable(path: Path, error: Exception) -> UnusableCheckpoint:
-    """Makes one line of what torch or pickle say about a checkpoint they cannot load."""
-    text = str(error)
-    if "weights_only" in text.lower() or "weights only" in text.lower():
-        refused = re.search(r"(?:Unsupported (?:global|class|operand)|GLOBAL) ([\w.]+)", text)
-        what = f" ({refused[1]})" if refused else ""
-        return UnusableCheckpoint(
-            f"the checkpoint {path} holds Python objects{what} beyond tensors and plain values: it is not loaded, "
-            "because that could run code hidden in it"
+def _objects_in(file: Path | IO[bytes]) -> list[str]:
+    """Returns the names of what is neither tensor nor plain value in an archive; nothing is loaded."""
+    if not isinstance(file, Path):
+        file.seek(0)
+    with suppress(Exception):  # no archive at all
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    return []
+
+
+def _holds_objects(path: Path, name: str) -> UnusableCheckpoint:
+    return UnusableCheckpoint(
+        f"the checkpoint {path} holds Python objects ({name}) beyond tensors and plain values: it is not loaded, "
+        "because that could run code hidden in it"
+    )
+
+
+def _cannot_read(path: Path, error: Exception) -> UnusableCheckpoint:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UnusableCheckpoint(f"the checkpoint {path} cannot be read: {line[:200]}")
+
+
+# -- folders of shards -------------------------------------------------------------------------------------------------
+
+
+def write_index_checksum(folder: Path) -> None:
+    """Adds the checksum of the index, as `sha256sum -c` reads it; shards and trainer state have theirs in them."""
+    if (folder / _INDEX).is_file():
+        text = f"{_digest(folder / _INDEX)}  {_INDEX}\n"
+        (folder / _INDEX_CHECKSUM).write_text(text, encoding="utf-8")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_folder(folder: Path) -> None:
+    for path in folder.rglob("*.pt"):
+        with open(path, "rb") as file:
+            check_archive(file, path)
+    if not (folder / _TRAINER_STATE).is_file() and not (folder / _INDEX).is_file():
+        return  # DeepSpeed's
+    for name in (_TRAINER_STATE, _INDEX):
+        if not (folder / name).is_file():
+            raise UnusableCheckpoint(f"the checkpoint {folder} is damaged: {name} is missing")
+    checksum = folder / _INDEX_CHECKSUM
+    if checksum.is_file() and checksum.read_text(errors="replace").split()[:1] != [_digest(folder / _INDEX)]:
+        raise UnusableCheckpoint(f"the checkpoint {folder} is damaged: {_INDEX} does not match its checksum")
+    read_state(folder)
+    for place in (_read_index(folder).storage_data or {}).values():
+        _check_shard(folder, place)
+
+
+def _check_shard(folder: Path, place: Any) -> None:
+    """Checks one tensor or object of a shard, each of which is an archive by itself."""
+    path = folder / place.relative_path
+    if Path(place.relative_path).is_absolute() or ".." in path.parts[len(folder.parts) :]:
+        raise UnusableCheckpoint(
+            f"the checkpoint {folder} is damaged: it names {place.relative_path}, a file outside of it"
         )
-    lines = text.strip().splitlines() or [type(error).__name__]
-    return UnusableCheckpoint(f"the checkpoint {path} cannot be read: {lines[0][:200]}")
+    if not path.is_file():
+        raise UnusableCheckpoint(f"the checkpoint {folder} is damaged: {place.relative_path} is missing")
+    with open(path, "rb") as file:
+        file.seek(place.offset)
+        value = io.BytesIO(file.read(place.length))
+    check_archive(value, path)
+    value.seek(0)
+    load_archive(value, path)
+
+
+class _IndexReader(pickle.Unpickler):
+    """Reads torch.distributed.checkpoint's index, a pickle of a handful of classes, and nothing else."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.BytesIO(path.read_bytes()))
+        self.path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_type or (module, name) in _INDEX_CLASSES:
+            return super().find_class(module, name)
+        raise _holds_objects(self.path, f"{module}.{name}")
+
+
+def _read_index(folder: Path) -> Any:
+    try:
+        return _IndexReader(folder / _INDEX).load()
+    except UnusableCheckpoint:
+        raise
+    except Exception as error:  # pickle raises many kinds
+        raise _cannot_read(folder / _INDEX, error) from error
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Puts the weights of a folder that `check` has passed together, whatever the number of processes that wrote them.
+
+    Raises:
+        UnusableCheckpoint: When they cannot be read.
+    """
+    import torch.distributed.checkpoint as dcp  # slow to import
+
+    weights = {
+        name: torch.empty(info.size, dtype=info.properties.dtype, device="cpu")
+        for name, info in _read_index(folder).state_dict_metadata.items()
+        if name.startswith(_WEIGHTS) and hasattr(info, "properties")
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
+        try:
+            dcp.load(weights, checkpoint_id=folder, no_dist=True)
+        except Exception as error:  # torch raises many kinds
+            raise _cannot_read(folder, error) from error
+    return {name.removeprefix(_WEIGHTS): value for name, value in weights.items()}

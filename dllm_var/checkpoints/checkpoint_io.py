@@ -14,8 +14,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from dllm_var.checkpoints.archive import UnusableCheckpoint, load_archive, write_archive
-from dllm_var.checkpoints.run_checkpoint import SAVING, check
+from dllm_var.checkpoints.archive import UnusableCheckpoint, check, load_archive, write_archive
+from dllm_var.checkpoints.run_checkpoint import SAVING
 from dllm_var.files import discard, partial_path
 
 _COPIES = 2  # of the state in memory at most: a step's own file, and last.ckpt
@@ -51,9 +51,8 @@ class CheckedFiles(TorchCheckpointIO):
         """Removes a checkpoint; under another name first, so that half of a folder never passes for a checkpoint."""
         path = Path(path)
         if path.is_dir() and not path.is_symlink():
-            aside = partial_path(path)
-            discard(aside)
-            path = path.rename(aside)
+            discard(partial_path(path))
+            path = path.rename(partial_path(path))
         discard(path)
 
 
@@ -62,16 +61,15 @@ class BackgroundFiles(CheckedFiles):
 
     The state is copied into the CPU's memory before `save_checkpoint` returns, so that later steps do not change what
     is written; when two copies wait already, it waits as well. Files are written and removed in the order asked for:
-    an old checkpoint goes when the new one is whole. After a failure nothing more is written or removed, and the next
-    save or `teardown` raises it. Folders, which sharded strategies write, are not written in the background.
+    an old checkpoint goes when the new one is whole. After a failure, what was asked for before it is told is neither
+    written nor removed. Folders, which sharded strategies write, are not written in the background.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._thread: ThreadPoolExecutor | None = None
         self._saves: deque[Future[None]] = deque()
-        self._failure: BaseException | None = None
-        self._is_told = False  # the failure has been raised once; the end of the run need not raise it again
+        self._last: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Begins to write a checkpoint.
@@ -79,11 +77,8 @@ class BackgroundFiles(CheckedFiles):
         Raises:
             OSError: When an earlier one could not be written; names it.
         """
-        while len(self._saves) >= _COPIES:
-            self._saves.popleft().result()
-        if self._failure is not None:
-            self._is_told = True
-            raise self._failure
+        while len(self._saves) >= _COPIES or (self._saves and self._saves[0].done()):
+            self._tell(self._saves.popleft())
         self._saves.append(self._do(super().save_checkpoint, snapshot(checkpoint), path))
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -99,22 +94,31 @@ class BackgroundFiles(CheckedFiles):
             self._thread.shutdown()
             self._thread = None
         self._saves.clear()
-        failure = None if self._is_told else self._failure
-        self._failure, self._is_told = None, False
-        if failure is not None:
-            raise failure
+        if self._last is not None:
+            self._tell(self._last)
 
     def _do(self, work: Callable[..., None], *arguments: Any) -> Future[None]:
+        """Does work after what was asked for before it; fails as that failed."""
+        before = self._last
+
+        def run() -> None:
+            if before is not None:
+                before.result()
+            work(*arguments)
+
         if self._thread is None:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
-        return self._thread.submit(self._unless_failed, work, *arguments)
+        self._last = self._thread.submit(run)
+        return self._last
 
-    def _unless_failed(self, work: Callable[..., None], *arguments: Any) -> None:
-        if self._failure is None:
-            try:
-                work(*arguments)
-            except BaseException as error:
-                self._failure = error
+    def _tell(self, done: Future[None]) -> None:
+        """Waits, and raises a failure once."""
+        try:
+            done.result()
+        except BaseException:
+            self._last = None
+            self._saves.clear()
+            raise
 
 
 def snapshot(state: Any) -> Any:

@@ -1,100 +1,56 @@
-"""Weights in and out: a model folder of safetensors, JSON and tokenizer files, or a Lightning checkpoint."""
+"""Opens checkpoints: published models by folder or hub name, folders of ours, runs, their checkpoints, and adapters.
+
+Its weights are read one at a time, when they are asked for. No code that comes with a checkpoint is run.
+"""
 
 from __future__ import annotations
 
-import json
-from dataclasses import fields, replace
+import math
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dllm_var.checkpoints.family_config import EXTRAS, natural_family, write_config
-from dllm_var.checkpoints.opening import (
-    CONFIG,
-    EXPORT_FOLDER,
-    FLOATING,
-    Checkpoint,
-    locate_checkpoint,
-    open_checkpoint,
-    weight_shapes,
-)
-from dllm_var.checkpoints.safetensors_files import WEIGHTS, save_tensors
+from dllm_var.checkpoints.archive import is_sharded, read_state, read_weights
+from dllm_var.checkpoints.families import EXTRAS, family_of, read_config, read_settings
+from dllm_var.checkpoints.run_checkpoint import check_or_offer, newest_checkpoint, read_identity, step_of
+from dllm_var.checkpoints.safetensors_files import ADAPTER_CONFIG, MergedWeights, SafetensorsFolder, load_adapter
 from dllm_var.errors import UserError
-from dllm_var.files import write_text
-from dllm_var.model.config import TransformerConfig
+from dllm_var.files import read_object
+from dllm_var.model.config import SIZES, TransformerConfig
 from dllm_var.model.initialise import fill
-from dllm_var.model.lora import plain_name
+from dllm_var.model.lora import Lora, plain_name
 from dllm_var.model.transformer import Transformer
 from dllm_var.text.tokenizer import Tokenizer
+from dllm_var.text.tokenizer_files import TOKENIZER_FILES, download, is_hub_name
 
-__all__ = [
-    "EXPORT_FOLDER",
-    "load_checkpoint",
-    "load_pretrained",
-    "locate_checkpoint",
-    "open_checkpoint",
-    "save_checkpoint_folder",
-    "save_settings",
-    "start_from",
-    "starting_config",
-]
-
+CONFIG, EXPORT_FOLDER = "config.json", "model"
+MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Settings in which a run may differ from the checkpoint it starts from, and those that tokenizer and objective decide.
 ADJUSTABLE = {"rope_theta", "rope_scaling", "rope_full_precision", "norm_eps"}
 ADJUSTABLE |= {"initializer_range", "token_shift", "context_length"}
 SET_BY_OTHERS = {"vocab_size", "mask_id", "terminator_ids", "pad_id", "causal", "causal_context"}
 
-
-def save_checkpoint_folder(
-    path: str | Path,
-    transformer: Transformer,
-    tokenizer: Tokenizer,
-    meta: dict[str, Any] | None = None,
-    state: dict[str, Tensor] | None = None,
-) -> Path:
-    """Writes `config.json`, `model.safetensors` and the tokenizer: a folder that transformers opens, too, where it has
-    such a model.
-
-    Args:
-        path: The folder, made when missing.
-        transformer: The model.
-        tokenizer: Its tokenizer.
-        meta: Plain data to keep beside the weights, such as `{"sampler": {...}}`.
-        state: Weights to save in place of the transformer's own (gathered from a sharded strategy).
-    """
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().cpu().contiguous() for name, value in (state or transformer.state_dict()).items()}
-    if transformer.config.tie_embeddings:
-        weights.pop("lm_head.weight", None)
-    save_tensors(weights, folder / WEIGHTS)
-    save_settings(folder, transformer, tokenizer, meta)  # last: it makes the folder a checkpoint
-    return folder
-
-
-def save_settings(
-    folder: Path, transformer: Transformer, tokenizer: Tokenizer, meta: dict[str, Any] | None = None
-) -> None:
-    """Writes `config.json`, with `meta` in it, and the tokenizer of a folder of weights or of adapters."""
-    tokenizer.save(folder)
-    config, dtype = transformer.config, str(transformer.embedding.weight.dtype).removeprefix("torch.")
-    values = write_config(natural_family(config), config, dtype)
-    values[EXTRAS] |= meta or {}
-    write_text(folder / CONFIG, json.dumps(values, indent=2) + "\n")
+# -- models ------------------------------------------------------------------------------------------------------------
 
 
 def load_checkpoint(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Transformer, Tokenizer, dict[str, Any]]:
-    """Loads a checkpoint to decode with; never executes pickled code.
+    """Loads a checkpoint to decode with.
 
     Args:
         path: `runs/quickstart/version_0`, `.../checkpoints/last.ckpt`, a folder with `config.json` (our own or that of
             a published model, see docs/checkpoints.md), or a published model's name on the hub.
         device: Where the weights go.
-        dtype: Converts the weights; as stored when None.
+        dtype: Converts the weights; None leaves their type.
 
     Returns:
         The transformer in eval mode, its tokenizer, and what else the checkpoint remembers (`sampler`, ...). A
@@ -117,9 +73,36 @@ def load_pretrained(path: str | Path, causal: bool = False) -> Transformer:
             that was trained causally always does.
     """
     checkpoint = open_checkpoint(path)
-    return _load(
-        checkpoint, replace(checkpoint.config, causal=causal or (checkpoint.config.causal and not checkpoint.published))
-    )
+    causal = causal or (checkpoint.config.causal and not checkpoint.published)
+    return _load(checkpoint, replace(checkpoint.config, causal=causal))
+
+
+def _load(
+    checkpoint: Checkpoint,
+    config: TransformerConfig,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Transformer:
+    """Builds a transformer without weights, fills it one weight at a time and lays them out for decoding."""
+    with torch.device("meta"):
+        transformer = Transformer(config)
+    kind = dtype or checkpoint.weights["model.norm.weight"].dtype
+    if kind not in FLOATING:
+        raise UserError(f"{checkpoint.place} has weights of type {kind}, which cannot be computed with: convert them")
+    transformer.to(kind)
+    transformer.to_empty(device=device)
+    transformer.tie_weights()
+    _copy_weights(transformer, checkpoint)
+    transformer.fuse_projections()
+    return transformer.eval()
+
+
+@torch.no_grad()
+def _copy_weights(transformer: Transformer, checkpoint: Checkpoint) -> None:
+    """Fills the transformer's weights, which may be sharded, one at a time."""
+    own = {plain_name(name): value for name, value in transformer.state_dict().items()}  # adapters are not loaded
+    for name in weight_shapes(transformer.config):
+        fill(own[name], checkpoint.weight(name, list(own[name].shape)))
 
 
 def decoding_config(checkpoint: Checkpoint, tokenizer: Tokenizer) -> TransformerConfig:
@@ -128,28 +111,25 @@ def decoding_config(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Transformer
     Raises:
         UserError: When the tokenizer is not the one that the model was trained with.
     """
-    if not checkpoint.published:
-        ids = {"mask_id": tokenizer.mask_id, "pad_id": tokenizer.pad_id}
-        for name, value in {**ids, "terminator_ids": list(tokenizer.terminator_ids)}.items():
-            known = getattr(checkpoint.config, name)
-            if known not in (None, value):
-                raise UserError(
-                    f"{checkpoint.place} has {name}={known} in its config, and its tokenizer says {value}: the "
-                    "tokenizer is not the one it was trained with"
-                )
-        return checkpoint.config
-    rows = tokenizer.vocab_size - (checkpoint.config.vocab_size or 0)
-    if rows > len(tokenizer.backend.get_vocab(with_added_tokens=True)):
-        raise UserError(
-            f"{checkpoint.place}: its tokenizer has ids up to {tokenizer.vocab_size:,} for far fewer tokens"
-        )
-    return replace(
-        checkpoint.config,
-        vocab_size=max(checkpoint.config.vocab_size or 0, tokenizer.vocab_size),
-        mask_id=tokenizer.mask_id,
-        terminator_ids=list(tokenizer.terminator_ids),
-        pad_id=tokenizer.pad_id,
-    )
+    config, place = checkpoint.config, checkpoint.place
+    ids: dict[str, Any] = {"mask_id": tokenizer.mask_id, "pad_id": tokenizer.pad_id}
+    ids["terminator_ids"] = list(tokenizer.terminator_ids)
+    if checkpoint.published:
+        rows = max(config.vocab_size or 0, tokenizer.vocab_size)
+        if rows > (config.vocab_size or 0) + len(tokenizer.backend.get_vocab(with_added_tokens=True)):
+            raise UserError(f"{place}: its tokenizer has ids up to {tokenizer.vocab_size:,} for far fewer tokens")
+        return replace(config, vocab_size=rows, **ids)
+    for name, value in ids.items():
+        known = getattr(config, name)
+        if known not in (None, value):
+            raise UserError(
+                f"{place} has {name}={known} in its config, and its tokenizer says {value}: the tokenizer is not the "
+                "one it was trained with"
+            )
+    return config
+
+
+# -- the beginning of another run --------------------------------------------------------------------------------------
 
 
 def starting_config(settings: TransformerConfig, path: str | Path) -> TransformerConfig:
@@ -184,52 +164,210 @@ def start_from(transformer: Transformer, tokenizer: Tokenizer, path: str | Path)
     elif (checkpoint.place / "tokenizer.json").is_file():
         vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
         theirs = checkpoint.load_tokenizer().backend.get_vocab(with_added_tokens=True)
-        moved = next((token for token, index in theirs.items() if vocabulary.get(token, index) != index), None)
-        if moved is not None or len(theirs.keys() - vocabulary.keys()) > 1:  # one may be the mask we give it
+        moved = any(vocabulary.get(token, index) != index for token, index in theirs.items())
+        if moved or len(theirs.keys() - vocabulary.keys()) > 1:  # one may be the mask we give it
             raise UserError(f"model.init_from {path} has another tokenizer than data.tokenizer: set both to the same")
     _copy_weights(transformer, checkpoint)
 
 
-def _adjusted(stored: TransformerConfig, settings: TransformerConfig, path: str | Path) -> TransformerConfig:
-    changes: dict[str, Any] = {}
-    for field in fields(TransformerConfig):
-        name, value = field.name, getattr(settings, field.name)
-        if value is None or name in SET_BY_OTHERS:
-            continue
-        if name in ADJUSTABLE:
-            changes[name] = value
-        elif value != getattr(stored, name):
+def _adjusted(saved: TransformerConfig, settings: TransformerConfig, path: str | Path) -> TransformerConfig:
+    given = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    given = {name: value for name, value in given.items() if value is not None and name not in SET_BY_OTHERS}
+    for name, value in given.items():
+        if name not in ADJUSTABLE and value != getattr(saved, name):
             raise UserError(
-                f"model.init_from {path} has transformer.{name}={getattr(stored, name)}, the settings say {value}: "
+                f"model.init_from {path} has transformer.{name}={getattr(saved, name)}, the settings say {value}: "
                 "leave it out"
             )
-    rows = max(settings.vocab_size or 0, stored.vocab_size or 0)
-    return replace(stored, vocab_size=rows, **changes).resolved()
+    return replace(saved, **{**given, "vocab_size": max(settings.vocab_size or 0, saved.vocab_size or 0)}).resolved()
 
 
-def _load(
-    checkpoint: Checkpoint,
-    config: TransformerConfig,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-) -> Transformer:
-    """Builds a transformer without weights, fills it one weight at a time and lays them out for decoding."""
+# -- opening -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds; nothing of its weights is read before it is asked for."""
+
+    place: Path  # the folder or file
+    config: TransformerConfig  # resolved
+    weights: Mapping[str, Tensor]  # under our names
+    load_tokenizer: Callable[[], Tokenizer]  # one without a mask token gets one
+    meta: dict[str, Any]  # what else it remembers (`sampler`, `step`, ...)
+    published: bool = False  # others wrote it, so that it says nothing about how we are to read it
+    rows: int | None = None  # tokens that its embedding has, when the config, an adapter's, has more
+
+    def weight(self, name: str, shape: list[int]) -> Tensor:
+        """Reads one weight; embedding and head of a published model get rows for tokens that it does not have.
+
+        New rows are the mean of the existing ones.
+
+        Raises:
+            UserError: When it has another shape, or values that are NaN or infinite.
+        """
+        value = self.weights[name]
+        if value.dtype not in FLOATING or value.layout is not torch.strided or value.is_meta:
+            raise UserError(f"{self.place}: weight {name} is no plain tensor of floating-point numbers")
+        more = shape[0] - (self.rows or self.config.vocab_size or 0)
+        if self.published and more > 0 and name in ("model.embed_tokens.weight", "lm_head.weight"):
+            mean = value.float().mean(dim=0, keepdim=True).to(value.dtype)
+            value = torch.cat((value, mean.expand(more, -1)))
+        if list(value.shape) != shape:
+            raise UserError(f"{self.place}: weight {name} has shape {list(value.shape)}, the config says {shape}")
+        if not all(bound.isfinite() for bound in value.aminmax()):  # one pass; both are NaN when any value is
+            raise UserError(
+                f"{self.place}: weight {name} has values that are NaN or infinite: the run that wrote it had diverged, "
+                "or the file is damaged; take an earlier checkpoint"
+            )
+        return value
+
+
+def open_checkpoint(path: str | Path, adapters: tuple[Path, ...] = ()) -> Checkpoint:
+    """Looks at what `load_checkpoint` takes without reading its weights.
+
+    The folder of an adapter means the model that it was trained on with the adapter merged in; `adapters` are those
+    that name `path` as the model they adapt.
+
+    Raises:
+        UserError: When there is none, or it is damaged, or holds something that is not fully understood.
+    """
+    place = locate_checkpoint(path)
+    if (place / ADAPTER_CONFIG).is_file():
+        return _open_adapter(place, adapters)
+    return _open_run_checkpoint(place) if place.is_file() or is_sharded(place) else _open_folder(place)
+
+
+def locate_checkpoint(path: str | Path) -> Path:
+    """Returns the model folder or the `.ckpt` that `path` means; the newest when a run has several."""
+    place = Path(path).expanduser()
+    if not place.exists():
+        if "/" in str(path) and is_hub_name(path):
+            return download(str(path), "checkpoint", MODEL_FILES)
+        raise UserError(f"no checkpoint at {place}: give a run folder, a .ckpt file, a model folder or a hub name")
+    if place.is_file() or is_sharded(place) or any((place / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
+        return place
+    export = place / EXPORT_FOLDER
+    newest = newest_checkpoint(place / "checkpoints") or newest_checkpoint(place)
+    if (export / CONFIG).is_file() and (newest is None or not _goes_beyond(newest, export / CONFIG)):
+        return export
+    if newest is None:
+        raise UserError(f"no checkpoint in {place}: neither {EXPORT_FOLDER}/{CONFIG} nor a .ckpt file is there")
+    return newest
+
+
+def _goes_beyond(checkpoint: Path, export: Path) -> bool:
+    """Whether a checkpoint holds a later step than an export; by the time of writing where a step cannot be read."""
+    exported, step = None, step_of(checkpoint)
+    with suppress(UserError):  # told when it is read
+        exported = (read_object(export).get(EXTRAS) or {}).get("step")
+    if isinstance(exported, int) and step is not None:
+        return step > exported
+    return checkpoint.stat().st_mtime_ns > export.stat().st_mtime_ns
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    values = read_object(folder / CONFIG)
+    config, ours = read_config(values, folder / CONFIG), values.get(EXTRAS)
+    files, family = SafetensorsFolder(folder), family_of(values, folder / CONFIG)
+    shapes = _shapes_that_fit(config, len(files), files.size, folder / CONFIG)
+    files.rename({name: family.theirs(name) for name in (*shapes, "lm_head.weight") if family.renamed})
+    _check_names(files, shapes, config, folder)
+    return Checkpoint(folder, config, files, partial(Tokenizer.from_pretrained, folder), _meta(ours), ours is None)
+
+
+def _meta(ours: dict[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (ours or {}).items() if name not in ("transformer", "tokenizer", "lora")}
+
+
+def _open_adapter(folder: Path, above: tuple[Path, ...]) -> Checkpoint:
+    own, scaling, path = load_adapter(folder)
+    if folder.resolve() in above:
+        raise UserError(f"{folder} names itself as the model that it adapts: set base_model_name_or_path")
+    base = open_checkpoint(path, (*above, folder.resolve()))
+    weights = MergedWeights(ChainMap(own, base.weights), scaling)  # type: ignore[arg-type]
+    if not (folder / CONFIG).is_file():  # peft's own
+        return replace(base, place=folder, weights=weights)
+    values = read_object(folder / CONFIG)
+    config = read_config(values, folder / CONFIG)
+    rows, known = config.vocab_size or 0, base.config.vocab_size or 0
+    more = "vocab_size" if known <= rows <= 2 * known else None  # tokens that the base has not, such as a mask
+    for name in SIZES:
+        if getattr(config, name) != getattr(base.config, name) and name != more:
+            raise UserError(f"{folder / CONFIG} has another {name} than {path}, which the adapter was trained on")
+    tokenizer = partial(Tokenizer.from_pretrained, folder)
+    return Checkpoint(folder, config, weights, tokenizer, _meta(values.get(EXTRAS)), base.published, known)
+
+
+def _open_run_checkpoint(path: Path) -> Checkpoint:
+    check_or_offer(path)
+    checkpoint = read_state(path)
+    if path.is_dir():
+        checkpoint["state_dict"] = read_weights(path)
+    ours, state = read_identity(checkpoint, path), checkpoint.get("state_dict")
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no weights: its 'state_dict' is not a dictionary of tensors")
+    prefix = "transformer."
+    weights: Mapping[str, Tensor] = {
+        name.removeprefix(prefix): value for name, value in state.items() if str(name).startswith(prefix)
+    }
+    config = read_settings(ours.get("transformer"), path)
+    parts = [part for part in path.rglob("*") if part.is_file()] if path.is_dir() else [path]
+    shapes = _shapes_that_fit(config, len(weights), sum(part.stat().st_size for part in parts), path)
+    if (lora := ours.get("lora")) is not None:
+        try:
+            weights = MergedWeights(weights, Lora(**lora).scaling)
+        except TypeError as error:
+            raise UserError(f"{path} has adapters without their settings: its 'lora' is damaged: {error}") from error
+    _check_names(weights, shapes, config, path)
+    return Checkpoint(path, config, weights, lambda: _tokenizer_of(ours.get("tokenizer"), path), _meta(ours))
+
+
+def _tokenizer_of(values: Any, path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_dict(values)
+    except Exception as error:  # the Rust side raises a bare Exception
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} holds a tokenizer that cannot be read: {type(error).__name__}: {reason}") from error
+
+
+def _shapes_that_fit(config: TransformerConfig, tensors: int, size: int, place: Path) -> dict[str, list[int]]:
+    """Returns names and shapes of a model's weights; refuses a model that cannot be in so many tensors and bytes.
+
+    Nothing of the model's size is made before this.
+    """
+    beside = (
+        f"and beside it are {tensors:,} tensors of {size:,} bytes in all: config and weights do not belong together"
+    )
+    for name in SIZES:
+        if (getattr(config, name) or 0) > (tensors if name == "num_layers" else size):
+            raise UserError(f"{place} has {name}={getattr(config, name)}, {beside}")
+    shapes = weight_shapes(config)
+    needed = sum(map(math.prod, shapes.values()))
+    if needed > size:  # a number takes a byte at least
+        raise UserError(f"{place} describes a model of {needed:,} weights, {beside}")
+    return shapes
+
+
+def _check_names(
+    weights: Mapping[str, Tensor], shapes: dict[str, list[int]], config: TransformerConfig, place: Path
+) -> None:
+    """Raises UserError when weights are missing, or there are some that a model of the config has no use for."""
+    names = {name for name in weights if not name.endswith(".rotary_emb.inv_freq")}
+    missing, unknown = sorted(shapes.keys() - names), names - shapes.keys()
+    if missing:
+        raise UserError(f"{place} lacks {len(missing)} weights of its config, such as {missing[0]}")
+    if config.tie_embeddings and "lm_head.weight" in unknown:
+        if not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]):
+            raise UserError(f"{place} ties lm_head.weight to the embedding, but holds another lm_head.weight")
+        unknown.remove("lm_head.weight")
+    if unknown:
+        raise UserError(f"{place} has {len(unknown)} weights that its config does not name, such as {min(unknown)}")
+
+
+def weight_shapes(config: TransformerConfig) -> dict[str, list[int]]:
+    """Returns names and shapes of a transformer's distinct weights, in order; a tied head is none."""
     with torch.device("meta"):
-        transformer = Transformer(config)
-    kind = dtype or checkpoint.weights["model.norm.weight"].dtype
-    if kind not in FLOATING:
-        raise UserError(f"{checkpoint.place} has weights of type {kind}, which cannot be computed with: convert them")
-    transformer.to(kind)
-    transformer.to_empty(device=device)
-    transformer.tie_weights()
-    _copy_weights(transformer, checkpoint)
-    transformer.fuse_projections()
-    return transformer.eval()
-
-
-@torch.no_grad()
-def _copy_weights(transformer: Transformer, checkpoint: Checkpoint) -> None:
-    """Fills the transformer's weights, which may be sharded, one at a time."""
-    own = {plain_name(name): value for name, value in transformer.state_dict().items()}  # adapters are not loaded
-    for name in weight_shapes(transformer.config):
-        fill(own[name], checkpoint.weight(name, list(own[name].shape)))
+        weights = Transformer(config).state_dict()
+    if config.tie_embeddings:
+        del weights["lm_head.weight"]
+    return {name: list(weight.shape) for name, weight in weights.items()}

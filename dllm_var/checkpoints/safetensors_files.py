@@ -1,9 +1,9 @@
-"""Safetensors folders, read and written a tensor at a time: a model never has to fit into memory twice."""
+"""Weights as safetensors: folders of a model, read a tensor at a time, and of adapters, as peft has them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,64 +12,75 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dllm_var.errors import UserError
-from dllm_var.files import publish, read_object, write_atomically, write_text
+from dllm_var.files import fits, read_object, write_atomically
+from dllm_var.model.lora import DOWN, UP, Lora, is_adapter, plain_name
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MORE_THAN_LORA = ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern")
+_PEFT_PREFIX = "base_model.model."
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Writes a safetensors file that is there whole or not at all.
+
+    Raises:
+        UserError: When it cannot be written.
+    """
+    try:
+        with write_atomically(file) as partial:
+            plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            save_file(plain, partial, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {file}: {error}") from error
 
 
 class SafetensorsFolder(Mapping[str, Tensor]):
     """The tensors of `model.safetensors`, or of the shards its index lists; each is read when it is asked for.
 
-    Args:
-        folder: The folder.
+    A model therefore never has to fit into memory twice.
 
     Raises:
         UserError: When weights are missing, damaged, or pickled, which would run whatever code is in them.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._name_in_file: dict[str, str] = {}
         if (folder / INDEX).is_file():
-            self._file_of = _read_index(folder / INDEX)
-            self._files = {name: _open(folder / name) for name in sorted(set(self._file_of.values()))}
-            there = {file: set(opened.keys()) for file, opened in self._files.items()}
-            lost = next((name for name, file in self._file_of.items() if name not in there[file]), None)
-            if lost is not None:
-                raise UserError(f"{folder / self._file_of[lost]} lacks {lost}, which {INDEX} promises: fetch it again")
+            file_of = _read_index(folder / INDEX)
+        elif (folder / WEIGHTS).is_file() or not any(next(folder.glob(kind), None) for kind in PICKLED):
+            file_of = dict.fromkeys(_open(folder / WEIGHTS).keys(), WEIGHTS)
         else:
-            if not (folder / WEIGHTS).is_file() and any(next(folder.glob(kind), None) for kind in PICKLED):
-                raise UserError(
-                    f"{folder} has pickled weights only, and a pickle can run code: convert them with transformers, "
-                    "from_pretrained(...).save_pretrained(..., safe_serialization=True)"
-                )
-            self._files = {WEIGHTS: _open(folder / WEIGHTS)}
-            self._file_of = dict.fromkeys(self._files[WEIGHTS].keys(), WEIGHTS)
+            raise UserError(
+                f"{folder} has pickled weights only, and a pickle can run code: convert them with transformers, "
+                "from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+            )
+        files = {name: _open(folder / name) for name in sorted(set(file_of.values()))}
+        self._place = {name: (files[file], name) for name, file in file_of.items()}  # and their names in the files
+        self.size = sum((folder / name).stat().st_size for name in files)  # bytes
+        held = {name: set(file.keys()) for name, file in files.items()}
+        lost = next((name for name, file in file_of.items() if name not in held[file]), None)
+        if lost is not None:
+            raise UserError(f"{folder / file_of[lost]} lacks {lost}, which {INDEX} promises: fetch it again")
 
     def rename(self, names: dict[str, str]) -> None:
         """Gives tensors other names; `names` has the names in the files by the new ones."""
-        for new, name in names.items():
-            if name in self._file_of:
-                self._file_of[new] = self._file_of.pop(name)
-                self._name_in_file[new] = name
-
-    @property
-    def size(self) -> int:
-        """Bytes that the files take."""
-        return sum((self.folder / name).stat().st_size for name in self._files)
+        for new, old in names.items():
+            if old in self._place:
+                self._place[new] = self._place.pop(old)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[self._file_of[name]].get_tensor(self._name_in_file.get(name, name))
+        file, its_name = self._place[name]
+        return file.get_tensor(its_name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._file_of  # the inherited one would read the tensor
+        return name in self._place  # the inherited one would read the tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return iter(self._place)
 
     def __len__(self) -> int:
-        return len(self._file_of)
+        return len(self._place)
 
 
 def _open(file: Path) -> Any:
@@ -82,63 +93,87 @@ def _open(file: Path) -> Any:
 
 
 def _read_index(file: Path) -> dict[str, str]:
-    try:
-        names = dict(read_object(file)["weight_map"])
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {file}: {error}") from error
-    outside = next((name for name in names.values() if Path(str(name)).name != name), None)
+    names: Any = read_object(file).get("weight_map")
+    if not fits(names, dict[str, str]):
+        raise UserError(f"cannot read {file}: its weight_map does not name a file for each weight")
+    outside = next((name for name in names.values() if Path(name).name != name), None)
     if outside is not None:
         raise UserError(f"{file} names {outside!r}, which is no file beside it")
     return names
 
 
-def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Writes a safetensors file that is there whole or not at all.
-
-    Raises:
-        UserError: When it cannot be written.
-    """
-    try:
-        with write_atomically(file) as partial:
-            save_file(tensors, partial, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {file}: {error}") from error
+# -- adapters ----------------------------------------------------------------------------------------------------------
 
 
-def write_safetensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
-    """Writes tensors as `model.safetensors`, or as numbered shards with an index when one file would be too large.
+class MergedWeights(Mapping[str, Tensor]):
+    """Weights with adapters as those of a transformer without: W + (alpha / r) B A, merged when one is asked for.
 
     Args:
-        folder: Where to; must exist.
-        tensors: Names and values; at most `shard_bytes` and one tensor more are held at a time.
-        shard_bytes: Bytes of one file, unless a single tensor is larger.
+        weights: The base weights under plain names or with `base_layer`, and the adapters.
+        scaling: alpha / r.
+
+    Raises:
+        UserError: When an adapter is of a matrix that is not among them, or half of it is missing.
     """
-    parts: list[tuple[Path, list[str]]] = []
-    shard: dict[str, Tensor] = {}
-    held = total = 0
 
-    def flush() -> None:
-        nonlocal shard, held
-        if shard:
-            parts.append((folder / f".part-{len(parts)}.safetensors", list(shard)))
-            save_tensors(shard, parts[-1][0])
-        shard, held = {}, 0
+    def __init__(self, weights: Mapping[str, Tensor], scaling: float) -> None:
+        self._weights, self._scaling = weights, scaling
+        self._base = {plain_name(name): name for name in weights if not is_adapter(name)}
+        ups, downs = ({name.removesuffix(end) for name in weights if name.endswith(end)} for end in (UP, DOWN))
+        stray = ups ^ downs or {stem for stem in ups if f"{stem}.weight" not in self._base}
+        if stray:
+            raise UserError(f"the adapter of {min(stray)} belongs to no matrix of the model, or is one half of a pair")
 
-    for name, value in tensors:
-        size = value.numel() * value.element_size()
-        if shard and held + size > shard_bytes:
-            flush()
-        shard[name], held, total = value.detach().cpu().contiguous(), held + size, total + size
-    flush()
-    if len(parts) == 1:
-        publish(parts[0][0], folder / WEIGHTS)
-        return
-    weight_map: dict[str, str] = {}
-    for number, (part, names) in enumerate(parts, start=1):
-        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        publish(part, folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    def __getitem__(self, name: str) -> Tensor:
+        base = self._weights[self._base[name]]
+        stem = name.removesuffix(".weight")
+        if not name.endswith(".weight") or stem + UP not in self._weights:
+            return base
+        up, down = (self._weights[stem + end].float() for end in (UP, DOWN))
+        if [*up.shape[:1], *down.shape[1:]] != list(base.shape) or up.shape[1:] != down.shape[:1]:
+            shapes = f"{list(down.shape)} and {list(up.shape)}"
+            raise UserError(f"the adapter of {name} has the shapes {shapes}, the weight itself {list(base.shape)}")
+        return (base.float() + self._scaling * (up @ down)).to(base.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+
+def save_adapter(folder: Path, weights: Mapping[str, Tensor], lora: Lora, base: str) -> None:
+    """Writes the adapters of a state dict as peft does, without the base weights.
+
+    Args:
+        folder: Made when missing.
+        weights: A state dict with adapters.
+        lora: Their settings.
+        base: The checkpoint they were trained on.
+    """
+    adapters = {_PEFT_PREFIX + name.replace(".default.", "."): weights[name] for name in weights if is_adapter(name)}
+    save_tensors(adapters, folder / ADAPTER_WEIGHTS)
+    config = lora.peft_config()
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(str(folder))
+
+
+def load_adapter(folder: Path) -> tuple[dict[str, Tensor], float, str]:
+    """Reads what `save_adapter` or peft wrote.
+
+    Returns:
+        The adapters under the names that they have in a transformer, alpha / r, and the checkpoint they belong to.
+
+    Raises:
+        UserError: When it is damaged, or an adapter of another kind.
+    """
+    config = read_object(folder / ADAPTER_CONFIG)
+    if config.get("peft_type") != "LORA" or any(config.get(name) for name in MORE_THAN_LORA):
+        raise UserError(f"cannot read the adapter {folder}: it is no plain LoRA adapter")
+    r, alpha, base = config.get("r", 0), config.get("lora_alpha"), config.get("base_model_name_or_path", "")
+    if alpha is None or not (fits(r, int) and fits(alpha, float) and fits(base, str) and r > 0):
+        raise UserError(f"cannot read the adapter {folder}: it needs r, lora_alpha and base_model_name_or_path")
+    file = _open(folder / ADAPTER_WEIGHTS)
+    names = file.keys()
+    named = {re.sub(r"\.(lora_[AB])\.", r".\1.default.", name.removeprefix(_PEFT_PREFIX)): name for name in names}
+    return {name: file.get_tensor(its_name) for name, its_name in named.items()}, alpha / r, base

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jsonargparse import Namespace
 
-from dllm_var.checkpoints.identity import provenance
+from dllm_var.checkpoints.run_checkpoint import provenance
 from dllm_var.cli.generate import add_draw_options, add_sampler_options, load
 from dllm_var.errors import UserError
 from dllm_var.evaluation import TASKS

@@ -13,7 +13,7 @@ from dllm_var.files import fits
 from dllm_var.settings import SettingsParser
 
 if TYPE_CHECKING:
-    from dllm_var.checkpoints.opening import Checkpoint
+    from dllm_var.checkpoints.pretrained import Checkpoint
 
 DESCRIPTION = """Writes a checkpoint as the folder of a published model family: config, safetensors, tokenizer, chat
 template, mask token, terminators, and how to decode it. docs/checkpoints.md says which engine serves which format."""
@@ -36,7 +36,7 @@ def main(command: str, arguments: list[str]) -> int:
 
     from dllm_var.checkpoints.export import export_checkpoint
     from dllm_var.checkpoints.families import FORMATS
-    from dllm_var.checkpoints.opening import open_checkpoint
+    from dllm_var.checkpoints.pretrained import open_checkpoint
 
     if options.format not in FORMATS:
         raise UserError(f"--format {options.format} is unknown; there are {', '.join(FORMATS)}")

@@ -246,7 +246,7 @@ def find_checkpoint(command: str, settings: Namespace, resume: str | None) -> st
         placed = settings.trainer.clone()
         place_runs(placed)
         settings.ckpt_path = str(continue_newest(placed))
-        check_or_offer(Path(settings.ckpt_path), "--ckpt_path")
+        check_or_offer(Path(settings.ckpt_path), "--ckpt_path=")
     elif path is not None:
         settings.ckpt_path = str(checkpoint_at(str(path)))
     elif command != "fit":
@@ -269,7 +269,7 @@ def place_run(command: str, settings: Namespace, resume: str | None, held: ExitS
         settings.ckpt_path = None if checkpoint is None else str(checkpoint)
         os.environ[_RESUMED] = settings.ckpt_path or ""
         if checkpoint is not None and is_first():
-            check_or_offer(checkpoint, "--resume")
+            check_or_offer(checkpoint, "--resume=")
         warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # it goes on there
 
 

@@ -16,8 +16,7 @@ from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler,
 from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.utilities import rank_zero_info
 
-from dllm_var.checkpoints.archive import UnusableCheckpoint
-from dllm_var.checkpoints.run_checkpoint import read_state
+from dllm_var.checkpoints.archive import UnusableCheckpoint, read_state
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.settings import load_yaml

@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dllm_var.checkpoints.archive import is_sharded
 from dllm_var.checkpoints.run_checkpoint import check_or_offer, newest_checkpoint
-from dllm_var.checkpoints.sharded import is_sharded
 from dllm_var.errors import UserError
 from dllm_var.files import put_back
 
@@ -185,7 +185,7 @@ def checkpoint_at(path: str) -> Path:
         UserError: When nothing is there, a folder without a checkpoint, or one that cannot be used.
     """
     found = find_checkpoint(path, "ckpt_path")
-    check_or_offer(found, "--ckpt_path")
+    check_or_offer(found, "--ckpt_path=")
     return found
 
 

@@ -14,10 +14,9 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
 
-from dllm_var.checkpoints.archive import CannotSave
+from dllm_var.checkpoints.archive import CannotSave, write_index_checksum
 from dllm_var.checkpoints.checkpoint_io import CheckedFiles
 from dllm_var.checkpoints.run_checkpoint import SAVING, newest_usable
-from dllm_var.checkpoints.sharded import write_index_checksum
 from dllm_var.files import discard, publish, write_text
 from dllm_var.training.resume import rows_per_step
 from dllm_var.training.run_folders import listed

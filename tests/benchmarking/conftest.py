@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from dllm_var.checkpoints.pretrained import save_checkpoint_folder
+from dllm_var.checkpoints.export import save_checkpoint_folder
 from dllm_var.datamodules import CmudictSource
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.transformer import Transformer

@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm_var.checkpoints.archive import UnusableCheckpoint, check_archive, load_archive, write_archive
+from dllm_var.checkpoints.archive import UnusableCheckpoint, check, check_archive, load_archive, write_archive
 from dllm_var.checkpoints.run_checkpoint import (
-    check,
     check_or_offer,
     clear_leftovers,
     newest_checkpoint,
@@ -190,12 +189,12 @@ def test_the_newest_good_one_is_offered(tmp_path):
         write_archive(state(9 - age), tmp_path / f"{name}.ckpt")
     last = newest_checkpoint(tmp_path)
     assert last == tmp_path / "last.ckpt"
-    check_or_offer(last, "--resume")
+    check_or_offer(last, "--resume=")
     for name in ("last", "step=4"):
         os.truncate(tmp_path / f"{name}.ckpt", 300)
     assert newest_usable(tmp_path) == tmp_path / "step=2.ckpt"
     with pytest.raises(UnusableCheckpoint, match=r"last.ckpt is damaged.*--resume=.*step=2.ckpt$"):
-        check_or_offer(last, "--resume")
+        check_or_offer(last, "--resume=")
     os.truncate(tmp_path / "step=2.ckpt", 0)
     with pytest.raises(UnusableCheckpoint, match="no other checkpoint"):
-        check_or_offer(last, "--resume")
+        check_or_offer(last, "--resume=")

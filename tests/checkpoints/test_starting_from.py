@@ -18,13 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from dllm_var import DiffusionLM
-from dllm_var.checkpoints.pretrained import (
-    load_checkpoint,
-    load_pretrained,
-    save_checkpoint_folder,
-    start_from,
-    starting_config,
-)
+from dllm_var.checkpoints.export import save_checkpoint_folder
+from dllm_var.checkpoints.pretrained import load_checkpoint, load_pretrained, start_from, starting_config
 from dllm_var.checkpoints.safetensors_files import SafetensorsFolder
 from dllm_var.datamodules import JsonlSource, PackedDataModule
 from dllm_var.errors import UserError

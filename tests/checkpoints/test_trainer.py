@@ -12,9 +12,9 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 
-from dllm_var.checkpoints.archive import CannotSave
+from dllm_var.checkpoints.archive import CannotSave, check
 from dllm_var.checkpoints.checkpoint_io import BackgroundFiles, CheckedFiles, snapshot
-from dllm_var.checkpoints.run_checkpoint import check, newest_first, step_of
+from dllm_var.checkpoints.run_checkpoint import newest_first, step_of
 from dllm_var.training.trainer import Trainer
 
 

@@ -8,10 +8,9 @@ import torch
 from byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
 
 from dllm_var.__main__ import main
-from dllm_var.checkpoints.export import export_checkpoint
+from dllm_var.checkpoints.export import export_checkpoint, save_checkpoint_folder
 from dllm_var.checkpoints.families import FORMATS
-from dllm_var.checkpoints.opening import open_checkpoint
-from dllm_var.checkpoints.pretrained import load_checkpoint, load_pretrained, save_checkpoint_folder
+from dllm_var.checkpoints.pretrained import load_checkpoint, load_pretrained, open_checkpoint
 from dllm_var.model import KVCache, Transformer, TransformerConfig
 from dllm_var.sampling.config import sampler_from_config
 from dllm_var.text.tokenizer import Tokenizer

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dllm_var.__main__ import main
-from dllm_var.checkpoints.identity import identity
-from dllm_var.checkpoints.pretrained import save_checkpoint_folder
+from dllm_var.checkpoints.export import save_checkpoint_folder
+from dllm_var.checkpoints.run_checkpoint import identity
 from dllm_var.cli import evaluate
 from dllm_var.cli.generate import load
 from dllm_var.errors import UserError

@@ -10,7 +10,7 @@ from byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
 from jsonargparse import Namespace
 
 from dllm_var.__main__ import main
-from dllm_var.checkpoints.pretrained import save_checkpoint_folder
+from dllm_var.checkpoints.export import save_checkpoint_folder
 from dllm_var.cli.prompts import encode_gaps, read_prompts, token_ids
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig

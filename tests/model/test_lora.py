@@ -17,8 +17,9 @@ from peft import PeftModel
 
 from dllm_var import DiffusionLM
 from dllm_var.callbacks import ExportWeights
-from dllm_var.checkpoints.adapters import MergedWeights, load_adapter
-from dllm_var.checkpoints.pretrained import load_checkpoint, save_checkpoint_folder
+from dllm_var.checkpoints.export import save_checkpoint_folder
+from dllm_var.checkpoints.pretrained import load_checkpoint
+from dllm_var.checkpoints.safetensors_files import MergedWeights, load_adapter
 from dllm_var.cli.export import main as export
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dllm_var.__main__ import main
-from dllm_var.checkpoints.pretrained import load_checkpoint, save_checkpoint_folder
+from dllm_var.checkpoints.export import save_checkpoint_folder
+from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.datamodules import CmudictSource
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig

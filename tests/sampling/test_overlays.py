@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dllm_var.__main__ import main
-from dllm_var.checkpoints.pretrained import load_checkpoint, save_checkpoint_folder
+from dllm_var.checkpoints.export import save_checkpoint_folder
+from dllm_var.checkpoints.pretrained import load_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 OVERLAYS = sorted(path.stem for path in (ROOT / "configs" / "sampler").glob("*.yaml"))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from dllm_var.checkpoints.pretrained import save_checkpoint_folder
+from dllm_var.checkpoints.export import save_checkpoint_folder
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, ConfidenceThreshold, FixedLengthSampler

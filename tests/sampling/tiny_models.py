@@ -7,7 +7,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from dllm_var.checkpoints.pretrained import save_checkpoint_folder
+from dllm_var.checkpoints.export import save_checkpoint_folder
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.text.tokenizer import SpecialTokens, Tokenizer
 

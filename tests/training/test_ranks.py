@@ -15,9 +15,9 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from tiny_data import data_settings, write_words
 
+from dllm_var.checkpoints.archive import check, read_state
 from dllm_var.checkpoints.pretrained import load_checkpoint
-from dllm_var.checkpoints.run_checkpoint import check, newest_checkpoint
-from dllm_var.checkpoints.sharded import read_trainer_state
+from dllm_var.checkpoints.run_checkpoint import newest_checkpoint
 from dllm_var.cli.fit import failure
 
 ROOT = Path(__file__).parent.parent.parent
@@ -223,7 +223,7 @@ def test_two_ranks_go_on_bit_for_bit_and_one_alone_with_the_same_rows(strategy, 
     last = LAST.parent.parent.parent / "version_1" / "checkpoints" / "last.ckpt"
     check(last)
     assert last.is_dir() == (strategy == "fsdp2")
-    stopped = read_trainer_state(last) if last.is_dir() else torch.load(last, weights_only=True)
+    stopped = read_state(last) if last.is_dir() else torch.load(last, weights_only=True)
     assert stopped["global_step"] == 3
     status, output = run([*command, "--resume"])
     assert status == 0, output

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dllm_var.checkpoints.sharded import read_weights
+from dllm_var.checkpoints.archive import read_weights
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.model.build import build_transformer
