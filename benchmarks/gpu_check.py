@@ -184,7 +184,7 @@ def train(device: torch.device, tiny: bool, folder: Path) -> dict[str, Any]:
         found[f"{name}, seconds in all"] = time.perf_counter() - began
         for figure in ("step_seconds", "tokens_per_second", "mfu"):
             found[f"{name}, {figure}"] = kept.values.get(f"speed/{figure}")
-        found[f"{name}, peak memory GiB"] = (peak_memory(device) or 0) / 2**30
+        found[f"{name}, peak memory GiB"] = peak_memory(device) / 2**30
         del module, trainer
     return found
 

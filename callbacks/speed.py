@@ -1,7 +1,8 @@
-"""How fast training is, and how much of that the machine could do."""
+"""The speed of training, and its share of what the machine could do."""
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from collections import defaultdict
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from torch.utils.benchmark import Timer
 
 from dllm_var.errors import UserError
 
@@ -114,12 +116,10 @@ class SpeedMonitor(L.Callback):
             "step_seconds": sums["seconds"] / sums["steps"],
             "data_wait_share": sums["data_seconds"] / sums["seconds"],
             "flops_per_second": flops / trainer.world_size,
+            "peak_memory_gib": peak_memory(pl_module.device) / 2**30,
         }
         if self._peak:
             figures["mfu"] = flops / trainer.world_size / self._peak
-        memory = peak_memory(pl_module.device)
-        if memory is not None:
-            figures["peak_memory_gib"] = memory / 2**30
         pl_module.log_dict({f"speed/{name}": value for name, value in figures.items()})
         pl_module.log("tokens/s", tokens, prog_bar=True, logger=False)
 
@@ -143,34 +143,19 @@ def compute_dtype(precision: str) -> torch.dtype:
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = MEASURING_SECONDS) -> float:
     """Returns the FLOP/s of the fastest of several large matrix products, which is what training could at best reach.
 
-    The factors are random: a GPU draws less power, and so runs faster, on matrices of equal numbers. One product warms
-    up; the others are repeated for `seconds`.
+    The factors are random: a GPU draws less power, and so runs faster, on matrices of equal numbers.
     """
     size = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
     factor = torch.randn(size, size, device=device, dtype=dtype, generator=generator)
-    best, end = float("inf"), float("inf")
+    product = Timer("factor @ factor", globals={"factor": factor}, num_threads=torch.get_num_threads())
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        while time.perf_counter() < end:
-            began = time.perf_counter()
-            torch.mm(factor, factor)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            now = time.perf_counter()
-            if end == float("inf"):
-                end = now + seconds
-            else:
-                best = min(best, now - began)
-    return 2 * size**3 / best
+        return 2 * size**3 / min(product.blocked_autorange(min_run_time=seconds).times)
 
 
-def peak_memory(device: torch.device) -> int | None:
-    """Returns the most memory in use so far in bytes: allocated on the GPU, else resident; None where it is unknown."""
+def peak_memory(device: torch.device) -> int:
+    """Returns the most memory in use so far in bytes: allocated on the GPU, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return None
-    import resource
-
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024  # Linux counts in KiB

@@ -129,7 +129,7 @@ class RunSummary(L.Callback):
         run, result = trainer.log_dir, self._result  # every process must ask for the folder
         if result is None or not trainer.is_global_zero:
             return
-        result["checkpoint"], result["weights"] = newest_checkpoint(trainer), exported_weights(trainer)
+        result["checkpoint"], result["weights"] = last_checkpoint(trainer), exported_weights(trainer)
         if trainer.loggers and run is not None:
             write_text(Path(run) / SUMMARY_FILE, json.dumps(result, indent=2) + "\n")
         figures = {f"{self.split}/{name}": value for name, value in result.items() if isinstance(value, float | int)}
@@ -155,7 +155,7 @@ class RunSummary(L.Callback):
         pl_module.print("\n" + "\n".join(f"{name:<{LABEL_WIDTH}}{text}" for name, text in lines.items() if text))
 
 
-def newest_checkpoint(trainer: L.Trainer) -> str | None:
+def last_checkpoint(trainer: L.Trainer) -> str | None:
     """Returns the checkpoint a run left last: the last one if such are kept, else the best; None without any."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and (path := callback.last_model_path or callback.best_model_path):

@@ -78,16 +78,10 @@ def test_a_run_resumed_within_an_epoch_ends_bit_for_bit_as_if_it_had_not_stopped
         assert torch.equal(a, b)
 
 
-def test_training_is_reproducible_and_the_seed_matters(tmp_path):
-    first, again, other = (fit(tmp_path, seed=seed)[0] for seed in (0, 0, 1))
-    weights = [torch.cat([p.flatten() for p in model.parameters()]) for model in (first, again, other)]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-
-
-def test_attention_setting_reaches_the_model(tmp_path):
-    document, _ = fit(tmp_path, attention="document")
-    full, _ = fit(tmp_path, attention="full")
-    assert not torch.equal(document.transformer.lm_head.weight, full.transformer.lm_head.weight)
+def test_training_is_reproducible_and_seed_and_attention_matter(tmp_path):
+    settings = ({}, {}, {"seed": 1}, {"attention": "full"})
+    weights = [torch.cat([p.flatten() for p in fit(tmp_path, **one)[0].parameters()]) for one in settings]
+    assert [torch.equal(weights[0], other) for other in weights[1:]] == [True, False, False]
 
 
 @pytest.mark.parametrize("objective", [EosSchedule, Autoregressive, BlockDiffusion])
@@ -107,7 +101,7 @@ def test_validation_logs_loss_accuracy_terminators_and_likelihood(objective, tmp
 
 def test_untrained_nelbo_is_about_that_of_guessing(tmp_path):
     """A model that knows nothing pays log V per token; the 1/t weights must not change that."""
-    model, run = fit(tmp_path, limit_val_batches=1.0, val_check_interval=1, max_steps=1)
+    model, run = fit(tmp_path, limit_val_batches=50, val_check_interval=1, max_steps=1)
     model.transformer.lm_head.weight.data.zero_()
     data = PackedDataModule(batch_size=8, context_length=48, packing="best_fit", overhang=4)
     nelbo = run.validate(model, data, verbose=False)[0]["val/nelbo"]
@@ -148,16 +142,6 @@ def test_a_checkpoint_is_plain_data_and_loads_without_its_config(tmp_path):
     assert transformer.config.context_length == 48  # the data's
     for a, b in zip(transformer.parameters(), model.transformer.parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-def test_compiled_blocks_keep_the_state_dict(tmp_path):
-    model = DiffusionLM(SMALL, compile=True)
-    model.use_tokenizer(PackedDataModule(context_length=48).tokenizer)
-    model.configure_model()
-    plain = DiffusionLM(SMALL)
-    plain.use_tokenizer(model.tokenizer)
-    plain.configure_model()
-    assert model.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_muon_trains_through_lightning_and_lowers_the_loss(tmp_path):

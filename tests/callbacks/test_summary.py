@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from dllm_var.callbacks import ExportWeights, RunSummary, SamplingCallback, SpeedMonitor
+from dllm_var.callbacks import ExportWeights, RunSummary, SamplingCallback
 from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.errors import UserError
 
@@ -144,24 +144,3 @@ def test_training_time_adds_up_over_resumes_without_the_final_evaluation(
     summary = read(tmp_path)
     assert summary["train_seconds"] == pytest.approx(6.0)
     assert summary["decode_seconds"] == pytest.approx(50.0)
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_summary_of_one(fit: Any, real_sampler: Any, tmp_path: Path) -> None:
-    """Under ddp the first process samples alone while the others wait, and all share the final evaluation."""
-    for name, settings in (("one", {}), ("two", {"strategy": "ddp_fork", "devices": 2})):
-        callbacks = [
-            SamplingCallback(real_sampler, every_n_steps=2),
-            SpeedMonitor(peak_flops=None),
-            ExportWeights(),
-            RunSummary(real_sampler),
-        ]
-        fit(*callbacks, logger=CSVLogger(tmp_path / name, name="csv"), max_steps=4, **settings)
-    one, two = read(tmp_path / "one"), read(tmp_path / "two")
-    assert two["answers"] == one["answers"] == 12
-    assert two["weights"] is not None
-    transformer, _, _ = load_checkpoint(tmp_path / "two" / "csv" / "version_0")
-    assert sum(p.numel() for p in transformer.parameters()) == one["parameters"] == two["parameters"]
-    metrics = (tmp_path / "two" / "csv" / "version_0" / "metrics.csv").read_text()
-    assert "sample/token_error_rate" in metrics
-    assert "speed/tokens_per_second" in metrics

@@ -1,11 +1,8 @@
-"""All callbacks in one small run on real data, model and sampler; and on processes that share the parameters."""
+"""All callbacks in one small run on real data, model and sampler."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,6 @@ from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.metrics import AnswerMetrics
 from dllm_var.sampling import BlockDiffusionSampler
 
-ROOT = Path(__file__).parents[2]
 SOUNDS = {"a": "AA", "b": "B", "d": "D", "e": "EH", "k": "K"}
 
 
@@ -67,44 +63,3 @@ def test_the_exported_weights_score_what_the_summary_says(
     assert "step 40/40  loss" in out
     assert "validation: loss" in out
     assert "step 20, 5 answers:" in out
-
-
-SHARDED_RUN = """
-import sys
-import torch
-import lightning as L
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
-from conftest import ToyData
-from dllm_var import DiffusionLM
-from dllm_var.callbacks import ExportWeights, RunSummary, SamplingCallback, SpeedMonitor
-from dllm_var.model.config import TransformerConfig
-from dllm_var.sampling import BlockDiffusionSampler
-
-torch.set_num_threads(1)
-torch.manual_seed(0)
-sampler = BlockDiffusionSampler(block_length=4, max_new_tokens=8)
-L.Trainer(
-    strategy=ModelParallelStrategy(2, 1), devices=2, accelerator="cpu", max_steps=4, limit_val_batches=0,
-    logger=CSVLogger(sys.argv[1], name="csv"), log_every_n_steps=2, enable_checkpointing=False,
-    callbacks=[SamplingCallback(sampler, every_n_steps=2), SpeedMonitor(), ExportWeights(), RunSummary(sampler)],
-).fit(DiffusionLM(TransformerConfig(num_layers=2, hidden_size=16, num_heads=2, intermediate_size=32)), ToyData())
-"""
-
-
-@pytest.mark.slow
-def test_processes_that_share_the_parameters_decode_together(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(SHARDED_RUN)
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    command = [sys.executable, str(script), str(tmp_path)]
-    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("8 answers:") == 2  # one print at steps 2 and 4, not one of each process
-    folder = tmp_path / "csv" / "version_0"
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["answers"] == 12
-    transformer, tokenizer, _ = load_checkpoint(folder)
-    examples = [tokenizer.encode(word) for word in ("a", "bb", "ccc")]
-    assert len(BlockDiffusionSampler(block_length=4, max_new_tokens=8).generate(transformer, examples)) == 3
-    assert sum(weight.numel() for weight in transformer.parameters()) == summary["parameters"]

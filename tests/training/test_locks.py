@@ -3,47 +3,44 @@
 import contextlib
 import errno
 import fcntl
+import multiprocessing
 import os
-import subprocess
-import sys
-from pathlib import Path
+import time
 
 import pytest
 
 from dllm_var.errors import UserError
 from dllm_var.training.run_folders import hold
 
-ROOT = Path(__file__).parent.parent.parent
-HOLDER = """
-import os, sys, time
-from pathlib import Path
-from dllm_var.training.run_folders import hold
-with hold(Path(sys.argv[1])):
-    if len(sys.argv) > 2 and os.fork() == 0:
-        time.sleep(60)
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+
+def _hold(folder, connection, forks):
+    child = 0
+    with hold(folder):
+        if forks:
+            child = os.fork()
+            if child == 0:
+                time.sleep(60)
+                os._exit(0)
+        connection.send(child)
+        connection.recv()
 
 
 @contextlib.contextmanager
-def another_process(folder, *arguments):
-    """Holds a folder until it is told to end, or killed."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder), *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def another_process(folder, forks=False):
+    """Holds a folder in another process, which ends when it is sent anything, or killed."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=_hold, args=(folder, there, forks))
+    process.start()
+    process.connection = here
+    child = here.recv()
     try:
-        assert process.stdout.readline() == "held\n"
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
-        process.communicate()
+        process.kill()
+        process.join()
+        if child:
+            os.kill(child, 9)
 
 
 def refusal(folder):
@@ -62,21 +59,22 @@ def test_a_folder_is_held_by_one_process_until_it_ends_however_it_ends(tmp_path)
             text = refusal(folder)
             assert f"{folder} is in use by process {holder.pid} on {os.uname().nodename}" in text and "\n" not in text
         holder.kill()
-        holder.wait()
+        holder.join()
         with hold(folder):
             pass
     assert list(tmp_path.iterdir()) == []
     with another_process(folder) as holder:
-        holder.communicate("")  # it ends by itself
+        holder.connection.send("end")
+        holder.join()
         with hold(folder):
             assert not folder.exists() and len(list(tmp_path.iterdir())) == 1  # beside it
 
 
 def test_a_forked_child_that_lives_on_does_not_keep_the_lock(tmp_path):
-    with another_process(tmp_path, "fork") as holder:
+    with another_process(tmp_path, forks=True) as holder:
         refusal(tmp_path)
         holder.kill()
-        holder.wait()
+        holder.join()
         with hold(tmp_path):
             pass
 
