@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
 from dllm_var.errors import UserError
 from dllm_var.model.attention import partly_causal_mask
@@ -33,12 +34,22 @@ class Score(NamedTuple):
     is_greedy: bool
 
 
+@dataclass
+class Part:
+    """A continuation, or one block of it behind those before it, and its score so far."""
+
+    pair: int  # index of the pair it belongs to
+    context: list[int]
+    continuation: list[int]
+    log_likelihood: float = 0.0
+    is_greedy: bool = True
+
+
 class Row(NamedTuple):
     """One row of a forward."""
 
-    part: int  # index of the continuation, or of its block
+    part: Part
     tokens: list[int]  # some of them hidden
-    start: int  # column where the continuation begins
     columns: list[int]  # scored columns
     targets: list[int]  # true tokens of these
     weight: float  # of its log-probabilities in the sum
@@ -89,11 +100,7 @@ class Likelihood:
 
     @torch.inference_mode()
     def __call__(
-        self,
-        model: Transformer,
-        pairs: Sequence[Pair],
-        decode: bool = True,
-        on_pair: Callable[[], None] = lambda: None,
+        self, model: Transformer, pairs: Sequence[Pair], decode: bool = True, quiet: bool = True
     ) -> list[Score]:
         """Returns the score of each pair; an empty continuation has probability 1.
 
@@ -101,7 +108,7 @@ class Likelihood:
             model: A transformer in eval mode; a causal one needs contexts of at least one token.
             pairs: Contexts and continuations.
             decode: Decodes greedily, too; without it no score of a diffusion model is greedy.
-            on_pair: Called once for each pair with a continuation, as its turn comes.
+            quiet: Shows no progress bar.
 
         Raises:
             UserError: For a model with `causal_context` and no `block_length`.
@@ -112,82 +119,73 @@ class Likelihood:
                 "block length it was trained with (evaluate --mc-block-length)"
             )
         causal = model.config.causal
-        parts: list[Pair] = []  # scored on their own: whole continuations, or their blocks given those before them
-        owners: list[int] = []
-        for index, (context, continuation) in enumerate(pairs):
-            length = self.block_length if self.block_length and not causal else max(len(continuation), 1)
-            for start in range(0, len(continuation), length):
-                parts.append(([*context, *continuation[:start]], continuation[start : start + length]))
-                owners.append(index)
-        order = sorted(range(len(parts)), key=lambda part: sum(map(len, parts[part])), reverse=True)
-        rows = (row for part in order for row in self._rows(part, parts[part], model))
-        sums, greedy = [0.0] * len(parts), [True] * len(parts)
-        begun: set[int] = set()
-        for batch in _chunks(rows, self.batch_size):
+        parts = [part for index, pair in enumerate(pairs) for part in self._parts(index, pair, causal)]
+        longest_first = sorted(parts, key=lambda part: len(part.context) + len(part.continuation), reverse=True)
+        bar = tqdm(longest_first, unit=" likelihoods", disable=quiet)
+        for batch in _chunks((row for part in bar for row in self._rows(part, model)), self.batch_size):
             for row, loss, guess in zip(batch, *predict(model, batch), strict=True):
-                sums[row.part] -= row.weight * float(loss.double().sum())
-                greedy[row.part] &= guess.tolist() == row.targets
-                if owners[row.part] not in begun:
-                    begun.add(owners[row.part])
-                    on_pair()
-        if not causal:
-            greedy = self.decoded_greedily(model, parts) if decode else [False] * len(parts)
-        totals, same = [0.0] * len(pairs), [causal or decode] * len(pairs)
-        for owner, total, is_greedy in zip(owners, sums, greedy, strict=True):
-            totals[owner] += total
-            same[owner] &= is_greedy
-        return [Score(total, is_greedy) for total, is_greedy in zip(totals, same, strict=True)]
+                row.part.log_likelihood -= row.weight * float(loss.double().sum())
+                if causal:
+                    row.part.is_greedy &= guess.tolist() == row.targets
+        if decode and not causal:
+            self._decode_greedily(model, parts)
+        totals, greedy = [0.0] * len(pairs), [causal or decode] * len(pairs)
+        for part in parts:
+            totals[part.pair] += part.log_likelihood
+            greedy[part.pair] &= part.is_greedy
+        return [Score(total, is_greedy) for total, is_greedy in zip(totals, greedy, strict=True)]
 
-    def _rows(self, part: int, pair: Pair, model: Transformer) -> Iterator[Row]:
-        """Yields the rows of a continuation; their weighted log-probabilities add up to its score."""
+    def _parts(self, index: int, pair: Pair, causal: bool) -> Iterator[Part]:
+        """Yields what is scored on its own: the whole continuation, or its blocks given those before them."""
         context, continuation = pair
-        if model.config.causal:
-            tokens = [*context, *continuation]
-            columns = list(range(len(context) - 1, len(tokens) - 1))
-            yield Row(part, tokens[:-1], len(context), columns, list(continuation), 1.0)
-            return
-        for hidden, weight in self.masks(pair):
-            yield self._row(part, pair, hidden, weight, model)
+        length = self.block_length if self.block_length and not causal else max(len(continuation), 1)
+        for start in range(0, len(continuation), length):
+            yield Part(index, [*context, *continuation[:start]], list(continuation[start : start + length]))
 
-    def masks(self, pair: Pair) -> Iterator[tuple[list[int], float]]:
+    def _rows(self, part: Part, model: Transformer) -> Iterator[Row]:
+        """Yields the rows of a part; their weighted log-probabilities add up to its score."""
+        if model.config.causal:
+            tokens = [*part.context, *part.continuation]
+            yield Row(part, tokens[:-1], list(range(len(part.context) - 1, len(tokens) - 1)), part.continuation, 1.0)
+            return
+        for hidden, weight in self._masks(part):
+            yield self._row(part, hidden, weight, model)
+
+    def _masks(self, part: Part) -> Iterator[tuple[list[int], float]]:
         """Yields which positions of the continuation are hidden, with the weight of what is predicted there."""
-        length = len(pair[1])
+        length = len(part.continuation)
         if length < 32 and 2**length - 1 <= self.draws:
             for count in range(1, length + 1):
                 for hidden in combinations(range(length), count):
                     yield list(hidden), 1 / (count * comb(length, count))
             return
-        noise, key = KeyedNoise(self.seed), torch.tensor([_key(pair)])
+        noise, key = KeyedNoise(self.seed), torch.tensor([_key(part)])
         start = float(noise.uniform(key, 1, stream=11))
         places = noise.uniform(key + torch.arange(self.draws), length, stream=12).argsort(dim=1).tolist()
         for number, order in enumerate(places):
             count = min(length, int((number + start) / self.draws * length) + 1)
             yield sorted(order[:count]), length / count / self.draws
 
-    def decoded_greedily(self, model: Transformer, pairs: Sequence[Pair]) -> list[bool]:
-        """Whether one-by-one decoding gives each continuation; a pair is left at its first other token."""
-        same = [True] * len(pairs)
-        hidden = {index: list(range(len(pair[1]))) for index, pair in enumerate(pairs) if pair[1]}
+    def _decode_greedily(self, model: Transformer, parts: Sequence[Part]) -> None:
+        """Notes whether one-by-one decoding gives each continuation; a part is left at its first other token."""
+        hidden = {number: list(range(len(part.continuation))) for number, part in enumerate(parts)}
         while hidden:
             for batch in _chunks(list(hidden), self.batch_size):
-                rows = [self._row(index, pairs[index], hidden[index], 1.0, model) for index in batch]
-                for row, (column, token) in zip(rows, most_confident(model, rows), strict=True):
-                    place = row.columns.index(column)
-                    same[row.part] = token == row.targets[place]
-                    del hidden[row.part][place]
-                    if not same[row.part] or not hidden[row.part]:
-                        del hidden[row.part]
-        return same
+                rows = [self._row(parts[number], hidden[number], 1.0, model) for number in batch]
+                for number, row, (place, token) in zip(batch, rows, most_confident(model, rows), strict=True):
+                    row.part.is_greedy = token == row.targets[place]
+                    del hidden[number][place]
+                    if not row.part.is_greedy or not hidden[number]:
+                        del hidden[number]
 
-    def _row(self, index: int, pair: Pair, hidden: list[int], weight: float, model: Transformer) -> Row:
+    def _row(self, part: Part, hidden: list[int], weight: float, model: Transformer) -> Row:
         mask, _ = special_ids(model)
-        context, continuation = pair
-        tail = -len(continuation) % self.canvas if self.canvas else 0
-        tokens = [*context, *continuation, *[mask] * tail]
-        columns = [len(context) + place for place in hidden]
+        tail = -len(part.continuation) % self.canvas if self.canvas else 0
+        tokens = [*part.context, *part.continuation, *[mask] * tail]
+        columns = [len(part.context) + place for place in hidden]
         for column in columns:
             tokens[column] = mask
-        return Row(index, tokens, len(context), columns, [continuation[place] for place in hidden], weight)
+        return Row(part, tokens, columns, [part.continuation[place] for place in hidden], weight)
 
 
 def predict(model: Transformer, rows: Sequence[Row]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -201,7 +199,7 @@ def predict(model: Transformer, rows: Sequence[Row]) -> tuple[Sequence[Tensor], 
 
 
 def most_confident(model: Transformer, rows: Sequence[Row]) -> list[tuple[int, int]]:
-    """Returns for each row the scored column whose best token has the highest probability, and that token."""
+    """Returns for each row the place, among its scored columns, of the most probable token, and that token."""
     mask, _ = special_ids(model)
 
     def read(logits: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
@@ -209,11 +207,9 @@ def most_confident(model: Transformer, rows: Sequence[Row]) -> list[tuple[int, i
         best = logits.softmax(dim=-1).max(dim=-1)
         return best.values, best.indices
 
-    found = []
-    for row, confidence, tokens in zip(rows, *_from_logits(model, rows, read), strict=True):
-        place = int(confidence.argmax())
-        found.append((row.columns[place], int(tokens[place])))
-    return found
+    confidences, tokens = _from_logits(model, rows, read)
+    places = [int(confidence.argmax()) for confidence in confidences]
+    return [(place, int(token[place])) for place, token in zip(places, tokens, strict=True)]
 
 
 def _from_logits(
@@ -238,24 +234,21 @@ def _hidden(model: Transformer, rows: Sequence[Row]) -> Tensor:
     """Returns the last hidden states at the scored columns [M, hidden]; rows do not see their padding."""
     device = model.embedding.weight.device
     longest = max(len(row.tokens) for row in rows)
-    tokens = torch.zeros(len(rows), longest, dtype=torch.long)
-    padding = torch.ones(len(rows), longest, dtype=torch.long)
-    for number, row in enumerate(rows):
-        tokens[number, : len(row.tokens)] = torch.tensor(row.tokens)
-        padding[number, : len(row.tokens)] = 0
+    tokens = torch.tensor([row.tokens + [0] * (longest - len(row.tokens)) for row in rows])
+    padding = (torch.arange(longest) >= torch.tensor([len(row.tokens) for row in rows])[:, None]).long()
     places = [number * longest + column for number, row in enumerate(rows) for column in row.columns]
     asked = torch.tensor(places, device=device)
     if model.config.causal_context:
-        before = torch.arange(longest) < torch.tensor([row.start for row in rows])[:, None]
+        before = torch.arange(longest) < torch.tensor([len(row.part.context) for row in rows])[:, None]
         seen = partly_causal_mask(torch.zeros_like(before), padding) | (~before[:, :, None] & (padding == 0)[:, None])
         return model.hidden_states(tokens.to(device), attention_mask=seen.to(device), asked=asked)
     segments = padding.to(device) if not model.config.causal and bool(padding.any()) else None
     return model.hidden_states(tokens.to(device), segment_ids=segments, asked=asked)
 
 
-def _key(pair: Pair) -> int:
-    """Returns a number for a pair that leaves room for its draws."""
-    tokens = array("q", [len(pair[0]), *pair[0], *pair[1]]).tobytes()
+def _key(part: Part) -> int:
+    """Returns a number for a context and a continuation that leaves room for its draws."""
+    tokens = array("q", [len(part.context), *part.context, *part.continuation]).tobytes()
     return (int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "little") >> 21) * _DRAWS_LIMIT
 
 

@@ -63,7 +63,6 @@ class EvaluatedModel(TemplateLM):
         sampler: How it decodes; its temperature is used, whatever a task asks for.
         likelihood: How continuations are scored.
         max_new_tokens: Longest answer, in place of the tasks' and the sampler's own limits.
-        quiet: Shows no progress.
     """
 
     def __init__(
@@ -73,12 +72,11 @@ class EvaluatedModel(TemplateLM):
         sampler: Sampler | None = None,
         likelihood: Likelihood = Likelihood(),  # noqa: B008
         max_new_tokens: int | None = None,
-        quiet: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.likelihood = model, tokenizer, likelihood
         self.sampler = sampler or (AutoregressiveSampler() if model.config.causal else BlockDiffusionSampler())
-        self.max_new_tokens, self.quiet = max_new_tokens, quiet or not sys.stderr.isatty()
+        self.max_new_tokens, self.quiet = max_new_tokens, not sys.stderr.isatty()
         self.decoded: dict[str, Decoded] = {}  # by task
         self._told = self._renders = False
 
@@ -132,16 +130,16 @@ class EvaluatedModel(TemplateLM):
         """Decodes the requests, those of one task with the same stop strings and limit in one call."""
         groups: dict[tuple[str, tuple[str, ...], int | None], list[int]] = {}
         for index, request in enumerate(requests):
-            _, settings = request.args
+            settings = request.args[1]
             self._check_temperature(request.task_name, settings)
-            stop = settings.get("until") or []
-            stop = [stop] if isinstance(stop, str) else stop
+            stops = settings.get("until") or []
+            stops = [stops] if isinstance(stops, str) else stops
             limit = self.max_new_tokens or settings.get("max_gen_toks")
-            group = str(request.task_name), tuple(text for text in stop if text), limit
+            group = str(request.task_name), tuple(text for text in stops if text), limit
             groups.setdefault(group, []).append(index)
         texts = [""] * len(requests)
         with tqdm(total=len(requests), unit=" answers", disable=disable_tqdm or self.quiet) as progress:
-            for (task, stops, limit), indices in groups.items():
+            for (task, stop, limit), indices in groups.items():
                 prompts = [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in indices]
                 began = time.perf_counter()
                 answers = self.sampler.generate(
@@ -149,7 +147,7 @@ class EvaluatedModel(TemplateLM):
                     prompts,
                     tokenizer=self.tokenizer,
                     max_new_tokens=limit,
-                    stop=stops,
+                    stop=stop,
                     on_answer=lambda *_: progress.update() and None,
                 )
                 decoded = self.decoded.setdefault(task, Decoded())
@@ -157,7 +155,6 @@ class EvaluatedModel(TemplateLM):
                 decoded.answers += answers
                 for index, answer in zip(indices, answers, strict=True):
                     texts[index] = answer.text or ""
-                    self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
         return texts
 
     def _check_temperature(self, task: str | None, settings: dict[str, Any]) -> None:
@@ -172,35 +169,27 @@ class EvaluatedModel(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         scores = self._score([(context, continuation) for _, context, continuation in requests], disable_tqdm)
-        for (texts, *_), score in zip(requests, scores, strict=True):
-            if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, tuple(score))
-        return [(float(score[0]), bool(score[1])) for score in scores]
+        return [(score.log_likelihood, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Scores whole texts, the long ones window by window; for a diffusion model each window is a bound."""
-        pairs: list[Pair] = []
-        owner: list[int] = []
+        windows: list[tuple[int, Pair]] = []
         for number, request in enumerate(requests):
-            windows = get_rolling_token_windows(
+            of_text = get_rolling_token_windows(
                 token_list=self.tok_encode(request.args[0]),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.model.config.context_length or LONGEST_WINDOW,
                 context_len=1,
             )
-            for window in windows:
-                pairs.append(make_disjoint_window(window))
-                owner.append(number)
+            windows += [(number, make_disjoint_window(window)) for window in of_text]
+        scores = self._score([window for _, window in windows], disable_tqdm, decode=False)
         totals = [0.0] * len(requests)
-        for number, score in zip(owner, self._score(pairs, disable_tqdm, decode=False), strict=True):
+        for (number, _), score in zip(windows, scores, strict=True):
             totals[number] += score.log_likelihood
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def _score(self, pairs: Sequence[Pair], disable_tqdm: bool, decode: bool = True) -> list[Score]:
-        progress = tqdm(total=len(pairs), unit=" likelihoods", disable=disable_tqdm or self.quiet)
-        with progress, finite_logits(self.model) as check:
-            scores = self.likelihood(self.model, pairs, decode, on_pair=lambda: progress.update() and None)
+        with finite_logits(self.model) as check:
+            scores = self.likelihood(self.model, pairs, decode, quiet=disable_tqdm or self.quiet)
             check()
         return scores

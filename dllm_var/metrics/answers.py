@@ -13,19 +13,9 @@ if TYPE_CHECKING:
     from dllm_var.sampling import Generation
 
 COUNTS = (
-    "answers",
-    "wrong",
-    "edits",
-    "reference_tokens",
-    "ended",
-    "limited",
-    "length_exact",
-    "premature",
-    "overrun",
-    "length_difference",
-    "tokens",
-    "forwards",
-)
+    "answers", "wrong", "edits", "reference_tokens", "ended", "limited", "length_exact", "premature", "overrun",
+    "length_difference", "tokens", "forwards",
+)  # fmt: skip
 
 
 class AnswerMetrics(Metric):
@@ -47,11 +37,11 @@ class AnswerMetrics(Metric):
     """
 
     full_state_update = False
+    counts: torch.Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        for name in COUNTS:
-            self.add_state(name, default=torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("counts", default=torch.zeros(len(COUNTS), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, generations: Sequence[Generation], references: Sequence[Sequence[Sequence[int]]]) -> None:
         """Adds answers.
@@ -65,28 +55,28 @@ class AnswerMetrics(Metric):
         """
         if len(generations) != len(references):
             raise ValueError(f"{len(generations)} generations but references for {len(references)}")
-        counts = dict.fromkeys(COUNTS, 0)
         for generation, answers in zip(generations, references, strict=True):
             reference, edits = nearest_reference(generation.tokens, answers)
             difference = len(generation.tokens) - len(reference)
             ended = generation.finish_reason == "eos"
-            counts["answers"] += 1
-            counts["wrong"] += edits > 0
-            counts["edits"] += edits
-            counts["reference_tokens"] += len(reference)
-            counts["ended"] += ended
-            counts["limited"] += generation.finish_reason == "length"
-            counts["length_exact"] += difference == 0
-            counts["premature"] += ended and difference < 0
-            counts["overrun"] += difference > 0
-            counts["length_difference"] += abs(difference)
-            counts["tokens"] += len(generation.tokens)
-            counts["forwards"] += generation.nfe
-        for name, count in counts.items():
-            getattr(self, name).add_(int(count))
+            counts = {
+                "answers": 1,
+                "wrong": edits > 0,
+                "edits": edits,
+                "reference_tokens": len(reference),
+                "ended": ended,
+                "limited": generation.finish_reason == "length",
+                "length_exact": difference == 0,
+                "premature": ended and difference < 0,
+                "overrun": difference > 0,
+                "length_difference": abs(difference),
+                "tokens": len(generation.tokens),
+                "forwards": generation.nfe,
+            }
+            self.counts += torch.tensor([int(counts[name]) for name in COUNTS], device=self.counts.device)
 
     def compute(self) -> dict[str, float]:
-        total = {name: int(getattr(self, name)) for name in COUNTS}
+        total = dict(zip(COUNTS, self.counts.tolist(), strict=True))
         answers = max(total["answers"], 1)
         return {
             "token_error_rate": total["edits"] / max(total["reference_tokens"], 1),

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+BUCKETS = 5  # of mask rates in [0, 1], equally wide
+
 
 class DenoisingMetrics(Metric):
     """Loss, loss by mask rate, accuracy, terminator recall and likelihood bound from the tokens that carried a loss.
@@ -26,10 +28,6 @@ class DenoisingMetrics(Metric):
     - `perplexity_bound`: exp(nelbo).
 
     Everything is a sum, so that several processes and uneven batches add up exactly.
-
-    Args:
-        buckets: Number of equal mask-rate buckets in [0, 1].
-        kwargs: Passed on to torchmetrics.
     """
 
     full_state_update = False
@@ -43,15 +41,14 @@ class DenoisingMetrics(Metric):
     bucket_loss_sum: Tensor
     bucket_tokens: Tensor
 
-    def __init__(self, buckets: int = 5, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.buckets = buckets
+    def __init__(self) -> None:
+        super().__init__()
         for name in ("loss_sum", "weighted_loss_sum"):
             self.add_state(name, default=torch.tensor(0.0, dtype=torch.float32), dist_reduce_fx="sum")
         for name in ("loss_tokens", "correct", "terminators", "terminators_found", "supervised_tokens"):
             self.add_state(name, default=torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("bucket_loss_sum", default=torch.zeros(buckets, dtype=torch.float32), dist_reduce_fx="sum")
-        self.add_state("bucket_tokens", default=torch.zeros(buckets, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("bucket_loss_sum", default=torch.zeros(BUCKETS, dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_state("bucket_tokens", default=torch.zeros(BUCKETS, dtype=torch.long), dist_reduce_fx="sum")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:
         """Moves the sums to another device, never to another type: a model in bfloat16 still adds up in float32."""
@@ -85,9 +82,9 @@ class DenoisingMetrics(Metric):
         self.terminators_found += (correct & is_terminator).sum()
         self.supervised_tokens += supervised_tokens
         if mask_rate is not None:
-            bucket = (mask_rate * self.buckets).long().clamp(0, self.buckets - 1)
+            bucket = (mask_rate * BUCKETS).long().clamp(0, BUCKETS - 1)
             self.bucket_loss_sum.index_add_(0, bucket, token_loss)
-            self.bucket_tokens += torch.bincount(bucket, minlength=self.buckets)
+            self.bucket_tokens += torch.bincount(bucket, minlength=BUCKETS)
 
     def compute(self) -> dict[str, Tensor]:
         nelbo = self.weighted_loss_sum / self.supervised_tokens.clamp(min=1)
@@ -100,6 +97,6 @@ class DenoisingMetrics(Metric):
         if self.terminators > 0:
             metrics["terminator_recall"] = self.terminators_found / self.terminators
         for bucket in self.bucket_tokens.nonzero().flatten().tolist():
-            middle = (bucket + 0.5) / self.buckets
+            middle = (bucket + 0.5) / BUCKETS
             metrics[f"loss_t={middle:g}"] = self.bucket_loss_sum[bucket] / self.bucket_tokens[bucket]
         return metrics

@@ -6,27 +6,22 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+ALPHA = 3.0  # how much lost accuracy costs
+TOLERANCE = 5.0  # per cent below the first point's accuracy that still count
 
-def aup(
-    parallelism: Sequence[float],
-    accuracy: Sequence[float],
-    best_accuracy: float | None = None,
-    alpha: float = 3.0,
-    tolerance: float = 5.0,
-) -> float:
+
+def aup(parallelism: Sequence[float], accuracy: Sequence[float], best_accuracy: float | None = None) -> float:
     """Accuracy under parallelism: the weighted area under accuracy as a function of tokens per forward.
 
-    Points are taken from the least to the most parallel; those more than `tolerance` below the first are left out. The
+    Points are taken from the least to the most parallel; those more than `TOLERANCE` below the first are left out. The
     area left of the first point is a rectangle, the others are trapezoids of y W(y), where the weight
-    W(y) = min(exp(-alpha (1 - y / best_accuracy)), 1) makes lost accuracy cost more than the tokens it buys
+    W(y) = min(exp(-ALPHA (1 - y / best_accuracy)), 1) makes lost accuracy cost more than the tokens it buys
     (d3LLM, arXiv 2601.07568).
 
     Args:
         parallelism: Tokens per forward of each point, above 0.
         accuracy: Accuracy of each point in per cent.
         best_accuracy: Best accuracy any method has on the task, in per cent; None for the best of these points.
-        alpha: How much lost accuracy costs.
-        tolerance: Per cent below the first point's accuracy that still count.
 
     Raises:
         ValueError: The two differ in number, there is no point, or a parallelism is not above 0.
@@ -34,14 +29,14 @@ def aup(
     if len(parallelism) != len(accuracy) or not parallelism or min(parallelism) <= 0:
         raise ValueError("aup needs as many accuracies as parallelisms, at least one, and parallelisms above 0")
     points = sorted(zip(parallelism, accuracy, strict=True), key=lambda point: (point[0], -point[1]))
-    first, floor = points[0], points[0][1] - tolerance
+    first, floor = points[0], points[0][1] - TOLERANCE
     best = max(accuracy) if best_accuracy is None else best_accuracy
-    kept = [(tokens, y * _weight(y, best, alpha)) for tokens, y in points if y >= floor]
+    kept = [(tokens, y * _weight(y, best)) for tokens, y in points if y >= floor]
     area = first[0] * first[1]
     for (left, low), (right, high) in pairwise(kept):
         area += (right - left) * (low + high) / 2
     return area
 
 
-def _weight(accuracy: float, best: float, alpha: float) -> float:
-    return min(math.exp(-alpha * (1 - accuracy / best)), 1.0) if best > 0 else 1.0
+def _weight(accuracy: float, best: float) -> float:
+    return min(math.exp(-ALPHA * (1 - accuracy / best)), 1.0) if best > 0 else 1.0

@@ -16,7 +16,6 @@ from dllm_var.__main__ import main
 from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.datamodules import CmudictSource
 from dllm_var.errors import UserError
-from dllm_var.evaluation import TASKS
 from dllm_var.evaluation.likelihood import Likelihood
 from dllm_var.evaluation.lm import EvaluatedModel
 from dllm_var.evaluation.scoring import documents, error_rate, final_number_scores, pronunciation_scores
@@ -191,11 +190,6 @@ def test_shipped_problems_are_the_sources_test_split():
 
     shipped = documents("gsm_symbolic.jsonl")["test"].to_list()
     assert shipped == grouped(GsmSymbolicSource().records("test"), 500)
-
-
-def test_every_shipped_task_has_its_files():
-    names = {file.stem for file in TASKS.glob("*.yaml")}
-    assert names == {file.stem for file in TASKS.glob("*.jsonl")} == {"cmudict", "gsm_symbolic"}
 
 
 def test_scores_of_answers():

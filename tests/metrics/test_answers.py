@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -49,7 +48,7 @@ answers = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(answers)
 def test_rates_are_what_counting_by_hand_gives(pairs: list[tuple[Answer, list[list[int]]]]) -> None:
     metric = AnswerMetrics()
@@ -96,15 +95,12 @@ def test_an_answer_without_reference_is_refused() -> None:
 
 
 def test_processes_add_up() -> None:
-    """The reduction of every state is a sum, so metrics of parts summed state by state are the metrics of the whole."""
+    """Metrics of parts whose counts are summed are the metrics of the whole."""
     answers = [Answer([1, 2], "eos", 3), Answer([1], "length", 2), Answer([4, 4, 4], "eos", 5)]
     references = [[[1, 2]], [[1, 2], [3]], [[4]]]
-    parts = [AnswerMetrics(), AnswerMetrics()]
-    parts[0].update(answers[:1], references[:1])
-    parts[1].update(answers[1:], references[1:])
-    whole, summed = AnswerMetrics(), AnswerMetrics()
+    first, second, whole = AnswerMetrics(), AnswerMetrics(), AnswerMetrics()
+    first.update(answers[:1], references[:1])
+    second.update(answers[1:], references[1:])
     whole.update(answers, references)
-    for name, reduce in summed._reductions.items():
-        setattr(summed, name, reduce(torch.stack([getattr(part, name) for part in parts])))
-    summed._update_count = 2
-    assert summed.compute() == whole.compute()
+    first.counts += second.counts
+    assert first.compute() == whole.compute()

@@ -9,10 +9,7 @@ from dllm_var.metrics import aup
 
 def test_without_loss_it_is_the_plain_area():
     assert aup([1, 2, 5], [80, 80, 80]) == pytest.approx(5 * 80)
-
-
-def test_one_point_is_a_rectangle():
-    assert aup([2.5], [60]) == pytest.approx(150)
+    assert aup([2.5], [60]) == pytest.approx(150)  # one point is a rectangle
 
 
 def test_lost_accuracy_is_weighted():
@@ -34,10 +31,6 @@ def test_points_too_far_below_the_first_do_not_count():
 
 def test_order_does_not_matter():
     assert aup([4, 1, 2], [77, 80, 79]) == aup([1, 2, 4], [80, 79, 77])
-
-
-def test_alpha_and_tolerance_are_settings():
-    assert aup([1, 2], [80, 60], alpha=0, tolerance=100) == pytest.approx(80 + 70)
 
 
 @pytest.mark.parametrize(("tokens", "accuracy"), [([], []), ([1], [1, 2]), ([0], [50])])
