@@ -10,12 +10,12 @@ from torch import Tensor
 
 from dllm_var.callbacks.ema import averaged
 from dllm_var.checkpoints.export import save_checkpoint_folder, save_settings
-from dllm_var.checkpoints.pretrained import EXPORT_FOLDER
+from dllm_var.checkpoints.pretrained import EXPORT_FOLDER, PREFIX
 from dllm_var.checkpoints.safetensors_files import MergedWeights, save_adapter
 from dllm_var.sampling.config import remembered_sampler
 from dllm_var.training.strategies import is_sharded
 
-PREFIX, ADAPTER_FOLDER = "transformer.", "adapter"
+ADAPTER_FOLDER = "adapter"
 
 
 class ExportWeights(L.Callback):

@@ -78,20 +78,17 @@ def check(path: Path) -> None:
 
 
 def read_state(path: Path) -> Any:
-    """Reads the values of a checkpoint: from a file with its tensors, which stay on the disk until they are used; from
-    a folder all but weights and optimizer.
+    """Reads a checkpoint: all of a file, whose tensors stay on the disk until they are used; of a folder, all values
+    but weights and optimizer.
 
     Raises:
         UnusableCheckpoint: When it cannot be read.
     """
-    try:
-        if path.is_dir():
-            return load_archive(path / _TRAINER_STATE, path / _TRAINER_STATE)
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise UnusableCheckpoint(f"{path} is not a checkpoint")
-        return load_archive(path, path, mmap=True)
-    except OSError as error:
-        raise UnusableCheckpoint(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    if path.is_dir():
+        return load_archive(path / _TRAINER_STATE, path / _TRAINER_STATE)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UnusableCheckpoint(f"{path} is not a checkpoint")
+    return load_archive(path, path, mmap=True)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -144,9 +141,10 @@ def check_archive(file: IO[bytes], path: Path) -> None:
         UnusableCheckpoint: When it is damaged or no archive; names `path`.
     """
     first = file.read(len(_FIRST_BYTES))
+    if not first:
+        raise UnusableCheckpoint(f"the checkpoint {path} is damaged: it is empty")
     if first != _FIRST_BYTES:
-        empty = f"the checkpoint {path} is damaged: it is empty"
-        raise UnusableCheckpoint(f"{path} is not a checkpoint" if first else empty)
+        raise UnusableCheckpoint(f"{path} is not a checkpoint")
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - _SEAL_BYTES, 0))
     seal = file.read()
@@ -167,9 +165,7 @@ def check_archive(file: IO[bytes], path: Path) -> None:
             # torch sets none of these, and does not read an entry whose attributes make a folder of it.
             listed = all(not entry.external_attr and not entry.compress_type for entry in archive.infolist())
     except Exception as error:  # zipfile raises many kinds
-        raise UnusableCheckpoint(
-            f"the checkpoint {path} is damaged: it is cut short or was overwritten ({error})"
-        ) from error
+        raise UnusableCheckpoint(f"the checkpoint {path} is damaged: it is cut short or changed ({error})") from error
     if comment.startswith(_SEAL) or (_SEAL.startswith(comment) and seal[-2:] != bytes(2)):  # a part of the seal is left
         raise UnusableCheckpoint(f"the checkpoint {path} is damaged: it is cut short")
     if damaged is not None:
@@ -186,8 +182,8 @@ def load_archive(file: Path | IO[bytes], path: Path, **options: Any) -> Any:
     """
     try:
         return torch.load(file, weights_only=True, **{"map_location": "cpu", **options})
-    except OSError:
-        raise
+    except OSError as error:
+        raise UnusableCheckpoint(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
     except Exception as error:  # torch raises many kinds
         objects = _objects_in(file)
         raise (_holds_objects(path, objects[0]) if objects else _cannot_read(path, error)) from error

@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 from dllm_var.errors import UserError
 from dllm_var.files import fits
-from dllm_var.model.config import LLAMA3_KEYS, TransformerConfig
+from dllm_var.model.config import TransformerConfig
 
 EXTRAS = "dllm_var"  # the entry of config.json with what the family has no keys for
 REQUIRED: Any = object()  # in place of a default: the key must be there
@@ -201,7 +201,7 @@ FORMATS = {family.name: family for family in FAMILIES.values() if family is not 
 
 
 def family_of(values: dict[str, Any], file: Path) -> Family:
-    """Returns the family of a `config.json`; raises UserError naming the model type when it is none of ours."""
+    """Returns the family of the values of a `config.json`; raises UserError when it is none of ours."""
     family = FAMILIES.get(str(values.get("model_type")))
     if family is None:
         known = ", ".join(name for name in FAMILIES if name != OTHER.model_type)
@@ -283,38 +283,29 @@ def _read_key(family: Family, its_key: Key, values: dict[str, Any], kind: Any, f
 
 def _check_fixed(family: Family, values: dict[str, Any], file: Path) -> None:
     for name, allowed in family.fixed.items():
-        if name not in values:
-            if name in family.required:
-                raise UserError(f"{file} has no {name}, which a {family.model_type} checkpoint must name")
-            continue
-        given = values[name] if isinstance(values[name], list) else [values[name]]
-        wrong = [value for value in given if value not in allowed]
-        if wrong:
-            known = " or ".join(repr(value) for value in allowed if value is not None)
-            raise UserError(f"{file} has {name}={wrong[0]!r}; only {known} is known here")
+        if name not in values and name in family.required:
+            raise UserError(f"{file} has no {name}, which a {family.model_type} checkpoint must name")
+        given = values.get(name, allowed[0])
+        for value in given if isinstance(given, list) else [given]:
+            if value not in allowed:
+                known = " or ".join(repr(one) for one in allowed if one is not None)
+                raise UserError(f"{file} has {name}={value!r}; only {known} is known here")
 
 
 def _read_rope(values: dict[str, Any], file: Path) -> dict[str, Any]:
     """Returns our rotary settings; transformers 4 has rope_theta and rope_scaling, transformers 5 rope_parameters."""
-    rope: dict[str, Any] = {"rope_theta": values.get("rope_theta") or 10_000.0}  # transformers' default
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(values.get(name) or {}, dict):
-            raise UserError(f"{file} has {name}={values[name]!r}, where settings by name are expected")
-        rope |= values.get(name) or {}
-    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
+    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
     if rope.get("partial_rotary_factor") == 1.0:  # all of each head turns, as it does here
         del rope["partial_rotary_factor"]
-    expected = {"default": (), "llama3": LLAMA3_KEYS}.get(str(kind))
-    if expected is None:
-        raise UserError(f"{file} scales its rotary positions by rope_type={kind!r}; only default and llama3 are known")
-    missing, unknown = sorted(set(expected) - set(rope)), sorted(set(rope) - set(expected))
-    if missing or unknown:
-        problem = f"no {missing[0]}" if missing else f"{unknown[0]}={rope[unknown[0]]!r}, which is not known"
-        raise UserError(f"{file}: the rotary settings (rope_type={kind!r}) have {problem}")
-    for name, value in {"rope_theta": theta, **rope}.items():
-        _check_kind(name, value, float, file)
-    return {"rope_theta": float(theta), "rope_llama3": rope or None}
+    theta = rope.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0  # transformers' default
+    old_name = rope.pop("type", "default")
+    kind = rope.pop("rope_type", old_name)
+    if kind not in ("default", "llama3") or (kind == "default" and rope):
+        raise UserError(
+            f"{file} turns queries and keys by rope_type={kind!r} with {rope}; only plain rotary positions and llama3 "
+            "are known"
+        )
+    return {"rope_theta": theta, "rope_llama3": rope if kind == "llama3" else None}
 
 
 # -- config.json out ---------------------------------------------------------------------------------------------------

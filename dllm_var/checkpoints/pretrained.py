@@ -31,6 +31,7 @@ from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.text.tokenizer_files import TOKENIZER_FILES, download, is_hub_name
 
 CONFIG, EXPORT_FOLDER = "config.json", "model"
+PREFIX = "transformer."  # of the weights' names in a checkpoint of a run
 MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Settings in which a run may differ from the checkpoint it starts from, and those that tokenizer and objective decide.
@@ -206,8 +207,8 @@ class Checkpoint:
             UserError: When it has another shape, or values that are NaN or infinite.
         """
         value = self.weights[name]
-        if value.dtype not in FLOATING or value.layout is not torch.strided or value.is_meta:
-            raise UserError(f"{self.place}: weight {name} is no plain tensor of floating-point numbers")
+        if value.dtype not in FLOATING:
+            raise UserError(f"{self.place}: weight {name} has no floating-point numbers, but {value.dtype}")
         more = shape[0] - (self.rows or self.config.vocab_size or 0)
         if self.published and more > 0 and name in ("model.embed_tokens.weight", "lm_head.weight"):
             mean = value.float().mean(dim=0, keepdim=True).to(value.dtype)
@@ -306,18 +307,13 @@ def _open_run_checkpoint(path: Path) -> Checkpoint:
     ours, state = read_identity(checkpoint, path), checkpoint.get("state_dict")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no weights: its 'state_dict' is not a dictionary of tensors")
-    prefix = "transformer."
-    weights: Mapping[str, Tensor] = {
-        name.removeprefix(prefix): value for name, value in state.items() if str(name).startswith(prefix)
-    }
+    own = [name for name in state if name.startswith(PREFIX)]
+    weights: Mapping[str, Tensor] = {name.removeprefix(PREFIX): state[name] for name in own}
     config = read_settings(ours.get("transformer"), path)
     parts = [part for part in path.rglob("*") if part.is_file()] if path.is_dir() else [path]
     shapes = _shapes_that_fit(config, len(weights), sum(part.stat().st_size for part in parts), path)
-    if (lora := ours.get("lora")) is not None:
-        try:
-            weights = MergedWeights(weights, Lora(**lora).scaling)
-        except TypeError as error:
-            raise UserError(f"{path} has adapters without their settings: its 'lora' is damaged: {error}") from error
+    if ours.get("lora") is not None:
+        weights = MergedWeights(weights, Lora(**ours["lora"]).scaling)
     _check_names(weights, shapes, config, path)
     return Checkpoint(path, config, weights, lambda: _tokenizer_of(ours.get("tokenizer"), path), _meta(ours))
 
@@ -335,9 +331,7 @@ def _shapes_that_fit(config: TransformerConfig, tensors: int, size: int, place: 
 
     Nothing of the model's size is made before this.
     """
-    beside = (
-        f"and beside it are {tensors:,} tensors of {size:,} bytes in all: config and weights do not belong together"
-    )
+    beside = f"and beside it are {tensors:,} tensors of {size:,} bytes: config and weights do not belong together"
     for name in SIZES:
         if (getattr(config, name) or 0) > (tensors if name == "num_layers" else size):
             raise UserError(f"{place} has {name}={getattr(config, name)}, {beside}")
@@ -351,7 +345,7 @@ def _shapes_that_fit(config: TransformerConfig, tensors: int, size: int, place: 
 def _check_names(
     weights: Mapping[str, Tensor], shapes: dict[str, list[int]], config: TransformerConfig, place: Path
 ) -> None:
-    """Raises UserError when weights are missing, or there are some that a model of the config has no use for."""
+    """Refuses a checkpoint that lacks weights, or has some that a model of the config has no use for."""
     names = {name for name in weights if not name.endswith(".rotary_emb.inv_freq")}
     missing, unknown = sorted(shapes.keys() - names), names - shapes.keys()
     if missing:

@@ -1,4 +1,4 @@
-"""Checkpoint files: all damage to what they hold is found, no code runs, and the newest good one is chosen."""
+"""Checkpoints on the disk, files and folders of shards: all damage to what they hold is found, and no code runs."""
 
 import os
 import pickle
@@ -6,53 +6,28 @@ import zipfile
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm_var.checkpoints.archive import UnusableCheckpoint, check, check_archive, load_archive, write_archive
-from dllm_var.checkpoints.run_checkpoint import (
-    check_or_offer,
-    clear_leftovers,
-    newest_checkpoint,
-    newest_first,
-    newest_usable,
-    step_of,
+from dllm_var.checkpoints.archive import (
+    UnusableCheckpoint,
+    check,
+    check_archive,
+    is_sharded,
+    load_archive,
+    read_state,
+    read_weights,
+    write_archive,
+    write_index_checksum,
 )
+from dllm_var.checkpoints.run_checkpoint import newest_checkpoint, step_of
+
+WEIGHTS = {"w": torch.arange(60.0), "half": torch.ones(2, dtype=torch.bfloat16)}
 
 
-def state(step):
-    return {"global_step": step, "state_dict": {"w": torch.arange(60.0) * step}, "plain": [1, "two", None]}
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    path = tmp_path / "last.ckpt"
-    write_archive(state(1), path)
-    return path
-
-
-def read(path):
-    with open(path, "rb") as file:
-        check_archive(file, path)
-    return load_archive(path, path)
-
-
-def complaint(path):
-    with pytest.raises(UnusableCheckpoint) as caught:
-        check(path)
-    text = str(caught.value)
-    assert str(path) in text and "\n" not in text
-    return text
-
-
-def is_found_or_harmless(path):
-    """Whether damage is told, or changes nothing that is read."""
-    try:
-        content = read(path)
-    except UnusableCheckpoint as error:
-        return str(path) in str(error) and "\n" not in str(error)
-    whole = state(1)
-    return torch.equal(content.pop("state_dict")["w"], whole.pop("state_dict")["w"]) and content == whole
+def state(step=1):
+    return {"global_step": step, "state_dict": WEIGHTS, "plain": [1, "two", None]}
 
 
 class RunsCode:
@@ -65,45 +40,88 @@ class RunsCode:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "last.ckpt"
+    write_archive(state(), path)
+    return path
+
+
+def write_folder(path, trainer_state=None, **more):
+    optimizer = {"lr": 0.1, "betas": (0.9, 0.95), "step": torch.tensor(3)}
+    dcp.save({"state_dict": WEIGHTS, "optimizer_0": optimizer, **more}, checkpoint_id=path, no_dist=True)
+    torch.save(trainer_state or {"global_step": 3}, path / "meta.pt")
+    write_index_checksum(path)
+    return path
+
+
+def complaint(path):
+    with pytest.raises(UnusableCheckpoint) as caught:
+        check(path)
+    text = str(caught.value)
+    assert str(path) in text and "\n" not in text
+    return text
+
+
+def is_found_or_harmless(path):
+    """Whether damage is told, or changes nothing that is read; a file is read anew, however fast it was changed."""
+    try:
+        if path.is_dir():
+            check(path)
+            weights = read_weights(path)
+        else:
+            with open(path, "rb") as file:
+                check_archive(file, path)
+            content = load_archive(path, path)
+            weights = content.pop("state_dict")
+            assert content == {name: value for name, value in state().items() if name != "state_dict"}
+    except UnusableCheckpoint as error:
+        return str(path) in str(error) and "\n" not in str(error)
+    return all(torch.equal(weights[name], value) for name, value in WEIGHTS.items())
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
 def test_a_checkpoint_is_an_archive_that_torch_and_zip_tools_read(checkpoint):
+    check(checkpoint)
     assert torch.load(checkpoint, weights_only=True, mmap=True)["plain"] == [1, "two", None]
     with zipfile.ZipFile(checkpoint) as archive:
         assert archive.testzip() is None
     assert [path.name for path in checkpoint.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_every_flipped_bit_and_every_truncation_is_found(checkpoint):
+def test_flipped_bits_and_truncations_are_found(checkpoint):
     content = checkpoint.read_bytes()
-    for place in range(0, len(content), 3):
+    for place in range(0, len(content), 7):
         damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
         checkpoint.write_bytes(damaged)
         assert is_found_or_harmless(checkpoint), place
-    for length in range(len(content) - 1, -1, -13):
+    for length in range(len(content) - 1, -1, -31):
         checkpoint.write_bytes(content[:length])
         assert "damaged" in complaint(checkpoint) or length < 4, length
-    weights = state(1)["state_dict"]["w"].numpy().tobytes()
+    weights = WEIGHTS["w"].numpy().tobytes()
     checkpoint.write_bytes(content.replace(weights, bytes(len(weights))))
     assert "does not match its checksum" in complaint(checkpoint)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(place=st.integers(0, 10**6), new=st.binary(min_size=1, max_size=40), insert=st.booleans())
 def test_overwritten_and_inserted_bytes_are_found(place, new, insert, tmp_path_factory):
     path = tmp_path_factory.mktemp("c") / "last.ckpt"
-    write_archive(state(1), path)
+    write_archive(state(), path)
     content = path.read_bytes()
     place %= len(content) + 1
     path.write_bytes(content[:place] + new + content[place + (0 if insert else len(new)) :])
     assert is_found_or_harmless(path)
 
 
-def test_an_entry_that_was_made_a_folder_is_found_with_and_without_our_checksum(tmp_path):
-    ours, theirs = tmp_path / "ours.ckpt", tmp_path / "theirs.ckpt"
-    write_archive(state(1), ours)
-    torch.save(state(1), theirs)
-    assert read(theirs)["plain"] == [1, "two", None]
-    for path in (ours, theirs):
+def test_an_entry_that_was_made_a_folder_is_found_with_and_without_our_checksum(tmp_path, checkpoint):
+    theirs = tmp_path / "theirs.ckpt"
+    torch.save(state(), theirs)
+    check(theirs)
+    for path in (checkpoint, theirs):
         content = bytearray(path.read_bytes())
         entry = content.index(b"PK\x01\x02", content.index(b"PK\x01\x02") + 1)
         content[entry + 38] = 0x10  # the attribute of a folder: torch would return whatever is in memory
@@ -120,12 +138,12 @@ def test_foreign_files_are_no_checkpoints(tmp_path):
     assert "empty" in complaint(path)
     assert "cannot read" in complaint(tmp_path / "nowhere.ckpt")
     os.mkfifo(tmp_path / "pipe.ckpt")  # would be waited for
-    assert "is not a checkpoint" in complaint(tmp_path / "pipe.ckpt")
+    assert "is not a checkpoint" in complaint(tmp_path / "pipe.ckpt") and step_of(tmp_path / "pipe.ckpt") is None
 
 
 def test_pickled_code_is_refused_and_not_run(tmp_path):
     proof, path = tmp_path / "executed", tmp_path / "evil.ckpt"
-    evil = {**state(1), "extra": RunsCode(proof)}
+    evil = {**state(), "extra": RunsCode(proof)}
     path.write_bytes(pickle.dumps(evil))
     complaint(path)
     write_archive(evil, path)
@@ -145,7 +163,7 @@ def test_a_full_disk_leaves_the_previous_one_and_nothing_else(checkpoint, monkey
     monkeypatch.setattr(torch, "save", onto_a_full_disk)
     with pytest.raises(OSError, match=r"No space left.*last\.ckpt"):
         write_archive(state(2), checkpoint)
-    assert read(checkpoint)["global_step"] == 1
+    assert read_state(checkpoint)["global_step"] == 1
     assert [path.name for path in checkpoint.parent.iterdir()] == ["last.ckpt"]
 
 
@@ -154,47 +172,51 @@ def test_a_link_is_replaced_and_not_followed(checkpoint):
     checkpoint.rename(other)
     checkpoint.symlink_to(other.name)
     write_archive(state(3), checkpoint)
-    assert read(checkpoint)["global_step"] == 3 and read(other)["global_step"] == 1
+    assert read_state(checkpoint)["global_step"] == 3 and read_state(other)["global_step"] == 1
 
 
-def test_leftovers_of_every_kind_are_cleared_and_nothing_else(tmp_path):
-    for name in ("last.ckpt", "a.ckpt.partial", "b.ckpt.saving", "last.ckpt.previous", "last.ckpt.txt"):
-        (tmp_path / name).touch()
-        (tmp_path / name.replace(".ckpt", "=2.ckpt")).mkdir()
-    (tmp_path / "last=2.ckpt").rmdir()
-    clear_leftovers(tmp_path)
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["last.ckpt", "last.ckpt.txt", "last=2.ckpt", "last=2.ckpt.txt"]  # it was being replaced
+# -- folders of shards -------------------------------------------------------------------------------------------------
 
 
-# -- which one is meant ------------------------------------------------------------------------------------------------
+def test_any_damaged_part_of_a_folder_is_named(tmp_path):
+    folder = write_folder(tmp_path / "last.ckpt")
+    check(folder)
+    assert is_sharded(folder) and newest_checkpoint(tmp_path) == folder and read_state(folder)["global_step"] == 3
+    assert read_weights(folder).keys() == WEIGHTS.keys() and is_found_or_harmless(folder)
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        for place in range(0, len(content), max(len(content) // 25, 1)):
+            damaged = bytearray(content)
+            damaged[place] ^= 4
+            path.write_bytes(damaged)
+            assert is_found_or_harmless(folder), (path, place)
+        path.write_bytes(content[: len(content) // 2])
+        assert path.name in complaint(folder) or path.name.endswith(".sha256")
+        path.write_bytes(content)
+    check(folder)
+    for name in ("meta.pt", "__0_0.distcp", ".metadata"):
+        (folder / name).rename(folder / "kept")
+        assert f"{name} is missing" in complaint(folder)
+        (folder / "kept").rename(folder / name)
 
 
-def test_the_newest_is_that_of_the_latest_step_whenever_it_was_written(tmp_path):
-    for step, time in ((2, 2**32), (6, 100), (4, 200)):
-        write_archive(state(step), tmp_path / f"{step}.ckpt")
-        os.utime(tmp_path / f"{step}.ckpt", (time, time))
-    write_archive(state(6), tmp_path / "best.ckpt")
-    os.utime(tmp_path / "best.ckpt", (50, 50))
-    (tmp_path / "gone.ckpt").symlink_to("nowhere")
-    assert [path.stem for path in newest_first(tmp_path)] == ["6", "best", "4", "2"]
-    for time, expected in ((150, ["x", "6", "best", "4", "2"]), (20, ["6", "best", "4", "2", "x"])):
-        (tmp_path / "x.ckpt").write_bytes(b"not readable: by its time")
-        os.utime(tmp_path / "x.ckpt", (time, time))
-        assert [path.stem for path in newest_first(tmp_path)] == expected
+def test_code_in_any_part_of_a_folder_is_refused_and_not_run(tmp_path):
+    proof = tmp_path / "executed"
+    assert "mkdir" in complaint(write_folder(tmp_path / "a.ckpt", extra=RunsCode(proof)))
+    assert "mkdir" in complaint(write_folder(tmp_path / "b.ckpt", trainer_state={"x": RunsCode(proof)}))
+    evil = write_folder(tmp_path / "c.ckpt")
+    (evil / ".metadata").write_bytes(pickle.dumps(RunsCode(proof)))
+    write_index_checksum(evil)
+    assert "mkdir" in complaint(evil) and not proof.exists()
 
 
-def test_the_newest_good_one_is_offered(tmp_path):
-    for age, name in enumerate(["last", "step=4", "step=2"]):
-        write_archive(state(9 - age), tmp_path / f"{name}.ckpt")
-    last = newest_checkpoint(tmp_path)
-    assert last == tmp_path / "last.ckpt"
-    check_or_offer(last, "--resume=")
-    for name in ("last", "step=4"):
-        os.truncate(tmp_path / f"{name}.ckpt", 300)
-    assert newest_usable(tmp_path) == tmp_path / "step=2.ckpt"
-    with pytest.raises(UnusableCheckpoint, match=r"last.ckpt is damaged.*--resume=.*step=2.ckpt$"):
-        check_or_offer(last, "--resume=")
-    os.truncate(tmp_path / "step=2.ckpt", 0)
-    with pytest.raises(UnusableCheckpoint, match="no other checkpoint"):
-        check_or_offer(last, "--resume=")
+def test_files_outside_of_a_folder_are_not_read(tmp_path):
+    folder = write_folder(tmp_path / "last.ckpt")
+    (tmp_path / "outside").write_bytes((folder / "__0_0.distcp").read_bytes())
+    for name in ("../outside", str(tmp_path / "outside")):
+        index = pickle.loads((folder / ".metadata").read_bytes())
+        for info in index.storage_data.values():
+            info.relative_path = name
+        (folder / ".metadata").write_bytes(pickle.dumps(index))
+        write_index_checksum(folder)
+        assert f"names {name}, a file outside of it" in complaint(folder)

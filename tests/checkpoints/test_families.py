@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -104,40 +103,31 @@ def edited(folder: Path, **changes) -> Path:
 
 REFUSED = [
     ("Llama", dict(colour="red"), "colour='red'"),
-    ("Llama", dict(model_type="mixtral"), "mixtral"),
     ("Llama", dict(model_type="qwen3_moe"), "qwen3_moe"),
     ("Llama", dict(num_local_experts=8), "num_local_experts=8"),
     ("Llama", dict(quantization_config={"bits": 4}), "quantization_config"),
     ("Llama", dict(hidden_size=...), "no hidden_size"),
     ("Llama", dict(hidden_size="32"), "hidden_size='32'"),
-    ("Llama", dict(hidden_size=True), "hidden_size=True, where int"),
-    ("Llama", dict(hidden_size=32.0), "hidden_size=32.0, where int"),
     ("Llama", dict(hidden_size=-32), "at least 1, got -32"),
     ("Llama", dict(num_hidden_layers=10**9), "num_layers=1000000000, and beside it are 21 tensors"),
-    ("Llama", dict(intermediate_size=10**9), "intermediate_size=1000000000, and beside"),
     ("Llama", dict(intermediate_size=10**4), "a model of 1,9.*do not belong together"),
     ("Llama", dict(rms_norm_eps=float("nan")), "rms_norm_eps=nan"),
-    ("Llama", dict(tie_word_embeddings="no"), "tie_word_embeddings='no', where bool"),
-    ("Llama", dict(rope_parameters={**LLAMA3, "factor": True}), "factor=True"),
+    ("Llama", dict(rope_parameters={**LLAMA3, "factor": True}), "rope_llama3={'factor': True"),
     ("Llama", dict(dllm_var=[1]), r"dllm_var=\[1\]"),
     ("Llama", dict(eos_token_id=[2.5]), r"terminator_ids=\[2.5\]"),
-    ("Llama", dict(intermediate_size=None), "no intermediate_size"),
     ("Llama", dict(hidden_act="gelu"), "hidden_act='gelu'"),
-    ("Llama", dict(attention_bias=True), "attention_bias=True"),
     ("Llama", dict(mlp_bias=True), "mlp_bias=True"),
     ("Llama", dict(rope_parameters=..., rope_scaling={"type": "linear", "factor": 2.0}), "linear"),
     ("Llama", dict(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), "yarn"),
-    ("Llama", dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "factor": 4.0}), "factor=4.0"),
-    ("Llama", dict(rope_parameters={**LLAMA3, "low_freq_factor": 1.0, "beta": 1}), "beta=1"),
-    ("Llama", dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "no high_freq_factor"),
+    ("Llama", dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "factor": 4.0}), "'factor': 4.0"),
+    ("Llama", dict(rope_parameters={**LLAMA3, "beta": 1}), "needs factor, .*'beta'"),
+    ("Llama", dict(rope_parameters={"rope_type": "llama3"}), r"needs factor, .* it has \[\]"),
     ("Llama", dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}), "partial_rotary_factor"),
     ("Llama", dict(vocab_size=61), "shape"),
     ("Llama", dict(num_hidden_layers=3), "lacks 9 weights of its config, such as model.layers.2"),
     ("Llama", dict(num_hidden_layers=1), "has 9 weights that its config does not name"),
-    ("Llama", dict(model_type="qwen3", **dict.fromkeys(["mlp_bias", "pretraining_tp"], ...)), "lacks 4 .*norm"),
     ("Qwen2", dict(model_type="qwen3", head_dim=8), "lacks 4 weights of its config, such as .*k_norm"),
     ("Qwen2", dict(model_type="Dream", layer_types=..., mask_token_id=5, num_hidden_layers=1), "has 12 weights"),
-    ("Qwen2", dict(use_sliding_window=True), "use_sliding_window=True"),
     ("Qwen2", dict(layer_types=["full_attention", "sliding_attention"]), "sliding_attention"),
     ("Qwen2", dict(num_key_value_heads=...), "no num_key_value_heads"),
     ("Qwen3", dict(attention_bias=True), "attention_bias=True"),
@@ -222,29 +212,12 @@ def test_absent_keys_mean_what_transformers_takes_them_for(tmp_path):
     torch.testing.assert_close(model(IDS), reference(IDS).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_a_tied_head_that_is_another_is_named(tmp_path):
-    transformers_model("Llama").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"ties lm_head\.weight"):
-        load_pretrained(edited(tmp_path, tie_word_embeddings=True))
-
-
-def test_pickled_weights_are_refused_with_the_remedy(tmp_path):
+def test_a_tied_head_that_is_another_and_pickled_weights_are_refused(tmp_path):
     model = transformers_model("Llama")
     model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"ties lm_head\.weight"):
+        load_pretrained(edited(tmp_path, tie_word_embeddings=True))
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pickled.*safe_serialization=True"):
         load_pretrained(tmp_path)
-
-
-def test_settings_left_at_their_default_are_the_checkpoint_s(tmp_path):
-    from dllm_var.checkpoints.pretrained import starting_config
-    from dllm_var.model import TransformerConfig
-
-    transformers_model("Qwen2").save_pretrained(tmp_path)
-    stored = load_pretrained(tmp_path, causal=True).config
-    assert starting_config(TransformerConfig(), tmp_path) == stored
-    changed = starting_config(TransformerConfig(token_shift=True, rope_scaling=4.0, num_layers=2), tmp_path)
-    assert changed == replace(stored, token_shift=True, rope_scaling=4.0)
-    with pytest.raises(UserError, match="num_layers=2, the settings say 3"):
-        starting_config(TransformerConfig(num_layers=3), tmp_path)

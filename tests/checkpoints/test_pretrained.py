@@ -18,6 +18,8 @@ from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.text.tokenizer import Tokenizer
 
+FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+
 
 @pytest.fixture
 def tokenizer():
@@ -64,24 +66,14 @@ def test_a_bare_model_gives_logits_and_can_be_read_causally(folder):
     assert torch.equal(causal(tokens)[:, :2], causal(changed)[:, :2])
 
 
-def test_saving_again_leaves_no_temporary_files(folder, tokenizer):
-    save_checkpoint_folder(folder, small(tokenizer), tokenizer)
-    assert not [path for path in folder.iterdir() if "tmp" in path.name]
-
-
-def test_a_run_folder_means_its_exported_weights_or_its_newest_checkpoint(tmp_path, folder):
-    assert locate_checkpoint(folder.parent) == folder
-    run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    (run / "checkpoints" / "last.ckpt").touch()
-    assert locate_checkpoint(run) == run / "checkpoints" / "last.ckpt"
-
-
-def test_a_run_that_went_on_after_its_export_means_its_newest_checkpoint(tmp_path, tokenizer):
-    export = save_checkpoint_folder(tmp_path / "model", small(tokenizer), tokenizer, {"step": 4})
-    (tmp_path / "checkpoints").mkdir()
+def test_a_run_means_its_export_unless_a_checkpoint_goes_beyond_it(tmp_path, tokenizer):
     last = tmp_path / "checkpoints" / "last.ckpt"
-    for step, age, meant in ((4, 10, export), (6, 10, last), (6, -10, last)):
+    last.parent.mkdir()
+    torch.save({"global_step": 4}, last)
+    assert locate_checkpoint(tmp_path) == last
+    export = save_checkpoint_folder(tmp_path / "model", small(tokenizer), tokenizer, {"step": 4})
+    assert sorted(path.name for path in export.iterdir() if "." in path.name) == FILES
+    for step, age, meant in ((4, 10, export), (6, 10, last), (6, -10, last), (None, -10, export), (None, 10, last)):
         torch.save({"global_step": step}, last)
         changed = (export / "config.json").stat().st_mtime + age
         os.utime(last, (changed, changed))
@@ -117,15 +109,15 @@ def change_weight(name, change):
     [
         (truncate, "model.safetensors"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
-        (change_config(model_type="gpt2"), "'gpt2'"),
         (change_config(colour="red"), "colour"),
-        (change_config(num_layers=3), "lacks 9 weights"),
-        (change_config(num_layers=1), "has 9 weights that its config does not name"),
         (change_config(vocab_size=99), "shape"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
         (change_weight("model.norm.weight", lambda weight: weight.fill_(torch.nan)), "norm.weight .*NaN or infinite"),
         (change_weight("lm_head.weight", lambda weight: weight.sub_(torch.inf)), "lm_head.*NaN or infinite"),
-        (change_weight("lm_head.weight", lambda weight: weight.to(torch.int64)), "no plain tensor"),
+        (
+            change_weight("lm_head.weight", lambda weight: weight.to(torch.int64)),
+            "numbers, but torch.int64",
+        ),
         (change_weight("model.norm.weight", lambda weight: weight.to(torch.int8)), "type torch.int8"),
         (change_config(mask_id=2), "mask_id=2 in its config, and its tokenizer says 1"),
         (change_config(terminator_ids=[3]), r"terminator_ids=\[3\]"),
@@ -140,22 +132,14 @@ def test_damage_is_named(damage, named, folder):
 
 SIZES_WITHOUT_SENSE = [
     ("hidden_size", "16", "where int is expected"),
-    ("hidden_size", -16, "at least 1"),
-    ("hidden_size", 10**9, "do not belong together"),
     ("hidden_size", 10**400, "do not belong together"),
     ("num_layers", True, "where int is expected"),
-    ("num_layers", 2.0, "where int is expected"),
     ("num_layers", math.nan, "num_layers=nan"),
     ("num_layers", 10**9, "num_layers=1000000000, and beside it are 21 tensors"),
-    ("num_heads", [], "where int is expected"),
     ("intermediate_size", 10**5, "do not belong together"),
     ("vocab_size", 0, "at least 1"),
-    ("vocab_size", 10**4, "do not belong together"),
     ("norm_eps", math.nan, "norm_eps=nan"),
-    ("norm_eps", -1.0, "above 0"),
-    ("rope_theta", math.inf, "rope_theta=inf"),
     ("rope_llama3", {"factor": "x"}, "rope_llama3"),
-    ("terminator_ids", [2.0], "terminator_ids"),
     ("causal", 1, "where bool is expected"),
 ]
 

@@ -76,7 +76,7 @@ def pairs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(turns=TURNS, system=st.one_of(st.none(), TEXTS))
 def test_marked_or_not_the_mask_is_that_of_transformers(pairs, kind, turns, system):
     theirs, ours = pairs[kind]
@@ -104,7 +104,7 @@ SPELLED = st.lists(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(turns=st.lists(st.tuples(SPELLED, SPELLED), min_size=1, max_size=3))
 def test_what_people_spell_is_text_in_every_template(pairs, kind, turns):
     """Held to transformers' ids of the same conversation about one letter, that letter replaced by what is said."""
@@ -147,14 +147,8 @@ NESTED = "{% for a in range(99999) %}" * 6 + "{% endfor %}" * 6
     ("template", "message"),
     [
         (NESTED, "not done after"),
-        ("{% macro f() %}{% for a in range(99) %}{{ f() }}{% endfor %}{% endmacro %}{{ f() }}", "not done|Recursion"),
         ("{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}", "not done after"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{{ messages + 1 }}", "TypeError"),
-        ("{{ 1 / 0 }}", "ZeroDivisionError"),
-        ("{{ messages[0].content.foo() }}", "no attribute"),
-        ("{% include 'x' %}", "no loader"),
-        ("{{ range(10 ** 9) }}", "range"),
         ("{{ 'x' * 10 ** 10 }}", "larger than 10,000,000"),
         ("{{ 9 ** 99999999 }}", "larger than"),
         ("{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}", "larger than"),
@@ -162,8 +156,6 @@ NESTED = "{% for a in range(99999) %}" * 6 + "{% endfor %}" * 6
         ("{{ messages | tojson(default=raise_exception) }}", "TypeError"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{% for a in messages %}" * 30 + "{% endfor %}" * 30, "not valid"),
-        ("{{ " + "(" * 9999 + ")" * 9999 + " }}", "not valid"),
-        ("{% for", "not valid"),
         ("{{ raise_exception('no\n' * 999) }}", "no no no"),
     ],
 )
