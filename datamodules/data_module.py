@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import cached_property, partial
-from itertools import islice
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +29,6 @@ _CHANGED = {  # messages about values that say nothing to a reader, or have anot
     "checkpoint: use that version,",
 }
 _NOTES = {
-    "cut": "cut over rows",
     "dropped": "too long and dropped",
     "truncated": "truncated",
     "skipped": "bad records skipped",
@@ -56,11 +54,11 @@ class PackedDataModule(L.LightningDataModule):
             of what the model sees tells it as little as it will when decoding. 0 for off.
         eos_padding: Repeats the terminator, supervised, until an answer has this many tokens (the LLaDA baseline).
         on_bad_record: Records that cannot be used: ``error`` stops at the first, ``skip`` leaves out and counts them.
+        on_too_long: Samples longer than a row: ``drop`` and count them; ``truncate`` them before the terminator; or
+            ``cut`` them over several rows (``concat`` only).
         on_special_text: Text of a record that spells a special token, such as ``<|im_end|>``: ``encode`` makes ordinary
             tokens of its letters, ``refuse`` takes the record for one that cannot be used. Only chat templates
             and records of ``input_ids`` have special tokens.
-        on_too_long: Samples longer than a row: ``drop`` and count them; ``truncate`` them before the terminator;
-            ``cut`` them over several rows (``concat`` only); or stop with an ``error``.
         seed: With the epoch, decides order and overhang.
         num_workers: Processes that prepare batches; a row takes microseconds, so 0 is mostly best.
         cache_dir: Where tokenized data is kept; ``$DLLM_VAR_CACHE``, or ``~/.cache/dllm_var``, when not given.
@@ -96,42 +94,20 @@ class PackedDataModule(L.LightningDataModule):
         check_resume: bool = True,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("context_length", context_length, 2),
-            ("overhang", overhang, 0),
-            ("canvas", canvas, 0),
-            ("eos_padding", eos_padding, 0),
-            ("seed", seed, 0),
-            ("num_workers", num_workers, 0),
-        ):
-            if value is None or value < least:
-                raise UserError(f"data.{name} is {value}; it must be at least {least}")
-        if context_length >= 2**31:  # positions are 32-bit numbers
-            raise UserError(f"data.context_length is {context_length}; it must be below {2**31}")
-        for name, value in (("overhang", overhang), ("canvas", canvas), ("eos_padding", eos_padding)):
-            if value >= context_length:
-                raise UserError(f"data.{name} is {value}; it must be less than data.context_length, {context_length}")
-        if sum(map(bool, (overhang, canvas, eos_padding))) > 1:
-            raise UserError("data.overhang, canvas and eos_padding exclude each other: set one of them")
-        if on_too_long == "cut" and packing != "concat":
-            raise UserError(f"data.on_too_long=cut needs data.packing=concat; {packing} cuts no sample")
         self.source = source or CmudictSource()
         self.batch_size = batch_size
         self.context_length = context_length
         self.packing: Packing = packing
-        self.overhang = overhang
-        self.canvas = canvas
-        self.eos_padding = eos_padding
-        self.on_bad_record = on_bad_record
+        self.overhang, self.canvas, self.eos_padding = overhang, canvas, eos_padding
+        self.on_bad_record, self.on_special_text = on_bad_record, on_special_text
         self.on_too_long: TooLong = on_too_long
-        self.on_special_text = on_special_text
         self.seed = seed
         self.num_workers = num_workers
-        self.cache_dir = Path(cache_dir or os.environ.get("DLLM_VAR_CACHE") or "~/.cache/dllm_var").expanduser()
-        self.source.cache_dir = self.cache_dir
         self.chat = chat
         self.check_resume = check_resume
+        self._check_settings()
+        self.cache_dir = Path(cache_dir or os.environ.get("DLLM_VAR_CACHE") or "~/.cache/dllm_var").expanduser()
+        self.source.cache_dir = self.cache_dir
         name_or_path = tokenizer or self.source.default_tokenizer
         if name_or_path is None:
             raise UserError(f"data.tokenizer is not set, and {type(self.source).__name__} has none of its own")
@@ -143,6 +119,27 @@ class PackedDataModule(L.LightningDataModule):
         self._tables: dict[str, Table] = {}
         self._rows: dict[str, PackedRows] = {}
         self._totals: dict[str, dict[str, int]] = {}
+
+    def _check_settings(self) -> None:
+        least = {"batch_size": 1, "context_length": 2}
+        for name in (*least, "overhang", "canvas", "eos_padding", "seed", "num_workers"):
+            value = getattr(self, name)
+            if value is None or value < least.get(name, 0):
+                raise UserError(f"data.{name} is {value}; it must be at least {least.get(name, 0)}")
+        if self.context_length >= 2**31:  # positions are 32-bit numbers
+            raise UserError(f"data.context_length is {self.context_length}; it must be below {2**31}")
+        ends = {name: getattr(self, name) for name in ("overhang", "canvas", "eos_padding") if getattr(self, name)}
+        for name, value in ends.items():
+            if value >= self.context_length:
+                raise UserError(
+                    f"data.{name} is {value}; it must be less than data.context_length, {self.context_length}"
+                )
+        if len(ends) > 1:
+            raise UserError("data.overhang, canvas and eos_padding exclude each other: set one of them")
+        if self.on_too_long == "cut" and self.packing != "concat":
+            raise UserError(f"data.on_too_long=cut needs data.packing=concat; {self.packing} cuts no sample")
+
+    # -- what Lightning calls ------------------------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
         """Tokenizes what the cache does not have yet; Lightning calls it in one process per node."""
@@ -159,6 +156,24 @@ class PackedDataModule(L.LightningDataModule):
         rows = self.rows("train")
         self._train_sampler = RowSampler(len(rows), self.batch_size, *self._ranks(), next_row=self._next_row)
         return self._loader(rows, self._train_sampler)
+
+    def val_dataloader(self) -> DataLoader | list[Any]:
+        """Batches of validation rows, always the same, each once over all ranks; none without such a split."""
+        return self._held_out_loader("validation")
+
+    def test_dataloader(self) -> DataLoader | list[Any]:
+        """Batches of test rows, always the same, each once over all ranks; none without such a split."""
+        return self._held_out_loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Batches of the test split's prompts, as lists of token ids, for `predict`; each prompt once over all ranks.
+
+        Rank r of n has prompts r, r + n, ... and as many batches as the others, filled up with an empty prompt.
+        """
+        prompts = [example.prompt_ids for example in self.held_out("test")]
+        sampler = HeldOutSampler(len(prompts), *self._ranks())  # Lightning deals again what has another sampler
+        dealt: Any = [*prompts, []]  # the sampler's -1 is the last one
+        return DataLoader(dealt, batch_size=self.batch_size, sampler=sampler, collate_fn=_as_it_is)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Notes how far training has come; a batch that was only prefetched does not count."""
@@ -210,29 +225,10 @@ class PackedDataModule(L.LightningDataModule):
                     "--data.check_resume=false"
                 )
 
-    def val_dataloader(self) -> DataLoader | list[Any]:
-        """Batches of validation rows, always the same, each once over all ranks; none without such a split."""
-        return self._held_out_loader("validation")
-
-    def test_dataloader(self) -> DataLoader | list[Any]:
-        """Batches of test rows, always the same, each once over all ranks; none without such a split."""
-        return self._held_out_loader("test")
-
-    def predict_dataloader(self) -> DataLoader:
-        """Batches of the test split's prompts, as lists of token ids, for `predict`; each prompt once over all ranks.
-
-        Rank r of n has prompts r, r + n, ... and as many batches as the others, filled up with an empty prompt.
-        """
-        prompts = [example.prompt_ids for example in self.held_out("test")]
-        sampler = HeldOutSampler(len(prompts), *self._ranks())  # Lightning deals again what has another sampler
-        dealt: Any = [*prompts, []]  # the sampler's -1 is the last one
-        return DataLoader(dealt, batch_size=self.batch_size, sampler=sampler, collate_fn=_as_it_is)
+    # -- what others ask for -------------------------------------------------------------------------------------------
 
     def table(self, split: str) -> Table:
         """Tokenized samples of a split.
-
-        Args:
-            split: ``train``, ``validation`` or ``test``.
 
         Raises:
             UserError: When the source has no such split, or a record in it that cannot be used.
@@ -256,40 +252,30 @@ class PackedDataModule(L.LightningDataModule):
     def rows(self, split: str) -> PackedRows:
         """Packed rows of a split, numbered over all epochs.
 
-        Args:
-            split: ``train``, ``validation`` or ``test``.
-
         Raises:
-            UserError: When no sample is left, or one is too long and that is an error.
+            UserError: When no sample is left.
         """
         if split not in self._rows:
             table = self.table(split)
             if not len(table):
                 raise UserError(f"the {split} split of {type(self.source).__name__} has no records that can be used")
             sections = Sections(table, self.context_length, self.on_too_long, self.eos_padding)
-            self._totals[split] = sections.totals(partial(self._place, split))
+            self._totals[split] = sections.totals()
             if not self._totals[split]["samples"]:
                 raise UserError(
                     f"all {len(table):,} samples of the {split} split are longer than data.context_length="
                     f"{self.context_length}; raise it (the shortest has {np.diff(table.offsets).min():,} tokens), or "
                     "set data.on_too_long=truncate"
                 )
-            training = split == "train"
-            seed = self.seed if training else HELD_OUT_SEED
-            special = self.tokenizer.special
-            self._rows[split] = PackedRows(
-                sections, special, self.packing, self.overhang, seed, self.canvas, cut=training
-            )
+            train = split == "train"
+            seed, special = self.seed if train else HELD_OUT_SEED, self.tokenizer.special
+            self._rows[split] = PackedRows(sections, special, self.packing, self.overhang, seed, self.canvas, cut=train)
         return self._rows[split]
 
     def held_out(self, split: str, n: int | None = None) -> list[Example]:
-        """Prompts of a split with their answers, those with the same prompt put together.
+        """`n` prompts of a split, or all, with their answers; the same ones every time.
 
         Samples without a prompt, such as records of the form ``{text}``, are left out.
-
-        Args:
-            split: ``validation`` or ``test``.
-            n: How many prompts, the same ones every time; all when not given.
 
         Raises:
             UserError: When the source has no such split.
@@ -297,26 +283,15 @@ class PackedDataModule(L.LightningDataModule):
         return self.table(split).examples(self.tokenizer, n)
 
     def report(self, split: str = "train") -> dict[str, Any]:
-        """What became of a split.
+        """Returns what became of a split.
 
-        Args:
-            split: ``train``, ``validation`` or ``test``.
-
-        Returns:
-            ``samples``, ``tokens`` (without overhang), ``rows`` of the first epoch, ``utilisation`` (fraction of their
-            positions that is not padding), ``cut`` (samples that stand in several rows), ``dropped`` and ``truncated``
-            (too long), ``skipped`` (bad records), ``unknown_tokens`` (what the tokenizer could not spell).
+        ``samples``, ``tokens`` (without overhang), ``dropped`` and ``truncated`` (too long), ``rows`` of the first
+        epoch, ``utilisation`` (fraction of their positions that is not padding), ``skipped`` (bad records),
+        ``unknown_tokens`` (what the tokenizer could not spell).
         """
         rows, meta = self.rows(split), self.table(split).meta
-        totals = self._totals[split]
-        return {
-            **{name: totals[name] for name in ("samples", "tokens")},
-            "rows": len(rows),
-            "utilisation": rows.utilisation,
-            "cut": rows.cut_samples(),
-            **{name: totals[name] for name in ("dropped", "truncated")},
-            **{name: meta[name] for name in ("skipped", "unknown_tokens")},
-        }
+        packed = {"rows": len(rows), "utilisation": rows.utilisation}
+        return {**self._totals[split], **packed, **{name: meta[name] for name in ("skipped", "unknown_tokens")}}
 
     def summary(self) -> str:
         """The report on the training data in a line or two."""
@@ -328,10 +303,6 @@ class PackedDataModule(L.LightningDataModule):
         notes = [f"{report[name]:,} {note}" for name, note in _NOTES.items() if report[name]]
         text += f"\ndata: {', '.join(notes)}" if notes else ""
         return text + (f", the first: {reasons[0]}" if reasons else "")
-
-    def _place(self, split: str, record: int) -> str:
-        """Where a record stands in the source."""
-        return next(islice(self.source.located_records(split), record, None))[0]
 
     def _ranks(self) -> tuple[int, int]:
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None

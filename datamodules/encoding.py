@@ -81,11 +81,7 @@ class RecordEncoder:
         return {**{name: getattr(self, name) for name in names}, "dtype": self.dtype.name}
 
     def encode(self, records: Sequence[Located], first: int) -> Table:
-        """Tokenizes a number of records at once.
-
-        Args:
-            records: Each with its place, such as ``data.jsonl:12``.
-            first: Number of the first of them in the source.
+        """Tokenizes a number of records at once, of which the first has the number `first` in the source.
 
         Raises:
             UserError: When a record cannot be used and that is an error; names its place.
@@ -168,13 +164,7 @@ class RecordEncoder:
         return ids
 
     def _runs(self, form: Turns | Ids, pieces: list[Piece], encoded: list[list[int]]) -> Runs:
-        """Token ids of a record as runs, the last of them an answer that ends with a terminator.
-
-        Args:
-            form: The record.
-            pieces: Its texts.
-            encoded: Their token ids.
-        """
+        """Token ids of a record, and of its pieces, as runs; the last of them is an answer that ends."""
         runs = self._runs_of_ids(form) if isinstance(form, Ids) else self._runs_of_turns(form, pieces, encoded)
         if any(self.tokenizer.mask_id in ids for ids, _ in runs):
             raise UserError(f"contains the mask token {self.tokenizer.id_to_token(self.tokenizer.mask_id)}")

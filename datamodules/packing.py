@@ -6,18 +6,17 @@ any row is found without walking through the rows before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dllm_var.datamodules.table import Table
-from dllm_var.errors import UserError
 
-TooLong = Literal["drop", "truncate", "cut", "error"]
+TooLong = Literal["drop", "truncate", "cut"]
 Packing = Literal["concat", "best_fit"]
 Ints = NDArray[np.integer]
 
@@ -30,25 +29,15 @@ VERSIONS = {"concat": 1, "best_fit": 3}  # raised when rows change; checkpoints 
 
 @dataclass(frozen=True)
 class Samples:
-    """What goes into rows of each sample: tokens of the table, then terminators.
-
-    Args:
-        table: Tokenized samples.
-        index: Which samples of the table are used, shape [samples].
-        body: How many tokens of each are taken from the table, shape [samples].
-        ends: How many supervised terminators are added after them, shape [samples].
-        answer_start: Position where the last answer in what is taken begins, shape [samples].
-        dropped: Which samples of the table were too long and left out, shape [dropped].
-        truncated: Number of samples that were too long and shortened.
-    """
+    """What goes into rows of each sample: tokens of the table, then terminators. Arrays are of shape [samples]."""
 
     table: Table
-    index: NDArray[np.int64]
-    body: NDArray[np.int32]
-    ends: NDArray[np.int32]
-    answer_start: NDArray[np.int32]
-    dropped: NDArray[np.int64]
-    truncated: int
+    index: NDArray[np.int64]  # which samples of the table are used
+    body: NDArray[np.int32]  # how many tokens of each are taken from the table
+    ends: NDArray[np.int32]  # how many supervised terminators are added after them
+    answer_start: NDArray[np.int32]  # position where the last answer in what is taken begins
+    dropped: int  # number of samples that were too long and left out
+    truncated: int  # number of samples that were too long and shortened
 
     @cached_property
     def content(self) -> NDArray[np.int32]:
@@ -105,35 +94,19 @@ class Sections:
             fitting = length <= context_length
             room = np.minimum(answer_start + np.int64(self.eos_padding), context_length) - length
             ends[fitting] = np.maximum(room, 0)[fitting]
-        dropped = index[~keep]
-        truncated = len(too_long) - len(dropped)
+        dropped = int(np.count_nonzero(~keep))
+        truncated = len(too_long) - dropped
         return Samples(table, index[keep], body[keep], ends[keep], answer_start[keep], dropped, truncated)
 
-    def totals(self, place: Callable[[int], str]) -> dict[str, int]:
-        """Counts ``samples`` kept, their ``tokens``, and samples ``dropped`` and ``truncated``; section by section.
-
-        Args:
-            place: Returns where the record with a given number stands.
-
-        Raises:
-            UserError: When a sample is too long and `on_too_long` is ``error``.
-        """
-        totals = {"samples": 0, "tokens": 0, "dropped": 0, "truncated": 0}
+    def totals(self) -> dict[str, int]:
+        """Counts ``samples`` kept, their ``tokens``, and samples ``dropped`` and ``truncated``."""
+        totals = Counter(samples=0, tokens=0, dropped=0, truncated=0)
         for section in range(len(self)):
             samples = self[section]
-            if self.on_too_long == "error" and len(samples.dropped):
-                sample = samples.dropped[0]
-                tokens = self.table.offsets[sample + 1] - self.table.offsets[sample]
-                size = f"over {LONGEST:,}" if tokens > LONGEST else f"{tokens:,}"
-                raise UserError(
-                    f"{place(int(self.table.record[sample]))} has {size} tokens, more than data.context_length="
-                    f"{self.context_length}; raise that, or set data.on_too_long to drop or truncate"
-                )
-            totals["samples"] += len(samples.index)
-            totals["tokens"] += int(samples.content.sum(dtype=np.int64))
-            totals["dropped"] += len(samples.dropped)
-            totals["truncated"] += samples.truncated
-        return totals
+            tokens = int(samples.content.sum(dtype=np.int64))
+            counts = {"dropped": samples.dropped, "truncated": samples.truncated}
+            totals.update(samples=len(samples.index), tokens=tokens, **counts)
+        return dict(totals)
 
 
 def _truncate(table: Table, sample: int, context_length: int) -> tuple[int, int, int]:
@@ -149,48 +122,28 @@ def _truncate(table: Table, sample: int, context_length: int) -> tuple[int, int,
     return 0, 0, 0
 
 
-@dataclass(frozen=True)
-class Spans:
-    """Consecutive positions of samples, in the order in which they stand in a batch of rows.
+class Spans(NamedTuple):
+    """Consecutive positions of samples, in the order in which they stand in a batch of rows; each of shape [spans]."""
 
-    Args:
-        sample: Which sample, shape [spans].
-        start: First position within the sample, shape [spans].
-        length: Number of positions, shape [spans].
-        row: Index of the row within the batch, ascending, shape [spans].
-    """
-
-    sample: Ints
-    start: Ints
-    length: Ints
-    row: Ints
+    sample: Ints  # which
+    start: Ints  # first position within the sample
+    length: Ints  # number of positions
+    row: Ints  # index of the row within the batch, ascending
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Where each sample stands in the rows of a section; positions are counted on from row to row.
+    """Where each sample stands in the rows of a section; positions are counted on from row to row."""
 
-    Args:
-        order: Samples in the order in which they stand, shape [samples].
-        begin: Position where each of them begins, shape [samples].
-        end: Position after its last, which is in a later row when the sample is cut, shape [samples].
-        context_length: Positions in a row.
-    """
-
-    order: Ints
-    begin: Ints
-    end: Ints
-    context_length: int
+    order: Ints  # samples in the order in which they stand, shape [samples]
+    begin: Ints  # position where each of them begins, shape [samples]
+    end: Ints  # position after its last, in a later row when the sample is cut, shape [samples]
+    context_length: int  # positions in a row
 
     @property
     def rows(self) -> int:
         """Number of rows."""
         return -(-int(self.end[-1]) // self.context_length) if len(self.end) else 0
-
-    @property
-    def cut(self) -> int:
-        """Number of samples that stand in more than one row."""
-        return int(np.count_nonzero(self.begin // self.context_length != (self.end - 1) // self.context_length))
 
     def spans(self, rows: Ints) -> Spans:
         """Finds what the given rows consist of, shape [batch]."""

@@ -51,7 +51,6 @@ class PackedRows(Dataset):
         self.overhang = overhang
         self.canvas = canvas
         self.cut = cut
-        self.varies = bool(overhang or (canvas and cut))  # whether epochs differ in their lengths
         self.seed = seed if isinstance(seed, tuple) else (seed,)
         self._starts = [0]  # number of the first row of each section, epoch after epoch, as far as they are counted
         self._filled = [0]  # positions that are not padding before each of these rows
@@ -65,10 +64,7 @@ class PackedRows(Dataset):
         return {name: value[0] for name, value in self.__getitems__([row]).items()}
 
     def __getitems__(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Builds a whole batch at once.
-
-        Args:
-            rows: Numbers of the rows, over all epochs; -1 stands for a row of nothing but padding.
+        """Builds a batch of the rows with these numbers; -1 stands for a row of nothing but padding.
 
         Returns:
             ``input_ids``, ``supervised``, ``segment_ids``, ``position_ids`` of shape [batch, context], ``row`` [batch].
@@ -105,46 +101,33 @@ class PackedRows(Dataset):
             self._planned[epoch, section] = samples, plan
         return self._planned[epoch, section]
 
-    def first_row(self, epoch: int) -> int:
-        """Number of an epoch's first row."""
-        if not self.varies:  # every epoch has as many rows
-            return epoch * self._count_to(len(self.sections))
-        return self._count_to(epoch * len(self.sections))
-
     @property
     def utilisation(self) -> float:
         """Fraction of the positions in the first epoch's rows that is not padding."""
         rows = len(self)
         return self._filled[len(self.sections)] / (rows * self.context_length)
 
-    def cut_samples(self) -> int:
-        """Number of samples that stand in several rows in the first epoch."""
-        if self.packing == "best_fit":
-            return 0
-        return sum(self.packed(0, section)[1].cut for section in range(len(self.sections)))
-
     def locate(self, row: int) -> tuple[int, int, int]:
         """Epoch of a row, its section, and its number within that section of that epoch."""
-        epoch, sections = 0, len(self.sections)
-        if self.varies:
-            while self._starts[-1] <= row:
-                self._count_to(len(self._starts))
-        else:
-            epoch, row = divmod(row, self._count_to(sections))
+        while self._starts[-1] <= row:
+            self._count_section()
         begun = bisect_right(self._starts, row) - 1  # sections without rows are passed over
-        more, section = divmod(begun, sections)
-        return epoch + more, section, row - self._starts[begun]
+        return *divmod(begun, len(self.sections)), row - self._starts[begun]
 
-    def _count_to(self, sections: int) -> int:
-        """Counts the rows of so many sections, over all epochs; returns their number."""
-        while len(self._starts) <= sections:
-            epoch, section = divmod(len(self._starts) - 1, len(self.sections))
-            samples = self.sections[section]
-            _, overhang = self._overhang(samples, epoch, section)
-            lengths = samples.content + overhang
-            self._starts.append(self._starts[-1] + count_rows(self.packing, lengths, self.context_length))
-            self._filled.append(self._filled[-1] + int(lengths.sum(dtype=np.int64)))
-        return self._starts[sections]
+    def first_row(self, epoch: int) -> int:
+        """Number of an epoch's first row."""
+        while len(self._starts) <= epoch * len(self.sections):
+            self._count_section()
+        return self._starts[epoch * len(self.sections)]
+
+    def _count_section(self) -> None:
+        """Counts the rows of the next section, over all epochs."""
+        epoch, section = divmod(len(self._starts) - 1, len(self.sections))
+        samples = self.sections[section]
+        _, overhang = self._overhang(samples, epoch, section)
+        lengths = samples.content + overhang
+        self._starts.append(self._starts[-1] + count_rows(self.packing, lengths, self.context_length))
+        self._filled.append(self._filled[-1] + int(lengths.sum(dtype=np.int64)))
 
     def _overhang(self, samples: Samples, epoch: int, section: int) -> tuple[np.random.Generator, NDArray[np.int32]]:
         """Returns the generator of a section, and what it gave: the mask tokens after each sample, shape [samples].
@@ -214,14 +197,8 @@ class RowSampler(DistributedSampler):
 
     Batch s of rank r has the rows from ``next_row + (s * ranks + r) * batch_size`` on. So what a step trains on depends
     on the global batch size alone, every rank gets equally many batches, and no row is left out or repeated: each epoch
-    goes on where `next_row` stands, which the data module moves with every batch that is trained.
-
-    Args:
-        rows: Rows in a pass over the data; an epoch is the number of batches that covers them.
-        batch_size: Rows in a batch of one rank.
-        num_replicas: Number of ranks.
-        rank: This one.
-        next_row: Row at which the next epoch begins.
+    goes on where `next_row` stands, which the data module moves with every batch that is trained. An epoch has as many
+    batches as cover `rows`.
     """
 
     def __init__(self, rows: int, batch_size: int, num_replicas: int = 1, rank: int = 0, next_row: int = 0) -> None:

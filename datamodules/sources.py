@@ -203,6 +203,7 @@ class FileSource(SplitSource):
     """
 
     suffixes: tuple[str, ...] = ()
+    by_line = False  # whether records are lines, which can be counted without parsing them
 
     def __init__(
         self,
@@ -254,12 +255,8 @@ class FileSource(SplitSource):
     def contents(self, file: Path) -> dict[str, Any]:
         """The digest of a file, and where it has lines their number and places; read once."""
         if file not in self._contents:
-            self._contents[file] = read_contents(file, self.cache_dir, self.has_lines(file))
+            self._contents[file] = read_contents(file, self.cache_dir, self.by_line and file.suffix not in OPENERS)
         return self._contents[file]
-
-    def has_lines(self, file: Path) -> bool:
-        """Whether records are lines that can be counted in the bytes of the file."""
-        return False
 
     def count(self, file: Path) -> int | None:
         """Number of records in a file that can be read from any of them on; None for others."""
@@ -286,9 +283,7 @@ class JsonlSource(FileSource):
     """Records from JSON Lines files, one object a line; ``.gz``, ``.xz`` and ``.bz2`` are read as they are."""
 
     suffixes = (".jsonl", ".ndjson", ".json")
-
-    def has_lines(self, file: Path) -> bool:
-        return file.suffix not in OPENERS
+    by_line = True
 
     def read_file(self, file: Path, start: int = 0) -> Iterator[Located]:
         record, number, offset = 0, 0, 0

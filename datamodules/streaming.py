@@ -86,9 +86,8 @@ class RowStream(IterableDataset):
         first += (shard - first) % shards  # the reader's own next block
         special = self.encoder.tokenizer.special
         for block, chunk in self.source.blocks("train", self.block_records, first, shards):
-            begin = block * self.block_records
-            sections = Sections(self.encoder.encode(chunk, begin), *self.fitting)
-            if sections.totals(lambda record: chunk[record - begin][0])["samples"]:  # noqa: B023
+            sections = Sections(self.encoder.encode(chunk, block * self.block_records), *self.fitting)
+            if len(sections[0].index):
                 key = (self.seed, epoch, block)
                 yield block, PackedRows(sections, special, self.packing, self.overhang, key, self.canvas)
 

@@ -23,50 +23,32 @@ HELD_OUT_SEED = 0  # held-out rows and examples are the same whatever the traini
 
 @dataclass(frozen=True)
 class Example:
-    """A held-out prompt with every answer the data has for it.
-
-    Args:
-        prompt: Text of the prompt.
-        prompt_ids: Its token ids.
-        references: Token ids of the answers, without terminator.
-    """
+    """A held-out prompt with every answer the data has for it."""
 
     prompt: str
     prompt_ids: list[int]
-    references: list[list[int]] = field(default_factory=list)
+    references: list[list[int]] = field(default_factory=list)  # token ids of the answers, without terminator
 
 
 @dataclass(frozen=True)
 class Table:
     """Tokenized samples; sample k is ``offsets[k]:offsets[k + 1]`` of `tokens` and ends with a supervised terminator.
 
-    Args:
-        tokens: Token ids, shape [tokens].
-        supervised: Whether each token carries loss, shape [tokens].
-        offsets: Where samples begin, and where the last one ends, shape [samples + 1].
-        answer_start: Position within each sample where its last answer begins, shape [samples].
-        record: Number of the record each sample was made from, shape [samples].
-        meta: ``records`` seen, how many were ``skipped`` and the first ``reasons``, ``unknown_tokens``, ``dtype``; on
-            disk also how many ``samples`` and ``tokens`` there are.
-        folder: Where the arrays are mapped from, if they are.
+    `meta` has the number of ``records`` seen, how many were ``skipped`` and the first ``reasons``, ``unknown_tokens``,
+    ``dtype``; on disk also how many ``samples`` and ``tokens`` there are.
     """
 
-    tokens: NDArray[np.integer[Any]]
-    supervised: NDArray[np.bool_]
-    offsets: NDArray[np.int64]
-    answer_start: NDArray[np.int64]
-    record: NDArray[np.int64]
+    tokens: NDArray[np.integer[Any]]  # token ids, shape [tokens]
+    supervised: NDArray[np.bool_]  # whether each token carries loss, shape [tokens]
+    offsets: NDArray[np.int64]  # where samples begin, and where the last one ends, shape [samples + 1]
+    answer_start: NDArray[np.int64]  # position within each sample where its last answer begins, shape [samples]
+    record: NDArray[np.int64]  # number of the record each sample was made from, shape [samples]
     meta: dict[str, Any]
-    folder: Path | None = None
+    folder: Path | None = None  # where the arrays are mapped from, if they are
 
     @classmethod
     def open(cls, folder: Path, verify: bool = True) -> Table:
-        """Maps the files of a table into memory.
-
-        Args:
-            folder: Written by `dllm_var.datamodules.encoding.load_table`.
-            verify: Reads all files and compares their checksums, at some gigabyte per second; otherwise only the
-                checksum of the counts, and the files' lengths.
+        """Maps the files of a table into memory; `verify` compares their checksums, at some gigabyte per second.
 
         Raises:
             UserError: When a file is missing, has another length or another checksum.
@@ -99,14 +81,7 @@ class Table:
         return self.tokens[self.offsets[sample] : self.offsets[sample + 1]].tolist()
 
     def examples(self, tokenizer: Tokenizer, n: int | None = None) -> list[Example]:
-        """Prompts with all their answers, in a fixed random order.
-
-        Samples without a prompt, such as records of the form ``{text}``, are left out.
-
-        Args:
-            tokenizer: The one that made the table.
-            n: How many prompts, the same ones every time; all when not given.
-        """
+        """`n` prompts, or all, with all their answers, in a fixed random order; samples without one are left out."""
         by_prompt: dict[tuple[int, ...], list[list[int]]] = {}
         for sample in np.random.default_rng(HELD_OUT_SEED).permutation(len(self)).tolist():
             ids, start = self.ids(sample), int(self.answer_start[sample])
@@ -123,11 +98,7 @@ def seal(values: dict[str, Any]) -> str:
 
 
 def unseal(text: str) -> dict[str, Any]:
-    """Returns the values of `seal`.
-
-    Raises:
-        ValueError: When the text is not as it was written.
-    """
+    """Returns the values of `seal`; raises ValueError when the text is not as it was written."""
     values = json.loads(text)
     if not isinstance(values, dict) or seal({name: values[name] for name in values if name != "seal"}) != text:
         raise ValueError("its description is not as it was written")

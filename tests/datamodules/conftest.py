@@ -2,34 +2,14 @@ import json
 
 import pytest
 from hypothesis import settings
+from recorded_runs import ListSource
 
-from dllm_var.datamodules import CmudictSource, Source
+from dllm_var.datamodules import CmudictSource
 from dllm_var.datamodules.encoding import RecordEncoder, load_table
 from dllm_var.text.tokenizer import Tokenizer
 
-settings.register_profile("shared", deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("shared", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("shared")
-
-
-class ListSource(Source):
-    """Records from a list; all of them training."""
-
-    default_tokenizer = CmudictSource.default_tokenizer
-
-    def __init__(self, records, **splits):
-        self.by_split = {"train": records, **splits}
-        self.splits = tuple(self.by_split)
-
-    def records(self, split):
-        return iter(self.by_split[split])
-
-    def fingerprint(self):
-        return json.dumps(self.by_split)
-
-
-@pytest.fixture(scope="session")
-def list_source():
-    return ListSource
 
 
 @pytest.fixture(scope="session")

@@ -47,33 +47,20 @@ def test_every_position_stands_in_exactly_one_place(packing, case, seed):
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_no_samples_are_no_rows(packing):
     nothing = np.empty(0, dtype=np.int32)
-    assert (
-        make_plan(packing, nothing, CONTEXT, np.random.default_rng(0)).rows
-        == count_rows(packing, nothing, CONTEXT)
-        == 0
-    )
+    assert make_plan(packing, nothing, CONTEXT, np.random.default_rng(0)).rows == 0
+    assert count_rows(packing, nothing, CONTEXT) == 0
 
 
 @given(lengths_and_context(), st.integers(0, 3))
-def test_best_fit_cuts_no_sample(case, seed):
+def test_best_fit_cuts_no_sample_and_concat_fills_all_rows_but_the_last(case, seed):
     lengths, context = np.array(case[0]), case[1]
     plan = make_plan("best_fit", lengths, context, np.random.default_rng(seed))
     spans = all_spans(plan)
     assert sorted(spans.sample) == list(range(len(lengths)))
     assert (spans.length == lengths[spans.sample]).all()
-    assert plan.cut == 0
     assert plan.rows <= 2 * lengths.sum() / context + 2, "on average rows are at least half full, even of few samples"
-
-
-@given(lengths_and_context(), st.integers(0, 3))
-def test_concat_fills_every_row_but_the_last(case, seed):
-    lengths, context = np.array(case[0]), case[1]
-    plan = make_plan("concat", lengths, context, np.random.default_rng(seed))
-    spans = all_spans(plan)
-    fill = np.bincount(spans.row, spans.length)
-    assert (fill[:-1] == context).all()
-    rows_of_sample = [len(set(spans.row[spans.sample == sample])) for sample in range(len(lengths))]
-    assert plan.cut == sum(rows > 1 for rows in rows_of_sample)
+    spans = all_spans(make_plan("concat", lengths, context, np.random.default_rng(seed)))
+    assert (np.bincount(spans.row, spans.length)[:-1] == context).all()
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -87,14 +74,6 @@ def test_any_rows_in_any_order_are_the_same_rows(packing):
     for place, row in enumerate(rows):
         for name in ("sample", "start", "length"):
             assert (getattr(some, name)[some.row == place] == getattr(whole, name)[whole.row == row]).all()
-
-
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_the_generator_decides_the_order(packing):
-    lengths = np.random.default_rng(0).integers(1, CONTEXT, 300)
-    first, again, other = (all_spans(make_plan(packing, lengths, CONTEXT, np.random.default_rng(s))) for s in (1, 1, 2))
-    assert (first.sample == again.sample).all()
-    assert len(other.sample) != len(first.sample) or (first.sample != other.sample).any()
 
 
 @pytest.mark.parametrize(("context", "median"), [(512, 120), (1024, 250), (2048, 400), (8192, 700)])

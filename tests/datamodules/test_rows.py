@@ -51,7 +51,7 @@ def stored(table):
 
 @pytest.mark.parametrize("packing", POLICIES)
 @pytest.mark.parametrize("overhang", [0, 5])
-@pytest.mark.parametrize("section", [SECTION, 25, 8])
+@pytest.mark.parametrize("section", [SECTION, 8])
 def test_an_epoch_holds_every_token_once_with_its_supervision(make_rows, table, tokenizer, packing, overhang, section):
     rows = make_rows(packing, overhang, section=section)
     for epoch in (0, 3):
@@ -104,9 +104,8 @@ def test_a_row_depends_on_nothing_but_its_number(make_rows, packing, section):
             assert all(torch.equal(alone[name], together[name][place]) for name in together)
 
 
-@given(st.integers(0, 10_000))
-@pytest.mark.parametrize("overhang", [0, 5])
-@pytest.mark.parametrize("section", [SECTION, 20])
+@given(st.integers(0, 2_000))
+@pytest.mark.parametrize(("overhang", "section"), [(0, SECTION), (5, SECTION), (5, 20)])
 def test_rows_are_numbered_on_over_the_epochs(make_rows, overhang, section, number):
     rows = make_rows("concat", overhang, section=section)
     epoch, place, inside = rows.locate(number)
@@ -124,13 +123,8 @@ def test_sections_share_the_samples(table, tokenizer, samples, section, stretch)
     kept = np.concatenate([sections[number].index for number in range(len(sections))])
     assert sorted(kept) == np.flatnonzero(lengths <= CONTEXT).tolist()
     assert max(len(sections[number].index) for number in range(len(sections))) <= section + stretch
-    totals = sections.totals(str)
-    assert totals == {
-        "samples": len(kept),
-        "tokens": lengths[kept].sum(),
-        "dropped": samples - len(kept),
-        "truncated": 0,
-    }
+    counts = {"samples": len(kept), "tokens": lengths[kept].sum(), "dropped": samples - len(kept), "truncated": 0}
+    assert sections.totals() == counts
 
 
 def test_sections_with_nothing_left_in_them_are_passed_over(table, tokenizer):
@@ -201,12 +195,9 @@ def test_ranks_share_the_stream_evenly(rows, batch_size, ranks, begin):
         assert {sampler.next_row for sampler in samplers} == {begin + (place + batch_size) * ranks}
 
 
-@settings(max_examples=10)
-@given(st.integers(1, 20_000), st.integers(1, 9), st.integers(1, 4096), st.integers(0, 10**12))
-def test_thousands_of_ranks_get_each_row_once_and_equally_many(rows, batch_size, ranks, begin):
-    dealt = [list(RowSampler(rows, batch_size, ranks, rank, begin)) for rank in range(ranks)]
-    assert {len(numbers) for numbers in dealt} == {-(-rows // (batch_size * ranks)) * batch_size}
-    assert sorted(itertools.chain(*dealt)) == list(range(begin, begin + len(dealt[0]) * ranks))
+@settings(max_examples=5)
+@given(st.integers(1, 20_000), st.integers(1, 4096))
+def test_thousands_of_ranks_get_each_held_out_row_once_and_equally_many(rows, ranks):
     held_out = [list(HeldOutSampler(rows, ranks, rank)) for rank in range(ranks)]
     assert {len(numbers) for numbers in held_out} == {-(-rows // ranks)}
     assert sorted(row for numbers in held_out for row in numbers if row >= 0) == list(range(rows))
@@ -218,14 +209,3 @@ def test_row_minus_one_is_padding(make_rows, tokenizer):
     assert (batch["input_ids"][0] == tokenizer.pad_id).all()
     assert (batch["segment_ids"][0] == -1).all()
     assert not batch["supervised"][0].any()
-
-
-def test_shapes_and_types(make_rows):
-    batch = make_rows().__getitems__([0, 5, 2])
-    assert {name: (value.dtype, tuple(value.shape)) for name, value in batch.items()} == {
-        "input_ids": (torch.int64, (3, CONTEXT)),
-        "supervised": (torch.bool, (3, CONTEXT)),
-        "segment_ids": (torch.int64, (3, CONTEXT)),
-        "position_ids": (torch.int64, (3, CONTEXT)),
-        "row": (torch.int64, (3,)),
-    }

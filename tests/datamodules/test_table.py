@@ -166,13 +166,6 @@ def test_text_that_spells_a_special_token_is_text_or_a_bad_record(load, tmp_path
     assert load([GOOD, record], tokenizer, refuse_special=True, skip_bad=True).meta["skipped"] == 1
 
 
-def test_words_have_no_letters_for_a_special_token(load, tokenizer):
-    table = load([{"prompt": "cat", "response": "K AE <eos> T"}])
-    ids = table.ids(0)
-    assert ids.count(tokenizer.terminator_id) == 1 and ids[-1] == tokenizer.terminator_id
-    assert table.meta["unknown_tokens"] == 2  # < and >
-
-
 def test_a_terminator_that_is_an_ordinary_token_ends_no_answer(load, tmp_path):
     lines = Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path / "tokenizer"), terminators=["Ċ"])
     load([{"prompt": "several\nlines", "response": "one"}], lines)
@@ -212,13 +205,15 @@ def test_of_a_text_longer_than_any_row_only_the_beginning_is_encoded(load, bytes
     assert clipped.ids(3) == whole.ids(3)
     for packing in ("truncate", "drop"):
         ours, theirs = (Sections(table, 100, packing, 0)[0] for table in (clipped, whole))
-        assert list(ours.dropped) == list(theirs.dropped) != [] and ours.truncated == theirs.truncated
+        assert (ours.dropped, ours.truncated) == (theirs.dropped, theirs.truncated) and ours.dropped > 0
         rows = [[s.table.ids(n)[:body] for n, body in zip(s.index, s.body, strict=True)] for s in (ours, theirs)]
         assert rows[0] == rows[1]
 
 
-def test_unknown_tokens_are_counted(load):
-    assert load([GOOD, {"prompt": "x7é", "response": "K"}]).meta["unknown_tokens"] == 2
+def test_unknown_tokens_are_counted(load, tokenizer):
+    table = load([GOOD, {"prompt": "x7é", "response": "K AE <eos> T"}])
+    assert table.ids(1).count(tokenizer.terminator_id) == 1
+    assert table.meta["unknown_tokens"] == 4  # 7, é, < and >
 
 
 def test_nothing_unfinished_stays_behind(load, tmp_path):
@@ -227,7 +222,7 @@ def test_nothing_unfinished_stays_behind(load, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_table_is_built_once_and_again_when_something_changes(load, tmp_path, tokenizer, monkeypatch):
+def test_a_table_is_built_once_and_again_when_something_changes(load):
     first = load([GOOD])
     state = (first.folder / "meta.json").stat()
     assert load([GOOD]).folder == first.folder
@@ -301,7 +296,7 @@ def test_a_build_that_is_killed_leaves_no_table_and_is_cleared_away(write_jsonl,
     assert len(list(cache.iterdir())) == 2
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "supervised.bin", "offsets.bin", "record.bin", "meta.json"])
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin", "meta.json"])
 @pytest.mark.parametrize("damage", ["shorter", "longer", "gone", "changed"])
 def test_a_damaged_table_is_told(load, name, damage):
     file = load([GOOD] * 3).folder / name
@@ -315,14 +310,6 @@ def test_a_damaged_table_is_told(load, name, damage):
         file.write_bytes(content[:-1] if damage == "shorter" else content + b"1")
     with pytest.raises(UserError, match=rf"damaged .*: delete {file.parent}, it is made again"):
         load([GOOD] * 3)
-
-
-@pytest.mark.parametrize("content", ["[]", "1", "{}", '{"seal": 1}', '{"samples": {}}', "\x00", "[" * 9_999])
-def test_counts_that_are_none_are_told(load, content):
-    file = load([GOOD]).folder / "meta.json"
-    file.write_text(content)
-    with pytest.raises(UserError, match="damaged"):
-        load([GOOD])
 
 
 def test_many_chunks_are_one_table(load, tokenizer):
