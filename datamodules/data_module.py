@@ -19,7 +19,7 @@ from dllm_var.datamodules.rows import HeldOutSampler, PackedRows, RowSampler
 from dllm_var.datamodules.sources import Source
 from dllm_var.datamodules.table import HELD_OUT_SEED, Example, Table
 from dllm_var.errors import UserError
-from dllm_var.model.documents import document_ends
+from dllm_var.model.attention import document_ends
 from dllm_var.text.tokenizer import Tokenizer
 
 _CHANGED = {  # messages about values that say nothing to a reader, or have another name than their setting

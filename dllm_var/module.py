@@ -24,13 +24,12 @@ from dllm_var.checkpoints.run_checkpoint import (
 from dllm_var.errors import UserError
 from dllm_var.metrics.counts import step_counts
 from dllm_var.metrics.denoising import DenoisingMetrics
-from dllm_var.model.attention import partly_causal_mask
+from dllm_var.model.attention import partly_causal_rule
 from dllm_var.model.build import build_transformer, can_compile
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.float8 import Float8, check_float8
 from dllm_var.model.lora import Lora
-from dllm_var.model.recompute import Recompute
-from dllm_var.model.transformer import Transformer
+from dllm_var.model.transformer import Recompute, Transformer
 from dllm_var.objectives import EosSchedule, KeyedNoise, NoisedBatch, Objective
 from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import summed_cross_entropy
@@ -224,21 +223,21 @@ class DiffusionLM(L.LightningModule):
     def hidden_at_loss(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """Returns what the head reads at the loss positions [M, hidden]."""
         assert self.transformer is not None
-        own_layout = noised.attention_mask is not None  # the objective decides what is seen, and moves its targets
+        own_layout = noised.attention_rule is not None  # the objective decides what is seen, and moves its targets
         position_ids, segment_ids = noised.position_ids, None
         if self.attention == "document" and not own_layout:
             position_ids, segment_ids = batch["position_ids"], batch["segment_ids"]
-        attention_mask = noised.attention_mask
+        rule = noised.attention_rule
         if self.training and 0 < self.attention_annealing > self.trainer.global_step:
             chance = self.trainer.global_step / self.attention_annealing
             shown = self.noise.uniform(batch["row"], noised.input_ids.size(1), ANNEALING_STREAM) < chance
-            attention_mask = partly_causal_mask(shown, segment_ids)
+            rule = partly_causal_rule(shown, segment_ids)
         everywhere = self.float8 is not None  # products in 8 bits need numbers of tokens that 16 divides
         hidden = self.transformer.hidden_states(
             noised.input_ids,
             position_ids,
             segment_ids,
-            attention_mask=attention_mask,
+            attention_rule=rule,
             asked=None if everywhere else noised.scored,
             document_ends=batch.get("document_ends"),
             shift=not own_layout,

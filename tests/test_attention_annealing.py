@@ -7,9 +7,9 @@ from dllm_var import DiffusionLM
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model import TransformerConfig
-from dllm_var.model.attention import partly_causal_mask
+from dllm_var.model.attention import partly_causal_rule
 from dllm_var.model.build import build_transformer
-from dllm_var.model.transformer import moved_right
+from dllm_var.model.transformer import left_neighbours
 from dllm_var.objectives import Autoregressive, BlockDiffusion
 
 SMALL = TransformerConfig(hidden_size=16, num_layers=2, num_heads=2, initializer_range=0.3)
@@ -41,10 +41,10 @@ def hidden(model, batch, step):
 def test_the_mask():
     shown = torch.tensor([[True, False, False, True]])
     expected = torch.tensor([[1, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
-    assert torch.equal(partly_causal_mask(shown, None)[0], expected)
+    assert torch.equal(partly_causal_rule(shown, None).mask[0, 0], expected)
     segments = torch.tensor([[0, 0, 1, 1]])
     expected = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]], dtype=torch.bool)
-    assert torch.equal(partly_causal_mask(shown, segments)[0], expected)
+    assert torch.equal(partly_causal_rule(shown, segments).mask[0, 0], expected)
 
 
 @pytest.mark.parametrize("token_shift", [False, True])
@@ -65,7 +65,7 @@ def test_it_begins_causal_and_ends_as_without(attention, token_shift):
     model.transformer.config.causal = True
     causal = model.transformer.hidden_states(noised.input_ids, position_ids, segment_ids)
     if token_shift:
-        causal = moved_right(causal, segment_ids)
+        causal = causal.flatten(0, 1)[left_neighbours(noised.input_ids, segment_ids)]
     torch.testing.assert_close(begun, causal[noised.loss_mask], atol=1e-5, rtol=1e-5)
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from dllm_var.errors import UserError
-from dllm_var.model.attention import partly_causal_mask
+from dllm_var.model.attention import AttentionRule
 from dllm_var.model.transformer import Transformer
 from dllm_var.objectives.noise import KeyedNoise
 from dllm_var.sampling.base import special_ids
@@ -239,9 +239,15 @@ def _hidden(model: Transformer, rows: Sequence[Row]) -> Tensor:
     places = [number * longest + column for number, row in enumerate(rows) for column in row.columns]
     asked = torch.tensor(places, device=device)
     if model.config.causal_context:
-        before = torch.arange(longest) < torch.tensor([len(row.part.context) for row in rows])[:, None]
-        seen = partly_causal_mask(torch.zeros_like(before), padding) | (~before[:, :, None] & (padding == 0)[:, None])
-        return model.hidden_states(tokens.to(device), attention_mask=seen.to(device), asked=asked)
+        starts = torch.tensor([len(row.part.context) for row in rows], device=device)
+        hidden = padding.to(device)
+
+        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            """Left to right before the continuation; in it, all of the row."""
+            to_the_left = (query >= key) & (hidden[row, query] == hidden[row, key])
+            return to_the_left | ((query >= starts[row]) & (hidden[row, key] == 0))
+
+        return model.hidden_states(tokens.to(device), attention_rule=AttentionRule(sees, hidden), asked=asked)
     segments = padding.to(device) if not model.config.causal and bool(padding.any()) else None
     return model.hidden_states(tokens.to(device), segment_ids=segments, asked=asked)
 

@@ -17,8 +17,8 @@ def step_counts(batch: Batch, noised: NoisedBatch, attention: str) -> dict[str, 
     """
     rows, length = noised.input_ids.shape
     used = batch["segment_ids"] >= 0  # padding is at position 0 too
-    if noised.attention_mask is not None:
-        pairs: int | Tensor = noised.attention_mask.sum()
+    if noised.attention_rule is not None:
+        pairs: int | Tensor = noised.attention_rule.pairs()
     elif attention == "document":
         pairs = ((2 * batch["position_ids"] + 1) * used).sum()  # the first n odd numbers add up to n squared
     else:

@@ -136,7 +136,7 @@ class KVCache:
         return (keys < self._ends[:, None]).view(-1, 1, 1, self.reach)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores this forward's keys and values and returns all that its queries attend to [B, kv_heads, reach, D].
+        """Stores this forward's keys and values and returns all that its queries attend to [B, reach, kv_heads, D].
 
         Args:
             layer: Whose they are.
@@ -153,13 +153,10 @@ class KVCache:
                 kind[:, self._end - self._width : self._end] = fresh
             else:
                 kind[torch.arange(fresh.size(0), device=fresh.device)[:, None], self._slots] = fresh
-        if self._rows is None:
-            seen_keys, seen_values = stored[:, :, : self.reach]
-        elif self.packed is None:  # they were empty: these are all there is
-            seen_keys, seen_values = keys, values
-        else:
-            seen_keys, seen_values = stored[:, self._rows, : self.reach]
-        return seen_keys.transpose(1, 2), seen_values.transpose(1, 2)
+        if self._rows is not None and self.packed is None:  # the rows were empty: what was just computed is all
+            return keys, values
+        seen = stored[:, :, : self.reach] if self._rows is None else stored[:, self._rows, : self.reach]
+        return seen[0], seen[1]
 
     def shift(self, hidden: Tensor) -> Tensor:
         """Stores this forward's last hidden states [B, L, hidden] and returns those left of each token.

@@ -4,27 +4,8 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
 from dllm_var.errors import UserError
-from dllm_var.model.config import LLAMA3_KEYS, TransformerConfig
-
-
-def llama3_periods(periods: Tensor, settings: dict[str, float]) -> Tensor:
-    """Returns the periods of Llama 3.1's rotary embedding, of which only the long ones are stretched.
-
-    In the trained length L, a period that turns `high_freq_factor` times or more stays as it is, one that turns less
-    than `low_freq_factor` times becomes `factor` times as long, and between the two the frequencies are interpolated
-    (Llama 3.1's published code and `config.json`).
-
-    Args:
-        periods: Tokens in which each pair of dimensions turns by one radian [head_dim / 2].
-        settings: The four numbers of `LLAMA3_KEYS`.
-    """
-    factor, low, high, trained = (settings[key] for key in LLAMA3_KEYS)
-    turns = trained / (2 * math.pi * periods)
-    share = ((turns - low) / (high - low)).clamp(0, 1)  # 1 where the frequency stays
-    return 1 / (share / periods + (1 - share) / (factor * periods))
+from dllm_var.model.config import TransformerConfig
 
 
 def critical_dimension(trained_length: int, head_dim: int, theta: float) -> int:

@@ -2,30 +2,86 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dllm_var.errors import UserError
-from dllm_var.model.attention import attend, causal_mask, segment_mask
-from dllm_var.model.config import TransformerConfig
-from dllm_var.model.documents import Documents, attend_documents, find_documents
+from dllm_var.model.attention import AttentionRule, Seen, attend
+from dllm_var.model.config import LLAMA3_KEYS, TransformerConfig
 from dllm_var.model.initialise import initialise
 from dllm_var.model.kv_cache import KVCache
-from dllm_var.model.recompute import Recompute, recomputed
-from dllm_var.model.rotary import RotaryTable, rotate
+
+Recompute = Literal["none", "full", "selective"]
+
+aten = torch.ops.aten
+# What selective recomputation keeps: results of matrix products and attention, which are what a forward costs.
+# Norms, rotations and activations are cheap, and most of what would be kept.
+EXPENSIVE = [
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten._scaled_mm.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+]
 
 
-def moved_right(hidden: Tensor, segment_ids: Tensor | None) -> Tensor:
-    """Gives each position of `hidden` [B, L, hidden] its left neighbour's; the first of a segment keeps its own."""
-    left = torch.cat((hidden[:, :1], hidden[:, :-1]), dim=1)
-    if segment_ids is None:
-        return left
-    inside = segment_ids == torch.cat((segment_ids[:, :1], segment_ids[:, :-1]), dim=1)
-    return torch.where(inside.unsqueeze(2), left, hidden)
+class RotaryTable:
+    """Cosines and sines of every position, computed once per device and grown on demand (RoFormer, 2104.09864)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        assert config.head_dim is not None
+        self.head_dim, self.llama3 = config.head_dim, config.rope_llama3
+        self.theta = config.rope_theta * config.rope_scaling
+        self.cos = self.sin = torch.empty(0)
+
+    def __call__(self, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Returns cos and signed sin, each [B, L, 1, head_dim], for `position_ids` [B, L], all below `length`."""
+        if self.cos.size(0) < length or self.cos.device != position_ids.device:
+            self._grow(max(length, 2 * self.cos.size(0)), position_ids.device)
+        return self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)
+
+    def _grow(self, length: int, device: torch.device) -> None:
+        with torch.inference_mode(False):  # the table outlives the request that first needs it
+            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
+            periods = self.theta**exponents
+            periods = periods if self.llama3 is None else llama3_periods(periods, self.llama3)
+            angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] / periods
+            # Both halves of a head turn by the same angles (Llama's layout); the first half subtracts.
+            self.cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
+            self.sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)  # [length, head_dim]
+
+
+def llama3_periods(periods: Tensor, settings: dict[str, float]) -> Tensor:
+    """Returns the periods of Llama 3.1's rotary embedding [head_dim / 2], of which only the long ones are stretched.
+
+    A period is the number of tokens in which a pair of dimensions turns by one radian. In the trained length, a period
+    that turns `high_freq_factor` times or more stays, one that turns less than `low_freq_factor` times becomes `factor`
+    times as long, and between the two the frequencies are interpolated (Llama 3.1's published code).
+    """
+    factor, low, high, trained = (settings[key] for key in LLAMA3_KEYS)
+    turns = trained / (2 * math.pi * periods)
+    share = ((turns - low) / (high - low)).clamp(0, 1)  # 1 where the frequency stays
+    return 1 / (share / periods + (1 - share) / (factor * periods))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, full_precision: bool) -> Tensor:
+    """Turns heads [B, L, heads, head_dim] by their positions' angles, in float32 at least if `full_precision`.
+
+    `cos` and `sin` [B, L, 1, head_dim] are a `RotaryTable`'s. The result has the type of `x`.
+    """
+    exact = x.to(torch.promote_types(x.dtype, cos.dtype)) if full_precision else x
+    swapped = exact.roll(x.size(-1) // 2, dims=-1)
+    return torch.addcmul(exact * cos.to(exact.dtype), swapped, sin.to(exact.dtype)).to(x.dtype)
 
 
 def cast_once(x: Tensor) -> Tensor:
@@ -33,6 +89,19 @@ def cast_once(x: Tensor) -> Tensor:
     kind = x.device.type
     enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return x.to(torch.get_autocast_dtype(kind)) if enabled else x
+
+
+def left_neighbours(input_ids: Tensor, segment_ids: Tensor | None) -> Tensor:
+    """Returns each token's left neighbour [B, L], counted through the flattened batch; a segment's first has itself."""
+    own = torch.arange(input_ids.numel(), device=input_ids.device).view(input_ids.shape)
+    first = torch.ones_like(own, dtype=torch.bool)
+    first[:, 1:] = False if segment_ids is None else segment_ids[:, 1:] != segment_ids[:, :-1]
+    return torch.where(first, own, own - 1)
+
+
+def _varlen_operators() -> list[Any]:
+    """Returns the varlen kernel's operator, which exists once that kernel has been imported."""
+    return [torch.ops.torch_attn._varlen_attn.default] if hasattr(torch.ops.torch_attn, "_varlen_attn") else []
 
 
 class Fused:
@@ -95,16 +164,10 @@ class Attention(nn.Module):
             queries, keys = queries_keys.split(heads, dim=2)
             queries_keys = torch.cat((self.q_norm(queries), self.k_norm(keys)), dim=2)
         queries, keys = rotate(queries_keys, context.cos, context.sin, self.rope_full_precision).split(heads, dim=2)
-        if context.documents is not None:
-            return self.o_proj(context.asked_of(attend_documents(queries, keys, values, context.documents).flatten(2)))
         cache = context.cache
-        if cache is None:
-            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        else:
+        if cache is not None:
             queries, (keys, values) = cache.pad(queries), cache.write(layer, keys, values)
-        # queries [B, heads, L, D]; keys and values [B, kv_heads, reach, D]
-        mixed = attend(queries.transpose(1, 2), keys, values, context.mask, context.is_causal)
-        mixed = mixed.transpose(1, 2).flatten(2)
+        mixed = attend(queries, keys, values, context.seen).flatten(2)
         return self.o_proj(context.asked_of(mixed) if cache is None else cache.pack(mixed))
 
 
@@ -130,17 +193,15 @@ class SwiGLU(nn.Module):
 
 @dataclass
 class LayerContext:
-    """What the layers of one forward share: rotary angles, attention mask or where documents lie, and cache.
+    """What the layers of one forward share: rotary angles, what each token sees, and the cache.
 
     The last layer has one of its own when only some positions are `asked` for.
     """
 
     cos: Tensor
     sin: Tensor
-    mask: Tensor | None
-    is_causal: bool
-    cache: KVCache | None
-    documents: Documents | None = None
+    seen: Seen
+    cache: KVCache | None = None
     asked: Tensor | None = None
 
     def asked_of(self, x: Tensor) -> Tensor:
@@ -162,7 +223,9 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, context: LayerContext, layer: int) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._compute(x, context, layer)
-        return recomputed(self.recompute, self._compute, x, context, layer)
+        selective = partial(create_selective_checkpoint_contexts, EXPENSIVE + _varlen_operators())
+        how: dict[str, Any] = {"context_fn": selective} if self.recompute == "selective" else {}
+        return checkpoint(self._compute, x, context, layer, use_reentrant=False, **how)
 
     def _compute(self, x: Tensor, context: LayerContext, layer: int) -> Tensor:
         x = context.asked_of(x) + self.self_attn(self.input_layernorm(x), context, layer)
@@ -195,10 +258,10 @@ class Transformer(nn.Module):
         if config.vocab_size is None:
             raise UserError("transformer.vocab_size is not set: it comes from the tokenizer, or set it yourself")
         self.config = config = config.resolved()
-        assert config.vocab_size is not None and config.head_dim is not None
+        assert config.vocab_size is not None
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rotary = RotaryTable(config.head_dim, config.rope_theta * config.rope_scaling, config.rope_llama3)
+        self.rotary = RotaryTable(config)
         self.compiled = False
         self.tie_weights()
         if not self.embedding.weight.is_meta:
@@ -252,8 +315,7 @@ class Transformer(nn.Module):
             UserError: When it is not above 0.
         """
         self.config = config = replace(self.config, rope_scaling=float(scaling)).resolved()
-        assert config.head_dim is not None
-        self.rotary = RotaryTable(config.head_dim, config.rope_theta * config.rope_scaling, config.rope_llama3)
+        self.rotary = RotaryTable(config)
 
     def reset_parameters(self) -> None:
         """Draws every weight anew, from the seed that torch was given and each weight's name."""
@@ -275,60 +337,49 @@ class Transformer(nn.Module):
         position_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
         cache: KVCache | None = None,
-        attention_mask: Tensor | None = None,
+        attention_rule: AttentionRule | None = None,
         asked: Tensor | None = None,
         document_ends: Tensor | None = None,
         shift: bool = True,
     ) -> Tensor:
         """Returns the normalised last hidden states [B, L, hidden], so that the head may run on a few of them.
 
-        When it is known which, only those [M, hidden] are computed: no other position needs what comes after the last
-        layer's attention.
-
-        The head on position i predicts token i, or token i + 1 in a causal model. With `token_shift`, the hidden states
-        are moved right by one for that: position i has what the layers made of i - 1.
+        The head on position i predicts token i, or token i + 1 in a causal model. A model with `token_shift` is trained
+        to predict token i at position i - 1: its hidden states are moved right by one, so that position i has what the
+        layers made of i - 1, and the first position of a segment keeps its own.
 
         Args:
             input_ids: Token ids [B, L].
             position_ids: Rotary positions [B, L], below L; 0, 1, ... when None. Not used with a cache.
             segment_ids: Document of each token [B, L]; a token sees only its own document. Everything when None.
             cache: Keys and values of earlier tokens, opened for this forward with `cache.open`; gets this forward's.
-            attention_mask: Which token sees which [B, L, L], bool; not with a cache. `segment_ids` then only say where
-                the token shift begins anew.
-            asked: Positions to return [M], counted through the flattened batch; all when None. Not with a cache.
-            document_ends: What `dllm_var.model.documents.document_ends` finds in `segment_ids`, where it is known.
+            attention_rule: Which token sees which; not with a cache. `segment_ids` then only say where the token shift
+                begins anew.
+            asked: Positions to return [M], counted through the flattened batch, when not all are: only those
+                [M, hidden] are computed after the last layer's attention. Not with a cache.
+            document_ends: What `dllm_var.model.attention.document_ends` finds in `segment_ids`, where it is known.
             shift: False leaves the hidden states where they are, although the model has `token_shift`: for rows whose
                 order is not that of the text, as in block diffusion, whose targets are moved instead.
         """
-        length = input_ids.size(1)
-        causal, head_dim = self.config.causal, self.config.head_dim
-        assert head_dim is not None
-        mask, documents = None, None
+        rows, length = input_ids.shape
+        causal = self.config.causal
+        moved = self.config.token_shift and not causal and shift
+        returned = asked
         if cache is not None:
             assert segment_ids is None and asked is None, "a cache holds one document per row, and all its positions"
-            positions, mask, reach = cache.pack(cache.positions), cache.mask(causal), cache.reach
+            positions, reach, seen = cache.pack(cache.positions), cache.reach, Seen(cache.mask(causal))
             input_ids = cache.pack(input_ids)
-            context_causal = False
         else:
             if position_ids is None:
                 position_ids = torch.arange(length, device=input_ids.device).unsqueeze(0)
             positions, reach = position_ids, length
-            if attention_mask is not None:
-                mask = attention_mask.unsqueeze(1)
-            elif segment_ids is not None:
-                documents = find_documents(segment_ids, self._attention_dtype(), causal, head_dim, document_ends)
-                mask = None if documents is not None else segment_mask(segment_ids)
-            if causal and mask is not None:
-                mask = mask & causal_mask(length, input_ids.device)
-            context_causal = causal and mask is None
-        cos, sin = self.rotary(positions, reach)
-        moved = self.config.token_shift and not causal and shift
-        if asked is not None and moved:  # they get what is made of the positions left of them
-            everywhere = torch.arange(input_ids.numel(), device=input_ids.device).view(*input_ids.shape, 1)
-            asked = moved_right(everywhere, segment_ids).flatten()[asked]
+            seen = self._seen(causal, segment_ids, attention_rule, document_ends)
+            if moved:
+                left = left_neighbours(input_ids, segment_ids).flatten()
+                asked = left if asked is None else left[asked]
         if asked is not None and self.compiled:  # another number at each step must not compile the layer again
             torch._dynamo.maybe_mark_dynamic(asked, 0)
-        context = LayerContext(cos, sin, mask, context_causal, cache, documents)
+        context = LayerContext(*self.rotary(positions, reach), seen, cache)
         x = self.embedding(input_ids)
         for number, layer in enumerate(self.layers):
             if asked is not None and number == self.config.num_layers - 1:
@@ -338,16 +389,26 @@ class Transformer(nn.Module):
         if cache is not None:
             x = cache.pad(x)
             return cache.shift(x) if moved else x
-        return moved_right(x, segment_ids) if moved and asked is None else x
+        return x.view(rows, length, -1) if moved and returned is None else x
+
+    def _seen(
+        self, causal: bool, segment_ids: Tensor | None, rule: AttentionRule | None, document_ends: Tensor | None
+    ) -> Seen:
+        """Returns what tokens see in a forward without a cache."""
+        if rule is not None:
+            return Seen.by_rule(rule)
+        if segment_ids is None:
+            return Seen(is_causal=causal)
+        assert self.config.head_dim is not None
+        weight = self.embedding.weight
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        return Seen.by_document(segment_ids, causal, dtype, self.config.head_dim, document_ends)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """Returns an empty cache for this process's heads; arguments as of `KVCache`."""
         weight, heads = self.embedding.weight, self.layers[0].self_attn.num_kv_heads  # type: ignore[union-attr]
         return KVCache(self.config, rows, capacity, weight.device, weight.dtype, num_kv_heads=heads)  # type: ignore[arg-type]
-
-    def _attention_dtype(self) -> torch.dtype:
-        kind = self.embedding.weight.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.embedding.weight.dtype
 
     @property
     def num_parameters(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm_var.errors import UserError
+from dllm_var.model.attention import AttentionRule
 from dllm_var.objectives.cross_entropy import Scores, summed_cross_entropy
 from dllm_var.objectives.noise import KeyedNoise
 from dllm_var.text.tokenizer import SpecialTokens
@@ -22,7 +23,7 @@ class NoisedBatch:
     """A batch as the model sees it, and what it must predict.
 
     An objective that gives the model more to read than the batch's tokens may choose its own L; it then gives
-    `position_ids` and `attention_mask`.
+    `position_ids` and `attention_rule`.
 
     Args:
         input_ids: Tokens the model reads [B, L].
@@ -32,7 +33,7 @@ class NoisedBatch:
         weights: Weight of each position's loss [B, L]; None for 1.
         normaliser: Divides the summed loss, after both are added up over ranks and accumulated batches.
         position_ids: Rotary position of each token [B, L]; None for the batch's.
-        attention_mask: Which token sees which [B, L, L], bool; None for what `model.attention` says.
+        attention_rule: Which token sees which; None for what `model.attention` says.
     """
 
     input_ids: Tensor
@@ -42,7 +43,7 @@ class NoisedBatch:
     weights: Tensor | None
     normaliser: Tensor
     position_ids: Tensor | None = None
-    attention_mask: Tensor | None = None
+    attention_rule: AttentionRule | None = None
 
     @cached_property
     def scored(self) -> Tensor:

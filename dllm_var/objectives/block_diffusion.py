@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dllm_var.errors import UserError
+from dllm_var.model.attention import AttentionRule
 from dllm_var.objectives.autoregressive import next_token_targets
 from dllm_var.objectives.base import Batch, NoisedBatch, Objective, check_rates, is_one_of
 from dllm_var.objectives.certainty import Certainty
@@ -201,15 +202,16 @@ class BlockDiffusion(Certainty):
         if self.autoregressive_weight not in (0, 1):
             weights = torch.cat([weight, *(torch.ones_like(part) for part in rate[1:])], dim=1)
         scored = torch.cat(loss_mask, dim=1)
+        input_ids = torch.cat(read, dim=1)
         return NoisedBatch(
-            input_ids=torch.cat(read, dim=1),
+            input_ids=input_ids,
             targets=torch.cat(wanted, dim=1),
             loss_mask=scored,
             mask_rate=torch.cat(rate, dim=1),
             weights=weights,
             normaliser=scored.sum(),
             position_ids=torch.cat([batch["position_ids"], *[positions] * len(copies)], dim=1),
-            attention_mask=self._attention_mask(batch, blocks, len(copies)),
+            attention_rule=self._attention_rule(input_ids, batch, blocks, len(copies)),
         )
 
     def _score_clean(self, batch: Batch, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,25 +223,29 @@ class BlockDiffusion(Certainty):
             weight = weight.masked_fill(before_block, 1.0)
         return next_token, follows & (weight > 0), weight
 
-    def _attention_mask(self, batch: Batch, blocks: Blocks, copies: int) -> Tensor:
-        """Returns which token sees which [B, S, S] in `[clean | copies]`, S = L + copies * N * K."""
+    def _attention_rule(self, tokens: Tensor, batch: Batch, blocks: Blocks, copies: int) -> AttentionRule:
+        """Returns which token sees which in `[clean | copies]`, of L + copies * N * K tokens."""
         clean_segment, length = batch["segment_ids"], batch["input_ids"].size(1)
-        # Blocks that do not exist see each other, so that no softmax is empty.
-        block = blocks.number.gather(1, blocks.start).masked_fill(~blocks.exists, -1)
-        block = block.repeat_interleave(self.block_length, dim=1)
-        segment = clean_segment.gather(1, blocks.start).repeat_interleave(self.block_length, dim=1)
-        copy = torch.arange(FIRST_COPY, FIRST_COPY + copies, device=block.device).repeat_interleave(block.size(1))
+        # Tokens of blocks that do not exist see each other, so that no softmax is empty.
+        number = blocks.number.gather(1, blocks.start).masked_fill(~blocks.exists, -1)
+        number = number.repeat_interleave(self.block_length, dim=1)
+        in_copies = clean_segment.gather(1, blocks.start).repeat_interleave(self.block_length, dim=1)
+        copy = torch.arange(FIRST_COPY, FIRST_COPY + copies, device=number.device).repeat_interleave(number.size(1))
         copy = torch.cat([copy.new_full((length,), CLEAN), copy])
-        block = torch.cat([blocks.number, *[block] * copies], dim=1)
-        segment = torch.cat([clean_segment, *[segment] * copies], dim=1)
+        block = torch.cat([blocks.number, *[number] * copies], dim=1)
+        segment = torch.cat([clean_segment, *[in_copies] * copies], dim=1)
+        sees_masks, causal_context = self.clean_sees_masks, self.causal_context
 
-        query, key, clean = block[:, :, None], block[:, None, :], copy == CLEAN
-        seen = ((query == key) & (copy[:, None] == copy)) | ((query > key) & clean)
-        if self.clean_sees_masks:
-            seen = seen | ((query + 1 == key) & clean[:, None] & (copy == FIRST_COPY))
-        if self.causal_context:
-            seen[:, :length, :length] = seen.new_ones(length, length).tril()
-        return seen & (segment[:, :, None] == segment[:, None, :])
+        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            own, its, clean = block[row, query], block[row, key], copy[key] == CLEAN
+            seen = ((own == its) & (copy[query] == copy[key])) | ((own > its) & clean)
+            if sees_masks:
+                seen = seen | ((own + 1 == its) & (copy[query] == CLEAN) & (copy[key] == FIRST_COPY))
+            if causal_context:
+                seen = torch.where((copy[query] == CLEAN) & clean, query >= key, seen)
+            return seen & (segment[row, query] == segment[row, key])
+
+        return AttentionRule(sees, tokens)
 
 
 class EvenBlockMasking(BlockDiffusion):

@@ -14,6 +14,7 @@ from dllm_var.benchmarking.cost_model import (
     training_flops,
 )
 from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.model.attention import Seen
 from dllm_var.model.transformer import LayerContext
 
 SMALL = dict(hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=24, vocab_size=50)
@@ -104,7 +105,7 @@ def kept_bytes(config, precision, rows, length):
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=precision == "16-mixed"),
         ):
-            context = LayerContext(cos, sin, None, False, None)
+            context = LayerContext(cos, sin, Seen())
             for block in model.layers:
                 x = block(x, context, 0)
         # The rotary table is one row's, in 32 bits and, for each layer, in 16: not what rows cost.

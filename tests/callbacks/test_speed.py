@@ -157,6 +157,6 @@ def test_flops_are_those_of_what_attends(kind: str) -> None:
             ((q @ q.transpose(-1, -2)).softmax(-1) @ q).sum().backward()
         dense += 2 * counter.get_total_flops()  # two layers
     if kind == "blocks":
-        dense = 2 * 12 * int(noised.attention_mask.sum()) * 32
+        dense = 2 * 12 * int(noised.attention_rule.mask.sum()) * 32
         assert read > 24 < pairs
     assert ours == pytest.approx(matrices + dense / (2 if causal else 1))

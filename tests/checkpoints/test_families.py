@@ -162,7 +162,7 @@ def test_llada_turns_queries_and_keys_in_32_bits_where_its_config_says_so(full, 
     attention.q_proj.register_forward_hook(lambda _, __, made: seen.append(made))
     with patch("dllm_var.model.transformer.attend", side_effect=attend) as attended, torch.no_grad():
         model(torch.arange(40)[None])
-    ours = attended.call_args_list[0].args[0]  # the first layer's queries [1, heads, L, D]
+    ours = attended.call_args_list[0].args[0].transpose(1, 2)  # the first layer's queries [1, heads, L, D]
 
     heads, size = attention.num_heads, attention.head_dim
     x = seen[0][..., : heads * size].view(1, 40, heads, size).transpose(1, 2)

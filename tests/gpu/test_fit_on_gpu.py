@@ -33,10 +33,10 @@ def test_precisions_train_as_the_cpu_does_in_float32(fit: Any, plain: list[float
             assert fit(precision=precision)[2] == pytest.approx(plain, rel=tolerance), precision
 
 
-def test_documents_are_those_of_the_mask_in_16_bits(fit: Any, monkeypatch: Any) -> None:
-    """torch's varlen kernel, with grouped queries and host-counted documents, against a mask on the same device."""
+def test_documents_are_those_of_flex_attention_in_16_bits(fit: Any, monkeypatch: Any) -> None:
+    """torch's varlen kernel, with grouped queries and documents counted on the host, against a block mask."""
     kernel = fit(precision="bf16-mixed")[2]
-    monkeypatch.setattr("dllm_var.model.documents.has_varlen", lambda *_: False)
+    monkeypatch.setattr("dllm_var.model.attention.has_varlen", lambda *_: False)
     assert kernel == pytest.approx(fit(precision="bf16-mixed")[2], rel=0.01)
 
 

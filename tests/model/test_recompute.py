@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.model.attention import LEAST_LENGTH
 from dllm_var.model.build import can_compile
 
 SHAPE = dict(hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, vocab_size=50, initializer_range=0.2)
@@ -15,30 +16,29 @@ def gradients(policy, segments=None, compiled=False, **changes):
     model.recompute_activations(policy)
     if compiled:
         model.compile_layers()
-    tokens = torch.randint(0, 50, (2, 48), generator=torch.Generator().manual_seed(1))
+    length = 48 if segments is None else segments.size(1)
+    tokens = torch.randint(0, 50, (2, length), generator=torch.Generator().manual_seed(1))
     model(tokens, None, segments).square().mean().backward()
     return [parameter.grad for parameter in model.parameters()]
 
 
 @pytest.mark.parametrize("policy", ["full", "selective"])
-@pytest.mark.parametrize("documents", [None, "mask", "chunks"])
-@pytest.mark.parametrize("changes", [{}, {"causal": True, "qk_norm": True}, {"num_kv_heads": 4}])
-def test_gradients_are_the_same(policy, documents, changes, monkeypatch):
-    monkeypatch.setattr("dllm_var.model.documents.LEAST_LENGTH", 1 if documents == "chunks" else 512)
-    segments = None if documents is None else torch.arange(48).expand(2, -1) // 7
+@pytest.mark.parametrize("length", [None, 48, LEAST_LENGTH])  # everything, documents with a mask, one by one
+@pytest.mark.parametrize("changes", [{}, {"causal": True, "qk_norm": True}])
+def test_gradients_are_the_same(policy, length, changes):
+    segments = None if length is None else torch.arange(length).expand(2, -1) // 7
     for ours, kept in zip(gradients(policy, segments, **changes), gradients("none", segments, **changes), strict=True):
         assert torch.equal(ours, kept)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="needs a C++ compiler")
-@pytest.mark.parametrize(("documents", "kv_heads"), [(None, 2), ("chunks", 2), ("chunks", 4)])
-def test_compiled_gradients_are_the_same(documents, kv_heads, monkeypatch):
-    monkeypatch.setattr("dllm_var.model.documents.LEAST_LENGTH", 1)
-    segments = None if documents is None else torch.arange(48).expand(2, -1) // 7
-    kept = gradients("none", segments, num_kv_heads=kv_heads)
+@pytest.mark.parametrize("length", [None, 48, LEAST_LENGTH])
+def test_compiled_gradients_are_the_same(length):
+    segments = None if length is None else torch.arange(length).expand(2, -1) // 7
+    kept = gradients("none", segments)
     for policy in ("none", "full", "selective"):
-        for ours, eager in zip(gradients(policy, segments, compiled=True, num_kv_heads=kv_heads), kept, strict=True):
+        for ours, eager in zip(gradients(policy, segments, compiled=True), kept, strict=True):
             torch.testing.assert_close(ours, eager, atol=1e-5, rtol=1e-4)
 
 

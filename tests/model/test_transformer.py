@@ -7,6 +7,8 @@ import torch
 
 from dllm_var.errors import UserError
 from dllm_var.model import KVCache, Transformer, TransformerConfig
+from dllm_var.model.attention import Seen
+from dllm_var.model.transformer import LayerContext
 
 TINY = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=50, initializer_range=0.2)
 
@@ -100,9 +102,7 @@ def test_bidirectional_window_sees_the_frozen_tokens_and_itself():
     mask[:4, 4:] = False
     tokens = torch.cat((prompt, block), 1)
     cos, sin = model.rotary(torch.arange(7)[None], 7)
-    from dllm_var.model.transformer import LayerContext
-
-    context = LayerContext(cos, sin, mask[None, None], False, None)
+    context = LayerContext(cos, sin, Seen(mask))
     x = model.embedding(tokens)
     for i, layer in enumerate(model.layers):
         x = layer(x, context, i)
@@ -143,7 +143,7 @@ def test_flops_per_token_match_the_counter(asked):
 @pytest.mark.parametrize("recompute", ["none", "full", "selective"])
 @pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("length", [12, 520])  # with a mask, and document by document
+@pytest.mark.parametrize("length", [12, 520])  # documents with a mask, and one by one
 def test_asked_positions_are_those_of_all_and_so_are_their_gradients(length, layers, shift, recompute):
     model = Transformer(TransformerConfig(**{**TINY, "num_layers": layers, "token_shift": shift})).double()
     model.recompute_activations(recompute)

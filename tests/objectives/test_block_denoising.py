@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from dllm_var import DiffusionLM
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.model.attention import AttentionRule
 from dllm_var.objectives import Autoregressive, BlockDiffusion, KeyedNoise
 from dllm_var.objectives.block_diffusion import Copy, find_blocks
 from dllm_var.objectives.cross_entropy import head_loss
@@ -63,6 +64,11 @@ def make_batch(rows=ROWS, length=34, seed=0, first_row=0):
 
 def bound(**settings):
     return BlockDiffusion(BLOCK, **settings).bind(SPECIAL)
+
+
+def by_mask(mask):
+    """The rule that a mask [L, L] spells out."""
+    return AttentionRule(lambda row, head, query, key: mask[query, key], mask[None, 0])
 
 
 def walk(batch):
@@ -128,7 +134,7 @@ def read_alone(transformer, batch, i, blocks, number, tokens, joint, causal):
     # Position ids may exceed a short row's length, which only sizes the rotary table.
     transformer.rotary(torch.zeros(1, 1, dtype=torch.long), 64)
     hidden = transformer.hidden_states(
-        torch.tensor([row]), position_ids=torch.tensor([positions]), attention_mask=seen[None]
+        torch.tensor([row]), position_ids=torch.tensor([positions]), attention_rule=by_mask(seen)
     )
     before = max((place for place, (_, kind) in enumerate(role) if kind == "clean"), default=0)
     return transformer.lm_head(hidden)[0, [before, *range(len(row) - BLOCK, len(row))]]
@@ -142,7 +148,7 @@ def test_packed_rows_give_the_logits_and_gradients_of_one_block_at_a_time(mode, 
     objective = bound(t_min=0.3, t_max=0.8, **settings)
     noised = objective.corrupt(batch, KeyedNoise(3))
     hidden = transformer.hidden_states(
-        noised.input_ids, position_ids=noised.position_ids, attention_mask=noised.attention_mask
+        noised.input_ids, position_ids=noised.position_ids, attention_rule=noised.attention_rule
     )
     logits = transformer.lm_head(hidden)
     loss, _ = head_loss(transformer.lm_head, hidden[noised.loss_mask], noised.targets[noised.loss_mask])
@@ -181,8 +187,10 @@ def test_the_autoregressive_loss_is_that_of_the_causal_twin():
     plain = bound(causal_context=True).corrupt(batch, KeyedNoise(3))
     objective = bound(causal_context=True, autoregressive_weight=0.5)
     noised = objective.corrupt(batch, KeyedNoise(3))
-    assert torch.equal(noised.input_ids, plain.input_ids) and torch.equal(noised.attention_mask, plain.attention_mask)
-    hidden = transformer.hidden_states(noised.input_ids, noised.position_ids, None, None, noised.attention_mask)
+    assert torch.equal(noised.input_ids, plain.input_ids) and torch.equal(
+        noised.attention_rule.mask, plain.attention_rule.mask
+    )
+    hidden = transformer.hidden_states(noised.input_ids, noised.position_ids, None, None, noised.attention_rule)
     loss, _ = head_loss(transformer.lm_head, hidden[noised.loss_mask], noised.targets[noised.loss_mask])
     masked, _ = head_loss(transformer.lm_head, hidden[plain.loss_mask], plain.targets[plain.loss_mask])
 
@@ -239,7 +247,7 @@ def test_the_sampler_computes_the_trained_conditionals(mode, causal, shift, answ
     noised = objective.lay_out(batch, blocks, [Copy(blocks.answer, rate), Copy(blocks.answer & ~shown, rate)])
     with torch.no_grad():
         hidden = transformer.hidden_states(
-            noised.input_ids, position_ids=noised.position_ids, attention_mask=noised.attention_mask, shift=False
+            noised.input_ids, position_ids=noised.position_ids, attention_rule=noised.attention_rule, shift=False
         )
         logits = transformer.lm_head(hidden)[0]
     trained = logits[batch["input_ids"].size(1) :].view(2, -1, BLOCK, VOCABULARY)
@@ -351,7 +359,7 @@ def test_a_batch_without_supervision_has_no_loss():
     noised = bound().corrupt(batch, KeyedNoise(0))
     assert torch.equal(noised.input_ids, batch["input_ids"]) and not noised.loss_mask.any()
     hidden = model().hidden_states(
-        noised.input_ids, position_ids=noised.position_ids, attention_mask=noised.attention_mask
+        noised.input_ids, position_ids=noised.position_ids, attention_rule=noised.attention_rule
     )
     assert torch.isfinite(hidden).all()
 

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllm_var import DiffusionLM
 from dllm_var.datamodules import PackedDataModule
-from dllm_var.model import TransformerConfig, documents
-from dllm_var.model.documents import document_ends
+from dllm_var.model import TransformerConfig
+from dllm_var.model.attention import document_ends
 from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule, Mdlm
 
 aten = torch.ops.aten
@@ -47,8 +47,7 @@ class Waits(TorchDispatchMode):
 )
 def test_a_batch_waits_for_its_loss_positions_alone(objective, attention, waits, monkeypatch):
     """And block diffusion for the number of blocks; documents are counted on the host."""
-    monkeypatch.setattr(documents, "has_varlen", lambda *_: True)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", lambda q, k, v, *_, **__: q * 1)
+    monkeypatch.setattr("dllm_var.model.attention.has_varlen", lambda *_: True)
     data = PackedDataModule(batch_size=4, context_length=48, packing="best_fit", overhang=4)
     module = DiffusionLM(TransformerConfig(hidden_size=16, num_layers=2, num_heads=2), objective, attention)
     module.use_tokenizer(data.tokenizer)
