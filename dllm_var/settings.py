@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import inspect
 from collections.abc import Callable, Sequence
@@ -81,6 +82,18 @@ class SettingsParser(ArgumentParser):
         super().__init__(*args, **kwargs)
         self.names: Callable[[], list[str]] = lambda: list(self.get_defaults().keys())  # for suggestions
 
+    @classmethod
+    def of_command(cls, command: str, usage: str, description: str, examples: str = "") -> SettingsParser:
+        """Returns the parser of a command without options; `usage` follows its name."""
+        parser = cls(
+            prog=f"python -m dllm_var {command}",
+            description=description,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.usage = f"{parser.prog} {usage}"
+        return parser
+
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         for path in config_files(args or []):  # the parser would not name the file, and waits for ever on a pipe
             read_settings(path)
@@ -106,13 +119,14 @@ def _one_line(message: str, error: BaseException | None, names: Callable[[], lis
     unknown = _unknown(reason)
     if unknown is None:
         return ": ".join([*([".".join(keys)] if keys else []), reason[:LONGEST]])
-    name = ".".join([*keys, unknown])
-    section = name.rpartition(".")[0]
+    name, prefix = ".".join([*keys, unknown]), ".".join(keys)
+    kind = message.split("given class_path '")[-1].split("'")[0] if "given class_path '" in message else ""
     known = [key.replace("init_args.", "") for key in names()]
-    if "given class_path '" in message:
-        known += [f"{section}.{one}" for one in _parameters(message.split("given class_path '")[-1].split("'")[0])]
-    beside = [key for key in known if key.rpartition(".")[0] == section]
-    return f"there is no setting '{name}'{suggestion(name, beside or known)}"
+    if parameters := _parameters(kind):  # the names are those of the default class
+        known = [key for key in known if key.rpartition(".")[0] != prefix] + [f"{prefix}.{one}" for one in parameters]
+    beside = [key for key in known if key.rpartition(".")[0] == name.rpartition(".")[0]]
+    owner = f" of {kind.rpartition('.')[2]}" if kind else ""
+    return f"there is no setting '{name}'{owner}{suggestion(name, beside or known)}"
 
 
 def _unknown(reason: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
@@ -17,7 +16,7 @@ import yaml
 from jsonargparse import Namespace
 
 from dllm_var.checkpoints.run_checkpoint import provenance
-from dllm_var.cli.generate import add_draw_options, add_sampler_options, load
+from dllm_var.cli.generate import add_sampler_options, load
 from dllm_var.errors import UserError
 from dllm_var.evaluation import TASKS
 from dllm_var.files import open_output, write_text
@@ -56,7 +55,8 @@ def main(command: str, arguments: list[str]) -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars are for terminals
     if find_spec("lm_eval") is None:
         raise UserError('evaluate needs lm-evaluation-harness: pip install "dllm-var[evaluate]"')
-    options, sampler, model, tokenizer = load(command, arguments, build_parser, check_options)
+    options, sampler, model, tokenizer = load(command, arguments, build_parser)
+    check_options(options)
     if options.chat and tokenizer.chat_template is None:
         raise UserError("--chat needs a checkpoint whose tokenizer has a chat template, and this one has none")
     from dllm_var.evaluation.likelihood import Likelihood
@@ -82,13 +82,7 @@ def main(command: str, arguments: list[str]) -> int:
 
 def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser:
     """Returns the parser of the options; `sampler` is the default one, None for a parser that only shows help."""
-    parser = SettingsParser(
-        prog=f"python -m dllm_var {command}",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.usage = f"python -m dllm_var {command} --checkpoint PATH --tasks NAME ... [options]"
+    parser = SettingsParser.of_command(command, "--checkpoint PATH --tasks NAME ... [options]", DESCRIPTION, EXAMPLES)
     what = parser.add_argument_group("what to measure")
     what.add_argument("--checkpoint", type=str, metavar="PATH", help="run folder, .ckpt file or model folder")
     what.add_argument("--tasks", nargs="+", type=str, metavar="NAME", help="names of tasks, or YAML files of tasks")
@@ -99,7 +93,6 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
 
     decoding = parser.add_argument_group("answers (generate_until)")
     decoding.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; the task's when not given")
-    add_draw_options(decoding)
     add_sampler_options(parser, sampler)
 
     scoring = parser.add_argument_group("likelihoods of diffusion models")

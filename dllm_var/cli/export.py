@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -55,13 +54,9 @@ def main(command: str, arguments: list[str]) -> int:
 
 def build_parser(command: str) -> SettingsParser:
     """Returns the parser of the options."""
-    parser = SettingsParser(
-        prog=f"python -m dllm_var {command}",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = SettingsParser.of_command(
+        command, "--checkpoint PATH --format NAME --output FOLDER [options]", DESCRIPTION, EXAMPLES
     )
-    parser.usage = f"python -m dllm_var {command} --checkpoint PATH --format NAME --output FOLDER [options]"
     parser.add_argument("--checkpoint", type=str, metavar="PATH", help="run folder, .ckpt file or model folder")
     parser.add_argument("--format", type=str, metavar="NAME", help="model family: llada, dream, llama, qwen2 or qwen3")
     parser.add_argument("--output", type=str, metavar="FOLDER", help="where to; must not exist yet")

@@ -130,7 +130,12 @@ def test_a_policy_by_name_with_its_own_settings(run):
 
 
 def test_a_sampler_with_a_policy_of_its_own(run):
-    wino = ["--sampler=dllm_var.sampling.wino.WinoSampler", "--threshold=0.7", "--block-length=12", "--prompt=keyboard"]
+    wino = [
+        "--sampler=dllm_var.sampling.wino.WinoSampler",
+        "--sampler.threshold=0.7",
+        "--block-length=12",
+        "--prompt=keyboard",
+    ]
     assert run(*wino, "--answers-only").split()[0] == "K"
     assert run(*wino, "--infill=K IY <gap:2> R D", "--answers-only") == "K IY B AO R D\n"
 
@@ -259,7 +264,10 @@ def test_nobody_reads_any_more(monkeypatch, capfd):
         (["--prompt=cat", "--policy"], ["--policy", "value"]),
         (["--prompt=cat", "--sampler=Nowhere"], ["sampler", "Nowhere"]),
         (["--prompt=cat", "--sampler=nowhere.yaml"], ["nowhere.yaml"]),
-        (["--prompt=cat", "--sampler=AutoregressiveSampler", "--block-length=2"], ["--block-length", "Autoregressive"]),
+        (
+            ["--prompt=cat", "--sampler=AutoregressiveSampler", "--block-length=2"],
+            ["block_length", "of Autoregressive"],
+        ),
         (["--prompt=cat", "--stop="], ["stop", "empty"]),
         (["--prompt=cat", "--suppress=XX"], ["--suppress", "XX"]),
         (["--prompt=cat", "--suppress=id:70"], ["suppress", "70"]),
@@ -270,6 +278,7 @@ def test_nobody_reads_any_more(monkeypatch, capfd):
         (["--prompt=cat", "--json", "--replay"], ["--json", "--replay", "commit_steps"]),
         (["--prompt=cat", "--stream", "--no-stream"], ["--stream", "--no-stream"]),
         (["--prompt=cat", "--replay", "--stream"], ["--replay", "--stream"]),
+        (["--prompt=cat", "--prompt=dog", "--stream"], ["--stream", "a single prompt"]),
         (["--infill=K <gap:1>", "--stop=T"], ["--infill", "--stop"]),
         (["--infill=K <gap:1>", "--prompts-file=none.txt"], ["--infill", "--prompts-file", ".jsonl"]),
         (["--prompt=cat", "--output=nowhere/x"], ["--output", "nowhere/x"]),

@@ -1,6 +1,7 @@
-"""Answers as they are printed: streams that equal the whole text, the order of the prompts, files that are whole."""
+"""Answers as they are printed: streams that equal the whole text, the order of the prompts, replays in any width."""
 
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -9,55 +10,63 @@ from byte_tokenizer import write_byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import Namespace
-from tokenizers import AddedToken, decoders, models
-from tokenizers import Tokenizer as Backend
 
 from dllm_var.__main__ import main
-from dllm_var.cli.answers import AnswerPrinter, TextStream, is_coloured
-from dllm_var.cli.prompts import Prompt
+from dllm_var.cli.prompts_and_answers import AnswerPrinter, Prompt
+from dllm_var.cli.replay import replay
 from dllm_var.sampling import Generation
 from dllm_var.sampling.stopping import StopStrings
-from dllm_var.text.tokenizer import SpecialTokens, Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
 
 CHECKPOINT = str(Path(__file__).parent.parent.parent / "checkpoints" / "cmudict")
 
 
 class Terminal(io.StringIO):
-    """A terminal that remembers."""
+    """A terminal that remembers what was written, in pieces."""
+
+    def __init__(self):
+        super().__init__()
+        self.pieces = []
 
     def isatty(self):
         return True
+
+    def write(self, text):
+        self.pieces += [text] if text else []
+        return super().write(text)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    folder = write_byte_tokenizer(tmp_path_factory.mktemp("bytes"))
+    return {"bytes": Tokenizer.from_pretrained(folder), "words": Tokenizer.from_pretrained(CHECKPOINT)}
+
+
+def printer(out, texts, tokenizer=None, stop=None):
+    options = dict.fromkeys(("json", "replay", "answers_only", "no_stream"))
+    prompts = [Prompt(text, [1]) for text in texts]
+    return AnswerPrinter(out, prompts, tokenizer, Namespace(**options, stop=stop, stream=tokenizer is not None))
+
+
+def answer(text, tokens=()):
+    return Generation(list(tokens), "eos", 1, 0.0, 1, text)
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
-    """Of bytes; of words with blanks between them; of sentence pieces with bytes for what they lack."""
-    pieces = {"▁the": 0, "▁a": 1, "b": 2, "é": 3, "<pad>": 4, "<mask>": 5, "<eos>": 6}
-    pieces |= {f"<0x{byte:02X}>": len(pieces) + i for i, byte in enumerate("é€😀".encode())}
-    backend = Backend(models.BPE(pieces, [], byte_fallback=True, unk_token="<pad>"))
-    backend.add_special_tokens([AddedToken(name, special=True) for name in ("<pad>", "<mask>", "<eos>")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return {
-        "bytes": Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path_factory.mktemp("bytes"))),
-        "words": Tokenizer.from_pretrained(CHECKPOINT),
-        "pieces": Tokenizer(backend, SpecialTokens(5, (6,), 4)),
-    }
-
-
-def streamed(tokenizer, tokens, ends, stop=None):
+def streamed(tokenizer, tokens, ends, strings=None):
     """Returns the text as it was when each part of the tokens had been told, the last one being the whole."""
-    stream = TextStream(tokenizer, stop)
-    texts = [""]
+    out = io.StringIO()
+    ours = printer(out, "p", tokenizer, strings)
+    texts = []
     for end in sorted(ends):
-        texts.append(texts[-1] + stream.feed(tokens[:end]))
-    cut = None if stop is None else stop.cut(tokens)
+        ours.on_block(0, tokens[:end])
+        texts.append(out.getvalue().removeprefix("p -> "))
+    cut = StopStrings(strings, tokenizer).cut(tokens) if strings else None
     whole = tokenizer.decode(tokens) if cut is None else cut[1]
-    return [*texts, texts[-1] + stream.end(whole)], whole
+    ours.on_answer(0, answer(whole, tokens))
+    return [*texts, out.getvalue().removeprefix("p -> ").removesuffix("\n")], whole
 
 
 @pytest.mark.parametrize("kind", ["bytes", "words"])
@@ -73,8 +82,7 @@ def test_what_was_shown_is_the_beginning_of_the_whole(kind, tokenizers, data):
         tokens = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=12))
     ends = data.draw(st.lists(st.integers(0, len(tokens)), max_size=6))
     strings = data.draw(st.lists(st.text("aé \nTK", min_size=1, max_size=3), max_size=2))
-    stop = StopStrings(strings, tokenizer) if strings else None
-    texts, whole = streamed(tokenizer, tokens, ends, stop)
+    texts, whole = streamed(tokenizer, tokens, ends, strings)
     assert texts[-1] == whole
     assert all(whole.startswith(text) for text in texts)
 
@@ -82,123 +90,138 @@ def test_what_was_shown_is_the_beginning_of_the_whole(kind, tokenizers, data):
 def test_nothing_is_held_back_longer_than_it_must(tokenizers):
     tokens = tokenizers["bytes"].encode("né €")
     texts, _ = streamed(tokenizers["bytes"], tokens, range(1, len(tokens) + 1))
-    assert texts == ["", "n", "n", "né", "né ", "né ", "né ", "né €", "né €"]
+    assert texts == ["n", "n", "né", "né ", "né ", "né ", "né €", "né €"]
     tokens = tokenizers["words"].encode("K AE T S")
-    texts, _ = streamed(tokenizers["words"], tokens, [1, 2, 4], StopStrings(["T X"], tokenizers["words"]))
-    assert texts == ["", "K", "K AE", "K AE T S", "K AE T S"]
-
-
-def test_a_character_of_several_tokens_waits_for_its_last(tokenizers):
-    tokens = [0, 9, 10, 11, 1, 2, 0]  # the bytes of the euro sign stand at 9 to 11
-    texts, whole = streamed(tokenizers["pieces"], tokens, range(len(tokens) + 1))
-    assert whole == "the€ ab the" and texts[2:5] == ["the", "the", "the"] and texts[-1] == whole
+    texts, _ = streamed(tokenizers["words"], tokens, [1, 2, 4], ["T X"])
+    assert texts == ["K", "K AE", "K AE T S", "K AE T S"]
 
 
 def test_a_text_that_changes_after_all_is_shown_anew(tokenizers):
-    """This decoder takes back a character when a broken one follows it."""
-    texts, whole = streamed(tokenizers["pieces"], [0, 7, 8, 9], [1, 3, 4])
-    assert texts[2] == "theé" and whole == "the\ufffd\ufffd\ufffd"
-    assert texts[-1] == "theé\nthe\ufffd\ufffd\ufffd"
+    out = io.StringIO()
+    ours = printer(out, "p", tokenizers["words"])
+    ours.on_block(0, tokenizers["words"].encode("K AE"))
+    ours.on_answer(0, answer("K IY"))
+    assert out.getvalue() == "p -> K AE\nK IY\n"
 
 
-# -- order -------------------------------------------------------------------------------------------------------------
-
-
-def answer(text, reason="eos"):
-    return Generation(list(range(len(text))), reason, 1, 0.0, 1, text)
-
-
-def printer(out, texts, tokenizer=None):
-    options = dict.fromkeys(("json", "replay", "answers_only", "no_stream", "stop"))
-    prompts = [Prompt(text, [1]) for text in texts]
-    return AnswerPrinter(out, prompts, tokenizer, Namespace(**options, stream=tokenizer is not None))
+def test_an_interrupted_line_ends_and_answers_that_wait_are_printed(tokenizers):
+    out = io.StringIO()
+    ours = printer(out, "a", tokenizers["words"])
+    ours.on_block(0, tokenizers["words"].encode("K AE"))
+    ours.interrupt()
+    assert out.getvalue() == "a -> K AE\n"
+    ours = printer(out, "abc")
+    ours.on_answer(2, answer("third"))
+    ours.interrupt()
+    assert out.getvalue() == "a -> K AE\nc -> third\n"
 
 
 def test_answers_wait_for_those_before_them():
     out = io.StringIO()
     ours = printer(out, "abcd")
-    for index, expected in (
-        (2, ""),
-        (0, "a -> 0\n"),
-        (1, "a -> 0\nb -> 1\nc -> 2\n"),
-        (3, "a -> 0\nb -> 1\nc -> 2\nd -> 3\n"),
-    ):
+    expected = {2: "", 0: "a -> 0\n", 1: "a -> 0\nb -> 1\nc -> 2\n", 3: "a -> 0\nb -> 1\nc -> 2\nd -> 3\n"}
+    for index, text in expected.items():
         ours.on_answer(index, answer(str(index)))
-        assert out.getvalue() == expected
-
-
-def test_streams_take_turns(tokenizers):
-    """The second prompt's blocks come first; it shows what it has once it is its turn."""
-    tokenizer, out = tokenizers["bytes"], io.StringIO()
-    ours = printer(out, "ab", tokenizer)
-    tokens = [tokenizer.encode("first"), tokenizer.encode("second")]
-    ours.on_block(1, tokens[1][:3])
-    ours.on_block(0, tokens[0][:2])
-    assert out.getvalue() == "a -> fi"
-    ours.on_block(1, tokens[1][:4])
-    ours.on_answer(0, answer("first"))
-    assert out.getvalue() == "a -> first\nb -> seco"
-    ours.on_answer(1, answer("second"))
-    assert out.getvalue() == "a -> first\nb -> second\n"
-
-
-def test_an_interrupted_line_ends(tokenizers):
-    tokenizer, out = tokenizers["bytes"], io.StringIO()
-    ours = printer(out, "abc", tokenizer)
-    ours.on_block(0, tokenizer.encode("first"))
-    ours.on_answer(2, answer("third"))
-    ours.interrupt()
-    assert out.getvalue() == "a -> first\nc -> third\n"
+        assert out.getvalue() == text
 
 
 # -- terminals ---------------------------------------------------------------------------------------------------------
 
 
-def lines_of(monkeypatch, *arguments, errors=None):
-    """Runs `generate` in a terminal and returns what that shows."""
+def in_terminal(monkeypatch, *arguments, errors=None):
+    """Runs `generate` in a terminal and returns the pieces that it writes."""
     terminal = Terminal()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", terminal)
         patch.setattr(sys, "stderr", errors or io.StringIO())
         assert main(["generate", "--checkpoint", CHECKPOINT, *arguments]) == 0
-    return terminal.getvalue()
+    return terminal.pieces
 
 
 def test_a_single_prompt_is_streamed_in_a_terminal(monkeypatch):
-    pieces = []
-    monkeypatch.setattr(Terminal, "write", lambda self, text: pieces.append(text) or io.StringIO.write(self, text))
     options = ["--prompt=keyboard", "--block-length=2"]
-    streamed = lines_of(monkeypatch, *options)
-    shown = [piece for piece in pieces if piece]
-    assert shown[0] == "keyboard -> " and len(shown) > 3, "block by block"
-    del pieces[:]
-    assert lines_of(monkeypatch, *options, "--no-stream") == streamed == "".join(shown)
-    assert [piece for piece in pieces if piece] == [streamed]
-    assert lines_of(monkeypatch, *options, "--json")[0] == "{"
+    pieces = in_terminal(monkeypatch, *options)
+    assert pieces[0] == "keyboard -> " and len(pieces) > 3, "block by block"
+    assert in_terminal(monkeypatch, *options, "--no-stream") == ["".join(pieces)]
+    [line] = in_terminal(monkeypatch, *options, "--json")
+    assert line[0] == "{"
 
 
-def test_several_prompts_can_be_streamed_too(monkeypatch, capsys):
-    options = [*(f"--prompt={word}" for word in ("keyboard", "cat", "lightning")), "--block-length=2"]
-    whole = lines_of(monkeypatch, *options)
-    assert main(["generate", "--checkpoint", CHECKPOINT, *options, "--stream"]) == 0
-    assert capsys.readouterr().out == whole
-    assert lines_of(monkeypatch, *options, "--stream", "--stop=T") == lines_of(monkeypatch, *options, "--stop=T")
-
-
-def test_several_prompts_get_a_progress_bar(monkeypatch):
+def test_several_prompts_get_a_progress_bar_when_the_answers_go_elsewhere(monkeypatch, capsys):
     bar = Terminal()
-    shown = lines_of(monkeypatch, "--prompt=cat", "--prompt=dog", errors=bar)
-    assert shown == "cat -> K AE T\ndog -> D AA G\n"
-    assert "/2 [" in bar.getvalue() and "answers" in bar.getvalue()
-    one = Terminal()
-    lines_of(monkeypatch, "--prompt=cat", errors=one)
-    assert "/1 [" not in one.getvalue() and one.getvalue().startswith("\033[2m1 answer")
+    words = ["--prompt=cat", "--prompt=dog"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", bar)
+        assert main(["generate", "--checkpoint", CHECKPOINT, *words]) == 0
+    assert capsys.readouterr().out == "cat -> K AE T\ndog -> D AA G\n"
+    assert "answers" in bar.getvalue() and "100%" in bar.getvalue()
+    summary = Terminal()
+    assert "".join(in_terminal(monkeypatch, *words, errors=summary)) == "cat -> K AE T\ndog -> D AA G\n"
+    assert summary.getvalue().startswith("\033[2m2 answers")
 
 
 def test_colour_is_for_terminals_whose_user_wants_it(monkeypatch):
+    options = ["--prompt=cat", "--replay"]
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert is_coloured(Terminal()) and not is_coloured(io.StringIO())
-    assert "\033[38;5;" in lines_of(monkeypatch, "--prompt=cat", "--replay")
+    assert "\033[38;5;" in "".join(in_terminal(monkeypatch, *options))
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not is_coloured(Terminal())
-    assert "\033" not in lines_of(monkeypatch, "--prompt=cat", "--replay")
+    assert "\033" not in "".join(in_terminal(monkeypatch, *options))
+
+
+# -- replays -----------------------------------------------------------------------------------------------------------
+
+
+def recorded(tokenizer, text, steps):
+    return Generation(tokenizer.encode(text), "eos", 9, 0.0, 3, text, steps)
+
+
+def bare(text):
+    return re.sub(r"\033\[[\d;]*m", "", text).splitlines()
+
+
+def test_numbers_or_colours_tell_the_forward_of_each_token(tokenizers):
+    tokenizer = tokenizers["words"]
+    generation = recorded(tokenizer, "K IY B AO R D", [1, 10, 3, 3, 1, 0])
+    plain = replay(generation, tokenizer, 100)
+    assert plain.splitlines() == [
+        "  token       K IY B AO R D",
+        "  forward     1 10 3 3  1",
+        "  forward 1:  K _ _ _ R D",
+        "  forward 3:  K _ B AO R D",
+        "  forward 10: K IY B AO R D",
+    ]
+    coloured = replay(generation, tokenizer, 100, colour=True)
+    assert bare(coloured) == ["  forward     1 3 10", "              K IY B AO R D", *plain.splitlines()[2:]]
+    [legend, tokens, *_] = coloured.splitlines()
+    step_of = dict(re.findall(r"\033\[([\d;]+)m(\w+)", legend))
+    assert sorted(step_of.values()) == ["1", "10", "3"]
+    by_token = [(name, step_of[colour]) for colour, name in re.findall(r"\033\[([\d;]+)m(\w+)", tokens)]
+    assert by_token == [("K", "1"), ("IY", "10"), ("B", "3"), ("AO", "3"), ("R", "1")]
+
+
+@pytest.mark.parametrize("width", [24, 47])
+@pytest.mark.parametrize("colour", [False, True])
+def test_lines_fit_and_show_every_new_token(width, colour, tokenizers):
+    steps = [block * 3 + step for block in range(8) for step in (2, 1, 1, 3)]
+    words = ["K", "IY", "B", "AO"] * 8
+    lines = bare(replay(recorded(tokenizers["words"], " ".join(words), steps), tokenizers["words"], width, colour))
+    listing = [line for line in lines if re.match(r"  forward \d+:", line)]
+    head = [line for line in lines if not re.match(r"  forward", line)]
+    assert all(len(line) <= width for line in [*listing, *head])
+    assert " ".join(head).replace("token", "").split() == words
+    assert len(listing) == 24
+    for line in listing:
+        new = words[steps.index(int(re.search(r"\d+", line)[0]))]
+        assert new in line.split(":")[1].split() and "…" in line
+
+
+def test_tokens_are_shown_on_one_line(tokenizers):
+    def shown(tokenizer, tokens):
+        answer = Generation(tokens, "eos", 9, 0.0, 1, "", [1] * len(tokens))
+        return replay(answer, tokenizer, 100).splitlines()[0].split()[1:]
+
+    words, letters = tokenizers["words"], tokenizers["bytes"]
+    assert shown(words, [words.pad_id]) == ["<pad>"]
+    assert shown(letters, [letters.encode(letter)[0] for letter in "a \n\t"]) == ["a", "␣", r"\n", r"\t"]
+    assert replay(recorded(words, "", []), words, 100).split() == []
+    assert "does not record" in replay(recorded(words, "K", None), words, 100)

@@ -71,7 +71,7 @@ def test_a_sampler_that_names_code_is_one_line_and_runs_nothing(named, trap, tmp
         assert line.startswith("error: ") and "sampler" in line, (command, line)
     for place in (folder, file):
         with pytest.raises(UserError, match="sampler"):
-            load("evaluate", ["--checkpoint", str(place), "--tasks", "x"], evaluate.build_parser, lambda options: None)
+            load("evaluate", ["--checkpoint", str(place), "--tasks", "x"], evaluate.build_parser)
     assert not trap.exists() and "planted" not in sys.modules
 
 

@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 
 from dllm_var.__main__ import main
 from dllm_var.checkpoints.export import save_checkpoint_folder
-from dllm_var.cli.prompts import encode_gaps, read_prompts, token_ids
+from dllm_var.cli.prompts_and_answers import encode_gaps, read_prompts, token_ids
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.text.tokenizer import Tokenizer
