@@ -19,11 +19,10 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
 
 
-@pytest.mark.parametrize("packing", ["concat", "best_fit"])
-def test_an_epoch_for_1024_ranks_is_planned_in_sections(packing, tmp_path):
-    from shard_plans import make_table, measure
+def test_an_epoch_for_1024_ranks_is_planned_in_sections(tmp_path):
+    from shard_plans import measure
 
-    result = measure(make_table(tmp_path, 50_000, 50), packing, 1_024, 2)
+    result = measure(tmp_path, 50_000, 50, "concat", 1_024, steps=2)
     assert (result["samples"], result["sections"]) == (2_500_000, 2)
     assert result["tokens"] / (8_192 * result["rows"]) > 0.97
     assert result["batches_per_rank"] == -(-result["rows"] // (1_024 * 4))
