@@ -16,9 +16,16 @@ def tokenized_data_cache(tmp_path_factory):
     return os.environ["DLLM_VAR_CACHE"]
 
 
+# Lightning sets these for the processes it starts. Left behind, the next test's processes take its port or its seed.
+LEFT_BY_LIGHTNING = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")
+LEFT_BY_LIGHTNING += ("RANK", "LOCAL_RANK", "NODE_RANK")
+
+
 @pytest.fixture(autouse=True)
 def nothing_of_a_run_is_left():
-    """Lightning leaves a run's process group and number of threads behind; later tests want one thread each."""
+    """Takes away what Lightning leaves of an earlier run: variables, its process group, its number of threads."""
+    for name in LEFT_BY_LIGHTNING:
+        os.environ.pop(name, None)
     yield
     torch.set_num_threads(1)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
