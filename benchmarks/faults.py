@@ -90,7 +90,8 @@ class Campaign:
             if found == expected:
                 shutil.rmtree(working)
             else:
-                self.failures.append(f"{working}: {found} and not {expected} after kills in {'; '.join(history)}")
+                what = [name for name in expected if found[name] != expected[name]] if isinstance(found, dict) else found
+                self.failures.append(f"{working}: other than expected: {what}; after kills in {'; '.join(history)}")
             print(f"{self.kills} kills of {self.ranks} rank(s) in {self.runs} runs", file=sys.stderr, flush=True)
 
     def _is_through(self, attempt: Attempt) -> bool:

@@ -93,11 +93,11 @@ def fingerprint(folder: Path) -> dict[str, str]:
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "PackedDataModule")
     best = [state.get("best_model_score") for state in checkpoint["callbacks"].values() if "best_model_score" in state]
-    state = _digest([best, *(checkpoint[name] for name in kept)])
+    states = {name: _digest(checkpoint[name]) for name in kept}
     summary = json.loads((run / "summary.json").read_text())
     for name in ("tokens_per_second", "decode_seconds", "train_seconds", "checkpoint", "weights"):
         summary.pop(name)
-    return {"weights": weights, "state": state, "summary": _digest(summary)}
+    return {"weights": weights, "best": _digest(best), **states, "summary": _digest(summary)}
 
 
 def _digest(value: Any) -> str:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dllm_var.__main__ import main
 
@@ -43,6 +44,38 @@ def test_killed_runs_end_with_the_same_weights(parts, tmp_path):
     one, two = json.loads((tmp_path / "faults.json").read_text())["kills"].values()
     assert one["kills"] >= (6 if "kills" in parts else 2) and two["kills"] >= 2
     assert sum(one["phases"].values()) == one["kills"]
+
+
+def losses(run):
+    events = EventAccumulator(str(run)).Reload()
+    return {event.step: event.value for event in events.Scalars("train/loss")}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_the_same_from_each_of_its_checkpoints(tmp_path, monkeypatch):
+    """Also from those saved while batches are accumulated, while validation is due, and while a save waits for it."""
+    from faults import THREE_BATCHES
+    from short_run import fingerprint, recipe
+
+    def fit(folder, *more):
+        settings = recipe(folder)
+        settings["trainer"]["callbacks"][-1]["init_args"]["save_top_k"] = -1
+        (folder / "recipe.yaml").write_text(json.dumps(settings))
+        monkeypatch.chdir(folder)  # the best checkpoints are remembered with their folder
+        assert main(["fit", "--config", "recipe.yaml", *THREE_BATCHES, *more]) == 0
+        return fingerprint(folder)
+
+    run = Path("runs/recipe/version_0")
+    expected = fit(tmp_path / "whole")
+    figures = losses(run)
+    checkpoints = sorted((tmp_path / "whole" / run).glob("checkpoints/step=*.ckpt"))
+    assert len(checkpoints) > 5
+    for checkpoint in checkpoints:
+        folder = tmp_path / checkpoint.stem
+        (folder / run / "checkpoints").mkdir(parents=True)
+        shutil.copy(checkpoint, folder / run / "checkpoints")
+        assert fit(folder, "--resume") == expected
+        assert losses(run).items() <= figures.items()
 
 
 def test_resuming_after_the_last_step_does_the_export_that_was_missed(tmp_path):

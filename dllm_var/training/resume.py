@@ -57,7 +57,7 @@ class ExactResume(Callback):
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         self._in_step = True
         if trainer.global_step == self._loaded_step:
-            _count_as_saved(trainer)
+            _count_as_before(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         if self._after_step is None or trainer.global_step != self._after_step["step"]:
@@ -97,7 +97,8 @@ class ExactResume(Callback):
             states = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(states, mine)
         metrics = {name: value.detach().cpu().clone() for name, value in trainer.callback_metrics.items()}
-        own = {"validated_step": self._validated_step, "random": states, "metrics": metrics}
+        deferred = [callback._defer_save_until_validation for callback in _savers(trainer)]
+        own = {"validated_step": self._validated_step, "random": states, "metrics": metrics, "deferred": deferred}
         checkpoint["callbacks"][self.state_key] = own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -137,6 +138,8 @@ class ExactResume(Callback):
         if len(states) == trainer.world_size and self._epoch_is_over:
             torch.empty((), dtype=torch.int64).random_()  # the loader of the next epoch has drawn its seed already
         trainer.callback_metrics.update(self._loaded.get("metrics", {}))
+        for callback, deferred in zip(_savers(trainer), self._loaded.get("deferred", []), strict=False):
+            callback._defer_save_until_validation = deferred
         self._loaded = {}
 
 
@@ -145,11 +148,17 @@ def _data_state(trainer: L.Trainer) -> dict[str, Any]:
     return {} if datamodule is None else {type(datamodule).__qualname__: datamodule.state_dict()}
 
 
-def _count_as_saved(trainer: L.Trainer) -> None:
-    """Tells what saves every so many steps that the present step, which the run goes on from, has had its turn."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and not callback.every_n_epochs:  # others save after validation
-            callback._last_global_step_saved = trainer.global_step  # of all its state, Lightning leaves out this
+def _savers(trainer: L.Trainer) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def _count_as_before(trainer: L.Trainer) -> None:
+    """Sets two counters of steps that Lightning does not restore, when the first batch after the checkpoint begins."""
+    for callback in _savers(trainer):
+        if not callback.every_n_epochs:  # others save after validation
+            callback._last_global_step_saved = trainer.global_step  # the present step has had its turn
+    if trainer.lightning_module.automatic_optimization:  # Lightning counts it twice where validation is made up for
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 class ResumableFitLoop(_FitLoop):
