@@ -84,14 +84,14 @@ class Campaign:
                 history.append(where)
             self.runs += 1
             try:
-                found: Any = fingerprint(working)
+                found = fingerprint(working)
+                wrong: Any = [name for name in expected if found[name] != expected[name]]
             except (OSError, IndexError, ValueError) as error:
-                found = str(error)
-            if found == expected:
-                shutil.rmtree(working)
+                wrong = error
+            if wrong:
+                self.failures.append(f"{working}: other than expected: {wrong}; after kills in {'; '.join(history)}")
             else:
-                what = [name for name in expected if found[name] != expected[name]] if isinstance(found, dict) else found
-                self.failures.append(f"{working}: other than expected: {what}; after kills in {'; '.join(history)}")
+                shutil.rmtree(working)
             print(f"{self.kills} kills of {self.ranks} rank(s) in {self.runs} runs", file=sys.stderr, flush=True)
 
     def _is_through(self, attempt: Attempt) -> bool:
