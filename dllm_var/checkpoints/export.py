@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dllm_var.checkpoints.families import EXTRAS, Family, natural_family, write_config
-from dllm_var.checkpoints.pretrained import CONFIG, Checkpoint, decoding_config, weight_shapes
-from dllm_var.checkpoints.safetensors_files import INDEX, WEIGHTS, save_tensors
+from dllm_var.checkpoints.pretrained import CONFIG, Checkpoint, decoding_config
+from dllm_var.checkpoints.weights import INDEX, WEIGHTS, save_tensors, weight_shapes
 from dllm_var.errors import UserError
 from dllm_var.files import write_atomically, write_text
 from dllm_var.model.config import TransformerConfig
@@ -87,7 +87,7 @@ def export_checkpoint(
         raise UserError(f"--output {output} exists: give a folder that does not")
     tokenizer = checkpoint.load_tokenizer()
     config = decoding_config(checkpoint, tokenizer)
-    kind = dtype or checkpoint.weights["model.norm.weight"].dtype
+    kind = dtype or checkpoint.dtype
     values = write_config(family, config, str(kind).removeprefix("torch."))
     values[EXTRAS] = {**checkpoint.meta, **values[EXTRAS], **decoding}
     ids = {"eos_token_id": list(tokenizer.terminator_ids), "pad_token_id": tokenizer.pad_id}

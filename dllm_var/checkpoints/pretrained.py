@@ -5,9 +5,7 @@ Its weights are read one at a time, when they are asked for. No code that comes 
 
 from __future__ import annotations
 
-import math
-from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -20,7 +18,16 @@ from torch import Tensor
 from dllm_var.checkpoints.archive import is_sharded, read_state, read_weights
 from dllm_var.checkpoints.families import EXTRAS, family_of, read_config, read_settings
 from dllm_var.checkpoints.run_checkpoint import check_or_offer, newest_checkpoint, read_identity, step_of
-from dllm_var.checkpoints.safetensors_files import ADAPTER_CONFIG, MergedWeights, SafetensorsFolder, load_adapter
+from dllm_var.checkpoints.weights import (
+    ADAPTER_CONFIG,
+    Readers,
+    held,
+    merge_adapters,
+    open_adapter,
+    open_safetensors,
+    weight_shapes,
+    weights_of,
+)
 from dllm_var.errors import UserError
 from dllm_var.files import read_object
 from dllm_var.model.config import SIZES, TransformerConfig
@@ -87,7 +94,7 @@ def _load(
     """Builds a transformer without weights, fills it one weight at a time and lays them out for decoding."""
     with torch.device("meta"):
         transformer = Transformer(config)
-    kind = dtype or checkpoint.weights["model.norm.weight"].dtype
+    kind = dtype or checkpoint.dtype
     if kind not in FLOATING:
         raise UserError(f"{checkpoint.place} has weights of type {kind}, which cannot be computed with: convert them")
     transformer.to(kind)
@@ -192,11 +199,16 @@ class Checkpoint:
 
     place: Path  # the folder or file
     config: TransformerConfig  # resolved
-    weights: Mapping[str, Tensor]  # under our names
+    weights: Readers  # under our names
     load_tokenizer: Callable[[], Tokenizer]  # one without a mask token gets one
     meta: dict[str, Any]  # what else it remembers (`sampler`, `step`, ...)
     published: bool = False  # others wrote it, so that it says nothing about how we are to read it
     rows: int | None = None  # tokens that its embedding has, when the config, an adapter's, has more
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of its weights."""
+        return self.weights["model.norm.weight"]().dtype
 
     def weight(self, name: str, shape: list[int]) -> Tensor:
         """Reads one weight; embedding and head of a published model get rows for tokens that it does not have.
@@ -206,7 +218,7 @@ class Checkpoint:
         Raises:
             UserError: When it has another shape, or values that are NaN or infinite.
         """
-        value = self.weights[name]
+        value = self.weights[name]()
         if value.dtype not in FLOATING:
             raise UserError(f"{self.place}: weight {name} has no floating-point numbers, but {value.dtype}")
         more = shape[0] - (self.rows or self.config.vocab_size or 0)
@@ -268,12 +280,11 @@ def _goes_beyond(checkpoint: Path, export: Path) -> bool:
 
 def _open_folder(folder: Path) -> Checkpoint:
     values = read_object(folder / CONFIG)
-    config, ours = read_config(values, folder / CONFIG), values.get(EXTRAS)
-    files, family = SafetensorsFolder(folder), family_of(values, folder / CONFIG)
-    shapes = _shapes_that_fit(config, len(files), files.size, folder / CONFIG)
-    files.rename({name: family.theirs(name) for name in (*shapes, "lm_head.weight") if family.renamed})
-    _check_names(files, shapes, config, folder)
-    return Checkpoint(folder, config, files, partial(Tokenizer.from_pretrained, folder), _meta(ours), ours is None)
+    config, extras = read_config(values, folder / CONFIG), values.get(EXTRAS)
+    weights, size = open_safetensors(folder)
+    weights = weights_of(config, weights, size, folder, family_of(values, folder / CONFIG).theirs)
+    tokenizer = partial(Tokenizer.from_pretrained, folder)
+    return Checkpoint(folder, config, weights, tokenizer, _meta(extras), extras is None)
 
 
 def _meta(ours: dict[str, Any] | None) -> dict[str, Any]:
@@ -281,11 +292,11 @@ def _meta(ours: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _open_adapter(folder: Path, above: tuple[Path, ...]) -> Checkpoint:
-    own, scaling, path = load_adapter(folder)
+    own, scaling, path = open_adapter(folder)
     if folder.resolve() in above:
         raise UserError(f"{folder} names itself as the model that it adapts: set base_model_name_or_path")
     base = open_checkpoint(path, (*above, folder.resolve()))
-    weights = MergedWeights(ChainMap(own, base.weights), scaling)  # type: ignore[arg-type]
+    weights = merge_adapters({**base.weights, **own}, scaling)
     if not (folder / CONFIG).is_file():  # peft's own
         return replace(base, place=folder, weights=weights)
     values = read_object(folder / CONFIG)
@@ -308,13 +319,12 @@ def _open_run_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no weights: its 'state_dict' is not a dictionary of tensors")
     own = [name for name in state if name.startswith(PREFIX)]
-    weights: Mapping[str, Tensor] = {name.removeprefix(PREFIX): state[name] for name in own}
+    weights = held({name.removeprefix(PREFIX): state[name] for name in own})
     config = read_settings(ours.get("transformer"), path)
-    parts = [part for part in path.rglob("*") if part.is_file()] if path.is_dir() else [path]
-    shapes = _shapes_that_fit(config, len(weights), sum(part.stat().st_size for part in parts), path)
     if ours.get("lora") is not None:
-        weights = MergedWeights(weights, Lora(**ours["lora"]).scaling)
-    _check_names(weights, shapes, config, path)
+        weights = merge_adapters(weights, Lora(**ours["lora"]).scaling)
+    parts = [part for part in path.rglob("*") if part.is_file()] if path.is_dir() else [path]
+    weights = weights_of(config, weights, sum(part.stat().st_size for part in parts), path)
     return Checkpoint(path, config, weights, lambda: _tokenizer_of(ours.get("tokenizer"), path), _meta(ours))
 
 
@@ -324,44 +334,3 @@ def _tokenizer_of(values: Any, path: Path) -> Tokenizer:
     except Exception as error:  # the Rust side raises a bare Exception
         reason = " ".join(str(error).split())
         raise UserError(f"{path} holds a tokenizer that cannot be read: {type(error).__name__}: {reason}") from error
-
-
-def _shapes_that_fit(config: TransformerConfig, tensors: int, size: int, place: Path) -> dict[str, list[int]]:
-    """Returns names and shapes of a model's weights; refuses a model that cannot be in so many tensors and bytes.
-
-    Nothing of the model's size is made before this.
-    """
-    beside = f"and beside it are {tensors:,} tensors of {size:,} bytes: config and weights do not belong together"
-    for name in SIZES:
-        if (getattr(config, name) or 0) > (tensors if name == "num_layers" else size):
-            raise UserError(f"{place} has {name}={getattr(config, name)}, {beside}")
-    shapes = weight_shapes(config)
-    needed = sum(map(math.prod, shapes.values()))
-    if needed > size:  # a number takes a byte at least
-        raise UserError(f"{place} describes a model of {needed:,} weights, {beside}")
-    return shapes
-
-
-def _check_names(
-    weights: Mapping[str, Tensor], shapes: dict[str, list[int]], config: TransformerConfig, place: Path
-) -> None:
-    """Refuses a checkpoint that lacks weights, or has some that a model of the config has no use for."""
-    names = {name for name in weights if not name.endswith(".rotary_emb.inv_freq")}
-    missing, unknown = sorted(shapes.keys() - names), names - shapes.keys()
-    if missing:
-        raise UserError(f"{place} lacks {len(missing)} weights of its config, such as {missing[0]}")
-    if config.tie_embeddings and "lm_head.weight" in unknown:
-        if not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"]):
-            raise UserError(f"{place} ties lm_head.weight to the embedding, but holds another lm_head.weight")
-        unknown.remove("lm_head.weight")
-    if unknown:
-        raise UserError(f"{place} has {len(unknown)} weights that its config does not name, such as {min(unknown)}")
-
-
-def weight_shapes(config: TransformerConfig) -> dict[str, list[int]]:
-    """Returns names and shapes of a transformer's distinct weights, in order; a tied head is none."""
-    with torch.device("meta"):
-        weights = Transformer(config).state_dict()
-    if config.tie_embeddings:
-        del weights["lm_head.weight"]
-    return {name: list(weight.shape) for name, weight in weights.items()}

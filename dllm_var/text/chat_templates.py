@@ -29,11 +29,7 @@ LARGEST = 10**7  # characters, items or bits that an operation of a template may
 
 
 class ChatTemplate:
-    """Turns messages into text.
-
-    Args:
-        source: The Jinja source.
-        named_tokens: What the template calls ``bos_token``, ``eos_token`` and so on.
+    """Turns messages, which have ``role`` and ``content``, into text.
 
     Raises:
         UserError: When the source is no valid template.
@@ -54,9 +50,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
         """Returns the text of a conversation and the spans that the template marks as generated.
 
-        Args:
-            messages: Turns with ``role`` and ``content``.
-            add_generation_prompt: Ends with what introduces the assistant's next turn.
+        With `add_generation_prompt` the text ends with what introduces the assistant's next turn.
 
         Raises:
             UserError: When the template refuses the messages, fails on them or does not come to an end.
@@ -116,13 +110,12 @@ class _Run(Extension):
     """One rendering: what the ``{% generation %}`` tag marks as the assistant's, and the time that is left."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
-    blocks: list[str]
-    marked: list[Span]
-    deadline: float
 
     def begin(self) -> list[str]:
         """Starts the clock and returns the list that the caller puts rendered blocks into."""
-        self.blocks, self.marked, self.deadline = [], [], time.thread_time() + SECONDS
+        self.blocks: list[str] = []
+        self.marked: list[Span] = []
+        self.deadline = time.thread_time() + SECONDS
         return self.blocks
 
     def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:

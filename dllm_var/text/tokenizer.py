@@ -51,11 +51,8 @@ class Piece(NamedTuple):
 class Tokenizer:
     """Text to token ids and back, knowing mask, terminators and padding.
 
-    Args:
-        backend: The Rust tokenizer.
-        special: Ids of mask, terminators and padding.
-        chat_template: Jinja source that turns a list of messages into text, if the model has one.
-        named_tokens: What the chat template calls ``bos_token``, ``eos_token`` and so on.
+    `chat_template` is Jinja source that turns messages into text; `named_tokens` are what it calls ``bos_token``,
+    ``eos_token`` and so on.
 
     Raises:
         UserError: When an id is outside the vocabulary, mask and terminator are the same, or the chat template or a
@@ -103,10 +100,8 @@ class Tokenizer:
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:
         """Returns the token ids of a text, nothing added at either end.
 
-        Args:
-            text: What to encode.
-            special_tokens: Whether a special token that the text spells becomes that token. By default it is text like
-                any other, so that nobody who writes a prompt or an answer can end it or speak for somebody else.
+        A special token that the text spells is text like any other, so that nobody who writes a prompt or an answer can
+        end it or speak for somebody else; with `special_tokens` it becomes that token.
 
         Raises:
             UserError: When the vocabulary can write a part of a text only as a special token.
@@ -151,11 +146,8 @@ class Tokenizer:
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[bool]]:
         """Returns the token ids of a conversation, and which are supervised: the assistant's turns and terminators.
 
-        What follows the last answer's terminator is left out. A special token that a message spells is text like any
-        other; only the template writes special tokens. Without a template turns simply follow each other.
-
-        Args:
-            messages: Turns with ``role`` and ``content``, the last one the assistant's.
+        The messages are turns with ``role`` and ``content``, the last one the assistant's; what follows its terminator
+        is left out. Only the template writes special tokens. Without a template turns simply follow each other.
 
         Raises:
             UserError: When the template refuses the messages, or they or the template's ends of answers do not fit.
@@ -347,16 +339,11 @@ class Tokenizer:
         terminators: Sequence[str] | None = None,
         pad_token: str | None = None,
     ) -> Tokenizer:
-        """Loads a tokenizer from a folder, or from the Hugging Face hub by name.
+        """Loads a tokenizer from a folder, or from the Hugging Face hub by a name such as ``GSAI-ML/LLaDA-8B-Base``.
 
-        What is not given is looked up in its files. A tokenizer that names no mask token gets one: `mask_token`, which
-        may be a token it has no other use for, or a new one.
-
-        Args:
-            path_or_name: Folder with ``tokenizer.json``, or a hub name such as ``GSAI-ML/LLaDA-8B-Base``.
-            mask_token: Token that stands for the unknown.
-            terminators: Tokens that end an answer, the one to append first.
-            pad_token: Token that fills rows.
+        The tokens that are not given are looked up in its files. The first of the terminators is appended to answers. A
+        tokenizer that names no mask token gets one: `mask_token`, which may be a token it has no other use for, or a
+        new one.
 
         Raises:
             UserError: When there is no tokenizer, or a token is neither known nor given, or not in the vocabulary.

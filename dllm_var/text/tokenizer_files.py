@@ -76,12 +76,7 @@ def read_tokenizer(
 
 
 def download(name: str, what: str, patterns: list[str]) -> Path:
-    """Returns the folder with a hub repository's files, downloaded unless they are there already.
-
-    Args:
-        name: Repository, `owner/name`.
-        what: What is wanted, for the message.
-        patterns: Files to take; code and pickles are never among them.
+    """Returns the folder with a hub repository's files of these patterns, downloaded unless they are there already.
 
     Raises:
         UserError: When the hub cannot be reached or does not give it.
