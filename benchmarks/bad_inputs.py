@@ -28,8 +28,7 @@ from typing import Any
 
 import torch
 import yaml
-from forked_runs import start, warm_up
-from short_run import recipe
+from short_runs import recipe, start, warm_up
 
 HERE = Path(__file__).parent
 RUN = Path("runs/recipe/version_0")

@@ -33,7 +33,7 @@ def test_an_epoch_for_1024_ranks_is_planned_in_sections(tmp_path):
 @pytest.mark.parametrize("parts", [("kills", "ranks"), ("accumulation",)], ids="+".join)
 def test_killed_runs_end_with_the_same_weights(parts, tmp_path):
     run = subprocess.run(
-        [sys.executable, "faults.py", "--kills", "6", "--only", *parts, "--output", str(tmp_path)],
+        [sys.executable, "faults.py", "--kills", "6", "--only", *parts, "--output", str(tmp_path / "faults.json")],
         cwd=BENCHMARKS,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -42,8 +42,7 @@ def test_killed_runs_end_with_the_same_weights(parts, tmp_path):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     one, two = json.loads((tmp_path / "faults.json").read_text())["kills"].values()
-    assert one["kills"] >= (6 if "kills" in parts else 2) and two["kills"] >= 2
-    assert sum(one["phases"].values()) == one["kills"]
+    assert sum(one["kills"].values()) >= (6 if "kills" in parts else 2) and sum(two["kills"].values()) >= 2
 
 
 def losses(run):
@@ -79,7 +78,7 @@ def test_a_run_goes_on_the_same_from_each_of_its_checkpoints(tmp_path, monkeypat
 
 
 def test_resuming_after_the_last_step_does_the_export_that_was_missed(tmp_path):
-    from short_run import recipe
+    from short_runs import recipe
 
     settings = recipe(tmp_path, absolute=True)
     logger = {"save_dir": str(tmp_path), "name": "runs"}

@@ -1,4 +1,4 @@
-"""Runs of the command line in forks of one process that has imported everything: a second each instead of twenty.
+"""Short runs that do all that long ones do, in forks of one process that has imported everything: a second for each.
 
 A fork does what `python -m dllm_var` does, from the arguments to the exit status, in a session and a log file of its
 own. faults.py kills such runs and resumes them; bad_inputs.py gives them bad arguments and files.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import atexit
 import ctypes
 import faulthandler
-import mmap
+import hashlib
+import json
 import os
 import signal
 import socket
@@ -20,35 +21,102 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-PHASES = ("start-up", "training", "saving a checkpoint")
+import torch
+
+from dllm_var.datamodules import CmudictSource
+
+STEPS = 24
 POLL = 0.002  # seconds between looks at a run
-PR_SET_PDEATHSIG = 1  # of Linux' prctl
 HANGS_AFTER = 300.0  # seconds
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
+
+
+@cache
+def _records() -> dict[str, str]:
+    """Some of CMUdict, as JSON Lines by split."""
+    source = CmudictSource()
+    return {
+        split: "".join(json.dumps(record) + "\n" for record in islice(source.records(split), number))
+        for split, number in (("train", 90), ("validation", 12), ("test", 8))
+    }
+
+
+def recipe(folder: Path, absolute: bool = False) -> dict[str, Any]:
+    """Writes a run's data into its working folder and returns its settings, with `absolute` paths if so asked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, lines in _records().items():
+        (folder / f"{split}.jsonl").write_text(lines)
+    place = folder if absolute else Path()
+    splits = {"path": "train", "validation_path": "validation", "test_path": "test"}
+    paths = {setting: str(place / f"{split}.jsonl") for setting, split in splits.items()}
+    sampler = {"class_path": "dllm_var.sampling.BlockDiffusionSampler", "init_args": {"max_new_tokens": 12}}
+    kept = {"every_n_train_steps": 3, "save_last": True, "monitor": "train/loss", "save_top_k": 2, "filename": "{step}"}
+    shown = {"sampler": sampler, "num_examples": 2, "num_shown": 1, "every_n_steps": 10}
+    callbacks = {
+        "dllm_var.callbacks.SpeedMonitor": {},
+        "dllm_var.callbacks.SamplingCallback": shown,
+        "dllm_var.callbacks.ExportWeights": {},
+        "dllm_var.callbacks.RunSummary": {"sampler": sampler, "num_examples": 4},
+        "lightning.pytorch.callbacks.ModelCheckpoint": kept,
+    }
+    return {
+        "model": {
+            "transformer": {"hidden_size": 16, "num_layers": 1, "num_heads": 2},
+            "schedule": {"kind": "cosine", "warmup_steps": 3},
+        },
+        "data": {
+            "source": {"class_path": "dllm_var.datamodules.JsonlSource", "init_args": paths},
+            "tokenizer": CmudictSource.default_tokenizer,
+            "batch_size": 4,
+            "context_length": 48,
+            "packing": "best_fit",
+            "canvas": 4,
+            "cache_dir": str(place / "cache"),
+        },
+        "sampler": sampler,
+        "trainer": {
+            **dict(accelerator="cpu", devices=1, max_steps=STEPS, gradient_clip_val=1.0, log_every_n_steps=2),
+            **dict(val_check_interval=6, check_val_every_n_epoch=None, num_sanity_val_steps=0),
+            **dict(enable_progress_bar=False, enable_model_summary=False),
+            "callbacks": [{"class_path": name, "init_args": settings} for name, settings in callbacks.items()],
+        },
+    }
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Returns hashes of the weights, the state and the figures of a run: the same however often it was interrupted."""
+    run = max((folder / "runs" / "recipe").glob("version_*"), key=lambda run: int(run.name.rpartition("_")[2]))
+    weights = hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "PackedDataModule")
+    best = [state.get("best_model_score") for state in checkpoint["callbacks"].values() if "best_model_score" in state]
+    summary = json.loads((run / "summary.json").read_text())
+    for name in ("tokens_per_second", "decode_seconds", "train_seconds", "checkpoint", "weights"):
+        summary.pop(name)
+    states = {name: _digest(checkpoint[name]) for name in kept}
+    return {"weights": weights, "best": _digest(best), **states, "summary": _digest(summary)}
+
+
+def _digest(value: Any) -> str:
+    def tensor(value: torch.Tensor) -> list[Any]:
+        content = hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+        return [str(value.dtype), list(value.shape), content]
+
+    return hashlib.sha256(json.dumps(value, default=tensor, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass
 class Attempt:
-    """A run of one process or several.
+    """A run of one process or several."""
 
-    Args:
-        log: Its output.
-        phase: Memory shared with the processes: the index of the phase, and how many checkpoints were begun.
-        pids: Processes that have not been waited for, by rank.
-        statuses: Exit statuses so far, by rank; minus the number of the signal that ended it.
-    """
-
-    log: Path
-    phase: mmap.mmap
-    pids: dict[int, int] = field(default_factory=dict)
-    statuses: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def now(self) -> str:
-        """Name of the phase of the first rank."""
-        return PHASES[self.phase[0]]
+    log: Path  # its output
+    pids: dict[int, int] = field(default_factory=dict)  # processes that have not been waited for, by rank
+    statuses: dict[int, int] = field(default_factory=dict)  # exit statuses by rank; minus the number of a signal
 
     def poll(self) -> bool:
         """Whether any process still runs."""
@@ -94,7 +162,6 @@ class Attempt:
 def warm_up() -> None:
     """Imports what runs import. It starts no thread: forks of a process with threads may hang."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    import torch
     import torch.utils.tensorboard
 
     import dllm_var.__main__
@@ -117,7 +184,7 @@ def start(folder: Path, arguments: Sequence[str], ranks: int = 1, before: Callab
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    attempt = Attempt(folder / f"{len(list(folder.glob('*.log'))):03d}.log", mmap.mmap(-1, 2))
+    attempt = Attempt(folder / f"{len(list(folder.glob('*.log'))):03d}.log")
     attempt.log.touch()
     environment: dict[str, str] = {}
     if ranks > 1:
@@ -131,18 +198,13 @@ def start(folder: Path, arguments: Sequence[str], ranks: int = 1, before: Callab
         if pid == 0:
             if ranks > 1:
                 environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            _child(folder, attempt, list(arguments), environment, before, marks=rank == 0)
+            _child(folder, attempt.log, list(arguments), environment, before)
         attempt.pids[rank] = pid
     return attempt
 
 
 def _child(
-    folder: Path,
-    attempt: Attempt,
-    arguments: list[str],
-    environment: dict[str, str],
-    before: Callable[[], None] | None,
-    marks: bool,
+    folder: Path, log: Path, arguments: list[str], environment: dict[str, str], before: Callable[[], None] | None
 ) -> None:
     status = 1
     try:
@@ -151,13 +213,11 @@ def _child(
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it does not outlive the campaign
         os.chdir(folder)
         os.environ |= environment
-        output = os.open(attempt.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
             os.dup2(target, stream)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         faulthandler.register(signal.SIGQUIT)  # shows where a run hangs
-        if marks:
-            _mark_phases(attempt.phase)
         if before is not None:
             before()
         from dllm_var.__main__ import main
@@ -173,23 +233,3 @@ def _child(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-
-
-def _mark_phases(phase: mmap.mmap) -> None:
-    """Makes this process note its phase: training from the first step on, and each save of a checkpoint."""
-    from dllm_var.module import DiffusionLM
-    from dllm_var.training.trainer import Trainer
-
-    def wrap(owner: Any, method: str, index: int, saves: int, after: int) -> None:
-        original = getattr(owner, method)
-
-        def marked(*args: Any, **kwargs: Any) -> Any:
-            phase[0], phase[1] = index, (phase[1] + saves) % 256
-            result = original(*args, **kwargs)
-            phase[0] = after
-            return result
-
-        setattr(owner, method, marked)
-
-    wrap(DiffusionLM, "training_step", 1, 0, 1)
-    wrap(Trainer, "save_checkpoint", 2, 1, 1)
