@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dllm_var.errors import UserError
 from dllm_var.model.attention import AttentionRule
 from dllm_var.model.transformer import Transformer
-from dllm_var.objectives.noise import KeyedNoise
+from dllm_var.objectives.base import KeyedNoise
 from dllm_var.sampling.base import special_ids
 
 T = TypeVar("T")

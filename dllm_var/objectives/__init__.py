@@ -1,10 +1,9 @@
 """Objectives: they choose the masked tokens and the loss."""
 
 from dllm_var.objectives.autoregressive import Autoregressive
-from dllm_var.objectives.base import NoisedBatch, Objective
+from dllm_var.objectives.base import KeyedNoise, NoisedBatch, Objective
 from dllm_var.objectives.block_diffusion import BlockDiffusion
 from dllm_var.objectives.eos_schedule import EosSchedule
 from dllm_var.objectives.mdlm import Mdlm
-from dllm_var.objectives.noise import KeyedNoise
 
 __all__ = ["Autoregressive", "BlockDiffusion", "EosSchedule", "KeyedNoise", "Mdlm", "NoisedBatch", "Objective"]

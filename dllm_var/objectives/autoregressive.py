@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllm_var.objectives.base import Batch, NoisedBatch, Objective
-from dllm_var.objectives.noise import KeyedNoise
+from dllm_var.objectives.base import Batch, KeyedNoise, NoisedBatch, Objective
 
 
 class Autoregressive(Objective):

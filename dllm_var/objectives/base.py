@@ -1,10 +1,13 @@
-"""Objectives: an objective decides which tokens are hidden from the model, and what its predictions of them cost."""
+"""Objectives decide which tokens are hidden from the model, and what its predictions of them cost.
+
+All their randomness is `KeyedNoise`: a pure function of (seed, row, position), the same on every device and rank.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +15,65 @@ from torch import Tensor, nn
 from dllm_var.errors import UserError
 from dllm_var.model.attention import AttentionRule
 from dllm_var.objectives.cross_entropy import Scores, summed_cross_entropy
-from dllm_var.objectives.noise import KeyedNoise
 from dllm_var.text.tokenizer import SpecialTokens
 
 Batch = dict[str, Tensor]
+
+_GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
+_MIX_1 = -0x40A7B892E31B1A47
+_MIX_2 = -0x6B2FB644ECCEEE15
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shifts the 64 bits right, filling with zeros (torch fills with the sign)."""
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): each input bit flips each output bit half the time."""
+    x = (x ^ _shift_right(x, 30)).mul_(_MIX_1)
+    x = x.bitwise_xor_(_shift_right(x, 27)).mul_(_MIX_2)
+    return x.bitwise_xor_(_shift_right(x, 31))
+
+
+@cache
+def _first_key(seed: int, stream: int) -> int:
+    """Returns the 64 bits that seed and stream come to; on the host, as each constant sent to a GPU makes it wait."""
+    return int(_mix(torch.tensor(seed, dtype=torch.int64, device="cpu") * _GOLDEN + stream + 1))
+
+
+class KeyedNoise:
+    """Random numbers keyed by (seed, stream, row, position): no state, so nothing to restore and nothing to shard.
+
+    Streams are independent sequences; an objective uses one for mask rates and one for positions.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def uniform(self, rows: Tensor, length: int, stream: int = 0) -> Tensor:
+        """Returns float32 numbers in [0, 1) of shape [B, length], for the global row numbers [B]."""
+        bits = _shift_right(self._bits(rows, length, stream), 40)  # the 24 bits a float32 holds exactly
+        return bits.to(torch.float32) * 2.0**-24
+
+    def exponential(self, rows: Tensor, length: int, stream: int = 0) -> Tensor:
+        """Returns float32 numbers of the exponential distribution with mean 1, above 0, of shape [B, length].
+
+        The small ones, which win races, come from 63 bits and have a float32's relative precision down to 2^-63.
+        """
+        bits = _shift_right(self._bits(rows, length, stream), 1).bitwise_or_(1)
+        return bits.to(torch.float32).mul_(-(2.0**-63)).log1p_().neg_()
+
+    def _bits(self, rows: Tensor, length: int, stream: int) -> Tensor:
+        """Returns 64 random bits each, as int64 [B, length]."""
+        base = _mix(rows * _GOLDEN + _first_key(self.seed, stream))
+        counters = torch.arange(1, length + 1, dtype=torch.int64, device=rows.device) * _GOLDEN
+        return _mix(base[:, None] + counters)
+
+
+def golden_fractions(numbers: Tensor) -> Tensor:
+    """Returns the fractional part of each number times the golden ratio, in float32 [B]: spread evenly over [0, 1)."""
+    return _shift_right(numbers * _GOLDEN, 40).to(torch.float32) * 2.0**-24
 
 
 @dataclass
@@ -85,7 +143,7 @@ class Objective(ABC):
         return None
 
     def score(self, head: nn.Linear, hidden: Tensor, noised: NoisedBatch) -> Scores:
-        """Returns the loss at `noised.loss_mask`: the sum of the cross-entropies, weighted by `noised.weights`.
+        """Returns the loss at the scored positions: the sum of the cross-entropies, weighted by `noised.weights`.
 
         Args:
             head: The output head.
@@ -96,27 +154,35 @@ class Objective(ABC):
         return summed_cross_entropy(head, hidden, noised.at_loss(noised.targets), weights)
 
     def specials(self) -> SpecialTokens:
-        """Returns the bound ids.
-
-        Raises:
-            UserError: When there are none yet.
-        """
+        """Returns the bound ids; raises UserError when there are none yet."""
         if self.special is None:
             raise UserError(f"{type(self).__name__} has no mask and terminator ids: call bind(tokenizer.special) first")
         return self.special
 
-    def hide(
-        self, batch: Batch, masked: Tensor, rate: Tensor, weights: Tensor | None = None, total: Tensor | None = None
+    def mask(
+        self,
+        batch: Batch,
+        generator: KeyedNoise,
+        rate: Tensor,
+        always: Tensor | None = None,
+        weights: Tensor | None = None,
+        normaliser: Tensor | None = None,
     ) -> NoisedBatch:
-        """Returns the batch with mask tokens where it is `masked` [B, L]; `total`, else their number, normalises."""
+        """Returns the batch with supervised tokens masked with probability `rate` [B, L], and scored there.
+
+        Supervised tokens of `always` [B, L] are masked in any case. The loss is divided by `normaliser`; by the number
+        of masked tokens when None.
+        """
         tokens = batch["input_ids"]
+        masked = generator.uniform(batch["row"], tokens.size(1), stream=2) < rate
+        masked = (masked if always is None else masked | always) & batch["supervised"]
         return NoisedBatch(
             input_ids=torch.where(masked, self.specials().mask_id, tokens),
             targets=tokens,
             loss_mask=masked,
             mask_rate=rate,
             weights=weights,
-            normaliser=masked.sum() if total is None else total,
+            normaliser=masked.sum() if normaliser is None else normaliser,
         )
 
 

@@ -11,9 +11,16 @@ from torch import Tensor
 from dllm_var.errors import UserError
 from dllm_var.model.attention import AttentionRule
 from dllm_var.objectives.autoregressive import next_token_targets
-from dllm_var.objectives.base import Batch, NoisedBatch, Objective, check_rates, is_one_of
+from dllm_var.objectives.base import (
+    Batch,
+    KeyedNoise,
+    NoisedBatch,
+    Objective,
+    check_rates,
+    golden_fractions,
+    is_one_of,
+)
 from dllm_var.objectives.certainty import Certainty
-from dllm_var.objectives.noise import KeyedNoise, golden_fractions
 
 CLEAN, FIRST_COPY = 0, 1  # which copy a token belongs to
 
@@ -51,30 +58,22 @@ class Blocks(NamedTuple):
 class BlockDiffusion(Certainty):
     """Masks tokens of every block of an answer; a block sees itself and the clean text before it, nothing behind it.
 
-    The model reads `[clean | copies of the answers' blocks]` at once. A clean token sees its own block and those before
-    it; a prompt, or any span without supervision, is one block. A copied token sees its own copy of its block and the
-    clean blocks before. Block diffusion: BD3-LM, arXiv 2503.09573, section 3; without token shift and with clean
-    context, as in Efficient-DLM, arXiv 2512.14067. Masks fill what an answer leaves free in its last block, so that the
-    end of what is seen does not tell where the answer ends.
-
-    Blocks are counted from each answer's start and the prompt is one block, because that is how `BlockDiffusionSampler`
-    decodes. SDAR, LLaDA 2.0, Fast-dLLM v2 and dllm's BD3LM count blocks from the start of the text and read prompts
-    block by block, causally; their checkpoints have not learned the contexts that this objective gives.
-
-    Each block has a mask rate t ~ U(t_min, t_max) of its own. The terminator is always masked, as in dLLM-Var (arXiv
-    2510.24605). The loss is the mean cross-entropy over the masked tokens of all copies.
+    The model reads `[clean | copies of the answers' blocks]` at once (BD3-LM, arXiv 2503.09573, section 3). A clean
+    token sees its own block and those before it; a copied token sees its own copy of its block, and the clean blocks
+    before. Blocks are counted from each answer's start, and the prompt is one block, because that is how
+    `BlockDiffusionSampler` decodes. (SDAR, LLaDA 2.0, Fast-dLLM v2 and dllm count them from the start of the text.)
+    Masks fill what an answer leaves free in its last block. Each block has a mask rate t ~ U(t_min, t_max) of its own;
+    terminators are always masked. The loss is the mean cross-entropy over the masked tokens of all copies.
 
     Args:
         block_length: The sampler's `block_length`.
-        kv_commit: The sampler's `kv_commit`. `alone`: clean tokens are read as above. `joint_next`: those of a block
-            also see the next one as nothing but masks, with which the sampler reads them. That takes one more copy,
-            which is scored too: it is the first step of every block.
+        kv_commit: The sampler's `kv_commit`. With `joint_next` clean tokens also see the next block as nothing but
+            masks. That takes one more copy, which is scored too: it is the first step of every block.
         t_min: Smallest mask rate.
         t_max: Largest mask rate.
         whole_share: Fraction of the blocks whose mask rate is 1 instead: all masks, as in the sampler's first step.
-        causal_context: Clean tokens see only their left, as in an autoregressive model, which keeps its knowledge
-            (NBDiff, arXiv 2512.06776); the model remembers it for its samplers. A finished block is then read the same
-            way with and without the next one, and `kv_commit` makes no difference.
+        causal_context: Clean tokens see only their left, as in an autoregressive model (NBDiff, arXiv 2512.06776); the
+            model remembers it for its samplers. `kv_commit` then makes no difference.
         autoregressive_weight: Weight of each clean token's prediction of the next one, beside the masked tokens' (0.5
             in NBDiff); needs `causal_context`.
         token_shift: Predicts each token at the position left of it, as an autoregressive model does (Fast-dLLM v2), the
@@ -82,11 +81,9 @@ class BlockDiffusion(Certainty):
             without prompt is then not predicted.
         complementary: Adds to each copy one that masks what it shows, so that every token is predicted (Fast-dLLM v2,
             arXiv 2509.26328, section 3).
-        right_heavy: Masks positions further right more often, as decoding leaves them: the token at offset i of its
-            block is drawn with weight exp(right_heavy * (1 - t) * i), without changing how many are masked
-            (Efficient-DLM). 0 draws all offsets evenly.
+        right_heavy: Masks as many tokens, but further right: offset i of a block is drawn with weight
+            exp(right_heavy * (1 - t) * i) (Efficient-DLM, arXiv 2512.14067). 0 draws all offsets evenly.
         exact_count: Masks round(t * K) of a block's K answer tokens (Efficient-DLM), not each with probability t.
-        mask_terminators: Masks supervised terminators with probability 1; with t like any token if false.
         certainty: Weight of the entropy of predictions that are already right (dParallel, arXiv 2509.26488, section 3).
         certainty_temperature: Divides the logits before that entropy.
 
@@ -95,6 +92,7 @@ class BlockDiffusion(Certainty):
     """
 
     document_attention_only = True
+    masks_terminators: ClassVar[bool] = True  # always, rather than with the block's rate
     scores_first_step: ClassVar[bool] = True  # whether the copy that is nothing but masks counts
 
     def __init__(
@@ -110,7 +108,6 @@ class BlockDiffusion(Certainty):
         complementary: bool = False,
         right_heavy: float = 0.0,
         exact_count: bool = False,
-        mask_terminators: bool = True,
         certainty: float = 0.0,
         certainty_temperature: float = 0.5,
     ) -> None:
@@ -129,8 +126,7 @@ class BlockDiffusion(Certainty):
         self.block_length, self.kv_commit = block_length, kv_commit
         self.t_min, self.t_max, self.whole_share = t_min, t_max, whole_share
         self.causal_context, self.autoregressive_weight = causal_context, autoregressive_weight
-        self.token_shift = token_shift
-        self.complementary, self.mask_terminators = complementary, mask_terminators
+        self.token_shift, self.complementary = token_shift, complementary
         self.right_heavy, self.exact_count = right_heavy, exact_count
 
     def likelihood(self) -> Objective:
@@ -142,7 +138,7 @@ class BlockDiffusion(Certainty):
         rate = self.rates(batch, blocks, generator)[:, :, None].expand_as(blocks.column)
         masked = self._draw_masked(batch, blocks, rate, generator)
         ends = torch.zeros_like(masked)
-        if self.mask_terminators:
+        if self.masks_terminators:
             ends = is_one_of(blocks.take(batch["input_ids"]), self.specials().terminator_ids) & blocks.answer
         copies = [Copy(masked | ends, rate)]
         if self.complementary:
@@ -181,38 +177,32 @@ class BlockDiffusion(Certainty):
         return (place < count) & blocks.answer
 
     def lay_out(self, batch: Batch, blocks: Blocks, copies: list[Copy]) -> NoisedBatch:
-        """Returns the batch as `[clean | copy | copy ...]`."""
-        tokens, mask_id = batch["input_ids"], self.specials().mask_id
-        targets = blocks.take(tokens)  # [B, N, K]
+        """Returns the batch as `[clean | copy | copy ...]`, of S = L + copies * N * K tokens."""
+        tokens = batch["input_ids"]
+        answers = blocks.take(tokens)  # [B, N, K]
+        read = [torch.where(blocks.answer & ~copy.masked, answers, self.specials().mask_id) for copy in copies]
+        input_ids = after(tokens, read)
         first = batch["position_ids"].gather(1, blocks.start)[:, :, None]
-        positions = (first + torch.arange(self.block_length, device=tokens.device)).flatten(1)
-
-        def shifted(values: Tensor) -> Tensor:
-            """Moves what is predicted to the position left of it."""
-            return (F.pad(values[..., 1:], (0, 1)) if self.token_shift else values).flatten(1)
-
+        positions = first + torch.arange(self.block_length, device=tokens.device)
         next_token, scored, weight = self._score_clean(batch, blocks)
-        read, wanted, loss_mask, rate = [tokens], [next_token], [scored], [torch.ones_like(weight)]
-        for copy in copies:
-            read.append(torch.where(blocks.answer & ~copy.masked, targets, mask_id).flatten(1))
-            wanted.append(shifted(targets))
-            loss_mask.append(shifted(copy.masked & copy.scored))
-            rate.append(copy.rate.flatten(1))
+        loss_mask = after(scored, [self._moved(copy.masked & copy.scored) for copy in copies])
         weights = None
         if self.autoregressive_weight not in (0, 1):
-            weights = torch.cat([weight, *(torch.ones_like(part) for part in rate[1:])], dim=1)
-        scored = torch.cat(loss_mask, dim=1)
-        input_ids = torch.cat(read, dim=1)
+            weights = after(weight, [torch.ones_like(copy.rate) for copy in copies])
         return NoisedBatch(
             input_ids=input_ids,
-            targets=torch.cat(wanted, dim=1),
-            loss_mask=scored,
-            mask_rate=torch.cat(rate, dim=1),
+            targets=after(next_token, [self._moved(answers)] * len(copies)),
+            loss_mask=loss_mask,
+            mask_rate=after(torch.ones_like(weight), [copy.rate for copy in copies]),
             weights=weights,
-            normaliser=scored.sum(),
-            position_ids=torch.cat([batch["position_ids"], *[positions] * len(copies)], dim=1),
+            normaliser=loss_mask.sum(),
+            position_ids=after(batch["position_ids"], [positions] * len(copies)),
             attention_rule=self._attention_rule(input_ids, batch, blocks, len(copies)),
         )
+
+    def _moved(self, values: Tensor) -> Tensor:
+        """Moves what is predicted in blocks [B, N, K] to where it is predicted: one to the left with token shift."""
+        return F.pad(values[..., 1:], (0, 1)) if self.token_shift else values
 
     def _score_clean(self, batch: Batch, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
         """Returns each clean token's target, whether its prediction is scored, and with which weight, each [B, L]."""
@@ -223,17 +213,16 @@ class BlockDiffusion(Certainty):
             weight = weight.masked_fill(before_block, 1.0)
         return next_token, follows & (weight > 0), weight
 
-    def _attention_rule(self, tokens: Tensor, batch: Batch, blocks: Blocks, copies: int) -> AttentionRule:
-        """Returns which token sees which in `[clean | copies]`, of L + copies * N * K tokens."""
-        clean_segment, length = batch["segment_ids"], batch["input_ids"].size(1)
+    def _attention_rule(self, input_ids: Tensor, batch: Batch, blocks: Blocks, copies: int) -> AttentionRule:
+        """Returns which token of `[clean | copies]` sees which."""
         # Tokens of blocks that do not exist see each other, so that no softmax is empty.
         number = blocks.number.gather(1, blocks.start).masked_fill(~blocks.exists, -1)
-        number = number.repeat_interleave(self.block_length, dim=1)
-        in_copies = clean_segment.gather(1, blocks.start).repeat_interleave(self.block_length, dim=1)
-        copy = torch.arange(FIRST_COPY, FIRST_COPY + copies, device=number.device).repeat_interleave(number.size(1))
-        copy = torch.cat([copy.new_full((length,), CLEAN), copy])
-        block = torch.cat([blocks.number, *[number] * copies], dim=1)
-        segment = torch.cat([clean_segment, *[in_copies] * copies], dim=1)
+        block = after(blocks.number, [number[:, :, None].expand_as(blocks.column)] * copies)
+        in_blocks = batch["segment_ids"].gather(1, blocks.start)[:, :, None].expand_as(blocks.column)
+        segment = after(batch["segment_ids"], [in_blocks] * copies)
+        of_copy = torch.arange(FIRST_COPY, FIRST_COPY + copies, device=block.device)
+        copy = of_copy.repeat_interleave(blocks.column[0].numel())
+        copy = torch.cat([copy.new_full((batch["input_ids"].size(1),), CLEAN), copy])
         sees_masks, causal_context = self.clean_sees_masks, self.causal_context
 
         def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -245,7 +234,7 @@ class BlockDiffusion(Certainty):
                 seen = torch.where((copy[query] == CLEAN) & clean, query >= key, seen)
             return seen & (segment[row, query] == segment[row, key])
 
-        return AttentionRule(sees, tokens)
+        return AttentionRule(sees, input_ids)
 
 
 class EvenBlockMasking(BlockDiffusion):
@@ -254,10 +243,10 @@ class EvenBlockMasking(BlockDiffusion):
     Losses are weighted by 1 / rate; `smallest`, the smallest rate, keeps the weights finite.
     """
 
-    scores_first_step = False
+    masks_terminators = scores_first_step = False
 
     def __init__(self, objective: BlockDiffusion, smallest: float = 1e-2) -> None:
-        super().__init__(objective.block_length, objective.kv_commit, smallest, mask_terminators=False)
+        super().__init__(objective.block_length, objective.kv_commit, smallest)
         self.causal_context, self.token_shift = objective.causal_context, objective.token_shift
 
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
@@ -272,6 +261,11 @@ class EvenBlockMasking(BlockDiffusion):
         return self.t_min + (1 - self.t_min) * even
 
 
+def after(clean: Tensor, copies: list[Tensor]) -> Tensor:
+    """Returns values of the clean tokens [B, L], and behind them those of each copy [B, N, K], as [B, S]."""
+    return torch.cat([clean, *(values.flatten(1) for values in copies)], dim=1)
+
+
 def find_blocks(batch: Batch, block_length: int) -> Blocks:
     """Finds the blocks of `block_length` of every supervised span, counted from where it starts."""
     supervised, segment = batch["supervised"], batch["segment_ids"]
@@ -284,15 +278,12 @@ def find_blocks(batch: Batch, block_length: int) -> Blocks:
     number = begins.cumsum(dim=1)
 
     begins = begins & supervised
-    count = begins.sum(dim=1)
-    most = int(count.max())
+    most = int(begins.sum(dim=1).max())
     # The columns of the blocks' starts, in order, in front of all others.
     start = torch.where(begins, columns, length).sort(dim=1).values[:, :most]
     exists = start < length
     start = start.clamp_max(length - 1)
     column = start[:, :, None] + torch.arange(block_length, device=start.device)
-    inside = column < length
-    column = column.clamp_max(length - 1)
-    blocks = Blocks(number, start, exists, column, inside & exists[:, :, None])
-    same = blocks.take(number) == number.gather(1, start)[:, :, None]
-    return blocks._replace(answer=blocks.answer & same)
+    inside = (column < length) & exists[:, :, None]
+    blocks = Blocks(number, start, exists, column.clamp_max(length - 1), inside)
+    return blocks._replace(answer=inside & (blocks.take(number) == number.gather(1, start)[:, :, None]))

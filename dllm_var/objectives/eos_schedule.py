@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from dllm_var.objectives.base import Batch, NoisedBatch, check_rates, is_one_of, mask_rates
+from dllm_var.objectives.base import Batch, KeyedNoise, NoisedBatch, check_rates, is_one_of, mask_rates
 from dllm_var.objectives.certainty import Certainty
-from dllm_var.objectives.noise import KeyedNoise
 
 
 class EosSchedule(Certainty):
@@ -40,9 +39,6 @@ class EosSchedule(Certainty):
         self.rate_per, self.mask_terminators = rate_per, mask_terminators
 
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
-        tokens = batch["input_ids"]
         rate = mask_rates(batch, generator, self.t_min, self.t_max, self.rate_per == "segment")
-        masked = generator.uniform(batch["row"], tokens.size(1), stream=2) < rate
-        if self.mask_terminators:
-            masked = masked | is_one_of(tokens, self.specials().terminator_ids)
-        return self.hide(batch, masked & batch["supervised"], rate)
+        ends = is_one_of(batch["input_ids"], self.specials().terminator_ids) if self.mask_terminators else None
+        return self.mask(batch, generator, rate, always=ends)

@@ -6,8 +6,16 @@ from typing import Literal
 
 import torch
 
-from dllm_var.objectives.base import Batch, NoisedBatch, Objective, check_rates, mask_rates, segment_starts
-from dllm_var.objectives.noise import KeyedNoise, golden_fractions
+from dllm_var.objectives.base import (
+    Batch,
+    KeyedNoise,
+    NoisedBatch,
+    Objective,
+    check_rates,
+    golden_fractions,
+    mask_rates,
+    segment_starts,
+)
 
 
 class Mdlm(Objective):
@@ -39,14 +47,13 @@ class Mdlm(Objective):
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
         supervised = batch["supervised"]
         rate = mask_rates(batch, generator, self.eps, 1.0, self.rate_per == "segment")
-        masked = (generator.uniform(batch["row"], rate.size(1), stream=2) < rate) & supervised
         weights, normaliser = 1.0 / rate, supervised.sum()
         if self.mean_over == "samples":
             starts = segment_starts(batch)
             answer_length = torch.zeros_like(starts).scatter_add_(1, starts, supervised.long())  # at each start
             weights = weights / answer_length.gather(1, starts).clamp_min(1)
             normaliser = (answer_length > 0).sum()
-        return self.hide(batch, masked, rate, weights, normaliser)
+        return self.mask(batch, generator, rate, weights=weights, normaliser=normaliser)
 
 
 class EvenMasking(Objective):
@@ -63,7 +70,6 @@ class EvenMasking(Objective):
         self.smallest = smallest
 
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
-        rows, supervised = batch["row"], batch["supervised"]
-        rate = (self.smallest + (1 - self.smallest) * golden_fractions(rows))[:, None].expand_as(supervised)
-        masked = (generator.uniform(rows, rate.size(1), stream=2) < rate) & supervised
-        return self.hide(batch, masked, rate, 1.0 / rate, supervised.sum())
+        supervised = batch["supervised"]
+        rate = (self.smallest + (1 - self.smallest) * golden_fractions(batch["row"]))[:, None].expand_as(supervised)
+        return self.mask(batch, generator, rate, weights=1.0 / rate, normaliser=supervised.sum())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dllm_var.errors import UserError
-from dllm_var.objectives.noise import KeyedNoise
+from dllm_var.objectives.base import KeyedNoise
 
 _FORWARDS = 1 << 20  # forwards of one request that get keys of their own
 LOGITS_PER_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 23}  # drawn from at a time; noise and sorting take 30 bytes for each

@@ -320,9 +320,10 @@ def test_what_is_masked_and_scored(mode):
 
 def test_right_heavy_masks_as_many_but_further_right():
     batch = make_batch([[[(True, 33)]]] * 400, 33)
+    batch["input_ids"][batch["input_ids"] == END] = 3  # it would always be masked
     masked = {}
     for weight in (0.0, 1.0):
-        objective = bound(kv_commit="alone", t_min=0.5, t_max=0.5, right_heavy=weight, mask_terminators=False)
+        objective = bound(kv_commit="alone", t_min=0.5, t_max=0.5, right_heavy=weight)
         masked[weight] = objective.corrupt(batch, KeyedNoise(0)).loss_mask[:, 33:].view(400, -1, BLOCK)[:, :8]
     assert torch.equal(masked[0.0].sum(-1), masked[1.0].sum(-1))
     assert masked[0.0].float().mean((0, 1)).sub(0.5).abs().max() < 0.03
@@ -333,7 +334,8 @@ def test_right_heavy_masks_as_many_but_further_right():
 @pytest.mark.parametrize("right_heavy", [0.0, 1.0])
 def test_an_exact_count_masks_the_rounded_share_of_every_block(right_heavy):
     batch = make_batch([[[(False, 2), (True, 4 * BLOCK + 2)]]] * 200, 4 * BLOCK + 4)
-    settings = dict(kv_commit="alone", t_min=0.3, t_max=0.9, right_heavy=right_heavy, mask_terminators=False)
+    batch["input_ids"][batch["input_ids"] == END] = 3  # it would always be masked
+    settings = dict(kv_commit="alone", t_min=0.3, t_max=0.9, right_heavy=right_heavy)
     noised = bound(exact_count=True, **settings).corrupt(batch, KeyedNoise(0))
     rate, masked = (values[:, 4 * BLOCK + 4 :].view(200, 5, BLOCK) for values in (noised.mask_rate, noised.loss_mask))
     for block in range(5):

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from dllm_var.errors import UserError
-from dllm_var.objectives.noise import KeyedNoise
+from dllm_var.objectives.base import KeyedNoise
 from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy, scheduled, top_n
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dllm_var.errors import UserError
-from dllm_var.objectives.noise import KeyedNoise
+from dllm_var.objectives.base import KeyedNoise
 from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy, top_n
 
 
