@@ -126,8 +126,6 @@ class PackedDataModule(L.LightningDataModule):
             value = getattr(self, name)
             if value is None or value < least.get(name, 0):
                 raise UserError(f"data.{name} is {value}; it must be at least {least.get(name, 0)}")
-        if self.context_length >= 2**31:  # positions are 32-bit numbers
-            raise UserError(f"data.context_length is {self.context_length}; it must be below {2**31}")
         ends = {name: getattr(self, name) for name in ("overhang", "canvas", "eos_padding") if getattr(self, name)}
         for name, value in ends.items():
             if value >= self.context_length:

@@ -14,7 +14,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -42,43 +42,23 @@ Runs = list[tuple[list[int], bool]]  # token ids, and whether they carry loss
 
 @dataclass
 class RecordEncoder:
-    """Tokenizes records and counts those that cannot be used.
-
-    Args:
-        tokenizer: Makes token ids of text.
-        chat: Whether prompt and answer go through the tokenizer's chat template.
-        skip_bad: Whether records that cannot be used are counted; otherwise the first one is an error.
-        refuse_special: Whether a text that spells a special token cannot be used; otherwise it is ordinary text.
-        longest: Tokens of the longest row. Of a text with many more, only a beginning that is longer than a row is
-            encoded. 0 encodes all of every text.
-    """
+    """Tokenizes records, and counts in `meta` what it has seen."""
 
     tokenizer: Tokenizer
-    chat: bool = False
-    skip_bad: bool = False
-    refuse_special: bool = False
-    longest: int = 0
-    records: int = field(default=0, init=False)
-    skipped: int = field(default=0, init=False)
-    unknown_tokens: int = field(default=0, init=False)
-    reasons: list[str] = field(default_factory=list, init=False)
+    chat: bool = False  # whether prompt and answer go through the tokenizer's chat template
+    skip_bad: bool = False  # whether records that cannot be used are counted; otherwise the first one is an error
+    refuse_special: bool = False  # whether a text that spells a special token cannot be used
+    longest: int = 0  # tokens of the longest row; of a text with many more only a beginning is encoded; 0 encodes all
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The type of token ids in a table."""
-        return np.dtype(np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.int32)
+    def __post_init__(self) -> None:
+        dtype = "uint16" if self.tokenizer.vocab_size <= 2**16 else "int32"
+        self.meta: dict[str, Any] = {"records": 0, "skipped": 0, "reasons": [], "unknown_tokens": 0, "dtype": dtype}
 
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that decides the token ids of a usable record, as plain values."""
         names = ("chat", "refuse_special", "longest")
         return {"tokenizer": self.tokenizer.fingerprint, **{name: getattr(self, name) for name in names}}
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """The counts so far."""
-        names = ("records", "skipped", "reasons", "unknown_tokens")
-        return {**{name: getattr(self, name) for name in names}, "dtype": self.dtype.name}
 
     def encode(self, records: Sequence[Located], first: int) -> Table:
         """Tokenizes a number of records at once, of which the first has the number `first` in the source.
@@ -89,18 +69,19 @@ class RecordEncoder:
         with _without_cycle_collection():
             samples = self._samples(records, first)
         sizes = [[len(ids) for ids, _ in runs] for runs in samples.values()]
-        tokens = np.fromiter(chain.from_iterable(ids for runs in samples.values() for ids, _ in runs), self.dtype)
+        ids = chain.from_iterable(ids for runs in samples.values() for ids, _ in runs)
+        tokens = np.fromiter(ids, dtype=self.meta["dtype"])
         flags = np.array([flag for runs in samples.values() for _, flag in runs], dtype=np.bool_)
-        self.records += len(records)
+        self.meta["records"] += len(records)
         if self.tokenizer.unknown_id is not None:
-            self.unknown_tokens += int(np.count_nonzero(tokens == self.tokenizer.unknown_id))
+            self.meta["unknown_tokens"] += int(np.count_nonzero(tokens == self.tokenizer.unknown_id))
         return Table(
             tokens=tokens,
             supervised=np.repeat(flags, np.array(list(chain.from_iterable(sizes)), dtype=np.int64)),
             offsets=np.cumsum([0, *map(sum, sizes)], dtype=np.int64),
             answer_start=np.array([sum(size[:-1]) for size in sizes], dtype=np.int64),
             record=np.array(list(samples), dtype=np.int64),
-            meta=self.meta,
+            meta=dict(self.meta),
         )
 
     def _samples(self, records: Sequence[Located], first: int) -> dict[int, Runs]:
@@ -200,9 +181,8 @@ class RecordEncoder:
         reason = f"{where} {error}"
         if not self.skip_bad:
             raise bad_record(reason)
-        self.skipped += 1
-        if len(self.reasons) < REASONS_KEPT:
-            self.reasons.append(reason)
+        self.meta["skipped"] += 1
+        self.meta["reasons"] = [*self.meta["reasons"], reason][:REASONS_KEPT]
 
 
 def bad_record(reason: str) -> UserError:
@@ -223,16 +203,10 @@ def _without_cycle_collection() -> Iterator[None]:
 
 
 def load_table(source: Source, split: str, encoder: RecordEncoder, cache: Path, verify: bool = True) -> Table:
-    """Opens the tokenized table of a split, and builds it first if the cache does not have it.
+    """Opens the tokenized table of a split, and builds it first, with a new encoder, if the cache does not have it.
 
     Several processes may do so at once: each writes a folder of its own, and the first to finish gives it its name.
-
-    Args:
-        source: Where the records come from.
-        split: One of the source's splits.
-        encoder: A new one, that has encoded nothing yet.
-        cache: Folder of tables, shared by runs and processes.
-        verify: Compares the checksums of all data in the table.
+    `verify` compares the checksums of all data in the table.
 
     Raises:
         UserError: When a record cannot be used, with its place; when the cache cannot be written, or is damaged.
@@ -276,7 +250,7 @@ def _write(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> 
         first.tofile(files["offsets"])
         crc32 = {name: zlib.crc32(first.data) if name == "offsets" else 0 for name in COLUMNS}
         while chunk := _next_chunk(records, source, split):
-            table = encoder.encode(chunk, encoder.records)
+            table = encoder.encode(chunk, encoder.meta["records"])
             columns = {name: getattr(table, name) for name in COLUMNS}
             columns["offsets"] = table.offsets[1:] + tokens
             for name, column in columns.items():

@@ -25,26 +25,17 @@ FORMATS = {  # fields that must be there, by the field that shows the format
 
 @dataclass(frozen=True)
 class BadRecord:
-    """Stands in a stream of records for one that could not be read.
+    """Stands in a stream of records for one that could not be read."""
 
-    Args:
-        reason: What is wrong with it, to follow its place in an error.
-    """
-
-    reason: str
+    reason: str  # what is wrong with it, to follow its place in an error
 
 
 @dataclass(frozen=True)
 class Turns:
-    """A record as turns of ``role`` and ``content``, the last one the assistant's; the assistant's are learned.
-
-    Args:
-        messages: The turns.
-        chat: Whether they go through the tokenizer's chat template; otherwise one text follows the other.
-    """
+    """A record as turns of ``role`` and ``content``, the last one the assistant's; the assistant's are learned."""
 
     messages: Sequence[dict[str, Any]]
-    chat: bool
+    chat: bool  # whether they go through the tokenizer's chat template; otherwise one text follows the other
 
 
 @dataclass(frozen=True)
@@ -58,9 +49,7 @@ class Ids:
 def parse_record(record: Any, chat: bool) -> Turns | Ids:
     """Recognises the format of a record by its fields and checks them; other fields are ignored.
 
-    Args:
-        record: Any object.
-        chat: Whether prompt and answer go through the chat template as messages do.
+    With `chat`, prompt and answer go through the chat template as messages do.
 
     Raises:
         UserError: When it has no known format, or a field is missing, empty or of the wrong type; the message follows

@@ -249,8 +249,9 @@ class FileSource(SplitSource):
         return self.files
 
     def content_fingerprint(self) -> str:
-        digests = {split: [self.contents(file)["digest"] for file in files] for split, files in self.files.items()}
-        return json.dumps(digests)
+        return json.dumps(
+            {split: [self.contents(file)["digest"] for file in self.files[split]] for split in self.files}
+        )
 
     def contents(self, file: Path) -> dict[str, Any]:
         """The digest of a file, and where it has lines their number and places; read once."""
