@@ -163,7 +163,7 @@ class TrainerCLI(LightningCLI):
         is_ours = isinstance(self.model, DiffusionLM)
         if is_ours:
             self.model.sampler = self.config_init.sampler  # what predict decodes with
-        self.trainer_defaults["callbacks"] += default_checkpoints(self.config.trainer, best=is_ours)
+        self.trainer_defaults["callbacks"] += default_checkpoints(self.config_init.trainer, best=is_ours)
         plugins = with_checked_files(self.config_init.trainer.get("plugins"))
         try:
             trainer = super().instantiate_trainer(plugins=plugins, **kwargs)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -214,73 +214,90 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
-# Of the Trainer's settings these decide what is learned; the others say where it runs, how long, and what is kept.
-_LEARNING = {"precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"}
-_LEARNING |= {"overfit_batches", "limit_train_batches"}
-_NOT_SHOWN = {"callbacks", "logger", "plugins", "profiler"}  # of the others
-# Of the model's and the data's settings these may change, all others may not.
-_FREE = {"model.compile", "model.activation_checkpointing", "model.init_from", "model.loss_guard"}
-_FREE |= {"data.num_workers", "data.cache_dir", "data.check_resume"}
-# Compared by their content when the checkpoint is loaded, by `check_identity` of model and data, not by text.
-_BY_CONTENT = {"model.transformer", "model.lora"}
-_DATA_BY_CONTENT = {"data.source", "data.tokenizer", "data.mask_token", "data.terminators"}
-_ROWS = {"data.batch_size", "trainer.accumulate_grad_batches"}
-
-
-class Change(NamedTuple):
-    """A setting with its values in the checkpoint and now."""
-
-    name: str
-    was: Any
-    now: Any
-
-    def __str__(self) -> str:
-        return f"{self.name}: {_short(self.was)} -> {_short(self.now)}"
+_REFUSED, _TOLD, _BY_CONTENT, _IGNORED = "refused", "told", "compared by content", "ignored"
+# What happens when a setting has changed since the checkpoint; the longest name here that it begins with decides.
+_SETTINGS = {
+    _REFUSED: (  # they decide what is learned
+        *("model", "data", "trainer.precision", "trainer.accumulate_grad_batches", "trainer.gradient_clip_val"),
+        *("trainer.gradient_clip_algorithm", "trainer.overfit_batches", "trainer.limit_train_batches"),
+    ),
+    _TOLD: (  # they say where a run is, how long, and what is kept
+        *("trainer", "model.compile", "model.activation_checkpointing", "model.init_from", "model.loss_guard"),
+        *("data.num_workers", "data.cache_dir", "data.check_resume"),
+    ),
+    _BY_CONTENT: (  # model and data compare them when the checkpoint is loaded
+        *("model.transformer", "model.lora"),
+        *("data.source", "data.tokenizer", "data.mask_token", "data.terminators"),
+    ),
+    _IGNORED: ("trainer.callbacks", "trainer.logger", "trainer.plugins", "trainer.profiler"),
+}
+_ROWS = ("data.batch_size", "trainer.accumulate_grad_batches")  # compared as the rows of a step
 
 
 def check_changes(path: Path, text: str, trainer: L.Trainer, datamodule: Any) -> None:
     """Tells which settings have changed since a checkpoint was written; refuses those that make it another run.
 
-    With `data.check_resume=false` they are told and not refused here. An optimizer refuses the state of another.
-
-    Args:
-        path: The checkpoint.
-        text: The run's resolved settings as YAML.
-        trainer: The run's.
-        datamodule: The run's.
+    `text` has the run's resolved settings as YAML. With `data.check_resume=false` what would be refused is only told.
+    An optimizer refuses the state of another.
 
     Raises:
         UserError: Names all of the settings, with both values, and the remedy.
     """
     try:
         checkpoint = read_state(path)
-        settings, rows_then = load_yaml(checkpoint["config"]), checkpoint["rows_per_step"]
-    except (UnusableCheckpoint, KeyError, TypeError, yaml.YAMLError):  # damage is told when it is loaded
-        settings = None
-    if not isinstance(settings, dict):
+        saved, rows_then = dict(load_yaml(checkpoint["config"])), checkpoint["rows_per_step"]
+    except (UnusableCheckpoint, KeyError, TypeError, ValueError, yaml.YAMLError):  # damage is told when it is loaded
         rank_zero_info(f"{path} does not hold the settings it was made with: they cannot be compared with the present")
         return
-    rows = Change("rows of a step, over all devices", rows_then, rows_per_step(trainer, datamodule))
-    apart = _BY_CONTENT | (_DATA_BY_CONTENT if isinstance(datamodule, PackedDataModule) else set())
+    now, rows_now = load_yaml(text), rows_per_step(trainer, datamodule)
+    rows_known = rows_then is not None and rows_now is not None
     refused = []
-    if None not in rows:
-        apart |= _ROWS
-        refused = [rows] if rows.was != rows.now else []
-    for change in _changes(settings, load_yaml(text)):
-        if _is_among(change.name, apart):
-            continue
-        if _is_free(change.name):
-            rank_zero_info(f"changed since the checkpoint: {change}")
-        else:
-            refused.append(change)
+    if rows_known:
+        refused += _changes("rows of a step, over all devices", rows_then, rows_now)
+    for section in ("model", "data", "trainer"):
+        for name, change in _changes(section, saved.get(section), now.get(section)):
+            rule = _rule(name)
+            if rule == _BY_CONTENT and section == "data" and not isinstance(datamodule, PackedDataModule):
+                rule = _REFUSED
+            if rule == _TOLD:
+                rank_zero_info(f"changed since the checkpoint: {change}")
+            elif rule == _REFUSED and not (rows_known and name in _ROWS):
+                refused.append((name, change))
     if refused and getattr(datamodule, "check_resume", True):
         raise UserError(
-            f"changed since {path} was written: {', '.join(map(str, refused))}; set it back, start a new run with "
-            "model.init_from, or go on all the same with --data.check_resume=false"
+            f"changed since {path} was written: {', '.join(change for _, change in refused)}; set it back, start a new "
+            "run with model.init_from, or go on all the same with --data.check_resume=false"
         )
-    for change in refused:
-        kept = " (the optimizer keeps what the checkpoint has)" if change.name.startswith("model.optimizer.") else ""
+    for name, change in refused:
+        kept = " (the optimizer keeps what the checkpoint has)" if name.startswith("model.optimizer.") else ""
         rank_zero_info(f"changed since the checkpoint, which makes it another run: {change}{kept}")
+
+
+def _rule(name: str) -> str:
+    rules = {known: rule for rule, names in _SETTINGS.items() for known in names if f"{name}.".startswith(f"{known}.")}
+    return rules[max(rules, key=len)]
+
+
+def _changes(name: str, was: Any, now: Any) -> Iterator[tuple[str, str]]:
+    """Compares two values of a setting; yields each difference by name and as text.
+
+    Settings that only one version of the package knows are left out.
+    """
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        if was != now:
+            yield name, f"{name}: {_short(was)} -> {_short(now)}"
+    elif was.get("class_path") != now.get("class_path"):
+        yield from _changes(name, was.get("class_path"), now.get("class_path"))
+    else:
+        for key in (key for key in was if key in now):
+            yield from _changes(name if key == "init_args" else f"{name}.{key}", was[key], now[key])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict) and "class_path" in value:
+        value = value["class_path"]
+    text = "null" if value is None else str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def rows_per_step(trainer: L.Trainer, datamodule: Any) -> int | None:
@@ -290,39 +307,3 @@ def rows_per_step(trainer: L.Trainer, datamodule: Any) -> int | None:
         return None
     groups = trainer.num_devices * trainer.num_nodes // getattr(trainer.strategy, "tensor_parallel_size", 1)
     return batch_size * groups * trainer.accumulate_grad_batches
-
-
-def _changes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[Change]:
-    for section in ("model", "data", "trainer"):
-        for change in _different(section, was.get(section), now.get(section)):
-            if change.name.split(".")[-1] not in _NOT_SHOWN:
-                yield change
-
-
-def _different(name: str, was: Any, now: Any) -> Iterator[Change]:
-    """Compares two values of a setting; settings that only one version of the package knows are left out."""
-    if not (isinstance(was, dict) and isinstance(now, dict)):
-        if was != now:
-            yield Change(name, was, now)
-    elif was.get("class_path") != now.get("class_path"):
-        yield Change(name, was.get("class_path"), now.get("class_path"))
-    else:
-        for key in was:
-            if key in now:
-                yield from _different(name if key == "init_args" else f"{name}.{key}", was[key], now[key])
-
-
-def _is_among(name: str, settings: set[str]) -> bool:
-    return any(name == setting or name.startswith(f"{setting}.") for setting in settings)
-
-
-def _is_free(name: str) -> bool:
-    section, _, rest = name.partition(".")
-    return rest.split(".")[0] not in _LEARNING if section == "trainer" else _is_among(name, _FREE)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict) and "class_path" in value:
-        value = value["class_path"]
-    text = "null" if value is None else str(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dllm_var.checkpoints.archive import is_sharded
 from dllm_var.checkpoints.run_checkpoint import check_or_offer, newest_checkpoint
@@ -18,6 +18,8 @@ from dllm_var.files import put_back
 
 RUNS = "runs"  # the default logger's save_dir
 _VERSIONED_LOGGERS = ("TensorBoardLogger", "CSVLogger")  # both keep a run in save_dir/name/version_N
+_LOCKED = (errno.EACCES, errno.EAGAIN)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # on this file system
 
 
 class NothingToResume(UserError):
@@ -27,11 +29,16 @@ class NothingToResume(UserError):
 # -- a new run ---------------------------------------------------------------------------------------------------------
 
 
-def place_runs(trainer_settings: Any) -> None:
-    """Puts the folder of the default logger into `trainer.default_root_dir`.
+def default_logger(name: str) -> dict[str, Any]:
+    """Returns the settings of the logger that makes the run folder runs/NAME/version_N in trainer.default_root_dir."""
+    return {
+        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "init_args": {"save_dir": RUNS, "name": name, "version": None, "default_hp_metric": False},
+    }
 
-    Args:
-        trainer_settings: The `trainer` section; changed in place.
+
+def place_runs(trainer_settings: Any) -> None:
+    """Puts the folder of the default logger into `trainer.default_root_dir`; changes the `trainer` section in place.
 
     Raises:
         UserError: When runs or checkpoints would be on another machine, which nothing here can lock or rename on.
@@ -51,38 +58,33 @@ def place_runs(trainer_settings: Any) -> None:
 
 
 def reserve(trainer_settings: Any, held: ExitStack) -> None:
-    """Makes the folder of a new run, which no other run then takes, and points the loggers at it.
+    """Makes the folder of a new run, which no other run then takes, and gives its number to the loggers in place.
 
-    Args:
-        trainer_settings: The `trainer` section; the versions of its loggers are set in place.
-        held: Removes the folder again when it ends and nothing is in there.
+    When `held` ends, the folder is removed again if nothing is in there.
 
     Raises:
         UserError: When no folder can be made.
     """
     new = [logger for logger in _versioned(trainer_settings) if logger.version is None]
-    roots = {Path(logger.save_dir) / (logger.name or "") for logger in new}
+    roots = [_root(logger) for logger in new]
     number = 1 + max((found for root in roots for found in _numbered(root)), default=-1)
-    while roots and not _make({root / version_name(number) for root in roots}, held):
+    while roots and not _make(roots[0] / version_name(number), held):
         number += 1
     for logger in new:
         logger.version = number
 
 
-def _make(folders: set[Path], held: ExitStack) -> bool:
-    """Makes all of the folders, or none when one of them is there already."""
-    with ExitStack() as made:
-        for folder in folders:
-            try:
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                folder.mkdir()
-            except FileExistsError:
-                return False
-            except OSError as error:
-                reason = f"cannot make the run folder {folder}: {error.strerror}"
-                raise UserError(f"{reason}; trainer.default_root_dir puts runs elsewhere") from error
-            made.callback(_remove_empty, folder)
-        held.push(made.pop_all())
+def _make(folder: Path, held: ExitStack) -> bool:
+    """Makes a folder; False when it is there already."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    except OSError as error:
+        reason = f"cannot make the run folder {folder}: {error.strerror}"
+        raise UserError(f"{reason}; trainer.default_root_dir puts runs elsewhere") from error
+    held.callback(_remove_empty, folder)
     return True
 
 
@@ -91,30 +93,17 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def default_logger(name: str) -> dict[str, Any]:
-    """Returns the settings of the logger that makes the run folder runs/NAME/version_N in trainer.default_root_dir."""
-    return {
-        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-        "init_args": {"save_dir": RUNS, "name": name, "version": None, "default_hp_metric": False},
-    }
-
-
 # -- one run at a time -------------------------------------------------------------------------------------------------
 
 
 def lock(trainer_settings: Any, held: ExitStack) -> None:
-    """Locks the folders that `fit` writes to, and puts back checkpoints that a killed run had set aside.
-
-    Args:
-        trainer_settings: The `trainer` section, with versions.
-        held: Ends the locks.
+    """Locks the folders that `fit` writes to until `held` ends, and puts back checkpoints that a killed run set aside.
 
     Raises:
         UserError: When another run writes to one of them.
     """
+    runs = [_root(logger) / version_name(logger.version) for logger in _versioned(trainer_settings)]
     checkpoints = [Path(folder) for folder in _dirpaths(trainer_settings)]
-    versioned = _versioned(trainer_settings)
-    runs = [Path(one.save_dir) / (one.name or "") / version_name(one.version) for one in versioned]
     if not trainer_settings.get("logger") and trainer_settings.get("enable_checkpointing") is not False:
         checkpoints.append(Path(trainer_settings.get("default_root_dir") or ".") / "checkpoints")
     for folder in {folder.absolute(): folder for folder in [*runs, *checkpoints]}.values():
@@ -139,40 +128,40 @@ def hold(folder: Path) -> Iterator[None]:
         # Beside the folder: Lightning takes a folder with any file in it for that of an earlier run.
         beside = os.access(place.parent, os.W_OK)
         path = place.parent / f".{place.name}.lock" if beside else place / ".lock"
-        opened = None
-        while opened is None:
-            opened = _try_to_lock(path, folder)
+        file = _locked(path, folder)
     except OSError as error:
         raise UserError(f"cannot lock the folder {folder}: {error.strerror or error}") from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            path.unlink()
-        os.close(opened)
-
-
-def _try_to_lock(path: Path, folder: Path) -> int | None:
-    """Locks a file and writes into it by whom; None when its holder has just ended and removed it."""
-    with ExitStack() as undo:
-        opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        undo.callback(os.close, opened)
+    with file:
         try:
-            fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not path.exists() or not os.path.samestat(os.fstat(opened), path.stat()):
-                return None
-            os.ftruncate(opened, 0)
-            os.pwrite(opened, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _locked(path: Path, folder: Path) -> TextIO:
+    """Returns a file that is locked, and says by whom."""
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - to be closed by the caller
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
+                return file
+            file.close()  # its holder has just ended and removed it
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                holder = os.pread(opened, 500, 0).decode(errors="replace") or "another process"
-                raise UserError(
-                    f"{folder} is in use by {holder}: wait for it or stop it, or start a new run without --resume"
-                ) from None
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # no locks on this file system
+            if error.errno in _NO_LOCKS:
+                return file
+            file.seek(0)
+            holder = file.read(500) or "another process"
+            file.close()
+            if error.errno not in _LOCKED:
                 raise
-        undo.pop_all()
-        return opened
+            raise UserError(
+                f"{folder} is in use by {holder}: wait for it or stop it, or start a new run without --resume"
+            ) from None
 
 
 # -- going on ----------------------------------------------------------------------------------------------------------
@@ -190,7 +179,7 @@ def checkpoint_at(path: str) -> Path:
 
 
 def find_checkpoint(path: str, setting: str) -> Path:
-    """Returns the checkpoint at a path, or the newest one of the run folder it is.
+    """Returns the checkpoint at a path, or the newest one of the run folder there.
 
     Raises:
         UserError: When there is none; names the setting.
@@ -207,31 +196,27 @@ def find_checkpoint(path: str, setting: str) -> Path:
 
 
 def continue_newest(trainer_settings: Any) -> Path:
-    """Finds the newest run with a checkpoint under the settings' folder and points the loggers at that run.
-
-    Args:
-        trainer_settings: The `trainer` section; its loggers' versions are set in place.
-
-    Returns:
-        The checkpoint to continue from.
+    """Returns the newest checkpoint of the newest run that has one, and points the loggers in the settings at that run.
 
     Raises:
-        UserError: When there is no checkpoint; names the folder.
+        NothingToResume: When there is no checkpoint; names the folder.
     """
     versioned = _versioned(trainer_settings)
-    searched = _runs_folder(trainer_settings, versioned)
-    run = searched
-    if versioned:
-        version = versioned[0].version
-        run = searched / version_name(version) if version is not None else _newest_version(searched)
-    folders = [Path(folder) for folder in _dirpaths(trainer_settings)]
-    for folder in [*folders, run / "checkpoints"]:
+    root = _runs_folder(trainer_settings)
+    if not versioned:
+        runs = [root]
+    elif versioned[0].version is not None:
+        runs = [root / version_name(versioned[0].version)]
+    else:
+        runs = [path for _, path in sorted(_numbered(root).items(), reverse=True)]
+    own = [Path(folder) for folder in _dirpaths(trainer_settings)]
+    for folder in [*own, *(run / "checkpoints" for run in runs)]:
         checkpoint = newest_checkpoint(folder)
         if checkpoint is not None:
-            if run != searched:
-                _go_on_in(run, versioned)
+            if folder.parent in runs:
+                _go_on_in(folder.parent, versioned)
             return checkpoint
-    where = ", ".join(str(folder) for folder in [*folders, run / "checkpoints" if run != searched else searched])
+    where = ", ".join(map(str, [*own, runs[0] / "checkpoints" if len(runs) == 1 else root]))
     raise NothingToResume(
         f"--resume found no checkpoint in {where}: start the run without --resume, or give --resume=auto, which starts "
         "one when there is nothing to resume"
@@ -245,32 +230,27 @@ def continue_from(path: str, trainer_settings: Any) -> Path:
         UserError: When there is no checkpoint.
     """
     checkpoint = find_checkpoint(path, "--resume")
-    versioned = _versioned(trainer_settings)
     run = checkpoint.absolute().parent.parent
-    if versioned and run.parent == _runs_folder(trainer_settings, versioned).absolute():
-        _go_on_in(run, versioned)
+    if run.parent == _runs_folder(trainer_settings).absolute():
+        _go_on_in(run, _versioned(trainer_settings))
     return checkpoint
 
 
 def _go_on_in(run: Path, versioned: list[Any]) -> None:
     number = run.name.removeprefix("version_")
-    for init_args in versioned:
-        if init_args.version is None:
-            init_args.version = int(number) if number.isdigit() else run.name
+    for logger in versioned:
+        if logger.version is None:
+            logger.version = int(number) if number.isdigit() else run.name
 
 
-def _runs_folder(trainer_settings: Any, versioned: list[Any]) -> Path:
+def _runs_folder(trainer_settings: Any) -> Path:
     """Returns the folder that holds the numbered runs, or the one run when there is no logger to number them."""
-    default_root = trainer_settings.get("default_root_dir") or "."
-    if not versioned:
-        return Path(default_root)
-    return Path(versioned[0].save_dir or default_root) / (versioned[0].name or "")
+    versioned = _versioned(trainer_settings)
+    return _root(versioned[0]) if versioned else Path(trainer_settings.get("default_root_dir") or ".")
 
 
-def _newest_version(root: Path) -> Path:
-    """Returns the newest run folder under `root` that holds a checkpoint; `root` itself when there is none."""
-    newest_first = (path for _, path in sorted(_numbered(root).items(), reverse=True))
-    return next((path for path in newest_first if newest_checkpoint(path / "checkpoints") is not None), root)
+def _root(logger: Any) -> Path:
+    return Path(logger.save_dir) / (logger.name or "")
 
 
 def _numbered(root: Path) -> dict[int, Path]:

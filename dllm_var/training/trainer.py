@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -149,16 +148,13 @@ def _failed_in_parts(error: BaseException) -> bool:
 
 
 def default_checkpoints(trainer_settings: Any, best: bool) -> list[ModelCheckpoint]:
-    """Returns what keeps checkpoints when the `trainer` section names nothing that does: the last two.
+    """Returns what keeps checkpoints when the built `trainer` section has nothing that does: the last two.
 
     With `best` it also keeps the best one by `val/loss`.
     """
-    if trainer_settings.get("enable_checkpointing") is False:
+    keeps = any(isinstance(callback, Checkpoint) for callback in listed(trainer_settings.get("callbacks")))
+    if keeps or trainer_settings.get("enable_checkpointing") is False:
         return []
-    for callback in listed(trainer_settings.get("callbacks")):
-        module, _, name = str(getattr(callback, "class_path", "")).rpartition(".")
-        if module and issubclass(getattr(import_module(module), name), Checkpoint):
-            return []
     kept = ModelCheckpoint(
         monitor="step",
         mode="max",
