@@ -19,6 +19,7 @@ from dllm_var.checkpoints.archive import check, read_state
 from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.checkpoints.run_checkpoint import newest_checkpoint
 from dllm_var.cli.fit import failure
+from dllm_var.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 LAST = Path("runs/tiny/version_0/checkpoints/last.ckpt")
@@ -207,7 +208,7 @@ def test_a_data_loading_process_that_is_killed(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_ranks_go_on_bit_for_bit_and_one_alone_with_the_same_rows(strategy, tmp_path, monkeypatch):
+def test_two_ranks_go_on_bit_for_bit(strategy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = {"max_steps": 7}
     if strategy == "fsdp2":
@@ -231,15 +232,7 @@ def test_two_ranks_go_on_bit_for_bit_and_one_alone_with_the_same_rows(strategy, 
     assert Path(weights.format(1)).read_bytes() == expected
     assert not [path for path in last.parent.iterdir() if path.name.startswith(".")]
 
-    if strategy == "ddp":
-        earlier = f"--resume={LAST.parent / 'epoch=0-step=4.ckpt'}"
-        one = ["--trainer.devices=1", "--trainer.strategy=auto", "--data.batch_size=4"]
-        status, output = run([*command, *one, earlier])
-        assert status == 0, output
-        for (step, ours, loss), (_, theirs, other) in zip(rows(), whole[4:], strict=True):
-            assert ours == theirs, step
-            assert loss == pytest.approx(other, rel=1e-4)
-    else:
+    if strategy == "fsdp2":
         exported, _, _ = load_checkpoint(last.parent.parent / "model")
         together, _, _ = load_checkpoint(last)  # in one process
         for ours, theirs in zip(together.parameters(), exported.parameters(), strict=True):
@@ -248,9 +241,8 @@ def test_two_ranks_go_on_bit_for_bit_and_one_alone_with_the_same_rows(strategy, 
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
-        status, output = run([*command, "--resume"])
-        assert status == 2
-        assert shard.name in output and "--resume=" in output and "Traceback" not in output
+        with pytest.raises(UserError, match=shard.name):
+            check(last)
 
 
 def test_a_child_whose_launcher_is_gone_before_it_begins_ends_at_once():
