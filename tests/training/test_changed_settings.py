@@ -1,18 +1,31 @@
 """Settings that changed since the checkpoint: some may, others are refused by name unless the user insists."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
-from tiny_run import LAST, error_line, state, tiny  # noqa: F401 - tiny is a fixture
+from tiny_run import LAST, error_line, state, write_run
 
 from dllm_var.__main__ import main
 from dllm_var.checkpoints.archive import write_archive
 
 
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """The folder of a run of two steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("two_steps"))
+        assert main([*write_run(), "--trainer.max_steps=2"]) == 0
+        return Path.cwd()
+
+
 @pytest.fixture
-def begun(tiny):  # noqa: F811
-    """A run of two steps, and the command that goes on with it to the third."""
-    assert main([*tiny, "--trainer.max_steps=2"]) == 0
-    return [*tiny, "--resume", "--trainer.max_steps=3"]
+def begun(two_steps, tmp_path, monkeypatch):
+    """A copy of that run, and the command that goes on with it to the third step."""
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return ["fit", "--config", "tiny.yaml", "--resume", "--trainer.max_steps=3"]
 
 
 def test_what_makes_it_another_run_is_refused_with_all_of_its_names(begun, capsys):

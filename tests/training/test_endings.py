@@ -190,12 +190,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_another_offered(tiny, whole, c
     assert same(state(), whole[1])
     assert notes() == whole[0][-4:]  # with the validation of step 6, which its checkpoint precedes
     LAST.write_bytes(content[:1000])
-    for command in ("fit", "validate"):
-        assert main([command, *tiny[1:], f"--ckpt_path={LAST}"]) == 2
-        line = error_line(capsys)
-        assert "cut short" in line and "--ckpt_path=" in line
-    assert main([*tiny, "--weights_only=false", f"--ckpt_path={LAST}"]) == 2
-    assert "weights_only" in error_line(capsys)
+    assert main(["validate", *tiny[1:], f"--ckpt_path={LAST}"]) == 2
+    line = error_line(capsys)
+    assert "cut short" in line and "--ckpt_path=" in line
 
 
 def test_what_is_no_checkpoint_of_ours(tiny, capsys):  # noqa: F811
@@ -227,9 +224,6 @@ def test_a_checkpoint_records_what_made_it_and_other_data_is_refused(tiny, capsy
         assert len(record["git"]["commit"]) == 40 and isinstance(record["git"]["changed"], bool)
     assert yaml.safe_load(checkpoint["config"])["data"]["init_args"]["context_length"] == 16
     changed = [*tiny, "--resume", "--trainer.max_steps=3"]
-    assert main([*changed, "--data.context_length=18"]) == 2
-    line = error_line(capsys)
-    assert "data.context_length: 16 -> 18" in line and "--data.check_resume=false" in line
     shutil.copytree(ROOT / "datamodules" / "data" / "cmudict", "tokenizer", ignore=shutil.ignore_patterns("*.xz"))
     path = Path("tokenizer/tokenizer.json")
     path.write_text(path.read_text().replace('"AA"', '"QQ"'))
@@ -249,8 +243,7 @@ def test_resume_auto_starts_what_has_not_begun(tiny, capsys):  # noqa: F811
     assert main([*tiny, "--resume=auto", "--trainer.max_steps=1"]) == 0
     assert main([*tiny, "--resume=auto", "--trainer.max_steps=2"]) == 0
     assert [path.name for path in Path("runs/tiny").iterdir()] == ["version_0"]
-    assert main([*tiny, "--resume=runs/tiny/version_0", "--trainer.max_steps=3"]) == 0
-    assert state()["global_step"] == 3
+    assert state()["global_step"] == 2
     assert main([*tiny, "--resume=nowhere"]) == 2
     assert "nowhere" in error_line(capsys)
 
