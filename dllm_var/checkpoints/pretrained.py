@@ -6,7 +6,6 @@ Its weights are read one at a time, when they are asked for. No code that comes 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -270,9 +269,7 @@ def locate_checkpoint(path: str | Path) -> Path:
 
 def _goes_beyond(checkpoint: Path, export: Path) -> bool:
     """Whether a checkpoint holds a later step than an export; by the time of writing where a step cannot be read."""
-    exported, step = None, step_of(checkpoint)
-    with suppress(UserError):  # told when it is read
-        exported = (read_object(export).get(EXTRAS) or {}).get("step")
+    exported, step = (read_object(export).get(EXTRAS) or {}).get("step"), step_of(checkpoint)
     if isinstance(exported, int) and step is not None:
         return step > exported
     return checkpoint.stat().st_mtime_ns > export.stat().st_mtime_ns

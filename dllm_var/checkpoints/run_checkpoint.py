@@ -90,7 +90,7 @@ def check_or_offer(path: Path, option: str = "") -> None:
         other = newest_usable(path.parent, {path})
         offer = f"the newest good one is {option}{other}"
         if other is None:
-            offer = f"no other checkpoint in {path.parent} can be used: start anew, or use one of another run"
+            offer = f"no other one in {path.parent} can be used: give a checkpoint of another run, or start a new run"
         raise UnusableCheckpoint(f"{error}; {offer}") from None
 
 

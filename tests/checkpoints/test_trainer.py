@@ -112,8 +112,10 @@ def test_a_plugin_that_writes_later_and_elsewhere_is_refused(tmp_path):
         fit(tmp_path, AsyncCheckpointIO(TorchCheckpointIO()))
 
 
-@pytest.mark.parametrize("plugin", [CheckedFiles, BackgroundFiles])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+@pytest.mark.parametrize(
+    ("plugin", "number"),
+    [(CheckedFiles, errno.ENOSPC), (CheckedFiles, errno.EACCES), (BackgroundFiles, errno.ENOSPC)],
+)
 def test_what_could_not_be_written_is_named(number, plugin, tmp_path, monkeypatch):
     save = torch.save
 

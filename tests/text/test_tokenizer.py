@@ -49,18 +49,6 @@ def test_round_trips_keep_everything(tmp_path):
     assert Tokenizer.from_pretrained(folder).fingerprint != original.fingerprint
 
 
-def test_saved_folder_loads_in_transformers(tmp_path, cmudict):
-    transformers = pytest.importorskip("transformers")
-    cmudict.save(tmp_path)
-    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert loaded.encode("keyboard", add_special_tokens=False) == cmudict.encode("keyboard")
-    assert (loaded.mask_token_id, loaded.eos_token_id, loaded.pad_token_id) == (
-        cmudict.mask_id,
-        cmudict.terminator_id,
-        cmudict.pad_id,
-    )
-
-
 def test_special_tokens_are_found_where_models_keep_them(tmp_path):
     folder = write_byte_tokenizer(tmp_path, mask_token=None, pad_token=None, eos_token={"content": "<|endoftext|>"})
     (folder / "config.json").write_text(json.dumps({"mask_token_id": 257, "eos_token_id": 258}))
@@ -85,14 +73,6 @@ def test_wrong_special_tokens_are_told_in_one_line(tmp_path, config, arguments, 
     with pytest.raises(UserError, match=message) as error:
         Tokenizer.from_pretrained(folder, **arguments)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json", "generation_config.json"])
-def test_a_settings_file_that_holds_no_settings_is_named(file, tmp_path):
-    folder = write_byte_tokenizer(tmp_path)
-    (folder / file).write_text("1.5")
-    with pytest.raises(UserError, match=f"{file} must hold settings by name, not float"):
-        Tokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -217,13 +197,14 @@ def test_a_tokenizer_that_is_code_is_refused_without_a_question(place, tmp_path,
         ("tokenizer_config.json", {"chat_template": [{"name": 3}]}),
         ("generation_config.json", {"eos_token_id": [True]}),
         ("config.json", {"mask_token_id": {"a": 1}}),
+        ("config.json", [1.5]),
     ],
 )
 def test_settings_of_the_wrong_type_are_named(file, content, tmp_path):
     write_byte_tokenizer(tmp_path, CHAT_TEMPLATE)
     path = tmp_path / file
     there = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**there, **content} if content else content))
+    path.write_text(json.dumps({**there, **content} if isinstance(content, dict) else content))
     if file == "tokenizer_config.json":
         (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
     with pytest.raises(UserError):
