@@ -1,7 +1,7 @@
 """Short runs that do all that long ones do, in forks of one process that has imported everything: a second for each.
 
 A fork does what `python -m dllm_var` does, from the arguments to the exit status, in a session and a log file of its
-own. faults.py kills such runs and resumes them; bad_inputs.py gives them bad arguments and files.
+own. faults.py kills such runs and resumes them.
 """
 
 from __future__ import annotations

@@ -21,17 +21,15 @@ def in_one_line(error: BaseException | None) -> str | None:
 
     An exception that was raised from such a one counts too: the settings parser wraps what a constructor raises.
     """
-    notes = getattr(error, "__notes__", [])
+    notes = getattr(error, "__notes__", [])  # how to go on after a failure, from the Trainer
     while error is not None:
-        line = None
         if isinstance(error, UserError):
             line = str(error).strip()
             if "Traceback (most recent call last)" in line:  # from a loader's worker process
                 line = line.splitlines()[-1].split("UserError: ", 1)[-1]
-        elif isinstance(error, OSError):
-            line = _file_error(error)
-        if line is not None:
-            return "; ".join([line, *notes])
+            return line
+        if isinstance(error, OSError) and (failed := _file_error(error)):
+            return "; ".join([failed, *notes])
         error = error.__cause__
     return None
 

@@ -25,10 +25,8 @@ PARTIAL, PREVIOUS = ".partial", ".previous"  # behind the name of what is being 
 def write_atomically(path: Path, shared: bool = False) -> Iterator[Path]:
     """Yields where to write a file or a folder that becomes `path` when the block ends well, and is removed otherwise.
 
-    With `shared`, several processes may write the same folder at once: the first to finish gives it its name.
-
-    Raises:
-        OSError: When it cannot be written; names `path`.
+    With `shared`, several processes may write the same folder at once: the first to finish gives it its name. Raises
+    OSError, which names `path`, when it cannot be written.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}") if shared else partial_path(path)
     try:
@@ -118,8 +116,7 @@ def _sync(path: Path) -> None:
 class OutputFile:
     """A text file that is written bit by bit: NAME.partial until `complete`; a device or a pipe is written directly.
 
-    Raises:
-        OSError: When it cannot be written; names the file.
+    Raises OSError, which names the file, when it cannot be written.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -158,11 +155,7 @@ class OutputFile:
 
 
 def open_output(option: str, name: str) -> OutputFile:
-    """Opens the file that an option names, before the work that fills it.
-
-    Raises:
-        UserError: When it cannot be written; names the option.
-    """
+    """Opens the file that an option names, before the work that fills it; raises UserError when that fails."""
     try:
         return OutputFile(name)
     except OSError as error:
@@ -173,38 +166,25 @@ def open_output(option: str, name: str) -> OutputFile:
 
 
 def read_text(path: Path) -> str:
-    """Reads a text file.
-
-    Raises:
-        UserError: When it cannot be read or is not UTF-8.
-    """
+    """Reads a text file; raises UserError when it cannot be read or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {path}: it is not UTF-8 text") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror or error
+        raise UserError(f"cannot read {path}: {reason}") from error
 
 
-def parse_json(text: str, where: str | Path) -> Any:
-    """Returns the values of JSON text.
-
-    Raises:
-        UserError: When it is not valid JSON; names the place.
-    """
+def parse_json(text: str, place: str | Path) -> Any:
+    """Returns the values of JSON text; raises UserError, which names the place, for anything else."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deep" if isinstance(error, RecursionError) else error
-        raise UserError(f"{where} is not valid JSON: {reason}") from error
+        raise UserError(f"{place} is not valid JSON: {reason}") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON file of settings by name.
-
-    Raises:
-        UserError: When it cannot be read, is not JSON, or holds something else.
-    """
+    """Reads a JSON file of settings by name; raises UserError when it cannot be read or holds something else."""
     content = parse_json(read_text(path), path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold settings by name, not {type(content).__name__}: the file is damaged")

@@ -20,33 +20,19 @@ LONGEST = 300  # characters of a reason that the parser gives
 
 
 def load_yaml(text: str) -> Any:
-    """Reads YAML.
-
-    Raises:
-        yaml.YAMLError: When it is not YAML.
-    """
+    """Reads YAML; raises yaml.YAMLError for anything else."""
     return yaml.load(text, Loader=_LOADER)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Reads a YAML file of settings.
-
-    Raises:
-        UserError: When it is missing, is not YAML or holds no settings; names the file and the line.
-    """
+    """Reads a YAML file of settings; raises UserError, which names the file and the line, when it holds none."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"'{path}' is no configuration file: it is a folder, a pipe or a device")
     try:
-        if not path.exists():
-            raise UserError(f"there is no configuration file '{path}'")
-        if not path.is_file():
-            raise UserError(f"'{path}' is no configuration file: it is a folder, a pipe or a device")
         content = load_yaml(path.read_text(encoding="utf-8"))
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from None
-    except OSError as error:
-        raise UserError(f"cannot read the configuration file '{path}': {error.strerror}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise UserError(f"cannot read the configuration file '{path}': {reason}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings")
     return content
@@ -108,8 +94,7 @@ class SettingsParser(ArgumentParser):
 def _one_line(message: str, error: BaseException | None, names: Callable[[], list[str]]) -> str:
     """Returns the full name of the setting that jsonargparse complains about, and the reason.
 
-    Its exceptions have no fields for them: the nested message quotes the parts of the name, the innermost exception
-    says the reason.
+    Its exceptions have no fields for these: the message quotes the parts of the name, the innermost one has the reason.
     """
     keys = list(dict.fromkeys(part.partition('"')[0] for part in message.split('Parser key "')[1:]))
     while error is not None and (inner := error.__cause__ or error.__context__) is not None:

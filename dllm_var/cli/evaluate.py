@@ -82,7 +82,8 @@ def main(command: str, arguments: list[str]) -> int:
 
 def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser:
     """Returns the parser of the options; `sampler` is the default one, None for a parser that only shows help."""
-    parser = SettingsParser.of_command(command, "--checkpoint PATH --tasks NAME ... [options]", DESCRIPTION, EXAMPLES)
+    usage = "--checkpoint PATH --tasks NAME ... [options]"
+    parser = SettingsParser.of_command(command, usage, DESCRIPTION, EXAMPLES)
     what = parser.add_argument_group("what to measure")
     what.add_argument("--checkpoint", type=str, metavar="PATH", help="run folder, .ckpt file or model folder")
     what.add_argument("--tasks", nargs="+", type=str, metavar="NAME", help="names of tasks, or YAML files of tasks")
@@ -90,34 +91,26 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
     what.add_argument("--limit", type=float, metavar="N", help="documents per task; below 1 the share of them")
     what.add_argument("--num-fewshot", type=int, metavar="N", help="worked examples before each question")
     what.add_argument("--chat", action="store_true", help="put prompts through the checkpoint's chat template")
-
-    decoding = parser.add_argument_group("answers (generate_until)")
-    decoding.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer; the task's when not given")
+    longest = "longest answer; the task's when not given"
+    what.add_argument("--max-new-tokens", type=int, metavar="N", help=longest)
     add_sampler_options(parser, sampler)
 
     scoring = parser.add_argument_group("likelihoods of diffusion models")
     scoring.add_argument("--mc-draws", type=int, default=128, metavar="N", help="draws per answer (128)")
     scoring.add_argument("--mc-batch-size", type=int, default=32, metavar="N", help="rows per forward (32)")
     scoring.add_argument("--mc-seed", type=int, default=0, metavar="N", help="seed of the draws (0)")
-    scoring.add_argument(
-        "--mc-canvas",
-        type=int,
-        default=0,
-        metavar="N",
-        help="show masks behind an answer up to a multiple of N tokens, as block samplers do; none when 0 (LLaDA)",
+    canvas = "show masks behind an answer up to a multiple of N tokens, as block samplers do; none when 0 (LLaDA)"
+    scoring.add_argument("--mc-canvas", type=int, default=0, metavar="N", help=canvas)
+    blocks = (
+        "score blocks of N tokens, each given those before it; whole answers when 0 (LLaDA); when not given, the "
+        "sampler's for a checkpoint that reads finished blocks from left to right, else 0"
     )
-    scoring.add_argument(
-        "--mc-block-length",
-        type=int,
-        metavar="N",
-        help="score blocks of N tokens, each given those before it; whole answers when 0 (LLaDA); when not given, the "
-        "sampler's for a checkpoint that reads finished blocks from left to right, else 0",
-    )
+    scoring.add_argument("--mc-block-length", type=int, metavar="N", help=blocks)
 
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=str, metavar="FILE", help="JSON file for lm-eval's results and our figures")
     output.add_argument("--samples", action="store_true", help="keep every document's answer in that file")
-    output.add_argument("--config", action="config", metavar="FILE", help="YAML file with any of these options")
+    output.add_argument("--config", action="config", metavar="FILE", help="YAML file with options of this list")
     return parser
 
 

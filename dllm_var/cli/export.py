@@ -54,24 +54,16 @@ def main(command: str, arguments: list[str]) -> int:
 
 def build_parser(command: str) -> SettingsParser:
     """Returns the parser of the options."""
-    parser = SettingsParser.of_command(
-        command, "--checkpoint PATH --format NAME --output FOLDER [options]", DESCRIPTION, EXAMPLES
-    )
+    usage = "--checkpoint PATH --format NAME --output FOLDER [options]"
+    parser = SettingsParser.of_command(command, usage, DESCRIPTION, EXAMPLES)
     parser.add_argument("--checkpoint", type=str, metavar="PATH", help="run folder, .ckpt file or model folder")
     parser.add_argument("--format", type=str, metavar="NAME", help="model family: llada, dream, llama, qwen2 or qwen3")
     parser.add_argument("--output", type=str, metavar="FOLDER", help="where to; must not exist yet")
-    parser.add_argument(
-        "--dtype", type=Literal["float32", "bfloat16", "float16"], help="converts the weights; as stored when not given"
-    )
-    parser.add_argument(
-        "--block-length",
-        type=int,
-        metavar="N",
-        help="tokens decoded together; the checkpoint's sampler's when not given",
-    )
-    parser.add_argument(
-        "--threshold", type=float, metavar="P", help="confidence from which tokens are committed; likewise"
-    )
+    dtypes = Literal["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", type=dtypes, help="type of the weights; as they are when not given")
+    parser.add_argument("--block-length", type=int, metavar="N", help="tokens decoded together; else the sampler's")
+    confidence = "confidence from which tokens are committed; else the sampler's"
+    parser.add_argument("--threshold", type=float, metavar="P", help=confidence)
     return parser
 
 

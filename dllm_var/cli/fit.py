@@ -117,14 +117,7 @@ def failure(error: Exception) -> str | None:
 class TrainerCLI(LightningCLI):
     """LightningCLI for one command: reads the settings, gives the run its folder, builds model, data and Trainer.
 
-    Args:
-        command: `fit`, `validate`, `test` or `predict`.
-        arguments: Settings of the command.
-        resume: What `--resume` says: `newest`, `auto` or a path; None without it.
-        held: Keeps the locks of the run's folders.
-
-    Raises:
-        UserError: For a mistake in the settings.
+    `resume` is what `--resume` says: `newest`, `auto` or a path; None without it. `held` keeps the locks of folders.
     """
 
     def __init__(self, command: str, arguments: list[str], resume: str | None, held: ExitStack) -> None:
@@ -203,13 +196,9 @@ def with_checked_files(plugins: Any) -> list[Any]:
 
 
 def split_resume(command: str, arguments: list[str]) -> tuple[list[str], str | None]:
-    """Takes `--resume` out of the arguments.
+    """Returns the arguments without `--resume`, and what that says: `newest`, `auto` or a path; None without it.
 
-    Returns:
-        The other arguments, and `newest`, `auto` or a path; `auto` also where SLURM or torchrun has started it again.
-
-    Raises:
-        UserError: When the command has no such option.
+    It is `auto` also where SLURM or torchrun has started the process again.
     """
     given = [argument for argument in arguments if argument.partition("=")[0] == "--resume"]
     others = [argument for argument in arguments if argument not in given]
@@ -231,11 +220,7 @@ def resume_command(arguments: list[str]) -> str:
 
 
 def find_checkpoint(command: str, settings: Namespace, resume: str | None) -> str | None:
-    """Puts the checkpoint that `--ckpt_path` means into the settings, and returns what `--resume` means.
-
-    Raises:
-        UserError: When there is no such checkpoint, or the command needs one and none is named.
-    """
+    """Puts the checkpoint that `--ckpt_path` means into the settings, and returns what `--resume` means."""
     path = settings.get("ckpt_path")
     if resume and path not in (None, "last"):
         raise UserError(f"--resume finds the newest checkpoint itself: leave out --ckpt_path={path}")

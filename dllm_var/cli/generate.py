@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from dllm_var.cli.prompts_and_answers import AnswerPrinter, Prompt, count, is_coloured, read_prompts, summary, token_ids
+from dllm_var.cli.prompts_and_answers import AnswerPrinter, count, is_coloured, read_prompts, summary, token_ids
 from dllm_var.errors import UserError
 from dllm_var.files import open_output
 from dllm_var.settings import SettingsParser, given, read_settings
@@ -64,7 +64,7 @@ def main(command: str, arguments: list[str]) -> int:
     printer = AnswerPrinter(out, prompts, tokenizer, options)
     began = time.perf_counter()
     try:
-        decode(options, sampler, model, tokenizer, prompts, suppress, printer)
+        decode(sampler, model, suppress, printer)
         out.flush()
         if file is not None:
             file.complete()
@@ -82,7 +82,7 @@ def main(command: str, arguments: list[str]) -> int:
             raise
         raise UserError("not enough memory for these answers: lower --max-new-tokens or the batch size") from error
     finally:
-        printer.close()
+        printer.progress.close()
         if file is not None:
             file.abandon()
     line = summary(printer.done, time.perf_counter() - began)
@@ -90,45 +90,32 @@ def main(command: str, arguments: list[str]) -> int:
     return 0
 
 
-def decode(
-    options: Namespace,
-    sampler: Sampler,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: list[Prompt],
-    suppress: list[int],
-    printer: AnswerPrinter,
-) -> None:
-    """Decodes the prompts, or fills their gaps, and has every answer printed."""
+def decode(sampler: Sampler, model: Transformer, suppress: list[int], printer: AnswerPrinter) -> None:
+    """Decodes the prompts of a printer, or fills their gaps, and has every answer printed."""
+    prompts, options = printer.prompts, printer.options
+    shared: dict[str, Any] = dict(tokenizer=printer.tokenizer, suppress=suppress, on_answer=printer.on_answer)
     if prompts[0].infill is None:
         sampler.generate(
             model,
             [prompt.ids for prompt in prompts],
-            tokenizer=tokenizer,
             max_new_tokens=options.max_new_tokens,
             stop=options.stop or [],
-            suppress=suppress,
             on_block=printer.on_block if printer.streams else None,
-            on_answer=printer.on_answer,
+            **shared,
         )
         return
     from dllm_var.sampling.infilling import infill
 
-    settings: dict[str, Any] = {
-        name: getattr(sampler, name)
-        for name in ("policy", "batch_size", "temperature", "top_k", "top_p", "seed")
-        if name in options.sampler.init_args  # a sampler with a policy of its own does not lend it
-    }
+    for name in ("policy", "batch_size", "temperature", "top_k", "top_p", "seed"):
+        if name in options.sampler.init_args:  # a sampler with a policy of its own does not lend it
+            shared[name] = getattr(sampler, name)
     infill(
         model,
         [prompt.infill_ids or [] for prompt in prompts],
         prompts=[prompt.ids for prompt in prompts],
         # What the sampler would show behind the answer: masks to the end of its block, or of its canvas.
         block_length=getattr(sampler, "block_length", None) or getattr(sampler, "canvas_length", None),
-        tokenizer=tokenizer,
-        suppress=suppress,
-        on_answer=printer.on_answer,
-        **settings,
+        **shared,
     )
 
 
@@ -137,10 +124,7 @@ def load(
 ) -> tuple[Namespace, Sampler, Transformer, Tokenizer]:
     """Reads the options of a command that decodes, and loads the checkpoint and the sampler that they name.
 
-    Args:
-        command: Its name.
-        arguments: Its options, `--checkpoint` among them.
-        builder: Makes its parser from its name and the default sampler.
+    `builder` makes the command's parser from its name and the default sampler.
     """
     import torch  # not before --help has been answered
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib import import_module
 from typing import Any
 
@@ -38,38 +38,11 @@ EXAMPLES = """examples:
 
 MFU leaves out what is computed again. docs/finetune.md says what the figures hold."""
 SAMPLE_LENGTH = 1024  # tokens of the rows on which an objective shows what it makes of them
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Step:
-    """One optimizer step."""
-
-    devices: int
-    rows: int  # of a batch on one device
-    accumulated: int  # batches
-    context_length: int  # tokens of a row
-    read: int  # tokens that the layers read of a row: more where the objective adds masked copies
-    scored: int  # positions of a row on which the head runs
-    precision: Precision
-
-    @property
-    def rows_in_all(self) -> int:
-        """Rows of all devices and batches."""
-        return self.devices * self.rows * self.accumulated
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the data in one step."""
-        return self.rows_in_all * self.context_length
+LIMITS = {"devices": math.inf, "device_tflops": math.inf, "device_memory": math.inf, "mfu": 1, "supervised_share": 1}
 
 
 def main(command: str, arguments: list[str]) -> int:
-    """Runs `plan` and returns its exit status.
-
-    Args:
-        command: `plan`.
-        arguments: Its options, as `--help` lists them, and settings of `fit`.
+    """Runs `plan` with its own options and the settings of `fit`, and returns its exit status.
 
     Raises:
         UserError: For a mistake in the settings, or when they do not say the model's vocabulary.
@@ -82,13 +55,11 @@ def main(command: str, arguments: list[str]) -> int:
     quieten()
     settings = parser.parse_resolved(arguments)
     check_settings(settings, run_name(arguments))
-    for name in ("devices", "device_tflops", "device_memory"):
+    for name, most in LIMITS.items():
         value = settings[name]
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be a number above 0, got {value:g}")
-    for name in ("mfu", "supervised_share"):
-        if not 0 < settings[name] <= 1:
-            raise UserError(f"--{name.replace('_', '-')} must be in (0, 1], got {settings[name]:g}")
+        if value is not None and not (0 < value <= most and value < math.inf):
+            wanted = "a number above 0" if most == math.inf else f"above 0 and at most {most}"
+            raise UserError(f"--{name.replace('_', '-')} must be {wanted}, got {value:g}")
     result = plan(settings.as_dict())
     print(json.dumps(result, indent=2) if settings.json else report(result))
     return 0
@@ -102,37 +73,43 @@ def add_options(parser: SettingsParser) -> None:
     options = parser.add_argument_group("plan")
     options.add_argument("--devices", type=int, metavar="N", help="devices in all; what trainer says when not given")
     options.add_argument("--mfu", type=float, default=0.4, metavar="X", help="model FLOPs over peak FLOPs (0.4)")
-    options.add_argument(
-        "--device-tflops", type=float, default=989.0, metavar="X", help="peak of one device (989: an H100 in bf16)"
-    )
+    peak = "peak of one device (989: an H100 in bf16)"
+    options.add_argument("--device-tflops", type=float, default=989.0, metavar="X", help=peak)
     options.add_argument("--device-memory", type=float, default=80.0, metavar="GB", help="memory of one device (80)")
-    options.add_argument(
-        "--supervised-share", type=float, default=0.5, metavar="X", help="share of tokens that are answers (0.5)"
-    )
+    share = "share of tokens that are answers (0.5)"
+    options.add_argument("--supervised-share", type=float, default=0.5, metavar="X", help=share)
     options.add_argument("--json", action="store_true", help="print JSON")
 
 
 def plan(settings: dict[str, Any]) -> dict[str, Any]:
     """Returns all figures as plain values; `settings` has those of `fit` and the options of `plan`."""
-    model, data, trainer = (settings[name] for name in ("model", "data", "trainer"))
-    model, data = model["init_args"], data["init_args"]
+    model, data, trainer = settings["model"]["init_args"], settings["data"]["init_args"], settings["trainer"]
     for section, values, names in (("model", model, ["transformer"]), ("data", data, ["batch_size", "context_length"])):
         missing = next((name for name in names if name not in values), None)
         if missing is not None:
             raise UserError(f"plan needs {section}.{missing}, which {settings[section]['class_path']} has not")
-    objective = read_objective(model)
+    described = model.get("objective")
+    objective = EosSchedule() if described is None else build(Objective, "objective", described, "model")
     config = read_config(model, data, objective)
-    step = read_step(data, trainer, objective, settings)
+    devices, rows, length = number_of_devices(settings["devices"], trainer), data["batch_size"], data["context_length"]
+    if min(rows, length) < 1:
+        raise UserError(f"data.batch_size and data.context_length must be at least 1, got {rows} and {length}")
+    accumulated = trainer.get("accumulate_grad_batches") or 1
+    per_token = tokens_read(objective, min(length, SAMPLE_LENGTH), settings["supervised_share"])
+    read, scored = (round(share * length) for share in per_token)
+    tokens = devices * accumulated * rows * length
+    bits = str(trainer.get("precision") or "32")
+    precision: Precision = "32" if bits.startswith("32") else "16-true" if bits.endswith("true") else "16-mixed"
+
     parameters = count_parameters(config)
     lora = model.get("lora")
     trained = adapter_parameters(config, lora["r"], lora["targets"]) if lora else parameters.total
-    flops = training_flops(config, step.read, step.scored, min(1.0, trained / parameters.total)) * step.rows_in_all
-    seconds = step_seconds(flops, step.devices, settings["device_tflops"] * 1e12, settings["mfu"])
-    # With adapters, the frozen weights lie in memory beside them.
-    held = parameters.total + (trained if lora else 0)
+    flops = training_flops(config, read, scored, min(1.0, trained / parameters.total)) * devices * accumulated * rows
+    seconds = step_seconds(flops, devices, settings["device_tflops"] * 1e12, settings["mfu"])
+    held = parameters.total + (trained if lora else 0)  # adapters lie in memory beside the frozen weights
     memory = {
         f"{strategy}{', recomputed' if again else ''}": device_memory(
-            config, strategy, step.devices, step.rows, step.read, step.precision, held, trained, again
+            config, strategy, devices, rows, read, precision, held, trained, again
         )
         for strategy in STRATEGIES
         for again in (False, True)
@@ -140,80 +117,56 @@ def plan(settings: dict[str, Any]) -> dict[str, Any]:
     steps = trainer.get("max_steps") or -1
     return {
         "parameters": {**asdict(parameters), "total": parameters.total, "trained": trained},
-        "step": {**asdict(step), "tokens": step.tokens, "flops": flops, "seconds": seconds},
-        "tokens_per_second": step.tokens / seconds,
-        "run": {"steps": steps, "hours": steps * seconds / 3600, "tokens": steps * step.tokens} if steps > 0 else None,
-        "assumed": {name: settings[name] for name in ("mfu", "device_tflops", "device_memory", "supervised_share")},
+        "step": {
+            "devices": devices,
+            "rows": rows,  # of a batch on one device
+            "accumulated": accumulated,
+            "context_length": length,
+            "read": read,  # tokens that the layers read of a row: more where the objective adds masked copies
+            "scored": scored,  # positions of a row on which the head runs
+            "precision": precision,
+            "tokens": tokens,
+            "flops": flops,
+            "seconds": seconds,
+        },
+        "tokens_per_second": tokens / seconds,
+        "run": {"steps": steps, "hours": steps * seconds / 3600, "tokens": steps * tokens} if steps > 0 else None,
+        "assumed": {name: settings[name] for name in LIMITS if name != "devices"},
         "memory": {name: {**asdict(value), "total": value.total} for name, value in memory.items()},
     }
 
 
-def read_objective(model: dict[str, Any]) -> Objective:
-    """Returns the objective of a model's settings."""
-    described = model.get("objective")
-    return EosSchedule() if described is None else build(Objective, "objective", described, "model")
-
-
 def read_config(model: dict[str, Any], data: dict[str, Any], objective: Objective) -> TransformerConfig:
-    """Returns the shape of the model; where the settings leave it open, a checkpoint's and a tokenizer's.
-
-    Raises:
-        UserError: When neither says how large the vocabulary is.
-    """
+    """Returns the shape of the model; where the settings leave it open, a checkpoint's and a tokenizer's."""
     config = TransformerConfig(**model["transformer"])
     if model.get("init_from") and config.vocab_size is None:
         config = starting_config(config, model["init_from"])
     if config.vocab_size is None:
-        config = replace(config, vocab_size=vocabulary(data))
+        name = data.get("tokenizer")
+        if name is None:
+            path = (data.get("source") or {}).get("class_path", "dllm_var.datamodules.CmudictSource")
+            module, _, kind = path.rpartition(".")
+            name = getattr(getattr(import_module(module), kind), "default_tokenizer", None)
+        if name is None:
+            raise UserError("the vocabulary's size is not known: set model.transformer.vocab_size or data.tokenizer")
+        tokenizer = Tokenizer.from_pretrained(name, data.get("mask_token"), data.get("terminators"))
+        config = replace(config, vocab_size=tokenizer.vocab_size)
     return replace(config, causal=objective.causal).resolved()
 
 
-def vocabulary(data: dict[str, Any]) -> int:
-    """Returns the size of the vocabulary of the data's tokenizer."""
-    name = data.get("tokenizer")
-    if name is None:
-        path = (data.get("source") or {}).get("class_path", "dllm_var.datamodules.CmudictSource")
-        module, _, kind = path.rpartition(".")
-        name = getattr(getattr(import_module(module), kind), "default_tokenizer", None)
-    if name is None:
-        raise UserError("the size of the vocabulary is not known: set model.transformer.vocab_size or data.tokenizer")
-    return Tokenizer.from_pretrained(name, data.get("mask_token"), data.get("terminators")).vocab_size
-
-
-def read_step(data: dict[str, Any], trainer: dict[str, Any], objective: Objective, options: dict[str, Any]) -> Step:
-    """Returns what one step takes; what the objective reads and scores is counted on rows made for that."""
-    devices: Any = options["devices"]
-    if devices is None:
-        devices = trainer.get("devices")
-        devices = len(devices) if isinstance(devices, list) else devices
-        if not str(devices).lstrip("-").isdigit() or int(devices) < 1:
-            raise UserError(f"trainer.devices {devices} says no number: give plan --devices N")
-        devices = int(devices) * int(trainer.get("num_nodes") or 1)
-    for name in ("batch_size", "context_length"):
-        if data[name] < 1:
-            raise UserError(f"data.{name} must be at least 1, got {data[name]}")
-    length = data["context_length"]
-    read, scored = tokens_read(objective, min(length, SAMPLE_LENGTH), options["supervised_share"])
-    precision = str(trainer.get("precision") or "32")
-    kind: Precision = "32" if precision.startswith("32") else "16-true" if precision.endswith("true") else "16-mixed"
-    return Step(
-        devices,
-        data["batch_size"],
-        trainer.get("accumulate_grad_batches") or 1,
-        length,
-        round(read * length),
-        round(scored * length),
-        kind,
-    )
+def number_of_devices(given: int | None, trainer: dict[str, Any]) -> int:
+    """Returns the devices in all: those of `--devices`, else those of all nodes of the Trainer."""
+    devices: Any = trainer.get("devices") if given is None else given
+    devices = len(devices) if isinstance(devices, list) else devices
+    if not str(devices).isdigit() or int(devices) < 1:
+        raise UserError(f"trainer.devices {devices} says no number: give plan --devices N")
+    return int(devices) * (int(trainer.get("num_nodes") or 1) if given is None else 1)
 
 
 def tokens_read(objective: Objective, length: int, supervised_share: float) -> tuple[float, float]:
     """Returns how many tokens the layers read and the head scores, per token of a row.
 
-    Args:
-        objective: It corrupts eight rows of one sample each.
-        length: Of a row.
-        supervised_share: Share of the answer.
+    They are counted on what the objective makes of eight rows of `length` tokens, each a sample with such an answer.
     """
     rows = 8
     answer = max(1, round(length * supervised_share))
@@ -247,11 +200,11 @@ def report(result: dict[str, Any]) -> str:
     if result["run"] is not None:
         run = result["run"]
         lines.append(f"run          {run['steps']:,} steps, {run['tokens']:,} tokens, {run['hours']:,.3g} hours")
-    names = list(Memory.__dataclass_fields__)
+    names = [*Memory.__dataclass_fields__, "total"]
     width = max(map(len, result["memory"])) + 2
-    lines += ["", f"{'GiB per device':<{width}}" + "".join(f"{name:>13}" for name in (*names, "total"))]
+    lines += ["", f"{'GiB per device':<{width}}" + "".join(f"{name:>13}" for name in names)]
     for name, memory in result["memory"].items():
-        cells = "".join(f"{memory[part] / GIB:>13.2f}" for part in (*names, "total"))
+        cells = "".join(f"{memory[part] / 2**30:>13.2f}" for part in names)
         fits = "" if memory["total"] <= assumed["device_memory"] * 1e9 else f"  over {assumed['device_memory']:g} GB"
         lines.append(f"{name:<{width}}{cells}{fits}")
     return "\n".join(lines)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from jsonargparse import Namespace
+from tqdm import tqdm
 
 from dllm_var.errors import UserError
 from dllm_var.files import parse_json
@@ -29,28 +30,16 @@ PLAIN_WIDTH = 100  # columns of a replay that is not shown in a terminal
 
 @dataclass(frozen=True)
 class Prompt:
-    """One thing to decode.
+    """One thing to decode."""
 
-    Args:
-        text: The prompt as it is shown: what the user wrote, or said last.
-        ids: What the model reads before the answer.
-        infill: The answer with gaps, as it was written.
-        infill_ids: Its token ids, the mask id wherever a token is wanted.
-    """
-
-    text: str
-    ids: list[int]
-    infill: str | None = None
-    infill_ids: list[int] | None = None
+    text: str  # as it is shown: what the user wrote, or said last
+    ids: list[int]  # what the model reads before the answer
+    infill: str | None = None  # the answer with gaps, as it was written
+    infill_ids: list[int] | None = None  # its token ids, the mask id wherever a token is wanted
 
 
 def read_prompts(options: Namespace, tokenizer: Tokenizer) -> list[Prompt]:
-    """Returns the prompts of the options, in order.
-
-    Raises:
-        UserError: When there is none, one is empty, malformed or has characters the vocabulary lacks, or --chat is
-            given and the tokenizer has no chat template.
-    """
+    """Returns the prompts of the options, in order; raises UserError, which names the place of a prompt it refuses."""
     if options.chat and tokenizer.chat_template is None:
         raise UserError("--chat: the checkpoint's tokenizer has no chat template; leave out --chat")
     prompts = []
@@ -142,9 +131,7 @@ def encode_gaps(text: str, tokenizer: Tokenizer) -> list[int]:
     """Returns a text's token ids with one mask id for each token of a gap, `<gap:N>`.
 
     Blanks left of a gap belong to it: most tokenizers write the blank between words into the second word's token.
-
-    Raises:
-        UserError: When there is no gap, or one without a length.
+    Raises UserError when there is no gap, or one without a length.
     """
     pieces = _GAP.split(text)  # text, length, text, length, text
     malformed = next((found[0] for piece in pieces[::2] if (found := re.search(r"<gap[^>]*>?", piece))), None)
@@ -181,11 +168,7 @@ def _check(text: str, tokenizer: Tokenizer) -> None:
 
 
 def token_ids(names: Sequence[str], tokenizer: Tokenizer) -> list[int]:
-    """Returns the ids of tokens given by their text, their name in the vocabulary, or as `id:N`.
-
-    Raises:
-        UserError: When a text is not one token.
-    """
+    """Returns the ids of tokens given by text, name in the vocabulary, or `id:N`; a text must be one token."""
     ids = []
     for name in names:
         number = name.removeprefix("id:")
@@ -207,11 +190,7 @@ def token_ids(names: Sequence[str], tokenizer: Tokenizer) -> list[int]:
 class AnswerPrinter:
     """Prints answers in the order of their prompts; the answer of a single prompt may be streamed block by block.
 
-    Args:
-        out: Where to.
-        prompts: The prompts.
-        tokenizer: Decodes tokens.
-        options: `json`, `replay`, `answers_only`, `stream`, `no_stream` and `stop`, as `generate` has them.
+    `options` are those of `generate`: `json`, `replay`, `answers_only`, `stream`, `no_stream` and `stop`.
     """
 
     def __init__(self, out: TextIO, prompts: Sequence[Prompt], tokenizer: Tokenizer, options: Namespace) -> None:
@@ -222,15 +201,8 @@ class AnswerPrinter:
         self.next = 0  # the prompt whose answer is printed next
         self.waiting: dict[int, Generation] = {}
         self.done: list[Generation] = []
-        self.progress: Any = None
-        if len(prompts) > 1 and sys.stderr.isatty() and not out.isatty():
-            from rich.console import Console
-            from rich.progress import Progress
-
-            console = Console(stderr=True)
-            self.progress = Progress(console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
-            self.task = self.progress.add_task("answers", total=len(prompts))
-            self.progress.start()
+        hidden = len(prompts) == 1 or out.isatty() or not sys.stderr.isatty()
+        self.progress = tqdm(total=len(prompts), unit=" answers", leave=False, disable=hidden)
 
     def on_block(self, index: int, tokens: list[int]) -> None:
         """Shows what is new in the only answer, but for what later tokens may change."""
@@ -250,25 +222,18 @@ class AnswerPrinter:
         """Prints an answer, or keeps it until those before it are there."""
         self.waiting[index] = answer
         self.done.append(answer)
-        if self.progress is not None:
-            self.progress.advance(self.task)
+        self.progress.update()
         while self.next in self.waiting:
             self._print(self.next, self.waiting.pop(self.next))
             self.next += 1
 
     def interrupt(self) -> None:
         """Prints the answers that wait for one that will not come."""
-        self.close()
+        self.progress.close()
         if self.streamed is not None:
             self._write("\n")
         for index in sorted(self.waiting):
             self._print(index, self.waiting.pop(index))
-
-    def close(self) -> None:
-        """Takes the progress bar away."""
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
 
     def _print(self, index: int, answer: Generation) -> None:
         if self.streamed is None:

@@ -16,13 +16,7 @@ def replay(answer: Generation, tokenizer: Tokenizer, width: int, colour: bool = 
     """Returns the answer's tokens with the forward passes that committed them, then the answer after each of these.
 
     In colour, a token's colour tells its forward; in plain text the number stands below it. Given tokens (of a text
-    with gaps) have no number. `_` is a token that is still to come.
-
-    Args:
-        answer: With `commit_steps`; what a sampler did not record cannot be shown.
-        tokenizer: Names the tokens.
-        width: Columns of a line.
-        colour: Whether the terminal has colours.
+    with gaps) have no number. `_` is a token that is still to come. A line has at most `width` columns.
     """
     if answer.commit_steps is None:
         return "  the sampler does not record when tokens are committed"

@@ -27,13 +27,9 @@ _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.\[\]]*)\}")
 
 
 class TrainerParser(SettingsParser, LightningArgumentParser):
-    """Reads the settings of one command in which `${data.context_length}` stands for another setting.
+    """Reads the settings of one command in which `${data.context_length}` stands for another setting."""
 
-    Args:
-        command: The command; None for a parser inside this one, of one class's arguments.
-        **kwargs: Of jsonargparse's parser.
-    """
-
+    # Without a command it is a parser inside this one, of one class's arguments.
     def __init__(self, command: str | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.command = command
@@ -49,11 +45,7 @@ class TrainerParser(SettingsParser, LightningArgumentParser):
         return config
 
     def parse_resolved(self, arguments: list[str]) -> Namespace:
-        """Returns the settings with all references resolved, once all files and arguments have been merged.
-
-        Raises:
-            UserError: For any mistake.
-        """
+        """Returns the settings with all references resolved, once all files and arguments have been merged."""
         outer = SettingsParser(prog="python -m dllm_var", parser_mode="omegaconf+")
         outer.names = self.names
         outer.add_subcommands().add_subcommand(self.command, self)
@@ -61,12 +53,9 @@ class TrainerParser(SettingsParser, LightningArgumentParser):
 
 
 def build_parser(command: str, arguments: list[str], trainer_command: str | None = None) -> TrainerParser:
-    """Returns the parser of a command that runs a Trainer.
+    """Returns the parser of a command that runs a Trainer; the first `--config` of the arguments names the run.
 
-    Args:
-        command: Its name.
-        arguments: What follows it; the first `--config` names the run.
-        trainer_command: The Trainer's method whose arguments are settings, too; the command itself when None.
+    The arguments of the Trainer's method `trainer_command`, by default the command's own, are settings too.
     """
     parser = TrainerParser(
         command,
@@ -119,11 +108,7 @@ def full_help(parser: TrainerParser) -> str:
 
 
 def check_settings(settings: Namespace, name: str) -> None:
-    """Puts the default logger where `trainer.logger=true` asks for it, and refuses values that make no sense.
-
-    Raises:
-        UserError: Names the setting.
-    """
+    """Puts the default logger where `trainer.logger=true` asks for it, and refuses values that make no sense."""
     for section in ("trainer", "model", "data"):
         if not isinstance(settings.get(section), Namespace):
             raise UserError(f"{section}: expected settings by name, got {settings.get(section)!r}")
@@ -147,12 +132,9 @@ def check_settings(settings: Namespace, name: str) -> None:
 
 
 def split_vars(arguments: list[str]) -> tuple[list[str], Any]:
-    """Takes `--vars.NAME=VALUE` out of the arguments, at any depth (`--vars.sampler.init_args.block_length=8`).
+    """Returns the arguments without `--vars.NAME=VALUE`, and these values, at any depth, as nested dictionaries.
 
-    The parser would replace a whole `vars.sampler` to set one value inside it.
-
-    Returns:
-        The other arguments, and the values as nested dictionaries.
+    The parser would replace a whole `vars.sampler` for `--vars.sampler.init_args.block_length=8`.
     """
     others: list[str] = []
     values: list[str] = []
@@ -173,14 +155,7 @@ def qualify_references(node: Any, settings: dict[str, Any], command: str) -> Any
     """Rewrites each `${a.b}` into the full path of the value it names, for OmegaConf to resolve.
 
     Users write `${data.context_length}`; the value is kept under the command's name and in the `init_args` of a class.
-
-    Args:
-        node: The settings, or a part of them; changed in place.
-        settings: All settings, as dictionaries.
-        command: The command.
-
-    Raises:
-        UserError: When a reference names nothing.
+    `node`, the settings or a part of them, is changed in place; `settings` are all of them, as dictionaries.
     """
     if isinstance(node, str):
         return _REFERENCE.sub(lambda match: f"${{{command}.{_full_path(settings, match[1])}}}", node)

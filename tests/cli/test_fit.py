@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,12 +114,6 @@ def complaint(capsys, *arguments):
     return text
 
 
-def in_new_process(code, *arguments, **kwargs):
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120, **kwargs
-    )
-
-
 # -- help --------------------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +126,8 @@ def test_help_is_quick_and_imports_nothing_heavy():
         "runpy.run_module('dllm_var', run_name='__main__')\n"
     )
     start = time.perf_counter()
-    result = in_new_process(code)
+    run = [sys.executable, "-c", code]
+    result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     assert time.perf_counter() - start < 3
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
     for command in COMMANDS:
@@ -159,72 +155,52 @@ def test_every_command_has_help(command, capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["--model.sed=1"], ["model.sed", "did you mean 'model.seed'"]),
-        (["--model.transformer.hiden_size=1"], ["model.transformer.hiden_size", "hidden_size"]),
-        (["--trainer.max_step=1"], ["trainer.max_step", "trainer.max_steps"]),
-        (["--data.batch_size=many"], ["data.batch_size", "int", "many"]),
-        (["--trainer.max_steps=many"], ["trainer.max_steps", "int", "many"]),
-        (["--model.attention=none"], ["model.attention", "document", "full"]),
-        (["--data.source.path=[1]"], ["data.source.path"]),
-        (["--model.objective=Nowhere"], ["model.objective", "Nowhere"]),
-        (["--model.objective=dllm_var.objectives.Nowhere"], ["model.objective", "Nowhere"]),
-        (["--trainer.callbacks+=Nowhere"], ["trainer.callbacks", "Nowhere"]),
-        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
-        (["--config=nowhere.yaml"], ["nowhere.yaml"]),
-        (["--ckpt_path=nowhere.ckpt"], ["ckpt_path", "nowhere.ckpt"]),
-        (["--model.seed=${data.sed}"], ["${data.sed} names no setting", "did you mean 'seed'"]),
-        (["--model.seed=${vars.x}"], ["${vars.x} names no setting"]),
-        (["--vars.x=a: {"], ["--vars.x", "not YAML"]),
-        (["--model.seed=${data.seed}", "--data.seed=${model.seed}"], ["ecursive"]),
-        (["--data.cache_dir=${oc.env:DLLM_VAR_NOT_THERE}"], ["data.cache_dir", "DLLM_VAR_NOT_THERE"]),
-        (["--model=3"], ["model"]),
-        (["--trainer=3"], ["trainer"]),
-        (["stray"], ["stray"]),
-        (["--ckpt_path=last"], ["no checkpoint", "runs/tiny"]),
-        (["--ckpt_path=best"], ["ckpt_path", "best"]),
-        (["--ckpt_path=."], ["ckpt_path", "no checkpoint in '.'"]),
-        (["--trainer.strategy=somehow"], ["trainer", "strategy", "somehow"]),
-        (["--trainer.accelerator=cuda"], ["CUDA"]),
-        (
-            ["--trainer.callbacks+=dllm_var.callbacks.SamplingCallback", "--trainer.callbacks.sampler=x"],
-            ["sampler"],
-        ),
+        ("--model.sed=1", ["model.sed", "did you mean 'model.seed'"]),
+        ("--model.transformer.hiden_size=1", ["model.transformer.hiden_size", "hidden_size"]),
+        ("--trainer.max_step=1", ["trainer.max_step", "trainer.max_steps"]),
+        ("--data.batch_size=many", ["data.batch_size", "int", "many"]),
+        ("--model.attention=none", ["model.attention", "document", "full"]),
+        ("--data.source.path=[1]", ["data.source.path"]),
+        ("--model.objective=dllm_var.objectives.Nowhere", ["model.objective", "Nowhere"]),
+        ("--trainer.callbacks+=Nowhere", ["trainer.callbacks", "Nowhere"]),
+        ("--config nowhere.yaml", ["nowhere.yaml"]),
+        ("--ckpt_path=nowhere.ckpt", ["ckpt_path", "nowhere.ckpt"]),
+        ("--model.seed=${data.sed}", ["${data.sed} names no setting", "did you mean 'seed'"]),
+        ("--model.seed=${vars.x}", ["${vars.x} names no setting"]),
+        ("--model.seed=${data.seed} --data.seed=${model.seed}", ["ecursive"]),
+        ("--data.cache_dir=${oc.env:DLLM_VAR_NOT_THERE}", ["data.cache_dir", "DLLM_VAR_NOT_THERE"]),
+        ("--vars.x={", ["--vars.x", "not YAML"]),
+        ("--model=3", ["model"]),
+        ("--trainer=3", ["trainer"]),
+        ("stray", ["stray"]),
+        ("--ckpt_path=last", ["no checkpoint", "runs/tiny"]),
+        ("--resume", ["no checkpoint", "runs/tiny"]),
+        ("--resume --ckpt_path=x.ckpt", ["--ckpt_path=x.ckpt"]),
+        ("--ckpt_path=.", ["ckpt_path", "no checkpoint in '.'"]),
+        ("--trainer.strategy=somehow", ["trainer", "strategy", "somehow"]),
+        ("--trainer.accelerator=cuda", ["CUDA"]),
+        ("--trainer.callbacks+=dllm_var.callbacks.SamplingCallback --trainer.callbacks.sampler=x", ["sampler"]),
+        ("model: [a\n", ["bad.yaml", "line 2"]),
+        ("just words\n", ["bad.yaml", "no settings"]),
+        ("modle: {seed: 1}\n", ["modle"]),
+        ("seed_everything: -1\n", ["seed_everything", "got -1"]),
+        ("trainer: {gradient_clip_val: -1}\n", ["trainer.gradient_clip_val", "at least 0", "got -1"]),
+        (f"model: {{objective: {OBJECTIVE % 'tmax: 1'}}}\n", ["model.objective.tmax", "'model.objective.t_max'"]),
+        (f"trainer: {{callbacks: [{MONITOR % 'x: 1'}]}}\n", ["trainer.callbacks", "x"]),
     ],
 )
-def test_mistakes_are_told_in_one_line(changes, words, tiny, capsys):
-    text = complaint(capsys, "fit", "--config", tiny, *changes)
+def test_mistakes_in_arguments_and_files_are_told_in_one_line(changes, words, tiny, capsys):
+    arguments = ["--config", write("bad.yaml", changes)] if changes.endswith("\n") else changes.split()
+    text = complaint(capsys, "fit", "--config", tiny, *arguments)
     assert all(word in text for word in words), text
     assert len(text) < 300
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("model: [a\n", ["bad.yaml", "line 2"]),
-        ("just words\n", ["bad.yaml", "no settings"]),
-        ("\x00", ["bad.yaml"]),
-        ("modle: {seed: 1}\n", ["modle"]),
-        ("model: {sed: 1}\n", ["model.sed", "'model.seed'"]),
-        ("seed_everything: -1\n", ["seed_everything", "got -1"]),
-        ("trainer: {gradient_clip_val: -1}\n", ["trainer.gradient_clip_val", "at least 0", "got -1"]),
-        ("trainer: {accumulate_grad_batches: 0}\n", ["trainer.accumulate_grad_batches", "at least 1", "got 0"]),
-        (f"model: {{objective: {OBJECTIVE % 'tmax: 1'}}}\n", ["model.objective.tmax", "'model.objective.t_max'"]),
-        ("data: {batch_size: [1]}\n", ["data.batch_size", "int"]),
-        (f"trainer: {{callbacks: [{MONITOR % 'x: 1'}]}}\n", ["trainer.callbacks", "x"]),
-    ],
-)
-def test_mistakes_in_files_are_told_in_one_line(content, words, tiny, capsys):
-    text = complaint(capsys, "fit", "--config", tiny, "--config", write("bad.yaml", content))
-    assert all(word in text for word in words), text
-
-
-def test_unknown_command(capsys):
+def test_mistakes_of_commands(tiny, capsys):
     assert "no command 'fits'" in complaint(capsys, "fits")
-
-
-def test_mistake_found_by_a_constructor(tiny, capsys):
-    text = complaint(capsys, "fit", "--config", tiny, f"--data.source={HERE}.MistakenSource", "--data.source.path=p")
-    assert text == "error: data.source.path: nothing at p"
+    assert "--resume" in complaint(capsys, "validate", "--config", tiny, "--resume")
+    own = [f"--data.source={HERE}.MistakenSource", "--data.source.path=p"]
+    assert complaint(capsys, "fit", "--config", tiny, *own) == "error: data.source.path: nothing at p"
 
 
 def test_bug_keeps_its_traceback(tiny):
@@ -241,51 +217,38 @@ def test_references_across_files_and_command_line(tiny, capsys):
     )
     second = write("b.yaml", "vars: {seed: 5, rows: 3}\n")
     files = ["--config", tiny, "--config", first, "--config", second]
-    found = settings(capsys, *files, "--vars.rows=4", "--trainer.max_steps=${data.batch_size}")
+    references = ["--trainer.max_steps=${data.batch_size}", "--trainer.log_every_n_steps=${data.context_length}"]
+    found = settings(capsys, *files, "--vars.rows=4", *references)
     assert found["model"]["init_args"]["seed"] == found["data"]["init_args"]["seed"] == 5
     assert found["data"]["init_args"]["batch_size"] == found["trainer"]["max_steps"] == 4
 
 
-def test_a_default_can_be_referred_to(capsys):
-    found = settings(capsys, "--model.seed=${data.context_length}")
-    assert found["model"]["init_args"]["seed"] == found["data"]["init_args"]["context_length"]
-
-
-def test_sections_can_be_shared_by_reference(tiny, capsys):
+def test_vars_are_shared_by_reference_and_merged_value_by_value(tiny, capsys):
     shared = write(
         "shared.yaml",
         f"vars: {{sampler: {SAMPLER % 'block_length: 8'}}}\n"
         "trainer:\n  callbacks+:\n  - class_path: dllm_var.callbacks.SamplingCallback\n"
         "    init_args: {sampler: '${vars.sampler}'}\n",
     )
-    found = settings(capsys, "--config", tiny, "--config", shared, "--vars.sampler.init_args.block_length=4")
+    values = ["--vars.sampler.init_args.block_length=4", "--vars.a.b=${vars.n}", "--vars.a.c", "[2, x]", "--vars.n=7"]
+    found = settings(capsys, "--config", tiny, "--config", shared, *values)
     *_, sampling = found["trainer"]["callbacks"]
     assert sampling["init_args"]["sampler"]["init_args"]["block_length"] == 4
+    assert found["vars"]["a"] == {"b": 7, "c": [2, "x"]}
 
 
-def test_vars_are_merged_value_by_value(capsys):
-    first = ["--vars.a.b=1", "--vars.a.c", "[2, x]"]
-    assert settings(capsys, *first, "--vars.a.b=${vars.n}", "--vars.n=7")["vars"] == {
-        "a": {"b": 7, "c": [2, "x"]},
-        "n": 7,
-    }
-
-
-def test_callbacks_can_be_appended(tiny, capsys):
+def test_classes_are_replaced_and_callbacks_appended(tiny, capsys):
+    own = write("own.yaml", {"model": {"class_path": f"{HERE}.NamedModel", "init_args": {"note": "n"}}})
     more = write("more.yaml", "trainer: {callbacks+: [{class_path: dllm_var.callbacks.SpeedMonitor}]}\n")
-    found = settings(capsys, "--config", tiny, "--config", more, "--trainer.callbacks+=LearningRateMonitor")
+    arguments = [f"--data={HERE}.NamedData", "--data.note=${model.note}", "--trainer.callbacks+=LearningRateMonitor"]
+    arguments += ["--model.objective=dllm_var.objectives.EosSchedule", "--model.objective.t_max=0.5"]
+    found = settings(capsys, "--config", tiny, "--config", own, "--config", more, *arguments)
+    model, data = found["model"]["init_args"], found["data"]["init_args"]
+    assert found["model"]["class_path"] == f"{HERE}.NamedModel" and found["data"]["class_path"] == f"{HERE}.NamedData"
+    assert model["transformer"]["hidden_size"] == 16 and data["context_length"] == 16  # what came before stays
+    assert data["note"] == "n" and model["objective"]["init_args"]["t_max"] == 0.5
     names = [callback["class_path"].rsplit(".", 1)[-1] for callback in found["trainer"]["callbacks"]]
     assert names == ["ModelCheckpoint", "SpeedMonitor", "LearningRateMonitor"]
-
-
-def test_default_classes_are_replaceable(tiny, capsys):
-    own = write("own.yaml", {"model": {"class_path": f"{HERE}.NamedModel", "init_args": {"note": "n"}}})
-    found = settings(capsys, "--config", tiny, "--config", own, f"--data={HERE}.NamedData", "--data.note=${model.note}")
-    assert found["model"]["class_path"] == f"{HERE}.NamedModel"
-    assert found["model"]["init_args"]["transformer"]["hidden_size"] == 16  # what came before stays
-    assert found["data"]["class_path"] == f"{HERE}.NamedData"
-    assert found["data"]["init_args"]["note"] == "n"
-    assert found["data"]["init_args"]["context_length"] == 16
 
 
 def test_any_lightning_module_will_do(capsys):
@@ -293,35 +256,58 @@ def test_any_lightning_module_will_do(capsys):
     assert found["model"]["init_args"] == {"width": 3}
 
 
-def test_objective_is_replaceable(tiny, capsys):
-    found = settings(
-        capsys, "--config", tiny, "--model.objective=dllm_var.objectives.EosSchedule", "--model.objective.t_max=0.5"
-    )
-    assert found["model"]["init_args"]["objective"]["init_args"]["t_max"] == 0.5
+RECIPES = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+OVERLAYS = sorted({path.parent.name for path in (ROOT / "configs").glob("*/*.yaml")})
 
 
-CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_parses(recipe, capsys):
+    settings(capsys, "--config", str(ROOT / "configs" / recipe))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_every_config_parses(config, capsys):
-    base = ["--config", str(ROOT / "configs" / "quickstart.yaml")] if config.parent.name != "configs" else []
-    settings(capsys, *base, "--config", str(ROOT / config))
+@pytest.mark.parametrize("folder", OVERLAYS)
+def test_overlays_parse_one_over_the_other(folder, capsys):
+    files = [ROOT / "configs" / "quickstart.yaml", *sorted((ROOT / "configs" / folder).glob("*.yaml"))]
+    settings(capsys, *(f"--config={path}" for path in files))
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
 
+RUN = Path("runs/tiny/version_0")
+LAST = RUN / "checkpoints" / "last.ckpt"
 
-def test_fit_saves_settings_that_run_again(tiny, capsys):
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a finished run of two steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["fit", "--config", write_tiny()]) == 0
+    return folder
+
+
+@pytest.fixture
+def trained(finished, tmp_path, monkeypatch):
+    """The config of a finished run, in a copy of its folder."""
+    monkeypatch.chdir(shutil.copytree(finished, tmp_path / "copy"))
+    return "tiny.yaml"
+
+
+def steps_of(path):
+    return torch.load(path, weights_only=True)["global_step"]
+
+
+def test_fit_saves_settings_that_run_again(tiny):
     assert main(["fit", "--config", tiny, "--trainer.max_steps=${vars.steps}", "--vars.steps=1"]) == 0
-    run = Path("runs/tiny/version_0")
-    saved = (run / "config.yaml").read_text()
+    saved = (RUN / "config.yaml").read_text()
     assert yaml.safe_load(saved)["trainer"]["max_steps"] == 1
     assert "Unable to serialize" not in saved
-    assert "max_steps: 1" in text_in_tensorboard(run)["config"]
-
-    assert main(["fit", "--config", str(run / "config.yaml")]) == 0
-    assert (run.parent / "version_1" / "config.yaml").read_text() == saved
+    assert "max_steps: 1" in text_in_tensorboard(RUN)["config"]
+    assert main(["fit", "--config", str(RUN / "config.yaml")]) == 0
+    assert (RUN.parent / "version_1" / "config.yaml").read_text() == saved
+    assert main(["fit", "--config", tiny, "--trainer.logger=false", "--trainer.max_steps=1"]) == 0
+    assert not list(Path().glob("*config.yaml"))
 
 
 def text_in_tensorboard(run):
@@ -335,55 +321,30 @@ def text_in_tensorboard(run):
     }
 
 
-def test_without_a_logger_no_settings_are_left_behind(tiny):
-    for _ in range(2):
-        assert main(["fit", "--config", tiny, "--trainer.logger=false", "--trainer.max_steps=1"]) == 0
-    assert not list(Path().glob("*config.yaml"))
-
-
-def steps_of(path):
-    return torch.load(path, weights_only=True)["global_step"]
-
-
-def test_resume_continues_the_newest_run(tiny, capsys):
-    assert main(["fit", "--config", tiny]) == 0
-    run = Path("runs/tiny/version_0")
-    first = (run / "config.yaml").read_text()
-    assert main(["fit", "--config", tiny, "--resume", "--trainer.max_steps=4"]) == 0
-    assert [path.name for path in run.parent.iterdir()] == ["version_0"]
-    assert steps_of(run / "checkpoints" / "last.ckpt") == 4
-    assert (run / "config.1.yaml").read_text() == first
-    again = yaml.safe_load((run / "config.yaml").read_text())
+def test_resume_continues_the_newest_run_that_has_a_checkpoint(trained):
+    first = (RUN / "config.yaml").read_text()
+    empty = RUN.parent / "version_7" / "checkpoints"
+    empty.mkdir(parents=True)
+    assert main(["fit", "--config", trained, "--resume", "--trainer.max_steps=5"]) == 0  # saves every 2, and the last
+    assert steps_of(LAST) == 5 and len(list(LAST.parent.iterdir())) == 2
+    assert not list(empty.iterdir()) and len(list(RUN.parent.iterdir())) == 2
+    assert (RUN / "config.1.yaml").read_text() == first
+    again = yaml.safe_load((RUN / "config.yaml").read_text())
     assert again["ckpt_path"] is None and again["trainer"]["logger"]["init_args"]["version"] is None
-    assert again["trainer"]["max_steps"] == 4
+    assert again["trainer"]["max_steps"] == 5
 
 
-def test_the_last_step_is_never_lost(tiny):
-    assert main(["fit", "--config", tiny, "--trainer.max_steps=3"]) == 0  # saves every 2
-    last = Path("runs/tiny/version_0/checkpoints/last.ckpt")
-    assert steps_of(last) == 3
-    assert main(["fit", "--config", tiny, "--resume", "--trainer.max_steps=5"]) == 0
-    assert steps_of(last) == 5
-    assert len(list(last.parent.iterdir())) == 2
-
+def test_the_last_step_is_saved_unless_checkpoints_are_off(tiny):
     never = ["--trainer.val_check_interval=100", "--trainer.check_val_every_n_epoch=null"]
     plain = ["--trainer.callbacks=null", "--trainer.max_steps=1", *never]
     assert main(["fit", "--config", tiny, *plain]) == 0
-    assert steps_of("runs/tiny/version_1/checkpoints/last.ckpt") == 1
+    assert steps_of(LAST) == 1
     assert main(["fit", "--config", tiny, *plain, "--trainer.enable_checkpointing=false"]) == 0
-    assert not list(Path("runs/tiny/version_2").rglob("*.ckpt"))
-
-
-def test_resume_skips_runs_without_a_checkpoint(tiny):
-    assert main(["fit", "--config", tiny]) == 0
-    Path("runs/tiny/version_7/checkpoints").mkdir(parents=True)
-    assert main(["fit", "--config", tiny, "--resume", "--trainer.max_steps=3"]) == 0
-    assert not list(Path("runs/tiny/version_7/checkpoints").iterdir())
+    assert not list(Path("runs/tiny/version_1").rglob("*.ckpt"))
 
 
 def test_resume_follows_a_folder_of_one_s_own(tiny):
-    own = ["--trainer.callbacks.dirpath=kept"]
-    assert main(["fit", "--config", tiny, *own]) == 0
+    assert main(["fit", "--config", tiny, "--trainer.callbacks.dirpath=kept"]) == 0
     arguments = {"dirpath": "kept", "save_last": True, "every_n_train_steps": 2}
     one = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": arguments}
     alone = ["--config", write("one.yaml", {"trainer": {"callbacks": one}})]  # a callback needs no list around it
@@ -391,45 +352,30 @@ def test_resume_follows_a_folder_of_one_s_own(tiny):
     assert steps_of("kept/last.ckpt") == 4
 
 
-def test_resume_without_a_checkpoint_names_the_folder(tiny, capsys):
-    assert "runs/tiny" in complaint(capsys, "fit", "--config", tiny, "--resume")
-
-
-def test_resume_is_for_fit_and_finds_its_own_file(tiny, capsys):
-    assert "--resume" in complaint(capsys, "validate", "--config", tiny, "--resume")
-    Path("x.ckpt").touch()
-    assert "--ckpt_path=x.ckpt" in complaint(capsys, "fit", "--config", tiny, "--resume", "--ckpt_path=x.ckpt")
-
-
-def test_a_checkpoint_does_not_change_the_settings(tiny):
-    assert main(["fit", "--config", tiny, "--model.seed=1"]) == 0
-    last = "runs/tiny/version_0/checkpoints/last.ckpt"
-    on = [f"--ckpt_path={last}", "--data.check_resume=false", "--trainer.max_steps=3"]
-    assert main(["fit", "--config", tiny, "--model.seed=2", *on]) == 0
+def test_a_checkpoint_or_its_run_goes_on_in_a_new_run_with_the_settings_given(trained):
+    on = [f"--ckpt_path={RUN}", "--data.check_resume=false", "--trainer.max_steps=3", "--model.seed=2"]
+    assert main(["fit", "--config", trained, *on]) == 0
+    assert steps_of("runs/tiny/version_1/checkpoints/last.ckpt") == 3
     saved = yaml.safe_load(Path("runs/tiny/version_1/config.yaml").read_text())
     assert saved["model"]["init_args"]["seed"] == 2
 
 
-def test_validate_and_test_a_checkpoint(tiny, capsys):
-    assert main(["fit", "--config", tiny]) == 0
-    last = "runs/tiny/version_0/checkpoints/last.ckpt"
-    assert main(["validate", "--config", tiny, f"--ckpt_path={last}"]) == 0
+def test_last_means_the_newest_run(trained, capsys):
+    assert main(["fit", "--config", trained, "--ckpt_path=last", "--trainer.max_steps=4"]) == 0
+    assert [path.name for path in RUN.parent.iterdir()] == ["version_0"]
+    assert main(["validate", "--config", trained, "--ckpt_path=last"]) == 0
     assert "val/loss" in capsys.readouterr().out
-
-
-def test_last_means_the_newest_run(tiny):
-    assert main(["fit", "--config", tiny]) == 0
-    assert main(["fit", "--config", tiny, "--ckpt_path=last", "--trainer.max_steps=4"]) == 0
-    assert [path.name for path in Path("runs/tiny").iterdir()] == ["version_0"]
-    assert main(["validate", "--config", tiny, "--ckpt_path=last"]) == 0
     saved = yaml.safe_load(Path("runs/tiny/version_1/config.yaml").read_text())
-    assert saved["ckpt_path"] == "runs/tiny/version_0/checkpoints/last.ckpt"
+    assert saved["ckpt_path"] == str(LAST)
 
 
-def test_a_run_folder_stands_for_its_newest_checkpoint(tiny):
-    assert main(["fit", "--config", tiny]) == 0
-    assert main(["fit", "--config", tiny, "--ckpt_path=runs/tiny/version_0", "--trainer.max_steps=4"]) == 0
-    assert steps_of("runs/tiny/version_1/checkpoints/last.ckpt") == 4
+def test_a_foreign_checkpoint_and_one_of_another_shape_are_told_in_one_line(trained, capsys):
+    torch.save({"nothing": torch.zeros(3)}, "foreign.ckpt")
+    assert "foreign.ckpt" in complaint(capsys, "validate", "--config", trained, "--ckpt_path=foreign.ckpt")
+    wider = ["--model.transformer.hidden_size=32", f"--ckpt_path={LAST}"]
+    assert "hidden_size=16" in complaint(capsys, "validate", "--config", trained, *wider)
+    plain = [f"--model={HERE}.PlainModel", f"--ckpt_path={LAST}"]
+    assert "does not fit" in complaint(capsys, "validate", "--config", trained, *plain)
 
 
 def test_resume_command_drops_the_first_checkpoint():
@@ -445,14 +391,12 @@ def test_ctrl_c_saves_the_finished_step_and_tells_how_to_go_on(tiny, capsys):
     )
     assert main(["fit", "--config", tiny, "--config", pressed, "--trainer.max_steps=9"]) == 130
     assert signal.getsignal(signal.SIGINT) is before
-    last = Path("runs/tiny/version_0/checkpoints/last.ckpt")
-    assert steps_of(last) == 3
+    assert steps_of(LAST) == 3
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert str(last) in line and "step 3" in line and line.endswith("--resume")
-
+    assert str(LAST) in line and "step 3" in line and line.endswith("--resume")
     assert main(["fit", "--config", tiny, "--resume", "--trainer.max_steps=6"]) == 0
-    assert steps_of(last) == 6
-    assert len(list(last.parent.iterdir())) == 2  # the newest and last.ckpt, nothing left over from the stop
+    assert steps_of(LAST) == 6
+    assert len(list(LAST.parent.iterdir())) == 2  # the newest and last.ckpt, nothing left over from the stop
 
 
 @pytest.mark.slow
@@ -471,10 +415,9 @@ def test_ctrl_c_in_processes_of_its_own(times, options, tiny):
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
-    last = Path("runs/tiny/version_0/checkpoints/last.ckpt")
     try:
         deadline = time.monotonic() + 120
-        while not last.exists():
+        while not LAST.exists():
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.1)
         for _ in range(times):
@@ -485,7 +428,7 @@ def test_ctrl_c_in_processes_of_its_own(times, options, tiny):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert steps_of(last) > 0
+    assert steps_of(LAST) > 0
 
 
 def test_a_launcher_variable_that_is_no_number_is_named(monkeypatch, capsys):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -164,33 +163,16 @@ def test_gaps_are_filled(run):
     assert second["text"].endswith(" AE T") and second["tokens_per_forward"] == 1.0
 
 
-def test_replay_shows_when_each_token_appeared(run):
-    lines = run("--prompt=lightning", "--replay").splitlines()
-    assert lines[0] == "lightning -> L AY T N IH NG"
-    assert lines[1].split() == ["token", "L", "AY", "T", "N", "IH", "NG"]
-    assert lines[-1].endswith(" L AY T N IH NG") and "_" in lines[3]
-
-
 # -- drawing -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_drawn_answer_does_not_depend_on_its_batch(run):
-    letters = random.Random(0)
-    words = [*WORDS, *("".join(letters.choices("abcdefghiklmnoprstuw", k=letters.randint(2, 14))) for _ in range(12))]
-    write("words.txt", "\n".join(words))
-    options = ["--prompts-file=words.txt", "--temperature=1", "--seed=3"]
-    alone, together = run(*options, "--batch-size=1"), run(*options, "--batch-size=8")
-    assert alone == together and len(alone.splitlines()) == len(words)
-    assert alone != run("--prompts-file=words.txt"), "nothing was drawn"
-
-
-def test_seed_top_k_and_top_p_reach_the_draw(run):
-    write("words.txt", "\n".join(WORDS))
+def test_drawn_answers_depend_on_the_seed_alone_not_on_their_batch(run):
+    write("words.txt", "\n".join([*WORDS[:6], "cat", "zzyx"]))
     options = ["--prompts-file=words.txt", "--temperature=1.5"]
-    drawn = run(*options, "--seed=1")
-    assert drawn == run(*options, "--seed=1") != run(*options, "--seed=2")
+    alone, together = (run(*options, "--seed=3", f"--batch-size={size}") for size in (1, 3))
+    assert alone == together != run(*options, "--seed=2")
     greedy = run("--prompts-file=words.txt", "--policy=Sequential")
-    assert run(*options, "--policy=Sequential", "--top-k=1") == greedy
+    assert run(*options, "--policy=Sequential", "--top-k=1") == greedy != alone
     assert run(*options, "--policy=Sequential", "--top-p=0.000001") == greedy
 
 
@@ -247,22 +229,16 @@ def test_nobody_reads_any_more(monkeypatch, capfd):
     [
         (["--prompt="], ["--prompt: it is empty"]),
         (["--prompt=caté"], ["caté", "é"]),
-        (["--prompts-file=nowhere.txt"], ["--prompts-file", "nowhere.txt"]),
         (["--prompts-file=gap.txt"], ["gap.txt", "line 2", "empty"]),
         (["--prompts-file=none.txt"], ["no prompts"]),
-        (["--prompt=cat", "--max-new-tokens=x"], ["max_new_tokens", "x"]),
         (["--prompt=cat", "--max-new-tokens=0"], ["max_new_tokens", "at least 1"]),
-        (["--prompt=cat", "--batch-size=0"], ["batch_size", "at least 1"]),
         (["--prompt=cat", "--temperature=-1"], ["temperature", "-1"]),
-        (["--prompt=cat", "--top-p=2"], ["top_p", "2"]),
-        (["--prompt=cat", "--seed=x"], ["seed", "x"]),
         (["--prompt=cat", "--treshold=1"], ["treshold", "threshold"]),
         (["--prompt=cat", "--threshold=2"], ["threshold", "[0, 1]"]),
         (["--prompt=cat", "--threshold=0.5", "--policy=Saber"], ["--threshold", "--policy"]),
         (["--prompt=cat", "--policy=Nowhere"], ["--policy", "Nowhere", "ConfidenceThreshold"]),
         (["--prompt=cat", "--policy=FixedSteps", "--policy.stps=2"], ["policy.stps", "steps"]),
         (["--prompt=cat", "--policy"], ["--policy", "value"]),
-        (["--prompt=cat", "--sampler=Nowhere"], ["sampler", "Nowhere"]),
         (["--prompt=cat", "--sampler=nowhere.yaml"], ["nowhere.yaml"]),
         (
             ["--prompt=cat", "--sampler=AutoregressiveSampler", "--block-length=2"],
@@ -276,13 +252,10 @@ def test_nobody_reads_any_more(monkeypatch, capfd):
         (["--prompt=cat", "--system=x"], ["--system", "--chat"]),
         (["--prompt=cat", "--json", "--stream"], ["--json", "--stream"]),
         (["--prompt=cat", "--json", "--replay"], ["--json", "--replay", "commit_steps"]),
-        (["--prompt=cat", "--stream", "--no-stream"], ["--stream", "--no-stream"]),
-        (["--prompt=cat", "--replay", "--stream"], ["--replay", "--stream"]),
         (["--prompt=cat", "--prompt=dog", "--stream"], ["--stream", "a single prompt"]),
         (["--infill=K <gap:1>", "--stop=T"], ["--infill", "--stop"]),
         (["--infill=K <gap:1>", "--prompts-file=none.txt"], ["--infill", "--prompts-file", ".jsonl"]),
         (["--prompt=cat", "--output=nowhere/x"], ["--output", "nowhere/x"]),
-        (["--prompt=cat", "--output=."], ["--output", "folder"]),
         (["--prompt=cat", "stray"], ["stray"]),
     ],
 )
@@ -292,14 +265,6 @@ def test_mistakes_are_told_in_one_line(options, words, capsys):
     text = complaint(capsys, "generate", "--checkpoint", CHECKPOINT, *options)
     assert all(word in text for word in words), text
     assert len(text) < 300
-
-
-@pytest.mark.parametrize("content", [None, b"", b"no checkpoint", b"PK\x03\x04 cut short"])
-def test_a_bad_checkpoint_is_named(content, tmp_path, capsys):
-    path = tmp_path / "bad.ckpt"
-    if content is not None:
-        path.write_bytes(content)
-    assert "bad.ckpt" in complaint(capsys, "generate", "--checkpoint", str(path), "--prompt=cat")
 
 
 def test_a_checkpoint_is_needed(capsys):

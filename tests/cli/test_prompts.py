@@ -69,14 +69,10 @@ def test_prompts_then_the_file_in_order(tmp_path, cmudict):
 
 def test_json_lines_hold_texts_that_lines_cannot(tmp_path, plain):
     texts = ["two\nlines", "a\u2028separator", "  blanks  "]
-    prompts = read(plain, prompts_file=jsonl(tmp_path, *({"prompt": text, "response": "x"} for text in texts)))
+    path = Path(jsonl(tmp_path, *({"prompt": text, "response": "x"} for text in texts)))
+    path.write_text(path.read_text().replace("}\n", "}\n\n"))  # blank lines do not count
+    prompts = read(plain, prompts_file=str(path))
     assert [plain.decode(prompt.ids) for prompt in prompts] == texts == [prompt.text for prompt in prompts]
-
-
-def test_blank_lines_of_json_do_not_count(tmp_path, plain):
-    path = Path(jsonl(tmp_path, {"prompt": "a"}, {"prompt": "b"}))
-    path.write_text(path.read_text().replace("\n", "\n\n"))
-    assert [prompt.text for prompt in read(plain, prompts_file=str(path))] == ["a", "b"]
 
 
 def test_standard_input_is_left_alone_when_there_are_prompts(plain, monkeypatch):
@@ -240,13 +236,9 @@ def test_gaps_without_a_length_are_named(gap, plain):
         encode_gaps(f"a {gap} b <gap:2>", plain)
 
 
-@pytest.mark.parametrize("options", [{"prompt": ["a"], "infill": ["a<gap:1>", "b<gap:1>"]}])
-def test_unequal_numbers_are_named(options, plain):
-    with pytest.raises(UserError, match="1 --prompt and 2 --infill"):
-        read(plain, **options)
-
-
 def test_text_that_is_no_text_is_named(tmp_path, plain, cmudict):
+    with pytest.raises(UserError, match="1 --prompt and 2 --infill"):
+        read(plain, prompt=["a"], infill=["a<gap:1>", "b<gap:1>"])
     path = tmp_path / "latin.txt"
     path.write_bytes("caf\xe9".encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8"):
