@@ -8,7 +8,6 @@ import shlex
 import signal
 import sys
 import threading
-import traceback
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -97,7 +96,7 @@ def main(command: str, arguments: list[str]) -> int:
 
 
 def failure(error: Exception) -> str | None:
-    """Returns a line for what is no bug: another process that is gone, a foreign checkpoint; None for anything else."""
+    """Returns a line for an error that only says that another process is gone; None for any other."""
     text = " ".join(str(error).split())
     if isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in text.lower() and "onnect" in text
@@ -105,12 +104,6 @@ def failure(error: Exception) -> str | None:
         return "lost contact with another process of this run"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
         return f"{text.rstrip('. ')}; too little memory is the usual cause: lower data.num_workers"
-    frames = traceback.extract_tb(error.__traceback__)
-    if any("checkpoint_connector" in frame.filename and "restore" in frame.name for frame in frames):
-        return (
-            f"the checkpoint does not fit ({type(error).__name__}: {text[:300]}): it is of another version or other "
-            "settings; model.init_from takes its weights alone"
-        )
     return None
 
 
