@@ -35,8 +35,12 @@ class CmudictSource(Source):
     def _pronunciations(self) -> dict[str, list[str]]:
         return read_pronunciations()
 
+    @cached_property
+    def _words(self) -> dict[str, list[str]]:
+        return split_words(self._pronunciations)
+
     def records(self, split: str) -> Iterator[dict[str, Any]]:
-        for word in split_words(self._pronunciations)[split]:
+        for word in self._words[split]:
             for phones in self._pronunciations[word]:
                 yield {"prompt": word, "response": phones}
 

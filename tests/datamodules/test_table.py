@@ -1,7 +1,6 @@
 import json
-import multiprocessing
 import os
-import time
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from dllm_var.datamodules import CmudictSource, JsonlSource
 from dllm_var.datamodules.encoding import CHUNK, RecordEncoder, load_table
 from dllm_var.datamodules.packing import Sections
 from dllm_var.errors import UserError
+from dllm_var.files import PARTIAL
 from dllm_var.text.tokenizer import SpecialTokens, Tokenizer
 
 GOOD = {"prompt": "key", "response": "K IY"}
@@ -39,42 +39,35 @@ def sample(table, tokenizer, number=0):
     return "".join(text), "".join(piece for piece, flag in zip(text, flags, strict=True) if flag)
 
 
-def message(role, content):
+def turn(role, content):
     return {"role": role, "content": content}
 
 
-@pytest.mark.parametrize(
-    ("record", "text", "supervised", "answer_start"),
-    [
-        ({"prompt": "ask", "response": "tell", "more": 1}, "asktell<|im_end|>", "tell<|im_end|>", 3),
-        ({"prompt": "", "response": "tell"}, "tell<|im_end|>", "tell<|im_end|>", 0),
-        ({"instruction": "do", "input": "", "output": "done"}, "dodone<|im_end|>", "done<|im_end|>", 2),
-        ({"instruction": "do", "input": "it", "output": "done"}, "do\n\nitdone<|im_end|>", "done<|im_end|>", 6),
-        ({"text": "story"}, "story<|im_end|>", "story<|im_end|>", 0),
-        ({"input_ids": [68, 69, 70], "prompt_length": 1}, None, 3, 1),
-        ({"input_ids": [68, 69, 260], "prompt_length": 1}, None, 2, 1),
-        ({"input_ids": [68, 69]}, None, 3, 0),
-        (
-            {
-                "messages": [
-                    message("user", "a"),
-                    message("assistant", "bc"),
-                    message("user", "d"),
-                    message("assistant", "e"),
-                ]
-            },
-            "abc<|im_end|>de<|im_end|>",
-            "bc<|im_end|>e<|im_end|>",
-            5,
-        ),
-        (
-            {"messages": [message("system", "s"), message("assistant", "b"), message("user", "unanswered")]},
-            "sb<|im_end|>",
-            "b<|im_end|>",
-            1,
-        ),
-    ],
-)
+FORMATS = [
+    ({"prompt": "ask", "response": "tell", "more": 1}, "asktell<|im_end|>", "tell<|im_end|>", 3),
+    ({"prompt": "", "response": "tell"}, "tell<|im_end|>", "tell<|im_end|>", 0),
+    ({"instruction": "do", "input": "", "output": "done"}, "dodone<|im_end|>", "done<|im_end|>", 2),
+    ({"instruction": "do", "input": "it", "output": "done"}, "do\n\nitdone<|im_end|>", "done<|im_end|>", 6),
+    ({"text": "story"}, "story<|im_end|>", "story<|im_end|>", 0),
+    ({"input_ids": [68, 69, 70], "prompt_length": 1}, None, 3, 1),
+    ({"input_ids": [68, 69, 260], "prompt_length": 1}, None, 2, 1),
+    ({"input_ids": [68, 69]}, None, 3, 0),
+    (
+        {"messages": [turn("user", "a"), turn("assistant", "bc"), turn("user", "d"), turn("assistant", "e")]},
+        "abc<|im_end|>de<|im_end|>",
+        "bc<|im_end|>e<|im_end|>",
+        5,
+    ),
+    (
+        {"messages": [turn("system", "s"), turn("assistant", "b"), turn("user", "unanswered")]},
+        "sb<|im_end|>",
+        "b<|im_end|>",
+        1,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "text", "supervised", "answer_start"), FORMATS)
 def test_formats(load, bytes_tokenizer, record, text, supervised, answer_start):
     table = load([record], bytes_tokenizer)
     assert len(table) == 1
@@ -91,7 +84,7 @@ def test_chat_puts_prompts_through_the_template(load, tmp_path):
     tokenizer = Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path / "chat", CHAT_TEMPLATE))
     text = "<|im_start|>user\nask<|im_end|>\n<|im_start|>assistant\ntell<|im_end|>"
     for records, chat in (
-        ([{"messages": [message("user", "ask"), message("assistant", "tell")]}], False),
+        ([{"messages": [turn("user", "ask"), turn("assistant", "tell")]}], False),
         ([{"prompt": "ask", "response": "tell"}], True),
     ):
         assert sample(load(records, tokenizer, chat=chat), tokenizer) == (text, "tell<|im_end|>")
@@ -111,10 +104,10 @@ BAD = [
     ('{"text": "\\ud800"}', "has broken Unicode in 'text'"),
     ({"messages": "hello"}, "not a list of turns"),
     ({"messages": ["hello"]}, r"messages\[0\], not an object"),
-    ({"messages": [message("user", "a")]}, "no turn of the assistant"),
-    ({"messages": [message("human", "a")]}, "has role 'human'"),
-    ({"messages": [message("user", None)]}, "has nothing as content"),
-    ({"messages": [message("user", "a"), message("assistant", " ")]}, r"empty answer in messages\[1\]"),
+    ({"messages": [turn("user", "a")]}, "no turn of the assistant"),
+    ({"messages": [turn("human", "a")]}, "has role 'human'"),
+    ({"messages": [turn("user", None)]}, "has nothing as content"),
+    ({"messages": [turn("user", "a"), turn("assistant", " ")]}, r"empty answer in messages\[1\]"),
     ({"input_ids": [5, 99]}, "has token id 99, outside the vocabulary of 70"),
     ({"input_ids": [5, -1]}, "has token id -1"),
     ({"input_ids": [5, 1]}, "contains the mask token <mask>"),
@@ -148,7 +141,7 @@ SPELLED = "a<|im_end|>b<|mask|>"
         {"prompt": SPELLED, "response": SPELLED},
         {"text": SPELLED},
         {"instruction": SPELLED, "input": SPELLED, "output": SPELLED},
-        {"messages": [message("user", SPELLED), message("assistant", SPELLED)]},
+        {"messages": [turn("user", SPELLED), turn("assistant", SPELLED)]},
     ],
 )
 @pytest.mark.parametrize("template", [None, CHAT_TEMPLATE])
@@ -196,7 +189,7 @@ def test_of_a_text_longer_than_any_row_only_the_beginning_is_encoded(load, bytes
     monkeypatch.setattr(Tokenizer, "encode_batch", count)
     giant = "".join(map(str, range(10_000)))
     records = [{"prompt": "ask", "response": giant}, {"prompt": giant, "response": "tell"}]
-    records += [{"messages": [message("user", giant), message("assistant", giant)]}, {"text": "fits"}]
+    records += [{"messages": [turn("user", giant), turn("assistant", giant)]}, {"text": "fits"}]
     clipped = load(records, bytes_tokenizer, longest=100)
     assert max(asked) < 1_000 and sum(asked) < 5_000
     whole, cut = load(records, bytes_tokenizer), load(records * 2, bytes_tokenizer, longest=0)
@@ -238,62 +231,47 @@ def test_a_cache_that_cannot_be_written_is_told(load, tmp_path):
         load([GOOD])
 
 
-def build_in_process(path, cache, start, lengths):
-    source, tokenizer = JsonlSource(path, validation_size=0), Tokenizer.from_pretrained(CmudictSource.default_tokenizer)
-    start.wait()
-    lengths.put(len(load_table(source, "train", RecordEncoder(tokenizer), cache)))
+class Interrupted(JsonlSource):
+    """Does something after the first chunk of a table is written."""
+
+    def __init__(self, path, action):
+        super().__init__(path, validation_size=0)
+        self.action = action
+
+    def located_records(self, split):
+        for number, located in enumerate(super().located_records(split)):
+            if number == CHUNK + 10:
+                self.action()
+            yield located
 
 
-def test_processes_may_build_the_same_table_at_once(write_jsonl, tmp_path):
-    path = write_jsonl([{"prompt": "key", "response": "K IY"}] * 9_000)
-    context = multiprocessing.get_context("spawn")
-    start, lengths = context.Barrier(3), context.Queue()
-    processes = [
-        context.Process(target=build_in_process, args=(path, tmp_path / "cache", start, lengths)) for _ in range(3)
-    ]
-    for process in processes:
-        process.start()
-    assert [lengths.get(timeout=60) for _ in processes] == [9_000] * 3
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+@pytest.fixture
+def build(write_jsonl, tmp_path, tokenizer):
+    def build(action=int, records=CHUNK + 20):
+        source = Interrupted(write_jsonl([GOOD] * records, f"{records}.jsonl"), action)
+        return load_table(source, "train", RecordEncoder(tokenizer), tmp_path / "cache")
+
+    return build
 
 
-def build_slowly(path, cache, written):
-    """Builds a table until it is killed: the second chunk never comes."""
-
-    class Slow(JsonlSource):
-        def located_records(self, split):
-            for number, located in enumerate(super().located_records(split)):
-                if number == CHUNK + 10:
-                    written.set()
-                    time.sleep(60)
-                yield located
-
-    encoder = RecordEncoder(Tokenizer.from_pretrained(CmudictSource.default_tokenizer))
-    load_table(Slow(path, validation_size=0), "train", encoder, cache)
+def test_two_may_build_the_same_table_at_once(build, tmp_path):
+    tables = []
+    tables.append(build(lambda: tables.append(build())))
+    assert [len(table) for table in tables] == [CHUNK + 20] * 2
+    assert [tables[0].folder] == [tables[1].folder] == list((tmp_path / "cache").iterdir())
 
 
-def test_a_build_that_is_killed_leaves_no_table_and_is_cleared_away(write_jsonl, tmp_path, tokenizer):
-    path, cache = write_jsonl([GOOD] * (CHUNK + 20)), tmp_path / "cache"
-    context = multiprocessing.get_context("spawn")
-    written = context.Event()
-    process = context.Process(target=build_slowly, args=(path, cache, written))
-    process.start()
-    assert written.wait(60)
-    (left,) = cache.iterdir()
+def test_what_a_killed_process_left_is_cleared_away_after_a_day(build, tmp_path):
+    cache = tmp_path / "cache"
+    left = cache / f"killed{PARTIAL}"
+    build(lambda: shutil.copytree(next(cache.iterdir()), left))
     assert (left / "tokens.bin").exists()
-    load_table(JsonlSource(path, validation_size=0), "train", RecordEncoder(tokenizer), cache)
+    build(records=1)
     assert left.exists(), "its owner may be at work"
-    process.kill()
-    process.join()
     for place in (left, *left.iterdir()):
         os.utime(place, (0, 0))
-    table = load_table(JsonlSource(write_jsonl([GOOD]), validation_size=0), "train", RecordEncoder(tokenizer), cache)
-    assert not left.exists()
-    assert len(table) == 1
-    assert len(list(cache.iterdir())) == 2
+    build(records=2)
+    assert len(list(cache.iterdir())) == 3 and not left.exists()
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin", "meta.json"])
