@@ -30,11 +30,11 @@ def build_transformer(
 
     Args:
         config: Its shape; `vocab_size` must be set.
-        lora: Adapters that it gets; none when None.
+        lora: Adapters that it gets.
         draw: Draws its weights, by name from torch's seed; else they hold whatever the memory held, to be filled.
         mesh: Lightning's, of `data_parallel` and `tensor_parallel` processes; one process has it all when None.
         device: Where the weights go; torch's default when None.
-        float8: How its layers multiply in 8 bits; not at all when None.
+        float8: How its layers multiply in 8 bits.
 
     Raises:
         UserError: When the mesh divides each layer and the transformer cannot be divided so.
@@ -68,7 +68,7 @@ def build_transformer(
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs; says what is missing otherwise. On CPU it needs a C++ compiler."""
+    """Whether torch.compile has what it needs, on a CPU a C++ compiler; warns otherwise."""
     if device.type != "cpu" or any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++", "clang++", "cl"))):
         return True
     rank_zero_warn("model.compile is set, but there is no C++ compiler (g++, clang++): training without it, slower")

@@ -94,42 +94,40 @@ class TransformerConfig:
             UserError: When the sizes do not fit each other.
         """
         left_out = {name: value for name, value in DEFAULTS.items() if getattr(self, name) is None}
-        if left_out:
-            return replace(self, **left_out).resolved()
+        filled = replace(self, **left_out)
         for name in SIZES:
-            if (size := getattr(self, name)) is not None and size < 1:
+            if (size := getattr(filled, name)) is not None and size < 1:
                 raise UserError(f"transformer.{name} must be at least 1, got {size}")
-        head_dim = self.head_dim
+        hidden_size, num_heads, head_dim = filled.hidden_size, filled.num_heads, filled.head_dim
         if head_dim is None:
-            if self.hidden_size % self.num_heads:
+            if hidden_size % num_heads:
                 raise UserError(
-                    f"transformer.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}: "
+                    f"transformer.hidden_size {hidden_size} is not a multiple of num_heads {num_heads}: "
                     "change one of them or set head_dim"
                 )
-            head_dim = self.hidden_size // self.num_heads
+            head_dim = hidden_size // num_heads
         if head_dim % 2:
             raise UserError(f"transformer.head_dim {head_dim} must be even for rotary positions")
         for name in ("rope_theta", "rope_scaling", "norm_eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"transformer.{name} must be a number above 0, got {getattr(self, name)}")
-        if self.rope_llama3 is not None and set(self.rope_llama3) != set(LLAMA3_KEYS):
-            raise UserError(
-                f"transformer.rope_llama3 needs {', '.join(LLAMA3_KEYS)}; it has {sorted(self.rope_llama3)}"
-            )
-        if self.rope_llama3 is not None and not all(0 < value < math.inf for value in self.rope_llama3.values()):
-            raise UserError(f"transformer.rope_llama3 must have numbers above 0, got {self.rope_llama3}")
-        for token in (self.mask_id, *(self.terminator_ids or [])):
-            if token is not None and self.vocab_size is not None and not 0 <= token < self.vocab_size:
-                raise UserError(f"mask or terminator has id {token}, outside the vocabulary of {self.vocab_size}")
-        num_kv_heads = self.num_kv_heads or self.num_heads
-        if self.num_heads % num_kv_heads:
-            raise UserError(f"transformer.num_heads {self.num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
+            if not 0 < getattr(filled, name) < math.inf:
+                raise UserError(f"transformer.{name} must be a number above 0, got {getattr(filled, name)}")
+        llama3 = filled.rope_llama3
+        if llama3 is not None and set(llama3) != set(LLAMA3_KEYS):
+            raise UserError(f"transformer.rope_llama3 needs {', '.join(LLAMA3_KEYS)}; it has {sorted(llama3)}")
+        if llama3 is not None and not all(0 < value < math.inf for value in llama3.values()):
+            raise UserError(f"transformer.rope_llama3 must have numbers above 0, got {llama3}")
+        for token in (filled.mask_id, *(filled.terminator_ids or [])):
+            if token is not None and filled.vocab_size is not None and not 0 <= token < filled.vocab_size:
+                raise UserError(f"mask or terminator has id {token}, outside the vocabulary of {filled.vocab_size}")
+        num_kv_heads = filled.num_kv_heads or num_heads
+        if num_heads % num_kv_heads:
+            raise UserError(f"transformer.num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")
         return replace(
-            self,
+            filled,
             head_dim=head_dim,
             num_kv_heads=num_kv_heads,
-            intermediate_size=self.intermediate_size or 64 * math.ceil(self.hidden_size * 8 / 3 / 64),
-            terminator_ids=None if self.terminator_ids is None else [int(token) for token in self.terminator_ids],
+            intermediate_size=filled.intermediate_size or 64 * math.ceil(hidden_size * 8 / 3 / 64),
+            terminator_ids=None if filled.terminator_ids is None else [int(token) for token in filled.terminator_ids],
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -32,39 +32,25 @@ class Float8:
 
 
 def check_float8(float8: Float8, device: torch.device, precision: str | int) -> None:
-    """Raises UserError when activations are not in bfloat16, or device or machine lack what it needs.
-
-    Args:
-        float8: What is asked for.
-        device: Where training runs.
-        precision: `trainer.precision`.
-    """
-    if not float8.emulate:
-        _check_device(float8.recipe, device, precision)
+    """Raises UserError when `trainer.precision` is not bfloat16, or device or machine lack what `float8` needs."""
+    least = CAPABILITY[float8.recipe]
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if precision not in ("bf16-mixed", "bf16-true") and not float8.emulate:
+        raise UserError(f"model.float8 needs trainer.precision bf16-mixed or bf16-true, not {precision}")
+    if (capability is None or capability < least) and not float8.emulate:
+        found = device.type if capability is None else "one of {}.{}".format(*capability)
+        raise UserError(
+            f"model.float8.recipe {float8.recipe} needs a CUDA device of compute capability {least[0]}.{least[1]}, "
+            f"such as an H100, and found {found}: leave model.float8 out, or try it with --model.float8.emulate=true"
+        )
     if find_spec("torchao") is None:
         raise UserError('model.float8 needs torchao: pip install "dllm-var[float8]"')
 
 
-def _check_device(recipe: str, device: torch.device, precision: str | int) -> None:
-    if precision not in ("bf16-mixed", "bf16-true"):
-        raise UserError(f"model.float8 needs trainer.precision bf16-mixed or bf16-true, not {precision}")
-    least = CAPABILITY[recipe]
-    wanted = ".".join(map(str, least))
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if capability is None or capability < least:
-        found = device.type if capability is None else "one of {}.{}".format(*capability)
-        raise UserError(
-            f"model.float8.recipe {recipe} needs a CUDA device of compute capability {wanted}, such as an H100, and "
-            f"found {found}: leave model.float8 out, or try it with --model.float8.emulate=true"
-        )
-
-
 def use_float8(transformer: Transformer, float8: Float8) -> None:
-    """Makes matrix products of a transformer's layers 8-bit ones; names and types of its weights stay.
+    """Makes matrix products of the layers 8-bit ones, in place; names and types of the weights stay.
 
-    Args:
-        transformer: Changed in place, before it is sharded, compiled or given adapters; may be on the meta device.
-        float8: How.
+    The transformer may be on the meta device, and must not have been sharded, compiled or given adapters.
 
     Raises:
         UserError: When no matrix has sides that the hardware can do.
@@ -84,14 +70,12 @@ def use_float8(transformer: Transformer, float8: Float8) -> None:
 
 
 def float8_matrices(transformer: Transformer) -> set[str]:
-    """Returns the modules whose products are to be 8-bit: all matrices of the blocks that the hardware can do.
+    """Returns the names of all matrices of the layers whose sides the hardware can do.
 
-    Embedding and head stay: the head runs on the few positions that have a loss, and is what accuracy hangs on most.
+    Embedding and head stay: the head runs on the few positions that have a loss, and accuracy hangs on it most.
     """
     return {
         name
-        for name, module in transformer.named_modules()
-        if name.startswith("model.layers.")
-        and isinstance(module, nn.Linear)
-        and not (module.in_features % MULTIPLE or module.out_features % MULTIPLE)
+        for name, module in transformer.layers.named_modules(prefix="model.layers")
+        if isinstance(module, nn.Linear) and not (module.in_features % MULTIPLE or module.out_features % MULTIPLE)
     }

@@ -56,12 +56,7 @@ def named_generator(seed: int, name: str) -> torch.Generator:
 
 @torch.no_grad()
 def fill(weight: Tensor, values: Tensor) -> None:
-    """Copies values into a weight, or this process's part of them into a sharded one; no process has to send any.
-
-    Args:
-        weight: The parameter.
-        values: All of it, the same on every process.
-    """
+    """Copies values, the same on every process, into a weight; into a sharded one this process's part of them."""
     if isinstance(weight, DTensor):
         placed = distribute_tensor(values, weight.device_mesh, weight.placements, src_data_rank=None)
         weight.to_local().copy_(placed.to_local())

@@ -56,20 +56,14 @@ class Lora:
             from peft import LoraConfig
         except ImportError as error:
             raise UserError('model.lora needs peft: pip install "dllm-var[lora]"') from error
-        return LoraConfig(
-            r=self.r,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]  # peft divides by r, whole or not
-            lora_dropout=self.dropout,
-            target_modules=list(self.targets),
-        )
+        alpha: Any = self.alpha  # peft divides by r, whole or not
+        return LoraConfig(r=self.r, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=list(self.targets))
 
 
 def add_adapters(transformer: Transformer, lora: Lora) -> None:
-    """Gives a transformer adapters, whose product is zero at first, and freezes all else.
+    """Gives a transformer adapters, in place: the matrix `x` becomes `x.base_layer`, and all else is frozen.
 
-    Args:
-        transformer: Changed in place: the matrix `x` becomes `x.base_layer`. It may be on the meta device.
-        lora: Which, and how large.
+    On the meta device they have no values until `reset_adapters` draws them.
 
     Raises:
         UserError: When peft is not installed, or the head is to be adapted that is the embedding, too.
@@ -80,24 +74,24 @@ def add_adapters(transformer: Transformer, lora: Lora) -> None:
     if "lm_head" in lora.targets and transformer.config.tie_embeddings:
         raise UserError("model.lora.targets: lm_head is tied to the embedding in this model: leave it out")
     on_meta = transformer.embedding.weight.is_meta
-    inject_adapter_in_model(config, transformer, low_cpu_mem_usage=on_meta)
-    for name, parameter in transformer.named_parameters():
-        parameter.requires_grad_(is_adapter(name))
+    inject_adapter_in_model(config, transformer, low_cpu_mem_usage=on_meta)  # it freezes the other weights
     if not on_meta:
         reset_adapters(transformer)
 
 
 @torch.no_grad()
 def reset_adapters(transformer: Transformer) -> None:
-    """Draws the adapters anew, peft's way (A uniform, B zero), keyed like all weights by the seed and their names."""
+    """Draws the adapters anew, as peft does (A uniform, B zero), but keyed by the seed and their names.
+
+    peft's own draws come from torch's generator, and so differ between a whole and a sharded model.
+    """
     for name, parameter in transformer.named_parameters():
         if name.endswith(UP):
             parameter.zero_()
         elif name.endswith(DOWN):
             bound = parameter.shape[1] ** -0.5
             generator = named_generator(torch.initial_seed(), name)
-            values = torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=generator)
-            fill(parameter, values)
+            fill(parameter, torch.empty(parameter.shape, device="cpu").uniform_(-bound, bound, generator=generator))
 
 
 def plain_name(name: str) -> str:

@@ -9,15 +9,10 @@ from dllm_var.model.config import TransformerConfig
 
 
 def critical_dimension(trained_length: int, head_dim: int, theta: float) -> int:
-    """Returns how many of a head's dimensions turn through a whole period within the trained length.
+    """Returns how many of a head's dimensions turn through a whole period within the trained length, in tokens.
 
     The others have only seen a part of theirs, which is why they fail beyond it (arXiv 2310.05209, section 3; used by
-    LongLLaDA, arXiv 2506.14429, section 4).
-
-    Args:
-        trained_length: Tokens of the longest context in training.
-        head_dim: Width of one attention head.
-        theta: Base of the rotary frequencies.
+    LongLLaDA, arXiv 2506.14429, section 4). `theta` is the base of the rotary frequencies.
 
     Raises:
         UserError: When the length is within the first period, so that no dimension has turned, or `theta` is not
@@ -32,16 +27,10 @@ def critical_dimension(trained_length: int, head_dim: int, theta: float) -> int:
 
 
 def ntk_scaling(trained_length: int, target_length: int, head_dim: int, theta: float) -> int:
-    """Returns the factor on `theta` with which the critical dimension's period reaches the target length.
+    """Returns the factor on `theta` with which the critical dimension's period reaches the target length, in tokens.
 
     LongLLaDA (arXiv 2506.14429, section 4): `(target / 2 pi) ^ (head_dim / critical dimension) / theta`, rounded up:
     4 and 14 for two and four times the 4,096 tokens of LLaDA.
-
-    Args:
-        trained_length: Tokens of the longest context in training.
-        target_length: Tokens of the context that is wanted.
-        head_dim: Width of one attention head.
-        theta: Base of the rotary frequencies in training.
 
     Raises:
         UserError: When the target is below the trained length, or that is too short.
@@ -54,10 +43,6 @@ def ntk_scaling(trained_length: int, target_length: int, head_dim: int, theta: f
 
 def read_rope_scaling(setting: str, config: TransformerConfig) -> float:
     """Returns the factor that a setting means for a model: `4`, or `4096:8192` for trained and wanted length.
-
-    Args:
-        setting: The factor, or the two lengths in tokens.
-        config: The model's shape, resolved.
 
     Raises:
         UserError: When it is neither.

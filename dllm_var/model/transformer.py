@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dllm_var.errors import UserError
-from dllm_var.model.attention import AttentionRule, Seen, attend
-from dllm_var.model.config import LLAMA3_KEYS, TransformerConfig
+from dllm_var.model.attention import AttentionRule, RotaryTable, Seen, attend, rotate
+from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import initialise
 from dllm_var.model.kv_cache import KVCache
 
@@ -33,55 +32,6 @@ EXPENSIVE = [
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
 ]
-
-
-class RotaryTable:
-    """Cosines and sines of every position, computed once per device and grown on demand (RoFormer, 2104.09864)."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        assert config.head_dim is not None
-        self.head_dim, self.llama3 = config.head_dim, config.rope_llama3
-        self.theta = config.rope_theta * config.rope_scaling
-        self.cos = self.sin = torch.empty(0)
-
-    def __call__(self, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Returns cos and signed sin, each [B, L, 1, head_dim], for `position_ids` [B, L], all below `length`."""
-        if self.cos.size(0) < length or self.cos.device != position_ids.device:
-            self._grow(max(length, 2 * self.cos.size(0)), position_ids.device)
-        return self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)
-
-    def _grow(self, length: int, device: torch.device) -> None:
-        with torch.inference_mode(False):  # the table outlives the request that first needs it
-            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
-            periods = self.theta**exponents
-            periods = periods if self.llama3 is None else llama3_periods(periods, self.llama3)
-            angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] / periods
-            # Both halves of a head turn by the same angles (Llama's layout); the first half subtracts.
-            self.cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
-            self.sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)  # [length, head_dim]
-
-
-def llama3_periods(periods: Tensor, settings: dict[str, float]) -> Tensor:
-    """Returns the periods of Llama 3.1's rotary embedding [head_dim / 2], of which only the long ones are stretched.
-
-    A period is the number of tokens in which a pair of dimensions turns by one radian. In the trained length, a period
-    that turns `high_freq_factor` times or more stays, one that turns less than `low_freq_factor` times becomes `factor`
-    times as long, and between the two the frequencies are interpolated (Llama 3.1's published code).
-    """
-    factor, low, high, trained = (settings[key] for key in LLAMA3_KEYS)
-    turns = trained / (2 * math.pi * periods)
-    share = ((turns - low) / (high - low)).clamp(0, 1)  # 1 where the frequency stays
-    return 1 / (share / periods + (1 - share) / (factor * periods))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, full_precision: bool) -> Tensor:
-    """Turns heads [B, L, heads, head_dim] by their positions' angles, in float32 at least if `full_precision`.
-
-    `cos` and `sin` [B, L, 1, head_dim] are a `RotaryTable`'s. The result has the type of `x`.
-    """
-    exact = x.to(torch.promote_types(x.dtype, cos.dtype)) if full_precision else x
-    swapped = exact.roll(x.size(-1) // 2, dims=-1)
-    return torch.addcmul(exact * cos.to(exact.dtype), swapped, sin.to(exact.dtype)).to(x.dtype)
 
 
 def cast_once(x: Tensor) -> Tensor:
@@ -299,7 +249,7 @@ class Transformer(nn.Module):
             layer.compile()
 
     def recompute_activations(self, policy: Recompute) -> None:
-        """Chooses what the backward pass computes again instead of keeping it; see `dllm_var.model.recompute`."""
+        """Chooses what the backward pass computes again: `full` layers, or with `selective` all but `EXPENSIVE`."""
         for layer in self.layers:
             layer.recompute = policy  # type: ignore[assignment]
 
