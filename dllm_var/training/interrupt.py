@@ -21,7 +21,8 @@ from dllm_var.checkpoints.run_checkpoint import clear_leftovers, newest_checkpoi
 from dllm_var.training.ranks import is_launched_child
 from dllm_var.training.step import TooManySkipped
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)  # the later, the more urgent
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+URGENCY = (0, *SIGNALS)  # the later, the more urgent; 0 for no signal
 STATUS_BASE = 128  # of a process that a signal ended, as shells count
 
 
@@ -81,7 +82,7 @@ class StopOnSignal(Callback):
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt
         else:
-            self._asked = max(self._asked, number, key=[0, *SIGNALS].index)
+            self._asked = max(self._asked, number, key=URGENCY.index)
             if not is_launched_child():
                 does = "saving" if _only_saves(number) else "stopping"
                 again = " (Ctrl-C again: at once)" if number == signal.SIGINT else ""
@@ -115,8 +116,8 @@ class StopOnSignal(Callback):
     def _obey(self, trainer: Any, pl_module: L.LightningModule) -> None:
         asked = self._asked
         if trainer.world_size > 1:  # the ranks must act at the same step, on the same signal
-            urgency = torch.tensor([0, *SIGNALS].index(asked), device=pl_module.device)
-            asked = [0, *SIGNALS][int(trainer.strategy.reduce(urgency, reduce_op="max"))]
+            urgency = torch.tensor(URGENCY.index(asked), device=pl_module.device)
+            asked = URGENCY[int(trainer.strategy.reduce(urgency, reduce_op="max"))]
         if not asked or (trainer.validating and _only_saves(asked)):  # in validation the weights may be averages
             return
         self._asked = 0

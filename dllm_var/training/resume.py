@@ -251,7 +251,7 @@ def check_changes(path: Path, text: str, trainer: L.Trainer, datamodule: Any) ->
         return
     now, rows_now = load_yaml(text), rows_per_step(trainer, datamodule)
     rows_known = rows_then is not None and rows_now is not None
-    refused = []
+    refused: list[tuple[str, str]] = []
     if rows_known:
         refused += _changes("rows of a step, over all devices", rows_then, rows_now)
     for section in ("model", "data", "trainer"):
