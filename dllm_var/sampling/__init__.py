@@ -3,7 +3,7 @@
 from dllm_var.sampling.autoregressive import AutoregressiveSampler
 from dllm_var.sampling.base import Generation, Request, Sampler
 from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
-from dllm_var.sampling.block_length import BlockLengthPolicy, BlockStart, ConstantSteps, DelimiterLength
+from dllm_var.sampling.block_length import BlockLengthPolicy, BlockStart, ConstantSteps
 from dllm_var.sampling.diffuspec import DiffuSpecSampler
 from dllm_var.sampling.fixed_length import FixedLengthSampler
 from dllm_var.sampling.freedave import FreeDaveSampler
@@ -21,7 +21,6 @@ __all__ = [
     "ConfidenceThreshold",
     "ConstantSteps",
     "Decision",
-    "DelimiterLength",
     "DiffuSpecSampler",
     "FixedLengthSampler",
     "FixedSteps",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -28,8 +29,18 @@ class AuxiliaryModel:
     setting: str
     path: str
     causal: bool
-    _loaded: tuple[Transformer, Tokenizer] | None = field(default=None, repr=False)
     _same: Tokenizer | None = field(default=None, repr=False)  # the last one found to be the same
+
+    @cached_property
+    def _loaded(self) -> tuple[Transformer, Tokenizer]:
+        with torch.inference_mode(False):  # the weights outlive the request that first needs them
+            transformer, tokenizer, _ = load_checkpoint(self.path)
+        return transformer, tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer."""
+        return self._loaded[1]
 
     def beside(self, model: Transformer, request: Request) -> Transformer:
         """Returns the model, on the device and in the type of the main one.
@@ -41,12 +52,11 @@ class AuxiliaryModel:
         Raises:
             UserError: When it cannot be loaded, is of the wrong kind, or has another tokenizer or vocabulary.
         """
-        transformer, tokenizer = self._load()
-        name = f"sampler.{self.setting} {self.path}"
+        transformer, tokenizer = self._loaded
+        name, other = f"sampler.{self.setting} {self.path}", request.tokenizer
         if transformer.config.causal != self.causal:
             kinds = ("bidirectional", "autoregressive") if self.causal else ("autoregressive", "bidirectional")
             raise UserError(f"{name} is {kinds[0]}: give a checkpoint that is {kinds[1]}")
-        other = request.tokenizer
         if other is not None and other is not self._same:
             # Not by fingerprint: a chat template or a name of a token is no matter between two models.
             if other.special != tokenizer.special or other.backend.to_str() != tokenizer.backend.to_str():
@@ -63,15 +73,3 @@ class AuxiliaryModel:
             with torch.inference_mode(False):
                 transformer.to(weight.device, weight.dtype)
         return transformer
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer."""
-        return self._load()[1]
-
-    def _load(self) -> tuple[Transformer, Tokenizer]:
-        if self._loaded is None:
-            with torch.inference_mode(False):  # the weights outlive the request that first needs them
-                transformer, tokenizer, _ = load_checkpoint(self.path)
-            self._loaded = transformer, tokenizer
-        return self._loaded

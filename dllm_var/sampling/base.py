@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,37 +24,59 @@ OnBlock = Callable[[int, list[int]], None]
 OnAnswer = Callable[[int, "Generation"], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
-    """What the caller of `generate` asks of every prompt, beside the sampler's own settings.
+    """What the caller of `generate` asks of every prompt, and the way of tokens and answers back to the caller.
 
     Args:
         max_new_tokens: Longest answer, instead of the sampler's own limit.
-        on_block: Called with (prompt index, the answer's tokens so far) each time a row gets further.
         suppressed: Token ids that are never produced; the mask token never is.
-        stop: Finds the texts that end an answer.
-        on_answer: Called with (prompt index, answer) when a row ends.
         tokenizer: The model's, when known; a second model must have the same.
+        stop: Finds the texts that end an answer.
+        tell_block: The caller's `on_block`.
+        tell_answer: The caller's `on_answer`.
+        check: Raises when the model's predictions were not numbers.
     """
 
     max_new_tokens: int | None = None
-    on_block: OnBlock | None = None
     suppressed: tuple[int, ...] = ()
-    stop: StopStrings | None = None
-    on_answer: OnAnswer | None = None
     tokenizer: Tokenizer | None = None
+    stop: StopStrings | None = None
+    tell_block: OnBlock | None = None
+    tell_answer: OnAnswer | None = None
+    check: Callable[[], None] = lambda: None
+    _told: set[int] = field(init=False, default_factory=set)  # prompts whose answer the caller has
 
-    def stopped(self, index: int, answer: list[int]) -> bool:
-        """Says whether a stop string is in an answer's finished tokens, so that no more need be decoded.
+    @property
+    def on_block(self) -> OnBlock | None:
+        """Tells the caller (prompt index, the answer's tokens so far) as a row gets further; None when nobody asks."""
+        return None if self.tell_block is None else self._on_block
 
-        `Sampler.generate` cuts the answer there and sets its finish reason.
-        """
-        return self.stop is not None and self.stop.found(index, answer)
+    def _on_block(self, index: int, tokens: list[int]) -> None:
+        assert self.tell_block is not None
+        self.check()
+        cut = self.stop.cut(tokens) if self.stop is not None and self.stop.found(index, tokens) else None
+        self.tell_block(index, tokens if cut is None else tokens[: cut[0]])
+
+    def stopped(self, index: int, tokens: list[int]) -> bool:
+        """Says whether a stop string is in an answer's finished tokens, so that no more need be decoded."""
+        return self.stop is not None and self.stop.found(index, tokens)
 
     def finished(self, index: int, answer: Generation) -> None:
-        """Hands on an answer that is complete before the others are."""
-        if self.on_answer is not None:
-            self.on_answer(index, answer)
+        """Cuts a complete answer at its stop string, adds its text, and tells the caller; once for each prompt."""
+        if index in self._told:
+            return
+        self.check()
+        self._told.add(index)
+        cut = None if self.stop is None else self.stop.cut(answer.tokens)
+        if cut is not None:
+            kept, answer.text = cut
+            answer.tokens, answer.finish_reason = answer.tokens[:kept], "stop"
+            answer.commit_steps = None if answer.commit_steps is None else answer.commit_steps[:kept]
+        elif self.tokenizer is not None:
+            answer.text = self.tokenizer.decode(answer.tokens)
+        if self.tell_answer is not None:
+            self.tell_answer(index, answer)
 
 
 @dataclass
@@ -99,7 +121,7 @@ class Generation:
             "seconds": round(self.seconds, 6),
         }
         shown = {*line, "prompt_length"}
-        others = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in shown}
+        others = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in shown}
         return json.dumps({**line, **others, **more}, ensure_ascii=False)
 
 
@@ -145,42 +167,40 @@ class Sampler(ABC):
         if max_new_tokens is not None and max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         check_suppressed(suppress, transformer.config)
+        strings = None
+        if stop:
+            if tokenizer is None:
+                raise UserError("stop strings need a tokenizer: pass generate(..., tokenizer=...)")
+            strings = StopStrings([stop] if isinstance(stop, str) else stop, tokenizer)
         was_training = transformer.training
         if was_training:  # visiting every module takes a noticeable part of a short answer's time
             transformer.eval()
         try:
             with torch.inference_mode(), without_training_modes(transformer), finite_logits(transformer) as check:
-                delivery = _Delivery(tokenizer, stop, on_block, on_answer, check)
-                request = Request(
-                    max_new_tokens, delivery.on_block, tuple(suppress), delivery.stop, delivery.on_answer, tokenizer
-                )
+                request = Request(max_new_tokens, tuple(suppress), tokenizer, strings, on_block, on_answer, check)
                 answers = self.decode(transformer, ids, request)
                 for index, answer in enumerate(answers):
-                    delivery.on_answer(index, answer)
+                    request.finished(index, answer)
         finally:
             if was_training:
                 transformer.train()
         return answers
 
 
-def without_training_modes(transformer: Transformer) -> AbstractContextManager[Any]:
+@contextmanager
+def without_training_modes(transformer: Transformer) -> Iterator[None]:
     """Switches off mixed precision and compiled blocks, where they are on: both are for training only.
 
     Decoding runs in the type of the weights, which is also the cache's; compiled blocks would be compiled again for
     every shape that decoding meets.
     """
     device_type = transformer.embedding.weight.device.type
-    modes: list[AbstractContextManager[Any]] = []
-    if torch.is_autocast_enabled(device_type):
-        modes.append(torch.autocast(device_type, enabled=False))
-    if transformer.compiled:
-        modes.append(torch.compiler.set_stance("force_eager"))
-    if not modes:  # an empty stack would take a noticeable part of a short answer's time
-        return nullcontext()
     with ExitStack() as stack:
-        for mode in modes:
-            stack.enter_context(mode)
-        return stack.pop_all()
+        if torch.is_autocast_enabled(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        if transformer.compiled:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 class NotFinite(UserError):
@@ -215,49 +235,6 @@ def finite_logits(model: Transformer) -> Iterator[Callable[[], None]]:
         yield check
     finally:
         handle.remove()
-
-
-class _Delivery:
-    """Stands between a sampler and its caller: cuts answers at stop strings, adds their text, and tells each once."""
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer | None,
-        stop: Sequence[str],
-        on_block: OnBlock | None,
-        on_answer: OnAnswer | None,
-        check: Callable[[], None],
-    ) -> None:
-        self.check = check
-        self.stop: StopStrings | None = None
-        if stop:
-            if tokenizer is None:
-                raise UserError("stop strings need a tokenizer: pass generate(..., tokenizer=...)")
-            self.stop = StopStrings([stop] if isinstance(stop, str) else stop, tokenizer)
-        self.tokenizer, self.tell_block, self.tell_answer = tokenizer, on_block, on_answer
-        self.on_block = None if on_block is None else self._on_block
-        self.done: set[int] = set()
-
-    def _on_block(self, index: int, tokens: list[int]) -> None:
-        assert self.tell_block is not None
-        self.check()
-        cut = self.stop.cut(tokens) if self.stop is not None and self.stop.found(index, tokens) else None
-        self.tell_block(index, tokens if cut is None else tokens[: cut[0]])
-
-    def on_answer(self, index: int, answer: Generation) -> None:
-        if index in self.done:
-            return
-        self.check()
-        self.done.add(index)
-        cut = None if self.stop is None else self.stop.cut(answer.tokens)
-        if cut is not None:
-            kept, answer.text = cut
-            answer.tokens, answer.finish_reason = answer.tokens[:kept], "stop"
-            answer.commit_steps = None if answer.commit_steps is None else answer.commit_steps[:kept]
-        elif self.tokenizer is not None:
-            answer.text = self.tokenizer.decode(answer.tokens)
-        if self.tell_answer is not None:
-            self.tell_answer(index, answer)
 
 
 def check_suppressed(suppress: Sequence[int], config: TransformerConfig) -> None:

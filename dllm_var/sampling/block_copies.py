@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm_var.model.kv_cache import KVCache
+from dllm_var.model.transformer import Transformer
 
 
 @dataclass
@@ -32,15 +33,18 @@ class BlockCopies:
     finished: Tensor
     positions: Tensor
 
-    def open(self, cache: KVCache, seen: Tensor, causal_context: bool) -> None:
-        """Opens the cache for these windows, in which each token sees `seen` [R, L, L] of the real others.
+    def read(self, model: Transformer, cache: KVCache, tokens: Tensor, seen: Tensor, pending: Tensor) -> Tensor:
+        """Returns the hidden states of these windows' tokens, each of which sees `seen` [R, L, L] of the real others.
 
-        With `causal_context` what is left of the block sees only its own left.
+        The cache keeps the `pending` ones [R]; in a model with causal context these see only their own left.
         """
-        if causal_context:
+        if model.config.causal_context:
             seen = seen & ~(self.finished[:, :, None] & (self.positions[:, None] > self.positions[:, :, None]))
         seen = (seen & self.real[:, None]) | ~self.real[:, :, None]  # padding sees everything, so no softmax is empty
         cache.open(self.copy.size(1), positions=self.positions, seen=seen)
+        hidden = model.hidden_states(tokens, cache=cache)
+        cache.advance(pending)
+        return hidden
 
 
 def lay_out(starts: Tensor, pending: Tensor, width: Tensor, copies: Sequence[int], device: torch.device) -> BlockCopies:
@@ -48,11 +52,10 @@ def lay_out(starts: Tensor, pending: Tensor, width: Tensor, copies: Sequence[int
     counts = torch.stack((starts, pending, width, torch.tensor(copies)))
     longest = int((pending + width * (1 + counts[3])).max())
     start, before, wide, number = counts.to(device)[:, :, None]
-    in_blocks = wide * (1 + number)
     place = torch.arange(longest, device=device)
     inside = place - before  # [R, L], below 0 for what is left of the block
     block = wide.clamp_min(1)
     offset = inside % block
     positions = start + torch.where(inside < 0, place, before + offset)
     copy = inside.div(block, rounding_mode="floor").clamp_min(0)
-    return BlockCopies(copy, offset, inside < in_blocks, inside < 0, positions)
+    return BlockCopies(copy, offset, inside < wide * (1 + number), inside < 0, positions)

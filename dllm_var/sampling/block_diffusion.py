@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,19 +12,9 @@ from torch import Tensor
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import Request
 from dllm_var.sampling.block_length import BlockLengthPolicy, BlockStart
-from dllm_var.sampling.engine import AnyRow, Engine, EngineSampler
-from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, Decision, UnmaskingPolicy
-
-
-@dataclass
-class Batch:
-    """The rows of one forward, the slots they are in, and how many pending tokens and block tokens it takes of each."""
-
-    slots: list[int]
-    rows: list[Any]
-    index: Tensor | None  # the slots, None when they are all
-    pending: Tensor
-    width: Tensor
+from dllm_var.sampling.engine import AnyRow, Batch, Engine, EngineSampler
+from dllm_var.sampling.policies import ConfidenceThreshold, UnmaskingPolicy
+from dllm_var.sampling.policies.base import take_step
 
 
 class BlockEngine(Engine[AnyRow]):
@@ -40,9 +31,14 @@ class BlockEngine(Engine[AnyRow]):
         self, sampler: BlockDiffusionSampler, model: Transformer, prompts: list[list[int]], request: Request
     ) -> None:
         super().__init__(sampler, model, prompts, request, sampler.blocks_per_forward * sampler.block_length)
-        self.policy = sampler.policy or ConfidenceThreshold()
-        self.use_policy_state(self.policy.initial_state(sampler.block_length))
+        self.cache = self.add_cache(model)
+        self.use_policy(sampler.policy or ConfidenceThreshold(), sampler.block_length, self.versions)
         self.offsets = torch.arange(sampler.block_length, device=self.device)
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """How many blocks of a row the policy sees in a forward, when that is not one."""
+        return ()
 
     def start(self, slot: int) -> None:
         self.start_block(slot)
@@ -52,8 +48,6 @@ class BlockEngine(Engine[AnyRow]):
         row = self.rows[slot]
         row.width = row.left = self.next_width(slot, int(self.cache.lengths[slot]) + row.pending)
         row.steps = 0
-        for name, value in self.template.items():
-            self.state[name][slot] = value
 
     def next_width(self, slot: int, finished: int) -> int:
         """Returns how wide a row's block behind its first `finished` tokens is."""
@@ -66,113 +60,62 @@ class BlockEngine(Engine[AnyRow]):
             width = min(width, max(1, wanted))
         return width
 
-    def forward(self, slots: list[int] | None) -> None:
-        where = list(range(len(self.rows))) if slots is None else slots
-        rows = [self.rows[slot] for slot in where]
-        pending, width = torch.tensor([[row.pending, row.width] for row in rows]).unbind(1)
+    def forward(self, batch: Batch[AnyRow]) -> None:
         if self.sampler.kv_commit == "alone":  # a finished block (or prompt) has a forward of its own
-            width = width.masked_fill(pending > 0, 0)
-        batch = Batch(where, rows, None if slots is None else torch.tensor(slots), pending, width)
-        hidden = self.model.hidden_states(self.open_window(batch), cache=self.cache)
-        self.cache.advance(pending, batch.index)
-        for row in rows:
+            batch.width = batch.width.masked_fill(batch.pending > 0, 0)
+        hidden = self.read_window(batch)
+        for row in batch.rows:
             row.pending, row.nfe = 0, row.nfe + 1
-        if width.any():
+        if batch.width.any():
             self.predict(batch, hidden)
 
-    def open_window(self, batch: Batch) -> Tensor:
-        """Opens the cache for pending tokens and active blocks, and returns them [R, L]."""
-        windows = batch.pending + batch.width
-        longest, windows = int(windows.max()), windows.clamp_min(1)  # an idle slot: anything but an empty softmax
-        left_to_right = batch.pending if self.model.config.causal_context and batch.pending.any() else None
-        self.cache.open(longest, windows, batch.index, left_to_right=left_to_right)
-        canvas = self.canvas if batch.index is None else self.canvas[batch.slots]
-        return canvas.gather(1, self.cache.positions)
+    def read_window(self, batch: Batch[AnyRow]) -> Tensor:
+        """Reads pending tokens and active blocks, and returns their hidden states [R, L, hidden]."""
+        return self.read(batch, batch.pending + batch.width, batch.pending)
 
-    def table(self, batch: Batch) -> tuple[Tensor, ...]:
+    def table(self, batch: Batch[AnyRow]) -> tuple[Tensor, ...]:
         """Returns, in one transfer, [R] each: first cell of the block, tokens done, width, steps, key and forwards."""
-        lengths = self.cache.lengths.tolist()
-        found = [
-            (
-                slot * self.capacity + lengths[slot],
-                lengths[slot] - row.prompt_length,
-                width,
-                row.steps,
-                row.key + row.nfe,
-                row.nfe,
-            )
-            for slot, row, width in zip(batch.slots, batch.rows, batch.width.tolist(), strict=True)
-        ]
+        lengths, found = self.cache.lengths.tolist(), []
+        for slot, row, width in zip(batch.slots, batch.rows, batch.width.tolist(), strict=True):
+            done = lengths[slot] - row.prompt_length
+            found.append((slot * self.capacity + lengths[slot], done, width, row.steps, row.key + row.nfe, row.nfe))
         return torch.tensor(found).T.contiguous().to(self.device).unbind()
 
-    def predict(self, batch: Batch, hidden: Tensor) -> None:
+    def predict(self, batch: Batch[AnyRow], hidden: Tensor) -> None:
         """Predicts the active blocks, applies the policy, ends blocks and rows that are complete."""
         first, done, width, steps, key, nfe = self.table(batch)
         cells = first[:, None] + self.offsets  # [R, K], in the flat canvas
         inside = self.offsets < width[:, None]
         tokens = self.canvas.take(cells)
-        all_scored = self.policy.scores_committed
-        decoded = batch.width > 0
-        count = sum(
-            (wide if all_scored else row.left)
-            for row, wide in zip(batch.rows, batch.width.tolist(), strict=True)
-            if wide
-        )
         view = self.view(
             hidden,
-            self.places(batch, hidden.size(1), width, tokens, inside),
+            self.places(batch, hidden.size(1), width, tokens),
             tokens,
             inside,
-            count,
+            sum(self.scored(row) for row, wide in zip(batch.rows, batch.width.tolist(), strict=True) if wide),
             step=steps,
             progress=done / self.limit,
             key=key,
-            all_scored=all_scored,
         )
-        if self.sampler.block_length_policy is not None:
-            width = self.cut(view, width)
-        state = {name: value[batch.slots] for name, value in self.state.items()}
-        step = self.denoise(view, self.decide(batch, view, state), self.sampler.terminator_last)
-        if state:  # rows that only stored a block have not met the policy
-            slots = torch.tensor(batch.slots)[decoded]
-            for name, value in state.items():
-                self.state[name][slots] = value[decoded]
+        decision = self.decide(batch, view)
+        step = take_step(view, decision, self.mask_id, self.terminators, self.sampler.terminator_last)
         self.write(cells, step.tokens, step.written, nfe)
-        self.settle(
-            batch, torch.stack((step.left, step.end, step.over, width)).T.tolist()
-        )  # the one wait for the device
+        status = torch.stack((step.left, step.end, step.over)).T.tolist()  # the one wait for the device
+        self.settle(batch, status)
 
-    def places(self, batch: Batch, length: int, width: Tensor, tokens: Tensor, inside: Tensor) -> Tensor:
+    def places(self, batch: Batch[AnyRow], length: int, width: Tensor, tokens: Tensor) -> Tensor:
         """Returns where in a flattened forward of `length` tokens a row the blocks' positions are predicted [R, K]."""
-        start = batch.pending + torch.arange(0, len(batch.rows) * length, length)
-        return start.to(self.device)[:, None] + self.offsets
+        start = torch.arange(0, len(batch.rows) * length, length, device=self.device)
+        return (start + batch.pending.to(self.device))[:, None] + self.offsets
 
-    def decide(self, batch: Batch, view: BlockView, state: dict[str, Tensor]) -> Decision:
-        """Returns what becomes of the active blocks."""
-        return self.policy.decide(view, state)
-
-    def cut(self, view: BlockView, width: Tensor) -> Tensor:
-        """Narrows blocks at their first step where the block length policy says so; returns the widths [R].
-
-        What is behind the cut belongs to the next block.
-        """
-        assert self.sampler.block_length_policy is not None
-        cut = self.sampler.block_length_policy.cut(view)
-        if cut is None:
-            return width
-        width = torch.where(view.step == 0, torch.minimum(cut.clamp_min(1), width), width)
-        left_of_cut = self.offsets < width[:, None]
-        view.masked, view.changeable = view.masked & left_of_cut, view.changeable & left_of_cut
-        return width
-
-    def settle(self, batch: Batch, status: list[list[int]]) -> None:
-        """Takes of each row how many masks are left, where it ends, if its block is over, and the block's width."""
-        for slot, row, decoded, (left, end, over, width) in zip(
+    def settle(self, batch: Batch[AnyRow], status: list[list[int]]) -> None:
+        """Takes of each row how many masks are left, where it ends and if its block is over."""
+        for slot, row, decoded, (left, end, over) in zip(
             batch.slots, batch.rows, batch.width.tolist(), status, strict=True
         ):
             if not decoded:
                 continue
-            row.left, row.width, row.steps = left, width, row.steps + 1
+            row.left, row.steps = left, row.steps + 1
             if over:
                 self.end_block(slot, end)
             elif end >= 0:  # kept open for edits: nothing behind the answer's end is decoded any more
@@ -222,7 +165,7 @@ class BlockDiffusionSampler(EngineSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_at_least_one("block_length")
+        self.check(1, math.inf, "block_length")
         self.policy = self.policy or ConfidenceThreshold()
 
     @property

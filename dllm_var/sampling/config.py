@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable
-from dataclasses import is_dataclass
 from typing import Any, get_args, get_type_hints
 
 from dllm_var import sampling
@@ -27,28 +26,24 @@ _PUBLIC: dict[str, type] = {  # all that a checkpoint may name
 def sampler_to_config(sampler: Any) -> dict[str, Any] | None:
     """Returns `{"class_path": ..., "init_args": {...}}` of a sampler or policy.
 
-    Works for every class that keeps its arguments as attributes of the same name: plain values, lists of them and
-    objects of the same kind. Null where one does not, or takes arguments without a name (`**kwargs`).
+    Works for every class that keeps its arguments as attributes of the same name, as dataclasses do: plain values,
+    lists of them, policies and samplers. None where one does not, or takes arguments without a name (`**kwargs`).
     """
-    kind = type(sampler)
-    try:
-        bare = kind.__init__ is object.__init__ and kind.__new__ is object.__new__
-        parameters = {} if bare else dict(inspect.signature(kind).parameters)
-    except ValueError:  # written in C
-        return None
     arguments: dict[str, Any] = {}
-    for name, parameter in parameters.items():
+    for name, parameter in inspect.signature(type(sampler)).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or not hasattr(sampler, name):
             return None
         value = getattr(sampler, name)
         if isinstance(value, list | tuple) and all(isinstance(item, _PLAIN) for item in value):
             value = list(value)
-        elif not isinstance(value, _PLAIN):
+        elif isinstance(value, _KINDS):
             value = sampler_to_config(value)
             if value is None:
                 return None
+        elif not isinstance(value, _PLAIN):
+            return None
         arguments[name] = value
-    return {"class_path": public_path(kind), "init_args": arguments}
+    return {"class_path": public_path(type(sampler)), "init_args": arguments}
 
 
 def public_path(kind: type) -> str:
@@ -107,9 +102,7 @@ def _build(config: Any) -> Any:
             "pass it with --sampler if you trust it"
         )
     kind = _PUBLIC[name]
-    known = inspect.signature(kind).parameters
-    # The fields of a dataclass may come from other modules.
-    types = get_type_hints(kind if is_dataclass(kind) else kind.__init__)  # type: ignore[misc]
+    known, types = inspect.signature(kind).parameters, get_type_hints(kind)
     arguments = {}
     for key, value in (config.get("init_args") or {}).items():
         if key not in known:

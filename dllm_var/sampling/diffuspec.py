@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,15 +13,106 @@ import torch
 from torch import Tensor
 
 from dllm_var.errors import UserError
+from dllm_var.files import read_text
 from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.auxiliary import AuxiliaryModel
-from dllm_var.sampling.base import Generation, Request
-from dllm_var.sampling.engine import Engine, EngineSampler, Row
-from dllm_var.sampling.path_search import NGramModel, search_path
+from dllm_var.sampling.base import Request
+from dllm_var.sampling.engine import Batch, Engine, EngineSampler, Row
 
 GROWTH = 10  # delta of equation 11: how much longer the next draft is while everything is accepted
 SMOOTHING = 0.5  # rho of equation 10: weight of the latest draft in the running means
+ORDER = 3  # trigrams, as in the paper
+CONCENTRATION = 4.0  # how many counts the shorter context's prediction is worth
+
+
+class NGramModel:
+    """Counts of n-grams, in text shared by all requests and in one request's own, as a causal language model.
+
+    Each order is smoothed with the next shorter one's prediction (Dirichlet prior, MacKay and Peto 1995), single tokens
+    with the uniform distribution, one count each.
+
+    Args:
+        vocab_size: Number of token ids.
+        shared: Another model whose counts count, too.
+    """
+
+    def __init__(self, vocab_size: int, shared: NGramModel | None = None) -> None:
+        self.vocab_size = vocab_size
+        self.counts: Counter[tuple[int, ...]] = Counter()
+        self.contexts: Counter[tuple[int, ...]] = Counter()
+        self.sources = [self] if shared is None else [shared, self]
+
+    def add(self, tokens: Iterable[int], context: Sequence[int] = ()) -> None:
+        """Counts tokens that stand behind a context."""
+        row = [*context[-(ORDER - 1) :]] if context else []
+        for token in tokens:
+            for length in range(min(len(row), ORDER - 1) + 1):
+                before = tuple(row[len(row) - length :])
+                gram = (*before, token)
+                self.counts[gram] += 1
+                self.contexts[before] += 1
+            row = [*row, token][-(ORDER - 1) :]
+
+    def log_probability(self, context: Sequence[int], token: int) -> float:
+        """Returns the logarithm of a token's probability behind a context, of which the last two tokens count."""
+        seen = sum(source.counts[(token,)] for source in self.sources)
+        probability = (seen + 1) / (sum(source.contexts[()] for source in self.sources) + self.vocab_size)
+        for length in range(1, min(len(context), ORDER - 1) + 1):
+            before = tuple(context[len(context) - length :])
+            total = sum(source.contexts[before] for source in self.sources)
+            if not total:
+                break
+            gram = (*before, token)
+            seen = sum(source.counts[gram] for source in self.sources)
+            probability = (seen + CONCENTRATION * probability) / (total + CONCENTRATION)
+        return math.log(probability)
+
+
+def search_path(
+    candidates: Sequence[Sequence[tuple[int, float]]],
+    context: Sequence[int],
+    proxy: NGramModel,
+    beam: int,
+    mix: float,
+    terminators: Sequence[int],
+) -> list[int]:
+    """Returns the draft on which the diffusion model and a causal proxy agree best: causal-consistency path search.
+
+    A beam search from left to right; a path's score is the sum over its tokens of `mix` times the diffusion model's
+    log-probability and `1 - mix` times the proxy's (section 4.2, equation 8). A path that takes a terminator ends
+    there, and no path goes beyond the first position where a terminator is the most likely candidate; paths of
+    different length are compared by their score per token.
+
+    Args:
+        candidates: For each position, tokens and their log-probabilities, the most likely one first.
+        context: The tokens left of the draft.
+        proxy: Predicts each token from those left of it.
+        beam: Paths kept at each position.
+        mix: Weight of the diffusion model, from 0 to 1.
+        terminators: Tokens that end an answer.
+    """
+    paths: list[tuple[float, list[int]]] = [(0.0, [])]
+    ended: list[tuple[float, list[int]]] = []
+    context = list(context[-(ORDER - 1) :])
+    for options in candidates:
+        longer = [
+            (
+                score + mix * log_p + (1 - mix) * proxy.log_probability([*context, *path[-(ORDER - 1) :]], token),
+                path,
+                token,
+            )
+            for score, path in paths
+            for token, log_p in options
+        ]
+        longer.sort(key=lambda entry: -entry[0])  # stable: of equals the first
+        paths = []
+        for score, path, token in longer[:beam]:
+            (ended if token in terminators else paths).append((score, [*path, token]))
+        if not paths or options[0][0] in terminators:
+            break
+    best = max([*ended, *paths], key=lambda entry: entry[0] / max(len(entry[1]), 1))
+    return best[1]
 
 
 @dataclass(eq=False)
@@ -54,10 +148,10 @@ class SpeculativeEngine(Engine[SpeculativeRow]):
     def __init__(
         self, sampler: DiffuSpecSampler, model: Transformer, prompts: list[list[int]], request: Request
     ) -> None:
-        self.drafter = sampler.auxiliary.beside(model, request)
         # The slack is for padding: what the drafter has not read yet, and a draft behind it, beside rows near the end.
         super().__init__(sampler, model, prompts, request, slack=2 * sampler.longest_draft + 1)
-        self.drafter_cache = self.drafter.new_cache(len(self.rows), self.capacity)
+        self.drafter = sampler.auxiliary.beside(model, request)
+        self.cache, self.drafter_cache = self.add_cache(model), self.add_cache(self.drafter)
         assert model.config.vocab_size is not None
         self.vocab_size = model.config.vocab_size
         self.shared = sampler.counts(self.vocab_size)
@@ -67,39 +161,31 @@ class SpeculativeEngine(Engine[SpeculativeRow]):
         row.length, row.draft_length = row.prompt_length, self.sampler.longest_draft
         row.proxy = NGramModel(self.vocab_size, self.shared)
         row.proxy.add(self.prompts[row.index])
-        self.drafter_cache.free(slot)
 
-    def compact(self, kept: list[int]) -> None:
-        super().compact(kept)
-        self.drafter_cache.keep(torch.tensor(kept))
-
-    def forward(self, slots: list[int] | None) -> None:
+    def forward(self, batch: Batch[SpeculativeRow]) -> None:
         """Takes rows one draft and its verification further."""
-        where = list(range(len(self.rows))) if slots is None else slots
-        index = None if slots is None else torch.tensor(slots)
         # One token comes from the model itself, so the last one is never drafted.
         wanted = [
             min(row.draft_length, self.limit - (row.length - row.prompt_length) - 1) if row.index >= 0 else 0
-            for row in (self.rows[slot] for slot in where)
+            for row in batch.rows
         ]
-        drafts, lengths = self._draft(where, index, torch.tensor(wanted))
-        expected = self._verify(where, index, drafts)
-        for slot, draft, length, said in zip(where, drafts, lengths, expected, strict=True):
+        drafts, lengths = self._draft(batch, torch.tensor(wanted))
+        expected = self._verify(batch, drafts)
+        for slot, draft, length, said in zip(batch.slots, drafts, lengths, expected, strict=True):
             if self.rows[slot].index >= 0:
                 self._accept(slot, draft, length, said)
 
-    def _draft(self, slots: list[int], index: Tensor | None, wanted: Tensor) -> tuple[list[list[int]], list[int]]:
+    def _unread(self, batch: Batch[SpeculativeRow], cache: KVCache) -> Tensor:
+        """Returns how many tokens of each row a cache lacks [R]."""
+        return torch.tensor([row.length for row in batch.rows]) - cache.lengths[batch.slots]
+
+    def _draft(self, batch: Batch[SpeculativeRow], wanted: Tensor) -> tuple[list[list[int]], list[int]]:
         """Returns a draft of at most `wanted` [R] tokens for each row, and how many the drafter put before its end."""
-        rows = [self.rows[slot] for slot in slots]
         if not wanted.any():
-            return [[] for _ in rows], [0] * len(rows)
-        behind = torch.tensor([row.length for row in rows]) - self.drafter_cache.lengths[slots]
-        pending = behind.masked_fill(wanted == 0, 0)
-        hidden = self._hidden(self.drafter, self.drafter_cache, slots, index, (pending + wanted).clamp_min(1))
-        self.drafter_cache.advance(pending, index)
-        for row, number in zip(rows, wanted.tolist(), strict=True):
-            row.auxiliary_nfe += number > 0
-        logits = self._logits(self.drafter, hidden, pending, wanted)
+            return [[] for _ in batch.rows], [0] * len(batch.rows)
+        unread = self._unread(batch, self.drafter_cache).masked_fill(wanted == 0, 0)
+        hidden = self.read(batch, unread + wanted, unread, self.drafter, self.drafter_cache)
+        logits = self._logits(self.drafter, hidden, unread, wanted)
         top = logits.log_softmax(dim=-1).topk(min(self.sampler.candidates, self.vocab_size))
         mass = top.values.exp()
         count = (mass.cumsum(dim=1) - mass < self.sampler.nucleus).sum(dim=1, keepdim=True)
@@ -111,44 +197,31 @@ class SpeculativeEngine(Engine[SpeculativeRow]):
             for line in table
         ]
         drafts, lengths, start = [], [], 0
-        for slot, row, number in zip(slots, rows, wanted.tolist(), strict=True):
+        for slot, row, number in zip(batch.slots, batch.rows, wanted.tolist(), strict=True):
             candidates = options[start : start + number]
             start += number
+            row.auxiliary_nfe += number > 0
             ends = (place for place, [(token, _), *_] in enumerate(candidates) if token in self.terminators)
             lengths.append(next(ends, number))
             context = self.canvas[slot, max(0, row.length - 2) : row.length].tolist()
-            assert row.proxy is not None or not candidates
             search = (self.sampler.beam, self.sampler.mix, self.terminators)
-            drafts.append(search_path(candidates, context, row.proxy, *search) if row.proxy is not None else [])
+            drafts.append([] if row.proxy is None else search_path(candidates, context, row.proxy, *search))
         return drafts, lengths
 
-    def _verify(self, slots: list[int], index: Tensor | None, drafts: list[list[int]]) -> list[list[int]]:
+    def _verify(self, batch: Batch[SpeculativeRow], drafts: list[list[int]]) -> list[list[int]]:
         """Returns what the model says at each place of each draft, and behind it."""
-        rows = [self.rows[slot] for slot in slots]
-        idle = torch.tensor([row.index < 0 for row in rows])
-        for slot, row, draft in zip(slots, rows, drafts, strict=True):
-            self.canvas[slot, row.length : row.length + len(draft)] = torch.tensor(
-                draft, dtype=torch.long, device=self.device
-            )
+        for slot, row, draft in zip(batch.slots, batch.rows, drafts, strict=True):
+            self.canvas[slot, row.length : row.length + len(draft)] = self._tensor(draft)
             row.nfe += row.index >= 0
         length = torch.tensor([len(draft) for draft in drafts])
-        pending = torch.tensor([row.length for row in rows]) - self.cache.lengths[slots]
-        hidden = self._hidden(self.model, self.cache, slots, index, (pending + length).masked_fill(idle, 1))
-        self.cache.advance(pending.masked_fill(idle, 0), index)
-        places = (length + 1).masked_fill(idle, 0)
-        said = iter(self._logits(self.model, hidden, pending - 1, places).argmax(dim=-1).tolist())  # a wait
+        unread = self._unread(batch, self.cache)
+        hidden = self.read(batch, unread + length, unread)
+        places = (length + 1).masked_fill(torch.tensor([row.index < 0 for row in batch.rows]), 0)
+        said = iter(self._logits(self.model, hidden, unread - 1, places).argmax(dim=-1).tolist())  # a wait
         return [[next(said) for _ in range(number)] for number in places.tolist()]
 
-    def _hidden(
-        self, model: Transformer, cache: KVCache, slots: list[int], index: Tensor | None, windows: Tensor
-    ) -> Tensor:
-        """Returns the hidden states [R, L, hidden] of the `windows` [R] behind what the cache holds."""
-        text = None
-        if model.config.causal_context:
-            text = torch.tensor([self.rows[slot].length for slot in slots]) - cache.lengths[slots]
-        cache.open(int(windows.max()), windows, index, left_to_right=text)
-        canvas = self.canvas if index is None else self.canvas[slots]
-        return model.hidden_states(canvas.gather(1, cache.positions), cache=cache)
+    def _tensor(self, tokens: list[int]) -> Tensor:
+        return torch.tensor(tokens, dtype=torch.long, device=self.device)
 
     def _logits(self, model: Transformer, hidden: Tensor, shift: Tensor, counts: Tensor) -> Tensor:
         """Returns the logits [M, V] of the `counts` [R] places that begin `shift` [R] into the forward."""
@@ -169,7 +242,7 @@ class SpeculativeEngine(Engine[SpeculativeRow]):
         row.proxy.add(new, self.canvas[slot, max(0, start - 2) : start].tolist())
         row.length = stop = start + len(new)
         self.canvas[slot, start : start + len(draft) + 1] = self.mask_id
-        self.canvas[slot, start:stop] = torch.tensor(new, dtype=torch.long, device=self.device)
+        self.canvas[slot, start:stop] = self._tensor(new)
         self.committed_at[slot, start:stop] = row.nfe
         self.cache.lengths[slot] = start + accepted
         reason = "eos" if end >= 0 else "length" if stop - row.prompt_length == self.limit else None
@@ -226,31 +299,24 @@ class DiffuSpecSampler(EngineSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_at_least_one("shortest_draft", "candidates", "beam")
+        self.check(1, math.inf, "shortest_draft", "candidates", "beam")
+        self.check(0, 1, "mix")
         if self.longest_draft < self.shortest_draft:
             raise UserError(
                 f"sampler.longest_draft {self.longest_draft} is below shortest_draft {self.shortest_draft}: raise it"
             )
-        if not (0 < self.nucleus <= 1 and 0 <= self.mix <= 1):
-            raise UserError(f"sampler needs nucleus in (0, 1] and mix in [0, 1], got {self.nucleus} and {self.mix}")
+        if not 0 < self.nucleus <= 1:
+            raise UserError(f"sampler.nucleus must be in (0, 1], got {self.nucleus}")
         self.auxiliary = AuxiliaryModel("drafter", self.drafter, causal=False)
         self._shared: NGramModel | None = None
-
-    def decode(self, model: Transformer, prompts: list[list[int]], request: Request) -> list[Generation]:
-        if not model.config.causal:
-            raise UserError(
-                "DiffuSpec decodes an autoregressive checkpoint, and this one is bidirectional: it can be the drafter"
-            )
-        return super().decode(model, prompts, request)
 
     def counts(self, vocab_size: int) -> NGramModel | None:
         """Returns the n-gram model of the corpus, counted once; None without a corpus."""
         if self.corpus is not None and self._shared is None:
             try:
-                lines = Path(self.corpus).read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-                raise UserError(f"sampler.corpus: cannot read '{self.corpus}': {reason}") from error
+                lines = read_text(Path(self.corpus)).splitlines()
+            except UserError as error:
+                raise UserError(f"sampler.corpus: {error}") from error
             tokenizer = self.auxiliary.tokenizer
             self._shared = NGramModel(vocab_size)
             for tokens in tokenizer.encode_batch([line for line in lines if line.strip()]):

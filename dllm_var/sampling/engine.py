@@ -1,7 +1,8 @@
-"""The engine of every sampler: slots, admission, compaction, caches and answers; and the denoising step they share."""
+"""The engine of every sampler: slots, admission, caches, answers, and the denoising step that all of them share."""
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -12,13 +13,12 @@ import torch
 from torch import Tensor
 
 from dllm_var.errors import UserError
+from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.transformer import Transformer
-from dllm_var.objectives.base import is_one_of
-from dllm_var.sampling.base import Generation, Request, Sampler
-from dllm_var.sampling.policies.base import BlockView, Decision, State
-from dllm_var.sampling.settings import DecodingSettings, request_keys
+from dllm_var.sampling.base import Generation, Request, Sampler, special_ids
+from dllm_var.sampling.drawing import draw, request_keys
+from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy, check_range
 
-STEPS_WITH_REMASKING = 4  # denoising steps per position of a block, after which nothing is masked again
 KEPT_BELOW = 0.75  # share of used slots under which the free ones are dropped, so that the copies cost little in all
 
 
@@ -54,6 +54,25 @@ class Row:
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 
+@dataclass
+class Batch(Generic[AnyRow]):
+    """The rows of one forward.
+
+    Args:
+        slots: Where they are.
+        rows: The rows themselves.
+        index: The slots as a tensor on the CPU; None when they are all.
+        pending: Pending tokens that the forward takes of each [R], on the CPU.
+        width: Tokens of its active block that the forward takes of each [R], on the CPU.
+    """
+
+    slots: list[int]
+    rows: list[AnyRow]
+    index: Tensor | None
+    pending: Tensor
+    width: Tensor
+
+
 class Engine(ABC, Generic[AnyRow]):
     """One call of `generate`: the rows in flight, forward after forward, until every prompt has its answer.
 
@@ -69,9 +88,11 @@ class Engine(ABC, Generic[AnyRow]):
 
     row_class: ClassVar[type[Row]] = Row
     free_share: ClassVar[float] = 0.0  # share of the slots that must be free before waiting prompts enter
+    policy: UnmaskingPolicy
+    cache: KVCache
 
     def __init__(
-        self, sampler: DecodingSettings, model: Transformer, prompts: list[list[int]], request: Request, slack: int = 0
+        self, sampler: EngineSampler, model: Transformer, prompts: list[list[int]], request: Request, slack: int = 0
     ) -> None:
         self.sampler, self.model, self.prompts, self.request = sampler, model, prompts, request
         self.limit = request.max_new_tokens or sampler.max_new_tokens
@@ -88,34 +109,39 @@ class Engine(ABC, Generic[AnyRow]):
         self.capacity = max(map(len, prompts), default=0) + self.limit + slack
         self.canvas = torch.full((slots, self.capacity), self.mask_id, device=self.device)  # tokens, then masks
         self.committed_at = torch.zeros_like(self.canvas)  # the forward that committed each token
-        self.template: State = {}  # the policy's memory of a new block,
+        self.initial: State = {}  # the policy's memory of a new block,
         self.state: State = {}  # and that of each slot's block
-        self.cache = self.new_cache(slots)
+        self.caches: list[KVCache] = []
 
     @abstractmethod
-    def forward(self, slots: list[int] | None) -> None:
-        """Runs the model once over newly filled slots, or over all of them (None)."""
+    def forward(self, batch: Batch[AnyRow]) -> None:
+        """Runs the model once over newly filled slots, or over all of them."""
 
     def start(self, slot: int) -> None:
         """Prepares a row that was just admitted."""
-
-    def new_cache(self, slots: int) -> Any:
-        """Returns the cache of the rows."""
-        return self.model.new_cache(slots, self.capacity)
 
     def new_row(self, *values: Any) -> AnyRow:
         """Returns a row of this engine's class."""
         return self.row_class(*values)  # type: ignore[return-value]
 
-    def use_policy_state(self, template: State) -> None:
-        """Gives every slot a copy of a policy's initial memory."""
-        self.template = {name: value.to(self.device) for name, value in template.items()}
-        self.state = {name: value.repeat(len(self.rows), *[1] * value.dim()) for name, value in self.template.items()}
+    def add_cache(self, model: Transformer, capacity: int | None = None) -> KVCache:
+        """Returns a new cache for the rows' tokens in a model; its slots are freed and dropped with the rows."""
+        self.caches.append(model.new_cache(len(self.rows), capacity or self.capacity))
+        return self.caches[-1]
+
+    # -- rows ----------------------------------------------------------------------------------------------------------
 
     @property
     def active(self) -> list[int]:
         """The slots in use."""
         return [slot for slot, row in enumerate(self.rows) if row.index >= 0]
+
+    def batch(self, slots: list[int] | None = None) -> Batch[AnyRow]:
+        """Returns the rows of these slots, of all when None, for a forward."""
+        where = list(range(len(self.rows))) if slots is None else slots
+        rows = [self.rows[slot] for slot in where]
+        pending, width = torch.tensor([(row.pending, row.width) for row in rows]).unbind(1)
+        return Batch(where, rows, None if slots is None else torch.tensor(slots), pending, width)
 
     def run(self) -> list[Generation]:
         """Decodes all prompts and returns the answers in their order."""
@@ -126,7 +152,7 @@ class Engine(ABC, Generic[AnyRow]):
                 self.compact(sorted([*active, *idle[: len(self.waiting)]]))
             self.admit()
             if self.active:
-                self.forward(None)
+                self.forward(self.batch())
         return [self.answers[index] for index in range(len(self.prompts))]
 
     def admit(self) -> None:
@@ -143,18 +169,17 @@ class Engine(ABC, Generic[AnyRow]):
             self.committed_at[slot] = 0
             self.rows[slot] = self.new_row(index, self.keys[index], len(prompt), time.perf_counter())
             self.rows[slot].pending = len(prompt)
-            if self.cache is not None:
-                self.cache.free(slot)
             self.start(slot)
-        self.forward(free if len(free) < len(self.rows) else None)
+        self.forward(self.batch(free if len(free) < len(self.rows) else None))
 
     def compact(self, kept: list[int]) -> None:
         """Drops all slots but these."""
-        if self.cache is not None:
-            self.cache.keep(torch.tensor(kept))
-        index = torch.tensor(kept, device=self.device)
-        self.canvas, self.committed_at = self.canvas[index], self.committed_at[index]
-        self.state = {name: value[index] for name, value in self.state.items()}
+        slots = torch.tensor(kept)
+        for cache in self.caches:
+            cache.keep(slots)
+        slots = slots.to(self.device)
+        self.canvas, self.committed_at = self.canvas[slots], self.committed_at[slots]
+        self.state = {name: value[slots] for name, value in self.state.items()}
         self.rows = [self.rows[slot] for slot in kept]
 
     def tell(self, slot: int, stop: int, reason: str | None) -> bool:
@@ -179,8 +204,8 @@ class Engine(ABC, Generic[AnyRow]):
         row = self.rows[slot]
         answer = self.answers[row.index] = self.answer(slot, tokens, reason)
         self.rows[slot] = self.new_row()
-        if self.cache is not None:
-            self.cache.free(slot)
+        for cache in self.caches:
+            cache.free(slot)
         self.request.finished(row.index, answer)
 
     def answer(self, slot: int, tokens: list[int], reason: str) -> Generation:
@@ -196,10 +221,30 @@ class Engine(ABC, Generic[AnyRow]):
             auxiliary_nfe=row.auxiliary_nfe,
         )
 
-    def write(self, cells: Tensor, tokens: Tensor, written: Tensor, nfe: Tensor) -> None:
-        """Writes blocks [R, K] at `cells` of the flat canvas, and the number of the forward [R] where `written`."""
-        self.canvas.put_(cells, tokens)
-        self.committed_at.put_(cells, torch.where(written, nfe[:, None], self.committed_at.take(cells)))
+    # -- forwards ------------------------------------------------------------------------------------------------------
+
+    def read(
+        self,
+        batch: Batch[AnyRow],
+        counts: Tensor,
+        kept: Tensor,
+        model: Transformer | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Reads each row's next `counts` [R] tokens of the canvas; returns their hidden states [R, L, hidden].
+
+        The cache keeps the first `kept` [R] of them; a model with causal context reads these from left to right.
+        """
+        model, cache = model or self.model, cache or self.cache
+        longest = int(counts.max())
+        text = kept if model.config.causal_context and bool(kept.any()) else None
+        # An idle slot reads one token: anything but an empty softmax.
+        cache.open(longest, None if longest == 1 else counts.clamp_min(1), batch.index, left_to_right=text)
+        canvas = self.canvas if batch.index is None else self.canvas[batch.slots]
+        positions = cache.positions if cache.capacity == self.capacity else cache.positions.clamp(max=self.capacity - 1)
+        hidden = model.hidden_states(canvas.gather(1, positions), cache=cache)
+        cache.advance(kept, batch.index)
+        return hidden
 
     def score(
         self, model: Transformer, hidden: Tensor, places: Tensor, where: Tensor, count: int
@@ -226,6 +271,33 @@ class Engine(ABC, Generic[AnyRow]):
         logits = model.lm_head(hidden.index_select(0, places)).float()
         return scored, logits.index_fill_(1, self.banned, -torch.inf)
 
+    # -- denoising -----------------------------------------------------------------------------------------------------
+
+    def use_policy(self, policy: UnmaskingPolicy, width: int, blocks: tuple[int, ...] = ()) -> None:
+        """Decodes with a policy from now on, which has a memory for each slot, or for each of its `blocks`."""
+        self.policy = policy
+        self.initial = {name: value.to(self.device) for name, value in policy.initial_state(width).items()}
+        shape = (len(self.rows), *blocks)
+        self.state = {name: value.expand(*shape, *value.shape).clone() for name, value in self.initial.items()}
+
+    def memory(self, batch: Batch[AnyRow], step: Tensor) -> State:
+        """Returns the policy's memory of the batch's blocks [R, ...], a new one for blocks at their first `step`."""
+        found = {}
+        for name, initial in self.initial.items():
+            value = self.state[name] if batch.index is None else self.state[name][batch.slots]
+            first = (step == 0).view(-1, *[1] * initial.dim())
+            found[name] = torch.where(first, initial, value.reshape(-1, *initial.shape))
+        return found
+
+    def remember(self, batch: Batch[AnyRow], memory: State) -> None:
+        """Keeps what the policy has made of `memory`."""
+        for name, value in memory.items():
+            self.state[name][batch.slots] = value.view(-1, *self.state[name].shape[1:])
+
+    def scored(self, row: AnyRow) -> int:
+        """Returns how many positions of a row's block the policy wants scored."""
+        return row.width if self.policy.scores_committed else row.left
+
     def view(
         self,
         hidden: Tensor,
@@ -237,7 +309,6 @@ class Engine(ABC, Generic[AnyRow]):
         step: Tensor,
         progress: Tensor,
         key: Tensor,
-        all_scored: bool,
         spacing: Tensor | None = None,
     ) -> BlockView:
         """Returns what a policy sees of blocks `tokens` [R, K], scored at `count` of their `places`; see `score`.
@@ -246,124 +317,79 @@ class Engine(ABC, Generic[AnyRow]):
             spacing: Keys that each row's draws take [R]; K when None.
         """
         masked = (tokens == self.mask_id) & inside
-        scored, logits = self.score(self.model, hidden, places, inside if all_scored else masked, count)
-        sampled = None
-        if self.sampler.temperature > 0:
-            owner, offset = scored // tokens.size(1), scored % tokens.size(1)
-            number = key[owner] * (tokens.size(1) if spacing is None else spacing[owner])
-            sampled = self.sampler.draw(logits, number + offset)
-        return BlockView(logits, scored, tokens, masked, inside, step, progress, key, sampled)
+        where = inside if self.policy.scores_committed else masked
+        scored, logits = self.score(self.model, hidden, places, where, count)
+        view = BlockView(logits, scored, tokens, masked, inside, step, progress, key)
+        view.sampled = self.sample(view, spacing)
+        return view
 
-    def denoise(self, view: BlockView, decision: Decision, terminator_last: bool) -> Step:
-        """Returns what one step makes of the blocks."""
-        return take_step(view, decision, self.mask_id, self.terminators, terminator_last)
+    def sample(self, view: BlockView, spacing: Tensor | None = None) -> Tensor | None:
+        """Returns a drawn token for each scored position [M]; None at temperature 0."""
+        if self.sampler.temperature == 0:
+            return None
+        width = view.tokens.size(1)
+        owner, offset = view.scored // width, view.scored % width
+        keys = view.key[owner] * (width if spacing is None else spacing[owner]) + offset
+        return self.sampler.draw(view.scored_logits, keys)
 
+    def decide(self, batch: Batch[AnyRow], view: BlockView) -> Decision:
+        """Returns what becomes of the blocks."""
+        memory = self.memory(batch, view.step)
+        decision = self.policy.decide(view, memory)
+        self.remember(batch, memory)
+        return decision
 
-@dataclass
-class Step:
-    """What a denoising step makes of blocks; R rows, K positions.
-
-    Args:
-        tokens: The blocks by now [R, K], the mask id where masked.
-        masked: What is masked still [R, K].
-        written: Positions that the step committed or edited [R, K].
-        left: Masks left [R].
-        end: Where the answer ends, or -1 [R].
-        over: Whether the block is over [R].
-    """
-
-    tokens: Tensor
-    masked: Tensor
-    written: Tensor
-    left: Tensor
-    end: Tensor
-    over: Tensor
-
-
-def take_step(
-    view: BlockView, decision: Decision, mask_id: int, terminators: tuple[int, ...], terminator_last: bool
-) -> Step:
-    """Applies a policy's decision, under the rules that hold for every policy; all shapes are constant."""
-    tokens, masked, written = commit(view, decision, mask_id, terminators, terminator_last)
-    return Step(tokens, masked, written, *outcome(decision, tokens, masked, view.changeable, terminators))
-
-
-def commit(
-    view: BlockView, decision: Decision, mask_id: int, terminators: tuple[int, ...], terminator_last: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the blocks' tokens, their masked positions and the written ones, each [R, K].
-
-    A row that has masks, and of whose decision neither a commit nor a remasking is left, commits the position with the
-    best of the decision's scores: without remasking a block takes at most K steps. With `terminator_last` a terminator
-    is committed only once everything left of it is, nothing is committed right of one that the policy selected, and the
-    commit that every row gets is not right of any predicted one: what stands there is not part of the answer. Where
-    these rules leave no more commits than positions that the policy would mask again, nothing is masked again: the
-    policy had counted on progress. A block that remasks without end is filled without remasking after
-    `STEPS_WITH_REMASKING` steps per position.
-    """
-    tokens = view.predicted if decision.tokens is None else decision.tokens
-    given, masked = view.tokens, view.masked
-    commit = wanted = decision.commit & masked
-    may_commit = masked  # what a row commits that would commit nothing
-    if terminator_last:
-        is_end = is_one_of(tokens, terminators) & masked
-        sure_end = wanted & is_end
-        waits = (masked ^ wanted).cumsum(1).bool()  # something left of it stays masked
-        commit = wanted & (sure_end.cumsum(1) <= sure_end) & ~(sure_end & waits)
-        may_commit = masked & ((is_end.cumsum(1) == 0) | (masked.cumsum(1) == 1))
-    stuck = masked.any(1) & ~commit.any(1)
-    remask = None
-    if decision.remask is not None:
-        in_vain = (commit != wanted).any(1) & (commit.sum(1) <= decision.remask.sum(1))
-        in_time = view.step < STEPS_WITH_REMASKING * tokens.size(1)
-        remask = decision.remask & (~in_vain & in_time)[:, None]
-        stuck = stuck & ~remask.any(1)
-    scores = view.confidence if decision.scores is None else decision.scores
-    best = scores.masked_fill(~may_commit, -torch.inf).argmax(1, keepdim=True)
-    commit = commit.scatter(1, best, commit.gather(1, best) | stuck[:, None])
-    if decision.finish_block is not None:
-        commit = commit | (masked & decision.finish_block[:, None])
-    written = commit
-    if decision.edit is not None:
-        written = commit | (decision.edit & view.changeable & ~masked)
-    after, masked = torch.where(written, tokens, given), masked ^ commit
-    if remask is not None:
-        remask = remask & view.changeable & ~commit
-        after, masked = after.masked_fill(remask, mask_id), masked | remask
-    return after, masked, written
-
-
-def outcome(
-    decision: Decision, tokens: Tensor, masked: Tensor, inside: Tensor, terminators: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns of each block after a step [R]: how many masks are left, where the answer ends or -1, if it is over.
-
-    An answer ends at its first terminator with no mask left of it.
-    """
-    masks = masked.cumsum(1)
-    left = masks[:, -1]
-    ends, end = (is_one_of(tokens, terminators) & inside & (masks == 0)).max(1)
-    end = torch.where(ends, end, -1)
-    if decision.finish_row is not None:
-        behind_last = inside.cumsum(1).argmax(1) + 1
-        decided = torch.where(left > 0, masked.int().argmax(1), behind_last)
-        end = torch.where(decision.finish_row & (end < 0), decided, end)
-    over = (left == 0) | (end >= 0)
-    return left, end, over if decision.keep_open is None else over & ~decision.keep_open
+    def write(self, cells: Tensor, tokens: Tensor, written: Tensor, nfe: Tensor) -> None:
+        """Writes blocks [R, K] at `cells` of the flat canvas, and the number of the forward [R] where `written`."""
+        self.canvas.put_(cells, tokens)
+        self.committed_at.put_(cells, torch.where(written, nfe[:, None], self.committed_at.take(cells)))
 
 
 @dataclass(eq=False, kw_only=True)
-class EngineSampler(DecodingSettings, Sampler):
-    """A sampler that is its settings and the engine that decodes with them."""
+class EngineSampler(Sampler):
+    """A sampler that is its settings, the fields of a dataclass, and the engine that decodes with them.
+
+    Args:
+        max_new_tokens: Longest answer in tokens; a row that reaches it has finish reason `length`.
+        batch_size: Rows decoded at a time; a finished row's place goes to the next prompt.
+        temperature: 0 takes the most likely token; otherwise logits + temperature x Gumbel noise (LLaDA's form).
+        top_k: Draws among the k most likely tokens; all when 0.
+        top_p: Draws among the most likely tokens that together have this probability.
+        seed: Seed of the draws; a row's draws do not depend on its batch.
+
+    Raises:
+        UserError: When a value is out of range.
+    """
 
     engine: ClassVar[type[Engine[Any]]]
     causal: ClassVar[bool] = False  # whether the models it decodes are autoregressive
+
+    max_new_tokens: int = 512
+    batch_size: int = 32
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.check(1, math.inf, "max_new_tokens", "batch_size")
+        self.check(0, math.inf, "temperature", "top_k")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"sampler.top_p must be in (0, 1], got {self.top_p}")
+
+    def check(self, low: float, high: float, *names: str) -> None:
+        """Raises UserError for a setting outside [low, high]; None passes."""
+        check_range(self, low, high, *names, owner="sampler")
+
+    def draw(self, logits: Tensor, keys: Tensor) -> Tensor:
+        """Returns one drawn token per position [M], from its logits [M, V] and the number of its draw [M]."""
+        return draw(logits, keys, self.temperature, self.top_k, self.top_p, self.seed)
 
     def decode(self, model: Transformer, prompts: list[list[int]], request: Request) -> list[Generation]:
         if model.config.causal and not self.causal:
             raise UserError("this checkpoint is autoregressive: decode it with dllm_var.sampling.AutoregressiveSampler")
         if self.causal and not model.config.causal:
             raise UserError("this checkpoint is bidirectional: decode it with dllm_var.sampling.BlockDiffusionSampler")
-        if not model.config.causal and (model.config.mask_id is None or not model.config.terminator_ids):
-            raise UserError("the model's config has no mask_id or terminator_ids: set both to decode by diffusion")
+        if not model.config.causal:
+            special_ids(model)
         return self.engine(self, model, prompts, request).run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from dllm_var.errors import UserError
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import Request
-from dllm_var.sampling.engine import Engine, EngineSampler, Row
+from dllm_var.sampling.engine import Batch, Engine, EngineSampler, Row
 from dllm_var.sampling.policies import FixedSteps, UnmaskingPolicy
+from dllm_var.sampling.policies.base import take_step
 
 
 class CanvasEngine(Engine[Row]):
@@ -28,10 +30,8 @@ class CanvasEngine(Engine[Row]):
         limit = request.max_new_tokens or sampler.canvas_length
         self.block = min(sampler.block_length or limit, limit)
         super().__init__(sampler, model, prompts, request, slack=self.block)
-        self.policy = sampler.policy or FixedSteps(steps=1 << 30)
-
-    def new_cache(self, slots: int) -> Any:
-        return None if self.sampler.cache == "none" else self.model.new_cache(slots, self.capacity)
+        if sampler.cache != "none":
+            self.cache = self.add_cache(model)
 
     def start(self, slot: int) -> None:
         self.offset = self.step = 0  # where in the canvas the block begins, and the steps it has had
@@ -40,40 +40,36 @@ class CanvasEngine(Engine[Row]):
         if not self.active:  # a group keeps its places
             super().compact(kept)
 
-    def forward(self, slots: list[int] | None) -> None:
+    def forward(self, batch: Batch[Row]) -> None:
         """Denoises the block by one step, for all rows together; goes on to the next block when no row has masks."""
         if self.step == 0:
             self._open_block()
-        rows, place, tokens = self.rows, self.place, self.canvas.gather(1, self.place)
-        left = torch.tensor([row.left for row in rows])
-        for row in rows:
+        batch, place, tokens = self.batch(), self.place, self.canvas.gather(1, self.place)
+        decoded = torch.tensor([row.left > 0 for row in batch.rows])
+        for row in batch.rows:
             row.nfe += row.left > 0
-        hidden, shift = self._hidden(left == 0)
-        inside = (left > 0).to(self.device)[:, None].expand_as(place)
-        width, all_scored = place.size(1), self.policy.scores_committed
-        slot = torch.arange(len(rows), device=self.device)[:, None]
-        nfe, key = torch.tensor([[row.nfe, row.key + row.nfe] for row in rows], device=self.device).unbind(1)
+        hidden, shift = self._hidden(~decoded)
+        slot = torch.arange(len(batch.rows), device=self.device)[:, None]
+        nfe, key = torch.tensor([(row.nfe, row.key + row.nfe) for row in batch.rows], device=self.device).unbind(1)
         view = self.view(
             hidden,
-            slot * hidden.size(1) + shift[:, None] + torch.arange(width, device=self.device),
+            slot * hidden.size(1) + shift[:, None] + torch.arange(place.size(1), device=self.device),
             tokens,
-            inside,
-            int((left > 0).sum()) * width if all_scored else int(left.sum()),
+            decoded.to(self.device)[:, None].expand_as(place),
+            sum(self.scored(row) for row in batch.rows if row.left),
             step=torch.full_like(nfe, self.step),
             progress=torch.full_like(nfe, self.offset / self.limit, dtype=torch.float),
             key=key,
-            all_scored=all_scored,
         )
-        step = self.denoise(view, self.policy.decide(view, self.state), terminator_last=False)
+        step = take_step(view, self.decide(batch, view), self.mask_id, self.terminators, terminator_last=False)
         self.write(slot * self.capacity + place, step.tokens, step.written, nfe)
-        masks = step.masked.sum(1)
         if self.sampler.cache == "dkv":
             self.settled.scatter_(1, place, self.settled.gather(1, place) & (step.tokens == tokens))
             self.unsettled = (self.real & ~self.settled).sum(1).cpu()
-        for row, masks_left in zip(rows, masks.tolist(), strict=True):
-            row.left = masks_left
+        for row, left in zip(batch.rows, step.left.tolist(), strict=True):
+            row.left = left
         self.step += 1
-        if not any(row.left for row in rows):
+        if not any(row.left for row in batch.rows):
             self._end_block()
 
     def _open_block(self) -> None:
@@ -91,9 +87,9 @@ class CanvasEngine(Engine[Row]):
         self.begins = self.prompt_lengths + self.offset
         begin = self.begins.to(self.device)
         self.place = begin[:, None] + torch.arange(width, device=self.device)
-        self.use_policy_state(self.policy.initial_state(width))
+        self.use_policy(self.sampler.policy or FixedSteps(steps=1 << 30), width)
         for row in self.rows:
-            row.left = width if row.index >= 0 else 0
+            row.width = row.left = width if row.index >= 0 else 0
 
     def _end_block(self) -> None:
         """Tells every row's answer so far: up to its first terminator, or its first mask while it has one."""
@@ -112,7 +108,7 @@ class CanvasEngine(Engine[Row]):
         `done` says whose block is full [R]; the forward is for the others.
         """
         begin, tokens = self.place[:, 0], self.canvas[:, : self.width]
-        if self.cache is None:
+        if self.sampler.cache == "none":
             return self.model.hidden_states(tokens, segment_ids=self.segments), begin
         kind, width = self.sampler.cache, self.place.size(1)
         if self._runs_whole_row():
@@ -189,7 +185,7 @@ class FixedLengthSampler(EngineSampler):
     max_new_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.check_at_least_one("canvas_length", "block_length", "refresh_every")
+        self.check(1, math.inf, "canvas_length", "block_length", "refresh_every")
         self.max_new_tokens = self.canvas_length
         super().__post_init__()
         self.policy = self.policy or FixedSteps(steps=1 << 30)

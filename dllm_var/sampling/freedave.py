@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,11 +13,11 @@ from dllm_var.errors import UserError
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import Request
 from dllm_var.sampling.block_copies import lay_out
-from dllm_var.sampling.block_diffusion import Batch, BlockDiffusionSampler, BlockEngine
+from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockEngine
 from dllm_var.sampling.block_length import BlockLengthPolicy
-from dllm_var.sampling.engine import Engine, Row, Step
+from dllm_var.sampling.engine import Batch, Engine, Row
 from dllm_var.sampling.policies import BlockView, FixedSteps
-from dllm_var.sampling.policies.base import State
+from dllm_var.sampling.policies.base import State, Step, take_step
 
 
 @dataclass(eq=False)
@@ -48,89 +49,85 @@ class FreeDaveEngine(BlockEngine[DraftRow]):
         self, sampler: FreeDaveSampler, model: Transformer, prompts: list[list[int]], request: Request
     ) -> None:
         super().__init__(sampler, model, prompts, request)
-        self.further = sampler.drafts - 1
-        shape = (len(self.rows), self.further, sampler.block_length)
+        shape = (len(self.rows), sampler.drafts - 1, sampler.block_length)
         self.drafts = torch.full(shape, self.mask_id, device=self.device)
-        self.draft_state = {
-            name: value[:, None].repeat_interleave(self.further, 1) for name, value in self.state.items()
-        }
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        return (self.sampler.drafts,)  # the block and its drafts
 
     def start_block(self, slot: int) -> None:
         super().start_block(slot)
         self.rows[slot].drafts = self.rows[slot].masks_in_drafts = 0
 
-    def open_window(self, batch: Batch) -> Tensor:
+    def read_window(self, batch: Batch[DraftRow]) -> Tensor:
         numbers = [row.drafts for row in batch.rows]
         if not any(numbers):
-            return super().open_window(batch)
+            return super().read_window(batch)
         copies = lay_out(self.cache.lengths, batch.pending, batch.width, numbers, self.device)
-        seen = copies.copy[:, :, None] == copies.copy[:, None]
-        copies.open(self.cache, seen, self.model.config.causal_context)
         drafts = self.drafts.flatten(1)
         place = (copies.copy - 1) * self.sampler.block_length + copies.offset
         drafted = drafts.gather(1, place.clamp(0, drafts.size(1) - 1))
-        return torch.where(copies.copy > 0, drafted, self.canvas.gather(1, copies.positions))
+        tokens = torch.where(copies.copy > 0, drafted, self.canvas.gather(1, copies.positions))
+        seen = copies.copy[:, :, None] == copies.copy[:, None]
+        return copies.read(self.model, self.cache, tokens, seen, batch.pending)
 
-    def predict(self, batch: Batch, hidden: Tensor) -> None:
+    def predict(self, batch: Batch[DraftRow], hidden: Tensor) -> None:
         """Goes along the drafts while they are right, and drafts anew from the last right one's prediction."""
         first, done, width, steps, key, nfe = self.table(batch)
         cells = first[:, None] + self.offsets
         block = self.canvas.take(cells)
-        depth = 1 + max(row.drafts for row in batch.rows)
-        versions = torch.cat((block[:, None], self.drafts[batch.slots][:, : depth - 1]), dim=1)  # [R, D, K]
+        versions = torch.cat((block[:, None], self.drafts[batch.slots]), dim=1)  # [R, D, K]
         view = self._view_versions(batch, hidden, versions, width, steps, key, done / self.limit)
-        incoming = {
-            name: torch.cat((value[batch.slots][:, None], self.draft_state[name][batch.slots][:, : depth - 1]), dim=1)
-            for name, value in self.state.items()
-        }
-        state = {name: value.flatten(0, 1).clone() for name, value in incoming.items()}
-        step = self._step(view, state)
+        incoming = self.memory(batch, view.step)
+        memory = {name: value.clone() for name, value in incoming.items()}
+        step = self._step(view, memory)
 
+        rows, depth = versions.shape[:2]
         after, real = step.tokens.view_as(versions), view.changeable.view_as(versions)
         going_on = (step.end < 0) & ~step.over
         right = (after[:, :-1] == versions[:, 1:]).all(2) & going_on.view(-1, depth)[:, :-1] & real[:, 1:].any(2)
         for name, value in incoming.items():
-            right &= (state[name].view_as(value)[:, :-1] == value[:, 1:]).unsqueeze(2).flatten(2).all(dim=2)
+            same = (memory[name].view(rows, depth, -1)[:, :-1] == value.view(rows, depth, -1)[:, 1:]).all(2)
+            right = right & same
         accepted = right.long().cumprod(1).sum(1)  # [R] drafts that were right
-        last = torch.arange(len(batch.rows), device=self.device) * depth + accepted  # among R * D versions
+        last = torch.arange(rows, device=self.device) * depth + accepted  # among R * D versions
 
-        decoded = batch.width > 0
-        slots = torch.tensor(batch.slots)[decoded]
-        for name, value in state.items():
-            self.state[name][slots] = value[last][decoded]
         self.write(cells, step.tokens[last], (step.tokens[last] != block) & (self.offsets < width[:, None]), nfe)
-        status = [step.left[last], step.end[last], step.over[last], width, accepted]
+        status = [step.left[last], step.end[last], step.over[last], accepted]
+        remembered = [{name: value[last] for name, value in memory.items()}]
         going_on = going_on[last]
         live, masks = torch.zeros_like(accepted), torch.zeros_like(accepted)
-        for draft in range(self.further):
-            sampled = None
-            if self.sampler.temperature > 0:
-                wide = block.size(1)
-                keys = (view.key + 1)[view.scored // wide] * wide + view.scored % wide
-                sampled = self.sampler.draw(view.scored_logits, keys)
-            view = view.after(step.tokens, step.masked, sampled)
-            step = self._step(view, state)
+        for draft in range(depth - 1):
+            view = view.after(step.tokens, step.masked, self.sample(replace(view, key=view.key + 1)))
+            step = self._step(view, memory)
             going_on = going_on & ((step.end < 0) & ~step.over)[last]  # drafts of finished blocks are discarded
             live, masks = live + going_on, masks + step.left[last] * going_on
             self.drafts[batch.slots, draft] = step.tokens[last]
-            for name, value in state.items():
-                self.draft_state[name][batch.slots, draft] = value[last]
+            remembered.append({name: value[last] for name, value in memory.items()})
+        self.remember(batch, {name: torch.stack([each[name] for each in remembered], 1) for name in memory})
         found = torch.stack((*status, live, masks)).T.tolist()  # the one wait for the device
         for row, decoded, line in zip(batch.rows, batch.width.tolist(), found, strict=True):
             if decoded:
-                row.drafts, row.masks_in_drafts = line[5:]
-                row.steps, row.key = row.steps + line[4], row.key + line[4]  # of the base sampler's forwards
-        self.settle(batch, [line[:4] for line in found])
+                row.drafts, row.masks_in_drafts = line[4:]
+                row.steps, row.key = row.steps + line[3], row.key + line[3]  # of the base sampler's forwards
+        self.settle(batch, [line[:3] for line in found])
 
     def _view_versions(
-        self, batch: Batch, hidden: Tensor, versions: Tensor, width: Tensor, steps: Tensor, key: Tensor, done: Tensor
+        self,
+        batch: Batch[DraftRow],
+        hidden: Tensor,
+        versions: Tensor,
+        width: Tensor,
+        steps: Tensor,
+        key: Tensor,
+        done: Tensor,
     ) -> BlockView:
         """Scores every version [R, D, K] of the blocks, as R * D rows; a draft that there is not has no positions."""
         depth = versions.size(1)
         nth = torch.arange(depth, device=self.device)
         number = torch.tensor([row.drafts for row in batch.rows], device=self.device)[:, None]
-        places = self.places(batch, hidden.size(1), width, versions[:, 0], versions[:, 0])
-        places = places[:, None] + (torch.minimum(nth, number) * width[:, None])[:, :, None]
+        places = self.places(batch, hidden.size(1), width, versions[:, 0])
         real = (self.offsets < width[:, None, None]) & (nth <= number)[:, :, None]
         all_scored = self.policy.scores_committed
         count = sum(
@@ -140,23 +137,22 @@ class FreeDaveEngine(BlockEngine[DraftRow]):
         )
         return self.view(
             hidden,
-            places.clamp_max(hidden.size(0) * hidden.size(1) - 1),
+            (places[:, None] + (nth * width[:, None])[:, :, None]).flatten(0, 1),
             versions.flatten(0, 1),
             real.flatten(0, 1),
             count,
             step=(steps[:, None] + nth).flatten(),
             progress=done.repeat_interleave(depth),
             key=(key[:, None] + nth).flatten(),
-            all_scored=all_scored,
         )
 
-    def _step(self, view: BlockView, state: State) -> Step:
-        return self.denoise(view, self.policy.decide(view, state), self.sampler.terminator_last)
+    def _step(self, view: BlockView, memory: State) -> Step:
+        decision = self.policy.decide(view, memory)
+        return take_step(view, decision, self.mask_id, self.terminators, self.sampler.terminator_last)
 
     def compact(self, kept: list[int]) -> None:
         super().compact(kept)
         self.drafts = self.drafts[kept]
-        self.draft_state = {name: value[kept] for name, value in self.draft_state.items()}
 
 
 @dataclass(eq=False)
@@ -185,7 +181,7 @@ class FreeDaveSampler(BlockDiffusionSampler):
     def __post_init__(self) -> None:
         self.policy = self.policy or FixedSteps(steps=1 << 30)
         super().__post_init__()
-        self.check_at_least_one("drafts")
+        self.check(1, math.inf, "drafts")
         if self.kv_commit not in ("joint_next", "alone"):
             raise UserError(f"sampler.kv_commit must be joint_next or alone with FreeDaveSampler, got {self.kv_commit}")
 

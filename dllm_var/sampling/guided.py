@@ -11,37 +11,27 @@ from torch import Tensor
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.auxiliary import AuxiliaryModel
 from dllm_var.sampling.base import Request
-from dllm_var.sampling.block_diffusion import Batch, BlockDiffusionSampler, BlockEngine
+from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockEngine
 from dllm_var.sampling.block_length import BlockLengthPolicy
-from dllm_var.sampling.engine import Engine, Row
+from dllm_var.sampling.engine import Batch, Engine, Row
 from dllm_var.sampling.policies import BlockView, Decision, Sequential, UnmaskingPolicy
 
 
-@dataclass(eq=False)
-class GuidedRow(Row):
-    """A row that a guide reads along with.
+class GuidedEngine(BlockEngine[Row]):
+    """Blocks fill from left to right.
 
-    Args:
-        read: Tokens of the row that the guide has read, the rejected part of its last proposal included.
+    The guide keeps in its cache all it has read of a row; the rejected part of a proposal is overwritten by the next.
     """
 
-    read: int = 0
-
-
-class GuidedEngine(BlockEngine[GuidedRow]):
-    """Blocks fill from left to right: the guide keeps in its cache all it has read but a proposal's rejected part."""
-
     sampler: GuidedSampler
-    row_class = GuidedRow
 
     def __init__(self, sampler: GuidedSampler, model: Transformer, prompts: list[list[int]], request: Request) -> None:
         super().__init__(sampler, model, prompts, request)
         self.guide = sampler.auxiliary.beside(model, request)
         # A row may read its prompt beside others that are far ahead.
-        capacity = self.capacity + max(map(len, prompts), default=0)
-        self.guide_cache = self.guide.new_cache(len(self.rows), capacity)
+        self.guide_cache = self.add_cache(self.guide, self.capacity + max(map(len, prompts), default=0))
 
-    def decide(self, batch: Batch, view: BlockView, state: dict[str, Tensor]) -> Decision:
+    def decide(self, batch: Batch[Row], view: BlockView) -> Decision:
         """Commits the masks up to the first one where the guide expects another token; the first one in any case."""
         first = view.masked & (view.masked.cumsum(dim=1) == 1)
         masks = torch.tensor([row.left for row in batch.rows]).masked_fill(batch.width == 0, 0)
@@ -51,7 +41,7 @@ class GuidedEngine(BlockEngine[GuidedRow]):
         disagrees = view.masked & (self._expected(batch, masks, view) != view.predicted)
         return Decision(commit=first | (view.masked & (disagrees.cumsum(dim=1) == 0)))
 
-    def _expected(self, batch: Batch, masks: Tensor, view: BlockView) -> Tensor:
+    def _expected(self, batch: Batch[Row], masks: Tensor, view: BlockView) -> Tensor:
         """Returns what the guide expects at the masked positions [R, K], given the proposal left of each; -1 elsewhere.
 
         Args:
@@ -59,34 +49,25 @@ class GuidedEngine(BlockEngine[GuidedRow]):
             masks: Masked positions in each block [R], 0 for rows that do not ask.
             view: The blocks and the proposal for them.
         """
-        asks, cached = masks > 0, self.cache.lengths[batch.slots]
+        asks, cached, read = masks > 0, self.cache.lengths[batch.slots], self.guide_cache.lengths[batch.slots]
         ends = cached + batch.width  # of the blocks
         known = ends - masks  # tokens that are committed; the last of them predicts the first mask
-        read = torch.tensor([row.read for row in batch.rows])
-        frozen = torch.minimum(read, known - 1).masked_fill(~asks, 0)
-        windows = (ends - 1 - frozen).masked_fill(~asks, 1)  # the proposal's last token predicts what nobody asks for
-        self.guide_cache.lengths[batch.slots] = frozen
-        self.guide_cache.open(int(windows.max()), windows, batch.index)
-        proposal = torch.where(view.masked, view.predicted, view.tokens)
+        kept = torch.where(asks, torch.minimum(read, known - 1), read)
+        self.guide_cache.lengths[batch.slots] = kept
+        unread = (ends - 1 - kept).masked_fill(~asks, 0)  # the proposal's last token predicts what nobody asks for
         base = torch.tensor(batch.slots) * self.capacity
-        table = torch.stack((base + cached, known - 1 - frozen - (batch.width - masks), asks.long()))
+        table = torch.stack((base + cached, known - 1 - kept - (batch.width - masks), asks.long()))
         start, shift, asking = table.to(self.device)[:, :, None]
+        proposal = torch.where(view.masked, view.predicted, view.tokens)
         self.canvas.put_(start + self.offsets, proposal)  # the engine writes there what becomes of the block
-        canvas = self.canvas if batch.index is None else self.canvas[batch.slots]
-        tokens = canvas.gather(1, self.guide_cache.positions.clamp(max=self.capacity - 1))
-        hidden = self.guide.hidden_states(tokens, cache=self.guide_cache)
-        for row, asked, end in zip(batch.rows, asks.tolist(), ends.tolist(), strict=True):
-            if asked:
-                row.read, row.auxiliary_nfe = end - 1, row.auxiliary_nfe + 1
+        hidden = self.read(batch, unread, unread, self.guide, self.guide_cache)
+        for row, asked in zip(batch.rows, asks.tolist(), strict=True):
+            row.auxiliary_nfe += asked
         places = torch.arange(len(masks), device=self.device)[:, None] * hidden.size(1) + shift + self.offsets
         where = view.masked & asking.bool()
         scored, logits = self.score(self.guide, hidden, places, where, int(masks.sum()))
         expected = torch.full_like(view.tokens, -1)
         return expected.view(-1).index_copy_(0, scored, logits.argmax(dim=-1)).view_as(expected)
-
-    def compact(self, kept: list[int]) -> None:
-        super().compact(kept)
-        self.guide_cache.keep(torch.tensor(kept))
 
 
 @dataclass(eq=False)

@@ -12,8 +12,9 @@ import torch
 from dllm_var.errors import UserError
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import Generation, OnAnswer, Request, special_ids
-from dllm_var.sampling.engine import Engine, EngineSampler, Row
+from dllm_var.sampling.engine import Batch, Engine, EngineSampler, Row
 from dllm_var.sampling.policies import ConfidenceThreshold, UnmaskingPolicy
+from dllm_var.sampling.policies.base import take_step
 
 if TYPE_CHECKING:
     from dllm_var.text.tokenizer import Tokenizer
@@ -116,58 +117,49 @@ class GapEngine(Engine[GapRow]):
         widest = max(map(len, self.places), default=0)
         # [R, K] in the row: what is no gap is the canvas's last column, which no text reaches.
         self.gaps = torch.full((len(self.rows), widest), self.capacity - 1, device=self.device)
-        self.inside = torch.zeros_like(self.gaps, dtype=torch.bool)
-        self.use_policy_state(sampler.policy.initial_state(widest))
-
-    def new_cache(self, slots: int) -> Any:
-        return None
+        self.use_policy(sampler.policy, widest)
 
     def start(self, slot: int) -> None:
         row = self.rows[slot]
         row.places = self.places[row.index]
         row.left = row.width = len(row.places)
-        self.gaps[slot, row.width :], self.inside[slot] = self.capacity - 1, False
+        self.gaps[slot, row.width :] = self.capacity - 1
         self.gaps[slot, : row.width] = torch.tensor(row.places, device=self.device)
-        self.inside[slot, : row.width] = True
-        for name, value in self.template.items():
-            self.state[name][slot] = value
 
-    def forward(self, slots: list[int] | None) -> None:
+    def forward(self, batch: Batch[GapRow]) -> None:
         """Reads all texts whole and denoises their gaps by one step."""
-        for row in self.rows:
+        batch = self.batch()
+        for row in batch.rows:
             row.nfe += 1
-        nfe, lengths, key = torch.tensor(
-            [(row.nfe, row.prompt_length, row.key + row.nfe) for row in self.rows], device=self.device
+        nfe, lengths, key, width = torch.tensor(
+            [(row.nfe, row.prompt_length, row.key + row.nfe, row.width) for row in batch.rows], device=self.device
         ).unbind(1)
-        longest = max(row.prompt_length for row in self.rows)
+        longest = max(row.prompt_length for row in batch.rows)
         padding = torch.arange(longest, device=self.device) >= lengths[:, None]
-        uneven = any(row.prompt_length < longest for row in self.rows)
+        uneven = any(row.prompt_length < longest for row in batch.rows)
         segments = padding.long() if uneven else None  # padding is a segment of its own
         hidden = self.model.hidden_states(self.canvas[:, :longest], segment_ids=segments)
-        row_number = torch.arange(len(self.rows), device=self.device)[:, None]
-        cells, all_scored = row_number * self.capacity + self.gaps, self.sampler.policy.scores_committed
-        active = [row for row in self.rows if row.index >= 0]
+        row_number = torch.arange(len(batch.rows), device=self.device)[:, None]
+        cells = row_number * self.capacity + self.gaps
         view = self.view(
             hidden,
-            row_number * longest + self.gaps.clamp_max(longest - 1),
+            row_number * longest + self.gaps,
             self.canvas.take(cells),
-            self.inside,
-            sum(row.width if all_scored else row.left for row in active),
+            torch.arange(self.gaps.size(1), device=self.device) < width[:, None],
+            sum(map(self.scored, batch.rows)),
             step=nfe - 1,
             progress=torch.zeros_like(nfe, dtype=torch.float),
             key=key,
-            all_scored=all_scored,
             spacing=lengths,  # a draw must not depend on the widest row
         )
-        decision = self.sampler.policy.decide(view, self.state)
+        decision = self.decide(batch, view)
         decision.finish_row = None  # a gap is filled whole
-        step = self.denoise(view, decision, terminator_last=False)
+        step = take_step(view, decision, self.mask_id, self.terminators, terminator_last=False)
         self.write(cells, step.tokens, step.written, nfe)
         for slot, (left, over) in enumerate(torch.stack((step.left, step.over)).T.tolist()):
             row = self.rows[slot]
             row.left = left
             if over and row.index >= 0:
-                self.inside[slot] = False
                 span = self.sampler.spans[row.index]
                 self.end(slot, self.canvas[slot, span.start : span.stop].tolist(), "filled")
 
@@ -191,7 +183,7 @@ class GapEngine(Engine[GapRow]):
 
     def compact(self, kept: list[int]) -> None:
         super().compact(kept)
-        self.gaps, self.inside = self.gaps[kept], self.inside[kept]
+        self.gaps = self.gaps[kept]
 
 
 @dataclass(eq=False, kw_only=True)

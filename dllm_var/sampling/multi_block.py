@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dllm_var.model.transformer import Transformer
 from dllm_var.objectives.base import is_one_of
-from dllm_var.sampling.base import Request
-from dllm_var.sampling.block_diffusion import Batch, BlockDiffusionSampler, BlockEngine
+from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockEngine
 from dllm_var.sampling.block_length import BlockLengthPolicy
-from dllm_var.sampling.engine import STEPS_WITH_REMASKING, Engine, Row, commit, outcome
+from dllm_var.sampling.engine import Batch, Engine, Row
 from dllm_var.sampling.policies import BlockView, Decision
+from dllm_var.sampling.policies.base import commit, outcome
 
 _FORWARDS_PER_BLOCK = 1 << 16  # what tells the draws of blocks in one forward apart
 
@@ -39,22 +39,24 @@ class MultiBlockRow(Row):
 
     blocks: list[OpenBlock] = field(default_factory=list)
 
+    def add_up(self) -> None:
+        """Brings `width` and `left` up to date."""
+        self.width, self.left = sum(block.width for block in self.blocks), sum(block.left for block in self.blocks)
+
 
 class MultiBlockEngine(BlockEngine[MultiBlockRow]):
     """Rows `prompt | finished | leading block | next block | ... | masks`.
 
     To the policy each open block is a row of its own, with a memory of its own, so every policy serves. The leading
-    block gets what the base sampler would give it; see `_commit` for those behind it.
+    block gets what the base sampler would give it; see `_commit` for those behind it. B is the most blocks open.
     """
 
     sampler: MultiBlockSampler
     row_class = MultiBlockRow
 
-    def __init__(
-        self, sampler: MultiBlockSampler, model: Transformer, prompts: list[list[int]], request: Request
-    ) -> None:
-        super().__init__(sampler, model, prompts, request)
-        self.state = {name: value[:, None].repeat_interleave(sampler.blocks, 1) for name, value in self.state.items()}
+    @property
+    def versions(self) -> tuple[int, ...]:
+        return (self.sampler.blocks,)
 
     def start_block(self, slot: int) -> None:
         """Makes the row's first open block the leading one; opens it when there is none."""
@@ -62,47 +64,35 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
         if not row.blocks:
             super().start_block(slot)
             row.blocks = [OpenBlock(row.width, row.width)]
-        self._add_up(row)
+        row.add_up()
 
-    def _add_up(self, row: MultiBlockRow) -> None:
-        row.width, row.left = sum(block.width for block in row.blocks), sum(block.left for block in row.blocks)
-
-    def predict(self, batch: Batch, hidden: Tensor) -> None:
+    def predict(self, batch: Batch[MultiBlockRow], hidden: Tensor) -> None:
         """Predicts all open blocks, applies the policy to each, ends blocks and rows, and opens further blocks."""
         opened = [row.blocks if wide else [] for row, wide in zip(batch.rows, batch.width.tolist(), strict=True)]
-        blocks, size = max(map(len, opened)), len(opened)
+        blocks = self.sampler.blocks
         first, done, _, _, key, nfe = self.table(batch)
-        start, width, steps, settled = self._table_of_blocks(opened, blocks)
-        at = start[:, :, None] + self.offsets  # [R, B, K], behind the cached tokens
-        inside = self.offsets < width[:, :, None]
+        start, width, steps, settled = self._table_of_blocks(opened)
+        inside = self.offsets < width[:, :, None]  # [R, B, K]
         # What is no block's position is written to the canvas's last column, which no row reaches.
         nowhere = torch.tensor(batch.slots, device=self.device)[:, None, None] * self.capacity + self.capacity - 1
-        cells = torch.where(inside, first[:, None, None] + at, nowhere)
-        pending = batch.pending.to(self.device)[:, None, None]
-        row = torch.arange(size, device=self.device)[:, None, None]
-        tokens, all_scored = self.canvas.take(cells), self.policy.scores_committed
+        cells = torch.where(inside, (first[:, None] + start)[:, :, None] + self.offsets, nowhere)
+        tokens = self.canvas.take(cells)
+        places = self.places(batch, hidden.size(1), width, tokens)
         view = self.view(
             hidden,
-            (row * hidden.size(1) + (pending + at).clamp_max(hidden.size(1) - 1)).flatten(0, 1),
+            (places[:, None] + start[:, :, None]).flatten(0, 1),
             tokens.flatten(0, 1),
             inside.flatten(0, 1),
-            sum(block.width if all_scored else block.left for of_row in opened for block in of_row),
+            sum(self.scored(row) for row, of_row in zip(batch.rows, opened, strict=True) if of_row),
             step=steps.flatten(),
             progress=(done / self.limit).repeat_interleave(blocks),
             key=(key[:, None] + torch.arange(blocks, device=self.device) * _FORWARDS_PER_BLOCK).flatten(),
-            all_scored=all_scored,
         )
-        state = {name: value[batch.slots][:, :blocks].flatten(0, 1) for name, value in self.state.items()}
-        decision = self.policy.decide(view, state)
-        decoded = batch.width > 0
-        slots = torch.tensor(batch.slots)[decoded]
-        for name, value in state.items():
-            self.state[name][slots, :blocks] = value.unflatten(0, (-1, blocks))[decoded]
-        tokens, masked, written, ending = self._commit(view, decision, settled.bool())
+        decision = self.decide(batch, view)
+        tokens, masked, written, ending = self._commit(view, decision, settled.flatten().bool())
         self.write(cells.flatten(1), tokens.flatten(1), written.flatten(1), nfe)
         finish_row = None if decision.finish_row is None else decision.finish_row[::blocks]
-        whole = Decision(commit=view.masked, finish_row=finish_row)
-        _, end, _ = outcome(whole, tokens.flatten(1), masked.flatten(1), inside.flatten(1), self.terminators)
+        _, end = outcome(tokens.flatten(1), masked.flatten(1), inside.flatten(1), self.terminators, finish_row)
         kept = torch.zeros_like(width) if decision.keep_open is None else decision.keep_open.view(-1, blocks)
         # The step's one wait for the device.
         status = torch.cat((end[:, None], ending[:, None], masked.sum(2), kept), dim=1).tolist()
@@ -112,7 +102,7 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
                 if not end_in_sight and self.rows[slot].index >= 0:
                     self._open_block(slot)
 
-    def _table_of_blocks(self, opened: list[list[OpenBlock]], blocks: int) -> Tensor:
+    def _table_of_blocks(self, opened: list[list[OpenBlock]]) -> Tensor:
         """Returns where each block begins, its width, its steps, and if the block left of it is settled [4, R, B]."""
         table = []
         for of_row in opened:
@@ -120,48 +110,40 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
             for block in of_row:
                 lines.append((start, block.width, block.steps, settled))
                 start, settled = start + block.width, int(block.decoded >= self.sampler.settled_at)
-            table.append(lines + [(start, 0, 0, 1)] * (blocks - len(lines)))
+            table.append(lines + [(start, 0, 0, 1)] * (self.sampler.blocks - len(lines)))
         return torch.tensor(table).permute(2, 0, 1).contiguous().to(self.device)
 
     def _commit(self, view: BlockView, decision: Decision, settled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns tokens, masked and written positions [R, B, K], and the rows [R] whose end is in sight.
 
         A block behind the leading one commits what the policy says and no more: no position has to be filled at each
-        step. Until the block left of it is `settled` [R, B] each position must also exceed the threshold for running
+        step. Until the block left of it is `settled` [R * B] each position must also exceed the threshold for running
         ahead. Nothing is committed right of where a terminator is predicted, nor a terminator before all left of it.
         """
-        (rows, blocks), width, last = settled.shape, view.tokens.size(1), self.sampler.terminator_last
-        shape = (rows, blocks, width)
-        as_leading = [
-            value.view(shape) for value in commit(view, decision, self.mask_id, self.terminators, last)
-        ]  # of these the first block is right
-        masked, given, changeable = view.masked, view.tokens, view.changeable
+        shape = (-1, self.sampler.blocks, view.tokens.size(1))
+        leading = torch.arange(len(settled), device=self.device) % self.sampler.blocks == 0  # [R * B]
         proposed = view.predicted if decision.tokens is None else decision.tokens
-        is_end = is_one_of(proposed, self.terminators) & masked
-        ended = is_one_of(given, self.terminators) & changeable & ~masked
-        ending = (is_end | ended).view(rows, -1).any(1)
-        if blocks == 1:
-            return as_leading[0], as_leading[1], as_leading[2], ending
-        chosen = decision.commit
-        if decision.finish_block is not None:
-            chosen = chosen | decision.finish_block[:, None]
-        chosen = chosen & masked & (settled.view(-1, 1) | (view.confidence > self.sampler.ahead_threshold))
-        chosen = chosen & _nothing_left(is_end.view(rows, -1)).view_as(chosen)
+        is_end = is_one_of(proposed, self.terminators) & view.masked
+        ended = is_one_of(view.tokens, self.terminators) & view.changeable & ~view.masked
+        ends = is_end.view(shape).flatten(1)
+        before_end = (ends.cumsum(1) <= ends).view_as(is_end)  # no end is predicted strictly left of it
+        wanted, finish = decision.commit, decision.finish_block
+        ahead = wanted if finish is None else wanted | finish[:, None]
+        ahead = ahead & before_end & (settled[:, None] | (view.confidence > self.sampler.ahead_threshold))
+        limited = replace(
+            decision,
+            commit=torch.where(leading[:, None], wanted, ahead),
+            finish_block=None if finish is None else finish & leading,
+        )
+        last = self.sampler.terminator_last
+        tokens, masked, written = commit(view, limited, self.mask_id, self.terminators, last, leading)
         if last:
-            still_open = (masked & ~(chosen & ~is_end)).view(shape)
-            still_open[:, 0] = as_leading[1][:, 0]
-            chosen = chosen & (~is_end | _nothing_left(still_open.view(rows, -1)).view_as(chosen))
-        written = chosen
-        if decision.edit is not None:
-            written = written | (decision.edit & changeable & ~masked)
-        tokens, masked = torch.where(written, proposed, given), masked & ~chosen
-        if decision.remask is not None:
-            in_time = view.step < STEPS_WITH_REMASKING * width
-            remask = decision.remask & changeable & ~chosen & in_time[:, None]
-            tokens, masked = tokens.masked_fill(remask, self.mask_id), masked | remask
-        ahead = (tokens, masked, written)
-        both = [torch.cat((a[:, :1], b.view(shape)[:, 1:]), dim=1) for a, b in zip(as_leading, ahead, strict=True)]
-        return both[0], both[1], both[2], ending
+            has_masks = masked.view(shape).any(2)
+            masks_left = (has_masks.cumsum(1) > has_masks.long()).flatten()  # in an earlier block
+            waits = written & is_end & (masks_left & ~leading)[:, None]
+            tokens, masked, written = tokens.masked_fill(waits, self.mask_id), masked | waits, written & ~waits
+        ending = (is_end | ended).view(shape).flatten(1).any(1)
+        return tokens.view(shape), masked.view(shape), written.view(shape), ending
 
     def _settle_row(self, slot: int, end: int, left: list[int], kept: list[int]) -> None:
         """Ends what is over in a row after a step: the row itself, or its first blocks.
@@ -189,7 +171,7 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
             row.blocks[-1].width = offset + 1
             for block in row.blocks:
                 block.left = 0
-        self._add_up(row)
+        row.add_up()
         if complete:
             row.width = sum(block.width for block in row.blocks[:complete])
             del row.blocks[:complete]
@@ -200,20 +182,12 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
     def _open_block(self, slot: int) -> None:
         """Opens one more block in a row whose last open one is decoded far enough."""
         row = self.rows[slot]
-        opened = len(row.blocks)
-        if opened == self.sampler.blocks or row.blocks[-1].decoded < self.sampler.open_at:
+        if len(row.blocks) == self.sampler.blocks or row.blocks[-1].decoded < self.sampler.open_at:
             return
         width = self.next_width(slot, int(self.cache.lengths[slot]) + row.pending + row.width)
         if width > 0:  # below the limit
             row.blocks.append(OpenBlock(width, width))
-            self._add_up(row)
-            for name, value in self.template.items():
-                self.state[name][slot, opened] = value
-
-
-def _nothing_left(positions: Tensor) -> Tensor:
-    """Says of each place [R, K] whether no true position lies strictly left of it."""
-    return positions.cumsum(1) <= positions
+            row.add_up()
 
 
 @dataclass(eq=False)
@@ -245,8 +219,8 @@ class MultiBlockSampler(BlockDiffusionSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_at_least_one("blocks")
-        self.check_shares("open_at", "settled_at", "ahead_threshold")
+        self.check(1, math.inf, "blocks")
+        self.check(0, 1, "open_at", "settled_at", "ahead_threshold")
 
     @property
     def blocks_per_forward(self) -> int:

@@ -23,10 +23,9 @@ def random_model(seed=0, scale=0.2, **changes) -> Transformer:
     return Transformer(TransformerConfig(**{**settings, **changes})).eval()
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kv_commit", ["joint_next", "alone", "last_step"])
-@pytest.mark.parametrize("terminator_last", [False, True])
-@pytest.mark.parametrize("causal_context", [False, True])
+@pytest.mark.parametrize(("terminator_last", "causal_context"), [(False, False), (True, False), (True, True)])
 def test_equals_the_slow_reference(seed, kv_commit, terminator_last, causal_context):
     model = random_model(seed, causal_context=causal_context)
     sampler = BlockDiffusionSampler(
@@ -42,12 +41,16 @@ def test_equals_the_slow_reference(seed, kv_commit, terminator_last, causal_cont
         assert (ours.tokens, ours.finish_reason, ours.nfe) == slow
 
 
-@pytest.mark.parametrize("policy", [ConfidenceThreshold(0.3), FixedSteps(3), FixedSteps(2, "random")])
+@pytest.mark.parametrize("policy", [ConfidenceThreshold(0.3), FixedSteps(2, "random")])
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"kv_commit": "alone"}, {"kv_commit": "last_step"}, {"grid": "absolute"}, {"terminator_last": False}],
+    ("settings", "causal_context"),
+    [
+        ({}, True),
+        ({"kv_commit": "alone"}, False),
+        ({"kv_commit": "last_step"}, True),
+        ({"grid": "absolute", "terminator_last": False}, False),
+    ],
 )
-@pytest.mark.parametrize("causal_context", [False, True])
 def test_a_row_in_a_batch_equals_the_row_alone(policy, settings, causal_context):
     """Seven prompts through three places: rows leave, others take their place, and nobody notices."""
     model = random_model(causal_context=causal_context)
@@ -223,9 +226,8 @@ ALL_POLICIES = [
 
 
 @pytest.mark.parametrize("policy", ALL_POLICIES, ids=lambda policy: type(policy).__name__)
-@pytest.mark.parametrize("terminator_last", [False, True])
-def test_every_policy_decodes_a_batch_as_single_rows(policy, terminator_last):
-    model = random_model(3)
+def test_every_policy_decodes_a_batch_as_single_rows(policy):
+    model, terminator_last = random_model(3), ALL_POLICIES.index(policy) % 2 == 0
     settings = dict(block_length=6, max_new_tokens=15, batch_size=3, terminator_last=terminator_last)
     sampler = BlockDiffusionSampler(policy, **settings)
     for together, prompt in zip(sampler.generate(model, PROMPTS), PROMPTS, strict=True):

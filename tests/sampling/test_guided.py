@@ -48,8 +48,7 @@ def slowly(model, guide, prompt, block_length, limit, kv_commit):
         finished.append(block)
 
 
-@pytest.mark.parametrize("kv_commit", ["joint_next", "alone"])
-@pytest.mark.parametrize("block_length", [1, 5])
+@pytest.mark.parametrize(("kv_commit", "block_length"), [("joint_next", 5), ("alone", 5), ("joint_next", 1)])
 def test_equals_the_slow_loop_alone_and_in_a_batch(kv_commit, block_length, tmp_path):
     """Seven prompts of different lengths through three places, so that guides' caches are shared and reused."""
     reasons, committed = set(), []

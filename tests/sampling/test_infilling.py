@@ -43,7 +43,7 @@ TEXT = st.lists(st.one_of(GIVEN, st.just(MASK)), min_size=1, max_size=12).filter
 ROW = st.tuples(st.lists(GIVEN, max_size=5), TEXT)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(ROW, min_size=1, max_size=4),
     st.sampled_from(POLICIES),
@@ -67,7 +67,7 @@ def test_given_tokens_stay_and_gaps_get_tokens(rows, policy, temperature, block_
         assert len(answer.gaps) == sum(a == MASK and b != MASK for a, b in zip(text, [None, *text], strict=False))
         assert all((step == 0) == (token != MASK) for step, token in zip(answer.commit_steps, text, strict=True))
         assert max(answer.commit_steps) <= answer.nfe
-        if rows.index((prompt, text)) == index:  # the same row a second time is drawn anew
+        if [[*p, *t] for p, t in rows].index([*prompt, *text]) == index:  # the same row a second time is drawn anew
             [alone] = infill(MODEL, [text], prompts=[prompt], **options)
             assert (alone.tokens, alone.nfe, alone.commit_steps) == (answer.tokens, answer.nfe, answer.commit_steps)
 
@@ -88,7 +88,7 @@ def slowly(model, row, places, threshold):
     return row, nfe
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("block_length", "behind"), [(None, (0, 0, 0)), (4, (3, 4, 2)), (10, (1, 6, 8))])
 def test_equals_the_slow_loop(seed, block_length, behind):
     model = random_model(seed)

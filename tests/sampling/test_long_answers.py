@@ -1,4 +1,4 @@
-"""An answer of ten thousand tokens: memory in proportion to its length, work in proportion to the blocks."""
+"""An answer of thousands of tokens: memory in proportion to its length, work in proportion to the blocks."""
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ BLOCK = 64
 THRESHOLD = ConfidenceThreshold(0.0)  # a step for each block
 SAMPLERS = [
     BlockDiffusionSampler(THRESHOLD, block_length=BLOCK),
-    BlockDiffusionSampler(THRESHOLD, block_length=BLOCK, kv_commit="alone", grid="absolute"),
     MultiBlockSampler(THRESHOLD, block_length=BLOCK),
     AutoregressiveSampler(),
 ]
@@ -34,9 +33,9 @@ def decode(model, sampler, length, seen):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: f"{type(s).__name__}-{getattr(s, 'kv_commit', '')}")
-def test_ten_thousand_tokens_cost_linear_memory_and_linear_forwards(sampler):
+def test_thousands_of_tokens_cost_linear_memory_and_linear_forwards(sampler):
     causal = isinstance(sampler, AutoregressiveSampler)
-    short, long = (500, 2000) if causal else (1000, 10_000)
+    short, long = (200, 800) if causal else (500, 4000)
     model = random_model(num_layers=1, causal=causal)
     decode(model, sampler, 100, [])  # what the first call allocates for good
     used, read = {}, {}

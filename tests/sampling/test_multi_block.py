@@ -88,8 +88,7 @@ def slow_multi_block(model, prompt, settings, threshold, ahead):
             open_one()
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("terminator_last", [False, True])
+@pytest.mark.parametrize(("seed", "terminator_last"), [(0, False), (1, True), (2, True)])
 @pytest.mark.parametrize(
     ("blocks", "open_at", "settled_at", "ahead"), [(2, 0.2, 0.6, 0.3), (3, 0.0, 1.0, 0.2), (2, 0.5, 0.0, 0.9)]
 )

@@ -10,8 +10,7 @@ from slow_reference import SlowCoherentCandidates, SlowEarlyExit, SlowEntropyBou
 
 from dllm_var.errors import UserError
 from dllm_var.sampling import policies as P
-from dllm_var.sampling.engine import commit as choose_commits
-from dllm_var.sampling.policies.base import scheduled, scheduled_after
+from dllm_var.sampling.policies.base import commit as choose_commits
 
 VOCABULARY = 7
 
@@ -54,7 +53,7 @@ def confidences(logits):
     return logits[..., 1:].softmax(-1).max(-1).values  # token 0 is the mask
 
 
-seeds = pytest.mark.parametrize("seed", range(8))
+seeds = pytest.mark.parametrize("seed", range(3))
 
 
 @seeds
@@ -108,13 +107,16 @@ def test_random_order_differs_between_requests_and_steps():
     assert not torch.equal(a, b) and not (a[0] == a).all()
 
 
-@given(st.integers(1, 40), st.integers(1, 50))
-@settings(max_examples=60, deadline=None)
-def test_the_schedule_adds_up(positions, steps):
-    due = [int(scheduled(torch.tensor([positions]), steps, torch.tensor([i]))[0]) for i in range(steps)]
-    assert sum(due) == positions and due == sorted(due, reverse=True) and due[0] - due[-1] <= 1
-    for i in range(steps):
-        assert int(scheduled_after(torch.tensor([positions]), steps, torch.tensor([i]))[0]) == sum(due[i + 1 :])
+@given(st.integers(1, 20), st.integers(1, 25))
+@settings(max_examples=30, deadline=None)
+def test_the_schedule_adds_up(width, steps):
+    """The first steps take one more than the others; masking again follows the same schedule."""
+    logits = 3 * torch.randn(1, width, VOCABULARY, generator=torch.Generator().manual_seed(width))
+    for policy in (P.FixedSteps(steps), P.RunningConfidenceRemasking(steps)):
+        history, _ = play(policy, lambda step: logits, width)
+        left = [sum(masked) for masked in history] + [0]
+        due = [before - after for before, after in zip(left, left[1:], strict=False)]
+        assert due == [len(range(step, width, steps)) for step in range(min(steps, width))]
 
 
 @seeds
@@ -206,7 +208,7 @@ def test_rcr_takes_back_a_token_that_was_less_sure_than_later_ones():
 )
 def test_several_rows_against_one_slow_version_each(policy, slow, seed):
     """Logits that change a little from step to step, until all rows are full; once in a block of 40 positions."""
-    rows, width = 4, 40 if seed == 7 else 12
+    rows, width = 4, 40 if seed == 2 else 12
     generator = torch.Generator().manual_seed(seed)
     lasting = 4 * torch.randn(rows, width, VOCABULARY, generator=generator)
     state, slows = state_of(policy, rows, width), [slow() for _ in range(rows)]

@@ -9,7 +9,7 @@ from dllm_var.errors import UserError
 from dllm_var.sampling import WinoSampler
 from dllm_var.sampling.config import sampler_from_config, sampler_to_config
 from dllm_var.sampling.policies import BlockView
-from dllm_var.sampling.wino import RevokableThreshold
+from dllm_var.sampling.policies.remasking import RevokableThreshold
 
 
 def slowly(model, prompt, block_length, limit, threshold, shadow_threshold):

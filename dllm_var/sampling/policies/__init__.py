@@ -8,10 +8,12 @@ from dllm_var.sampling.policies.confidence import (
     EntropyBounded,
     EntropyThreshold,
 )
-from dllm_var.sampling.policies.early_exit import Prophet, SchED
-from dllm_var.sampling.policies.fixed_steps import FixedSteps
-from dllm_var.sampling.policies.order import FirstHitting, Sequential
-from dllm_var.sampling.policies.remasking import JointThreshold, RunningConfidenceRemasking, Saber
+from dllm_var.sampling.policies.remasking import (
+    JointThreshold,
+    RunningConfidenceRemasking,
+    Saber,
+)
+from dllm_var.sampling.policies.scheduled import FirstHitting, FixedSteps, Prophet, SchED, Sequential
 
 __all__ = [
     "BlockView",

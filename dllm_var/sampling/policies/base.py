@@ -1,13 +1,20 @@
-"""The contract of unmasking policies: `BlockView` is what a policy sees at a denoising step, `Decision` its answer."""
+"""A denoising step: `BlockView` is what an unmasking policy sees, `Decision` its answer, `take_step` what follows."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from dllm_var.errors import UserError
+from dllm_var.objectives.base import is_one_of
+
+STEPS_WITH_REMASKING = 4  # denoising steps per position of a block, after which nothing is masked again
 
 
 @dataclass
@@ -160,7 +167,7 @@ class UnmaskingPolicy(ABC):
         scores_committed: Whether committed positions get logits, too.
     """
 
-    scores_committed: bool = False
+    scores_committed: ClassVar[bool] = False
 
     def initial_state(self, block_length: int) -> State:
         """Returns the policy's memory for one row and block, as tensors without a row dimension.
@@ -173,6 +180,107 @@ class UnmaskingPolicy(ABC):
     @abstractmethod
     def decide(self, view: BlockView, state: State) -> Decision:
         """Returns what to commit, remask or edit at this step."""
+
+
+@dataclass
+class Step:
+    """What a denoising step makes of blocks; R rows, K positions.
+
+    Args:
+        tokens: The blocks by now [R, K], the mask id where masked.
+        masked: What is masked still [R, K].
+        written: Positions that the step committed or edited [R, K].
+        left: Masks left [R].
+        end: Where the answer ends, or -1 [R].
+        over: Whether the block is over [R].
+    """
+
+    tokens: Tensor
+    masked: Tensor
+    written: Tensor
+    left: Tensor
+    end: Tensor
+    over: Tensor
+
+
+def take_step(
+    view: BlockView, decision: Decision, mask_id: int, terminators: tuple[int, ...], terminator_last: bool
+) -> Step:
+    """Applies a policy's decision, under the rules that hold for every policy; all shapes are constant."""
+    tokens, masked, written = commit(view, decision, mask_id, terminators, terminator_last)
+    left, end = outcome(tokens, masked, view.changeable, terminators, decision.finish_row)
+    over = (left == 0) | (end >= 0)
+    return Step(tokens, masked, written, left, end, over if decision.keep_open is None else over & ~decision.keep_open)
+
+
+def commit(
+    view: BlockView,
+    decision: Decision,
+    mask_id: int,
+    terminators: tuple[int, ...],
+    terminator_last: bool,
+    must_advance: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the blocks' tokens, their masked positions and the written ones, each [R, K].
+
+    A row that has masks, and of whose decision neither a commit nor a remasking is left, commits the position with the
+    best of the decision's scores: without remasking a block takes at most K steps. With `terminator_last` a terminator
+    is committed only once everything left of it is, nothing is committed right of one that the policy selected, and the
+    commit that every row gets is not right of any predicted one: what stands there is not part of the answer. Where
+    these rules leave no more commits than positions that the policy would mask again, nothing is masked again: the
+    policy had counted on progress. A block that remasks without end is filled without remasking after
+    `STEPS_WITH_REMASKING` steps per position. Rows that need not advance [R] get no commit that was not decided.
+    """
+    tokens = view.predicted if decision.tokens is None else decision.tokens
+    given, masked = view.tokens, view.masked
+    commit = wanted = decision.commit & masked
+    may_commit = masked  # what a row commits that would commit nothing
+    if terminator_last:
+        is_end = is_one_of(tokens, terminators) & masked
+        sure_end = wanted & is_end
+        waits = (masked ^ wanted).cumsum(1).bool()  # something left of it stays masked
+        commit = wanted & (sure_end.cumsum(1) <= sure_end) & ~(sure_end & waits)
+        may_commit = masked & ((is_end.cumsum(1) == 0) | (masked.cumsum(1) == 1))
+    stuck = masked.any(1) & ~commit.any(1)
+    remask = None
+    if decision.remask is not None:
+        in_vain = (commit != wanted).any(1) & (commit.sum(1) <= decision.remask.sum(1))
+        in_vain = in_vain if must_advance is None else in_vain & must_advance
+        in_time = view.step < STEPS_WITH_REMASKING * tokens.size(1)
+        remask = decision.remask & (~in_vain & in_time)[:, None]
+        stuck = stuck & ~remask.any(1)
+    stuck = stuck if must_advance is None else stuck & must_advance
+    scores = view.confidence if decision.scores is None else decision.scores
+    best = scores.masked_fill(~may_commit, -torch.inf).argmax(1, keepdim=True)
+    commit = commit.scatter(1, best, commit.gather(1, best) | stuck[:, None])
+    if decision.finish_block is not None:
+        commit = commit | (masked & decision.finish_block[:, None])
+    written = commit
+    if decision.edit is not None:
+        written = commit | (decision.edit & view.changeable & ~masked)
+    after, masked = torch.where(written, tokens, given), masked ^ commit
+    if remask is not None:
+        remask = remask & view.changeable & ~commit
+        after, masked = after.masked_fill(remask, mask_id), masked | remask
+    return after, masked, written
+
+
+def outcome(
+    tokens: Tensor, masked: Tensor, inside: Tensor, terminators: tuple[int, ...], finish_row: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns of blocks after a step [R]: how many masks are left, and where the answer ends or -1.
+
+    An answer ends at its first terminator with no mask left of it, or where a policy's `finish_row` [R] says so.
+    """
+    masks = masked.cumsum(1)
+    left = masks[:, -1]
+    ends, end = (is_one_of(tokens, terminators) & inside & (masks == 0)).max(1)
+    end = torch.where(ends, end, -1)
+    if finish_row is not None:
+        behind_last = inside.cumsum(1).argmax(1) + 1
+        decided = torch.where(left > 0, masked.int().argmax(1), behind_last)
+        end = torch.where(finish_row & (end < 0), decided, end)
+    return left, end
 
 
 def top_n(scores: Tensor, eligible: Tensor, counts: Tensor) -> Tensor:
@@ -192,13 +300,10 @@ def mean_where(values: Tensor, where: Tensor) -> Tensor:
     return (values * where).sum(dim=1) / where.sum(dim=1).clamp_min(1)
 
 
-def scheduled(positions: Tensor, steps: int, step: Tensor) -> Tensor:
-    """Returns how many of `positions` [R] are due at `step` [R] of `steps`, the first ones taking one more."""
-    return positions // steps + (step < positions % steps)
-
-
-def scheduled_after(positions: Tensor, steps: int, step: Tensor) -> Tensor:
-    """Returns how many of `positions` [R] are due after `step` [R]."""
-    left = (steps - 1 - step).clamp_min(0)
-    extra = (positions % steps - 1 - step).clamp_min(0)
-    return (positions // steps) * left + torch.minimum(extra, left)
+def check_range(settings: Any, low: float, high: float, *names: str, owner: str | None = None) -> None:
+    """Raises UserError for a setting outside [low, high]; None passes. `owner` is who has it, the class when None."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            bounds = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            raise UserError(f"{owner or type(settings).__name__}.{name} must be {bounds}, got {value}")

@@ -1,14 +1,18 @@
-"""Policies that commit what the model is sure of, each with its own idea of sure."""
+"""Policies that commit what the model is sure of, each with its own measure of being sure."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import pad
 
 from dllm_var.errors import UserError
-from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy, ranks, top_n
+from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy, check_range, ranks, top_n
 
 
+@dataclass(eq=False)
 class ConfidenceThreshold(UnmaskingPolicy):
     """Commits every masked position whose confidence exceeds the threshold (dLLM-Var 2510.24605, Fast-dLLM 2505.22618).
 
@@ -16,16 +20,13 @@ class ConfidenceThreshold(UnmaskingPolicy):
         threshold: Confidence to exceed, in [0, 1]; LLaDA2 uses 0.95.
         decay: Multiplies the threshold at each further step of a block, in [0, 1]. Below 1 a block takes few steps: the
             first step's sure tokens decide much of what the others are, so that these may follow at less confidence.
-
-    Raises:
-        UserError: Unless both are in [0, 1].
     """
 
-    def __init__(self, threshold: float = 0.9, decay: float = 1.0) -> None:
-        for name, value in (("threshold", threshold), ("decay", decay)):
-            if not 0 <= value <= 1:
-                raise UserError(f"ConfidenceThreshold.{name} must be in [0, 1], got {value}")
-        self.threshold, self.decay = threshold, decay
+    threshold: float = 0.9
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, 1, "threshold", "decay")
 
     def decide(self, view: BlockView, state: State) -> Decision:
         if self.decay == 1:
@@ -34,6 +35,7 @@ class ConfidenceThreshold(UnmaskingPolicy):
         return Decision(commit=view.masked & (view.confidence > thresholds[:, None]))
 
 
+@dataclass(eq=False)
 class ConfidenceFactor(UnmaskingPolicy):
     """Commits the longest run, most confident first, in which the n-th confidence is at least 1 - factor / (n + 1).
 
@@ -42,15 +44,13 @@ class ConfidenceFactor(UnmaskingPolicy):
 
     Args:
         factor: Above 0; larger commits more.
-
-    Raises:
-        UserError: Unless the factor is above 0.
     """
 
-    def __init__(self, factor: float = 1.0) -> None:
-        if factor <= 0:
-            raise UserError(f"ConfidenceFactor.factor must be above 0, got {factor}")
-        self.factor = factor
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.factor <= 0:
+            raise UserError(f"ConfidenceFactor.factor must be above 0, got {self.factor}")
 
     def decide(self, view: BlockView, state: State) -> Decision:
         ordered = view.confidence.masked_fill(~view.masked, -1.0).sort(dim=1, descending=True).values
@@ -60,6 +60,7 @@ class ConfidenceFactor(UnmaskingPolicy):
         return Decision(commit=top_n(view.confidence, view.masked, counts))
 
 
+@dataclass(eq=False)
 class EntropyThreshold(UnmaskingPolicy):
     """Commits every masked position whose entropy is at most the threshold (dParallel 2509.26488).
 
@@ -67,20 +68,18 @@ class EntropyThreshold(UnmaskingPolicy):
 
     Args:
         threshold: Entropy in nats, at least 0.
-
-    Raises:
-        UserError: When the threshold is negative.
     """
 
-    def __init__(self, threshold: float = 0.5) -> None:
-        if threshold < 0:
-            raise UserError(f"EntropyThreshold.threshold must be at least 0 nats, got {threshold}")
-        self.threshold = threshold
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, math.inf, "threshold")
 
     def decide(self, view: BlockView, state: State) -> Decision:
         return Decision(commit=view.masked & (view.entropy <= self.threshold), scores=-view.entropy)
 
 
+@dataclass(eq=False)
 class EntropyBounded(UnmaskingPolicy):
     """Commits the positions of least entropy whose entropies, without the largest, add up to at most gamma.
 
@@ -88,15 +87,12 @@ class EntropyBounded(UnmaskingPolicy):
 
     Args:
         gamma: Bound in nats, at least 0; a single position is always within it.
-
-    Raises:
-        UserError: When gamma is negative.
     """
 
-    def __init__(self, gamma: float = 0.35) -> None:
-        if gamma < 0:
-            raise UserError(f"EntropyBounded.gamma must be at least 0 nats, got {gamma}")
-        self.gamma = gamma
+    gamma: float = 0.35
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, math.inf, "gamma")
 
     def decide(self, view: BlockView, state: State) -> Decision:
         ordered = view.entropy.masked_fill(~view.masked, torch.inf).sort(dim=1).values
@@ -105,6 +101,7 @@ class EntropyBounded(UnmaskingPolicy):
         return Decision(commit=top_n(-view.entropy, view.masked, counts), scores=-view.entropy)
 
 
+@dataclass(eq=False)
 class CoherentCandidates(UnmaskingPolicy):
     """Commits candidates that stay the same from step to step; otherwise the best n (CCD-DS, 2512.02044).
 
@@ -117,15 +114,14 @@ class CoherentCandidates(UnmaskingPolicy):
     Args:
         count: n, the number committed when nothing better is known.
         warmup_steps: First steps of each block that commit the best n.
-
-    Raises:
-        UserError: When count is below 1 or warmup_steps negative.
     """
 
-    def __init__(self, count: int = 1, warmup_steps: int = 5) -> None:
-        if count < 1 or warmup_steps < 0:
-            raise UserError(f"CoherentCandidates needs count >= 1, warmup_steps >= 0, got {count}, {warmup_steps}")
-        self.count, self.warmup_steps = count, warmup_steps
+    count: int = 1
+    warmup_steps: int = 5
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, math.inf, "count")
+        check_range(self, 0, math.inf, "warmup_steps")
 
     def initial_state(self, block_length: int) -> State:
         return {

@@ -1,39 +1,40 @@
-"""Policies that take tokens back or overwrite them."""
+"""Policies that take committed tokens back or overwrite them."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 
-from dllm_var.errors import UserError
 from dllm_var.sampling.policies.base import (
     BlockView,
     Decision,
     State,
     UnmaskingPolicy,
+    check_range,
     mean_where,
-    scheduled_after,
     top_n,
 )
 
 
+@dataclass(eq=False)
 class RunningConfidenceRemasking(UnmaskingPolicy):
     """Commits everything at every step and takes back the least confident, as many as are due later (RCR, 2508.13148).
 
-    Each token keeps the confidence it had when it was committed. After step i of the schedule as many positions are
-    masked again as the later steps have due, whatever step they come from. The released code may mask tokens of earlier
-    blocks again, too; here a finished block stays.
+    Each token keeps the confidence it had when it was committed. After step i of the schedule, which is that of
+    `FixedSteps`, as many positions are masked again as the later steps have due, whatever step they come from. The
+    released code may mask tokens of earlier blocks again, too; here a finished block stays.
 
     Args:
         steps: Denoising steps per block.
-
-    Raises:
-        UserError: When steps is below 1.
     """
 
-    def __init__(self, steps: int = 8) -> None:
-        if steps < 1:
-            raise UserError(f"RunningConfidenceRemasking.steps must be at least 1, got {steps}")
-        self.steps = steps
+    steps: int = 8
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, math.inf, "steps")
 
     def initial_state(self, block_length: int) -> State:
         return {"recorded": torch.zeros(block_length)}
@@ -41,11 +42,14 @@ class RunningConfidenceRemasking(UnmaskingPolicy):
     def decide(self, view: BlockView, state: State) -> Decision:
         recorded = state["recorded"]
         recorded.copy_(torch.where(view.masked, view.confidence, recorded))
-        due_later = scheduled_after(view.changeable.sum(dim=1), self.steps, view.step)
-        taken_back = top_n(-recorded, view.changeable, due_later)
+        positions = view.changeable.sum(dim=1)
+        later = (self.steps - 1 - view.step).clamp_min(0)
+        with_one_more = torch.minimum((positions % self.steps - 1 - view.step).clamp_min(0), later)
+        taken_back = top_n(-recorded, view.changeable, (positions // self.steps) * later + with_one_more)
         return Decision(commit=view.masked & ~taken_back, remask=taken_back & ~view.masked)
 
 
+@dataclass(eq=False)
 class Saber(UnmaskingPolicy):
     """Commits what beats the mean confidence so far and takes back what lost most since the last step (2510.18165).
 
@@ -61,17 +65,14 @@ class Saber(UnmaskingPolicy):
 
     Args:
         count: n.
-
-    Raises:
-        UserError: When count is below 1.
     """
 
-    scores_committed = True
+    scores_committed: ClassVar[bool] = True
 
-    def __init__(self, count: int = 2) -> None:
-        if count < 1:
-            raise UserError(f"Saber.count must be at least 1, got {count}")
-        self.count = count
+    count: int = 2
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, math.inf, "count")
 
     def initial_state(self, block_length: int) -> State:
         return {"recorded": torch.zeros(block_length), "previous": torch.zeros(block_length)}
@@ -92,6 +93,46 @@ class Saber(UnmaskingPolicy):
         return Decision(commit=commit, remask=remask)
 
 
+@dataclass(eq=False)
+class RevokableThreshold(UnmaskingPolicy):
+    """Commits what is above a threshold, and masks again what is no longer confirmed (WINO, 2507.18578, section 3).
+
+    At most 70 % of the masked positions are committed at a step, where that is between 5 and 20; the bounds are those
+    of the released code. A step that commits one position only takes nothing back; another takes back fewer than the
+    last one committed, the least confident first. So on the whole every step fills positions, and the block ends.
+    `WinoSampler` shows it committed positions as their shadows predict them.
+
+    Args:
+        threshold: Confidence above which a masked position is committed.
+        shadow_threshold: Confidence in a committed token below which it is taken back.
+    """
+
+    scores_committed: ClassVar[bool] = True
+
+    threshold: float = 0.6
+    shadow_threshold: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, 1, "threshold", "shadow_threshold")
+
+    def initial_state(self, block_length: int) -> State:
+        return {"masked": torch.ones(block_length, dtype=torch.bool)}
+
+    def decide(self, view: BlockView, state: State) -> Decision:
+        # What the last step committed, which may be less than was asked for: terminators wait for their left.
+        committed_last = (state["masked"] & ~view.masked & view.changeable).sum(dim=1)
+        state["masked"].copy_(view.masked)
+        sure = view.masked & (view.confidence > self.threshold)
+        most = (view.masked.sum(dim=1) * 0.7).long().clamp(5, 20)
+        count = torch.minimum(sure.sum(dim=1), most)
+        commit = top_n(view.confidence, sure, count)
+        shadow = view.probability_of(view.tokens)
+        doubtful = view.changeable & ~view.masked & (shadow < self.shadow_threshold)
+        may_take_back = torch.where(count > 1, committed_last - 1, 0)
+        return Decision(commit=commit, remask=top_n(-shadow, doubtful, may_take_back))
+
+
+@dataclass(eq=False)
 class JointThreshold(UnmaskingPolicy):
     """Commits sure positions and overwrites committed ones that now have another sure token (LLaDA2.1, 2602.08676).
 
@@ -101,21 +142,17 @@ class JointThreshold(UnmaskingPolicy):
         commit_threshold: Confidence above which a masked position is committed.
         edit_threshold: Confidence above which a committed token is replaced by another.
         max_edit_steps: Steps a full block may still be edited.
-
-    Raises:
-        UserError: When a threshold is outside [0, 1] or max_edit_steps negative.
     """
 
-    scores_committed = True
+    scores_committed: ClassVar[bool] = True
 
-    def __init__(self, commit_threshold: float = 0.7, edit_threshold: float = 0.5, max_edit_steps: int = 16) -> None:
-        if not (0 <= commit_threshold <= 1 and 0 <= edit_threshold <= 1 and max_edit_steps >= 0):
-            raise UserError(
-                "JointThreshold needs thresholds in [0, 1] and max_edit_steps >= 0, got "
-                f"{commit_threshold}, {edit_threshold}, {max_edit_steps}"
-            )
-        self.commit_threshold, self.edit_threshold = commit_threshold, edit_threshold
-        self.max_edit_steps = max_edit_steps
+    commit_threshold: float = 0.7
+    edit_threshold: float = 0.5
+    max_edit_steps: int = 16
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, 1, "commit_threshold", "edit_threshold")
+        check_range(self, 0, math.inf, "max_edit_steps")
 
     def initial_state(self, block_length: int) -> State:
         return {"edit_steps": torch.zeros((), dtype=torch.long)}
