@@ -1,7 +1,7 @@
 """Does EOS really lead? Attention x end of a sample x terminator mask rate x terminator_last, measured on CMUdict.
 
     python benchmarks/eos_ablation.py             # trains what results/eos_ablation.json lacks: 45 minutes on one core
-    python benchmarks/eos_ablation.py --report    # only prints the table of docs/eos.md
+    python benchmarks/eos_ablation.py --report    # only prints the medians over seeds that docs/eos.md has
 
 Every model is the quickstart's (0.87M parameters) trained on the same words with the same number of tokens; only these
 settings differ. Each is decoded with and without `terminator_last` on the same 300 validation words.
@@ -18,21 +18,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "eos_ablation.json"
+RESULTS = Path(__file__).parent / "results" / "eos_ablation.json"
 SHORT, LONG = 300, 1200  # optimizer steps
 BLOCK = 8
 ATTENTIONS = ("full", "document")
-ENDS = {"none": "nothing", "overhang": "0 to 8 masks", "canvas": "the sampler's canvas"}  # what follows a terminator
 METRICS = ("token_error_rate", "length_exact", "ended_by_eos", "premature", "overrun", "tokens_per_forward")
-HEADER = (
-    "steps", "attention", "after the terminator", "terminator masked", "terminator_last", "PER (range over seeds)",
-    "length exact", "ended by EOS", "ended early", "ended late", "tokens/forward",
-)  # fmt: skip
+ORDERS = {"any_order": False, "terminator_last": True}  # of decoding
 
 
 def settings(seeds: list[int]) -> list[dict[str, Any]]:
     """Returns every training run: a grid and the canvas at the short budget, the two attentions at the long one."""
+    # What follows a terminator (nothing, 0 to 8 masks, the sampler's canvas), whether it is always masked, steps.
     ends = [("none", True, SHORT), ("none", False, SHORT), ("overhang", True, SHORT), ("overhang", False, SHORT)]
     ends += [("canvas", True, SHORT), ("overhang", True, LONG)]
     return [
@@ -79,7 +75,7 @@ def run(attention: str, end: str, mask_terminators: bool, steps: int, seed: int)
         trainer.fit(model, data)
         result: dict[str, Any] = {"train_seconds": round(time.perf_counter() - began, 1)}
     examples = data.held_out("validation", 300)
-    for order, last in (("any_order", False), ("terminator_last", True)):
+    for order, last in ORDERS.items():
         sampler = BlockDiffusionSampler(
             ConfidenceThreshold(0.9), block_length=BLOCK, max_new_tokens=40, batch_size=100, terminator_last=last
         )
@@ -90,34 +86,25 @@ def run(attention: str, end: str, mask_terminators: bool, steps: int, seed: int)
     return result
 
 
-def table(done: list[dict[str, Any]]) -> str:
-    """Returns one line per setting and decoding order: medians over seeds, and the range of the error rate."""
-    keys = ("steps", "attention", "end", "mask_terminators")
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+def report(done: list[dict[str, Any]]) -> str:
+    """Returns the medians over seeds of each setting and order of decoding, and the range of the error rate."""
+    seeds: dict[str, list[dict[str, Any]]] = {}
     for entry in done:
-        groups.setdefault(tuple(entry["settings"][key] for key in keys), []).append(entry)
-
-    def place(group: tuple[Any, ...]) -> tuple[Any, ...]:
-        steps, attention, end, always = group
-        return steps, ATTENTIONS.index(attention), list(ENDS).index(end), not always
-
-    rows = [f"| {' | '.join(HEADER)} |", "|--:|---|---|---|---|--:|--:|--:|--:|--:|--:|"]
-    for group in sorted(groups, key=place):
-        steps, attention, end, always = group
-        for order, last in (("any_order", "no"), ("terminator_last", "yes")):
-            figures = {name: [entry[order][name] for entry in groups[group]] for name in METRICS}
-            error, *shares, speed = (statistics.median(values) for values in figures.values())
-            errors = figures["token_error_rate"]
-            cells = [str(steps), attention, ENDS[end], "always" if always else "with t", last]
-            cells += [f"{error:.1%} ({min(errors):.1%} to {max(errors):.1%})", *(f"{share:.1%}" for share in shares)]
-            rows.append(f"| {' | '.join([*cells, f'{speed:.2f}'])} |")
-    return "\n".join(rows) + "\n"
+        compared = {name: value for name, value in entry["settings"].items() if name != "seed"}
+        for order in ORDERS:
+            seeds.setdefault(f"{compared}, {order}", []).append(entry[order])
+    lines = []
+    for setting, results in seeds.items():
+        errors = [result["token_error_rate"] for result in results]
+        medians = {name: round(statistics.median(result[name] for result in results), 3) for name in METRICS}
+        lines.append(f"{setting}: {medians}, errors {min(errors):.1%} to {max(errors):.1%}")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--report", action="store_true", help="only print the table")
+    parser.add_argument("--report", action="store_true", help="only print the medians")
     options = parser.parse_args()
     done = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     for wanted in [] if options.report else settings(options.seeds):
@@ -125,7 +112,7 @@ def main() -> None:
             done.append({"settings": wanted, **run(**wanted)})
             RESULTS.write_text(json.dumps(done, indent=1) + "\n")
             print(done[-1], flush=True)
-    print(table(done))
+    print(report(done))
 
 
 if __name__ == "__main__":

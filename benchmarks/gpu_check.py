@@ -28,19 +28,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from lightning.pytorch.loggers import Logger
 
-from dllm_var import DiffusionLM
 from dllm_var.benchmarking.instruments import describe_machine, synchronise
-from dllm_var.benchmarking.settings import TrainingCase
-from dllm_var.benchmarking.trainers import packed_data
-from dllm_var.callbacks import SpeedMonitor
-from dllm_var.callbacks.speed import measure_peak_flops, peak_memory
+from dllm_var.benchmarking.settings import COMPILED, OURS, TrainingCase
+from dllm_var.benchmarking.training import TrainingRun
+from dllm_var.callbacks.speed import measure_peak_flops
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.objectives import EosSchedule
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, ConfidenceThreshold
-from dllm_var.training.optim import AdamW, Schedule
-from dllm_var.training.trainer import Trainer
 
 VOCABULARY = 126_464
 SPECIAL: dict[str, Any] = dict(mask_id=126_336, terminator_ids=[126_081, 126_348], pad_id=126_081)
@@ -51,31 +45,15 @@ TINY = dict(hidden_size=64, num_layers=2, num_heads=2)
 PROMPT, TEST_SECONDS = 128, 240
 
 
-class Kept(Logger):
-    """Keeps the last value of everything that is logged."""
-
-    name, version = "kept", 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: dict[str, float] = {}
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        self.values.update(metrics)
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-
-def random_model(shape: dict[str, Any], device: torch.device, dtype: torch.dtype, causal: bool = False) -> Transformer:
-    """Builds a model whose weights are drawn where they are, in seconds."""
+def random_model(shape: dict[str, Any], device: torch.device, causal: bool = False) -> Transformer:
+    """Builds a model in bf16 whose weights are drawn where they are, in seconds."""
     with torch.device("meta"):
         model = Transformer(TransformerConfig(**shape, **SPECIAL, vocab_size=VOCABULARY, causal=causal))
-    model.to(dtype).to_empty(device=device)
+    model.to(torch.bfloat16).to_empty(device=device)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1) if parameter.dim() == 1 else parameter.normal_(std=0.02)
-    return model
+    return model.eval().requires_grad_(False)
 
 
 def timed(call: Callable[[], Any], device: torch.device, repeats: int = 10) -> float:
@@ -104,9 +82,13 @@ def machine(device: torch.device, tiny: bool, folder: Path) -> dict[str, Any]:
 
 
 def decode(device: torch.device, tiny: bool, folder: Path) -> dict[str, Any]:
+    """Times single forwards and whole samplers on models with random weights, in bf16."""
     found: dict[str, Any] = {}
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, SPECIAL["pad_id"], (16, PROMPT), generator=generator).tolist()
+    limit = 8 if tiny else 64
     for name, shape in {"tiny": TINY}.items() if tiny else DECODED.items():
-        model = random_model(shape, device, torch.bfloat16).eval().requires_grad_(False)
+        model = random_model(shape, device)
         with torch.inference_mode():
             cache = model.new_cache(1, PROMPT + 64)
             for width in (1, 32, 64):
@@ -117,19 +99,14 @@ def decode(device: torch.device, tiny: bool, folder: Path) -> dict[str, Any]:
                     return model.lm_head(model.hidden_states(tokens, cache=cache))
 
                 found[f"{name}, forward of {width}, ms"] = timed(forward, device)
-        generator = torch.Generator().manual_seed(0)
-        prompts = torch.randint(0, SPECIAL["pad_id"], (16, PROMPT), generator=generator).tolist()
-        limit = 8 if tiny else 64
         for batch in (1, 16):
             block = BlockDiffusionSampler(ConfidenceThreshold(0.9), block_length=32, batch_size=batch)
-            found[f"{name}, block diffusion per forward, batch {batch}, ms"] = per_forward(
-                block, model, prompts[:batch], limit, device
-            )
-        del model
-        model = random_model(shape, device, torch.bfloat16, causal=True).eval().requires_grad_(False)
-        found[f"{name}, autoregressive per token, ms"] = per_forward(
-            AutoregressiveSampler(), model, prompts[:1], min(limit, 48), device
-        )
+            taken = per_forward(block, model, prompts[:batch], limit, device)
+            found[f"{name}, block diffusion per forward, batch {batch}, ms"] = taken
+        del model, cache, forward  # the next model takes their memory
+        model = random_model(shape, device, causal=True)
+        taken = per_forward(AutoregressiveSampler(), model, prompts[:1], min(limit, 48), device)
+        found[f"{name}, autoregressive per token, ms"] = taken
         del model
     return found
 
@@ -147,45 +124,15 @@ def per_forward(sampler: Any, model: Transformer, prompts: Any, limit: int, devi
 
 def train(device: torch.device, tiny: bool, folder: Path) -> dict[str, Any]:
     """Steps of a 1.1B model in bf16-mixed, documents of 420 tokens in two rows of 4,096, eager and compiled."""
-    shape, length = (TINY, 512) if tiny else (TRAINED, 4096)
-    case = TrainingCase("gpu check", VOCABULARY, dict(shape), length, 2, 12, prompt_tokens=120, answer_tokens=300)
+    shape, length, contenders = (TINY, 512, [OURS]) if tiny else (TRAINED, 4096, [OURS, COMPILED])
+    case = TrainingCase("gpu check", VOCABULARY, dict(shape), length, 2, 12, contenders, 120, 300)
+    run = TrainingRun(case, 1, device, folder / "cache")
+    run.run()
     found: dict[str, Any] = {}
-    variants = (("eager", False),) if tiny else (("eager", False), ("compiled", True))
-    for name, compiled in variants:
-        module = DiffusionLM(
-            TransformerConfig(**shape, vocab_size=VOCABULARY),
-            EosSchedule(),
-            optimizer=lambda groups: AdamW(groups, 1e-4),
-            schedule=Schedule("constant", 0),
-        )
-        data, kept = packed_data(case, folder / "cache"), Kept()
-        module.use_tokenizer(data.tokenizer)
-        module.transformer = random_model(shape, device, torch.float32)
-        if compiled:
-            module.transformer.compile_layers()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        trainer = Trainer(
-            accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=1,
-            precision="bf16-mixed",
-            max_steps=3 if tiny else 12,
-            log_every_n_steps=3 if tiny else 6,
-            gradient_clip_val=1.0,
-            callbacks=[SpeedMonitor()],
-            logger=kept,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-        )
-        began = time.perf_counter()
-        trainer.fit(module, data)
-        found[f"{name}, seconds in all"] = time.perf_counter() - began
+    for contender in run.result()["contenders"]:
         for figure in ("step_seconds", "tokens_per_second", "mfu"):
-            found[f"{name}, {figure}"] = kept.values.get(f"speed/{figure}")
-        found[f"{name}, peak memory GiB"] = peak_memory(device) / 2**30
-        del module, trainer
+            found[f"{contender['name']}, {figure}"] = contender[figure]
+        found[f"{contender['name']}, peak memory GiB"] = (contender["peak_memory_bytes"] or 0) / 2**30
     return found
 
 

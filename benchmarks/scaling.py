@@ -12,9 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,30 +31,16 @@ FITTED = ("context 512", "context 4096")  # so --tokens is at least 4096
 VOCABULARY = 256
 
 
-@dataclass
-class Point:
-    """One measured setting; FLOPs are those of a step, seconds are a median."""
+def measure(layers: int, context: int, hidden: int, tokens: int, repeats: int) -> tuple[float, float, float]:
+    """Trains a few steps on random tokens, the same number in each step whatever the context.
 
-    name: str
-    layers: int
-    rows: int
-    context: int
-    matrix_flops: float
-    attention_flops: float
-    seconds: float = 0.0
-    predicted: float = 0.0
-
-
-def measure(name: str, layers: int, context: int, hidden: int, tokens: int, repeats: int) -> Point:
-    """Trains a few steps on random tokens, the same number in each step whatever the context."""
+    Returns:
+        FLOPs of a step in matrix products and in attention, and its median seconds.
+    """
     config = TransformerConfig(hidden_size=hidden, num_layers=layers, num_heads=2, vocab_size=VOCABULARY)
-    weights = layers * Shape(config).block_matrices + VOCABULARY * hidden
-    point = Point(
-        name, layers, tokens // context, context, 6.0 * tokens * weights, 12.0 * layers * tokens * context * hidden
-    )
     model = Transformer(config)
     optimizer = AdamW(parameter_groups(model))
-    batch = torch.randint(0, VOCABULARY, (point.rows, context))
+    batch = torch.randint(0, VOCABULARY, (tokens // context, context))
     seconds = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -63,8 +49,8 @@ def measure(name: str, layers: int, context: int, hidden: int, tokens: int, repe
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)
-    point.seconds = median(seconds[1:])
-    return point
+    weights = layers * Shape(config).block_matrices + VOCABULARY * hidden
+    return 6.0 * tokens * weights, 12.0 * layers * tokens * context * hidden, median(seconds[1:])
 
 
 def main() -> None:
@@ -75,22 +61,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     hidden, tokens, repeats = (32, 4096, 1) if options.quick else (256, options.tokens, options.repeats)
-    varied = [(f"context {c}", 4, c) for c in CONTEXTS if c <= tokens] + [(f"depth {d}", d, 512) for d in DEPTHS]
-    points = [measure(*one, hidden, tokens, repeats) for one in varied]
-    fitted = [point for point in points if point.name in FITTED]
-    flops = np.array([[point.matrix_flops, point.attention_flops] for point in fitted])
-    rates = 1 / np.linalg.solve(flops, np.array([point.seconds for point in fitted]))
+    varied = {f"context {c}": (4, c) for c in CONTEXTS if c <= tokens} | {f"depth {d}": (d, 512) for d in DEPTHS}
+    points = {name: measure(*one, hidden, tokens, repeats) for name, one in varied.items()}
+    fitted = np.array([points[name] for name in FITTED])
+    rates = 1 / np.linalg.solve(fitted[:, :2], fitted[:, 2])
     print(f"{tokens} tokens a step, width {hidden}, {torch.get_num_threads()} threads")
     print(f"fitted: {rates[0] / 1e9:.0f} GFLOP/s in matrix products, {rates[1] / 1e9:.0f} in attention")
-    for point in points:
-        point.predicted = point.matrix_flops / rates[0] + point.attention_flops / rates[1]
-        error = "fitted" if point in fitted else f"{point.predicted / point.seconds - 1:+.0%}"
-        share = point.attention_flops / (point.attention_flops + point.matrix_flops)
-        print(
-            f"{point.name:13} {point.seconds:7.2f} s, predicted {point.predicted:7.2f} ({error}), {share:.0%} attention"
-        )
+    result: dict[str, Any] = {"rates": rates.tolist(), "points": []}
+    for name, (matrix_flops, attention_flops, seconds) in points.items():
+        predicted = matrix_flops / rates[0] + attention_flops / rates[1]
+        error = "fitted" if name in FITTED else f"{predicted / seconds - 1:+.0%}"
+        share = attention_flops / (attention_flops + matrix_flops)
+        print(f"{name:13} {seconds:7.2f} s, predicted {predicted:7.2f} ({error}), {share:.0%} attention")
+        result["points"].append({"name": name, "seconds": seconds, "predicted": predicted, "attention": share})
     if options.output:
-        result = {"rates": rates.tolist(), "points": [asdict(point) for point in points]}
         options.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
