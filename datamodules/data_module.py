@@ -118,7 +118,6 @@ class PackedDataModule(L.LightningDataModule):
         self._train_sampler: RowSampler | None = None
         self._tables: dict[str, Table] = {}
         self._rows: dict[str, PackedRows] = {}
-        self._totals: dict[str, dict[str, int]] = {}
 
     def _check_settings(self) -> None:
         least = {"batch_size": 1, "context_length": 2}
@@ -258,16 +257,16 @@ class PackedDataModule(L.LightningDataModule):
             if not len(table):
                 raise UserError(f"the {split} split of {type(self.source).__name__} has no records that can be used")
             sections = Sections(table, self.context_length, self.on_too_long, self.eos_padding)
-            self._totals[split] = sections.totals()
-            if not self._totals[split]["samples"]:
+            train = split == "train"
+            seed, special = self.seed if train else HELD_OUT_SEED, self.tokenizer.special
+            rows = PackedRows(sections, special, self.packing, self.overhang, seed, self.canvas, cut=train)
+            if not len(rows):
                 raise UserError(
                     f"all {len(table):,} samples of the {split} split are longer than data.context_length="
                     f"{self.context_length}; raise it (the shortest has {np.diff(table.offsets).min():,} tokens), or "
                     "set data.on_too_long=truncate"
                 )
-            train = split == "train"
-            seed, special = self.seed if train else HELD_OUT_SEED, self.tokenizer.special
-            self._rows[split] = PackedRows(sections, special, self.packing, self.overhang, seed, self.canvas, cut=train)
+            self._rows[split] = rows
         return self._rows[split]
 
     def held_out(self, split: str, n: int | None = None) -> list[Example]:
@@ -287,9 +286,8 @@ class PackedDataModule(L.LightningDataModule):
         epoch, ``utilisation`` (fraction of their positions that is not padding), ``skipped`` (bad records),
         ``unknown_tokens`` (what the tokenizer could not spell).
         """
-        rows, meta = self.rows(split), self.table(split).meta
-        packed = {"rows": len(rows), "utilisation": rows.utilisation}
-        return {**self._totals[split], **packed, **{name: meta[name] for name in ("skipped", "unknown_tokens")}}
+        meta = self.table(split).meta
+        return {**self.rows(split).report(), **{name: meta[name] for name in ("skipped", "unknown_tokens")}}
 
     def summary(self) -> str:
         """The report on the training data in a line or two."""

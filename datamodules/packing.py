@@ -6,7 +6,6 @@ any row is found without walking through the rows before it.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -97,16 +96,6 @@ class Sections:
         dropped = int(np.count_nonzero(~keep))
         truncated = len(too_long) - dropped
         return Samples(table, index[keep], body[keep], ends[keep], answer_start[keep], dropped, truncated)
-
-    def totals(self) -> dict[str, int]:
-        """Counts ``samples`` kept, their ``tokens``, and samples ``dropped`` and ``truncated``."""
-        totals = Counter(samples=0, tokens=0, dropped=0, truncated=0)
-        for section in range(len(self)):
-            samples = self[section]
-            tokens = int(samples.content.sum(dtype=np.int64))
-            counts = {"dropped": samples.dropped, "truncated": samples.truncated}
-            totals.update(samples=len(samples.index), tokens=tokens, **counts)
-        return dict(totals)
 
 
 def _truncate(table: Table, sample: int, context_length: int) -> tuple[int, int, int]:

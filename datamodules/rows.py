@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ class PackedRows(Dataset):
         self.cut = cut
         self.seed = seed if isinstance(seed, tuple) else (seed,)
         self._starts = [0]  # number of the first row of each section, epoch after epoch, as far as they are counted
-        self._filled = [0]  # positions that are not padding before each of these rows
+        self._totals = Counter(samples=0, tokens=0, dropped=0, truncated=0, filled=0)  # of the first epoch
         self._planned: dict[tuple[int, int], tuple[Samples, Plan]] = {}
 
     def __len__(self) -> int:
@@ -101,11 +102,12 @@ class PackedRows(Dataset):
             self._planned[epoch, section] = samples, plan
         return self._planned[epoch, section]
 
-    @property
-    def utilisation(self) -> float:
-        """Fraction of the positions in the first epoch's rows that is not padding."""
+    def report(self) -> dict[str, Any]:
+        """Returns what the first epoch consists of; see `PackedDataModule.report`."""
         rows = len(self)
-        return self._filled[len(self.sections)] / (rows * self.context_length)
+        filled = self._totals["filled"] / (rows * self.context_length)
+        counts = {name: count for name, count in self._totals.items() if name != "filled"}
+        return {**counts, "rows": rows, "utilisation": filled}
 
     def locate(self, row: int) -> tuple[int, int, int]:
         """Epoch of a row, its section, and its number within that section of that epoch."""
@@ -127,7 +129,10 @@ class PackedRows(Dataset):
         _, overhang = self._overhang(samples, epoch, section)
         lengths = samples.content + overhang
         self._starts.append(self._starts[-1] + count_rows(self.packing, lengths, self.context_length))
-        self._filled.append(self._filled[-1] + int(lengths.sum(dtype=np.int64)))
+        if epoch == 0:
+            tokens, filled = (int(array.sum(dtype=np.int64)) for array in (samples.content, lengths))
+            left_out = {"dropped": samples.dropped, "truncated": samples.truncated}
+            self._totals.update(samples=len(lengths), tokens=tokens, filled=filled, **left_out)
 
     def _overhang(self, samples: Samples, epoch: int, section: int) -> tuple[np.random.Generator, NDArray[np.int32]]:
         """Returns the generator of a section, and what it gave: the mask tokens after each sample, shape [samples].

@@ -64,7 +64,7 @@ FORMATS = [
         "b<|im_end|>",
         1,
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("record", "text", "supervised", "answer_start"), FORMATS)
