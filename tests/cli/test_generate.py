@@ -63,18 +63,18 @@ class EveryCall(BlockDiffusionSampler):
         super().__init__(block_length=12, max_new_tokens=48, batch_size=4)
         self.interrupt_after = interrupt_after
 
-    def decode(self, model, prompts, request):
+    def generate(self, model, prompts, on_answer=None, **options):
         seen = []
 
-        def on_answer(index, answer):
-            request.on_answer(index, answer)
+        def told(index, answer):
+            on_answer(index, answer)
             partial = Path("answers.jsonl.partial")
             seen.append([index, partial.read_text() if partial.exists() else None, Path("answers.jsonl").exists()])
             write("seen.json", json.dumps(seen))
             if len(seen) == self.interrupt_after:
                 raise KeyboardInterrupt
 
-        return super().decode(model, prompts, type(request)(on_answer=on_answer))
+        return super().generate(model, prompts, on_answer=told, **options)
 
 
 # -- what goes in and what comes out -----------------------------------------------------------------------------------
