@@ -18,6 +18,9 @@ class ParquetSource(FileSource):
 
     suffixes = (".parquet",)
 
+    def can_seek(self, split: str) -> bool:
+        return True
+
     def count(self, file: Path) -> int | None:
         return self._open(file).metadata.num_rows
 

@@ -214,6 +214,7 @@ class FileSource(SplitSource):
     ) -> None:
         super().__init__(**kwargs)
         self._contents: dict[Path, dict[str, Any]] = {}
+        self._ends: dict[str, list[int]] = {}  # number of records up to the end of each file of a split
         self.files = {"train": self._find(path, "path")}
         for split, paths in (("validation", validation_path), ("test", test_path)):
             if paths is not None:
@@ -270,7 +271,9 @@ class FileSource(SplitSource):
         files = self.files[split]
         if not start or not self.can_seek(split):
             return islice(chain.from_iterable(map(self.read_file, files)), start, None)
-        ends = np.cumsum([self.count(file) for file in files]).tolist()
+        if split not in self._ends:
+            self._ends[split] = np.cumsum([self.count(file) for file in files]).tolist()
+        ends = self._ends[split]
         first = bisect_right(ends, start)
         start -= ends[first - 1] if first else 0
         return chain.from_iterable(map(self.read_file, files[first:], chain([start], repeat(0))))
