@@ -7,12 +7,12 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from dllm_var.benchmarking.instruments import ForwardClock, PeakMemory, shown, synchronise
-from dllm_var.benchmarking.results import best_setting, near_default, with_role
+from dllm_var.benchmarking.results import best_setting, near_default, task_result, with_role
 from dllm_var.benchmarking.scorers import Scorer
 from dllm_var.benchmarking.settings import Entry, Task, expand
 from dllm_var.checkpoints.pretrained import load_checkpoint
@@ -129,6 +129,15 @@ class TaskRun:
         finally:
             gc.unfreeze()
             self.seconds = time.perf_counter() - began
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything to report."""
+        return self.seconds > 0
+
+    def result(self) -> dict[str, Any]:
+        """Returns the measurements, complete or not, as plain data."""
+        return task_result(self)
 
     def _warm_up(self) -> None:
         for contender in self.contenders:  # one token with every sampler, so that a mistake shows now

@@ -54,6 +54,11 @@ class TrainingRun:
             for name in shown(f"{self.case.name}: round {number + 1} of {self.rounds}", self.names):
                 self.measured[name].append(self._measure(contenders[name]))
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything to report."""
+        return bool(self.peaks)
+
     def _measure(self, contender: Contender) -> Figures:
         gc.collect()
         with PeakMemory(self.device) as memory:

@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,7 @@ import torch
 
 from dllm_var.benchmarking.instruments import describe_machine
 from dllm_var.benchmarking.report import plot_task, report
-from dllm_var.benchmarking.results import sampler_ratios, task_result
+from dllm_var.benchmarking.results import sampler_ratios
 from dllm_var.benchmarking.samplers import Effort, TaskRun
 from dllm_var.benchmarking.settings import Entry, Sweep, Task, TrainingCase, check_names
 from dllm_var.errors import UserError
@@ -57,12 +57,7 @@ def main(command: str, arguments: list[str]) -> int:
         raise UserError(f"{options.config[0]} says nothing to measure: give it a list of tasks, or one of trainings")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result, status = measure_tasks(tasks, options, device) if tasks else measure_trainings(cases, options, device)
-    if options.quick:  # so little is measured that no bar is judged
-        for part in (*result.get("tasks", []), *result.get("trainings", [])):
-            for bar in part["bars"].values():
-                bar["passed"] = None
+    result, status = measure(tasks, cases, options)
     write_text(output, json.dumps(result, indent=1) + "\n")
     title = "Samplers side by side" if tasks else "Training measured"
     write_text(output.with_suffix(".md"), report(title, result, draw_plots(result, output)))
@@ -129,55 +124,46 @@ def wanted(items: list[Item], names: Sequence[str] | None, quick: bool) -> list[
     return [item.quick() for item in items] if quick else items
 
 
-def measure_tasks(tasks: Sequence[Task], options: Any, device: torch.device) -> tuple[dict[str, Any], int]:
-    """Measures samplers; returns the whole result and the exit status."""
-    effort = Effort(repeats=1, limit=8, widths=(1, 8, 32)) if options.quick else Effort(repeats=options.repeats)
-    runs = [TaskRun(task, effort, device) for task in tasks]
-    result, status = measure("samplers", runs, effort.repeats, options.quick, device)
-    result["tasks"] = [task_result(run) for run in runs if run.seconds]
-    return {**result, "ratios": sampler_ratios(result["tasks"])}, status
-
-
-def measure_trainings(cases: Sequence[TrainingCase], options: Any, device: torch.device) -> tuple[dict[str, Any], int]:
-    """Measures trainings; returns the whole result and the exit status."""
-    from dllm_var.benchmarking.training import TrainingRun, training_ratios  # imports Lightning
-
-    rounds = 2 if options.quick else options.repeats
-    with tempfile.TemporaryDirectory() as cache:
-        runs = [TrainingRun(case, rounds, device, Path(cache)) for case in cases]
-        result, status = measure("training", runs, rounds, options.quick, device)
-    result["trainings"] = [run.result() for run in runs if run.peaks]
-    return {**result, "ratios": training_ratios(result["trainings"])}, status
-
-
-def measure(
-    kind: str, runs: Sequence[Any], rounds: int, quick: bool, device: torch.device
-) -> tuple[dict[str, Any], int]:
-    """Measures one run after the other, until the end, Ctrl-C or SIGTERM.
+def measure(tasks: Sequence[Task], cases: Sequence[TrainingCase], options: Any) -> tuple[dict[str, Any], int]:
+    """Measures one task or training after the other, until the end, Ctrl-C or SIGTERM.
 
     Returns:
-        The head of the result, `partial` when a signal ended it, and the exit status: 0, 130 or 143.
+        The whole result, `partial` when a signal ended it, and the exit status: 0, 130 or 143.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    effort = Effort(1, limit=8, widths=(1, 8, 32)) if options.quick else Effort(options.repeats)
+    runs: list[Any] = [TaskRun(task, effort, device) for task in tasks]
+    rounds, status = effort.repeats, 0
     result: dict[str, Any] = {
-        "kind": kind,
+        "kind": "samplers" if tasks else "training",
         "command": shlex.join(["python", "-m", "dllm_var", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "machine": describe_machine(device),
-        "repeats": rounds,
-        "quick": quick,
+        "quick": options.quick,
         "partial": False,
     }
-    began, status = time.perf_counter(), 0
-    try:
-        with stopped_by_signals():
-            for run in runs:
-                run.run()
-    except Stopped as stopped:
-        status = 128 + stopped.number  # as shells count
-        result["partial"] = True
-        say("interrupted: writing what has been measured")
-    result["seconds"] = time.perf_counter() - began
-    return result, status
+    ratios: Callable[[list[dict[str, Any]]], dict[str, Any]] = sampler_ratios
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as cache:
+        if cases:
+            from dllm_var.benchmarking.training import TrainingRun, training_ratios  # imports Lightning
+
+            rounds, ratios = 2 if options.quick else options.repeats, training_ratios
+            runs = [TrainingRun(case, rounds, device, Path(cache)) for case in cases]
+        try:
+            with stopped_by_signals():
+                for run in runs:
+                    run.run()
+        except Stopped as stopped:
+            status = 128 + stopped.number  # as shells count
+            result["partial"] = True
+            say("interrupted: writing what has been measured")
+    measured = [run.result() for run in runs if run.has_begun]
+    if options.quick:  # so little is measured that no bar is judged
+        for bar in (bar for part in measured for bar in part["bars"].values()):
+            bar["passed"] = None
+    figures = {"repeats": rounds, "seconds": time.perf_counter() - began, "tasks" if tasks else "trainings": measured}
+    return {**result, **figures, "ratios": ratios(measured)}, status
 
 
 class Stopped(BaseException):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from dllm_var.benchmarking.instruments import PeakMemory
-from dllm_var.benchmarking.results import task_result
 from dllm_var.benchmarking.samplers import Contender, Effort, TaskRun, decode, measure_forwards, turns
 from dllm_var.benchmarking.settings import Entry
 from dllm_var.checkpoints.pretrained import load_checkpoint
@@ -98,7 +97,7 @@ def test_a_forward_costs_more_when_it_is_wider(model):
 def test_a_whole_task(tiny_task, built, capsys):
     run = built(tiny_task, Effort(repeats=2, widths=(2,)))
     run.run()
-    result = json.loads(json.dumps(task_result(run)))
+    result = json.loads(json.dumps(run.result()))
     settings = {setting["name"]: setting for setting in result["settings"]}
     assert list(settings) == ["autoregressive", "fixed length", "threshold 0.9", "threshold 0"]
     finalists = {"autoregressive", result["chosen"]}  # timed three times as often again
