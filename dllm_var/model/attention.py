@@ -252,9 +252,9 @@ def _attend_documents(queries: Tensor, keys: Tensor, values: Tensor, documents: 
         split = (x.transpose(0, 1).split(sizes, dim=1) for x in (queries, keys, values))
         mixed = [
             F.scaled_dot_product_attention(
-                *(x.unsqueeze(0) for x in qkv), is_causal=documents.is_causal, enable_gqa=heads != keys.size(1)
+                q[None], k[None], v[None], is_causal=documents.is_causal, enable_gqa=heads != keys.size(1)
             )
-            for qkv in zip(*split, strict=True)
+            for q, k, v in zip(*split, strict=True)
         ]
         return torch.cat(mixed, dim=2).transpose(1, 2).reshape(shape)
     from torch.nn.attention.varlen import varlen_attn  # registers operators: no start of a command should wait for it

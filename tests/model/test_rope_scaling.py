@@ -46,17 +46,6 @@ def test_the_critical_dimension_s_period_reaches_the_target_and_no_shorter_one_i
     assert scaled >= target > one_less
 
 
-def test_angles_follow_the_closed_form():
-    model = tiny(rope_theta=100.0, rope_scaling=4.0)
-    cos, sin = model.rotary(torch.tensor([[0, 1, 37]]), 38)
-    for place, position in enumerate((0, 1, 37)):
-        for pair in range(8):
-            angle = position / 400.0 ** (2 * pair / 16)
-            assert cos[0, place, 0, pair].item() == pytest.approx(math.cos(angle), abs=1e-5)
-            assert cos[0, place, 0, pair + 8].item() == pytest.approx(math.cos(angle), abs=1e-5)
-            assert sin[0, place, 0, pair + 8].item() == pytest.approx(math.sin(angle), abs=1e-5)
-
-
 def test_angles_equal_those_of_transformers_at_the_scaled_theta():
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

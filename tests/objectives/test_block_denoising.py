@@ -232,7 +232,7 @@ class Dictation(UnmaskingPolicy):
 
 @pytest.mark.parametrize(("mode", "causal"), [(mode, causal) for mode in MODES for causal in (False, True)])
 @pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize("answer_length", [3, 5, 8, 12])
+@pytest.mark.parametrize("answer_length", [5, 8])  # the last block is begun, or full
 def test_the_sampler_computes_the_trained_conditionals(mode, causal, shift, answer_length):
     """Its logits, step by step, are those of the training row with the same tokens masked."""
     transformer, early = model(), [0, 2]
