@@ -191,6 +191,7 @@ def save_adapter(folder: Path, weights: Mapping[str, Tensor], lora: Lora, base: 
     save_tensors(adapters, folder / ADAPTER_WEIGHTS)
     config = lora.peft_config()
     config.base_model_name_or_path, config.inference_mode = base, True
+    config.target_modules = sorted(config.target_modules)  # peft's set would be written in another order each time
     config.save_pretrained(str(folder))
 
 
