@@ -19,7 +19,7 @@ from dllm_var.checkpoints.run_checkpoint import provenance
 from dllm_var.cli.generate import add_sampler_options, load
 from dllm_var.errors import UserError
 from dllm_var.evaluation import TASKS
-from dllm_var.files import open_output, write_text
+from dllm_var.files import open_output
 from dllm_var.settings import SettingsParser, suggestion
 
 if TYPE_CHECKING:
@@ -75,8 +75,10 @@ def main(command: str, arguments: list[str]) -> int:
     if options.output is not None:
         from lm_eval.utils import handle_non_serializable
 
-        text = json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False)
-        write_text(options.output, text + "\n")
+        file = open_output("--output", options.output)
+        json.dump(result, file.stream, indent=2, default=handle_non_serializable, ensure_ascii=False)
+        file.stream.write("\n")
+        file.complete()
     return 0
 
 

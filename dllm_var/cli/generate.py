@@ -77,8 +77,11 @@ def main(command: str, arguments: list[str]) -> int:
     except OSError as error:
         error.filename = error.filename or ("standard output" if file is None else options.output)
         raise
-    except (MemoryError, RuntimeError) as error:  # torch has a class of its own for this on a GPU, but none on a CPU
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        import torch
+
+        lacks_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not lacks_memory and "can't allocate memory" not in str(error):  # torch has no class for it on a CPU
             raise
         raise UserError("not enough memory for these answers: lower --max-new-tokens or the batch size") from error
     finally:
@@ -250,7 +253,7 @@ def spell_out(arguments: list[str]) -> list[str]:
                 value = json.dumps(file.get("sampler") or (file.get("vars") or {}).get("sampler") or file)
             result.append(f"--sampler={value}")
         elif option == "--threshold":
-            if given(arguments, "--policy"):
+            if given(arguments, "--policy", "--sampler.policy"):
                 raise UserError(
                     "--threshold chooses the policy ConfidenceThreshold: leave out --policy, or --threshold"
                 )
