@@ -30,12 +30,12 @@ class TrainerParser(SettingsParser, LightningArgumentParser):
     """Reads the settings of one command in which `${data.context_length}` stands for another setting."""
 
     # Without a command it is a parser inside this one, of one class's arguments.
-    def __init__(self, command: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, command: str = "", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.command = command
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        if self.command is None:
+        if not self.command:
             return super().parse_args(args, *rest, **kwargs)
         others, values = split_vars(args)
         config = super().parse_args(others, *rest, **kwargs)

@@ -65,7 +65,7 @@ def test_what_objectives_read():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--mfu", "0"], "--mfu must be in (0, 1]"),
+        (["--mfu", "0"], "--mfu must be above 0 and at most 1, got 0"),
         (["--supervised-share", "2"], "--supervised-share"),
         (["--data.batch_sise=3"], "batch_sise"),
         ([], "give plan --devices N"),
