@@ -103,11 +103,6 @@ def test_mistakes_take_one_line(config, options, message, tmp_path, capsys, monk
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
-def test_a_config_is_needed(capsys):
-    assert main(["benchmark", "--output", "x.json"]) == 2
-    assert "benchmark needs --config FILE" in capsys.readouterr().err
-
-
 def test_only_takes_entries_sweeps_and_tasks(tiny_task, write_config):
     tasks = tasks_of(write_config(tiny_task, {**tiny_task, "name": "other"}))
 

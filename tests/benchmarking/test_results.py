@@ -2,7 +2,7 @@
 
 import pytest
 
-from dllm_var.benchmarking.results import against_bar, at_equal_accuracy, best_setting, overhead, ratios, speed
+from dllm_var.benchmarking.results import at_equal_accuracy, best_setting, ratios
 from dllm_var.benchmarking.samplers import Contender, Run
 from dllm_var.benchmarking.settings import Entry
 from dllm_var.sampling import Generation
@@ -88,17 +88,3 @@ def test_at_equal_accuracy_the_fastest_counts_that_answers_as_well_as_the_twin()
     ]
     assert at_equal_accuracy(settings) == pytest.approx(2.5)
     assert at_equal_accuracy(settings[:2]) is None and at_equal_accuracy(settings[1:]) is None
-
-
-@pytest.mark.parametrize(
-    ("value", "direction", "passed"),
-    [(2.0, "at least", True), (1.9, "at least", False), (2.0, "at most", True), (2.1, "at most", False)],
-)
-def test_bars(value, direction, passed):
-    assert against_bar(value, 2.0, direction)["passed"] is passed
-    assert against_bar(None, 2.0, direction)["passed"] is None
-
-
-def test_speed_and_overhead_are_medians_of_rounds():
-    runs = [run([10], [1], [s], forward_share=f) for s, f in ((1.0, 0.5), (2.0, 0.9), (5.0, 0.8))]
-    assert speed(runs) == 5 and overhead(runs) == pytest.approx(0.2)

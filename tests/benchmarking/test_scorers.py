@@ -63,11 +63,8 @@ def test_final_number_decides_and_not_the_way_there():
     right = ["2*3=6 #### 6", "6 #### 6.0", "6 #### 7", "6"]
     scores = FinalNumberScorer().score(answers(*right), examples(*[["2*3=6 #### 6"]] * 4), Characters())
     assert scores == {"accuracy": 0.5, "exact_match": 0.25}
-
-
-def test_another_marker():
-    scorer = FinalNumberScorer(marker="answer:")
-    assert scorer.score(answers("answer: 4"), examples(["so answer: 4"]), Characters())["accuracy"] == 1
+    marked = FinalNumberScorer(marker="answer:")
+    assert marked.score(answers("answer: 4"), examples(["so answer: 4"]), Characters())["accuracy"] == 1
 
 
 def test_the_scorer_of_the_documentation():

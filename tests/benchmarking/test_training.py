@@ -10,10 +10,9 @@ import yaml
 
 from dllm_var.__main__ import main
 from dllm_var.benchmarking.instruments import PHASES, StepClock
-from dllm_var.benchmarking.settings import COMPILED, FULL, OURS, PADDED, PLAIN_LOOP, TrainingCase
+from dllm_var.benchmarking.settings import FULL, OURS, PADDED, PLAIN_LOOP, TrainingCase
 from dllm_var.benchmarking.trainers import LightningMarks, PaddedLoop, bidirectional_llama
 from dllm_var.benchmarking.training import add_up, bars, medians, over, training_ratios
-from dllm_var.cli.benchmark import build_parser
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.objectives import KeyedNoise
 
@@ -141,12 +140,3 @@ def test_a_signal_within_fit_saves_what_is_measured(fit, number, status, tmp_pat
     else:
         [ours] = result["trainings"][0]["contenders"]
         assert len(ours["rounds"]) == 1 and ours["tokens_per_second"] > 0
-
-
-def test_the_shipped_config_asks_for_every_ratio():
-    options = build_parser("benchmark").parse_args(["--config", str(ROOT / "benchmarks/training.yaml")])
-    cases = [TrainingCase(**one.as_dict()) for one in options.trainings]
-    asked = {name: value for one in cases for name, value in one.bars.items()}
-    assert asked == {"tokens_per_second_256": 1.3, "tokens_per_second_126k": 2.0, "peak_memory_126k": 0.5, "mfu": 0.6}
-    for one in cases:
-        assert {COMPILED, FULL, PLAIN_LOOP} <= set(one.contenders) and one.context_length == 1024
