@@ -43,11 +43,7 @@ class AuxiliaryModel:
         return self._loaded[1]
 
     def beside(self, model: Transformer, request: Request) -> Transformer:
-        """Returns the model, on the device and in the type of the main one.
-
-        Args:
-            model: The main model.
-            request: Its request, which knows the main model's tokenizer when that is known.
+        """Returns the model, on the device and in the type of the main `model`, whose `request` knows its tokenizer.
 
         Raises:
             UserError: When it cannot be loaded, is of the wrong kind, or has another tokenizer or vocabulary.

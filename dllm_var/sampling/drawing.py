@@ -27,15 +27,9 @@ def request_keys(prompts: list[list[int]]) -> list[int]:
 
 
 def draw(logits: Tensor, keys: Tensor, temperature: float, top_k: int, top_p: float, seed: int) -> Tensor:
-    """Returns one drawn token per position [M].
+    """Returns one drawn token per position [M] from logits [M, V] in float32, at a temperature above 0.
 
-    Args:
-        logits: [M, V] float32.
-        keys: Number of each position's draw [M], int64; equal keys draw equal tokens.
-        temperature: Above 0.
-        top_k: Draws among the k most likely tokens; all when 0.
-        top_p: Draws among the most likely tokens that together have this probability.
-        seed: Seed of the noise.
+    `keys` [M], int64, number the draws: equal keys draw equal tokens.
     """
     rows = max(1, LOGITS_PER_CHUNK.get(logits.device.type, LOGITS_PER_CHUNK["cpu"]) // logits.size(1))
     drawn = []

@@ -185,8 +185,7 @@ class Engine(ABC, Generic[AnyRow]):
     def tell(self, slot: int, stop: int, reason: str | None) -> bool:
         """Streams a row's answer up to its place `stop`; ends the row for a reason or at a stop string.
 
-        Returns:
-            Whether the row has ended.
+        Returns whether the row has ended.
         """
         row = self.rows[slot]
         if reason is None and self.request.on_block is None and self.request.stop is None:
@@ -249,18 +248,11 @@ class Engine(ABC, Generic[AnyRow]):
     def score(
         self, model: Transformer, hidden: Tensor, places: Tensor, where: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
-        """Runs the output head at some positions of blocks, and nowhere else.
+        """Runs the output head of a model at some positions of blocks, and nowhere else.
 
-        Args:
-            model: Whose head.
-            hidden: Hidden states [R, L, hidden] of a forward.
-            places: Where the positions of the blocks are in the flattened forward [R, K].
-            where: The positions wanted [R, K].
-            count: How many they are, known beforehand so that the device need not be asked.
-
-        Returns:
-            Indices of the positions in the flattened blocks [M], and their logits [M, V] in float32: -inf for the mask
-            token and suppressed ones.
+        Position k of block r stands at `places` [R, K] of the flattened forward `hidden` [R, L, hidden]. Wanted are the
+        positions `where` [R, K]; their `count` is known beforehand, so that the device need not be asked. Returns their
+        indices in the flattened blocks [M], and their logits [M, V] in float32: -inf for tokens that may not appear.
         """
         places, hidden = places.reshape(-1), hidden.flatten(0, 1)
         if count == places.numel():
@@ -313,8 +305,7 @@ class Engine(ABC, Generic[AnyRow]):
     ) -> BlockView:
         """Returns what a policy sees of blocks `tokens` [R, K], scored at `count` of their `places`; see `score`.
 
-        Args:
-            spacing: Keys that each row's draws take [R]; K when None.
+        `spacing` is how many keys each row's draws take [R], K when None.
         """
         masked = (tokens == self.mask_id) & inside
         where = inside if self.policy.scores_committed else masked

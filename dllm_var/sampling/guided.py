@@ -44,10 +44,7 @@ class GuidedEngine(BlockEngine[Row]):
     def _expected(self, batch: Batch[Row], masks: Tensor, view: BlockView) -> Tensor:
         """Returns what the guide expects at the masked positions [R, K], given the proposal left of each; -1 elsewhere.
 
-        Args:
-            batch: The rows.
-            masks: Masked positions in each block [R], 0 for rows that do not ask.
-            view: The blocks and the proposal for them.
+        `masks` are the masked positions in each block [R], 0 for rows that do not ask.
         """
         asks, cached, read = masks > 0, self.cache.lengths[batch.slots], self.guide_cache.lengths[batch.slots]
         ends = cached + batch.width  # of the blocks

@@ -45,13 +45,9 @@ def infill(
     prompts: Sequence[Sequence[int]] | None = None,
     block_length: int | None = None,
     tokenizer: Tokenizer | None = None,
-    batch_size: int = 32,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
     suppress: Sequence[int] = (),
     on_answer: OnAnswer | None = None,
+    **settings: Any,
 ) -> list[Infilling]:
     """Fills the gaps of texts by denoising them alone, all gaps of a text together.
 
@@ -67,13 +63,9 @@ def infill(
         block_length: Shows a text's end as block diffusion does, by masks behind it up to the end of its last block; at
             least one, where the terminator would be. Nothing is behind it when None.
         tokenizer: Decodes the texts.
-        batch_size: Texts filled at a time; those that are full leave the batch.
-        temperature: 0 takes the most likely token; above, tokens are drawn.
-        top_k: Draws among the k most likely tokens; all when 0.
-        top_p: Draws among the most likely tokens that together have this probability.
-        seed: Seed of the draws; a text's draws do not depend on its batch.
         suppress: Further token ids that are never produced.
         on_answer: Called with (index, infilling) once for each text, when it is full.
+        settings: `batch_size`, `temperature`, `top_k`, `top_p` and `seed`, as those of every sampler.
 
     Raises:
         UserError: When the model is causal, a text has no gap, or a setting is out of range.
@@ -89,7 +81,6 @@ def infill(
     spans = [range(len(prompt), len(prompt) + len(text)) for prompt, text in zip(before, texts, strict=True)]
     behind = [0 if block_length is None else block_length - len(text) % block_length for text in texts]
     rows = [[*prompt, *text, *[mask_id] * n] for prompt, text, n in zip(before, texts, behind, strict=True)]
-    settings: dict[str, Any] = dict(batch_size=batch_size, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     filler = _GapFiller(spans=spans, policy=policy or ConfidenceThreshold(), **settings)
     filled = filler.generate(model, rows, tokenizer=tokenizer, suppress=[*suppress, *terminators], on_answer=on_answer)
     return [answer for answer in filled if isinstance(answer, Infilling)]

@@ -148,11 +148,8 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
     def _settle_row(self, slot: int, end: int, left: list[int], kept: list[int]) -> None:
         """Ends what is over in a row after a step: the row itself, or its first blocks.
 
-        Args:
-            slot: The row's place.
-            end: Where its answer ends, counted as if all blocks were full; -1 when it does not.
-            left: Masks left in each block [B].
-            kept: Whether the policy keeps each block open [B].
+        `end` is where its answer ends, counted as if all blocks were full, or -1; `left` are the masks of each block
+        [B], and `kept` says which blocks the policy keeps open [B].
         """
         row = self.rows[slot]
         for block, masks in zip(row.blocks, left, strict=False):

@@ -1,23 +1,19 @@
 """The fixed canvas against a slow loop, its caches against what they stand for."""
 
+from functools import partial
+
 import pytest
+import tiny_models
 import torch
 from slow_reference import forward
+from tiny_models import ENDS, MASK
 
 from dllm_var.errors import UserError
-from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.sampling import ConfidenceThreshold, FixedLengthSampler, FixedSteps
 from dllm_var.sampling.policies import Prophet, RunningConfidenceRemasking, Saber, Sequential
 
-MASK, ENDS = 19, {3, 4}
+random_model = partial(tiny_models.random_model, initializer_range=0.2)
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14, 15], [16, 17]]
-
-
-def random_model(seed=0, **changes):
-    torch.manual_seed(seed)
-    settings = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=20, mask_id=MASK)
-    settings |= dict(terminator_ids=sorted(ENDS), pad_id=0, initializer_range=0.2)
-    return Transformer(TransformerConfig(**{**settings, **changes})).eval()
 
 
 def slowly(model, prompt, length, block, threshold):
@@ -69,17 +65,6 @@ def test_a_cached_batch_equals_single_rows(cache, policy):
     for together, prompt in zip(sampler.generate(model, PROMPTS), PROMPTS, strict=True):
         alone = sampler.generate(model, [prompt])[0]
         assert (together.tokens, together.finish_reason, together.nfe) == (alone.tokens, alone.finish_reason, alone.nfe)
-
-
-@pytest.mark.parametrize("cache", ["prefix", "dual"])
-def test_caches_change_nothing_while_every_block_takes_one_step(cache):
-    """With one step per block every forward is a refresh: the cached keys are never used."""
-    model = random_model(2)
-    plain = FixedLengthSampler(ConfidenceThreshold(0.0), canvas_length=12, block_length=4).generate(model, PROMPTS)
-    cached = FixedLengthSampler(ConfidenceThreshold(0.0), canvas_length=12, block_length=4, cache=cache).generate(
-        model, PROMPTS
-    )
-    assert [a.tokens for a in plain] == [a.tokens for a in cached] and {a.nfe for a in cached} == {3}
 
 
 def test_the_caches_hold_the_keys_of_the_block_s_first_step():
@@ -212,21 +197,6 @@ def test_caches_against_a_store_by_position(seed, block, cache, every, monkeypat
         tokens, log = slowly_cached(model, prompt, 14, block, 0.25, runs)
         assert answer.tokens == tokens and answer.nfe == len(log)
         assert recorder.runs == log
-
-
-def test_the_store_by_position_itself_is_right():
-    """Running everything at every step, it must be the loop without a cache."""
-    model = random_model(1)
-    for prompt in PROMPTS:
-        assert slowly_cached(model, prompt, 14, 5, 0.25, whole)[0] == slowly(model, prompt, 14, 5, 0.25)[0]
-
-
-def test_refreshing_at_every_step_is_no_cache():
-    model = random_model(4)
-    settings = dict(policy=FixedSteps(4), canvas_length=12, block_length=6)
-    plain = FixedLengthSampler(**settings).generate(model, PROMPTS)
-    refreshed = FixedLengthSampler(**settings, cache="dkv", refresh_every=1).generate(model, PROMPTS)
-    assert [answer.tokens for answer in refreshed] == [answer.tokens for answer in plain]
 
 
 def test_a_token_is_run_once_as_itself(monkeypatch):

@@ -89,11 +89,6 @@ def test_a_model_that_never_changes_its_mind_is_taken_at_its_word(drafts, block_
     assert max(answer.commit_steps) == answer.nfe
 
 
-def test_with_one_draft_it_is_the_base_sampler():
-    base, ours = both(ONE_PER_STEP, random_model(), drafts=1, block_length=5, max_new_tokens=14, batch_size=2)
-    assert [(a.nfe, a.commit_steps) for a in ours] == [(a.nfe, a.commit_steps) for a in base]
-
-
 @pytest.mark.parametrize("policy", [ONE_PER_STEP, ConfidenceThreshold(0.3)])
 @pytest.mark.parametrize("kv_commit", ["joint_next", "alone"])
 def test_a_row_in_a_batch_equals_the_row_alone(policy, kv_commit):

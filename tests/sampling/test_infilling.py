@@ -1,18 +1,21 @@
 """Infilling: gaps are filled, the rest stays, whatever the policy and whoever shares the batch."""
 
+from functools import partial
+
 import pytest
+import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import ENDS, MASK
 
 from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.errors import UserError
-from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.sampling import ConfidenceThreshold, FixedSteps
 from dllm_var.sampling import policies as P
 from dllm_var.sampling.infilling import infill
 
-MASK, ENDS, SUPPRESSED = 19, (3, 4), 7
+SUPPRESSED = 7
 POLICIES = [
     ConfidenceThreshold(0.3),
     FixedSteps(3),
@@ -30,13 +33,7 @@ POLICIES = [
 ]
 
 
-def random_model(seed=0, **changes):
-    torch.manual_seed(seed)
-    settings = dict(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, vocab_size=20, mask_id=MASK)
-    settings |= dict(terminator_ids=list(ENDS), pad_id=0, initializer_range=0.2)
-    return Transformer(TransformerConfig(**{**settings, **changes})).eval()
-
-
+random_model = partial(tiny_models.random_model, initializer_range=0.2)
 MODEL = random_model()
 GIVEN = st.sampled_from([0, 3, 5, 6, 7, 8, 15])  # terminators and suppressed tokens may well be given
 TEXT = st.lists(st.one_of(GIVEN, st.just(MASK)), min_size=1, max_size=12).filter(lambda text: MASK in text)

@@ -112,15 +112,6 @@ def test_with_one_block_it_is_the_base_sampler(policy, settings):
     assert everything(ours) == everything(base)
 
 
-@pytest.mark.parametrize("policy", [ConfidenceThreshold(0.3), FixedSteps(3), P.Saber()])
-def test_where_a_block_opens_only_behind_full_ones_it_is_the_base_sampler(policy):
-    model = random_model(2)
-    settings = dict(block_length=6, max_new_tokens=15, batch_size=3)
-    base = BlockDiffusionSampler(policy, **settings).generate(model, PROMPTS)
-    ours = MultiBlockSampler(policy, blocks=3, open_at=1.0, **settings).generate(model, PROMPTS)
-    assert everything(ours) == everything(base)
-
-
 @pytest.mark.parametrize(("policy", "settings"), EACH, ids=lambda value: type(value).__name__)
 def test_a_row_in_a_batch_equals_the_row_alone(policy, settings):
     model = random_model(1)
@@ -200,14 +191,6 @@ def test_a_policy_may_end_a_row_whose_window_has_blocks_of_any_width():
     assert answer.tokens == [7, 7]
     answer, _ = scripted([7] * 14, [0.99] * 14, policy=Waits(), grid="absolute")
     assert answer.tokens == [7, 7]
-
-
-def test_it_takes_fewer_forwards():
-    model, settings = random_model(4), dict(block_length=4, max_new_tokens=24)
-    base = BlockDiffusionSampler(ConfidenceThreshold(0.4), **settings).generate(model, PROMPTS)
-    ours = MultiBlockSampler(ConfidenceThreshold(0.4), **EAGER, **settings).generate(model, PROMPTS)
-    per_forward = [sum(len(a.tokens) for a in answers) / sum(a.nfe for a in answers) for answers in (base, ours)]
-    assert per_forward[1] > 1.2 * per_forward[0]
 
 
 def test_every_block_has_a_memory_and_a_count_of_steps_of_its_own():

@@ -41,9 +41,3 @@ def test_overlay_decodes(name, checkpoints, capsys):
     assert [answer["prompt"] for answer in answers] == ["keyboard", "ink"]
     if name not in AUTOREGRESSIVE:
         assert all(answer["finish_reason"] == "eos" and answer["tokens"] for answer in answers)
-
-
-def test_overlay_names_are_the_methods():
-    policies = "factor entropy_threshold entropy_bounded ccd fixed_steps sequential first_hitting rcr saber"
-    samplers = "fixed_length autoregressive guided diffuspec freedave wino prefix_cache dual_cache dkv freecache"
-    assert set(f"threshold {policies} joint_threshold prophet prophet_canvas sched {samplers}".split()) <= set(OVERLAYS)

@@ -178,14 +178,6 @@ def test_rcr_keeps_the_most_confident_and_follows_the_schedule(seed):
     assert {j for j in range(8) if not history[2][j]} == set(recorded.argsort(descending=True)[:6].tolist())
 
 
-def test_rcr_takes_back_a_token_that_was_less_sure_than_later_ones():
-    history, _ = play(
-        P.RunningConfidenceRemasking(3), lambda step: random_logits(0)(step) * (0.1 if step == 0 else 3.0)
-    )
-    first, second = ({j for j in range(8) if not masked[j]} for masked in history[1:])
-    assert len(first) == 3 and len(second) == 6 and not first <= second
-
-
 @seeds
 @pytest.mark.parametrize(
     ("policy", "slow"),
@@ -262,64 +254,6 @@ def test_a_row_gets_a_commit_by_the_policy_s_own_score(policy, score, seed):
         if not (decided and (best not in ends or best == masks[0])):
             best = max((j for j in masks if j == masks[0] or not ends or j < ends[0]), key=scores.get)
         assert (view.masked[row] & ~left[row]).nonzero().flatten().tolist() == [best]
-
-
-def margins(values):
-    """Logits of one row whose top-1 minus top-2 margin is given per position."""
-    logits = torch.full((1, len(values), VOCABULARY), -20.0)
-    logits[..., 1] = torch.tensor(values)
-    logits[..., 2] = 0.0
-    return logits
-
-
-@pytest.mark.parametrize(("margin", "steps"), [(7.6, 1), (7.4, 4), (4.9, 7), (2.4, 8)])
-def test_prophet_closes_a_block_when_and_only_when(margin, steps):
-    """8 positions, one per step: below 0.33 committed (steps 1-3) 7.5 is needed, below 0.67 (4-6) 5.0, after 2.5."""
-    history, tokens = play(P.Prophet(), lambda step: margins([margin] * 8))
-    assert len(history) == steps and all(tokens)
-
-
-def test_prophet_looks_at_masked_positions_only():
-    history, _ = play(P.Prophet(), lambda step: margins([30.0, 30.0, 30.0, 30.0, 4.0, 4.0, 4.0, 4.0]))
-    assert len(history) == 1  # mean margin 17
-    history, _ = play(P.Prophet(base=P.Sequential()), lambda step: margins([30.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0]))
-    assert len(history) == 7  # mean 7.25 at first; then 4, enough only in the last third
-
-
-@pytest.mark.parametrize("shape", ["cosine", "linear", "exponential"])
-def test_sched_needs_margin_and_calm(shape):
-    def expected(margin):
-        for committed in range(8):
-            t = committed / 8
-            fall = {"cosine": (1 + math.cos(math.pi * t)) / 2, "linear": 1 - t, "exponential": math.exp(-4 * t)}
-            threshold = 2.5 + 5 * fall[shape]
-            if margin >= threshold and committed > 0:  # at the first step there is nothing to compare with
-                return committed + 1
-        return 8
-
-    for margin in (8.0, 7.0, 5.5, 4.0, 2.6):
-        history, _ = play(P.SchED(shape=shape), lambda step, m=margin: margins([m] * 8))
-        assert len(history) == expected(margin)
-
-    def restless(step):
-        logits = margins([9.0] * 8)
-        logits[0, 7, [1, 2]] = logits[0, 7, [2, 1]] if step % 2 else logits[0, 7, [1, 2]]
-        return logits
-
-    history, _ = play(P.SchED(base=P.Sequential(), shape=shape), restless)
-    assert len(history) == 8  # the last position keeps changing its mind until it is the last one
-
-
-def test_other_draws_of_the_same_logits_are_no_change_of_mind():
-    """SchED's calm is that of the most likely tokens; what it fills in is what was drawn."""
-    policy, logits = P.SchED(high=0.0, low=0.0), margins([3.0, 2.0, 1.0, 0.5])
-    logits[..., 0] = -torch.inf
-    state, tokens = state_of(policy, 1, 4), torch.zeros(1, 4, dtype=torch.long)
-    for step, drawn in enumerate(([1, 2, 1, 2], [2, 1, 2, 1])):
-        view = view_of(logits, tokens, step=step)
-        view.sampled = torch.tensor(drawn)[view.scored]
-        tokens, _, _ = choose_commits(view, policy.decide(view, state), 0, (VOCABULARY,), False)
-    assert tokens.tolist() == [[1, 1, 2, 1]]  # the first by its own step, then all others
 
 
 def test_joint_threshold_edits_until_calm_and_not_for_ever():
