@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,10 +56,11 @@ class EmaWeights(WeightAveraging):
                 "use configs/strategy/ddp.yaml, or leave out configs/ema.yaml"
             )
         pl_module.configure_model()
-        pl_module.to(trainer.strategy.root_device)  # Lightning does so after `setup`; the average is made here
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Lightning's says that it does not shard the model
-            super().setup(trainer, pl_module, stage)
+        parts = L.LightningModule()  # Lightning copies all of it: no sampler or optimizer, which may not be copied
+        for name, part in pl_module.named_children():
+            parts.add_module(name, part)
+        parts.to(trainer.strategy.root_device)  # Lightning does so after `setup`; the average is made here
+        super().setup(trainer, parts, stage)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         if step_idx is None or (step_idx + 1) % self.every_n_steps:
