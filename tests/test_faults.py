@@ -54,7 +54,7 @@ def losses(run):
 def test_a_run_goes_on_the_same_from_each_of_its_checkpoints(tmp_path, monkeypatch):
     """Also from those saved while batches are accumulated, while validation is due, and while a save waits for it."""
     from faults import THREE_BATCHES
-    from short_run import fingerprint, recipe
+    from short_runs import fingerprint, recipe
 
     def fit(folder, *more):
         settings = recipe(folder)
