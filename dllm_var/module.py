@@ -47,19 +47,6 @@ ANNEALING_STREAM = 21  # of the training noise: apart from those of the objectiv
 VALIDATION_SEED = 20251024  # validation noise is the same in every epoch and every run
 
 
-class SharedByCopies:
-    """Builds the optimizer. Copies of a module share it: the command line's holds a parser, which cannot be copied."""
-
-    def __init__(self, build: OptimizerCallable) -> None:
-        self.build = build
-
-    def __call__(self, parameters: Any) -> Optimizer:
-        return self.build(parameters)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedByCopies:
-        return self
-
-
 class DiffusionLM(L.LightningModule):
     """A diffusion language model that decides its own length (dLLM-Var, arXiv 2510.24605).
 
@@ -117,7 +104,7 @@ class DiffusionLM(L.LightningModule):
                 f"model.attention_annealing {attention_annealing} must not be below 0, and above it needs an objective "
                 f"that leaves attention to the model, which {type(self.objective).__name__} does not"
             )
-        self.optimizer, self.schedule = SharedByCopies(optimizer), schedule
+        self.optimizer, self.schedule = optimizer, schedule
         self.noise, self.validation_noise = KeyedNoise(seed), KeyedNoise(VALIDATION_SEED)
         self.recompute = activation_checkpointing
         self.compile_blocks, self.init_from, self.lora, self.float8 = compile, init_from, lora, float8

@@ -1,8 +1,5 @@
 """The LightningModule: one step's gradient, its normalisation, validation and checkpoints."""
 
-import copy
-from functools import partial
-
 import lightning as L
 import pytest
 import torch
@@ -221,9 +218,3 @@ def test_a_run_may_start_from_another_runs_weights(tmp_path):
     wider = TransformerConfig(hidden_size=32, num_layers=1, num_heads=2)
     with pytest.raises(UserError, match="hidden_size=16, the settings say 32"):
         start(transformer=wider, init_from=str(tmp_path / "first.ckpt"))
-
-
-def test_a_module_whose_optimizer_cannot_be_copied_is_copied():
-    """As the average of weights does; the command line's builder holds a parser."""
-    module = DiffusionLM(TransformerConfig(), optimizer=partial(torch.optim.SGD, lr=(rate for rate in (0.1,))))
-    assert copy.deepcopy(module).optimizer is module.optimizer

@@ -91,6 +91,16 @@ def test_the_average_is_used_for_everything_but_training(
     torch.testing.assert_close(torch.cat([p.flatten() for p in exported.parameters()]), wanted[6])
 
 
+def test_an_optimizer_that_cannot_be_copied_is_no_hindrance(fit: Any) -> None:
+    """As that of the command line, which holds a parser."""
+
+    class Build(L.Callback):
+        def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+            pl_module.kept_beside = (number for number in range(3))
+
+    fit(Build(), EmaWeights(), max_steps=1)
+
+
 def test_a_resumed_run_ends_with_the_same_weights_and_the_same_average(fit: Any, tmp_path: Path) -> None:
     def run(*callbacks: L.Callback, **settings: Any) -> tuple[Any, Any]:
         record = Record()
