@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,7 +167,7 @@ class UnmaskingPolicy(ABC):
         scores_committed: Whether committed positions get logits, too.
     """
 
-    scores_committed: ClassVar[bool] = False
+    scores_committed = False
 
     def initial_state(self, block_length: int) -> State:
         """Returns the policy's memory for one row and block, as tensors without a row dimension.

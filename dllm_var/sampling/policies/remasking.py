@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -67,7 +66,7 @@ class Saber(UnmaskingPolicy):
         count: n.
     """
 
-    scores_committed: ClassVar[bool] = True
+    scores_committed = True
 
     count: int = 2
 
@@ -107,7 +106,7 @@ class RevokableThreshold(UnmaskingPolicy):
         shadow_threshold: Confidence in a committed token below which it is taken back.
     """
 
-    scores_committed: ClassVar[bool] = True
+    scores_committed = True
 
     threshold: float = 0.6
     shadow_threshold: float = 0.9
@@ -144,7 +143,7 @@ class JointThreshold(UnmaskingPolicy):
         max_edit_steps: Steps a full block may still be edited.
     """
 
-    scores_committed: ClassVar[bool] = True
+    scores_committed = True
 
     commit_threshold: float = 0.7
     edit_threshold: float = 0.5
