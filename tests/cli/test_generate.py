@@ -257,7 +257,7 @@ def test_nobody_reads_any_more(monkeypatch, capfd):
         (["--infill=K <gap:1>", "--prompts-file=none.txt"], ["--infill", "--prompts-file", ".jsonl"]),
         (["--prompt=cat", "--output=nowhere/x"], ["--output", "nowhere/x"]),
         (["--prompt=cat", "stray"], ["stray"]),
-        (["--threshold=x"], "threshold: invalid float value: 'x'"),
+        (["--prompt=cat", "--threshold=x"], ["sampler.policy.threshold", "float", "x"]),
     ],
 )
 def test_mistakes_are_told_in_one_line(options, words, capsys):
