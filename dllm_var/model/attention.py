@@ -230,16 +230,13 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, seen: Seen) -> Tensor:
     grouped = queries.size(2) != keys.size(2)
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
     if seen.block_mask is None:
-        mixed = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=seen.mask, is_causal=seen.is_causal, enable_gqa=grouped
-        )
-        return mixed.transpose(1, 2)
+        settings: Any = {"attn_mask": seen.mask, "is_causal": seen.is_causal, "enable_gqa": grouped}
+        return F.scaled_dot_product_attention(queries, keys, values, **settings).transpose(1, 2)
     from torch.nn.attention.flex_attention import flex_attention
 
     queries, keys = queries.to(values.dtype), keys.to(values.dtype)  # norms of heads leave them in float32
-    return compiled(flex_attention)(queries, keys, values, block_mask=seen.block_mask, enable_gqa=grouped).transpose(
-        1, 2
-    )
+    mixed = compiled(flex_attention)(queries, keys, values, block_mask=seen.block_mask, enable_gqa=grouped)
+    return mixed.transpose(1, 2)
 
 
 @torch.compiler.disable

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 
@@ -52,5 +51,5 @@ class AutoregressiveEngine(Engine[Row]):
 class AutoregressiveSampler(EngineSampler):
     """Next-token decoding of a causal transformer; finished rows leave the batch and waiting prompts enter."""
 
-    engine: ClassVar[type[Engine[Any]]] = AutoregressiveEngine
-    causal: ClassVar[bool] = True
+    engine = AutoregressiveEngine
+    causal = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -153,7 +153,7 @@ class BlockDiffusionSampler(EngineSampler):
         UserError: When a length or the batch size is below 1.
     """
 
-    engine: ClassVar[type[Engine[Any]]] = BlockEngine
+    engine = cast("type[Engine[Any]]", BlockEngine)
 
     policy: UnmaskingPolicy | None = None
     _: KW_ONLY

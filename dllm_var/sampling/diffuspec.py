@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -280,8 +279,8 @@ class DiffuSpecSampler(EngineSampler):
             drafter is not a diffusion model or has another tokenizer.
     """
 
-    engine: ClassVar[type[Engine[Any]]] = SpeculativeEngine
-    causal: ClassVar[bool] = True
+    engine = SpeculativeEngine
+    causal = True
 
     drafter: str
     _: KW_ONLY

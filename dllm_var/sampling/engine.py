@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -352,8 +352,9 @@ class EngineSampler(Sampler):
         UserError: When a value is out of range.
     """
 
-    engine: ClassVar[type[Engine[Any]]]
-    causal: ClassVar[bool] = False  # whether the models it decodes are autoregressive
+    # Without annotations: jsonargparse reads those of a base class by the names that the subclass's module knows.
+    engine = cast("type[Engine[Any]]", None)  # to be set by the subclass
+    causal = False  # whether the models it decodes are autoregressive
 
     max_new_tokens: int = 512
     batch_size: int = 32

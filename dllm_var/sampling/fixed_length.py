@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -174,7 +174,7 @@ class FixedLengthSampler(EngineSampler):
             see committed positions predicted again.
     """
 
-    engine: ClassVar[type[Engine[Any]]] = CanvasEngine
+    engine = CanvasEngine
 
     policy: UnmaskingPolicy | None = None
     _: KW_ONLY

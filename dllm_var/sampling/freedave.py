@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from dllm_var.sampling.base import Request
 from dllm_var.sampling.block_copies import lay_out
 from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockEngine
 from dllm_var.sampling.block_length import BlockLengthPolicy
-from dllm_var.sampling.engine import Batch, Engine, Row
+from dllm_var.sampling.engine import Batch, Row
 from dllm_var.sampling.policies import BlockView, FixedSteps
 from dllm_var.sampling.policies.base import State, Step, take_step
 
@@ -172,7 +172,7 @@ class FreeDaveSampler(BlockDiffusionSampler):
         UserError: When a length, the batch size or `drafts` is below 1, or for kv_commit `last_step`.
     """
 
-    engine: ClassVar[type[Engine[Any]]] = FreeDaveEngine
+    engine = FreeDaveEngine
 
     drafts: int = field(default=4, kw_only=True)
     kv_commit: Literal["joint_next", "alone"] = field(default="joint_next", kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from dllm_var.sampling.auxiliary import AuxiliaryModel
 from dllm_var.sampling.base import Request
 from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockEngine
 from dllm_var.sampling.block_length import BlockLengthPolicy
-from dllm_var.sampling.engine import Batch, Engine, Row
+from dllm_var.sampling.engine import Batch, Row
 from dllm_var.sampling.policies import BlockView, Decision, Sequential, UnmaskingPolicy
 
 
@@ -83,7 +83,7 @@ class GuidedSampler(BlockDiffusionSampler):
             it is not autoregressive or has another tokenizer.
     """
 
-    engine: ClassVar[type[Engine[Any]]] = GuidedEngine
+    engine = GuidedEngine
 
     guide: str
     policy: UnmaskingPolicy | None = field(init=False, default=None)

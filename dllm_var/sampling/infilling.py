@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -181,7 +181,7 @@ class GapEngine(Engine[GapRow]):
 class _GapFiller(EngineSampler):
     """`infill` as a sampler whose prompts are rows `prompt | text | masks`; `spans` says where the texts are."""
 
-    engine: ClassVar[type[Engine[Any]]] = GapEngine
+    engine = GapEngine
 
     policy: UnmaskingPolicy
     spans: list[range]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from dllm_var.objectives.base import is_one_of
 from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockEngine
 from dllm_var.sampling.block_length import BlockLengthPolicy
-from dllm_var.sampling.engine import Batch, Engine, Row
+from dllm_var.sampling.engine import Batch, Row
 from dllm_var.sampling.policies import BlockView, Decision
 from dllm_var.sampling.policies.base import commit, outcome
 
@@ -206,7 +205,7 @@ class MultiBlockSampler(BlockDiffusionSampler):
         UserError: When a length, the batch size or `blocks` is below 1, or a share or threshold outside [0, 1].
     """
 
-    engine: ClassVar[type[Engine[Any]]] = MultiBlockEngine
+    engine = MultiBlockEngine
 
     blocks: int = field(default=2, kw_only=True)
     open_at: float = field(default=0.1, kw_only=True)

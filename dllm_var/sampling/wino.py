@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from dllm_var.sampling.block_copies import lay_out
 from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockEngine
 from dllm_var.sampling.block_length import BlockLengthPolicy
-from dllm_var.sampling.engine import Batch, Engine, Row
+from dllm_var.sampling.engine import Batch, Row
 from dllm_var.sampling.policies.base import UnmaskingPolicy
 from dllm_var.sampling.policies.remasking import RevokableThreshold
 
@@ -54,7 +54,7 @@ class WinoSampler(BlockDiffusionSampler):
         UserError: When a length or the batch size is below 1, or a threshold outside [0, 1].
     """
 
-    engine: ClassVar[type[Engine[Any]]] = WinoEngine
+    engine = WinoEngine
 
     policy: UnmaskingPolicy | None = field(init=False, default=None)
     block_length_policy: BlockLengthPolicy | None = field(init=False, default=None)

@@ -80,6 +80,17 @@ class EveryCall(BlockDiffusionSampler):
 # -- what goes in and what comes out -----------------------------------------------------------------------------------
 
 
+OWN_SAMPLER = """
+from __future__ import annotations
+from dataclasses import dataclass
+from dllm_var.sampling.engine import EngineSampler
+
+@dataclass(eq=False, kw_only=True)
+class Mine(EngineSampler):
+    width: int = 3
+"""
+
+
 def test_one_line_per_prompt_and_a_summary(capsys):
     assert main(["generate", "--checkpoint", CHECKPOINT, "--prompt", "lightning", "--prompt=cat"]) == 0
     captured = capsys.readouterr()
@@ -266,6 +277,14 @@ def test_mistakes_are_told_in_one_line(options, words, capsys):
     text = complaint(capsys, "generate", "--checkpoint", CHECKPOINT, *options)
     assert all(word in text for word in words), text
     assert len(text) < 300
+
+
+def test_a_sampler_of_ones_own_is_checked_like_any_other(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "one_sampler.py", OWN_SAMPLER)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["generate", "--checkpoint", CHECKPOINT, "--prompt=cat", "--sampler=one_sampler.Mine"]
+    assert "top_k" in complaint(capsys, *options, "--sampler.top_k=x")
+    assert "width" in complaint(capsys, *options, "--sampler.width=x")
 
 
 def test_a_checkpoint_is_needed(capsys):
