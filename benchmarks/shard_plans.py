@@ -62,7 +62,7 @@ def make_table(folder: Path, samples: int, times: int) -> Table:
     if times > 1:
         offsets = Repeated(offsets[:-1], times, int(offsets[-1]))
     zeros: Any = Repeated(np.zeros(1, np.int64), samples * times)
-    return Table(np.zeros(1, np.uint16), np.zeros(1, np.bool_), offsets, zeros, zeros, meta={})
+    return Table(np.zeros(1, np.uint16), np.zeros(1, np.bool_), offsets, zeros, meta={})
 
 
 def memory() -> int:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
@@ -17,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from dllm_var.callbacks.ema import averaged
 from dllm_var.datamodules import Example
 from dllm_var.errors import UserError
+from dllm_var.training.resume import random_state, set_random_state
 from dllm_var.training.strategies import forwards_together
 
 
@@ -45,11 +44,9 @@ def undisturbed(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[No
     have been in eval mode) and the state of the random generators of Python, numpy and torch, whatever happens inside.
     """
     modes = [(module, module.training) for module in pl_module.modules()]
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - user code may draw from it
-    precision, device = trainer.precision_plugin, pl_module.device
+    generators, precision = random_state(), trainer.precision_plugin
     try:
         with ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
             stack.enter_context(torch.no_grad())
             if isinstance(precision, MixedPrecision):
                 stack.enter_context(precision.forward_context())
@@ -61,8 +58,7 @@ def undisturbed(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[No
     finally:
         for module, training in modes:
             module.training = training
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
+        set_random_state(generators)
 
 
 @contextmanager

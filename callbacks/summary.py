@@ -120,7 +120,7 @@ class RunSummary(L.Callback):
             "tokens_per_second": scores["tokens"] / max(decode_seconds, 1e-9),
             "decode_seconds": decode_seconds,
             "train_seconds": self.train_seconds,
-            "parameters": sum(parameter.numel() for parameter in transformer.parameters()),
+            "parameters": transformer.num_parameters,
             "steps": trainer.global_step,
             "split": self.split,
         }

@@ -9,8 +9,8 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from dllm_var.datamodules.sources import SPLITS, Located, SplitSource, one_line, read_contents
-from dllm_var.errors import UserError
+from dllm_var.datamodules.sources import SPLITS, Located, SplitSource, read_contents
+from dllm_var.errors import UserError, one_line
 
 
 class DatasetSource(SplitSource):

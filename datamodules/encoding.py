@@ -24,9 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from dllm_var.datamodules.records import Ids, Turns, parse_record
-from dllm_var.datamodules.sources import Located, Source, one_line
+from dllm_var.datamodules.sources import Located, Source
 from dllm_var.datamodules.table import COLUMNS, Table, seal
-from dllm_var.errors import UserError
+from dllm_var.errors import UserError, one_line
 from dllm_var.files import PARTIAL, write_atomically
 from dllm_var.text.tokenizer import Piece, Tokenizer
 
@@ -60,18 +60,18 @@ class RecordEncoder:
         names = ("chat", "refuse_special", "longest")
         return {"tokenizer": self.tokenizer.fingerprint, **{name: getattr(self, name) for name in names}}
 
-    def encode(self, records: Sequence[Located], first: int) -> Table:
-        """Tokenizes a number of records at once, of which the first has the number `first` in the source.
+    def encode(self, records: Sequence[Located]) -> Table:
+        """Tokenizes a number of records at once.
 
         Raises:
             UserError: When a record cannot be used and that is an error; names its place.
         """
         with _without_cycle_collection():
-            samples = self._samples(records, first)
-        sizes = [[len(ids) for ids, _ in runs] for runs in samples.values()]
-        ids = chain.from_iterable(ids for runs in samples.values() for ids, _ in runs)
+            samples = self._samples(records)
+        sizes = [[len(ids) for ids, _ in runs] for runs in samples]
+        ids = chain.from_iterable(ids for runs in samples for ids, _ in runs)
         tokens = np.fromiter(ids, dtype=self.meta["dtype"])
-        flags = np.array([flag for runs in samples.values() for _, flag in runs], dtype=np.bool_)
+        flags = np.array([flag for runs in samples for _, flag in runs], dtype=np.bool_)
         self.meta["records"] += len(records)
         if self.tokenizer.unknown_id is not None:
             self.meta["unknown_tokens"] += int(np.count_nonzero(tokens == self.tokenizer.unknown_id))
@@ -80,26 +80,25 @@ class RecordEncoder:
             supervised=np.repeat(flags, np.array(list(chain.from_iterable(sizes)), dtype=np.int64)),
             offsets=np.cumsum([0, *map(sum, sizes)], dtype=np.int64),
             answer_start=np.array([sum(size[:-1]) for size in sizes], dtype=np.int64),
-            record=np.array(list(samples), dtype=np.int64),
             meta=dict(self.meta),
         )
 
-    def _samples(self, records: Sequence[Located], first: int) -> dict[int, Runs]:
-        """Runs of each usable record, by its number."""
-        parsed: list[tuple[int, str, Turns | Ids, list[Piece]]] = []
-        for number, (where, record) in enumerate(records, first):
+    def _samples(self, records: Sequence[Located]) -> list[Runs]:
+        """Runs of each usable record."""
+        parsed: list[tuple[str, Turns | Ids, list[Piece]]] = []
+        for where, record in records:
             try:
                 form = parse_record(record, self.chat)
-                parsed.append((number, where, form, self._pieces(form)))
+                parsed.append((where, form, self._pieces(form)))
             except UserError as error:
                 self._skip(where, error)
         # All at once, so that the tokenizer's threads, one for each core, have enough to do.
         encoded = iter(self._encode([piece for *_, pieces in parsed for piece in pieces]))
-        samples: dict[int, Runs] = {}
-        for number, where, form, pieces in parsed:
+        samples: list[Runs] = []
+        for where, form, pieces in parsed:
             ids = [next(encoded) for _ in pieces]  # also of a record that is skipped
             try:
-                samples[number] = self._runs(form, pieces, ids)
+                samples.append(self._runs(form, pieces, ids))
             except UserError as error:
                 self._skip(where, error)
         return samples
@@ -250,7 +249,7 @@ def _write(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> 
         first.tofile(files["offsets"])
         crc32 = {name: zlib.crc32(first.data) if name == "offsets" else 0 for name in COLUMNS}
         while chunk := _next_chunk(records, source, split):
-            table = encoder.encode(chunk, encoder.meta["records"])
+            table = encoder.encode(chunk)
             columns = {name: getattr(table, name) for name in COLUMNS}
             columns["offsets"] = table.offsets[1:] + tokens
             for name, column in columns.items():

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from dllm_var.datamodules.records import FIELDS
-from dllm_var.datamodules.sources import FileSource, Located, one_line
-from dllm_var.errors import UserError
+from dllm_var.datamodules.sources import FileSource, Located
+from dllm_var.errors import UserError, one_line
 
 
 class ParquetSource(FileSource):

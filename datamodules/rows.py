@@ -111,10 +111,14 @@ class PackedRows(Dataset):
 
     def locate(self, row: int) -> tuple[int, int, int]:
         """Epoch of a row, its section, and its number within that section of that epoch."""
+        before = 0
+        if not (self.overhang or (self.canvas and self.cut)):  # all epochs have as many rows: the first is counted
+            before, row = divmod(row, len(self))
         while self._starts[-1] <= row:
             self._count_section()
         begun = bisect_right(self._starts, row) - 1  # sections without rows are passed over
-        return *divmod(begun, len(self.sections)), row - self._starts[begun]
+        epoch, section = divmod(begun, len(self.sections))
+        return before + epoch, section, row - self._starts[begun]
 
     def first_row(self, epoch: int) -> int:
         """Number of an epoch's first row."""

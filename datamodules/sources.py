@@ -22,7 +22,7 @@ import numpy as np
 
 from dllm_var.datamodules.records import FIELDS, BadRecord, prompt_key
 from dllm_var.datamodules.table import seal, unseal
-from dllm_var.errors import UserError
+from dllm_var.errors import UserError, one_line
 from dllm_var.files import write_atomically
 
 SPLITS = ("train", "validation", "test")
@@ -234,6 +234,8 @@ class FileSource(SplitSource):
             if not files:
                 raise UserError(f"data.source {setting}: no file {str(path)!r}")
             found += files
+        if not found:
+            raise UserError(f"data.source {setting} is an empty list: name a file, or leave it out")
         return found
 
     def _matching(self, place: Path) -> list[Path]:
@@ -356,8 +358,3 @@ def remember(cache: Path | None, kind: str, key: Any, find_out: Callable[[], dic
     with contextlib.suppress(OSError), write_atomically(path, shared=True) as partial:
         partial.write_text(seal(found), encoding="utf-8")
     return found
-
-
-def one_line(error: Exception) -> str:
-    """The message of an exception, or its type when it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

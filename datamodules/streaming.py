@@ -86,10 +86,10 @@ class RowStream(IterableDataset):
         first += (shard - first) % shards  # the reader's own next block
         special = self.encoder.tokenizer.special
         for block, chunk in self.source.blocks("train", self.block_records, first, shards):
-            sections = Sections(self.encoder.encode(chunk, block * self.block_records), *self.fitting)
-            if len(sections[0].index):
-                key = (self.seed, epoch, block)
-                yield block, PackedRows(sections, special, self.packing, self.overhang, key, self.canvas)
+            sections = Sections(self.encoder.encode(chunk), *self.fitting)
+            rows = PackedRows(sections, special, self.packing, self.overhang, (self.seed, epoch, block), self.canvas)
+            if len(rows):
+                yield block, rows
 
 
 class StreamingDataModule(PackedDataModule):

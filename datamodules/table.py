@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dllm_var.errors import UserError
+from dllm_var.errors import UserError, one_line
 from dllm_var.text.tokenizer import Tokenizer
 
-COLUMNS = {"tokens": None, "supervised": "bool", "offsets": "int64", "answer_start": "int64", "record": "int64"}
+COLUMNS = {"tokens": None, "supervised": "bool", "offsets": "int64", "answer_start": "int64"}
 """Files of a table and the types in them; the tokens' own is in ``meta.json``."""
 
 HELD_OUT_SEED = 0  # held-out rows and examples are the same whatever the training seed
@@ -42,7 +42,6 @@ class Table:
     supervised: NDArray[np.bool_]  # whether each token carries loss, shape [tokens]
     offsets: NDArray[np.int64]  # where samples begin, and where the last one ends, shape [samples + 1]
     answer_start: NDArray[np.int64]  # position within each sample where its last answer begins, shape [samples]
-    record: NDArray[np.int64]  # number of the record each sample was made from, shape [samples]
     meta: dict[str, Any]
     folder: Path | None = None  # where the arrays are mapped from, if they are
 
@@ -65,13 +64,14 @@ class Table:
             if changed:
                 raise ValueError(f"{changed[0]}.bin is not as it was written")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"tokenized data is damaged ({reason}): delete {folder}, it is made again") from None
+            raise UserError(
+                f"tokenized data is damaged ({one_line(error)}): delete {folder}, it is made again"
+            ) from None
         return cls(**columns, meta=meta, folder=folder)
 
     def __len__(self) -> int:
         """Number of samples."""
-        return len(self.record)
+        return len(self.answer_start)
 
     def __reduce__(self) -> Any:  # worker processes map the files too, instead of getting a copy
         return super().__reduce__() if self.folder is None else (Table.open, (self.folder, False))

@@ -16,6 +16,11 @@ _REMEDIES = {
 }
 
 
+def one_line(error: BaseException) -> str:
+    """Returns the message of an exception without line breaks, or its type when it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def in_one_line(error: BaseException | None) -> str | None:
     """Returns the line that tells a user's mistake, or a file or disk that cannot be used; None for a bug.
 

@@ -227,7 +227,7 @@ class TaskRun:
         if split not in self.source.splits:
             has = ", ".join(self.source.splits)
             raise UserError(f"task {self.task.name}: {type(self.source).__name__} has no split {split}; it has {has}")
-        table = RecordEncoder(self.tokenizer).encode(list(self.source.located_records(split)), 0)
+        table = RecordEncoder(self.tokenizer).encode(list(self.source.located_records(split)))
         examples = table.examples(self.tokenizer, count)
         if not examples:
             raise UserError(f"task {self.task.name}: the {split} split has no prompts with answers")

@@ -27,7 +27,7 @@ from dllm_var.checkpoints.weights import (
     weight_shapes,
     weights_of,
 )
-from dllm_var.errors import UserError
+from dllm_var.errors import UserError, one_line
 from dllm_var.files import read_object
 from dllm_var.model.config import SIZES, TransformerConfig
 from dllm_var.model.initialise import fill
@@ -329,5 +329,5 @@ def _tokenizer_of(values: Any, path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_dict(values)
     except Exception as error:  # the Rust side raises a bare Exception
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(f"{path} holds a tokenizer that cannot be read: {type(error).__name__}: {reason}") from error

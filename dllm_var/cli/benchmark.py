@@ -97,7 +97,7 @@ def check_output(name: str | None) -> Path:
 
 
 def read_tasks(options: Any) -> list[Task]:
-    """Returns the config's tasks."""
+    """Returns the config's tasks; `instantiate` would also build what stands as a dictionary with a class path."""
     tasks = []
     for values in (task.as_dict() for task in options.tasks):
         values["entries"] = [Entry(**entry) for entry in values["entries"]]

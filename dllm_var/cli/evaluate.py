@@ -17,7 +17,7 @@ from jsonargparse import Namespace
 
 from dllm_var.checkpoints.run_checkpoint import provenance
 from dllm_var.cli.generate import add_sampler_options, load
-from dllm_var.errors import UserError
+from dllm_var.errors import UserError, one_line
 from dllm_var.evaluation import TASKS
 from dllm_var.files import open_output
 from dllm_var.settings import SettingsParser, suggestion
@@ -153,7 +153,7 @@ def evaluate(evaluated: EvaluatedModel, options: Namespace) -> dict[str, Any]:
             bootstrap_iters=1000,
         )
     except (OSError, ImportError) as error:  # no hub, no such data set, a metric's package
-        reason = " ".join((str(error).strip() or type(error).__name__).split())
+        reason = one_line(error)
         raise UserError(f"--tasks {' '.join(options.tasks)}: {reason[:300]}") from error
 
 
@@ -176,7 +176,7 @@ def find_tasks(tasks: Sequence[str], include_path: str | None) -> TaskManager:
         try:
             manager.load([file])
         except (ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-            raise UserError(f"--tasks: {file} is no task of lm-eval: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(f"--tasks: {file} is no task of lm-eval: {one_line(error)[:300]}") from error
     names = [task for task in tasks if task not in files]
     if any(name not in manager.task_index for name in names):
         manager = TaskManager(include_path=folders, include_defaults=True)

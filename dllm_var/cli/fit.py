@@ -28,7 +28,7 @@ from dllm_var.checkpoints.archive import CannotSave
 from dllm_var.checkpoints.checkpoint_io import BackgroundFiles, CheckedFiles
 from dllm_var.checkpoints.run_checkpoint import check_or_offer
 from dllm_var.cli.trainer_settings import build_parser, check_settings, full_help, run_name
-from dllm_var.errors import UserError, in_one_line
+from dllm_var.errors import UserError, in_one_line, one_line
 from dllm_var.model.float8 import Float8, check_float8
 from dllm_var.settings import load_yaml
 from dllm_var.training.interrupt import Interrupted, SaveAtEnd, StopOnSignal
@@ -80,7 +80,7 @@ def main(command: str, arguments: list[str]) -> int:
         setting = ".".join(key for key in str(error.full_key).split(".")[1:] if key != "init_args")
         raise UserError(f"{setting}: {str(error.msg or error).splitlines()[0]}") from error
     except MisconfigurationException as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_line(error)) from error
     except SIGTERMException:  # before our own handler was in place
         return 128 + signal.SIGTERM
     except SystemExit as stopped:
@@ -97,7 +97,7 @@ def main(command: str, arguments: list[str]) -> int:
 
 def failure(error: Exception) -> str | None:
     """Returns a line for an error that only says that another process is gone; None for any other."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in text.lower() and "onnect" in text
     ):
@@ -154,7 +154,7 @@ class TrainerCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
         except (TypeError, ValueError) as error:
-            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+            raise UserError(f"trainer: {one_line(error)}") from error
         ResumableFitLoop.take_over(trainer)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         callbacks.sort(key=lambda callback: callback is not self.save_at_end)
@@ -171,7 +171,8 @@ class TrainerCLI(LightningCLI):
                 check_changes(Path(checkpoint), self.text, self.trainer, self.datamodule)
         options = {name: self.config[name] for name in ("verbose", "return_predictions") if name in self.config}
         method = getattr(self.trainer, self.command)
-        method(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True, **options)
+        options["weights_only"] = True  # a checkpoint is data, never code to run
+        method(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, **options)
 
 
 def with_checked_files(plugins: Any) -> list[Any]:

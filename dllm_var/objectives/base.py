@@ -71,6 +71,9 @@ class KeyedNoise:
         return _mix(base[:, None] + counters)
 
 
+SMALLEST_RATE = 1e-2  # of a walk over all mask rates; keeps weights of 1 / rate finite
+
+
 def golden_fractions(numbers: Tensor) -> Tensor:
     """Returns the fractional part of each number times the golden ratio, in float32 [B]: spread evenly over [0, 1)."""
     return _shift_right(numbers * _GOLDEN, 40).to(torch.float32) * 2.0**-24

@@ -12,6 +12,7 @@ from dllm_var.errors import UserError
 from dllm_var.model.attention import AttentionRule
 from dllm_var.objectives.autoregressive import next_token_targets
 from dllm_var.objectives.base import (
+    SMALLEST_RATE,
     Batch,
     KeyedNoise,
     NoisedBatch,
@@ -240,13 +241,13 @@ class BlockDiffusion(Certainty):
 class EvenBlockMasking(BlockDiffusion):
     """Masks every supervised token of an objective's blocks with a rate that walks evenly over (0, 1).
 
-    Losses are weighted by 1 / rate; `smallest`, the smallest rate, keeps the weights finite.
+    Losses are weighted by 1 / rate.
     """
 
     masks_terminators = scores_first_step = False
 
-    def __init__(self, objective: BlockDiffusion, smallest: float = 1e-2) -> None:
-        super().__init__(objective.block_length, objective.kv_commit, smallest)
+    def __init__(self, objective: BlockDiffusion) -> None:
+        super().__init__(objective.block_length, objective.kv_commit, SMALLEST_RATE)
         self.causal_context, self.token_shift = objective.causal_context, objective.token_shift
 
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:

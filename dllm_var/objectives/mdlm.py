@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from dllm_var.objectives.base import (
+    SMALLEST_RATE,
     Batch,
     KeyedNoise,
     NoisedBatch,
@@ -61,15 +62,9 @@ class EvenMasking(Objective):
 
     The 1/t-weighted loss under it estimates the NELBO (MDLM, arXiv 2406.07524, equation 10), whatever the model was
     trained with. Successive multiples of the golden ratio are about as even as a grid for any number of rows.
-
-    Args:
-        smallest: Smallest mask rate; keeps the weights finite.
     """
-
-    def __init__(self, smallest: float = 1e-2) -> None:
-        self.smallest = smallest
 
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
         supervised = batch["supervised"]
-        rate = (self.smallest + (1 - self.smallest) * golden_fractions(batch["row"]))[:, None].expand_as(supervised)
+        rate = (SMALLEST_RATE + (1 - SMALLEST_RATE) * golden_fractions(batch["row"]))[:, None].expand_as(supervised)
         return self.mask(batch, generator, rate, weights=1.0 / rate, normaliser=supervised.sum())

@@ -32,7 +32,8 @@ class BlockEngine(Engine[AnyRow]):
     ) -> None:
         super().__init__(sampler, model, prompts, request, sampler.blocks_per_forward * sampler.block_length)
         self.cache = self.add_cache(model)
-        self.use_policy(sampler.policy or ConfidenceThreshold(), sampler.block_length, self.versions)
+        assert sampler.policy is not None  # set by its `__post_init__`
+        self.use_policy(sampler.policy, sampler.block_length, self.versions)
         self.offsets = torch.arange(sampler.block_length, device=self.device)
 
     @property

@@ -15,6 +15,7 @@ from dllm_var.sampling.base import Request
 from dllm_var.sampling.engine import Batch, Engine, EngineSampler, Row
 from dllm_var.sampling.policies import FixedSteps, UnmaskingPolicy
 from dllm_var.sampling.policies.base import take_step
+from dllm_var.sampling.policies.scheduled import ONE_AT_A_TIME
 
 
 class CanvasEngine(Engine[Row]):
@@ -44,7 +45,8 @@ class CanvasEngine(Engine[Row]):
         """Denoises the block by one step, for all rows together; goes on to the next block when no row has masks."""
         if self.step == 0:
             self._open_block()
-        batch, place, tokens = self.batch(), self.place, self.canvas.gather(1, self.place)
+        batch = batch if batch.index is None else self.batch()
+        place, tokens = self.place, self.canvas.gather(1, self.place)
         decoded = torch.tensor([row.left > 0 for row in batch.rows])
         for row in batch.rows:
             row.nfe += row.left > 0
@@ -87,7 +89,8 @@ class CanvasEngine(Engine[Row]):
         self.begins = self.prompt_lengths + self.offset
         begin = self.begins.to(self.device)
         self.place = begin[:, None] + torch.arange(width, device=self.device)
-        self.use_policy(self.sampler.policy or FixedSteps(steps=1 << 30), width)
+        assert self.sampler.policy is not None  # set by its `__post_init__`
+        self.use_policy(self.sampler.policy, width)
         for row in self.rows:
             row.width = row.left = width if row.index >= 0 else 0
 
@@ -188,7 +191,7 @@ class FixedLengthSampler(EngineSampler):
         self.check(1, math.inf, "canvas_length", "block_length", "refresh_every")
         self.max_new_tokens = self.canvas_length
         super().__post_init__()
-        self.policy = self.policy or FixedSteps(steps=1 << 30)
+        self.policy = self.policy or FixedSteps(steps=ONE_AT_A_TIME)
         if self.cache == "dkv" and self.policy.scores_committed:
             name = type(self.policy).__name__
             raise UserError(f"sampler.cache dkv does not run the committed positions that {name} needs: use another")

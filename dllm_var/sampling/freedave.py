@@ -18,6 +18,7 @@ from dllm_var.sampling.block_length import BlockLengthPolicy
 from dllm_var.sampling.engine import Batch, Row
 from dllm_var.sampling.policies import BlockView, FixedSteps
 from dllm_var.sampling.policies.base import State, Step, take_step
+from dllm_var.sampling.policies.scheduled import ONE_AT_A_TIME
 
 
 @dataclass(eq=False)
@@ -179,7 +180,7 @@ class FreeDaveSampler(BlockDiffusionSampler):
     block_length_policy: BlockLengthPolicy | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self.policy = self.policy or FixedSteps(steps=1 << 30)
+        self.policy = self.policy or FixedSteps(steps=ONE_AT_A_TIME)
         super().__post_init__()
         self.check(1, math.inf, "drafts")
         if self.kv_commit not in ("joint_next", "alone"):

@@ -119,7 +119,7 @@ class GapEngine(Engine[GapRow]):
 
     def forward(self, batch: Batch[GapRow]) -> None:
         """Reads all texts whole and denoises their gaps by one step."""
-        batch = self.batch()
+        batch = batch if batch.index is None else self.batch()
         for row in batch.rows:
             row.nfe += 1
         nfe, lengths, key, width = torch.tensor(

@@ -19,7 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from dllm_var.errors import UserError
+from dllm_var.errors import UserError, one_line
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -189,4 +189,4 @@ def _raise_exception(message: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return one_line(error)[:300]

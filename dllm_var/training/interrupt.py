@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from dllm_var.checkpoints.archive import CannotSave
 from dllm_var.checkpoints.run_checkpoint import clear_leftovers, newest_checkpoint
 from dllm_var.training.ranks import is_launched_child
+from dllm_var.training.resume import data_state
 from dllm_var.training.step import TooManySkipped
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -104,7 +105,7 @@ class StopOnSignal(Callback):
             return
         self._last_step = trainer.global_step
         if trainer.world_size == 1:
-            self._between_steps = _data_state(trainer)
+            self._between_steps = data_state(trainer)
         self._obey(trainer, pl_module)
 
     def on_validation_batch_end(
@@ -134,7 +135,7 @@ class StopOnSignal(Callback):
     def on_exception(self, trainer: Any, pl_module: L.LightningModule, exception: BaseException) -> None:
         state, self._between_steps = self._between_steps, None
         unforeseen = isinstance(exception, Exception) and not isinstance(exception, Interrupted | CannotSave)
-        between_steps = unforeseen and state is not None and _data_state(trainer) == state
+        between_steps = unforeseen and state is not None and data_state(trainer) == state
         if trainer.keeps_checkpoints and (between_steps or isinstance(exception, TooManySkipped)):
             with contextlib.suppress(CannotSave):
                 trainer.save_last()
@@ -177,11 +178,6 @@ class SaveAtEnd(Callback):
         trainer.finish_saving()
         self.stop.training_over = True
         self.stop.end_now()
-
-
-def _data_state(trainer: L.Trainer) -> Any:
-    datamodule: Any = getattr(trainer, "datamodule", None)
-    return datamodule.state_dict() if datamodule is not None else {}
 
 
 def _only_saves(number: int) -> bool:

@@ -81,7 +81,7 @@ class ExactResume(Callback):
                 "step": trainer.global_step,
                 "epoch": trainer.current_epoch,
                 "fit_loop": trainer.fit_loop.state_dict(),
-                "data": deepcopy(_data_state(trainer)),
+                "data": data_state(trainer),
                 "random": random_state(),
             }
 
@@ -143,9 +143,10 @@ class ExactResume(Callback):
         self._loaded = {}
 
 
-def _data_state(trainer: L.Trainer) -> dict[str, Any]:
+def data_state(trainer: L.Trainer) -> dict[str, Any]:
+    """Returns a copy of the data module's state, as a checkpoint has it; nothing without a data module."""
     datamodule: Any = getattr(trainer, "datamodule", None)
-    return {} if datamodule is None else {type(datamodule).__qualname__: datamodule.state_dict()}
+    return {} if datamodule is None else {type(datamodule).__qualname__: deepcopy(datamodule.state_dict())}
 
 
 def _savers(trainer: L.Trainer) -> list[ModelCheckpoint]:

@@ -118,7 +118,7 @@ def test_rows_are_numbered_on_over_the_epochs(make_rows, overhang, section, numb
 def test_sections_share_the_samples(table, tokenizer, samples, section, stretch):
     lengths = np.random.default_rng(samples).integers(1, 2 * CONTEXT, samples)
     ends = np.concatenate([[0], np.cumsum(lengths)])
-    table = replace(table, offsets=ends, answer_start=np.zeros(samples, np.int64), record=np.arange(samples))
+    table = replace(table, offsets=ends, answer_start=np.zeros(samples, np.int64))
     sections = Sections(table, CONTEXT, "drop", 0, section, stretch)
     kept = np.concatenate([sections[number].index for number in range(len(sections))])
     assert sorted(kept) == np.flatnonzero(lengths <= CONTEXT).tolist()

@@ -127,7 +127,7 @@ def test_a_bad_record_is_told_with_file_and_line_or_counted(load, record, messag
     assert "data.on_bad_record=skip" in str(error.value)
     table = load(records, skip_bad=True)
     assert (len(table), table.meta["skipped"], table.meta["records"]) == (2, 1, 3)
-    assert table.record.tolist() == [0, 2]
+    assert [table.ids(0), table.ids(1)] == [load([GOOD]).ids(0)] * 2
     with pytest.raises(UserError, match=r"data\.jsonl:2"):  # a cached table does not hide it
         load(records)
 
@@ -295,5 +295,4 @@ def test_many_chunks_are_one_table(load, tokenizer):
     table = load(records)
     assert len(table) == len(records)
     assert [table.ids(number)[:-1] for number in range(len(records))] == [record["input_ids"] for record in records]
-    assert np.array_equal(table.record, np.arange(len(records)))
     assert json.loads((Path(table.folder) / "meta.json").read_text())["records"] == 10_000

@@ -22,6 +22,8 @@ from dllm_var.sampling.policies.base import (
     top_n,
 )
 
+ONE_AT_A_TIME = 1 << 30  # steps; no block has as many positions, so that each step commits one
+
 
 @dataclass(eq=False)
 class FixedSteps(UnmaskingPolicy):
@@ -97,7 +99,7 @@ class _EarlyExit(UnmaskingPolicy):
     base: UnmaskingPolicy | None = None
 
     def __post_init__(self) -> None:
-        self.base = self.base or FixedSteps(steps=1 << 30)
+        self.base = self.base or FixedSteps(steps=ONE_AT_A_TIME)
 
     @abstractmethod
     def threshold(self, share: Tensor) -> Tensor: ...
