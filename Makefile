@@ -22,7 +22,7 @@ test: $(DEV_STAMP)
 	$(PY) -m pytest -n 2 --durations 15
 
 test-slow: $(DEV_STAMP)
-	$(PY) -m pytest -n 2 --dist loadfile --durations 15 -m "slow and not gpu and not real_weights and not reasoning_gym"
+	$(PY) -m pytest -n 2 --dist worksteal --durations 15 -m "slow and not gpu and not real_weights and not reasoning_gym"
 
 # On a machine that has torch, lightning and the rest already: python3 -m pytest -m gpu tests/gpu
 test-gpu: $(DEV_STAMP)
