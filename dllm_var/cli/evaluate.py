@@ -43,12 +43,8 @@ docs/evaluate.md explains estimators and figures."""
 
 
 def main(command: str, arguments: list[str]) -> int:
-    """Runs `evaluate` and returns its exit status.
-
-    Raises:
-        UserError: For a bad checkpoint, task, sampler or output file, or without lm-eval.
-    """
-    if any(argument in ("-h", "--help") for argument in arguments):
+    """Runs `evaluate` and returns its exit status; raises UserError for a mistake, or without lm-eval."""
+    if {"-h", "--help"} & set(arguments):
         build_parser(command, None).print_help()
         return 0
     if not sys.stderr.isatty():
@@ -129,11 +125,7 @@ def check_options(options: Namespace) -> None:
 
 
 def evaluate(evaluated: EvaluatedModel, options: Namespace) -> dict[str, Any]:
-    """Runs the harness and returns its results.
-
-    Raises:
-        UserError: When a task is unknown or its data cannot be loaded.
-    """
+    """Runs the harness and returns its results; raises UserError when a task's data cannot be loaded."""
     for name in ("lm_eval", "httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.ERROR)
     from lm_eval import evaluator
@@ -153,15 +145,13 @@ def evaluate(evaluated: EvaluatedModel, options: Namespace) -> dict[str, Any]:
             bootstrap_iters=1000,
         )
     except (OSError, ImportError) as error:  # no hub, no such data set, a metric's package
-        reason = one_line(error)
-        raise UserError(f"--tasks {' '.join(options.tasks)}: {reason[:300]}") from error
+        raise UserError(f"--tasks {' '.join(options.tasks)}: {one_line(error)[:300]}") from error
 
 
 def find_tasks(tasks: Sequence[str], include_path: str | None) -> TaskManager:
     """Returns what loads the tasks: names, or YAML files; lm-eval's own tasks are indexed only when one is wanted.
 
-    Raises:
-        UserError: When a folder, file or task does not exist.
+    Raises UserError when a folder, file or task does not exist.
     """
     from lm_eval.tasks import TaskManager
 
@@ -190,14 +180,13 @@ def description(evaluated: EvaluatedModel, sampler: Sampler, options: Namespace)
     """Returns our entry in lm-eval's results: the model, its sampler and estimator, and figures of the decoding."""
     from dllm_var.sampling.config import sampler_to_config
 
-    model, likelihood = evaluated.model, evaluated.likelihood
-    exact = model.config.causal
+    bound = {"estimator": "Monte-Carlo bound", **vars(evaluated.likelihood)}
     return {
         **provenance(),
         "checkpoint": options.checkpoint,
-        "parameters": model.num_parameters,
+        "parameters": evaluated.model.num_parameters,
         "sampler": sampler_to_config(sampler),
-        "likelihood": {"estimator": "exact"} if exact else {"estimator": "Monte-Carlo bound", **vars(likelihood)},
+        "likelihood": {"estimator": "exact"} if evaluated.model.config.causal else bound,
         "decoding": {task: decoded.figures() for task, decoded in evaluated.decoded.items()},
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from math import comb
@@ -12,7 +12,6 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from dllm_var.errors import UserError
@@ -80,9 +79,6 @@ class Likelihood:
         canvas: Shows masks behind the continuation, up to a multiple of this length from its start, as block samplers
             do: the likelihood of the continuation, whether or not the text ends there. 0 shows nothing (LLaDA).
         block_length: Tokens scored together; the whole continuation when 0 (LLaDA).
-
-    Raises:
-        UserError: When a number is out of range.
     """
 
     draws: int = 128
@@ -104,14 +100,9 @@ class Likelihood:
     ) -> list[Score]:
         """Returns the score of each pair; an empty continuation has probability 1.
 
-        Args:
-            model: A transformer in eval mode; a causal one needs contexts of at least one token.
-            pairs: Contexts and continuations.
-            decode: Decodes greedily, too; without it no score of a diffusion model is greedy.
-            quiet: Shows no progress bar.
-
-        Raises:
-            UserError: For a model with `causal_context` and no `block_length`.
+        The model is in eval mode; a causal one needs contexts of at least one token. Without `decode` no score of a
+        diffusion model is greedy. `quiet` shows no progress bar. Raises UserError for a model with `causal_context`
+        and no `block_length`.
         """
         if model.config.causal_context and not self.block_length:
             raise UserError(
@@ -123,10 +114,10 @@ class Likelihood:
         longest_first = sorted(parts, key=lambda part: len(part.context) + len(part.continuation), reverse=True)
         bar = tqdm(longest_first, unit=" likelihoods", disable=quiet)
         for batch in _chunks((row for part in bar for row in self._rows(part, model)), self.batch_size):
-            for row, loss, guess in zip(batch, *predict(model, batch), strict=True):
-                row.part.log_likelihood -= row.weight * float(loss.double().sum())
+            for row, (log_probability, likeliest, _) in zip(batch, predict(model, batch), strict=True):
+                row.part.log_likelihood += row.weight * float(log_probability.double().sum())
                 if causal:
-                    row.part.is_greedy &= guess.tolist() == row.targets
+                    row.part.is_greedy &= likeliest.tolist() == row.targets
         if decode and not causal:
             self._decode_greedily(model, parts)
         totals, greedy = [0.0] * len(pairs), [causal or decode] * len(pairs)
@@ -136,7 +127,6 @@ class Likelihood:
         return [Score(total, is_greedy) for total, is_greedy in zip(totals, greedy, strict=True)]
 
     def _parts(self, index: int, pair: Pair, causal: bool) -> Iterator[Part]:
-        """Yields what is scored on its own: the whole continuation, or its blocks given those before them."""
         context, continuation = pair
         length = self.block_length if self.block_length and not causal else max(len(continuation), 1)
         for start in range(0, len(continuation), length):
@@ -168,12 +158,15 @@ class Likelihood:
 
     def _decode_greedily(self, model: Transformer, parts: Sequence[Part]) -> None:
         """Notes whether one-by-one decoding gives each continuation; a part is left at its first other token."""
+        mask, _ = special_ids(model)
         hidden = {number: list(range(len(part.continuation))) for number, part in enumerate(parts)}
         while hidden:
             for batch in _chunks(list(hidden), self.batch_size):
                 rows = [self._row(parts[number], hidden[number], 1.0, model) for number in batch]
-                for number, row, (place, token) in zip(batch, rows, most_confident(model, rows), strict=True):
-                    row.part.is_greedy = token == row.targets[place]
+                predicted = predict(model, rows, mask)
+                for number, row, (_, likeliest, confidence) in zip(batch, rows, predicted, strict=True):
+                    place = int(confidence.argmax())
+                    row.part.is_greedy = int(likeliest[place]) == row.targets[place]
                     del hidden[number][place]
                     if not row.part.is_greedy or not hidden[number]:
                         del hidden[number]
@@ -188,46 +181,23 @@ class Likelihood:
         return Row(part, tokens, columns, [part.continuation[place] for place in hidden], weight)
 
 
-def predict(model: Transformer, rows: Sequence[Row]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Returns cross-entropies and most likely tokens of the scored columns, for each row."""
-    targets = torch.tensor([token for row in rows for token in row.targets], device=model.embedding.weight.device)
+def predict(model: Transformer, rows: Sequence[Row], banned: int | None = None) -> Iterator[tuple[Tensor, ...]]:
+    """Yields for each row, at its scored columns: log-probabilities of the targets, the likeliest tokens, and theirs.
 
-    def read(logits: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
-        return cross_entropy(logits, targets[positions], reduction="none"), logits.argmax(dim=-1)
-
-    return _from_logits(model, rows, read)
-
-
-def most_confident(model: Transformer, rows: Sequence[Row]) -> list[tuple[int, int]]:
-    """Returns for each row the place, among its scored columns, of the most probable token, and that token."""
-    mask, _ = special_ids(model)
-
-    def read(logits: Tensor, positions: slice) -> tuple[Tensor, Tensor]:
-        logits[:, mask] = -torch.inf
-        best = logits.softmax(dim=-1).max(dim=-1)
-        return best.values, best.indices
-
-    confidences, tokens = _from_logits(model, rows, read)
-    places = [int(confidence.argmax()) for confidence in confidences]
-    return [(place, int(token[place])) for place, token in zip(places, tokens, strict=True)]
-
-
-def _from_logits(
-    model: Transformer, rows: Sequence[Row], read: Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Returns two numbers for each scored column, row by row; `read` gives them for some logits [M, vocabulary].
-
-    The head runs for some positions at a time: all logits at once would not fit into memory.
+    A `banned` token has probability 0. The head runs for some columns at a time: all logits would not fit into memory.
     """
-    hidden = _hidden(model, rows)
+    targets = torch.tensor([token for row in rows for token in row.targets], device=model.embedding.weight.device)
     size = max(1, LOGITS_PER_CHUNK // model.lm_head.out_features)
     pieces = []
-    for start in range(0, len(hidden), size):
-        positions = slice(start, start + size)
-        pieces.append([numbers.cpu() for numbers in read(model.lm_head(hidden[positions]).float(), positions)])
+    for hidden, wanted in zip(_hidden(model, rows).split(size), targets.split(size), strict=True):
+        logits = model.lm_head(hidden).float()
+        if banned is not None:
+            logits[:, banned] = -torch.inf
+        log_probabilities = logits.log_softmax(dim=-1)
+        best = log_probabilities.max(dim=-1)
+        pieces.append((log_probabilities.gather(1, wanted[:, None])[:, 0], best.indices, best.values))
     counts = [len(row.columns) for row in rows]
-    first, second = (torch.cat(numbers).split(counts) for numbers in zip(*pieces, strict=True))
-    return first, second
+    return zip(*(torch.cat(part).cpu().split(counts) for part in zip(*pieces, strict=True)), strict=True)
 
 
 def _hidden(model: Transformer, rows: Sequence[Row]) -> Tensor:
@@ -253,7 +223,7 @@ def _hidden(model: Transformer, rows: Sequence[Row]) -> Tensor:
 
 
 def _key(part: Part) -> int:
-    """Returns a number for a context and a continuation that leaves room for its draws."""
+    """Returns a number for a context and a continuation, apart from the next one by as many as there may be draws."""
     tokens = array("q", [len(part.context), *part.context, *part.continuation]).tobytes()
     return (int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "little") >> 21) * _DRAWS_LIMIT
 

@@ -35,7 +35,7 @@ class Decoded:
     seconds: float = 0.0
 
     def figures(self) -> dict[str, float]:
-        """Returns the figures that docs/evaluate.md explains: forwards, speed, and shares of the ways to end."""
+        """Returns what docs/evaluate.md explains: forwards, speed, and shares of the ways to end."""
         count = max(len(self.answers), 1)
         tokens = sum(len(answer.tokens) for answer in self.answers)
         forwards = sum(answer.nfe + answer.auxiliary_nfe for answer in self.answers)
@@ -114,8 +114,6 @@ class EvaluatedModel(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Returns the text of a conversation; without a generation prompt its last turn is left open, to go on in."""
-        if self.tokenizer.chat_template is None:
-            raise UserError("--chat needs a checkpoint whose tokenizer has a chat template, and this one has none")
         self._renders = True  # from now on texts have the template's special tokens, and marks where people spell them
         messages = self.tokenizer.mark(chat_history)
         text = self.tokenizer.render(messages, add_generation_prompt)

@@ -25,8 +25,7 @@ def documents(file: str, **_: Any) -> dict[str, Any]:
 def pronunciation_scores(document: dict[str, Any], results: Sequence[str]) -> dict[str, Any]:
     """Compares an answer with the nearest of a word's pronunciations, as `RunSummary` does.
 
-    Returns:
-        `per`: edits and phonemes of the reference, for `error_rate`; `wer` and `length_exact`: 0 or 1.
+    `per` has the edits and the phonemes of the reference, for `error_rate`; `wer` and `length_exact` are 0 or 1.
     """
     tokenizer = _phonemes()
     answer = tokenizer.encode(results[0])
@@ -45,15 +44,10 @@ def error_rate(items: Sequence[tuple[int, int]]) -> float:
 
 
 def final_number_scores(document: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Compares the number behind the last `####` with the reference's, and the whole text.
-
-    Returns:
-        `accuracy` and `same_text`: 0 or 1.
-    """
-    scorer, answer = FinalNumberScorer(), results[0]
-    number = scorer.final_number(answer)
-    expected = [scorer.final_number(response) for response in document["responses"]]
-    right = number is not None and number in expected
+    """Compares the number behind the last `####` with the reference's, and the whole text; both scores are 0 or 1."""
+    final_number, answer = FinalNumberScorer().final_number, results[0]
+    number = final_number(answer)
+    right = number is not None and number in map(final_number, document["responses"])
     return {"accuracy": float(right), "same_text": float(answer.strip() in document["responses"])}
 
 
