@@ -21,12 +21,14 @@ import tokenizers
 
 from dllm_var.errors import UserError
 from dllm_var.files import fits
-from dllm_var.text.tokenizer_files import NAMED_TOKENS, read_tokenizer
+from dllm_var.text.tokenizer_files import find_folder, load_backend, read_chat_template, read_if_there
 
 if TYPE_CHECKING:
     from dllm_var.text.chat_templates import ChatTemplate
 
 ROLES = ("system", "user", "assistant", "tool")  # that a message may have
+NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")  # that a chat template may ask for
+ADDED_MASK = "<|mask|>"  # what a tokenizer without a mask token gets
 MARK = "\ufdd0"  # put behind each letter of what spells a special token; Unicode keeps it for internal use
 _ENCODING = threading.Lock()  # whether a backend reads special tokens is a flag of the whole backend
 
@@ -52,11 +54,8 @@ class Tokenizer:
     """Text to token ids and back, knowing mask, terminators and padding.
 
     `chat_template` is Jinja source that turns messages into text; `named_tokens` are what it calls ``bos_token``,
-    ``eos_token`` and so on.
-
-    Raises:
-        UserError: When an id is outside the vocabulary, mask and terminator are the same, or the chat template or a
-            named token is no text.
+    ``eos_token`` and so on. Raises UserError when an id is outside the vocabulary, mask and terminator are the same, or
+    the chat template or a named token is no text.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class Tokenizer:
             raise UserError(f"mask_token and terminators are the same token {self.id_to_token(self.mask_id)}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_chat", "_normalize")}
+        return {name: value for name, value in vars(self).items() if name != "_chat"}
 
     # -- text --------------------------------------------------------------------------------------------------------
 
@@ -101,10 +100,8 @@ class Tokenizer:
         """Returns the token ids of a text, nothing added at either end.
 
         A special token that the text spells is text like any other, so that nobody who writes a prompt or an answer can
-        end it or speak for somebody else; with `special_tokens` it becomes that token.
-
-        Raises:
-            UserError: When the vocabulary can write a part of a text only as a special token.
+        end it or speak for somebody else; with `special_tokens` it becomes that token. Raises UserError when the
+        vocabulary can write a part of a text only as a special token.
         """
         ids = [index for index, _, _ in self.spans(text, special_tokens)]
         if not special_tokens:
@@ -147,10 +144,8 @@ class Tokenizer:
         """Returns the token ids of a conversation, and which are supervised: the assistant's turns and terminators.
 
         The messages are turns with ``role`` and ``content``, the last one the assistant's; what follows its terminator
-        is left out. Only the template writes special tokens. Without a template turns simply follow each other.
-
-        Raises:
-            UserError: When the template refuses the messages, or they or the template's ends of answers do not fit.
+        is left out. Only the template writes special tokens. Without a template turns simply follow each other. Raises
+        UserError when the template refuses the messages, or they or the template's ends of answers do not fit.
         """
         ids: list[int] = []
         supervised: list[bool] = []
@@ -165,8 +160,7 @@ class Tokenizer:
     def chat_pieces(self, messages: Sequence[dict[str, Any]], refuse: bool = False) -> list[Piece]:
         """Returns the texts that a conversation is encoded from; without a template answers lack their terminators.
 
-        Raises:
-            UserError: As `encode_chat`; with `refuse` also for a message that spells a special token.
+        Raises UserError as `encode_chat` does; with `refuse` also for a message that spells a special token.
         """
         if self._chat is None:
             return [Piece(message["content"], message["role"] == "assistant", refuse) for message in messages]
@@ -189,12 +183,11 @@ class Tokenizer:
     def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         """Returns the text of messages that `mark` returned; `add_generation_prompt` as transformers has it.
 
-        Raises:
-            UserError: When there is no chat template, or it refuses the messages.
+        Raises UserError when there is no chat template, or it refuses the messages.
         """
         if self._chat is None:
             raise UserError("the tokenizer has no chat template")
-        return self._chat.render(messages, add_generation_prompt)[0]
+        return self._chat.render(messages, add_generation_prompt)
 
     def encode_rendered(self, text: str) -> list[int]:
         """Returns the token ids of a text that `render` has made."""
@@ -211,24 +204,15 @@ class Tokenizer:
         return {index: self.id_to_token(index) for index in ids}
 
     @cached_property
-    def _normalize(self) -> Any:
-        """Changes a text before special tokens are looked for in it; None where nothing does."""
-        added = self.backend.get_added_tokens_decoder()
-        normalized = any(added[index].normalized for index in self.special_names if index in added)
-        return getattr(self.backend.normalizer, "normalize_str", None) if normalized else None
-
-    @cached_property
     def _spelled(self) -> re.Pattern[str]:
-        names = list(self.special_names.values())
-        names += map(self._normalize, names) if self._normalize else ()
-        return re.compile("|".join(map(re.escape, names)))
+        """Finds what may spell a special token; matches any text when a normalizer may make one of it."""
+        added = self.backend.get_added_tokens_decoder()
+        if any(added[index].normalized for index in self.special_names if index in added):
+            return re.compile("")
+        return re.compile("|".join(map(re.escape, self.special_names.values())))
 
     def check_plain(self, ids: Sequence[int]) -> None:
-        """Refuses token ids of plain text that hold a special token, other than that for what cannot be spelled.
-
-        Raises:
-            UserError: Names the special token.
-        """
+        """Raises UserError for token ids of plain text with a special token, other than that for unknown characters."""
         if not self.special_names.keys().isdisjoint(ids):
             found = next((index for index in ids if index in self.special_names and index != self.unknown_id), None)
             if found is not None:
@@ -237,9 +221,8 @@ class Tokenizer:
     def mark(self, messages: Sequence[dict[str, Any]], refuse: bool = False) -> list[dict[str, Any]]:
         """Returns the messages with `MARK` behind each letter of a special token that one of their texts spells.
 
-        Raises:
-            UserError: When a text has `MARK` itself, or spells a token that cannot be broken up; with `refuse` when it
-                spells any.
+        Raises UserError when a text has `MARK` itself, or spells a token that cannot be broken up; with `refuse` when
+        it spells any.
         """
         marked = []
         for number, message in enumerate(messages):
@@ -259,19 +242,14 @@ class Tokenizer:
             return value
         if MARK in value:
             raise UserError(f"contains U+{ord(MARK):04X}, which is no character")
-        forms = (value, self._normalize(value)) if self._normalize else (value,)
-        if not any(map(self._spelled.search, forms)):  # quick: most texts end here
+        if not self._spelled.search(value):  # quick: most texts end here
             return value
-        marked, done = [], 0
-        for index, start, stop in self.spans(value, special_tokens=True):
-            if index in self.special_names and stop > done:
-                if refuse:
-                    self.check_plain([index])
-                start = max(start, done)  # bytes of one unknown character share its place
-                marked += [value[done:start], *(letter + MARK for letter in value[start:stop])]
-                done = stop
-        text = "".join([*marked, value[done:]])
-        self.check_plain([index for index, _, _ in self.spans(text, special_tokens=True)])
+        spans = [span for span in self.spans(value, special_tokens=True) if span[0] in self.special_names]
+        if refuse:
+            self.check_plain([index for index, _, _ in spans])
+        places = {place for _, start, stop in spans for place in range(start, stop)}
+        text = "".join(letter + MARK if place in places else letter for place, letter in enumerate(value))
+        self.check_plain(self.encode(text, special_tokens=True))
         return text
 
     def _split(self, text: str, supervised: bool) -> list[Piece]:
@@ -341,12 +319,51 @@ class Tokenizer:
     ) -> Tokenizer:
         """Loads a tokenizer from a folder, or from the Hugging Face hub by a name such as ``GSAI-ML/LLaDA-8B-Base``.
 
-        The tokens that are not given are looked up in its files. The first of the terminators is appended to answers. A
-        tokenizer that names no mask token gets one: `mask_token`, which may be a token it has no other use for, or a
-        new one.
-
-        Raises:
-            UserError: When there is no tokenizer, or a token is neither known nor given, or not in the vocabulary.
+        Tokens that are not given are looked up: the mask token in ``tokenizer_config.json`` or as ``mask_token_id`` of
+        ``config.json``; the terminators as ``terminators`` or ``eos_token`` of the former and ``eos_token_id`` of
+        ``generation_config.json`` and ``config.json``; padding as ``pad_token``, else the first terminator. The first
+        of the terminators is appended to answers. A tokenizer that names no mask token gets one: `mask_token`, which
+        may be a token it has no other use for, or a new one. Raises UserError when there is no tokenizer, or a token is
+        neither known nor given, or not in the vocabulary.
         """
-        backend, special, chat_template, named = read_tokenizer(path_or_name, mask_token, terminators, pad_token)
-        return cls(backend, SpecialTokens(*special), chat_template, named)
+        folder = find_folder(path_or_name)
+        backend = load_backend(folder, path_or_name)
+        config = read_if_there(folder / "tokenizer_config.json")
+        model, generation = (read_if_there(folder / name) for name in ("config.json", "generation_config.json"))
+        entries = {name: config.get(name) for name in NAMED_TOKENS}  # a text, or a dictionary with it
+        texts = {name: entry.get("content") if isinstance(entry, dict) else entry for name, entry in entries.items()}
+        named = {name: text for name, text in texts.items() if isinstance(text, str)}
+
+        def to_id(token: Any, setting: str) -> int:
+            index = backend.token_to_id(token) if isinstance(token, str) else None
+            if index is None:
+                raise UserError(f"{setting} {token!r} is not in the vocabulary of {path_or_name}; name a token that is")
+            return index
+
+        def known(*candidates: str | int | list[int] | None) -> list[int]:
+            ids: list[int] = []
+            for candidate in candidates:
+                if not fits(candidate, str | int | list[int] | None):
+                    raise UserError(f"{path_or_name} names a token by {candidate!r}: give its text or its id")
+                index = backend.token_to_id(candidate) if isinstance(candidate, str) else candidate
+                ids += index if isinstance(index, list) else [] if index is None else [index]
+            return list(dict.fromkeys(ids))
+
+        masks = known(named.get("mask_token"), model.get("mask_token_id"))
+        if not masks:
+            mask_token = mask_token or named.get("mask_token") or ADDED_MASK
+            backend.add_special_tokens([tokenizers.AddedToken(mask_token, special=True, normalized=False)])
+        if mask_token:
+            masks = [to_id(mask_token, "mask_token")]
+        if len(masks) > 1:
+            raise UserError(
+                f"{path_or_name} has the mask token {named['mask_token']!r}, id {masks[0]}, and its config.json has "
+                f"mask_token_id {masks[1]}: correct the wrong one, or name the token with mask_token"
+            )
+        ends = [to_id(token, "terminators") for token in terminators or config.get("terminators") or []]
+        ends = ends or known(named.get("eos_token"), generation.get("eos_token_id"), model.get("eos_token_id"))
+        if not ends:
+            raise UserError(f"{path_or_name} has no end-of-sequence token; name one or more with terminators")
+        pads = [to_id(pad_token, "pad_token")] if pad_token else known(named.get("pad_token"), ends[0])
+        special = SpecialTokens(masks[0], tuple(dict.fromkeys(ends)), pads[0])
+        return cls(backend, special, read_chat_template(folder, config), named)

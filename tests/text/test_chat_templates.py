@@ -4,12 +4,10 @@ Published templates rarely have such marks. Here the kinds in use are written wi
 as they are published, for us: for any conversation both must say the same.
 """
 
-import time
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, normalizers
 
 from dllm_var.errors import UserError
 from dllm_var.text.tokenizer import Tokenizer
@@ -140,48 +138,32 @@ def test_what_cannot_be_kept_apart_is_refused(pairs, tmp_path):
         lines.encode_chat(conversation([("a", "z")], None))
 
 
-NESTED = "{% for a in range(99999) %}" * 6 + "{% endfor %}" * 6
+def test_what_is_a_special_token_only_once_it_is_normalized_is_text_too(pairs):
+    tokenizer = pairs["chatml"][1][0]
+    backend = Tokenizer.from_dict(tokenizer.to_dict()).backend
+    backend.normalizer = normalizers.Lowercase()
+    backend.add_special_tokens([AddedToken("<stop>", special=True, normalized=True)])
+    lowers = Tokenizer(backend, tokenizer.special, tokenizer.chat_template)
+    assert backend.token_to_id("<stop>") in lowers.encode("<STOP>", special_tokens=True)
+    for said in ("<STOP>", "x<sToP>"):
+        ids = lowers.encode_chat_prompt([{"role": "user", "content": said}])
+        assert backend.token_to_id("<stop>") not in ids and said.lower() in lowers.decode(ids)
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (NESTED, "not done after"),
-        ("{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}", "not done after"),
-        ("{{ messages + 1 }}", "TypeError"),
-        ("{{ 'x' * 10 ** 10 }}", "larger than 10,000,000"),
-        ("{{ 9 ** 99999999 }}", "larger than"),
-        ("{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}", "larger than"),
-        ("{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "larger than"),
-        ("{{ messages | tojson(default=raise_exception) }}", "TypeError"),
+        ("{{ messages + 1 }}", "concatenate"),
+        ("{{ messages | tojson(default=raise_exception) }}", "unexpected keyword argument"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{% for a in range(10 ** 9) %}{% endfor %}", "Range too big"),
         ("{% for a in messages %}" * 30 + "{% endfor %}" * 30, "not valid"),
         ("{{ raise_exception('no\n' * 999) }}", "no no no"),
     ],
 )
-def test_a_template_that_does_harm_or_makes_no_sense_is_one_line_within_seconds(pairs, template, message, monkeypatch):
-    monkeypatch.setattr("dllm_var.text.chat_templates.SECONDS", 0.3)
+def test_a_template_that_does_harm_or_makes_no_sense_is_one_line(pairs, template, message):
     tokenizer = pairs["chatml"][1][0]
     bad = Tokenizer(tokenizer.backend, tokenizer.special, template, tokenizer.named_tokens)
-    began = time.thread_time()
     with pytest.raises(UserError, match=message) as caught:
         bad.encode_chat_prompt([{"role": "user", "content": "Hi"}])
     assert "chat template" in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
-    assert time.thread_time() - began < 2
-
-
-def test_time_is_counted_anew_for_each_conversation_and_in_any_thread(pairs, monkeypatch):
-    monkeypatch.setattr("dllm_var.text.chat_templates.SECONDS", 0.3)
-    tokenizer = pairs["chatml"][1][0]
-    bad = Tokenizer(tokenizer.backend, tokenizer.special, NESTED)
-
-    def refused():
-        with pytest.raises(UserError, match="not done after"):
-            bad.render([])
-        return True
-
-    with ThreadPoolExecutor(1) as threads:
-        assert threads.submit(refused).result(timeout=20)
-    assert tokenizer.render([{"role": "user", "content": "Hi"}]) == tokenizer.render(
-        [{"role": "user", "content": "Hi"}]
-    )
