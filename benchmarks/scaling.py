@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dllm_var.benchmarking.cost_model import Shape
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.transformer import Transformer
 from dllm_var.objectives.cross_entropy import summed_cross_entropy
@@ -49,8 +48,8 @@ def measure(layers: int, context: int, hidden: int, tokens: int, repeats: int) -
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)
-    weights = layers * Shape(config).block_matrices + VOCABULARY * hidden
-    return 6.0 * tokens * weights, 12.0 * layers * tokens * context * hidden, median(seconds[1:])
+    in_matrices = tokens * model.flops_per_token(0)
+    return in_matrices, tokens * model.flops_per_token(context) - in_matrices, median(seconds[1:])
 
 
 def main() -> None:

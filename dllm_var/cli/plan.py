@@ -1,31 +1,24 @@
-"""Says what a training run will cost, from its config alone: no weights are read and no data."""
+"""The command `plan`: says what a training run will cost, from its config alone."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import torch
+from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
 
-from dllm_var.benchmarking.cost_model import (
-    STRATEGIES,
-    Memory,
-    Precision,
-    adapter_parameters,
-    count_parameters,
-    device_memory,
-    step_seconds,
-    training_flops,
-)
+from dllm_var.benchmarking.cost_model import STRATEGIES, device_memory
 from dllm_var.checkpoints.pretrained import starting_config
 from dllm_var.cli.fit import quieten
 from dllm_var.cli.trainer_settings import build_parser, check_settings, run_name
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
+from dllm_var.model.lora import Lora, add_adapters
+from dllm_var.model.transformer import Transformer
 from dllm_var.objectives import EosSchedule, KeyedNoise, Objective
 from dllm_var.settings import SettingsParser, build
 from dllm_var.text.tokenizer import SpecialTokens, Tokenizer
@@ -38,14 +31,14 @@ EXAMPLES = """examples:
 
 MFU leaves out what is computed again. docs/finetune.md says what the figures hold."""
 SAMPLE_LENGTH = 1024  # tokens of the rows on which an objective shows what it makes of them
-LIMITS = {"devices": math.inf, "device_tflops": math.inf, "device_memory": math.inf, "mfu": 1, "supervised_share": 1}
+ASSUMED = ("device_tflops", "device_memory", "mfu", "supervised_share")
+Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
 
 
 def main(command: str, arguments: list[str]) -> int:
     """Runs `plan` with its own options and the settings of `fit`, and returns its exit status.
 
-    Raises:
-        UserError: For a mistake in the settings, or when they do not say the model's vocabulary.
+    Raises UserError for a mistake in the settings, or when they do not say the model's vocabulary.
     """
     parser = build_parser(command, arguments, trainer_command="fit")
     add_options(parser)
@@ -55,11 +48,6 @@ def main(command: str, arguments: list[str]) -> int:
     quieten()
     settings = parser.parse_resolved(arguments)
     check_settings(settings, run_name(arguments))
-    for name, most in LIMITS.items():
-        value = settings[name]
-        if value is not None and not (0 < value <= most and value < math.inf):
-            wanted = "a number above 0" if most == math.inf else f"above 0 and at most {most}"
-            raise UserError(f"--{name.replace('_', '-')} must be {wanted}, got {value:g}")
     result = plan(settings.as_dict())
     print(json.dumps(result, indent=2) if settings.json else report(result))
     return 0
@@ -70,27 +58,24 @@ def add_options(parser: SettingsParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.usage = "python -m dllm_var plan --config FILE ... [options] [--key=value ...]"
-    options = parser.add_argument_group("plan")
-    options.add_argument("--devices", type=int, metavar="N", help="devices in all; what trainer says when not given")
-    options.add_argument("--mfu", type=float, default=0.4, metavar="X", help="model FLOPs over peak FLOPs (0.4)")
+    add = parser.add_argument_group("plan").add_argument
+    add("--devices", type=PositiveInt, metavar="N", help="devices in all; what trainer says when not given")
+    add("--mfu", type=Share, default=0.4, metavar="X", help="model FLOPs over peak FLOPs (0.4)")
     peak = "peak of one device (989: an H100 in bf16)"
-    options.add_argument("--device-tflops", type=float, default=989.0, metavar="X", help=peak)
-    options.add_argument("--device-memory", type=float, default=80.0, metavar="GB", help="memory of one device (80)")
-    share = "share of tokens that are answers (0.5)"
-    options.add_argument("--supervised-share", type=float, default=0.5, metavar="X", help=share)
-    options.add_argument("--json", action="store_true", help="print JSON")
+    add("--device-tflops", type=PositiveFloat, default=989.0, metavar="X", help=peak)
+    add("--device-memory", type=PositiveFloat, default=80.0, metavar="GB", help="memory of one device (80)")
+    add("--supervised-share", type=Share, default=0.5, metavar="X", help="share of tokens that are answers (0.5)")
+    add("--json", action="store_true", help="print JSON")
 
 
 def plan(settings: dict[str, Any]) -> dict[str, Any]:
     """Returns all figures as plain values; `settings` has those of `fit` and the options of `plan`."""
     model, data, trainer = settings["model"]["init_args"], settings["data"]["init_args"], settings["trainer"]
-    for section, values, names in (("model", model, ["transformer"]), ("data", data, ["batch_size", "context_length"])):
-        missing = next((name for name in names if name not in values), None)
-        if missing is not None:
-            raise UserError(f"plan needs {section}.{missing}, which {settings[section]['class_path']} has not")
+    for section, name in (("model", "transformer"), ("data", "batch_size"), ("data", "context_length")):
+        if name not in settings[section]["init_args"]:
+            raise UserError(f"plan needs {section}.{name}, which {settings[section]['class_path']} has not")
     described = model.get("objective")
     objective = EosSchedule() if described is None else build(Objective, "objective", described, "model")
-    config = read_config(model, data, objective)
     devices, rows, length = number_of_devices(settings["devices"], trainer), data["batch_size"], data["context_length"]
     if min(rows, length) < 1:
         raise UserError(f"data.batch_size and data.context_length must be at least 1, got {rows} and {length}")
@@ -99,24 +84,37 @@ def plan(settings: dict[str, Any]) -> dict[str, Any]:
     read, scored = (round(share * length) for share in per_token)
     tokens = devices * accumulated * rows * length
     bits = str(trainer.get("precision") or "32")
-    precision: Precision = "32" if bits.startswith("32") else "16-true" if bits.endswith("true") else "16-mixed"
+    precision = "32" if bits.startswith("32") else "16-true" if bits.endswith("true") else "16-mixed"
 
-    parameters = count_parameters(config)
-    lora = model.get("lora")
-    trained = adapter_parameters(config, lora["r"], lora["targets"]) if lora else parameters.total
-    flops = training_flops(config, read, scored, min(1.0, trained / parameters.total)) * devices * accumulated * rows
-    seconds = step_seconds(flops, devices, settings["device_tflops"] * 1e12, settings["mfu"])
-    held = parameters.total + (trained if lora else 0)  # adapters lie in memory beside the frozen weights
+    with torch.device("meta"):
+        transformer = Transformer(read_config(model, data, objective))
+    embedding, head = transformer.embedding.weight, transformer.lm_head.weight
+    parameters = {
+        "embedding": embedding.numel(),
+        "block": sum(p.numel() for p in transformer.layers[0].parameters()),
+        "blocks": sum(p.numel() for p in transformer.layers.parameters()),
+        "head": 0 if head is embedding else head.numel(),
+        "norm": transformer.model.norm.weight.numel(),
+        "total": transformer.num_parameters,
+    }
+    flops_per_row = read * transformer.flops_per_token(read, scored / read)
+    if model.get("lora"):
+        add_adapters(transformer, Lora(**model["lora"]))
+    parameters["trained"] = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
+    # Of the FLOPs a third is the forward pass, and a third makes gradients of weights, which only trained ones have.
+    done = (2 + min(1.0, parameters["trained"] / parameters["total"])) / 3
+    flops = flops_per_row * done * devices * accumulated * rows
+    seconds = flops / (devices * settings["device_tflops"] * 1e12 * settings["mfu"])
     memory = {
         f"{strategy}{', recomputed' if again else ''}": device_memory(
-            config, strategy, devices, rows, read, precision, held, trained, again
+            transformer, strategy, devices, rows * read, precision, again
         )
         for strategy in STRATEGIES
         for again in (False, True)
     }
     steps = trainer.get("max_steps") or -1
     return {
-        "parameters": {**asdict(parameters), "total": parameters.total, "trained": trained},
+        "parameters": parameters,
         "step": {
             "devices": devices,
             "rows": rows,  # of a batch on one device
@@ -131,8 +129,8 @@ def plan(settings: dict[str, Any]) -> dict[str, Any]:
         },
         "tokens_per_second": tokens / seconds,
         "run": {"steps": steps, "hours": steps * seconds / 3600, "tokens": steps * tokens} if steps > 0 else None,
-        "assumed": {name: settings[name] for name in LIMITS if name != "devices"},
-        "memory": {name: {**asdict(value), "total": value.total} for name, value in memory.items()},
+        "assumed": {name: settings[name] for name in ASSUMED},
+        "memory": memory,
     }
 
 
@@ -151,16 +149,18 @@ def read_config(model: dict[str, Any], data: dict[str, Any], objective: Objectiv
             raise UserError("the vocabulary's size is not known: set model.transformer.vocab_size or data.tokenizer")
         tokenizer = Tokenizer.from_pretrained(name, data.get("mask_token"), data.get("terminators"))
         config = replace(config, vocab_size=tokenizer.vocab_size)
-    return replace(config, causal=objective.causal).resolved()
+    return replace(config, causal=objective.causal)
 
 
 def number_of_devices(given: int | None, trainer: dict[str, Any]) -> int:
     """Returns the devices in all: those of `--devices`, else those of all nodes of the Trainer."""
-    devices: Any = trainer.get("devices") if given is None else given
+    if given is not None:
+        return given
+    devices = trainer.get("devices")
     devices = len(devices) if isinstance(devices, list) else devices
     if not str(devices).isdigit() or int(devices) < 1:
         raise UserError(f"trainer.devices {devices} says no number: give plan --devices N")
-    return int(devices) * (int(trainer.get("num_nodes") or 1) if given is None else 1)
+    return int(devices) * int(trainer.get("num_nodes") or 1)
 
 
 def tokens_read(objective: Objective, length: int, supervised_share: float) -> tuple[float, float]:
@@ -184,7 +184,7 @@ def tokens_read(objective: Objective, length: int, supervised_share: float) -> t
 
 def report(result: dict[str, Any]) -> str:
     """Returns the figures as a table for people."""
-    parameters, step, assumed = result["parameters"], result["step"], result["assumed"]
+    parameters, step, assumed, run = (result[part] for part in ("parameters", "step", "assumed", "run"))
     trained = "" if parameters["trained"] == parameters["total"] else f"; trained {parameters['trained']:,}"
     lines = [
         f"parameters   {parameters['total']:,}: embedding {parameters['embedding']:,}, "
@@ -197,14 +197,13 @@ def report(result: dict[str, Any]) -> str:
         f"{assumed['device_tflops']:g} TFLOP/s: {step['seconds']:,.3g} s a step, "
         f"{result['tokens_per_second']:,.0f} tokens/s",
     ]
-    if result["run"] is not None:
-        run = result["run"]
+    if run is not None:
         lines.append(f"run          {run['steps']:,} steps, {run['tokens']:,} tokens, {run['hours']:,.3g} hours")
-    names = [*Memory.__dataclass_fields__, "total"]
     width = max(map(len, result["memory"])) + 2
-    lines += ["", f"{'GiB per device':<{width}}" + "".join(f"{name:>13}" for name in names)]
+    names = "".join(f"{name:>13}" for name in result["memory"]["ddp"])
+    lines += ["", f"{'GiB per device':<{width}}{names}"]
     for name, memory in result["memory"].items():
-        cells = "".join(f"{memory[part] / 2**30:>13.2f}" for part in names)
+        cells = "".join(f"{part / 2**30:>13.2f}" for part in memory.values())
         fits = "" if memory["total"] <= assumed["device_memory"] * 1e9 else f"  over {assumed['device_memory']:g} GB"
         lines.append(f"{name:<{width}}{cells}{fits}")
     return "\n".join(lines)
