@@ -12,7 +12,7 @@ from dllm_var.callbacks.ema import averaged
 from dllm_var.checkpoints.export import save_checkpoint_folder, save_settings
 from dllm_var.checkpoints.pretrained import EXPORT_FOLDER, PREFIX
 from dllm_var.checkpoints.weights import held, merge_adapters, save_adapter
-from dllm_var.sampling.config import remembered_sampler
+from dllm_var.sampling.base import last_sampler, sampler_to_config
 from dllm_var.training.strategies import is_sharded
 
 ADAPTER_FOLDER = "adapter"
@@ -43,7 +43,7 @@ class ExportWeights(L.Callback):
             transformer: Any = pl_module.transformer
             tokenizer: Any = pl_module.tokenizer
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-            meta = {"sampler": remembered_sampler(callbacks), "step": trainer.global_step}
+            meta = {"sampler": sampler_to_config(last_sampler(callbacks)), "step": trainer.global_step}
             lora, base = getattr(pl_module, "lora", None), str(getattr(pl_module, "init_from", None))
             with averaged(trainer, pl_module):
                 if lora is not None:

@@ -35,7 +35,7 @@ from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import summed_cross_entropy
 from dllm_var.objectives.mdlm import EvenMasking
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
-from dllm_var.sampling.config import last_sampler, remembered_sampler
+from dllm_var.sampling.base import last_sampler, sampler_to_config
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.training.optim import AdamW, Schedule, parameter_groups
 from dllm_var.training.step import LossGuard, OptimizerStep, StepResult
@@ -297,7 +297,7 @@ class DiffusionLM(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.tokenizer is not None and self.transformer is not None
-        sampler = remembered_sampler(self.trainer.callbacks)  # type: ignore[attr-defined]
+        sampler = sampler_to_config(last_sampler(self.trainer.callbacks))  # type: ignore[attr-defined]
         checkpoint["dllm_var"] = identity(self.transformer.config, self.tokenizer, self.lora, sampler)
         checkpoint["loss_guard"] = self.step.state_dict()
 

@@ -178,7 +178,7 @@ def find_tasks(tasks: Sequence[str], include_path: str | None) -> TaskManager:
 
 def description(evaluated: EvaluatedModel, sampler: Sampler, options: Namespace) -> dict[str, Any]:
     """Returns our entry in lm-eval's results: the model, its sampler and estimator, and figures of the decoding."""
-    from dllm_var.sampling.config import sampler_to_config
+    from dllm_var.sampling.base import sampler_to_config
 
     bound = {"estimator": "Monte-Carlo bound", **vars(evaluated.likelihood)}
     return {

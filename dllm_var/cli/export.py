@@ -81,7 +81,7 @@ def decoding_settings(
         UserError: When one is given for a sampler that has none, or is out of range.
     """
     from dllm_var.sampling import BlockDiffusionSampler
-    from dllm_var.sampling.config import sampler_from_config, sampler_to_config
+    from dllm_var.sampling.base import sampler_from_config, sampler_to_config
 
     sampler = deepcopy(checkpoint.meta.get("sampler"))
     if sampler is None and not checkpoint.config.causal:

@@ -132,7 +132,7 @@ def load(
     import torch  # not before --help has been answered
 
     from dllm_var.checkpoints.pretrained import load_checkpoint
-    from dllm_var.sampling.config import sampler_from_config, sampler_to_config
+    from dllm_var.sampling.base import sampler_from_config, sampler_to_config
 
     spelled = spell_out(arguments)
     default: dict[str, Any] | None = {"class_path": "dllm_var.sampling.BlockDiffusionSampler"}

@@ -1,18 +1,22 @@
-"""The contract of samplers: prompts in, answers out, with stop strings, streaming and checks around every sampler."""
+"""The contract of samplers: prompts in, answers out, and what a checkpoint remembers of its sampler."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from dllm_var.errors import UserError
+from dllm_var.files import fits
 from dllm_var.sampling.stopping import StopStrings
 
 if TYPE_CHECKING:
@@ -23,18 +27,41 @@ if TYPE_CHECKING:
 OnBlock = Callable[[int, list[int]], None]
 OnAnswer = Callable[[int, "Generation"], None]
 
+_PACKAGE = "dllm_var.sampling."
+_PLAIN = str | int | float | bool | None
+_OWN: dict[str, type[Configurable]] = {}  # this package's samplers and policies: all that a checkpoint may name
+
+
+class Configurable:
+    """A sampler or policy: configs name it by `class_path`, and it keeps its arguments as attributes."""
+
+    owner = ""  # of a setting, in messages; the class's name when empty
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if cls.__module__.startswith(_PACKAGE) and not cls.__name__.startswith("_"):
+            _OWN[cls.__name__] = cls
+
+    def check_range(self, low: float, high: float, *names: str) -> None:
+        """Raises UserError for a setting outside [low, high]; None passes."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                bounds = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+                raise UserError(f"{self.owner or type(self).__name__}.{name} must be {bounds}, got {value}")
+
 
 @dataclass
 class Request:
-    """What the caller of `generate` asks of every prompt, and the way of tokens and answers back to the caller.
+    """The wishes of the caller of `generate`, and the way of tokens and answers back to the caller.
 
     Args:
         max_new_tokens: Longest answer, instead of the sampler's own limit.
         suppressed: Token ids that are never produced; the mask token never is.
         tokenizer: The model's, when known; a second model must have the same.
         stop: Finds the texts that end an answer.
-        tell_block: The caller's `on_block`.
-        tell_answer: The caller's `on_answer`.
+        on_block: Called with (prompt index, the answer's tokens so far) as a row gets further.
+        on_answer: Called with (prompt index, answer) when an answer is complete.
         check: Raises when the model's predictions were not numbers.
     """
 
@@ -42,32 +69,25 @@ class Request:
     suppressed: tuple[int, ...] = ()
     tokenizer: Tokenizer | None = None
     stop: StopStrings | None = None
-    tell_block: OnBlock | None = None
-    tell_answer: OnAnswer | None = None
+    on_block: OnBlock | None = None
+    on_answer: OnAnswer | None = None
     check: Callable[[], None] = lambda: None
-    _told: set[int] = field(init=False, default_factory=set)  # prompts whose answer the caller has
+    answers: dict[int, Generation] = field(init=False, default_factory=dict)  # those that are complete
 
-    @property
-    def on_block(self) -> OnBlock | None:
-        """Tells the caller (prompt index, the answer's tokens so far) as a row gets further; None when nobody asks."""
-        return None if self.tell_block is None else self._on_block
-
-    def _on_block(self, index: int, tokens: list[int]) -> None:
-        assert self.tell_block is not None
-        self.check()
-        cut = self.stop.cut(tokens) if self.stop is not None and self.stop.found(index, tokens) else None
-        self.tell_block(index, tokens if cut is None else tokens[: cut[0]])
-
-    def stopped(self, index: int, tokens: list[int]) -> bool:
-        """Says whether a stop string is in an answer's finished tokens, so that no more need be decoded."""
-        return self.stop is not None and self.stop.found(index, tokens)
+    def advanced(self, index: int, tokens: list[int]) -> bool:
+        """Takes the tokens of an answer so far; returns whether a stop string ends the answer."""
+        cut = None if self.stop is None else self.stop.find(index, tokens)
+        if self.on_block is not None:
+            self.check()
+            self.on_block(index, tokens if cut is None else tokens[: cut[0]])
+        return cut is not None
 
     def finished(self, index: int, answer: Generation) -> None:
-        """Cuts a complete answer at its stop string, adds its text, and tells the caller; once for each prompt."""
-        if index in self._told:
+        """Takes a complete answer, cuts it at its stop string, adds its text and tells the caller, once a prompt."""
+        if index in self.answers:
             return
         self.check()
-        self._told.add(index)
+        self.answers[index] = answer
         cut = None if self.stop is None else self.stop.cut(answer.tokens)
         if cut is not None:
             kept, answer.text = cut
@@ -75,8 +95,8 @@ class Request:
             answer.commit_steps = None if answer.commit_steps is None else answer.commit_steps[:kept]
         elif self.tokenizer is not None:
             answer.text = self.tokenizer.decode(answer.tokens)
-        if self.tell_answer is not None:
-            self.tell_answer(index, answer)
+        if self.on_answer is not None:
+            self.on_answer(index, answer)
 
 
 @dataclass
@@ -109,7 +129,7 @@ class Generation:
         return len(self.tokens)
 
     def as_json(self, prompt: str, **more: Any) -> str:
-        """Returns the answer, its prompt's text and `more` entries as a line of JSON, for `generate --json`."""
+        """Returns the answer, the prompt's text and `more` entries as a line of JSON, for `generate --json`."""
         line = {
             "prompt": prompt,
             "text": self.text,
@@ -120,13 +140,14 @@ class Generation:
             "tokens_per_forward": round(self.new_tokens / max(self.nfe, 1), 4),
             "seconds": round(self.seconds, 6),
         }
-        shown = {*line, "prompt_length"}
-        others = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in shown}
+        others = {name: value for name, value in vars(self).items() if name not in {*line, "prompt_length"}}
         return json.dumps({**line, **others, **more}, ensure_ascii=False)
 
 
-class Sampler(ABC):
+class Sampler(Configurable, ABC):
     """Turns prompts into answers with a model; a new sampler is a subclass named by `class_path` in a config."""
+
+    owner = "sampler"
 
     @abstractmethod
     def decode(self, model: Transformer, prompts: list[list[int]], request: Request) -> list[Generation]:
@@ -146,6 +167,8 @@ class Sampler(ABC):
     ) -> list[Generation]:
         """Decodes prompts to their own ends and returns the answers in the prompts' order.
 
+        Raises UserError for a prompt or setting that cannot be, `NotFinite` when logits are NaN or infinite.
+
         Args:
             model: A `Transformer`, or a module that holds one as `.transformer` (a `DiffusionLM`).
             prompts: Token ids or, with a tokenizer, texts.
@@ -156,51 +179,66 @@ class Sampler(ABC):
             on_block: Called with (prompt index, the answer's tokens so far) each time a row gets further. A later call
                 may have fewer tokens: those that turn out to begin a stop string are taken back.
             on_answer: Called with (prompt index, answer) once for each prompt, as soon as the answer is complete.
-
-        Raises:
-            UserError: When a prompt is empty or holds ids outside the vocabulary, text or stop strings come without a
-                tokenizer, or no token is left to produce; `NotFinite` when the model's logits are NaN or infinite.
         """
         transformer = getattr(model, "transformer", model)
         tokenizer = tokenizer or getattr(model, "tokenizer", None)
-        ids = [encode_prompt(index, prompt, tokenizer, transformer.config) for index, prompt in enumerate(prompts)]
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        check_suppressed(suppress, transformer.config)
-        strings = None
-        if stop:
-            if tokenizer is None:
-                raise UserError("stop strings need a tokenizer: pass generate(..., tokenizer=...)")
-            strings = StopStrings([stop] if isinstance(stop, str) else stop, tokenizer)
-        was_training = transformer.training
-        if was_training:  # visiting every module takes a noticeable part of a short answer's time
-            transformer.eval()
-        try:
-            with torch.inference_mode(), without_training_modes(transformer), finite_logits(transformer) as check:
-                request = Request(max_new_tokens, tuple(suppress), tokenizer, strings, on_block, on_answer, check)
-                answers = self.decode(transformer, ids, request)
-                for index, answer in enumerate(answers):
-                    request.finished(index, answer)
-        finally:
-            if was_training:
-                transformer.train()
+        if tokenizer is None and (stop or any(isinstance(prompt, str) for prompt in prompts)):
+            raise UserError("text prompts and stop strings need a tokenizer: pass generate(..., tokenizer=...)")
+        ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else [*map(int, prompt)] for prompt in prompts]
+        check_request(ids, max_new_tokens, suppress, transformer.config)
+        strings = None if not stop else StopStrings([stop] if isinstance(stop, str) else stop, tokenizer)
+        with torch.inference_mode(), without_training_modes(transformer), finite_logits(transformer) as check:
+            request = Request(max_new_tokens, tuple(suppress), tokenizer, strings, on_block, on_answer, check)
+            answers = self.decode(transformer, ids, request)
+            for index, answer in enumerate(answers):
+                request.finished(index, answer)
         return answers
+
+
+def check_request(
+    prompts: list[list[int]], max_new_tokens: int | None, suppress: Sequence[int], config: TransformerConfig
+) -> None:
+    """Raises UserError for an empty prompt, ids outside the vocabulary, no length, or when no token is left."""
+    vocab_size = config.vocab_size
+    assert vocab_size is not None
+    named = {**{f"prompt {index}": prompt for index, prompt in enumerate(prompts)}, "suppress": suppress}
+    for name, tokens in named.items():
+        if name != "suppress" and not tokens:
+            raise UserError(f"{name} is empty: give at least one token")
+        wrong = next((token for token in tokens if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise UserError(f"{name} has token id {wrong}, outside the vocabulary of {vocab_size}")
+    if len({*suppress, config.mask_id} - {None}) >= vocab_size:
+        raise UserError("suppress names every token: leave at least one that can be produced")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+
+
+def special_ids(model: Transformer) -> tuple[int, tuple[int, ...]]:
+    """Returns the model's mask id and terminator ids; raises UserError when its config lacks either."""
+    config = model.config
+    if config.mask_id is None or not config.terminator_ids:
+        raise UserError("the model's config has no mask_id or terminator_ids: set both to decode by diffusion")
+    return config.mask_id, tuple(config.terminator_ids)
 
 
 @contextmanager
 def without_training_modes(transformer: Transformer) -> Iterator[None]:
-    """Switches off mixed precision and compiled blocks, where they are on: both are for training only.
+    """Switches off what is for training only: the training mode, mixed precision and compiled blocks.
 
     Decoding runs in the type of the weights, which is also the cache's; compiled blocks would be compiled again for
     every shape that decoding meets.
     """
-    device_type = transformer.embedding.weight.device.type
-    with ExitStack() as stack:
-        if torch.is_autocast_enabled(device_type):
-            stack.enter_context(torch.autocast(device_type, enabled=False))
-        if transformer.compiled:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield
+    was_training = transformer.training
+    if was_training:  # visiting every module takes a noticeable part of a short answer's time
+        transformer.eval()
+    try:
+        eager = torch.compiler.set_stance("force_eager") if transformer.compiled else nullcontext()
+        with torch.autocast(transformer.embedding.weight.device.type, enabled=False), eager:
+            yield
+    finally:
+        if was_training:
+            transformer.train()
 
 
 class NotFinite(UserError):
@@ -209,11 +247,9 @@ class NotFinite(UserError):
 
 @contextmanager
 def finite_logits(model: Transformer) -> Iterator[Callable[[], None]]:
-    """Watches the output head of a model while any sampler decodes with it.
+    """Watches a model's output head; yields a function that raises `NotFinite` when a logit was NaN or infinite.
 
-    Yields:
-        A function that raises `NotFinite` when a logit so far was NaN or infinite. It waits for the device, so it is
-        called only when an answer is told; each forward leaves one number on the device.
+    Each forward leaves one number on the device; the function waits for it, so it is called only with an answer.
     """
     largest: list[Tensor] = []
 
@@ -237,39 +273,87 @@ def finite_logits(model: Transformer) -> Iterator[Callable[[], None]]:
         handle.remove()
 
 
-def check_suppressed(suppress: Sequence[int], config: TransformerConfig) -> None:
-    """Raises UserError for an id outside the vocabulary, or when no token is left."""
-    assert config.vocab_size is not None
-    wrong = next((token for token in suppress if not 0 <= token < config.vocab_size), None)
-    if wrong is not None:
-        raise UserError(f"suppress has token id {wrong}, outside the vocabulary of {config.vocab_size}")
-    if len({*suppress, config.mask_id} - {None}) >= config.vocab_size:
-        raise UserError("suppress names every token: leave at least one that can be produced")
+# -- what a checkpoint remembers ---------------------------------------------------------------------------------------
 
 
-def encode_prompt(
-    index: int, prompt: Sequence[Any] | str, tokenizer: Tokenizer | None, config: TransformerConfig
-) -> list[int]:
-    """Returns the token ids of one prompt; raises UserError for an empty prompt and for ids outside the vocabulary."""
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise UserError("text prompts need a tokenizer: pass generate(..., tokenizer=...), or pass token ids")
-        ids = tokenizer.encode(prompt)
-    else:
-        ids = [int(token) for token in prompt]
-    if not ids:
-        raise UserError(f"prompt {index} is empty: give at least one token")
-    vocab_size = config.vocab_size
-    assert vocab_size is not None
-    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
-    if wrong is not None:
-        raise UserError(f"prompt {index} has token id {wrong}, outside the vocabulary of {vocab_size}")
-    return ids
+def last_sampler(callbacks: Iterable[Any]) -> Sampler | None:
+    """Returns the sampler of the last callback that has one: how the model in training is meant to be decoded."""
+    return next((callback.sampler for callback in reversed([*callbacks]) if hasattr(callback, "sampler")), None)
 
 
-def special_ids(model: Transformer) -> tuple[int, tuple[int, ...]]:
-    """Returns the model's mask id and terminator ids; raises UserError when its config lacks either."""
-    config = model.config
-    if config.mask_id is None or not config.terminator_ids:
-        raise UserError("the model's config has no mask_id or terminator_ids: set both to decode by diffusion")
-    return config.mask_id, tuple(config.terminator_ids)
+def sampler_to_config(sampler: Any) -> dict[str, Any] | None:
+    """Returns `{"class_path": ..., "init_args": {...}}` of a sampler or policy, None for what cannot be described.
+
+    The class must keep its arguments as attributes of the same name, as dataclasses do: plain values, lists of them,
+    policies. The path is the shortest that names the class, so that a checkpoint outlives a move of its file.
+    """
+    kind = type(sampler)
+    if not issubclass(kind, Configurable):
+        return None
+    arguments: dict[str, Any] = {}
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or not hasattr(sampler, name):
+            return None
+        value = getattr(sampler, name)
+        value = list(value) if isinstance(value, tuple) else value
+        described = sampler_to_config(value) if isinstance(value, Configurable) else None
+        if described is None and not fits(value, _PLAIN | list[_PLAIN]):
+            return None
+        arguments[name] = described or value
+    parts = kind.__module__.split(".")
+    packages = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+    exporting = (p for p in packages if getattr(sys.modules.get(p), kind.__qualname__, None) is kind)
+    return {"class_path": f"{next(exporting, kind.__module__)}.{kind.__qualname__}", "init_args": arguments}
+
+
+def sampler_from_config(config: Any) -> Sampler:
+    """Builds the sampler that a checkpoint describes in the form of `sampler_to_config`.
+
+    A checkpoint chooses neither code nor files: classes are looked up by name among those of this package, and their
+    arguments are numbers, words that the class knows, lists of them and such descriptions. Raises UserError for
+    anything else; the user alone names a guide, a drafter or a corpus.
+    """
+    return _build(config, Sampler)
+
+
+def _build(config: Any, expected: type[Any]) -> Any:
+    described = isinstance(config, dict) and "class_path" in config and set(config) <= {"class_path", "init_args"}
+    if not described or not isinstance(config.get("init_args"), dict | None):
+        raise UserError(
+            "the checkpoint's sampler is not described by class_path and init_args: pass one with --sampler"
+        )
+    path = str(config["class_path"])
+    kind = _OWN.get(path.rpartition(".")[2])
+    if kind is None or inspect.isabstract(kind) or not path.startswith(_PACKAGE):
+        raise UserError(
+            f"the checkpoint asks for {path}, which is not part of dllm_var: if you trust it, pass --sampler"
+        )
+    if not issubclass(kind, expected):
+        raise UserError(f"the checkpoint's sampler is damaged: {path} is no {expected.__name__}; pass --sampler")
+    known, types = inspect.signature(kind).parameters, get_type_hints(kind)
+    arguments = {}
+    for name, value in (config.get("init_args") or {}).items():
+        if name not in known:
+            raise UserError(f"the checkpoint's sampler is damaged: {kind.__name__} has no setting {name}")
+        arguments[name] = _argument(kind.__name__, name, value, types[name])
+    try:
+        return kind(**arguments)
+    except TypeError as error:  # one is missing
+        raise UserError(f"cannot build the checkpoint's sampler {path}: {error}") from error
+
+
+def _argument(owner: str, name: str, value: Any, annotation: Any) -> Any:
+    """Returns the argument that a checkpoint gives for a parameter of this annotation."""
+    alternatives = get_args(annotation) or (annotation,)
+    if isinstance(value, dict):
+        for one in alternatives:
+            if isinstance(one, type) and issubclass(one, Configurable):
+                return _build(value, one)
+    if isinstance(value, str) and str in alternatives:
+        raise UserError(
+            f"the checkpoint's sampler {owner} names {name} {value!r}, and a checkpoint may not name other files: name "
+            f"it yourself, with --sampler {_PACKAGE}{owner} --sampler.{name} PATH and the sampler's other settings"
+        )
+    if not fits(value, annotation):
+        raise UserError(f"the checkpoint's sampler is damaged: {owner} cannot have {name}={value!r}")
+    return value

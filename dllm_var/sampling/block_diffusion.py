@@ -166,7 +166,7 @@ class BlockDiffusionSampler(EngineSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(1, math.inf, "block_length")
+        self.check_range(1, math.inf, "block_length")
         self.policy = self.policy or ConfidenceThreshold()
 
     @property

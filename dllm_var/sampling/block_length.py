@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from dllm_var.sampling.policies.base import check_range
+from dllm_var.sampling.base import Configurable
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class BlockStart:
     last_steps: int = 0
 
 
-class BlockLengthPolicy(ABC):
+class BlockLengthPolicy(Configurable, ABC):
     """Decides how wide each block is; the engine keeps it between 1 and the widest block allowed."""
 
     @abstractmethod
@@ -51,7 +51,7 @@ class ConstantSteps(BlockLengthPolicy):
     min_length: int = 4
 
     def __post_init__(self) -> None:
-        check_range(self, 1, math.inf, "steps", "min_length")
+        self.check_range(1, math.inf, "steps", "min_length")
 
     def __call__(self, state: BlockStart) -> int:
         if not state.last_steps:

@@ -298,8 +298,8 @@ class DiffuSpecSampler(EngineSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(1, math.inf, "shortest_draft", "candidates", "beam")
-        self.check(0, 1, "mix")
+        self.check_range(1, math.inf, "shortest_draft", "candidates", "beam")
+        self.check_range(0, 1, "mix")
         if self.longest_draft < self.shortest_draft:
             raise UserError(
                 f"sampler.longest_draft {self.longest_draft} is below shortest_draft {self.shortest_draft}: raise it"

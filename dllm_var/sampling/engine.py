@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar, cast
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import Generation, Request, Sampler, special_ids
 from dllm_var.sampling.drawing import draw, request_keys
-from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy, check_range
+from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy
 
 KEPT_BELOW = 0.75  # share of used slots under which the free ones are dropped, so that the copies cost little in all
 
@@ -103,7 +103,6 @@ class Engine(ABC, Generic[AnyRow]):
         self.banned = torch.tensor(banned, dtype=torch.long, device=self.device)
         self.waiting = deque(range(len(prompts)))
         self.keys = request_keys(prompts)
-        self.answers: dict[int, Generation] = {}
         slots = min(sampler.batch_size, len(prompts))
         self.rows: list[AnyRow] = [self.new_row() for _ in range(slots)]
         self.capacity = max(map(len, prompts), default=0) + self.limit + slack
@@ -153,7 +152,7 @@ class Engine(ABC, Generic[AnyRow]):
             self.admit()
             if self.active:
                 self.forward(self.batch())
-        return [self.answers[index] for index in range(len(self.prompts))]
+        return [self.request.answers[index] for index in range(len(self.prompts))]
 
     def admit(self) -> None:
         """Gives free slots to waiting prompts and prefills them together."""
@@ -191,17 +190,15 @@ class Engine(ABC, Generic[AnyRow]):
         if reason is None and self.request.on_block is None and self.request.stop is None:
             return False
         tokens = self.canvas[slot, row.prompt_length : stop].tolist()
-        if self.request.on_block is not None:
-            self.request.on_block(row.index, tokens)
-        if reason is None and not self.request.stopped(row.index, tokens):
-            return False
-        self.end(slot, tokens, reason or "length")
-        return True
+        stopped = self.request.advanced(row.index, tokens)
+        if reason is not None or stopped:
+            self.end(slot, tokens, reason or "stop")
+        return reason is not None or stopped
 
     def end(self, slot: int, tokens: list[int], reason: str) -> None:
         """Hands on a row's answer and frees its slot."""
         row = self.rows[slot]
-        answer = self.answers[row.index] = self.answer(slot, tokens, reason)
+        answer = self.answer(slot, tokens, reason)
         self.rows[slot] = self.new_row()
         for cache in self.caches:
             cache.free(slot)
@@ -352,8 +349,7 @@ class EngineSampler(Sampler):
         UserError: When a value is out of range.
     """
 
-    # Without annotations: jsonargparse reads those of a base class by the names that the subclass's module knows.
-    engine = cast("type[Engine[Any]]", None)  # to be set by the subclass
+    # Without annotation: jsonargparse reads those of a base class by the names that the subclass's module knows.
     causal = False  # whether the models it decodes are autoregressive
 
     max_new_tokens: int = 512
@@ -364,14 +360,15 @@ class EngineSampler(Sampler):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.check(1, math.inf, "max_new_tokens", "batch_size")
-        self.check(0, math.inf, "temperature", "top_k")
+        self.check_range(1, math.inf, "max_new_tokens", "batch_size")
+        self.check_range(0, math.inf, "temperature", "top_k")
         if not 0 < self.top_p <= 1:
             raise UserError(f"sampler.top_p must be in (0, 1], got {self.top_p}")
 
-    def check(self, low: float, high: float, *names: str) -> None:
-        """Raises UserError for a setting outside [low, high]; None passes."""
-        check_range(self, low, high, *names, owner="sampler")
+    @property
+    @abstractmethod
+    def engine(self) -> type[Engine[Any]]:
+        """The class that decodes; subclasses set it as a class attribute."""
 
     def draw(self, logits: Tensor, keys: Tensor) -> Tensor:
         """Returns one drawn token per position [M], from its logits [M, V] and the number of its draw [M]."""

@@ -188,7 +188,7 @@ class FixedLengthSampler(EngineSampler):
     max_new_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.check(1, math.inf, "canvas_length", "block_length", "refresh_every")
+        self.check_range(1, math.inf, "canvas_length", "block_length", "refresh_every")
         self.max_new_tokens = self.canvas_length
         super().__post_init__()
         self.policy = self.policy or FixedSteps(steps=ONE_AT_A_TIME)

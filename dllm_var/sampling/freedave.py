@@ -182,7 +182,7 @@ class FreeDaveSampler(BlockDiffusionSampler):
     def __post_init__(self) -> None:
         self.policy = self.policy or FixedSteps(steps=ONE_AT_A_TIME)
         super().__post_init__()
-        self.check(1, math.inf, "drafts")
+        self.check_range(1, math.inf, "drafts")
         if self.kv_commit not in ("joint_next", "alone"):
             raise UserError(f"sampler.kv_commit must be joint_next or alone with FreeDaveSampler, got {self.kv_commit}")
 

@@ -215,8 +215,8 @@ class MultiBlockSampler(BlockDiffusionSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check(1, math.inf, "blocks")
-        self.check(0, 1, "open_at", "settled_at", "ahead_threshold")
+        self.check_range(1, math.inf, "blocks")
+        self.check_range(0, 1, "open_at", "settled_at", "ahead_threshold")
 
     @property
     def blocks_per_forward(self) -> int:

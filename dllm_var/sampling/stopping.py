@@ -29,26 +29,17 @@ class StopStrings:
         if not all(strings):
             raise UserError("a stop string is empty: give at least one character")
         self.strings, self.tokenizer = list(strings), tokenizer
-        self._longest = max(map(len, strings))
+        # Tokens before the new ones in which a stop string may begin: a character may have four.
+        self._reach = 4 * (max(map(len, strings)) + _SLACK)
         self._checked: dict[int, int] = {}  # answer: tokens known to hold no stop string
 
-    def found(self, index: int, tokens: list[int]) -> bool:
-        """Says whether a stop string is in an answer; looks only at what is new since the last time.
-
-        Args:
-            index: Which answer.
-            tokens: Its tokens so far; those of the last call come first.
-        """
-        start = self._checked.get(index, 0)
-        while start > 0:  # back to where a stop string that ends in the new tokens may begin
-            tail = self.tokenizer.decode(tokens[start : self._checked[index]])
-            if len(tail) >= self._longest + _SLACK:
-                break
-            start -= 1
-        if self._first(self.tokenizer.decode(tokens[start:])) is not None and self.cut(tokens) is not None:
-            return True
-        self._checked[index] = len(tokens)
-        return False
+    def find(self, index: int, tokens: list[int]) -> tuple[int, str] | None:
+        """Returns what `cut` does for the `index`-th answer's tokens so far, but reads only its end anew."""
+        start = max(0, self._checked.get(index, 0) - self._reach)
+        cut = None if self._first(self.tokenizer.decode(tokens[start:])) is None else self.cut(tokens)
+        if cut is None:
+            self._checked[index] = len(tokens)
+        return cut
 
     def cut(self, tokens: list[int]) -> tuple[int, str] | None:
         """Returns how many tokens of an answer stay and its text up to the first stop string; None when none is in it.

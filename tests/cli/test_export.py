@@ -12,7 +12,7 @@ from dllm_var.checkpoints.export import export_checkpoint, save_checkpoint_folde
 from dllm_var.checkpoints.families import FORMATS
 from dllm_var.checkpoints.pretrained import load_checkpoint, load_pretrained, open_checkpoint
 from dllm_var.model import KVCache, Transformer, TransformerConfig
-from dllm_var.sampling.config import sampler_from_config
+from dllm_var.sampling.base import sampler_from_config
 from dllm_var.text.tokenizer import Tokenizer
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64.0}

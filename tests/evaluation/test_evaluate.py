@@ -21,7 +21,7 @@ from dllm_var.evaluation.lm import EvaluatedModel
 from dllm_var.evaluation.scoring import documents, error_rate, final_number_scores, pronunciation_scores
 from dllm_var.metrics import AnswerMetrics
 from dllm_var.sampling import BlockDiffusionSampler
-from dllm_var.sampling.config import sampler_from_config
+from dllm_var.sampling.base import sampler_from_config
 from dllm_var.text.tokenizer import Tokenizer
 from tests.byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
 from tests.sampling.tiny_models import TOKENIZER, random_model

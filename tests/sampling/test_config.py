@@ -6,7 +6,7 @@ import pytest
 
 from dllm_var.errors import UserError
 from dllm_var.sampling import BlockDiffusionSampler
-from dllm_var.sampling.config import sampler_from_config, sampler_to_config
+from dllm_var.sampling.base import sampler_from_config, sampler_to_config
 
 SAMPLER = "dllm_var.sampling.BlockDiffusionSampler"
 
@@ -41,16 +41,18 @@ def test_a_class_is_known_by_the_longer_path_of_earlier_versions():
         ({"class_path": "os.system", "init_args": {"command": "true"}}, "os.system, which is not part"),
         ({"class_path": "dllm_var.sampling.BlockRun"}, "which is not part"),
         ({"class_path": "dllm_var.sampling.Sampler"}, "which is not part"),
+        ({"class_path": "dllm_var.sampling.engine.EngineSampler"}, "which is not part"),
+        ({"class_path": "dllm_var.sampling.infilling._GapFiller"}, "which is not part"),
         ({"class_path": "dllm_var.sampling_of_mine.BlockDiffusionSampler"}, "which is not part"),
-        (policy(), "is not a sampler"),
+        (policy(), "is no Sampler"),
         (described(colour=3), "has no setting colour"),
         (described(policy={"class_path": "my.Policy"}), "my.Policy, which is not part"),
         (described(policy="planted.Policy"), "cannot have policy='planted.Policy'"),
         (described(policy="planted.yaml"), "cannot have policy='planted.yaml'"),
         (described(policy=policy(base="planted.Policy")), "SchED cannot have base='planted.Policy'"),
         (described(policy=[policy()]), "cannot have policy"),
-        (described(policy={"class_path": SAMPLER}), "cannot have policy"),
-        (described(block_length_policy=policy()), "cannot have block_length_policy"),
+        (described(policy={"class_path": SAMPLER}), "is no UnmaskingPolicy"),
+        (described(block_length_policy=policy()), "is no BlockLengthPolicy"),
         (described(block_length="planted.yaml"), "cannot have block_length"),
         (described(block_length=True), "cannot have block_length=True"),
         (described(block_length=8.0), "cannot have block_length=8.0"),

@@ -9,7 +9,7 @@ from tiny_models import lookup_model
 from dllm_var.errors import UserError
 from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold, Decision, FixedSteps, MultiBlockSampler
 from dllm_var.sampling import policies as P
-from dllm_var.sampling.config import sampler_from_config, sampler_to_config
+from dllm_var.sampling.base import sampler_from_config, sampler_to_config
 
 POLICIES = [ConfidenceThreshold(0.3), FixedSteps(3), FixedSteps(2, "random"), *ALL_POLICIES]
 POLICIES = [P.JointThreshold(0.3, 0.2, 3) if isinstance(p, P.JointThreshold) else p for p in POLICIES]

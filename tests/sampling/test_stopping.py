@@ -182,7 +182,7 @@ def test_growing_answers_are_found_and_cut_as_whole_texts_are(tokens, strings, s
         assert len(tokenizer.decode(tokens[: max(kept - 1, 0)])) <= first <= len(tokenizer.decode(tokens[: kept + 1]))
     for length in [*range(0, len(tokens), step), len(tokens)]:
         part = tokenizer.decode(tokens[:length])
-        found = stop.found(7, tokens[:length])
+        found = stop.find(7, tokens[:length]) is not None
         assert found == any(string in part for string in strings)
         if found:  # the answer ends here, whatever another stop string would have made of what never comes
             break
@@ -206,7 +206,9 @@ def test_characters_of_several_tokens(tmp_path):
     stop = StopStrings(["€"], tokenizer)
     kept, text = stop.cut(tokens)
     assert text == "zwölf Äpfel, " == tokenizer.decode(tokens[:kept])
-    assert [stop.found(0, tokens[:n]) for n in range(len(tokens) + 1)].index(True) == kept + len("€".encode())
+    assert [stop.find(0, tokens[:n]) is not None for n in range(len(tokens) + 1)].index(True) == kept + len(
+        "€".encode()
+    )
 
 
 def test_characters_that_waver_while_their_bytes_come_in():

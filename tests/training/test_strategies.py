@@ -16,7 +16,7 @@ from dllm_var.__main__ import main
 from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.datamodules import CmudictSource, PackedDataModule
 from dllm_var.metrics import AnswerMetrics
-from dllm_var.sampling.config import sampler_from_config
+from dllm_var.sampling.base import sampler_from_config
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = ROOT / "configs"

@@ -1,10 +1,9 @@
 """Unmasking policies: which positions of the block become tokens at each denoising step."""
 
-from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy, top_n
+from dllm_var.sampling.policies.base import BlockView, ConfidenceThreshold, Decision, State, UnmaskingPolicy, top_n
 from dllm_var.sampling.policies.confidence import (
     CoherentCandidates,
     ConfidenceFactor,
-    ConfidenceThreshold,
     EntropyBounded,
     EntropyThreshold,
 )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dllm_var.errors import UserError
 from dllm_var.objectives.base import is_one_of
+from dllm_var.sampling.base import Configurable
 
 STEPS_WITH_REMASKING = 4  # denoising steps per position of a block, after which nothing is masked again
 
@@ -157,7 +155,7 @@ class Decision:
 State = dict[str, Tensor]
 
 
-class UnmaskingPolicy(ABC):
+class UnmaskingPolicy(Configurable, ABC):
     """Decides at each denoising step what becomes of each position of the block.
 
     The engine, not the policy, sees to it that at least one position is committed when masks remain and nothing was
@@ -180,6 +178,29 @@ class UnmaskingPolicy(ABC):
     @abstractmethod
     def decide(self, view: BlockView, state: State) -> Decision:
         """Returns what to commit, remask or edit at this step."""
+
+
+@dataclass(eq=False)
+class ConfidenceThreshold(UnmaskingPolicy):
+    """Commits every masked position whose confidence exceeds the threshold (dLLM-Var 2510.24605, Fast-dLLM 2505.22618).
+
+    Args:
+        threshold: Confidence to exceed, in [0, 1]; LLaDA2 uses 0.95.
+        decay: Multiplies the threshold at each further step of a block, in [0, 1]. Below 1 a block takes few steps: the
+            first step's sure tokens decide much of what the others are, so that these may follow at less confidence.
+    """
+
+    threshold: float = 0.9
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.check_range(0, 1, "threshold", "decay")
+
+    def decide(self, view: BlockView, state: State) -> Decision:
+        if self.decay == 1:
+            return Decision(commit=view.masked & (view.confidence > self.threshold))
+        thresholds = self.threshold * self.decay ** view.step.double()  # [R]
+        return Decision(commit=view.masked & (view.confidence > thresholds[:, None]))
 
 
 @dataclass
@@ -298,12 +319,3 @@ def ranks(scores: Tensor, eligible: Tensor) -> Tensor:
 def mean_where(values: Tensor, where: Tensor) -> Tensor:
     """Returns each row's mean of `values` [R, K] over `where`; 0 for a row without any."""
     return (values * where).sum(dim=1) / where.sum(dim=1).clamp_min(1)
-
-
-def check_range(settings: Any, low: float, high: float, *names: str, owner: str | None = None) -> None:
-    """Raises UserError for a setting outside [low, high]; None passes. `owner` is who has it, the class when None."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not low <= value <= high:
-            bounds = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
-            raise UserError(f"{owner or type(settings).__name__}.{name} must be {bounds}, got {value}")

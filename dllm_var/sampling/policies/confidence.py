@@ -9,30 +9,7 @@ import torch
 from torch.nn.functional import pad
 
 from dllm_var.errors import UserError
-from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy, check_range, ranks, top_n
-
-
-@dataclass(eq=False)
-class ConfidenceThreshold(UnmaskingPolicy):
-    """Commits every masked position whose confidence exceeds the threshold (dLLM-Var 2510.24605, Fast-dLLM 2505.22618).
-
-    Args:
-        threshold: Confidence to exceed, in [0, 1]; LLaDA2 uses 0.95.
-        decay: Multiplies the threshold at each further step of a block, in [0, 1]. Below 1 a block takes few steps: the
-            first step's sure tokens decide much of what the others are, so that these may follow at less confidence.
-    """
-
-    threshold: float = 0.9
-    decay: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_range(self, 0, 1, "threshold", "decay")
-
-    def decide(self, view: BlockView, state: State) -> Decision:
-        if self.decay == 1:
-            return Decision(commit=view.masked & (view.confidence > self.threshold))
-        thresholds = self.threshold * self.decay ** view.step.double()  # [R]
-        return Decision(commit=view.masked & (view.confidence > thresholds[:, None]))
+from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy, ranks, top_n
 
 
 @dataclass(eq=False)
@@ -73,7 +50,7 @@ class EntropyThreshold(UnmaskingPolicy):
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        check_range(self, 0, math.inf, "threshold")
+        self.check_range(0, math.inf, "threshold")
 
     def decide(self, view: BlockView, state: State) -> Decision:
         return Decision(commit=view.masked & (view.entropy <= self.threshold), scores=-view.entropy)
@@ -92,7 +69,7 @@ class EntropyBounded(UnmaskingPolicy):
     gamma: float = 0.35
 
     def __post_init__(self) -> None:
-        check_range(self, 0, math.inf, "gamma")
+        self.check_range(0, math.inf, "gamma")
 
     def decide(self, view: BlockView, state: State) -> Decision:
         ordered = view.entropy.masked_fill(~view.masked, torch.inf).sort(dim=1).values
@@ -120,8 +97,8 @@ class CoherentCandidates(UnmaskingPolicy):
     warmup_steps: int = 5
 
     def __post_init__(self) -> None:
-        check_range(self, 1, math.inf, "count")
-        check_range(self, 0, math.inf, "warmup_steps")
+        self.check_range(1, math.inf, "count")
+        self.check_range(0, math.inf, "warmup_steps")
 
     def initial_state(self, block_length: int) -> State:
         return {

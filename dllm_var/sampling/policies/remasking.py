@@ -12,7 +12,6 @@ from dllm_var.sampling.policies.base import (
     Decision,
     State,
     UnmaskingPolicy,
-    check_range,
     mean_where,
     top_n,
 )
@@ -33,7 +32,7 @@ class RunningConfidenceRemasking(UnmaskingPolicy):
     steps: int = 8
 
     def __post_init__(self) -> None:
-        check_range(self, 1, math.inf, "steps")
+        self.check_range(1, math.inf, "steps")
 
     def initial_state(self, block_length: int) -> State:
         return {"recorded": torch.zeros(block_length)}
@@ -71,7 +70,7 @@ class Saber(UnmaskingPolicy):
     count: int = 2
 
     def __post_init__(self) -> None:
-        check_range(self, 1, math.inf, "count")
+        self.check_range(1, math.inf, "count")
 
     def initial_state(self, block_length: int) -> State:
         return {"recorded": torch.zeros(block_length), "previous": torch.zeros(block_length)}
@@ -112,7 +111,7 @@ class RevokableThreshold(UnmaskingPolicy):
     shadow_threshold: float = 0.9
 
     def __post_init__(self) -> None:
-        check_range(self, 0, 1, "threshold", "shadow_threshold")
+        self.check_range(0, 1, "threshold", "shadow_threshold")
 
     def initial_state(self, block_length: int) -> State:
         return {"masked": torch.ones(block_length, dtype=torch.bool)}
@@ -150,8 +149,8 @@ class JointThreshold(UnmaskingPolicy):
     max_edit_steps: int = 16
 
     def __post_init__(self) -> None:
-        check_range(self, 0, 1, "commit_threshold", "edit_threshold")
-        check_range(self, 0, math.inf, "max_edit_steps")
+        self.check_range(0, 1, "commit_threshold", "edit_threshold")
+        self.check_range(0, math.inf, "max_edit_steps")
 
     def initial_state(self, block_length: int) -> State:
         return {"edit_steps": torch.zeros((), dtype=torch.long)}

@@ -17,7 +17,6 @@ from dllm_var.sampling.policies.base import (
     Decision,
     State,
     UnmaskingPolicy,
-    check_range,
     mean_where,
     top_n,
 )
@@ -42,7 +41,7 @@ class FixedSteps(UnmaskingPolicy):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_range(self, 1, math.inf, "steps")
+        self.check_range(1, math.inf, "steps")
 
     def decide(self, view: BlockView, state: State) -> Decision:
         positions = view.changeable.sum(dim=1)
@@ -67,7 +66,7 @@ class Sequential(UnmaskingPolicy):
     count: int = 1
 
     def __post_init__(self) -> None:
-        check_range(self, 1, math.inf, "count")
+        self.check_range(1, math.inf, "count")
 
     def decide(self, view: BlockView, state: State) -> Decision:
         return Decision(commit=view.masked & (view.masked.cumsum(dim=1) <= self.count))
