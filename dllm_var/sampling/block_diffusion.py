@@ -13,7 +13,7 @@ from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import Request
 from dllm_var.sampling.block_length import BlockLengthPolicy, BlockStart
 from dllm_var.sampling.engine import AnyRow, Batch, Engine, EngineSampler
-from dllm_var.sampling.policies import ConfidenceThreshold, UnmaskingPolicy
+from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, UnmaskingPolicy
 from dllm_var.sampling.policies.base import take_step
 
 
@@ -47,7 +47,9 @@ class BlockEngine(Engine[AnyRow]):
     def start_block(self, slot: int) -> None:
         """Opens the block behind the row's finished tokens."""
         row = self.rows[slot]
-        row.width = row.left = self.next_width(slot, int(self.cache.lengths[slot]) + row.pending)
+        finished = int(self.cache.lengths[slot]) + row.pending
+        self.canvas[slot, finished:] = self.mask_id  # drafts, and tokens behind a terminator that was edited away
+        row.width = row.left = self.next_width(slot, finished)
         row.steps = 0
 
     def next_width(self, slot: int, finished: int) -> int:
@@ -74,40 +76,44 @@ class BlockEngine(Engine[AnyRow]):
         """Reads pending tokens and active blocks, and returns their hidden states [R, L, hidden]."""
         return self.read(batch, batch.pending + batch.width, batch.pending)
 
-    def table(self, batch: Batch[AnyRow]) -> tuple[Tensor, ...]:
-        """Returns, in one transfer, [R] each: first cell of the block, tokens done, width, steps, key and forwards."""
-        lengths, found = self.cache.lengths.tolist(), []
-        for slot, row, width in zip(batch.slots, batch.rows, batch.width.tolist(), strict=True):
-            done = lengths[slot] - row.prompt_length
-            found.append((slot * self.capacity + lengths[slot], done, width, row.steps, row.key + row.nfe, row.nfe))
-        return torch.tensor(found).T.contiguous().to(self.device).unbind()
-
     def predict(self, batch: Batch[AnyRow], hidden: Tensor) -> None:
         """Predicts the active blocks, applies the policy, ends blocks and rows that are complete."""
-        first, done, width, steps, key, nfe = self.table(batch)
-        cells = first[:, None] + self.offsets  # [R, K], in the flat canvas
-        inside = self.offsets < width[:, None]
-        tokens = self.canvas.take(cells)
-        view = self.view(
-            hidden,
-            self.places(batch, hidden.size(1), width, tokens),
-            tokens,
-            inside,
-            sum(self.scored(row) for row, wide in zip(batch.rows, batch.width.tolist(), strict=True) if wide),
-            step=steps,
-            progress=done / self.limit,
-            key=key,
-        )
+        cells, nfe, view = self.view_blocks(batch, hidden)
         decision = self.decide(batch, view)
         step = take_step(view, decision, self.mask_id, self.terminators, self.sampler.terminator_last)
         self.write(cells, step.tokens, step.written, nfe)
         status = torch.stack((step.left, step.end, step.over)).T.tolist()  # the one wait for the device
         self.settle(batch, status)
 
-    def places(self, batch: Batch[AnyRow], length: int, width: Tensor, tokens: Tensor) -> Tensor:
-        """Returns where in a flattened forward of `length` tokens a row the blocks' positions are predicted [R, K]."""
-        start = torch.arange(0, len(batch.rows) * length, length, device=self.device)
-        return (start + batch.pending.to(self.device))[:, None] + self.offsets
+    def blocks(self, row: AnyRow, width: int) -> list[tuple[int, int, int, int]]:
+        """Returns the blocks that a forward predicts of a row; as many for every row, without positions where not real.
+
+        Of each: where it begins behind the row's cached tokens, its width, its steps, and what tells its draws apart.
+        """
+        return [(0, width, row.steps, 0)]
+
+    def view_blocks(self, batch: Batch[AnyRow], hidden: Tensor) -> tuple[Tensor, Tensor, BlockView]:
+        """Returns where N blocks are in the flat canvas [N, K], their rows' forwards [N], and what a policy sees."""
+        lengths, found, count = self.cache.lengths.tolist(), [], 0
+        counts = zip(batch.slots, batch.rows, batch.pending.tolist(), batch.width.tolist(), strict=True)
+        for number, (slot, row, pending, wide) in enumerate(counts):
+            count += self.scored(row) if wide else 0
+            cell, place = slot * self.capacity + lengths[slot], number * hidden.size(1) + pending
+            done, key = lengths[slot] - row.prompt_length, row.key + row.nfe
+            for start, width, steps, apart in self.blocks(row, wide):
+                found.append((cell + start, place + start, width, steps, key + apart, done, row.nfe))
+        cell, place, width, step, key, done, nfe = torch.tensor(found).T.contiguous().to(self.device).unbind()
+        inside = self.offsets < width[:, None]
+        # Positions behind a block's end stand in the canvas's last cell, which no row reaches.
+        cells = torch.where(inside, cell[:, None] + self.offsets, self.canvas.numel() - 1)
+        tokens = self.canvas.take(cells)
+        places = self.places(place[:, None] + self.offsets, tokens, width)
+        view = self.view(hidden, places, tokens, inside, count, step=step, progress=done / self.limit, key=key)
+        return cells, nfe, view
+
+    def places(self, places: Tensor, tokens: Tensor, width: Tensor) -> Tensor:
+        """Returns where in the flattened forward the positions that stand at `places` are predicted [N, K]."""
+        return places
 
     def settle(self, batch: Batch[AnyRow], status: list[list[int]]) -> None:
         """Takes of each row how many masks are left, where it ends and if its block is over."""

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from dllm_var.errors import UserError
-from dllm_var.model.transformer import Transformer
-from dllm_var.sampling.base import Request
 from dllm_var.sampling.block_copies import lay_out
 from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockEngine
 from dllm_var.sampling.block_length import BlockLengthPolicy
@@ -35,23 +33,16 @@ class DraftRow(Row):
 
 
 class FreeDaveEngine(BlockEngine[DraftRow]):
-    """Rows whose forwards look ahead.
+    """Rows `prompt | finished blocks | active block | drafts | masks`.
 
-    Beside its block a row has drafts: guesses, from its last prediction, of the block after 1, 2, ... further steps. A
-    forward takes the block and its drafts side by side; each sees the cache and itself. If what the policy makes of the
-    block is the first draft, then that draft's prediction is the next step's, and so on along the drafts. A draft
-    counts as right only if the policy's memory is right, too: so every policy decodes the same text.
+    Drafts are guesses, from the row's last prediction, of the block after 1, 2, ... further steps. A forward takes the
+    block and its drafts side by side; each sees the cache and itself. If what the policy makes of the block is the
+    first draft, then that draft's prediction is the next step's, and so on along the drafts. A draft counts as right
+    only if the policy's memory is right, too: so every policy decodes the same text.
     """
 
     sampler: FreeDaveSampler
     row_class = DraftRow
-
-    def __init__(
-        self, sampler: FreeDaveSampler, model: Transformer, prompts: list[list[int]], request: Request
-    ) -> None:
-        super().__init__(sampler, model, prompts, request)
-        shape = (len(self.rows), sampler.drafts - 1, sampler.block_length)
-        self.drafts = torch.full(shape, self.mask_id, device=self.device)
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -61,50 +52,51 @@ class FreeDaveEngine(BlockEngine[DraftRow]):
         super().start_block(slot)
         self.rows[slot].drafts = self.rows[slot].masks_in_drafts = 0
 
+    def scored(self, row: DraftRow) -> int:
+        return row.width * (1 + row.drafts) if self.policy.scores_committed else row.left + row.masks_in_drafts
+
+    def blocks(self, row: DraftRow, width: int) -> list[tuple[int, int, int, int]]:
+        return [(n * width, width if n <= row.drafts else 0, row.steps + n, n) for n in range(self.sampler.drafts)]
+
     def read_window(self, batch: Batch[DraftRow]) -> Tensor:
         numbers = [row.drafts for row in batch.rows]
         if not any(numbers):
             return super().read_window(batch)
         copies = lay_out(self.cache.lengths, batch.pending, batch.width, numbers, self.device)
-        drafts = self.drafts.flatten(1)
-        place = (copies.copy - 1) * self.sampler.block_length + copies.offset
-        drafted = drafts.gather(1, place.clamp(0, drafts.size(1) - 1))
-        tokens = torch.where(copies.copy > 0, drafted, self.canvas.gather(1, copies.positions))
+        tokens = self.canvas.gather(1, copies.positions + copies.copy * batch.width.to(self.device)[:, None])
         seen = copies.copy[:, :, None] == copies.copy[:, None]
         return copies.read(self.model, self.cache, tokens, seen, batch.pending)
 
     def predict(self, batch: Batch[DraftRow], hidden: Tensor) -> None:
         """Goes along the drafts while they are right, and drafts anew from the last right one's prediction."""
-        first, done, width, steps, key, nfe = self.table(batch)
-        cells = first[:, None] + self.offsets
-        block = self.canvas.take(cells)
-        versions = torch.cat((block[:, None], self.drafts[batch.slots]), dim=1)  # [R, D, K]
-        view = self._view_versions(batch, hidden, versions, width, steps, key, done / self.limit)
+        cells, nfe, view = self.view_blocks(batch, hidden)
+        rows, depth = len(batch.rows), self.sampler.drafts
+        versions, real = view.tokens.view(rows, depth, -1), view.changeable.view(rows, depth, -1)
         incoming = self.memory(batch, view.step)
         memory = {name: value.clone() for name, value in incoming.items()}
         step = self._step(view, memory)
 
-        rows, depth = versions.shape[:2]
-        after, real = step.tokens.view_as(versions), view.changeable.view_as(versions)
-        going_on = (step.end < 0) & ~step.over
-        right = (after[:, :-1] == versions[:, 1:]).all(2) & going_on.view(-1, depth)[:, :-1] & real[:, 1:].any(2)
+        after, goes_on = step.tokens.view_as(versions), (step.end < 0) & ~step.over
+        right = (after[:, :-1] == versions[:, 1:]).all(2) & goes_on.view(rows, depth)[:, :-1] & real[:, 1:].any(2)
         for name, value in incoming.items():
-            same = (memory[name].view(rows, depth, -1)[:, :-1] == value.view(rows, depth, -1)[:, 1:]).all(2)
-            right = right & same
+            same = memory[name].view(rows, depth, -1)[:, :-1] == value.view(rows, depth, -1)[:, 1:]
+            right = right & same.all(2)
         accepted = right.long().cumprod(1).sum(1)  # [R] drafts that were right
         last = torch.arange(rows, device=self.device) * depth + accepted  # among R * D versions
 
-        self.write(cells, step.tokens[last], (step.tokens[last] != block) & (self.offsets < width[:, None]), nfe)
+        first, inside = cells[::depth], real[:, 0]
+        self.write(first, step.tokens[last], (step.tokens[last] != versions[:, 0]) & inside, nfe[::depth])
         status = [step.left[last], step.end[last], step.over[last], accepted]
         remembered = [{name: value[last] for name, value in memory.items()}]
-        going_on = going_on[last]
+        goes_on = goes_on[last]
         live, masks = torch.zeros_like(accepted), torch.zeros_like(accepted)
-        for draft in range(depth - 1):
+        for _ in range(depth - 1):
             view = view.after(step.tokens, step.masked, self.sample(replace(view, key=view.key + 1)))
             step = self._step(view, memory)
-            going_on = going_on & ((step.end < 0) & ~step.over)[last]  # drafts of finished blocks are discarded
-            live, masks = live + going_on, masks + step.left[last] * going_on
-            self.drafts[batch.slots, draft] = step.tokens[last]
+            goes_on = goes_on & ((step.end < 0) & ~step.over)[last]  # drafts of finished blocks are discarded
+            live, masks = live + goes_on, masks + step.left[last] * goes_on
+            first = first + inside * inside.sum(1, keepdim=True)
+            self.canvas.put_(first, step.tokens[last])
             remembered.append({name: value[last] for name, value in memory.items()})
         self.remember(batch, {name: torch.stack([each[name] for each in remembered], 1) for name in memory})
         found = torch.stack((*status, live, masks)).T.tolist()  # the one wait for the device
@@ -114,46 +106,9 @@ class FreeDaveEngine(BlockEngine[DraftRow]):
                 row.steps, row.key = row.steps + line[3], row.key + line[3]  # of the base sampler's forwards
         self.settle(batch, [line[:3] for line in found])
 
-    def _view_versions(
-        self,
-        batch: Batch[DraftRow],
-        hidden: Tensor,
-        versions: Tensor,
-        width: Tensor,
-        steps: Tensor,
-        key: Tensor,
-        done: Tensor,
-    ) -> BlockView:
-        """Scores every version [R, D, K] of the blocks, as R * D rows; a draft that there is not has no positions."""
-        depth = versions.size(1)
-        nth = torch.arange(depth, device=self.device)
-        number = torch.tensor([row.drafts for row in batch.rows], device=self.device)[:, None]
-        places = self.places(batch, hidden.size(1), width, versions[:, 0])
-        real = (self.offsets < width[:, None, None]) & (nth <= number)[:, :, None]
-        all_scored = self.policy.scores_committed
-        count = sum(
-            wide * (1 + row.drafts) if all_scored else row.left + row.masks_in_drafts
-            for row, wide in zip(batch.rows, batch.width.tolist(), strict=True)
-            if wide
-        )
-        return self.view(
-            hidden,
-            (places[:, None] + (nth * width[:, None])[:, :, None]).flatten(0, 1),
-            versions.flatten(0, 1),
-            real.flatten(0, 1),
-            count,
-            step=(steps[:, None] + nth).flatten(),
-            progress=done.repeat_interleave(depth),
-            key=(key[:, None] + nth).flatten(),
-        )
-
     def _step(self, view: BlockView, memory: State) -> Step:
         decision = self.policy.decide(view, memory)
         return take_step(view, decision, self.mask_id, self.terminators, self.sampler.terminator_last)
-
-    def compact(self, kept: list[int]) -> None:
-        super().compact(kept)
-        self.drafts = self.drafts[kept]
 
 
 @dataclass(eq=False)
@@ -168,9 +123,6 @@ class FreeDaveSampler(BlockDiffusionSampler):
         policy: The base sampler's; one token per step when None. Policies that commit much at once gain less, and
             one whose memory holds what it measured (`Saber`, `RunningConfidenceRemasking`) gains nothing.
         drafts: d, versions of the block in one forward; 1 is the base sampler.
-
-    Raises:
-        UserError: When a length, the batch size or `drafts` is below 1, or for kv_commit `last_step`.
     """
 
     engine = FreeDaveEngine

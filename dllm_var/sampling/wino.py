@@ -34,10 +34,10 @@ class WinoEngine(BlockEngine[Row]):
         tokens = self.canvas.gather(1, copies.positions).masked_fill(shadow, self.mask_id)
         return copies.read(self.model, self.cache, tokens, seen, batch.pending)
 
-    def places(self, batch: Batch[Row], length: int, width: Tensor, tokens: Tensor) -> Tensor:
+    def places(self, places: Tensor, tokens: Tensor, width: Tensor) -> Tensor:
         """Lets the policy see committed positions as their shadows predict them."""
         committed = (tokens != self.mask_id) & (self.offsets < width[:, None])
-        return super().places(batch, length, width, tokens) + width[:, None] * committed
+        return places + width[:, None] * committed
 
 
 @dataclass(eq=False)
@@ -49,9 +49,6 @@ class WinoSampler(BlockDiffusionSampler):
     Args:
         threshold: Confidence above which a masked position is committed.
         shadow_threshold: Confidence below which a committed token is masked again.
-
-    Raises:
-        UserError: When a length or the batch size is below 1, or a threshold outside [0, 1].
     """
 
     engine = WinoEngine

@@ -281,3 +281,22 @@ def test_mixed_precision_training_does_not_reach_the_sampler():
     expected = [answer.tokens for answer in sampler.generate(model, PROMPTS)]
     with torch.autocast("cpu", torch.bfloat16):
         assert [answer.tokens for answer in sampler.generate(model, PROMPTS)] == expected
+
+
+def test_nothing_is_left_behind_a_terminator_that_is_edited_away():
+    class Doubts(P.UnmaskingPolicy):
+        """Ends the first block at its second position, and takes that back one step later."""
+
+        def decide(self, view, state):
+            assert (view.masked == view.changeable)[view.step == 0].all()  # every block begins as masks
+            ends = view.progress == 0
+            first, second = ends & (view.step == 0), ends & (view.step == 1)
+            edit = view.changeable & ~view.masked & second[:, None]
+            tokens = torch.where(first[:, None] & (torch.arange(4) == 1), ENDS[0], view.predicted)
+            return Decision(commit=view.masked, tokens=tokens, edit=edit, keep_open=first)
+
+        scores_committed = True
+
+    sampler = BlockDiffusionSampler(Doubts(), block_length=4, max_new_tokens=8)
+    [answer] = sampler.generate(Scripted([0, 0, *[7] * 8], [0.9] * 10), [[5, 6]])
+    assert (answer.tokens, answer.commit_steps) == ([7] * 8, [2, 2, 3, 3, 3, 3, 4, 4])
