@@ -17,22 +17,16 @@ from dllm_var.model.config import TransformerConfig
 
 EXTRAS = "dllm_var"  # the entry of config.json with what the family has no keys for
 REQUIRED: Any = object()  # in place of a default: the key must be there
-ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
+ROPE_KEYS = {"rope_theta", "rope_scaling", "rope_parameters"}  # as transformers has them
 # Keys of any config.json that do not change what the model computes.
-DESCRIPTIVE = frozenset(
-    {"model_type", "architectures", "auto_map", "transformers_version", "transformers.js_config"}
-    | {"torch_dtype", "dtype", "use_cache", "tokenizer_class", "dllm_var"}
-    | {"bos_token_id", "eos_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id"}
-    | {"output_attentions", "output_hidden_states", "return_dict", "torchscript", "chunk_size_feed_forward"}
-    | {"is_encoder_decoder", "is_decoder", "id2label", "label2id", "problem_type", "attn_implementation"}
-)
-
-
-class Key:
-    """Keys of `config.json` for one of our settings: the first that is not None counts, and all are written."""
-
-    def __init__(self, *names: str, default: Any = REQUIRED) -> None:
-        self.names, self.default = names, default  # the default is what it means when none of them is there
+DESCRIPTIVE = {"model_type", "architectures", "auto_map", "transformers_version", "transformers.js_config", EXTRAS}
+DESCRIPTIVE |= {"torch_dtype", "dtype", "use_cache", "tokenizer_class", "vocab_size", "is_causal", "pretraining_tp"}
+DESCRIPTIVE |= {"bos_token_id", "eos_token_id", "unk_token_id", "sep_token_id", "cls_token_id"}
+DESCRIPTIVE |= {"decoder_start_token_id", "is_encoder_decoder", "is_decoder", "id2label", "label2id", "problem_type"}
+DESCRIPTIVE |= {"output_attentions", "output_hidden_states", "return_dict", "torchscript", "attn_implementation"}
+DESCRIPTIVE |= {"chunk_size_feed_forward", "max_window_layers", "sliding_window"}  # the window of models that use it
+DESCRIPTIVE |= {"alibi_bias_max", "attention_layer_norm_with_affine", "flash_attention", "mlp_ratio", "precision"}
+DESCRIPTIVE |= {"init_cutoff_factor", "init_device", "init_fn"}
 
 
 @dataclass(frozen=True)
@@ -41,27 +35,15 @@ class Family:
 
     model_type: str  # how `config.json` names it
     architecture: str  # the class that `config.json` names
-    settings: dict[str, Key] = field(default_factory=dict)  # by our names
+    # By our names: its key of `config.json`, and what it means when the key is not there.
+    settings: dict[str, tuple[str, Any]] = field(default_factory=dict)
     implied: dict[str, Any] = field(default_factory=dict)  # our settings that every model of the family has
-    # Keys, and the values under which the model computes what ours does. The first one is written.
+    # Keys, and the values under which the model computes what ours does; the first is written. A key may be left out
+    # if one of its values is None, False or 0.
     fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    required: frozenset[str] = frozenset()  # keys of `fixed` whose absence means something else
-    ignored: frozenset[str] = frozenset()  # its own keys that do not change what the model computes
     renamed: dict[str, str] = field(default_factory=dict)  # parts of our weights' names and its own, where they differ
     causal: bool = True  # its models read left to right
-    transformers_rope: bool = True  # `rope_theta` with `rope_scaling`, or `rope_parameters`, as transformers has them
     remote_code: tuple[str, str, str] | None = None  # a hub repository with its classes of config and model
-
-    @property
-    def name(self) -> str:
-        """The family's name in lower case, for `--format`."""
-        return self.model_type.lower()
-
-    @property
-    def known_keys(self) -> set[str]:
-        """All keys that its `config.json` may have."""
-        own = {name for of_setting in self.settings.values() for name in of_setting.names}
-        return own | DESCRIPTIVE | self.ignored | set(self.fixed) | (ROPE_KEYS if self.transformers_rope else set())
 
     def theirs(self, ours: str) -> str:
         """Returns the name under which the family keeps one of our weights."""
@@ -73,33 +55,26 @@ class Family:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 _SETTINGS = {
-    "vocab_size": Key("vocab_size"),
-    "hidden_size": Key("hidden_size"),
-    "num_layers": Key("num_hidden_layers"),
-    "num_heads": Key("num_attention_heads"),
-    "num_kv_heads": Key("num_key_value_heads"),
-    "head_dim": Key("head_dim", default=None),
-    "intermediate_size": Key("intermediate_size"),
-    "norm_eps": Key("rms_norm_eps", default=1e-6),
-    "tie_embeddings": Key("tie_word_embeddings", default=False),
-    "initializer_range": Key("initializer_range", default=0.02),
-    "context_length": Key("max_position_embeddings", default=None),
-    "mask_id": Key("mask_token_id", default=None),
-    "pad_id": Key("pad_token_id", default=None),
+    "vocab_size": ("vocab_size", REQUIRED),
+    "hidden_size": ("hidden_size", REQUIRED),
+    "num_layers": ("num_hidden_layers", REQUIRED),
+    "num_heads": ("num_attention_heads", REQUIRED),
+    "num_kv_heads": ("num_key_value_heads", REQUIRED),
+    "intermediate_size": ("intermediate_size", REQUIRED),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "tie_embeddings": ("tie_word_embeddings", False),
+    "initializer_range": ("initializer_range", 0.02),
+    "context_length": ("max_position_embeddings", None),
+    "mask_id": ("mask_token_id", None),
+    "pad_id": ("pad_token_id", None),
 }
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_dropout": (0.0,),
-    "partial_rotary_factor": (None, 1.0),
-}
-_QWEN_FIXED = {**_FIXED, "use_sliding_window": (False,), "layer_types": ("full_attention", None)}
-_UNUSED = frozenset({"pretraining_tp", "is_causal"})
-_QWEN_UNUSED = _UNUSED | {"max_window_layers", "sliding_window"}
+_FIXED = {"hidden_act": ("silu",), "attention_dropout": (0.0,), "partial_rotary_factor": (None, 1.0)}
+_QWEN_FIXED = {**_FIXED, "use_sliding_window": (False,), "layer_types": (None, "full_attention")}
 
 LLAMA = Family(
     "llama",
     "LlamaForCausalLM",
-    settings={**_SETTINGS, "num_kv_heads": Key("num_key_value_heads", default=None)},
+    settings={**_SETTINGS, "num_kv_heads": ("num_key_value_heads", None), "head_dim": ("head_dim", None)},
     implied={"qkv_bias": False, "qk_norm": False, "rope_full_precision": False},
     fixed={
         **_FIXED,
@@ -108,55 +83,49 @@ LLAMA = Family(
         "rope_interleaved": (None, False),
         "is_llama_config": (None, True),
     },
-    ignored=_UNUSED,
 )
 QWEN2 = Family(
     "qwen2",
     "Qwen2ForCausalLM",
-    settings=_SETTINGS,
+    settings={**_SETTINGS, "head_dim": ("head_dim", None)},
     implied={"qkv_bias": True, "qk_norm": False, "rope_full_precision": False},
     fixed={**_QWEN_FIXED, "attention_bias": (None, True), "use_mrope": (None, False)},
-    ignored=_QWEN_UNUSED,
 )
 QWEN3 = Family(
     "qwen3",
     "Qwen3ForCausalLM",
-    settings={**_SETTINGS, "head_dim": Key("head_dim", default=128)},
+    settings={**_SETTINGS, "head_dim": ("head_dim", 128)},
     implied={"qkv_bias": False, "qk_norm": True, "rope_full_precision": False},
     fixed={**_QWEN_FIXED, "attention_bias": (False,)},
-    ignored=_QWEN_UNUSED,
 )
 DREAM = Family(
     "Dream",
     "DreamModel",
-    settings={name: its_key for name, its_key in _SETTINGS.items() if name != "head_dim"},
+    settings=_SETTINGS,
     implied={"qkv_bias": True, "qk_norm": False, "token_shift": True, "rope_full_precision": False},
     fixed={**_FIXED, "use_sliding_window": (False,), "use_mrope": (False, None)},
-    ignored=_QWEN_UNUSED,
     causal=False,
     remote_code=("Dream-org/Dream-v0-Base-7B", "configuration_dream.DreamConfig", "modeling_dream.DreamModel"),
 )
-_OFF = ("alibi", "attention_layer_norm", "include_bias", "input_emb_norm", "scale_logits")
-_DROPOUTS = ("attention_dropout", "embedding_dropout", "residual_dropout")
 LLADA = Family(
     "llada",
     "LLaDAModelLM",
     settings={
-        "vocab_size": Key("embedding_size", "vocab_size"),
-        "hidden_size": Key("d_model"),
-        "num_layers": Key("n_layers"),
-        "num_heads": Key("n_heads"),
-        "num_kv_heads": Key("n_kv_heads", default=None),
-        "intermediate_size": Key("mlp_hidden_size"),
-        "norm_eps": Key("rms_norm_eps"),
-        "qkv_bias": Key("include_qkv_bias", default=False),
-        "tie_embeddings": Key("weight_tying"),
-        "rope_theta": Key("rope_theta"),
-        "rope_full_precision": Key("rope_full_precision", default=True),
-        "initializer_range": Key("init_std", default=0.02),
-        "context_length": Key("max_sequence_length", default=None),
-        "mask_id": Key("mask_token_id"),
-        "pad_id": Key("pad_token_id", default=None),
+        "vocab_size": ("embedding_size", REQUIRED),
+        "hidden_size": ("d_model", REQUIRED),
+        "num_layers": ("n_layers", REQUIRED),
+        "num_heads": ("n_heads", REQUIRED),
+        "num_kv_heads": ("n_kv_heads", None),
+        "intermediate_size": ("mlp_hidden_size", REQUIRED),
+        "norm_eps": ("rms_norm_eps", REQUIRED),
+        "qkv_bias": ("include_qkv_bias", False),
+        "tie_embeddings": ("weight_tying", REQUIRED),
+        "rope_theta": ("rope_theta", REQUIRED),
+        "rope_full_precision": ("rope_full_precision", True),
+        "initializer_range": ("init_std", 0.02),
+        "context_length": ("max_sequence_length", None),
+        "mask_id": ("mask_token_id", REQUIRED),
+        "pad_id": ("pad_token_id", None),
     },
     implied={"qk_norm": False, "token_shift": False, "rope_llama3": None},
     fixed={
@@ -168,14 +137,10 @@ LLADA = Family(
         "rope": (True,),
         "bias_for_layer_norm": (False, None),
         "multi_query_attention": (None, False),
-        **dict.fromkeys(_OFF, (False,)),
-        **dict.fromkeys(_DROPOUTS, (0.0,)),
+        **dict.fromkeys(("alibi", "attention_layer_norm", "include_bias"), (False,)),
+        **dict.fromkeys(("input_emb_norm", "scale_logits"), (False,)),
+        **dict.fromkeys(("attention_dropout", "embedding_dropout", "residual_dropout"), (0.0,)),
     },
-    required=frozenset({"activation_type", "block_type", "layer_norm_type", "rope"}),
-    ignored=frozenset(
-        {"alibi_bias_max", "attention_layer_norm_with_affine", "flash_attention", "mlp_ratio", "precision"}
-        | {"init_cutoff_factor", "init_device", "init_fn"}
-    ),
     renamed={
         "model.embed_tokens": "model.transformer.wte",
         "model.layers.": "model.transformer.blocks.",
@@ -190,23 +155,21 @@ LLADA = Family(
         "mlp.": "",
     },
     causal=False,
-    transformers_rope=False,
     remote_code=("GSAI-ML/LLaDA-8B-Base", "configuration_llada.LLaDAConfig", "modeling_llada.LLaDAModelLM"),
 )
 # A model that no published family has, such as one with biases and norms of heads; transformers does not open it.
-OTHER = Family("dllm_var", "Transformer", transformers_rope=False)
+OTHER = Family("dllm_var", "Transformer")
 
-FAMILIES = {family.model_type: family for family in (LLADA, DREAM, LLAMA, QWEN2, QWEN3, OTHER)}
-FORMATS = {family.name: family for family in FAMILIES.values() if family is not OTHER}
+FORMATS = {family.model_type.lower(): family for family in (LLADA, DREAM, LLAMA, QWEN2, QWEN3)}
 
 
 def family_of(values: dict[str, Any], file: Path) -> Family:
     """Returns the family of the values of a `config.json`; raises UserError when it is none of ours."""
-    family = FAMILIES.get(str(values.get("model_type")))
-    if family is None:
-        known = ", ".join(name for name in FAMILIES if name != OTHER.model_type)
-        raise UserError(f"{file} is of model_type {values.get('model_type')!r}; dense models of {known} can be loaded")
-    return family
+    for family in (*FORMATS.values(), OTHER):
+        if values.get("model_type") == family.model_type:
+            return family
+    known = ", ".join(family.model_type for family in FORMATS.values())
+    raise UserError(f"{file} is of model_type {values.get('model_type')!r}; dense models of {known} can be loaded")
 
 
 # -- config.json in ----------------------------------------------------------------------------------------------------
@@ -215,35 +178,44 @@ def family_of(values: dict[str, Any], file: Path) -> Family:
 def read_config(values: dict[str, Any], file: Path) -> TransformerConfig:
     """Returns our settings of the values of a `config.json`; our entry in it comes before the family's keys.
 
-    Raises:
-        UserError: When a key is missing, unknown, or has a value under which the model would compute something else.
+    Raises UserError when a key is missing, unknown, or has a value under which the model would compute something else.
     """
     family = family_of(values, file)
-    if family is OTHER and "transformer" in values:
-        raise UserError(
-            f"{file} was written before weights had their published names: export it as --format llama, qwen2 or "
-            "qwen3 with the version that wrote it"
-        )
+    extras = values.get(EXTRAS) or {}
+    if not isinstance(extras, dict) or not isinstance(extras.get("transformer", {}), dict):
+        raise UserError(f"{file} has {EXTRAS}={extras!r}, where settings by name are expected")
+    more = extras.get("transformer", {})
+    if family is OTHER:
+        return read_settings(more, file)
     kinds = get_type_hints(TransformerConfig)
+    known_keys = DESCRIPTIVE | {key for key, _ in family.settings.values()} | set(family.fixed)
     ours: dict[str, Any] = dict(family.implied)
-    for name, its_key in family.settings.items():
-        ours[name] = _read_key(family, its_key, values, kinds[name], file)
-    if family.transformers_rope:
+    for name, (key, default) in family.settings.items():
+        value = values.get(key)
+        ours[name] = default if value is None else value
+        if ours[name] is REQUIRED:
+            raise UserError(f"{file} has no {key}, which a {family.model_type} checkpoint must name")
+        if value is not None:
+            _check_kind(key, value, kinds[name], file)
+    if "rope_theta" not in family.settings:
+        known_keys |= ROPE_KEYS
         ours |= _read_rope(values, file)
-    _check_fixed(family, values, file)
-    unknown = sorted(name for name in values if name not in family.known_keys and not name.startswith("_"))
+    for key, allowed in family.fixed.items():
+        given = values.get(key)
+        if given is None and all(allowed):
+            raise UserError(f"{file} has no {key}, which a {family.model_type} checkpoint must name")
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value not in allowed:
+                known = " or ".join(repr(one) for one in allowed if one is not None)
+                raise UserError(f"{file} has {key}={value!r}; only {known} is known here")
+    unknown = sorted(key for key in values if key not in known_keys and not key.startswith("_"))
     if unknown:
         raise UserError(
             f"{file} has {unknown[0]}={values[unknown[0]]!r}, which is not known of {family.model_type} models: "
             "delete the entry if it does not change what the model computes"
         )
     ends = values.get("eos_token_id")
-    ours["terminator_ids"] = list(ends) if isinstance(ends, list) else None if ends is None else [ends]
-    extras = values.get(EXTRAS) or {}
-    if not isinstance(extras, dict) or not isinstance(extras.get("transformer", {}), dict):
-        raise UserError(f"{file} has {EXTRAS}={extras!r}, where settings by name are expected")
-    # Earlier exports have some of our settings beside the others, without `transformer`.
-    more = extras.get("transformer", {name: value for name, value in extras.items() if name in kinds})
+    ours["terminator_ids"] = ends if ends is None or isinstance(ends, list) else [ends]
     ours["causal"] = family.causal and values.get("is_causal", True) is not False and not more.get("causal_context")
     return read_settings({**ours, **more}, file)
 
@@ -251,8 +223,7 @@ def read_config(values: dict[str, Any], file: Path) -> TransformerConfig:
 def read_settings(values: Any, place: Path) -> TransformerConfig:
     """Returns the resolved settings that `TransformerConfig.to_dict` wrote into a checkpoint.
 
-    Raises:
-        UserError: When a setting is unknown, of another type, not a finite number, or does not fit the others.
+    Raises UserError when a setting is unknown, of another type, not a finite number, or does not fit the others.
     """
     kinds = get_type_hints(TransformerConfig)
     if not isinstance(values, dict) or not set(values) <= set(kinds):
@@ -272,34 +243,13 @@ def _check_kind(name: str, value: Any, kind: Any, place: Path) -> None:
         raise UserError(f"{place} has {name}={value!r}, where {expected} is expected")
 
 
-def _read_key(family: Family, its_key: Key, values: dict[str, Any], kind: Any, file: Path) -> Any:
-    given = {name: values[name] for name in its_key.names if values.get(name) is not None}
-    for name, value in given.items():
-        _check_kind(name, value, kind, file)
-    if not given and its_key.default is REQUIRED:
-        raise UserError(f"{file} has no {its_key.names[0]}, which a {family.model_type} checkpoint must name")
-    return next(iter(given.values()), its_key.default)
-
-
-def _check_fixed(family: Family, values: dict[str, Any], file: Path) -> None:
-    for name, allowed in family.fixed.items():
-        if name not in values and name in family.required:
-            raise UserError(f"{file} has no {name}, which a {family.model_type} checkpoint must name")
-        given = values.get(name, allowed[0])
-        for value in given if isinstance(given, list) else [given]:
-            if value not in allowed:
-                known = " or ".join(repr(one) for one in allowed if one is not None)
-                raise UserError(f"{file} has {name}={value!r}; only {known} is known here")
-
-
 def _read_rope(values: dict[str, Any], file: Path) -> dict[str, Any]:
     """Returns our rotary settings; transformers 4 has rope_theta and rope_scaling, transformers 5 rope_parameters."""
     rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
     if rope.get("partial_rotary_factor") == 1.0:  # all of each head turns, as it does here
         del rope["partial_rotary_factor"]
     theta = rope.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0  # transformers' default
-    old_name = rope.pop("type", "default")
-    kind = rope.pop("rope_type", old_name)
+    kind = rope.pop("rope_type", "default")
     if kind not in ("default", "llama3") or (kind == "default" and rope):
         raise UserError(
             f"{file} turns queries and keys by rope_type={kind!r} with {rope}; only plain rotary positions and llama3 "
@@ -319,10 +269,7 @@ def natural_family(config: TransformerConfig) -> Family:
 def write_config(family: Family, config: TransformerConfig, dtype: str) -> dict[str, Any]:
     """Returns the `config.json` of a family for our resolved settings, and weights of a type such as `bfloat16`.
 
-    Our entry in it has what the family's keys do not say.
-
-    Raises:
-        UserError: When the family has no such models; says why.
+    Our entry in it has what the family's keys do not say. Raises UserError when the family has no such models.
     """
     values: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
     ours = config.to_dict()
@@ -330,28 +277,25 @@ def write_config(family: Family, config: TransformerConfig, dtype: str) -> dict[
         return {**values, "torch_dtype": dtype, EXTRAS: {"transformer": ours}}
     reason = _inexpressible(family, config)
     if reason is not None:
-        raise UserError(f"--format {family.name} cannot hold this model: {reason}")
+        raise UserError(f"--format {family.model_type.lower()} cannot hold this model: {reason}")
+    values |= {key: ours[name] for name, (key, _) in family.settings.items() if ours[name] is not None}
+    values |= {key: allowed[0] for key, allowed in family.fixed.items() if allowed[0] is not None}
+    values |= {"vocab_size": config.vocab_size, "rope_theta": config.rope_theta * config.rope_scaling}
+    ends = config.terminator_ids or []
+    reads_left = config.causal or config.causal_context  # a causal context is read so until a block is denoised
     if family.remote_code is not None:
         repository, configuration, model = family.remote_code
         modules = {"AutoConfig": configuration, "AutoModel": model, "AutoModelForCausalLM": model}
         values["auto_map"] = {name: f"{repository}--{module}" for name, module in modules.items()}
-    for name, its_key in family.settings.items():
-        if ours[name] is not None:
-            values |= dict.fromkeys(its_key.names, ours[name])
-    values |= {name: allowed[0] for name, allowed in family.fixed.items() if allowed[0] is not None}
-    if "layer_types" in family.fixed:
-        values["layer_types"] = ["full_attention"] * config.num_layers
-    values["rope_theta"] = config.rope_theta * config.rope_scaling
-    ends = config.terminator_ids or []
-    values["eos_token_id"] = next(iter(ends), None)
-    reads_left = config.causal or config.causal_context  # a causal context is read so until a block is denoised
-    if family.transformers_rope:
+    if "rope_theta" in family.settings:
+        ends = ends[:1]  # its class has room for one
+    else:
         llama3: dict[str, Any] = dict(config.rope_llama3 or {})
         if llama3:
             llama3["original_max_position_embeddings"] = int(llama3["original_max_position_embeddings"])
         values["rope_scaling"] = {"rope_type": "llama3", **llama3} if llama3 else None
         values["is_causal"] = reads_left  # read by transformers 5; other engines ignore it
-        values["eos_token_id"] = ends if len(ends) > 1 else values["eos_token_id"]
+    values["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
     values |= {"torch_dtype": dtype, "use_cache": reads_left}
     said = read_config(values, Path("config.json")).to_dict()
     return {**values, EXTRAS: {"transformer": {name: ours[name] for name in ours if ours[name] != said[name]}}}

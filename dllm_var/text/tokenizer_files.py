@@ -42,9 +42,7 @@ def download(name: str, what: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # offline, not found, gated: the hub has many ways to say no
-        raise UserError(
-            f"{what} {name} is no folder, and the hub does not give it: {one_line(error)[:200]}"
-        ) from None
+        raise UserError(f"{what} {name} is no folder, and the hub does not give it: {one_line(error)[:200]}") from None
 
 
 def load_backend(folder: Path, name: str | Path) -> tokenizers.Tokenizer:
