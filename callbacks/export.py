@@ -9,9 +9,9 @@ import lightning as L
 from torch import Tensor
 
 from dllm_var.callbacks.ema import averaged
-from dllm_var.checkpoints.export import save_checkpoint_folder, save_settings
+from dllm_var.checkpoints.adapters import merge_adapters
+from dllm_var.checkpoints.export import save_adapter, save_checkpoint_folder, save_settings
 from dllm_var.checkpoints.pretrained import EXPORT_FOLDER, PREFIX
-from dllm_var.checkpoints.weights import held, merge_adapters, save_adapter
 from dllm_var.sampling.base import last_sampler, sampler_to_config
 from dllm_var.training.strategies import is_sharded
 
@@ -50,7 +50,7 @@ class ExportWeights(L.Callback):
                     weights = state or transformer.state_dict()
                     save_adapter(Path(run) / ADAPTER_FOLDER, weights, lora, base)
                     save_settings(Path(run) / ADAPTER_FOLDER, transformer, tokenizer, meta)
-                    merged = merge_adapters(held(weights), lora.scaling)
+                    merged = merge_adapters({name: weights[name].detach for name in weights}, lora.scaling)
                     state = {name: read() for name, read in merged.items()}
                 save_checkpoint_folder(self.path, transformer, tokenizer, meta, state)
 

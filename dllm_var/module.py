@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dllm_var.checkpoints.pretrained import start_from, starting_config
 from dllm_var.checkpoints.run_checkpoint import (
     CHANGEABLE,
     CHANGEABLE_WHEN_MEASURED,
@@ -21,6 +20,7 @@ from dllm_var.checkpoints.run_checkpoint import (
     identity,
     read_identity,
 )
+from dllm_var.checkpoints.starting_from import start_from, starting_config
 from dllm_var.errors import UserError
 from dllm_var.metrics.counts import step_counts
 from dllm_var.metrics.denoising import DenoisingMetrics

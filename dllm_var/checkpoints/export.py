@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
+from dllm_var.checkpoints.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX
 from dllm_var.checkpoints.families import EXTRAS, Family, natural_family, write_config
-from dllm_var.checkpoints.pretrained import CONFIG, Checkpoint, decoding_config
-from dllm_var.checkpoints.weights import INDEX, WEIGHTS, save_tensors, weight_shapes
+from dllm_var.checkpoints.pretrained import CONFIG, INDEX, WEIGHTS, Checkpoint, decoding_config, weight_shapes
 from dllm_var.errors import UserError
 from dllm_var.files import write_atomically, write_text
 from dllm_var.model.config import TransformerConfig
+from dllm_var.model.lora import Lora, is_adapter
 from dllm_var.model.transformer import Transformer
 from dllm_var.text.tokenizer import Tokenizer
 
@@ -29,14 +32,10 @@ def save_checkpoint_folder(
     meta: dict[str, Any] | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Writes a model as a folder, which transformers opens, too, where it has such a model.
+    """Writes a model as a folder, which transformers opens, too, where it has such a model; returns the folder's path.
 
-    Args:
-        path: The folder, made when missing.
-        transformer: The model.
-        tokenizer: Its tokenizer.
-        meta: Plain data to keep beside the weights, such as `{"sampler": {...}}`.
-        state: Weights to save in place of the transformer's own (gathered from a sharded strategy).
+    `meta` is plain data to keep beside the weights, such as `{"sampler": {...}}`. `state` are weights to save in place
+    of the transformer's own (gathered from a sharded strategy).
     """
     folder, weights = Path(path), dict(state or transformer.state_dict())
     if transformer.config.tie_embeddings:
@@ -57,6 +56,26 @@ def save_settings(
     write_text(folder / CONFIG, json.dumps(values, indent=2) + "\n")
 
 
+def save_adapter(folder: Path, weights: Mapping[str, Tensor], lora: Lora, base: str) -> None:
+    """Writes the adapters of a state dict as peft does, without the weights of the checkpoint `base` below them."""
+    adapters = {PEFT_PREFIX + name.replace(".default.", "."): weights[name] for name in weights if is_adapter(name)}
+    save_tensors(adapters, folder / ADAPTER_WEIGHTS)
+    config = lora.peft_config()
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.target_modules = sorted(config.target_modules)  # peft's set would be written in another order each time
+    config.save_pretrained(str(folder))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Writes a safetensors file that is there whole or not at all; raises UserError when it cannot be written."""
+    try:
+        with write_atomically(file) as unfinished:
+            plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            save_file(plain, unfinished, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {file}: {error}") from error
+
+
 def export_checkpoint(
     checkpoint: Checkpoint,
     family: Family,
@@ -67,19 +86,9 @@ def export_checkpoint(
 ) -> TransformerConfig:
     """Writes a checkpoint as a model of a published family, a shard at a time; the folder appears when it is complete.
 
-    Args:
-        checkpoint: The checkpoint.
-        family: The family.
-        output: The folder, which must not exist yet.
-        decoding: How the model is meant to be decoded (`block_length`, `threshold`), kept beside the weights.
-        dtype: Converts the weights; None leaves their type.
-        shard_bytes: Size of one weights file.
-
-    Returns:
-        The settings of the model that was written.
-
-    Raises:
-        UserError: When the folder exists, or the family has no such model.
+    `decoding` is how the model is meant to be decoded (`block_length`, `threshold`), kept beside the weights; `dtype`
+    converts them, where None leaves their type. Returns the settings of the model that was written. Raises UserError
+    when the folder exists, or the family has no such model.
     """
     from huggingface_hub import split_torch_state_dict_into_shards  # slow to import
 
@@ -100,10 +109,8 @@ def export_checkpoint(
         settings[INDEX] = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
     with write_atomically(output) as partial:
         for file, held in shards.filename_to_tensors.items():
-            shard = {theirs: checkpoint.weight(names[theirs], shapes[names[theirs]]) for theirs in held}
-            if dtype is not None:
-                shard = {theirs: value.to(dtype) for theirs, value in shard.items()}
-            save_tensors(shard, partial / file)
+            weights = {theirs: checkpoint.weight(names[theirs], shapes[names[theirs]]).to(kind) for theirs in held}
+            save_tensors(weights, partial / file)
         tokenizer.save(partial)
         for file, content in settings.items():
             (partial / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,34 +1,27 @@
 """Opens checkpoints: published models by folder or hub name, folders of ours, runs, their checkpoints, and adapters.
 
-Its weights are read one at a time, when they are asked for. No code that comes with a checkpoint is run.
+Weights are read one at a time, when they are asked for. No code that comes with a checkpoint is run.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dllm_var.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merge_adapters, read_adapter_settings
 from dllm_var.checkpoints.archive import is_sharded, read_state, read_weights
 from dllm_var.checkpoints.families import EXTRAS, family_of, read_config, read_settings
 from dllm_var.checkpoints.run_checkpoint import check_or_offer, newest_checkpoint, read_identity, step_of
-from dllm_var.checkpoints.weights import (
-    ADAPTER_CONFIG,
-    Readers,
-    held,
-    merge_adapters,
-    open_adapter,
-    open_safetensors,
-    weight_shapes,
-    weights_of,
-)
 from dllm_var.errors import UserError, one_line
-from dllm_var.files import read_object
+from dllm_var.files import fits, read_object
 from dllm_var.model.config import SIZES, TransformerConfig
 from dllm_var.model.initialise import fill
 from dllm_var.model.lora import Lora, plain_name
@@ -37,13 +30,13 @@ from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.text.tokenizer_files import TOKENIZER_FILES, download, is_hub_name
 
 CONFIG, EXPORT_FOLDER = "config.json", "model"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = ("*.bin", "*.pt", "*.pth")
 PREFIX = "transformer."  # of the weights' names in a checkpoint of a run
 MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Settings in which a run may differ from the checkpoint it starts from, and those that tokenizer and objective decide.
-ADJUSTABLE = {"rope_theta", "rope_scaling", "rope_full_precision", "norm_eps"}
-ADJUSTABLE |= {"initializer_range", "token_shift", "context_length"}
-SET_BY_OTHERS = {"vocab_size", "mask_id", "terminator_ids", "pad_id", "causal", "causal_context"}
+
+Readers = dict[str, Callable[[], Tensor]]  # of weights by name; each weight is read when its reader is called
 
 # -- models ------------------------------------------------------------------------------------------------------------
 
@@ -59,12 +52,9 @@ def load_checkpoint(
         device: Where the weights go.
         dtype: Converts the weights; None leaves their type.
 
-    Returns:
-        The transformer in eval mode, its tokenizer, and what else the checkpoint remembers (`sampler`, ...). A
-        published model without a mask token gets one, and a row for it if none is free.
-
-    Raises:
-        UserError: When there is no checkpoint, or it is damaged, or holds something that is not fully understood.
+    The result is the transformer in eval mode, its tokenizer, and what else the checkpoint remembers (`sampler`, ...).
+    A published model without a mask token gets one, and a row for it if none is free. Raises UserError when there is no
+    checkpoint, or it is damaged, or holds something that is not fully understood.
     """
     checkpoint = open_checkpoint(path)
     tokenizer = checkpoint.load_tokenizer()
@@ -99,15 +89,15 @@ def _load(
     transformer.to(kind)
     transformer.to_empty(device=device)
     transformer.tie_weights()
-    _copy_weights(transformer, checkpoint)
+    copy_weights(transformer, checkpoint)
     transformer.fuse_projections()
     return transformer.eval()
 
 
 @torch.no_grad()
-def _copy_weights(transformer: Transformer, checkpoint: Checkpoint) -> None:
-    """Fills the transformer's weights, which may be sharded, one at a time."""
-    own = {plain_name(name): value for name, value in transformer.state_dict().items()}  # adapters are not loaded
+def copy_weights(transformer: Transformer, checkpoint: Checkpoint) -> None:
+    """Fills the transformer's weights, which may be sharded, one at a time; adapters keep theirs."""
+    own = {plain_name(name): value for name, value in transformer.state_dict().items()}
     for name in weight_shapes(transformer.config):
         fill(own[name], checkpoint.weight(name, list(own[name].shape)))
 
@@ -115,17 +105,13 @@ def _copy_weights(transformer: Transformer, checkpoint: Checkpoint) -> None:
 def decoding_config(checkpoint: Checkpoint, tokenizer: Tokenizer) -> TransformerConfig:
     """Returns a checkpoint's settings with its tokenizer's ids, and rows for tokens that a published model lacks.
 
-    Raises:
-        UserError: When the tokenizer is not the one that the model was trained with.
+    Raises UserError when the tokenizer is not the one that the model was trained with.
     """
     config, place = checkpoint.config, checkpoint.place
     ids: dict[str, Any] = {"mask_id": tokenizer.mask_id, "pad_id": tokenizer.pad_id}
     ids["terminator_ids"] = list(tokenizer.terminator_ids)
     if checkpoint.published:
-        rows = max(config.vocab_size or 0, tokenizer.vocab_size)
-        if rows > (config.vocab_size or 0) + len(tokenizer.backend.get_vocab(with_added_tokens=True)):
-            raise UserError(f"{place}: its tokenizer has ids up to {tokenizer.vocab_size:,} for far fewer tokens")
-        return replace(config, vocab_size=rows, **ids)
+        return replace(config, vocab_size=max(config.vocab_size or 0, tokenizer.vocab_size), **ids)
     for name, value in ids.items():
         known = getattr(config, name)
         if known not in (None, value):
@@ -134,59 +120,6 @@ def decoding_config(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Transformer
                 "one it was trained with"
             )
     return config
-
-
-# -- the beginning of another run --------------------------------------------------------------------------------------
-
-
-def starting_config(settings: TransformerConfig, path: str | Path) -> TransformerConfig:
-    """Returns the shape of a model that starts from a checkpoint: the checkpoint's, with the settings' adjustments.
-
-    Args:
-        settings: The user's; what is None comes from the checkpoint.
-        path: As for `load_checkpoint`.
-
-    Raises:
-        UserError: When a setting contradicts the checkpoint.
-    """
-    return _adjusted(open_checkpoint(path).config, settings, path)
-
-
-def start_from(transformer: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
-    """Copies a checkpoint's weights into a transformer, sharded or not, to go on training them as another run.
-
-    Args:
-        transformer: Of the shape that `starting_config` gives.
-        tokenizer: The run's: the checkpoint's own, or a published model's with further tokens, such as a mask.
-        path: As for `load_checkpoint`.
-
-    Raises:
-        UserError: When shape or tokenizer are not the checkpoint's.
-    """
-    checkpoint = open_checkpoint(path)
-    _adjusted(checkpoint.config, transformer.config, path)
-    if not checkpoint.published:
-        if checkpoint.load_tokenizer().fingerprint != tokenizer.fingerprint:
-            raise UserError(f"model.init_from {path} was trained with another tokenizer than data.tokenizer")
-    elif (checkpoint.place / "tokenizer.json").is_file():
-        vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
-        theirs = checkpoint.load_tokenizer().backend.get_vocab(with_added_tokens=True)
-        moved = any(vocabulary.get(token, index) != index for token, index in theirs.items())
-        if moved or len(theirs.keys() - vocabulary.keys()) > 1:  # one may be the mask we give it
-            raise UserError(f"model.init_from {path} has another tokenizer than data.tokenizer: set both to the same")
-    _copy_weights(transformer, checkpoint)
-
-
-def _adjusted(saved: TransformerConfig, settings: TransformerConfig, path: str | Path) -> TransformerConfig:
-    given = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    given = {name: value for name, value in given.items() if value is not None and name not in SET_BY_OTHERS}
-    for name, value in given.items():
-        if name not in ADJUSTABLE and value != getattr(saved, name):
-            raise UserError(
-                f"model.init_from {path} has transformer.{name}={getattr(saved, name)}, the settings say {value}: "
-                "leave it out"
-            )
-    return replace(saved, **{**given, "vocab_size": max(settings.vocab_size or 0, saved.vocab_size or 0)}).resolved()
 
 
 # -- opening -----------------------------------------------------------------------------------------------------------
@@ -210,12 +143,9 @@ class Checkpoint:
         return self.weights["model.norm.weight"]().dtype
 
     def weight(self, name: str, shape: list[int]) -> Tensor:
-        """Reads one weight; embedding and head of a published model get rows for tokens that it does not have.
+        """Reads one weight; raises UserError when it has another shape, or values that are NaN or infinite.
 
-        New rows are the mean of the existing ones.
-
-        Raises:
-            UserError: When it has another shape, or values that are NaN or infinite.
+        Embedding and head of a published model get rows for tokens that it does not have: the mean of the others.
         """
         value = self.weights[name]()
         if value.dtype not in FLOATING:
@@ -234,18 +164,14 @@ class Checkpoint:
         return value
 
 
-def open_checkpoint(path: str | Path, adapters: tuple[Path, ...] = ()) -> Checkpoint:
-    """Looks at what `load_checkpoint` takes without reading its weights.
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Looks at what `load_checkpoint` takes, and raises what it raises, without reading weights.
 
-    The folder of an adapter means the model that it was trained on with the adapter merged in; `adapters` are those
-    that name `path` as the model they adapt.
-
-    Raises:
-        UserError: When there is none, or it is damaged, or holds something that is not fully understood.
+    The folder of an adapter means the model that it was trained on with the adapter merged in.
     """
     place = locate_checkpoint(path)
     if (place / ADAPTER_CONFIG).is_file():
-        return _open_adapter(place, adapters)
+        return _open_adapter(place)
     return _open_run_checkpoint(place) if place.is_file() or is_sharded(place) else _open_folder(place)
 
 
@@ -278,8 +204,9 @@ def _goes_beyond(checkpoint: Path, export: Path) -> bool:
 def _open_folder(folder: Path) -> Checkpoint:
     values = read_object(folder / CONFIG)
     config, extras = read_config(values, folder / CONFIG), values.get(EXTRAS)
-    weights, size = open_safetensors(folder)
-    weights = weights_of(config, weights, size, folder, family_of(values, folder / CONFIG).theirs)
+    family, files = family_of(values, folder / CONFIG), _weight_files(folder)
+    weights = {name: read for file in files for name, read in _open_tensors(file).items()}
+    weights = _matched(config, weights, sum(file.stat().st_size for file in files), folder, family.theirs)
     tokenizer = partial(Tokenizer.from_pretrained, folder)
     return Checkpoint(folder, config, weights, tokenizer, _meta(extras), extras is None)
 
@@ -288,12 +215,10 @@ def _meta(ours: dict[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (ours or {}).items() if name not in ("transformer", "tokenizer", "lora")}
 
 
-def _open_adapter(folder: Path, above: tuple[Path, ...]) -> Checkpoint:
-    own, scaling, path = open_adapter(folder)
-    if folder.resolve() in above:
-        raise UserError(f"{folder} names itself as the model that it adapts: set base_model_name_or_path")
-    base = open_checkpoint(path, (*above, folder.resolve()))
-    weights = merge_adapters({**base.weights, **own}, scaling)
+def _open_adapter(folder: Path) -> Checkpoint:
+    scaling, path = read_adapter_settings(folder)
+    base = open_checkpoint(path)
+    weights = merge_adapters({**base.weights, **_open_tensors(folder / ADAPTER_WEIGHTS)}, scaling)
     if not (folder / CONFIG).is_file():  # peft's own
         return replace(base, place=folder, weights=weights)
     values = read_object(folder / CONFIG)
@@ -315,13 +240,12 @@ def _open_run_checkpoint(path: Path) -> Checkpoint:
     ours, state = read_identity(checkpoint, path), checkpoint.get("state_dict")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no weights: its 'state_dict' is not a dictionary of tensors")
-    own = [name for name in state if name.startswith(PREFIX)]
-    weights = held({name.removeprefix(PREFIX): state[name] for name in own})
+    weights = {name.removeprefix(PREFIX): value.detach for name, value in state.items() if name.startswith(PREFIX)}
     config = read_settings(ours.get("transformer"), path)
     if ours.get("lora") is not None:
         weights = merge_adapters(weights, Lora(**ours["lora"]).scaling)
     parts = [part for part in path.rglob("*") if part.is_file()] if path.is_dir() else [path]
-    weights = weights_of(config, weights, sum(part.stat().st_size for part in parts), path)
+    weights = _matched(config, weights, sum(part.stat().st_size for part in parts), path)
     return Checkpoint(path, config, weights, lambda: _tokenizer_of(ours.get("tokenizer"), path), _meta(ours))
 
 
@@ -331,3 +255,71 @@ def _tokenizer_of(values: Any, path: Path) -> Tokenizer:
     except Exception as error:  # the Rust side raises a bare Exception
         reason = one_line(error)
         raise UserError(f"{path} holds a tokenizer that cannot be read: {type(error).__name__}: {reason}") from error
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Returns the safetensors files of a folder: those that its index names, or the only one.
+
+    Raises UserError when weights are missing or pickled: a pickle would run whatever code is in it.
+    """
+    if (folder / INDEX).is_file():
+        names: Any = read_object(folder / INDEX).get("weight_map")
+        if not fits(names, dict[str, str]) or any(Path(name).name != name for name in names.values()):
+            raise UserError(f"{folder / INDEX} is damaged: its weight_map must name a file beside it for each weight")
+        return [folder / name for name in sorted(set(names.values()))]
+    if not (folder / WEIGHTS).is_file() and any(next(folder.glob(kind), None) for kind in PICKLED):
+        raise UserError(
+            f"{folder} has pickled weights only, and a pickle can run code: convert them with transformers, "
+            "from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+        )
+    return [folder / WEIGHTS]
+
+
+def _open_tensors(file: Path) -> Readers:
+    """Returns readers of the tensors of a safetensors file; raises UserError when it is not there or damaged."""
+    try:
+        opened = safe_open(file, framework="pt")
+        return {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118 (no iterator)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {file}: {error}") from error
+
+
+def weight_shapes(config: TransformerConfig) -> dict[str, list[int]]:
+    """Returns names and shapes of a transformer's distinct weights, in order; a tied head is none."""
+    with torch.device("meta"):
+        weights = Transformer(config).state_dict()
+    if config.tie_embeddings:
+        del weights["lm_head.weight"]
+    return {name: list(weight.shape) for name, weight in weights.items()}
+
+
+def _matched(
+    config: TransformerConfig, weights: Readers, size: int, place: Path, theirs: Callable[[str], str] = str
+) -> Readers:
+    """Returns the weights of a model under our names; nothing of its size is made before they are known to fit.
+
+    The config is resolved; `size` is how many bytes the weights take on the disk; `theirs` gives the name that one of
+    ours has there. Raises UserError when weights are missing, or some have no use in a model of this config.
+    """
+    beside = f"and beside it are {len(weights):,} tensors of {size:,} bytes: config and weights do not belong together"
+    for name in SIZES:
+        if (getattr(config, name) or 0) > (len(weights) if name == "num_layers" else size):
+            raise UserError(f"{place} has {name}={getattr(config, name)}, {beside}")
+    shapes = weight_shapes(config)
+    needed = sum(map(math.prod, shapes.values()))
+    if needed > size:  # a number takes a byte at least
+        raise UserError(f"{place} describes a model of {needed:,} weights, {beside}")
+    ours = {theirs(name): name for name in (*shapes, "lm_head.weight")}
+    found = {ours.get(name, name): read for name, read in weights.items() if not name.endswith(".rotary_emb.inv_freq")}
+    head = found.pop("lm_head.weight", None) if config.tie_embeddings else None
+    missing, unknown = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
+    if missing:
+        raise UserError(f"{place} lacks {len(missing)} weights of its config, such as {missing[0]}")
+    if unknown:
+        raise UserError(f"{place} has {len(unknown)} weights that its config does not name, such as {unknown[0]}")
+    if head is not None and not torch.equal(head(), found["model.embed_tokens.weight"]()):
+        raise UserError(f"{place} ties lm_head.weight to the embedding, but holds another lm_head.weight")
+    return found

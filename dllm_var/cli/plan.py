@@ -12,7 +12,7 @@ import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
 
 from dllm_var.benchmarking.cost_model import STRATEGIES, device_memory
-from dllm_var.checkpoints.pretrained import starting_config
+from dllm_var.checkpoints.starting_from import starting_config
 from dllm_var.cli.fit import quieten
 from dllm_var.cli.trainer_settings import build_parser, check_settings, run_name
 from dllm_var.errors import UserError

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from dllm_var.__main__ import main
 from dllm_var.checkpoints.export import save_checkpoint_folder
-from dllm_var.checkpoints.pretrained import load_checkpoint, load_pretrained, locate_checkpoint, starting_config
+from dllm_var.checkpoints.pretrained import load_checkpoint, load_pretrained, locate_checkpoint
 from dllm_var.checkpoints.run_checkpoint import identity
+from dllm_var.checkpoints.starting_from import starting_config
 from dllm_var.datamodules import CmudictSource
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig

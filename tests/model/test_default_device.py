@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dllm_var import DiffusionLM
 from dllm_var.checkpoints.export import save_checkpoint_folder
-from dllm_var.checkpoints.pretrained import load_checkpoint, start_from
+from dllm_var.checkpoints.pretrained import load_checkpoint
+from dllm_var.checkpoints.starting_from import start_from
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.model.build import build_transformer

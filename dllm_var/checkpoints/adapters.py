@@ -1,0 +1,57 @@
+"""Adapters (LoRA) as peft writes them: their settings, and the weights of a model with its adapters merged in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from dllm_var.errors import UserError
+from dllm_var.files import fits, read_object
+from dllm_var.model.lora import DOWN, UP, is_adapter, plain_name
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."  # of the weights' names
+MORE_THAN_LORA = ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern")
+
+
+def read_adapter_settings(folder: Path) -> tuple[float, str]:
+    """Returns alpha / r of an adapter that peft wrote, and the checkpoint it belongs to.
+
+    Raises UserError when the settings are damaged, or those of an adapter of another kind.
+    """
+    config = read_object(folder / ADAPTER_CONFIG)
+    if config.get("peft_type") != "LORA" or any(config.get(name) for name in MORE_THAN_LORA):
+        raise UserError(f"cannot read the adapter {folder}: it is no plain LoRA adapter")
+    r, alpha, base = config.get("r", 0), config.get("lora_alpha"), config.get("base_model_name_or_path", "")
+    if alpha is None or not (fits(r, int) and fits(alpha, float) and fits(base, str) and r > 0):
+        raise UserError(f"cannot read the adapter {folder}: it needs r, lora_alpha and base_model_name_or_path")
+    return alpha / r, base
+
+
+def merge_adapters(weights: Mapping[str, Callable[[], Tensor]], scaling: float) -> dict[str, Callable[[], Tensor]]:
+    """Returns readers of the weights of a transformer without adapters: W + scaling B A, computed when one is read.
+
+    The given readers are of base weights, under plain names or with `base_layer`, and of adapters as peft names them in
+    a model or in a file. Raises UserError when an adapter is of a matrix that is not among them, or half of it is
+    missing.
+    """
+    names = {name: re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", name) for name in weights}
+    weights = {names[name].removeprefix(PEFT_PREFIX): read for name, read in weights.items()}
+    merged = {plain_name(name): read for name, read in weights.items() if not is_adapter(name)}
+    ups, downs = ({name.removesuffix(end) for name in weights if name.endswith(end)} for end in (UP, DOWN))
+    stray = ups ^ downs or {stem for stem in ups if f"{stem}.weight" not in merged}
+    if stray:
+        raise UserError(f"the adapter of {min(stray)} belongs to no matrix of the model, or is one half of a pair")
+
+    def read(stem: str, read_base: Callable[[], Tensor]) -> Tensor:
+        base, up, down = read_base(), weights[stem + UP]().float(), weights[stem + DOWN]().float()
+        if [*up.shape[:1], *down.shape[1:]] != list(base.shape) or up.shape[1:] != down.shape[:1]:
+            shapes = f"{list(down.shape)} and {list(up.shape)}"
+            raise UserError(f"the adapter of {stem} has the shapes {shapes}, the weight itself {list(base.shape)}")
+        return (base.float() + scaling * (up @ down)).to(base.dtype)
+
+    return merged | {f"{stem}.weight": partial(read, stem, merged[f"{stem}.weight"]) for stem in ups}

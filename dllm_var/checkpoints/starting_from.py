@@ -1,0 +1,60 @@
+"""The beginning of a run that starts from a checkpoint (`model.init_from`): its shape and its weights."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+from dllm_var.checkpoints.pretrained import copy_weights, open_checkpoint
+from dllm_var.errors import UserError
+from dllm_var.model.config import TransformerConfig
+from dllm_var.model.transformer import Transformer
+from dllm_var.text.tokenizer import Tokenizer
+
+# Settings in which a run may differ from the checkpoint it starts from, and those that tokenizer and objective decide.
+ADJUSTABLE = {"rope_theta", "rope_scaling", "rope_full_precision", "norm_eps"}
+ADJUSTABLE |= {"initializer_range", "token_shift", "context_length"}
+SET_BY_OTHERS = {"vocab_size", "mask_id", "terminator_ids", "pad_id", "causal", "causal_context"}
+
+
+def starting_config(settings: TransformerConfig, path: str | Path) -> TransformerConfig:
+    """Returns the shape of a model that starts from a checkpoint: the checkpoint's, with the settings' adjustments.
+
+    What the settings leave out (None) comes from the checkpoint; `path` is as for `load_checkpoint`. Raises UserError
+    when a setting contradicts the checkpoint.
+    """
+    return _adjusted(open_checkpoint(path).config, settings, path)
+
+
+def start_from(transformer: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
+    """Copies a checkpoint's weights into a transformer, sharded or not, to go on training them as another run.
+
+    The transformer has the shape that `starting_config` gives. The tokenizer is the run's: the checkpoint's own, or a
+    published model's with further tokens, such as a mask. Raises UserError when either is not the checkpoint's.
+    """
+    checkpoint = open_checkpoint(path)
+    _adjusted(checkpoint.config, transformer.config, path)
+    if not checkpoint.published or (checkpoint.place / "tokenizer.json").is_file():
+        theirs = checkpoint.load_tokenizer()
+        same = theirs.fingerprint == tokenizer.fingerprint
+        if checkpoint.published:
+            vocabulary, known = (one.backend.get_vocab(with_added_tokens=True) for one in (tokenizer, theirs))
+            moved = any(vocabulary.get(token, index) != index for token, index in known.items())
+            same = not moved and len(known.keys() - vocabulary.keys()) <= 1  # one may be the mask we give it
+        if not same:
+            raise UserError(
+                f"model.init_from {path} was trained with another tokenizer than data.tokenizer: set both to the same"
+            )
+    copy_weights(transformer, checkpoint)
+
+
+def _adjusted(saved: TransformerConfig, settings: TransformerConfig, path: str | Path) -> TransformerConfig:
+    given = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    given = {name: value for name, value in given.items() if value is not None and name not in SET_BY_OTHERS}
+    for name, value in given.items():
+        if name not in ADJUSTABLE and value != getattr(saved, name):
+            raise UserError(
+                f"model.init_from {path} has transformer.{name}={getattr(saved, name)}, the settings say {value}: "
+                "leave it out"
+            )
+    return replace(saved, **{**given, "vocab_size": max(settings.vocab_size or 0, saved.vocab_size or 0)}).resolved()
