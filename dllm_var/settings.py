@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import inspect
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from dllm_var.errors import UserError
+from dllm_var.errors import UserError, in_one_line, one_line
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is several times faster
 LONGEST = 300  # characters of a reason that the parser gives
@@ -66,7 +64,7 @@ class SettingsParser(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)  # or --trainer.max_step would pass for max_steps
         super().__init__(*args, **kwargs)
-        self.names: Callable[[], list[str]] = lambda: list(self.get_defaults().keys())  # for suggestions
+        self.names: Callable[[], list[str]] = self._own_names  # what suggestions are taken from
 
     @classmethod
     def of_command(cls, command: str, usage: str, description: str, examples: str = "") -> SettingsParser:
@@ -85,52 +83,36 @@ class SettingsParser(ArgumentParser):
             read_settings(path)
         return super().parse_args(args, *rest, **kwargs)
 
+    def _own_names(self) -> list[str]:
+        return [name.replace("init_args.", "") for name, _ in self.get_defaults().items()]
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        unknown = _unknown(message)
+        if unknown is not None:
+            message, ex = f"there is no setting '{unknown}'{suggestion(unknown, self.names())}", None
         if not self.exit_on_error:  # a parser inside the parser: the outer one reports
             super().error(message, ex)
-        raise UserError(_one_line(message, ex, self.names)) from ex
+        keys = dict.fromkeys(part.partition('"')[0] for part in message.split('Parser key "')[1:])
+        reason = one_line(_first_cause(ex) or UserError(message))[:LONGEST]
+        raise UserError(f"{'.'.join(keys)}: {reason}" if keys else reason) from ex
 
 
-def _one_line(message: str, error: BaseException | None, names: Callable[[], list[str]]) -> str:
-    """Returns the full name of the setting that jsonargparse complains about, and the reason.
-
-    Its exceptions have no fields for these: the message quotes the parts of the name, the innermost one has the reason.
-    """
-    keys = list(dict.fromkeys(part.partition('"')[0] for part in message.split('Parser key "')[1:]))
-    while error is not None and (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    reason = " ".join(str(message if error is None else error).split())
-    reason = reason.removeprefix(f'Parser key "{keys[-1]}": ' if keys else "")
-    unknown = _unknown(reason)
-    if unknown is None:
-        return ": ".join([*([".".join(keys)] if keys else []), reason[:LONGEST]])
-    name, prefix = ".".join([*keys, unknown]), ".".join(keys)
-    kind = message.split("given class_path '")[-1].split("'")[0] if "given class_path '" in message else ""
-    known = [key.replace("init_args.", "") for key in names()]
-    if parameters := _parameters(kind):  # the names are those of the default class
-        known = [key for key in known if key.rpartition(".")[0] != prefix] + [f"{prefix}.{one}" for one in parameters]
-    beside = [key for key in known if key.rpartition(".")[0] == name.rpartition(".")[0]]
-    owner = f" of {kind.rpartition('.')[2]}" if kind else ""
-    return f"there is no setting '{name}'{owner}{suggestion(name, beside or known)}"
+def _unknown(message: str) -> str | None:
+    """Returns the setting that jsonargparse does not know; its exceptions have no field for it."""
+    if message.startswith("unrecognized arguments: --"):
+        return message.split("--")[1].split()[0].partition("=")[0]
+    quoted = message.split("'")[1::2]
+    if message.startswith(("Option '", "Subcommand '")):
+        return quoted[-1]
+    return ".".join(quoted) if message.startswith("Group '") else None
 
 
-def _unknown(reason: str) -> str | None:
-    """Returns the setting that jsonargparse does not know; None when it gives another reason."""
-    if reason.startswith("unrecognized arguments: --"):
-        return reason.split("--")[1].split("=")[0].split()[0]
-    if reason.startswith("Group '"):  # 'a' does not accept option 'b'
-        return ".".join(reason.split("'")[1:4:2])
-    if reason.startswith(("Option '", "Subcommand '")):
-        return reason.split("'")[-2]
-    return None
-
-
-def _parameters(class_path: str) -> list[str]:
-    module, _, name = class_path.rpartition(".")
-    try:
-        return list(inspect.signature(getattr(import_module(module), name)).parameters)
-    except (ImportError, AttributeError, TypeError, ValueError):
-        return []
+def _first_cause(error: BaseException | None) -> BaseException | None:
+    """Returns the exception from which all others, up to this one, were raised."""
+    cause = error
+    while cause is not None:
+        error, cause = cause, cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return error
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
@@ -141,25 +123,17 @@ def suggestion(word: str, known: Sequence[str]) -> str:
 
 
 def build(kind: type, name: str, described: str | dict[str, Any], where: str) -> Any:
-    """Builds an object of a class or of one of its subclasses.
+    """Builds an object of a class or of one of its subclasses; raises UserError for a wrong class or argument.
 
-    Args:
-        kind: The class.
-        name: Name of the setting in messages, such as `sampler`.
-        described: A class path, or a dictionary with `class_path` and `init_args`.
-        where: The part of the settings it stands in, for messages.
-
-    Raises:
-        UserError: When there is no such class, or it does not take these arguments.
+    `described` is a class path, or a dictionary with `class_path` and `init_args`. Messages say that it is the setting
+    `name` of the part `where` of the settings.
     """
     parser = SettingsParser()
     parser.add_subclass_arguments(kind, name, as_group=False, required=True)
     try:
         return parser.instantiate(parser.parse_object({name: described}))[name]
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__
-        if cause is None:
+        message = in_one_line(error)
+        if message is None:
             raise
-        raise UserError(f"{where}: {cause}") from error
+        raise UserError(f"{where}: {message}") from error

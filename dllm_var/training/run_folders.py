@@ -1,32 +1,29 @@
-"""Folders of runs, runs/NAME/version_N below trainer.default_root_dir: found, reserved and locked."""
+"""Folders of runs: which checkpoint a run goes on from, and a folder that no other run writes to."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from dllm_var.checkpoints.archive import is_sharded
 from dllm_var.checkpoints.run_checkpoint import check_or_offer, newest_checkpoint
 from dllm_var.errors import UserError
 from dllm_var.files import put_back
+from dllm_var.training.ranks import is_first, is_launched_child
 
 RUNS = "runs"  # the default logger's save_dir
 _VERSIONED_LOGGERS = ("TensorBoardLogger", "CSVLogger")  # both keep a run in save_dir/name/version_N
-_LOCKED = (errno.EACCES, errno.EAGAIN)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # on this file system
+_RESUMED = "DLLM_VAR_RESUMED"  # the checkpoint that the first process goes on from, for those it starts
 
 
 class NothingToResume(UserError):
     """There is no checkpoint to continue from."""
-
-
-# -- a new run ---------------------------------------------------------------------------------------------------------
 
 
 def default_logger(name: str) -> dict[str, Any]:
@@ -37,41 +34,125 @@ def default_logger(name: str) -> dict[str, Any]:
     }
 
 
-def place_runs(trainer_settings: Any) -> None:
-    """Puts the folder of the default logger into `trainer.default_root_dir`; changes the `trainer` section in place.
+def checkpoint_at(path: str, setting: str) -> Path:
+    """Returns the checkpoint at a path, or the newest one of the run folder there; raises UserError without one."""
+    place = Path(path)
+    if not place.exists():
+        raise UserError(f"{setting}: there is no file or folder '{path}'")
+    found = newest_checkpoint(place / "checkpoints") or place
+    if found.is_dir() and not is_sharded(found):
+        raise UserError(
+            f"{setting}: there is no checkpoint in '{path}': give a .ckpt file or a run folder that has one"
+        )
+    return found
 
-    Raises:
-        UserError: When runs or checkpoints would be on another machine, which nothing here can lock or rename on.
+
+class RunFolders:
+    """The folders to which the `trainer` settings send a run: runs/NAME/version_N, and others for checkpoints.
+
+    The settings are completed in place: the loggers get the folder of the runs, and later the number of the run. Raises
+    UserError for a folder on another machine, on which nothing here can be locked or renamed.
     """
-    root = trainer_settings.get("default_root_dir")
-    if root:
-        root = trainer_settings.default_root_dir = os.path.expanduser(root)
-    named = [("default_root_dir", root), *(("callbacks.dirpath", folder) for folder in _dirpaths(trainer_settings))]
-    for logger in _versioned(trainer_settings):
-        if logger.save_dir == RUNS and root:
-            logger.save_dir = os.path.join(root, RUNS)
-        logger.save_dir = os.path.expanduser(os.path.expandvars(logger.save_dir))
-        named.append(("logger.save_dir", logger.save_dir))
-    for setting, place in named:
-        if "://" in str(place):
-            raise UserError(f"trainer.{setting}: '{place}' is no folder of this machine: give one, or mount it")
 
+    def __init__(self, trainer: Any) -> None:
+        root = os.path.expanduser(trainer.get("default_root_dir") or "")
+        loggers = listed(trainer.get("logger"))
+        versioned = [one for one in loggers if str(one.get("class_path")).rpartition(".")[2] in _VERSIONED_LOGGERS]
+        self.loggers = [logger.init_args for logger in versioned]
+        for logger in self.loggers:
+            parent = root if logger.save_dir == RUNS else ""
+            logger.save_dir = os.path.join(parent, os.path.expanduser(os.path.expandvars(logger.save_dir)))
+        self.runs = [Path(logger.save_dir, logger.name or "") for logger in self.loggers]  # one for each logger
+        callbacks = [callback.get("init_args") or {} for callback in listed(trainer.get("callbacks"))]
+        self.checkpoints = [Path(arguments["dirpath"]) for arguments in callbacks if arguments.get("dirpath")]
+        if not loggers and trainer.get("enable_checkpointing") is not False:
+            self.checkpoints.append(Path(root, "checkpoints"))
+        named = [("default_root_dir", root), *(("logger.save_dir", logger.save_dir) for logger in self.loggers)]
+        for setting, place in [*named, *(("callbacks.dirpath", arguments.get("dirpath")) for arguments in callbacks)]:
+            if "://" in str(place):
+                raise UserError(f"trainer.{setting}: '{place}' is no folder of this machine: give one, or mount it")
 
-def reserve(trainer_settings: Any, held: ExitStack) -> None:
-    """Makes the folder of a new run, which no other run then takes, and gives its number to the loggers in place.
+    def enter(self, resume: str | None, held: ExitStack, trains: bool) -> Path | None:
+        """Reserves the folder of a new run, or finds that of the run to go on with, and locks it until `held` ends.
 
-    When `held` ends, the folder is removed again if nothing is in there.
+        `resume` is what `--resume` says: `newest`, `auto` or a path; None for a new run. Returns the checkpoint to go
+        on from. A run that does not train takes no lock. Raises UserError when there is no such checkpoint, it is
+        damaged, or another run writes to the folder.
+        """
+        if is_launched_child():
+            resume = os.environ[_RESUMED] or None
+        checkpoint = self.to_resume(resume)
+        if is_first():
+            self.reserve(held)
+            if trains:
+                self.lock(held)
+                checkpoint = self.to_resume(resume)  # another run may have written there until now
+            if checkpoint is not None:
+                check_or_offer(checkpoint, "--resume=")
+        os.environ[_RESUMED] = str(checkpoint or "")
+        if checkpoint is not None:
+            warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+        return checkpoint
 
-    Raises:
-        UserError: When no folder can be made.
-    """
-    new = [logger for logger in _versioned(trainer_settings) if logger.version is None]
-    roots = [_root(logger) for logger in new]
-    number = 1 + max((found for root in roots for found in _numbered(root)), default=-1)
-    while roots and not _make(roots[0] / version_name(number), held):
-        number += 1
-    for logger in new:
-        logger.version = number
+    def to_resume(self, resume: str | None) -> Path | None:
+        """Returns the checkpoint that `--resume` means; the loggers go on in its run if it is one of theirs."""
+        if resume is None:
+            return None
+        try:
+            checkpoint = self.newest() if resume in ("newest", "auto") else checkpoint_at(resume, "--resume")
+        except NothingToResume:
+            if resume == "auto":
+                return None
+            raise
+        run = checkpoint.absolute().parent.parent
+        if self.runs and run.parent == self.runs[0].absolute():
+            self._set_version(run.name)
+        return checkpoint
+
+    def newest(self) -> Path:
+        """Returns the newest checkpoint of the newest run that has one; raises NothingToResume when there is none."""
+        runs: list[Path] = []
+        if self.loggers and self.loggers[0].version is None:
+            runs = [path for _, path in sorted(_numbered(self.runs[0]).items(), reverse=True)]
+        elif self.loggers:
+            runs = [self.runs[0] / version_name(self.loggers[0].version)]
+        for folder in [*self.checkpoints, *(run / "checkpoints" for run in runs)]:
+            checkpoint = newest_checkpoint(folder)
+            if checkpoint is not None:
+                return checkpoint
+        searched = ", ".join(map(str, [*self.checkpoints, *self.runs[:1]])) or "any folder that the settings name"
+        raise NothingToResume(
+            f"--resume found no checkpoint in {searched}: start the run without --resume, or give --resume=auto, which "
+            "starts one when there is nothing to resume"
+        )
+
+    def reserve(self, held: ExitStack) -> None:
+        """Makes the folder of a new run, which no other run then takes, and gives its number to the loggers.
+
+        When `held` ends, the folder is removed again if nothing is in there. Raises UserError when it cannot be made.
+        """
+        new = [runs for logger, runs in zip(self.loggers, self.runs, strict=True) if logger.version is None]
+        number = 1 + max((found for runs in new for found in _numbered(runs)), default=-1)
+        while new and not _make(new[0] / version_name(number), held):
+            number += 1
+        self._set_version(number)
+
+    def _set_version(self, version: int | str) -> None:
+        for logger in self.loggers:
+            if logger.version is None:
+                logger.version = version
+
+    def lock(self, held: ExitStack) -> None:
+        """Locks the folders until `held` ends, and puts back checkpoints that a killed run set aside.
+
+        Raises UserError when another run writes to one of them.
+        """
+        numbers = [version_name(logger.version) for logger in self.loggers]
+        runs = [folder / number for folder, number in zip(self.runs, numbers, strict=True)]
+        for folder in dict.fromkeys([*runs, *self.checkpoints]):
+            held.enter_context(hold(folder))
+        for folder in [*self.checkpoints, *(run / "checkpoints" for run in runs)]:
+            put_back(folder)
 
 
 def _make(folder: Path, held: ExitStack) -> bool:
@@ -93,164 +174,41 @@ def _remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-# -- one run at a time -------------------------------------------------------------------------------------------------
-
-
-def lock(trainer_settings: Any, held: ExitStack) -> None:
-    """Locks the folders that `fit` writes to until `held` ends, and puts back checkpoints that a killed run set aside.
-
-    Raises:
-        UserError: When another run writes to one of them.
-    """
-    runs = [_root(logger) / version_name(logger.version) for logger in _versioned(trainer_settings)]
-    checkpoints = [Path(folder) for folder in _dirpaths(trainer_settings)]
-    if not trainer_settings.get("logger") and trainer_settings.get("enable_checkpointing") is not False:
-        checkpoints.append(Path(trainer_settings.get("default_root_dir") or ".") / "checkpoints")
-    for folder in {folder.absolute(): folder for folder in [*runs, *checkpoints]}.values():
-        held.enter_context(hold(folder))
-    for folder in [*checkpoints, *(run / "checkpoints" for run in runs)]:
-        put_back(folder)
-
-
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """Locks a folder; the system ends the lock with this process, however that ends, and on NFS as well.
 
-    A file system without locks is used without one. The lock is the process's own (`fcntl.lockf`; `flock`, which
-    filelock uses, is inherited): forked data loading processes that outlive it for a moment do not keep it.
-
-    Raises:
-        UserError: When another process holds it, or no lock can be written.
+    The lock is the process's own (`fcntl.lockf`; `flock`, which filelock uses, is inherited): forked data loading
+    processes that outlive it for a moment do not keep it. Raises UserError when another process holds it.
     """
+    place = folder.resolve()  # the same for all links to it
+    # Beside the folder: Lightning takes a folder with any file in it for that of an earlier run.
+    path = place.parent / f".{place.name}.lock"
     try:
-        place = folder.resolve()  # the same for all links to it
-        place.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the folder: Lightning takes a folder with any file in it for that of an earlier run.
-        beside = os.access(place.parent, os.W_OK)
-        path = place.parent / f".{place.name}.lock" if beside else place / ".lock"
-        file = _locked(path, folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot lock the folder {folder}: {error.strerror or error}") from error
+        raise UserError(f"cannot lock the folder {folder} with {path}: {error.strerror or error}") from error
     with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):  # its holder has just ended and removed it
+                raise BlockingIOError
+        except (BlockingIOError, PermissionError, FileNotFoundError):
+            file.seek(0)
+            raise UserError(
+                f"{folder} is in use by {file.read(500) or 'another process'}: wait for it or stop it, or start a new "
+                "run without --resume"
+            ) from None
+        except OSError:  # a file system without locks is used without one
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
         try:
             yield
         finally:
-            with suppress(OSError):
-                path.unlink()
-
-
-def _locked(path: Path, folder: Path) -> TextIO:
-    """Returns a file that is locked, and says by whom."""
-    while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - to be closed by the caller
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
-                return file
-            file.close()  # its holder has just ended and removed it
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return file
-            file.seek(0)
-            holder = file.read(500) or "another process"
-            file.close()
-            if error.errno not in _LOCKED:
-                raise
-            raise UserError(
-                f"{folder} is in use by {holder}: wait for it or stop it, or start a new run without --resume"
-            ) from None
-
-
-# -- going on ----------------------------------------------------------------------------------------------------------
-
-
-def checkpoint_at(path: str) -> Path:
-    """Returns the checkpoint that `--ckpt_path` means: a file, a folder of shards, or the newest one of a run folder.
-
-    Raises:
-        UserError: When nothing is there, a folder without a checkpoint, or one that cannot be used.
-    """
-    found = find_checkpoint(path, "ckpt_path")
-    check_or_offer(found, "--ckpt_path=")
-    return found
-
-
-def find_checkpoint(path: str, setting: str) -> Path:
-    """Returns the checkpoint at a path, or the newest one of the run folder there.
-
-    Raises:
-        UserError: When there is none; names the setting.
-    """
-    place = Path(path)
-    if not place.exists():
-        raise UserError(f"{setting}: there is no file or folder '{path}'")
-    found = newest_checkpoint(place / "checkpoints") or place
-    if found.is_dir() and not is_sharded(found):
-        raise UserError(
-            f"{setting}: there is no checkpoint in '{path}': give a .ckpt file or a run folder that has one"
-        )
-    return found
-
-
-def continue_newest(trainer_settings: Any) -> Path:
-    """Returns the newest checkpoint of the newest run that has one, and points the loggers in the settings at that run.
-
-    Raises:
-        NothingToResume: When there is no checkpoint; names the folder.
-    """
-    versioned = _versioned(trainer_settings)
-    root = _runs_folder(trainer_settings)
-    if not versioned:
-        runs = [root]
-    elif versioned[0].version is not None:
-        runs = [root / version_name(versioned[0].version)]
-    else:
-        runs = [path for _, path in sorted(_numbered(root).items(), reverse=True)]
-    own = [Path(folder) for folder in _dirpaths(trainer_settings)]
-    for folder in [*own, *(run / "checkpoints" for run in runs)]:
-        checkpoint = newest_checkpoint(folder)
-        if checkpoint is not None:
-            if folder.parent in runs:
-                _go_on_in(folder.parent, versioned)
-            return checkpoint
-    where = ", ".join(map(str, [*own, runs[0] / "checkpoints" if len(runs) == 1 else root]))
-    raise NothingToResume(
-        f"--resume found no checkpoint in {where}: start the run without --resume, or give --resume=auto, which starts "
-        "one when there is nothing to resume"
-    )
-
-
-def continue_from(path: str, trainer_settings: Any) -> Path:
-    """Finds a checkpoint that `--resume=PATH` names and points the loggers at its run, when it is one of theirs.
-
-    Raises:
-        UserError: When there is no checkpoint.
-    """
-    checkpoint = find_checkpoint(path, "--resume")
-    run = checkpoint.absolute().parent.parent
-    if run.parent == _runs_folder(trainer_settings).absolute():
-        _go_on_in(run, _versioned(trainer_settings))
-    return checkpoint
-
-
-def _go_on_in(run: Path, versioned: list[Any]) -> None:
-    number = run.name.removeprefix("version_")
-    for logger in versioned:
-        if logger.version is None:
-            logger.version = int(number) if number.isdigit() else run.name
-
-
-def _runs_folder(trainer_settings: Any) -> Path:
-    """Returns the folder that holds the numbered runs, or the one run when there is no logger to number them."""
-    versioned = _versioned(trainer_settings)
-    return _root(versioned[0]) if versioned else Path(trainer_settings.get("default_root_dir") or ".")
-
-
-def _root(logger: Any) -> Path:
-    return Path(logger.save_dir) / (logger.name or "")
+            path.unlink(missing_ok=True)
 
 
 def _numbered(root: Path) -> dict[int, Path]:
@@ -262,21 +220,6 @@ def _numbered(root: Path) -> dict[int, Path]:
 def version_name(version: int | str) -> str:
     """Returns the name of a run's folder, as Lightning's loggers form it."""
     return version if isinstance(version, str) else f"version_{version}"
-
-
-def _versioned(trainer_settings: Any) -> list[Any]:
-    """Returns the settings of the loggers that number their runs."""
-    return [
-        logger.init_args
-        for logger in listed(trainer_settings.get("logger"))
-        if str(getattr(logger, "class_path", "")).rsplit(".", 1)[-1] in _VERSIONED_LOGGERS
-    ]
-
-
-def _dirpaths(trainer_settings: Any) -> list[str]:
-    """Returns the folders that callbacks are told to keep checkpoints in."""
-    callbacks = listed(trainer_settings.get("callbacks"))
-    return [str(c.init_args.dirpath) for c in callbacks if "init_args" in c and c.init_args.get("dirpath")]
 
 
 def listed(value: Any) -> list[Any]:

@@ -10,8 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
 from dllm_var.checkpoints.archive import CannotSave, write_index_checksum
 from dllm_var.checkpoints.checkpoint_io import CheckedFiles
@@ -168,15 +167,14 @@ def default_checkpoints(trainer_settings: Any, best: bool) -> list[ModelCheckpoi
     return [kept, ModelCheckpoint(filename="best-{epoch}-{step}", monitor="val/loss", save_on_train_epoch_end=False)]
 
 
-class SaveConfig(SaveConfigCallback):
+class SaveConfig(Callback):
     """Saves the resolved settings, a YAML `text`, in the run folder, and shows them in TensorBoard's text tab.
 
     Without a logger there is no run folder, and nothing is saved. A different config.yaml that is already there (a
     resumed run with changed settings) is kept as config.1.yaml, config.2.yaml and so on. Checkpoints have them, too.
     """
 
-    def __init__(self, *args: Any, text: str, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, text: str) -> None:
         self.text = text
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -16,7 +16,7 @@ from tiny_data import write_tiny
 from dllm_var.__main__ import main
 from dllm_var.checkpoints.run_checkpoint import step_of
 from dllm_var.errors import UserError
-from dllm_var.training.run_folders import continue_newest, default_logger, lock, place_runs, reserve
+from dllm_var.training.run_folders import RunFolders, default_logger
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -51,7 +51,7 @@ def test_runs_that_start_together_have_folders_of_their_own(kind, tmp_path):
     (tmp_path / "runs" / "version_7").mkdir(parents=True)
     trainers = [settings(logger=logger(kind, tmp_path, "runs")) for _ in range(40)]
     with ExitStack() as held, ThreadPoolExecutor(20) as pool:
-        list(pool.map(lambda trainer: reserve(trainer, held), trainers))
+        list(pool.map(lambda trainer: RunFolders(trainer).reserve(held), trainers))
         taken = sorted(trainer.logger.init_args.version for trainer in trainers)
         assert taken == list(range(8, 48))
         (tmp_path / "runs" / "version_9" / "config.yaml").touch()
@@ -63,8 +63,8 @@ def test_loggers_of_one_run_have_one_number(tmp_path):
     trainer = settings(logger=[logger("CSVLogger", tmp_path, "a"), logger("TensorBoardLogger", tmp_path, "b")])
     explicit = settings(logger=logger("CSVLogger", tmp_path, "a", "job_7"))
     with ExitStack() as held:
-        reserve(trainer, held)
-        reserve(explicit, held)
+        RunFolders(trainer).reserve(held)
+        RunFolders(explicit).reserve(held)
         assert [one.init_args.version for one in trainer.logger] == [3, 3]
         assert (tmp_path / "a" / "version_3").is_dir() and explicit.logger.init_args.version == "job_7"
 
@@ -72,7 +72,7 @@ def test_loggers_of_one_run_have_one_number(tmp_path):
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "runs").touch()
     with ExitStack() as held, pytest.raises(UserError, match=r"run folder .*version_0: .*trainer\.default_root_dir"):
-        reserve(settings(logger=logger("CSVLogger", tmp_path / "runs", "x")), held)
+        RunFolders(settings(logger=logger("CSVLogger", tmp_path / "runs", "x"))).reserve(held)
 
 
 def test_what_has_no_run_folder_locks_where_its_checkpoints_go(tmp_path):
@@ -84,22 +84,23 @@ def test_what_has_no_run_folder_locks_where_its_checkpoints_go(tmp_path):
         (settings(logger=logger("CSVLogger", tmp_path, "a", 4), callbacks=own), "kept"),
     ):
         with another_process(tmp_path / folder), ExitStack() as held, pytest.raises(UserError, match=folder):
-            lock(trainer, held)
+            RunFolders(trainer).enter(None, held, trains=True)
+    off = settings(logger=False, default_root_dir=root, enable_checkpointing=False)
     with another_process(tmp_path / "checkpoints"), ExitStack() as held:
-        lock(settings(logger=False, default_root_dir=root, enable_checkpointing=False), held)
+        RunFolders(off).enter(None, held, trains=True)
 
 
-def test_the_default_logger_s_runs_are_below_default_root_dir(tmp_path, monkeypatch):
+def test_the_default_logger_s_runs_are_below_default_root_dir(monkeypatch):
     monkeypatch.setenv("HOME", "/home/x")
     for root, save_dir, expected in (
         (None, "runs", "runs"),
-        ("/elsewhere", "runs", "/elsewhere/runs"),
+        ("~/elsewhere", "runs", "/home/x/elsewhere/runs"),
         ("/elsewhere", "logs", "logs"),
         (None, "~/runs", "/home/x/runs"),
     ):
         trainer = settings(default_root_dir=root, logger=default_logger("tiny"))
         trainer.logger.init_args.save_dir = save_dir
-        place_runs(trainer)
+        assert RunFolders(trainer).runs == [Path(expected, "tiny")]
         assert trainer.logger.init_args.save_dir == expected
     for remote in (
         {"default_root_dir": "s3://bucket"},
@@ -107,7 +108,7 @@ def test_the_default_logger_s_runs_are_below_default_root_dir(tmp_path, monkeypa
         {"callbacks": [{"class_path": "x.ModelCheckpoint", "init_args": {"dirpath": "s3://bucket"}}]},
     ):
         with pytest.raises(UserError, match=r"trainer\.\w+.*'s3://bucket' is no folder of this machine"):
-            place_runs(settings(**remote))
+            RunFolders(settings(**remote))
 
 
 def test_runs_go_and_are_found_where_default_root_dir_says(tiny, tmp_path):
@@ -144,10 +145,11 @@ def test_a_checkpoint_that_a_killed_run_had_set_aside_is_found_and_put_back(tmp_
     aside.mkdir(parents=True)
     (aside / "meta.pt").touch()
     trainer = settings(logger=logger("CSVLogger", tmp_path, "a"))
-    assert continue_newest(trainer) == aside
+    folders = RunFolders(trainer)
+    assert folders.to_resume("newest") == aside
     with ExitStack() as held:
-        lock(trainer, held)
-    assert continue_newest(trainer) == folder / "last.ckpt"
+        folders.lock(held)
+    assert folders.to_resume("newest") == folder / "last.ckpt"
 
 
 def test_settings_that_fail_or_are_only_shown_leave_no_folder(tiny, capsys):
