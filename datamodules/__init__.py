@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.datamodules.dataset_source import DatasetSource
-from dllm_var.datamodules.parquet_source import ParquetSource
 from dllm_var.datamodules.reasoning_gym import GsmSymbolicSource, ReasoningGymSource
 from dllm_var.datamodules.records import BadRecord
-from dllm_var.datamodules.sources import JsonlSource, Source, SplitSource
+from dllm_var.datamodules.sources import JsonlSource, ParquetSource, Source, SplitSource
 from dllm_var.datamodules.table import Example
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.datamodules.encoding import RecordEncoder, load_table
-from dllm_var.datamodules.packing import LONGEST, VERSIONS, Packing, Sections, TooLong
+from dllm_var.datamodules.packing import VERSIONS, Packing, Sections, TooLong
 from dllm_var.datamodules.rows import HeldOutSampler, PackedRows, RowSampler
 from dllm_var.datamodules.sources import Source
 from dllm_var.datamodules.table import HELD_OUT_SEED, Example, Table
@@ -242,9 +242,8 @@ class PackedDataModule(L.LightningDataModule):
 
     def encoder(self) -> RecordEncoder:
         """A new encoder of records, with the settings that decide what becomes of them."""
-        longest = 0 if self.on_too_long == "cut" else max(LONGEST, 1 << (self.context_length - 1).bit_length())
-        refuse = self.on_special_text == "refuse"
-        return RecordEncoder(self.tokenizer, self.chat, self.on_bad_record == "skip", refuse, longest)
+        skip_bad, refuse_special = self.on_bad_record == "skip", self.on_special_text == "refuse"
+        return RecordEncoder(self.tokenizer, self.chat, skip_bad, refuse_special)
 
     def rows(self, split: str) -> PackedRows:
         """Packed rows of a split, numbered over all epochs.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from dllm_var.datamodules.sources import SPLITS, Located, SplitSource, read_contents
+from dllm_var.datamodules.sources import SPLITS, Located, SplitSource, file_digest
 from dllm_var.errors import UserError, one_line
 
 
@@ -73,7 +73,7 @@ class DatasetSource(SplitSource):
                 )
         return found
 
-    def own_splits(self) -> Mapping[str, Any]:
+    def own_splits(self) -> Collection[str]:
         return self._datasets
 
     def content_fingerprint(self) -> str:
@@ -83,31 +83,31 @@ class DatasetSource(SplitSource):
         """The content of the files where a dataset keeps its rows; of a stream, all that is known before it is read."""
         if not _is_stream(dataset) and dataset.cache_files:
             files = [Path(file["filename"]) for file in dataset.cache_files]
-            return [len(dataset), *(read_contents(file, self.cache_dir)["digest"] for file in files)]
+            return [len(dataset), *(file_digest(file, self.cache_dir) for file in files)]
         return [self.path, self.name, str(dataset.info.version), str(dataset.features)]
 
-    def can_seek(self, split: str) -> bool:
-        return not _is_stream(self._datasets[self.own_split(split)])
-
-    def read_own(self, split: str, start: int = 0) -> Iterator[Located]:
-        dataset = self._datasets[split]
-        return self._located(f"{self.path} {self.split_names[split]}", dataset.skip(start) if start else dataset, start)
+    def read_own(self, split: str) -> Iterator[Located]:
+        return self._located(f"{self.path} {self.split_names[split]}", self._datasets[split])
 
     def blocks(self, split: str, size: int, first: int = 0, step: int = 1) -> Iterator[tuple[int, list[Located]]]:
-        """Of a stream with enough shards each reader reads its own, block after block, and no other."""
-        dataset = self._datasets[split]
-        if not _is_stream(dataset) or step == 1 or dataset.num_shards % step:
+        """Yields blocks as every source does; of a stream with enough shards each reader reads shards of its own."""
+        own = self.own_split(split)
+        dataset, place = self._datasets[own], f"{self.path} {self.split_names[own]}"
+        if not _is_stream(dataset):
+            for block in range(first, -(-len(dataset) // size), step):
+                rows = dataset.skip(block * size).take(size)
+                yield block, list(self.parsed(split, self._located(place, rows, block * size)))
+        elif dataset.num_shards % step == 0:
+            start, shard = first // step * size, first % step
+            records = self._located(f"{place} shard {shard}", dataset.shard(step, shard).skip(start), start)
+            for block in count(first, step):
+                if not (chunk := list(islice(records, size))):
+                    return
+                yield block, list(self.parsed(split, chunk))
+        else:
             yield from super().blocks(split, size, first, step)
-            return
-        start, shard = first // step * size, first % step
-        place = f"{self.path} {self.split_names[split]} shard {shard}"
-        records = self._located(place, dataset.shard(step, shard).skip(start), start)
-        for block in count(first, step):
-            if not (chunk := list(islice(records, size))):
-                return
-            yield block, [(where, self.renamed(record)) for where, record in chunk]
 
-    def _located(self, place: str, rows: Iterable[Any], number: int) -> Iterator[Located]:
+    def _located(self, place: str, rows: Iterable[Any], number: int = 0) -> Iterator[Located]:
         try:
             for record in rows:
                 yield f"{place} row {number}", record

@@ -19,7 +19,6 @@ TooLong = Literal["drop", "truncate", "cut"]
 Packing = Literal["concat", "best_fit"]
 Ints = NDArray[np.integer]
 
-LONGEST = 2**16  # tables for rows up to this length are the same; in them the end of longer samples may be missing
 SECTION = 2**21  # samples planned together: about 300 MB, however large the table
 STRETCH = 1_024  # neighbouring samples that stay in one section, so that memory-mapped files are read in pages
 SIZES = 8_192  # best_fit distinguishes at most this many lengths

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from dllm_var.errors import UserError
 from dllm_var.text.tokenizer import ROLES
@@ -21,6 +21,7 @@ FORMATS = {  # fields that must be there, by the field that shows the format
     "output": ("instruction", "output"),
     "text": ("text",),
 }
+LONGEST_TEXT = 10_000_000  # characters, for each of which the tokenizer takes up to 200 bytes of memory
 
 
 @dataclass(frozen=True)
@@ -30,30 +31,25 @@ class BadRecord:
     reason: str  # what is wrong with it, to follow its place in an error
 
 
-@dataclass(frozen=True)
-class Turns:
+class Turns(NamedTuple):
     """A record as turns of ``role`` and ``content``, the last one the assistant's; the assistant's are learned."""
 
     messages: Sequence[dict[str, Any]]
     chat: bool  # whether they go through the tokenizer's chat template; otherwise one text follows the other
 
 
-@dataclass(frozen=True)
-class Ids:
-    """A tokenized record: the ids of prompt and answer, and how many of them are the prompt."""
+class Ids(NamedTuple):
+    """A tokenized record: the ids of prompt and answer."""
 
-    ids: list[int]
-    prompt_length: int
+    prompt: list[int]
+    answer: list[int]
 
 
 def parse_record(record: Any, chat: bool) -> Turns | Ids:
     """Recognises the format of a record by its fields and checks them; other fields are ignored.
 
-    With `chat`, prompt and answer go through the chat template as messages do.
-
-    Raises:
-        UserError: When it has no known format, or a field is missing, empty or of the wrong type; the message follows
-            the record's place.
+    With `chat`, prompt and answer go through the chat template as messages do. Raises UserError, whose message follows
+    the record's place, when it has no known format, or a field is missing, empty or of the wrong type.
     """
     if isinstance(record, BadRecord):
         raise UserError(record.reason)
@@ -107,51 +103,47 @@ def _before_answer(messages: Sequence[Any]) -> list[Any]:
 def _parse_messages(messages: Any) -> Turns:
     if not isinstance(messages, (list, tuple)):
         raise UserError(f"has {_type_name(messages)} as 'messages', not a list of turns")
+    last_answer = None
     for number, message in enumerate(messages):
         if not isinstance(message, dict):
             raise UserError(f"has {_type_name(message)} as messages[{number}], not an object with role and content")
         if message.get("role") not in ROLES:
             raise UserError(f"has role {message.get('role')!r} in messages[{number}]; roles are {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise UserError(f"has {_type_name(message.get('content'))} as content of messages[{number}], not text")
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise UserError(f"has an empty answer in messages[{number}]")
-        _check_unicode(message["content"], f"messages[{number}]")
-    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
+        _check_text(message.get("content"), f"'content' of messages[{number}]", message["role"] != "assistant")
+        last_answer = number if message["role"] == "assistant" else last_answer
+    if last_answer is None:
         raise UserError("has no turn of the assistant in 'messages'")
-    return Turns(messages[: answers[-1] + 1], chat=True)  # nothing is learned from what follows the last answer
+    return Turns(messages[: last_answer + 1], chat=True)  # nothing is learned from what follows the last answer
 
 
 def _parse_ids(record: dict[str, Any]) -> Ids:
-    ids = record["input_ids"]
+    ids, length = record["input_ids"], record.get("prompt_length")
     ids = ids.tolist() if hasattr(ids, "tolist") else ids  # an array
     if not isinstance(ids, list) or not all(type(index) is int for index in ids):
         raise UserError("has something else than a list of integers as 'input_ids'")
-    length = record.get("prompt_length")
     length = 0 if length is None else length
     if type(length) is not int:
         raise UserError(f"has {_type_name(length)} as 'prompt_length', not an integer")
     if not 0 <= length < len(ids):
         raise UserError(f"leaves no answer: prompt_length is {length} of {len(ids)} input_ids")
-    return Ids(ids, length)
+    return Ids(ids[:length], ids[length:])
 
 
 def _text(record: dict[str, Any], name: str, may_be_empty: bool = False) -> str:
-    value = record[name]
+    _check_text(record[name], f"'{name}'", may_be_empty)
+    return record[name]
+
+
+def _check_text(value: Any, name: str, may_be_empty: bool) -> None:
     if not isinstance(value, str):
-        raise UserError(f"has {_type_name(value)} as '{name}', not text")
+        raise UserError(f"has {_type_name(value)} as {name}, not text")
     if not may_be_empty and not value.strip():
-        raise UserError(f"has an empty '{name}'")
-    _check_unicode(value, f"'{name}'")
-    return value
-
-
-def _check_unicode(text: str, name: str) -> None:
-    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
+        raise UserError(f"has an empty {name}")
+    if len(value) > LONGEST_TEXT:
+        raise UserError(f"has {len(value):,} characters in {name}: split it into records of at most {LONGEST_TEXT:,}")
     try:
-        text.encode()
-    except UnicodeEncodeError:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no tokenizer takes
         raise UserError(f"has broken Unicode in {name}") from None
 
 

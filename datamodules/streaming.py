@@ -97,9 +97,10 @@ class StreamingDataModule(PackedDataModule):
 
     Records are read in blocks in the source's order, and shuffled and packed within a block: a source that is sorted
     should be shuffled once. The stream has no end, so set ``trainer.max_steps``. Checkpoints hold how far every reader
-    has come, and training goes on with the very next row. In uncompressed JSON Lines, Parquet and datasets a reader
-    passes over the blocks of the others without reading them. Validation and test splits are tokenized as usual; bring
-    them as files of their own, because carving them out reads the whole source once.
+    has come, and training goes on with the very next row. A reader of JSON Lines parses its own blocks alone, but it
+    reads through all of the files; for dozens of readers use `DatasetSource`, which passes over the blocks of the
+    others. Validation and test splits are tokenized as usual; bring them as files of their own, because carving them
+    out reads the whole source once.
 
     Args:
         block_records: Records read, shuffled and packed at a time.

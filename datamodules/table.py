@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zlib
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ class Table:
     """Tokenized samples; sample k is ``offsets[k]:offsets[k + 1]`` of `tokens` and ends with a supervised terminator.
 
     `meta` has the number of ``records`` seen, how many were ``skipped`` and the first ``reasons``, ``unknown_tokens``,
-    ``dtype``; on disk also how many ``samples`` and ``tokens`` there are.
+    ``dtype``; on disk also the checksum of each column.
     """
 
     tokens: NDArray[np.integer[Any]]  # token ids, shape [tokens]
@@ -49,21 +48,15 @@ class Table:
     def open(cls, folder: Path, verify: bool = True) -> Table:
         """Maps the files of a table into memory; `verify` compares their checksums, at some gigabyte per second.
 
-        Raises:
-            UserError: When a file is missing, has another length or another checksum.
+        Raises UserError when a file is missing or damaged.
         """
         try:
-            meta = unseal((folder / "meta.json").read_text(encoding="utf-8"))
-            lengths = dict.fromkeys(COLUMNS, meta["samples"])
-            lengths |= {"tokens": meta["tokens"], "supervised": meta["tokens"], "offsets": meta["samples"] + 1}
-            columns = {
-                name: _map(folder / f"{name}.bin", np.dtype(dtype or meta["dtype"]), lengths[name])
-                for name, dtype in COLUMNS.items()
-            }
-            changed = [name for name in COLUMNS if verify and zlib.crc32(columns[name].data) != meta["crc32"][name]]
-            if changed:
-                raise ValueError(f"{changed[0]}.bin is not as it was written")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            columns = {name: _map(folder / f"{name}.bin", dtype or meta["dtype"]) for name, dtype in COLUMNS.items()}
+            for name, column in columns.items():
+                if verify and zlib.crc32(column.data) != meta["crc32"][name]:
+                    raise ValueError(f"{name}.bin is not as it was written")
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"tokenized data is damaged ({one_line(error)}): delete {folder}, it is made again"
             ) from None
@@ -91,23 +84,6 @@ class Table:
         return [Example(tokenizer.decode(prompt), list(prompt), answers) for prompt, answers in first]
 
 
-def seal(values: dict[str, Any]) -> str:
-    """Returns plain values as JSON text with a checksum."""
-    checksum = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**values, "seal": checksum}, indent=1)
-
-
-def unseal(text: str) -> dict[str, Any]:
-    """Returns the values of `seal`; raises ValueError when the text is not as it was written."""
-    values = json.loads(text)
-    if not isinstance(values, dict) or seal({name: values[name] for name in values if name != "seal"}) != text:
-        raise ValueError("its description is not as it was written")
-    return values
-
-
-def _map(path: Path, dtype: np.dtype[Any], length: int) -> NDArray[Any]:
-    size = path.stat().st_size
-    if size != length * dtype.itemsize:
-        raise ValueError(f"{path.name} has {size:,} bytes instead of {length * dtype.itemsize:,}")
-    # An empty file cannot be mapped; a plain array over the same pages is indexed faster than a memmap.
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if length else np.empty(0, dtype)
+def _map(path: Path, dtype: str) -> NDArray[Any]:
+    """A plain array over the pages of a file, which is indexed faster than a memmap; an empty file cannot be mapped."""
+    return np.asarray(np.memmap(path, dtype, mode="r")) if path.stat().st_size else np.empty(0, dtype)

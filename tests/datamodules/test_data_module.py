@@ -24,14 +24,14 @@ def turns(*contents):
 
 def test_cmudict_is_the_default():
     data = PackedDataModule(context_length=128, packing="best_fit", overhang=8, seed=3)
-    report = data.report()
-    assert report["samples"] == 129_371 and report["utilisation"] > 0.96
+    report = data.report("test")
+    assert report["samples"] > 2_000 and report["utilisation"] > 0.96
     assert (report["dropped"], report["skipped"], report["unknown_tokens"]) == (0, 0, 0)
-    assert next(iter(data.train_dataloader()))["input_ids"].shape == (32, 128)
+    assert next(iter(data.test_dataloader()))["input_ids"].shape == (32, 128)
     examples = data.held_out("test")
     assert len(examples) == 2_000
     assert data.held_out("test", 7) == examples[:7] == PackedDataModule(CmudictSource(), seed=4).held_out("test", 7)
-    assert sum(len(example.references) for example in examples) > 2_000
+    assert sum(len(example.references) for example in examples) == report["samples"]
     for example in examples[:20]:
         assert data.tokenizer.encode(example.prompt) == example.prompt_ids
         assert not any(data.tokenizer.terminator_id in reference for reference in example.references)

@@ -140,14 +140,14 @@ def test_the_fingerprint_follows_content_and_settings_but_not_the_place(write_js
 
     before = fingerprint("a")
     assert fingerprint("a", validation_size=5) != before
-    (kept,) = (cache / "files").iterdir()
+    (kept,) = (cache / "findings").iterdir()
     shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copy)
-    assert fingerprint("b") == before and len(list((cache / "files").iterdir())) == 2
-    kept.write_text(kept.read_text().replace("1", "2"))  # damaged: found out again
+    assert fingerprint("b") == before and len(list((cache / "findings").iterdir())) == 2
+    known = kept.read_text()
+    kept.write_text('"kept"')
+    assert "kept" in fingerprint("a"), "the file is not read again"
+    kept.write_text(known[:9])  # damaged: found out again
     assert fingerprint("a") == before
-    with monkeypatch.context() as patched:
-        patched.setattr("dllm_var.datamodules.sources._read", None)
-        assert fingerprint("a") == before, "from the cache"
     write_jsonl([*RECORDS[1:], RECORDS[0]], "a/data.jsonl")
     assert fingerprint("a") != before
     shutil.rmtree(cache)
@@ -155,30 +155,19 @@ def test_the_fingerprint_follows_content_and_settings_but_not_the_place(write_js
     assert fingerprint("b") == before
 
 
-def test_what_is_no_regular_file_is_told_at_once(tmp_path, write_jsonl):
+def test_what_is_no_file_is_told_at_once(tmp_path, write_jsonl):
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "folder.jsonl").mkdir()
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
     (tmp_path / "good").mkdir()
     write_jsonl(RECORDS, "good/data.jsonl")
     for link in ("x", "y"):
         (tmp_path / "good" / link).symlink_to(tmp_path)
-    for path, message in (
-        ("pipe.jsonl", "no regular file"),
-        ("*.jsonl", "no regular file"),
-        ("loop", "broken link"),
-        ("gone.jsonl", "broken link"),
-        ("x" * 300, "cannot be read: File name too long"),
-        ("folder.jsonl", "no file"),
-        ("none*.jsonl", "no file"),
-    ):
-        with pytest.raises(UserError, match=f"data.source path: .*({message})") as error:
+    for path in ("pipe.jsonl", "*.jsonl", "gone.jsonl", "folder.jsonl", "none*.jsonl"):
+        with pytest.raises(UserError, match=r"data\.source path: no file '.*jsonl'"):
             JsonlSource(str(tmp_path / path))
-        assert "\n" not in str(error.value)
-    for path in ("", "~nobody_here/data.jsonl"):
-        with pytest.raises(UserError, match=rf"data\.source path: .*'{path}'"):
-            JsonlSource(path)
+    with pytest.raises(UserError, match=r"data\.source path is an empty list"):
+        JsonlSource([])
     assert len(JsonlSource(str(tmp_path / "good" / "**" / "*.jsonl")).files["train"]) == 1, "links lead back"
 
 
@@ -187,8 +176,7 @@ def test_what_is_no_regular_file_is_told_at_once(tmp_path, write_jsonl):
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("sizes", [{"validation_size": 0}, {"validation_size": 10, "test_size": 5}])
-def test_blocks_are_the_same_whoever_reads_them(tmp_path, suffix, sizes, monkeypatch):
-    monkeypatch.setattr("dllm_var.datamodules.sources.STRIDE", 8)
+def test_blocks_are_the_same_whoever_reads_them(tmp_path, suffix, sizes):
     opener = gzip.open if suffix else open
     for name, records in (("a", RECORDS[:37]), ("b", []), ("c", RECORDS[37:])):
         with opener(tmp_path / f"{name}.jsonl{suffix}", "wt") as file:
@@ -223,7 +211,7 @@ def test_parquet(tmp_path):
     whole = in_blocks(source, 9)
     assert in_blocks(source, 9, 3, 4) == {number: whole[number] for number in (3, 7, 11)}
     (tmp_path / "b.parquet").write_text("none")
-    with pytest.raises(UserError, match=r"b\.parquet is no Parquet file"):
+    with pytest.raises(UserError, match=r"b\.parquet cannot be read as Parquet"):
         list(source.records("train"))
 
 

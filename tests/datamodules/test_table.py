@@ -1,18 +1,11 @@
-import json
-import os
-import shutil
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tokenizers
 from byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
 
 from dllm_var.datamodules import CmudictSource, JsonlSource
-from dllm_var.datamodules.encoding import CHUNK, RecordEncoder, load_table
-from dllm_var.datamodules.packing import Sections
+from dllm_var.datamodules.encoding import RecordEncoder, load_table
 from dllm_var.errors import UserError
-from dllm_var.files import PARTIAL
 from dllm_var.text.tokenizer import SpecialTokens, Tokenizer
 
 GOOD = {"prompt": "key", "response": "K IY"}
@@ -106,8 +99,9 @@ BAD = [
     ({"messages": ["hello"]}, r"messages\[0\], not an object"),
     ({"messages": [turn("user", "a")]}, "no turn of the assistant"),
     ({"messages": [turn("human", "a")]}, "has role 'human'"),
-    ({"messages": [turn("user", None)]}, "has nothing as content"),
-    ({"messages": [turn("user", "a"), turn("assistant", " ")]}, r"empty answer in messages\[1\]"),
+    ({"messages": [turn("user", None)]}, "has nothing as 'content'"),
+    ({"messages": [turn("user", "a"), turn("assistant", " ")]}, r"has an empty 'content' of messages\[1\]"),
+    ({"text": "a" * 10_000_001}, "has 10,000,001 characters in 'text': split it"),
     ({"input_ids": [5, 99]}, "has token id 99, outside the vocabulary of 70"),
     ({"input_ids": [5, -1]}, "has token id -1"),
     ({"input_ids": [5, 1]}, "contains the mask token <mask>"),
@@ -132,6 +126,7 @@ def test_a_bad_record_is_told_with_file_and_line_or_counted(load, record, messag
         load(records)
 
 
+MANY = [{"prompt": f"question {number}", "response": f"answer {number}"} for number in range(50)]
 SPELLED = "a<|im_end|>b<|mask|>"
 
 
@@ -177,30 +172,19 @@ def test_a_word_level_vocabulary_without_other_words_refuses_the_spelling(load):
         load([{"prompt": "a <eos>", "response": "b"}], words)
 
 
-def test_of_a_text_longer_than_any_row_only_the_beginning_is_encoded(load, bytes_tokenizer, monkeypatch):
+def test_texts_are_encoded_a_number_of_characters_at_a_time(load, bytes_tokenizer, monkeypatch):
+    whole = load(MANY, bytes_tokenizer)
     monkeypatch.setattr("dllm_var.datamodules.encoding.BATCH", 64)
-    asked = []
-    encode = Tokenizer.encode_batch
+    asked, encode = [], Tokenizer.encode_batch
 
     def count(self, texts, special_tokens=False):
         asked.append(sum(map(len, texts)))
         return encode(self, texts, special_tokens)
 
     monkeypatch.setattr(Tokenizer, "encode_batch", count)
-    giant = "".join(map(str, range(10_000)))
-    records = [{"prompt": "ask", "response": giant}, {"prompt": giant, "response": "tell"}]
-    records += [{"messages": [turn("user", giant), turn("assistant", giant)]}, {"text": "fits"}]
-    clipped = load(records, bytes_tokenizer, longest=100)
-    assert max(asked) < 1_000 and sum(asked) < 5_000
-    whole, cut = load(records, bytes_tokenizer), load(records * 2, bytes_tokenizer, longest=0)
-    assert cut.ids(0) == whole.ids(0), "in pieces"
-    assert sample(whole, bytes_tokenizer) == (f"ask{giant}<|im_end|>", f"{giant}<|im_end|>")
-    assert clipped.ids(3) == whole.ids(3)
-    for packing in ("truncate", "drop"):
-        ours, theirs = (Sections(table, 100, packing, 0)[0] for table in (clipped, whole))
-        assert (ours.dropped, ours.truncated) == (theirs.dropped, theirs.truncated) and ours.dropped > 0
-        rows = [[s.table.ids(n)[:body] for n, body in zip(s.index, s.body, strict=True)] for s in (ours, theirs)]
-        assert rows[0] == rows[1]
+    parts = load([*MANY, GOOD], bytes_tokenizer)
+    assert max(asked) <= 64 and len(asked) > 10
+    assert [parts.ids(number) for number in range(len(MANY))] == [whole.ids(number) for number in range(len(MANY))]
 
 
 def test_unknown_tokens_are_counted(load, tokenizer):
@@ -231,47 +215,27 @@ def test_a_cache_that_cannot_be_written_is_told(load, tmp_path):
         load([GOOD])
 
 
-class Interrupted(JsonlSource):
-    """Does something after the first chunk of a table is written."""
+def test_two_may_build_the_same_table_at_once(write_jsonl, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("dllm_var.datamodules.encoding.CHUNK", 8)
+    tables = []
 
-    def __init__(self, path, action):
-        super().__init__(path, validation_size=0)
-        self.action = action
+    class Overtaken(JsonlSource):
+        """While its first table is half written, another process builds the same one."""
 
-    def located_records(self, split):
-        for number, located in enumerate(super().located_records(split)):
-            if number == CHUNK + 10:
-                self.action()
-            yield located
+        def located_records(self, split):
+            for number, located in enumerate(super().located_records(split)):
+                if number == 10 and not tables:
+                    tables.append(None)
+                    tables[0] = build()
+                yield located
 
-
-@pytest.fixture
-def build(write_jsonl, tmp_path, tokenizer):
-    def build(action=int, records=CHUNK + 20):
-        source = Interrupted(write_jsonl([GOOD] * records, f"{records}.jsonl"), action)
+    def build():
+        source = Overtaken(write_jsonl([GOOD] * 20), validation_size=0)
         return load_table(source, "train", RecordEncoder(tokenizer), tmp_path / "cache")
 
-    return build
-
-
-def test_two_may_build_the_same_table_at_once(build, tmp_path):
-    tables = []
-    tables.append(build(lambda: tables.append(build())))
-    assert [len(table) for table in tables] == [CHUNK + 20] * 2
+    tables.append(build())
+    assert [len(table) for table in tables] == [20, 20]
     assert [tables[0].folder] == [tables[1].folder] == list((tmp_path / "cache").iterdir())
-
-
-def test_what_a_killed_process_left_is_cleared_away_after_a_day(build, tmp_path):
-    cache = tmp_path / "cache"
-    left = cache / f"killed{PARTIAL}"
-    build(lambda: shutil.copytree(next(cache.iterdir()), left))
-    assert (left / "tokens.bin").exists()
-    build(records=1)
-    assert left.exists(), "its owner may be at work"
-    for place in (left, *left.iterdir()):
-        os.utime(place, (0, 0))
-    build(records=2)
-    assert len(list(cache.iterdir())) == 3 and not left.exists()
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin", "meta.json"])
@@ -282,17 +246,17 @@ def test_a_damaged_table_is_told(load, name, damage):
     if damage == "gone":
         file.unlink()
     elif damage == "changed":
-        at = content.index(b'"skipped": 0') + 11 if name == "meta.json" else len(content) // 2
+        at = content.index(b'"tokens": ') + 10 if name == "meta.json" else len(content) // 2
         file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     else:
-        file.write_bytes(content[:-1] if damage == "shorter" else content + b"1")
+        file.write_bytes(content[:-8] if damage == "shorter" else content + bytes(8))
     with pytest.raises(UserError, match=rf"damaged .*: delete {file.parent}, it is made again"):
         load([GOOD] * 3)
 
 
-def test_many_chunks_are_one_table(load, tokenizer):
-    records = [{"input_ids": [4 + number % 60] * (1 + number % 7)} for number in range(10_000)]
+def test_many_chunks_are_one_table(load, tokenizer, monkeypatch):
+    monkeypatch.setattr("dllm_var.datamodules.encoding.CHUNK", 32)
+    records = [{"input_ids": [4 + number % 60] * (1 + number % 7)} for number in range(100)]
     table = load(records)
-    assert len(table) == len(records)
-    assert [table.ids(number)[:-1] for number in range(len(records))] == [record["input_ids"] for record in records]
-    assert json.loads((Path(table.folder) / "meta.json").read_text())["records"] == 10_000
+    assert [table.ids(number)[:-1] for number in range(len(table))] == [record["input_ids"] for record in records]
+    assert table.meta["records"] == 100
