@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -13,12 +13,10 @@ from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import Request
 from dllm_var.text.tokenizer import Tokenizer
 
-SHARED = ("vocab_size", "mask_id", "terminator_ids")  # what two models must agree on to exchange tokens
-
 
 @dataclass
 class AuxiliaryModel:
-    """Loads a checkpoint when it is first needed, once, and sees to it that it speaks the main model's language.
+    """A checkpoint that is loaded when it is first needed, once, and must have the main model's tokens.
 
     Args:
         setting: The sampler's argument that names it, for messages.
@@ -29,7 +27,9 @@ class AuxiliaryModel:
     setting: str
     path: str
     causal: bool
-    _same: Tokenizer | None = field(default=None, repr=False)  # the last one found to be the same
+
+    def __post_init__(self) -> None:
+        self._same: Tokenizer | None = None  # the last one found to be the same
 
     @cached_property
     def _loaded(self) -> tuple[Transformer, Tokenizer]:
@@ -43,10 +43,9 @@ class AuxiliaryModel:
         return self._loaded[1]
 
     def beside(self, model: Transformer, request: Request) -> Transformer:
-        """Returns the model, on the device and in the type of the main `model`, whose `request` knows its tokenizer.
+        """Returns the model, on the device and in the type of the main `model`; raises UserError when it does not fit.
 
-        Raises:
-            UserError: When it cannot be loaded, is of the wrong kind, or has another tokenizer or vocabulary.
+        The tokenizers are compared when `request` knows the main model's.
         """
         transformer, tokenizer = self._loaded
         name, other = f"sampler.{self.setting} {self.path}", request.tokenizer
@@ -58,14 +57,11 @@ class AuxiliaryModel:
             if other.special != tokenizer.special or other.backend.to_str() != tokenizer.backend.to_str():
                 raise UserError(f"{name} has another tokenizer than the model: give a checkpoint trained with the same")
             self._same = other
-        for setting in SHARED:
-            ours, theirs = getattr(transformer.config, setting), getattr(model.config, setting)
-            if ours != theirs:
-                raise UserError(
-                    f"{name} has {setting} {ours}, the model {theirs}: give a checkpoint trained with its tokenizer"
-                )
-        weight, its_weight = model.embedding.weight, transformer.embedding.weight
-        if (weight.device, weight.dtype) != (its_weight.device, its_weight.dtype):
-            with torch.inference_mode(False):
-                transformer.to(weight.device, weight.dtype)
-        return transformer
+        for entry in ("vocab_size", "mask_id", "terminator_ids"):
+            its, ours = getattr(transformer.config, entry), getattr(model.config, entry)
+            if its != ours:
+                remedy = "give a checkpoint trained with its tokenizer"
+                raise UserError(f"{name} has {entry} {its}, the model {ours}: {remedy}")
+        weight = model.embedding.weight
+        with torch.inference_mode(False):
+            return transformer.to(weight.device, weight.dtype)

@@ -2,60 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
-from dllm_var.model.kv_cache import KVCache
-from dllm_var.model.transformer import Transformer
+from dllm_var.sampling.block_diffusion import BlockEngine
+from dllm_var.sampling.engine import AnyRow, Batch
 
 
-@dataclass
-class BlockCopies:
-    """Windows `pending | block | copy 1 | copy 2 ...` of R rows; every tensor is [R, L].
+class CopyEngine(BlockEngine[AnyRow]):
+    """Rows `prompt | finished blocks | active block | copy 1 | copy 2 ... | masks`.
 
-    The copies stand where the block stands: they repeat its rotary positions, and the sampler says what each token sees
-    of the window. Nothing of the cache is copied.
-
-    Args:
-        copy: The copy each token belongs to; 0 for the block itself and what is left of it.
-        offset: Its place in the block.
-        real: Whether it is there at all, rather than padding.
-        finished: Whether it is left of the block.
-        positions: Its place in the row, for tokens and rotary embedding.
+    In a forward the copies stand where the block stands: they repeat its rotary positions. Nothing of the cache is
+    copied.
     """
 
-    copy: Tensor
-    offset: Tensor
-    real: Tensor
-    finished: Tensor
-    positions: Tensor
+    @abstractmethod
+    def copies(self, row: AnyRow, width: int) -> int:
+        """Returns how many copies of a row's block the next forward reads."""
 
-    def read(self, model: Transformer, cache: KVCache, tokens: Tensor, seen: Tensor, pending: Tensor) -> Tensor:
-        """Returns the hidden states of these windows' tokens, each of which sees `seen` [R, L, L] of the real others.
+    @abstractmethod
+    def sees(self, copy: Tensor, positions: Tensor) -> Tensor:
+        """Returns what each token of a window sees of the window [R, L, L].
 
-        The cache keeps the `pending` ones [R]; in a model with causal context these see only their own left.
+        `copy` [R, L] is the copy each token belongs to, 0 for the block itself and what is left of it.
         """
-        if model.config.causal_context:
-            seen = seen & ~(self.finished[:, :, None] & (self.positions[:, None] > self.positions[:, :, None]))
-        seen = (seen & self.real[:, None]) | ~self.real[:, :, None]  # padding sees everything, so no softmax is empty
-        cache.open(self.copy.size(1), positions=self.positions, seen=seen)
-        hidden = model.hidden_states(tokens, cache=cache)
-        cache.advance(pending)
+
+    def read_window(self, batch: Batch[AnyRow]) -> Tensor:
+        copies = [self.copies(row, width) for row, width in zip(batch.rows, batch.width.tolist(), strict=True)]
+        if not any(copies):
+            return super().read_window(batch)
+        counts = torch.stack((self.cache.lengths, batch.pending, batch.width, torch.tensor(copies)))
+        longest = int((batch.pending + batch.width * (1 + counts[3])).max())
+        start, pending, width, number = counts.to(self.device)[:, :, None]
+        place = torch.arange(longest, device=self.device)
+        inside = place - pending  # [R, L], below 0 for what is left of the block
+        copy = inside.div(width.clamp_min(1), rounding_mode="floor").clamp_min(0)
+        positions = start + place - copy * width
+        seen, real = self.sees(copy, positions), inside < width * (1 + number)
+        if self.model.config.causal_context:  # pending tokens see their own left alone
+            seen = seen & ~((inside < 0)[:, :, None] & (positions[:, None] > positions[:, :, None]))
+        seen = (seen & real[:, None]) | ~real[:, :, None]  # padding sees everything, so no softmax is empty
+        self.cache.open(longest, positions=positions, seen=seen)
+        hidden = self.model.hidden_states(self.canvas.gather(1, start + place), cache=self.cache)
+        self.cache.advance(batch.pending)
         return hidden
-
-
-def lay_out(starts: Tensor, pending: Tensor, width: Tensor, copies: Sequence[int], device: torch.device) -> BlockCopies:
-    """Lays out windows of `pending` tokens, a block of `width` and `copies` of it behind `starts` tokens, each [R]."""
-    counts = torch.stack((starts, pending, width, torch.tensor(copies)))
-    longest = int((pending + width * (1 + counts[3])).max())
-    start, before, wide, number = counts.to(device)[:, :, None]
-    place = torch.arange(longest, device=device)
-    inside = place - before  # [R, L], below 0 for what is left of the block
-    block = wide.clamp_min(1)
-    offset = inside % block
-    positions = start + torch.where(inside < 0, place, before + offset)
-    copy = inside.div(block, rounding_mode="floor").clamp_min(0)
-    return BlockCopies(copy, offset, inside < wide * (1 + number), inside < 0, positions)

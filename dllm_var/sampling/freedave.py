@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dllm_var.errors import UserError
-from dllm_var.sampling.block_copies import lay_out
-from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockEngine
+from dllm_var.sampling.block_copies import CopyEngine
+from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
 from dllm_var.sampling.block_length import BlockLengthPolicy
 from dllm_var.sampling.engine import Batch, Row
 from dllm_var.sampling.policies import BlockView, FixedSteps
@@ -32,7 +32,7 @@ class DraftRow(Row):
     masks_in_drafts: int = 0
 
 
-class FreeDaveEngine(BlockEngine[DraftRow]):
+class FreeDaveEngine(CopyEngine[DraftRow]):
     """Rows `prompt | finished blocks | active block | drafts | masks`.
 
     Drafts are guesses, from the row's last prediction, of the block after 1, 2, ... further steps. A forward takes the
@@ -58,14 +58,11 @@ class FreeDaveEngine(BlockEngine[DraftRow]):
     def blocks(self, row: DraftRow, width: int) -> list[tuple[int, int, int, int]]:
         return [(n * width, width if n <= row.drafts else 0, row.steps + n, n) for n in range(self.sampler.drafts)]
 
-    def read_window(self, batch: Batch[DraftRow]) -> Tensor:
-        numbers = [row.drafts for row in batch.rows]
-        if not any(numbers):
-            return super().read_window(batch)
-        copies = lay_out(self.cache.lengths, batch.pending, batch.width, numbers, self.device)
-        tokens = self.canvas.gather(1, copies.positions + copies.copy * batch.width.to(self.device)[:, None])
-        seen = copies.copy[:, :, None] == copies.copy[:, None]
-        return copies.read(self.model, self.cache, tokens, seen, batch.pending)
+    def copies(self, row: DraftRow, width: int) -> int:
+        return row.drafts
+
+    def sees(self, copy: Tensor, positions: Tensor) -> Tensor:
+        return copy[:, :, None] == copy[:, None]
 
     def predict(self, batch: Batch[DraftRow], hidden: Tensor) -> None:
         """Goes along the drafts while they are right, and drafts anew from the last right one's prediction."""

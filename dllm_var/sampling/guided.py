@@ -52,8 +52,8 @@ class GuidedEngine(BlockEngine[Row]):
         kept = torch.where(asks, torch.minimum(read, known - 1), read)
         self.guide_cache.lengths[batch.slots] = kept
         unread = (ends - 1 - kept).masked_fill(~asks, 0)  # the proposal's last token predicts what nobody asks for
-        base = torch.tensor(batch.slots) * self.capacity
-        table = torch.stack((base + cached, known - 1 - kept - (batch.width - masks), asks.long()))
+        cells = torch.tensor(batch.slots) * self.capacity + cached
+        table = torch.stack((cells, known - 1 - kept - (batch.width - masks), asks.long()))
         start, shift, asking = table.to(self.device)[:, :, None]
         proposal = torch.where(view.masked, view.predicted, view.tokens)
         self.canvas.put_(start + self.offsets, proposal)  # the engine writes there what becomes of the block
@@ -61,8 +61,7 @@ class GuidedEngine(BlockEngine[Row]):
         for row, asked in zip(batch.rows, asks.tolist(), strict=True):
             row.auxiliary_nfe += asked
         places = torch.arange(len(masks), device=self.device)[:, None] * hidden.size(1) + shift + self.offsets
-        where = view.masked & asking.bool()
-        scored, logits = self.score(self.guide, hidden, places, where, int(masks.sum()))
+        scored, logits = self.score(self.guide, hidden, places, view.masked & asking.bool(), int(masks.sum()))
         expected = torch.full_like(view.tokens, -1)
         return expected.view(-1).index_copy_(0, scored, logits.argmax(dim=-1)).view_as(expected)
 
@@ -73,14 +72,12 @@ class GuidedSampler(BlockDiffusionSampler):
 
     Each step proposes the most likely token at every masked position of the block. One forward of the guide reads the
     proposal; from left to right, positions are committed while the guide's most likely token is the proposed one, the
-    leftmost masked one in any case. The tokens are always the diffusion model's own (FlashDLM, arXiv 2505.21467).
+    leftmost masked one in any case. The tokens are always the diffusion model's own (FlashDLM, arXiv 2505.21467). When
+    decoding starts, it raises UserError if there is no such checkpoint, or it is not autoregressive or has another
+    tokenizer.
 
     Args:
         guide: Checkpoint of an autoregressive model with the same tokenizer: run folder, `.ckpt` or exported folder.
-
-    Raises:
-        UserError: When a length or the batch size is below 1; when decoding starts, if there is no such checkpoint, or
-            it is not autoregressive or has another tokenizer.
     """
 
     engine = GuidedEngine

@@ -8,31 +8,28 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dllm_var.sampling.block_copies import lay_out
-from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockEngine
+from dllm_var.sampling.block_copies import CopyEngine
+from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
 from dllm_var.sampling.block_length import BlockLengthPolicy
-from dllm_var.sampling.engine import Batch, Row
+from dllm_var.sampling.engine import Row
 from dllm_var.sampling.policies.base import UnmaskingPolicy
 from dllm_var.sampling.policies.remasking import RevokableThreshold
 
 
-class WinoEngine(BlockEngine[Row]):
+class WinoEngine(CopyEngine[Row]):
     """Blocks with shadows: masks at the same places, which see all but their own twin.
 
     A shadow's prediction for a committed position is what the model would put there without having been told. The
     block and what is left of it do not see the shadow. A block without a committed token has none.
     """
 
-    def read_window(self, batch: Batch[Row]) -> Tensor:
-        shadows = [int(row.left < width) for row, width in zip(batch.rows, batch.width.tolist(), strict=True)]
-        if not any(shadows):
-            return super().read_window(batch)
-        copies = lay_out(self.cache.lengths, batch.pending, batch.width, shadows, self.device)
-        shadow = copies.copy > 0
-        by_shadow = shadow[:, None] | (copies.offset[:, :, None] != copies.offset[:, None])
-        seen = torch.where(shadow[:, :, None], by_shadow, ~shadow[:, None])
-        tokens = self.canvas.gather(1, copies.positions).masked_fill(shadow, self.mask_id)
-        return copies.read(self.model, self.cache, tokens, seen, batch.pending)
+    def copies(self, row: Row, width: int) -> int:
+        return int(row.left < width)
+
+    def sees(self, copy: Tensor, positions: Tensor) -> Tensor:
+        shadow = copy > 0
+        by_shadow = shadow[:, None] | (positions[:, :, None] != positions[:, None])
+        return torch.where(shadow[:, :, None], by_shadow, ~shadow[:, None])
 
     def places(self, places: Tensor, tokens: Tensor, width: Tensor) -> Tensor:
         """Lets the policy see committed positions as their shadows predict them."""
