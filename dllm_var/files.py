@@ -29,7 +29,7 @@ def write_atomically(path: Path, shared: bool = False) -> Iterator[Path]:
     OSError, which names `path`, when it cannot be written.
     """
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}") if shared else partial_path(path)
-    try:
+    with _whole_or_removed(partial, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         discard(partial)
         yield partial
@@ -39,6 +39,13 @@ def write_atomically(path: Path, shared: bool = False) -> Iterator[Path]:
             if not (shared and path.is_dir()):
                 raise
             discard(partial)
+
+
+@contextlib.contextmanager
+def _whole_or_removed(partial: Path, path: Path) -> Iterator[None]:
+    """Removes an unfinished file or folder when the block fails; an OSError then names `path`."""
+    try:
+        yield
     except BaseException as error:
         discard(partial)
         if isinstance(error, OSError):
@@ -63,34 +70,24 @@ def publish(partial: Path, path: Path, replace: bool = True) -> None:
     A folder cannot take the place of another in one step: the old one is set aside under NAME.previous first, and
     `put_back` returns it to its place when the process was killed between the two steps.
     """
-    for written in [path for path in partial.rglob("*") if path.is_file()] if partial.is_dir() else [partial]:
+    for written in [*partial.rglob("*"), partial]:
         _sync(written)
-    if not partial.is_dir() and (path.is_symlink() or not path.is_dir()):
-        os.replace(partial, path)
-    else:
-        _sync(partial)
-        aside = path.with_name(path.name + PREVIOUS)
-        if replace and os.path.lexists(path):
-            discard(aside)
-            os.rename(path, aside)
-        os.rename(partial, path)
-        if replace:
-            _sync(path.parent)
-            discard(aside)
+    aside = path.with_name(path.name + PREVIOUS)
+    set_aside = replace and os.path.lexists(path) and (partial.is_dir() or path.is_dir())
+    if set_aside:
+        discard(aside)
+        os.rename(path, aside)
+    os.rename(partial, path)
     _sync(path.parent)
-
-
-def set_aside(folder: Path) -> dict[Path, Path]:
-    """Returns what a killed process had set aside and not replaced, by the names it had."""
-    found = {aside.with_suffix(""): aside for aside in folder.glob(f"*{PREVIOUS}")}
-    return {path: aside for path, aside in found.items() if not os.path.lexists(path)}
+    if set_aside:
+        discard(aside)
 
 
 def put_back(folder: Path) -> None:
     """Gives what a killed process had set aside its name again; no other process may be writing there."""
-    for path, aside in set_aside(folder).items():
-        with contextlib.suppress(OSError):
-            os.rename(aside, path)
+    for aside in folder.glob(f"*{PREVIOUS}"):
+        if not os.path.lexists(aside.with_suffix("")):
+            aside.rename(aside.with_suffix(""))
 
 
 def discard(path: Path) -> None:
@@ -123,32 +120,24 @@ class OutputFile:
         self.target = Path(os.path.realpath(Path(path).expanduser()))
         if self.target.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
-        if self.target.is_symlink():  # realpath leaves only links of a loop
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
         is_device = self.target.exists() and not self.target.is_file()
         self.partial = self.target if is_device else partial_path(self.target)
         self.stream: TextIO = self.partial.open("w", encoding="utf-8")
 
     def complete(self) -> None:
         """Waits until the content is on the disk, and gives the file its name."""
-        try:
+        with _whole_or_removed(self.partial, self.target):
             self.stream.close()
             if self.partial != self.target:
                 publish(self.partial, self.target)
-        except OSError as error:
-            error.filename, error.filename2 = str(self.target), None
-            self.abandon(keep=False)
-            raise
 
-    def abandon(self, keep: bool = True) -> Path | None:
-        """Closes the unfinished file, and returns its path; None when nothing was written or it is not to be kept."""
-        try:
+    def abandon(self) -> Path | None:
+        """Closes the unfinished file and returns its path; removes it and returns None when nothing was written."""
+        with contextlib.suppress(OSError):  # a full disk; the exception that led here says so
             self.stream.close()
-        except OSError:  # what is still buffered finds no room either; the exception that led here says so
-            keep = False
         if self.partial == self.target or not self.partial.exists():
             return None
-        if keep and self.partial.stat().st_size:
+        if self.partial.stat().st_size:
             return self.partial
         self.partial.unlink()
         return None
@@ -179,8 +168,7 @@ def parse_json(text: str, place: str | Path) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
-        raise UserError(f"{place} is not valid JSON: {reason}") from error
+        raise UserError(f"{place} is not valid JSON: {error}") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -13,13 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dllm_var.checkpoints.run_checkpoint import (
-    CHANGEABLE,
-    CHANGEABLE_WHEN_MEASURED,
-    check_identity,
-    identity,
-    read_identity,
-)
+from dllm_var.checkpoints.run_checkpoint import check_identity, identity, read_identity
 from dllm_var.checkpoints.starting_from import start_from, starting_config
 from dllm_var.errors import UserError
 from dllm_var.metrics.counts import step_counts
@@ -310,7 +304,7 @@ class DiffusionLM(L.LightningModule):
             self.transformer.config,
             self.tokenizer if checked else None,
             self.lora,
-            CHANGEABLE if checked and self.trainer.state.fn == "fit" else CHANGEABLE_WHEN_MEASURED,
+            trained_on=checked and self.trainer.state.fn == "fit",
         )
         if note is not None:
             rank_zero_info(note)

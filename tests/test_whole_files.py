@@ -128,14 +128,12 @@ def test_an_output_file_gets_its_name_when_it_is_complete(tmp_path):
         ("", "folder"),
         ("nowhere/a", "No such file"),
         ("file/a", "Not a directory"),
-        ("loop", "symbolic links"),
         ("x" * 300, "too long"),
     ],
 )
 def test_an_output_that_cannot_be_written_is_told_before_the_work(name, reason, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(UserError, match=f"--output: cannot write '{name}': .*{reason}"):
         open_output("--output", name)
 

@@ -12,7 +12,6 @@ import os
 import pickle
 import warnings
 import zipfile
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, cast
@@ -30,16 +29,16 @@ _INDEX, _INDEX_CHECKSUM = ".metadata", ".metadata.sha256"  # torch.distributed.c
 _TRAINER_STATE = "meta.pt"  # Lightning's
 _DEEPSPEED = "latest"
 _WEIGHTS = "state_dict."  # names of weights begin so
-_INDEX_MODULE = "torch.distributed.checkpoint.metadata"
-_INDEX_CLASSES = {
-    *((_INDEX_MODULE, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata")),
-    *((_INDEX_MODULE, name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties")),
-    (_INDEX_MODULE, "_MEM_FORMAT_ENCODING"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("collections", "OrderedDict"),
-    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+_INDEX_CLASSES = {  # what an index is made of, beside data types; by module
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "ChunkStorageMetadata"),
+        *("TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+    },
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},
 }
 
 
@@ -51,9 +50,6 @@ class UnusableCheckpoint(UserError):
     """A checkpoint is damaged, of another format, or no checkpoint at all; the message says which."""
 
 
-# -- either ------------------------------------------------------------------------------------------------------------
-
-
 def is_sharded(path: Path) -> bool:
     """Whether a path is a folder of shards."""
     return any((path / name).exists() for name in (_INDEX, _TRAINER_STATE, _DEEPSPEED))
@@ -62,45 +58,36 @@ def is_sharded(path: Path) -> bool:
 def check(path: Path) -> None:
     """Reads all of a checkpoint, compares its checksums, and makes sure that loading it runs no code.
 
-    A file that has passed is not read again by this process, unless it was written again.
-
-    Raises:
-        UnusableCheckpoint: When it is damaged or no checkpoint.
+    A file that has passed is not read again by this process, unless it was written again. Raises UnusableCheckpoint
+    when the checkpoint is damaged or none.
     """
     try:
         if path.is_dir():
             _check_folder(path)
-            return
-        state = path.stat()
-        _check_file(path, state.st_size, state.st_mtime_ns, state.st_ino)
+        else:
+            state = path.stat()
+            _check_file(path, state.st_size, state.st_mtime_ns, state.st_ino)
     except OSError as error:
-        raise UnusableCheckpoint(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+        raise _cannot_read(path, error) from error
 
 
 def read_state(path: Path) -> Any:
-    """Reads a checkpoint: all of a file, whose tensors stay on the disk until they are used; of a folder, all values
-    but weights and optimizer.
+    """Reads a file, whose tensors stay on the disk until they are used; of a folder all but weights and optimizer.
 
-    Raises:
-        UnusableCheckpoint: When it cannot be read.
+    Raises UnusableCheckpoint when that fails.
     """
-    if path.is_dir():
-        return load_archive(path / _TRAINER_STATE, path / _TRAINER_STATE)
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise UnusableCheckpoint(f"{path} is not a checkpoint")
-    return load_archive(path, path, mmap=True)
+    file = path / _TRAINER_STATE if path.is_dir() else path
+    return load_archive(file, file, mmap=True)
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# -- archives ----------------------------------------------------------------------------------------------------------
 
 
 def write_archive(checkpoint: Any, path: Path) -> None:
     """Writes a checkpoint as one file: the zip archive of `torch.save`, with a checksum of it in the archive's comment.
 
-    torch notes a checksum of every tensor, but not of the list that says where each of them begins.
-
-    Raises:
-        OSError: When it cannot be written, as on a full disk; what was at `path` before is still there.
+    torch notes a checksum of every tensor, but not of the list that says where each of them begins. Raises OSError
+    when the file cannot be written, as on a full disk; what was at `path` before is still there.
     """
     with write_atomically(path) as partial, open(partial, "wb") as file:
         hashed = _HashedFile(file)
@@ -127,23 +114,17 @@ class _HashedFile:
 
 @cache
 def _check_file(path: Path, *version: int) -> None:
-    if not path.is_file():  # a pipe would be waited for
-        raise UnusableCheckpoint(f"{path} is not a checkpoint")
     with open(path, "rb") as file:
         check_archive(file, path)
-    load_archive(path, path, mmap=True)  # its values; tensors stay on the disk
+    load_archive(path, path, mmap=True)
 
 
 def check_archive(file: IO[bytes], path: Path) -> None:
     """Reads an archive to its end and compares its checksum; those of its tensors if another program wrote it.
 
-    Raises:
-        UnusableCheckpoint: When it is damaged or no archive; names `path`.
+    Raises UnusableCheckpoint, which names `path`, when it is damaged or no archive.
     """
-    first = file.read(len(_FIRST_BYTES))
-    if not first:
-        raise UnusableCheckpoint(f"the checkpoint {path} is damaged: it is empty")
-    if first != _FIRST_BYTES:
+    if file.read(len(_FIRST_BYTES)) != _FIRST_BYTES:
         raise UnusableCheckpoint(f"{path} is not a checkpoint")
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - _SEAL_BYTES, 0))
@@ -154,60 +135,40 @@ def check_archive(file: IO[bytes], path: Path) -> None:
         while part := file.read(min(left, _CHUNK)):
             digest.update(part)
             left -= len(part)
-        length = file.read(2)
-        digest.update(bytes(2))
-        if length != _SEAL_BYTES.to_bytes(2, "little") or digest.hexdigest().encode() != seal[len(_SEAL) :]:
-            raise UnusableCheckpoint(f"the checkpoint {path} is damaged: it does not match its checksum")
-        return
-    try:
-        with zipfile.ZipFile(file) as archive:
-            comment, damaged = archive.comment, archive.testzip()
-            # torch sets none of these, and does not read an entry whose attributes make a folder of it.
-            listed = all(not entry.external_attr and not entry.compress_type for entry in archive.infolist())
-    except Exception as error:  # zipfile raises many kinds
-        raise UnusableCheckpoint(f"the checkpoint {path} is damaged: it is cut short or changed ({error})") from error
-    if comment.startswith(_SEAL) or (_SEAL.startswith(comment) and seal[-2:] != bytes(2)):  # a part of the seal is left
-        raise UnusableCheckpoint(f"the checkpoint {path} is damaged: it is cut short")
-    if damaged is not None:
-        raise UnusableCheckpoint(f"the checkpoint {path} is damaged: {damaged} does not match its checksum")
-    if not listed:
-        raise UnusableCheckpoint(f"the checkpoint {path} is damaged: its list of contents was overwritten")
+        digest.update(bytes(2))  # the comment's length before there was one
+        intact = digest.hexdigest().encode() == seal.removeprefix(_SEAL)
+    else:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                intact = archive.testzip() is None
+        except Exception as error:  # zipfile raises many kinds
+            raise _damaged(path, f"it is cut short or changed ({error})") from error
+    if not intact:
+        raise _damaged(path, "it does not match its checksum")
 
 
 def load_archive(file: Path | IO[bytes], path: Path, **options: Any) -> Any:
     """Loads an archive with `torch.load`: tensors, on the CPU when `options` do not say otherwise, and plain values.
 
-    Raises:
-        UnusableCheckpoint: When it cannot be read, or holds anything else, which could run code; names `path`.
+    Raises UnusableCheckpoint, which names `path`, when it cannot be read, or holds anything else, which could run code.
     """
     try:
         return torch.load(file, weights_only=True, **{"map_location": "cpu", **options})
-    except OSError as error:
-        raise UnusableCheckpoint(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
     except Exception as error:  # torch raises many kinds
-        objects = _objects_in(file)
-        raise (_holds_objects(path, objects[0]) if objects else _cannot_read(path, error)) from error
-
-
-def _objects_in(file: Path | IO[bytes]) -> list[str]:
-    """Returns the names of what is neither tensor nor plain value in an archive; nothing is loaded."""
-    if not isinstance(file, Path):
-        file.seek(0)
-    with suppress(Exception):  # no archive at all
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    return []
-
-
-def _holds_objects(path: Path, name: str) -> UnusableCheckpoint:
-    return UnusableCheckpoint(
-        f"the checkpoint {path} holds Python objects ({name}) beyond tensors and plain values: it is not loaded, "
-        "because that could run code hidden in it"
-    )
+        raise _cannot_read(path, error) from error
 
 
 def _cannot_read(path: Path, error: Exception) -> UnusableCheckpoint:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UnusableCheckpoint(f"the checkpoint {path} cannot be read: {line[:200]}")
+    more = ""
+    if isinstance(error, pickle.UnpicklingError):
+        more = "; only tensors and plain values are loaded, because anything else could run code"
+        error = cast(Exception, error.__context__ or error)  # torch's own names the object, and then gives advice
+    reason = (getattr(error, "strerror", None) or str(error).strip() or type(error).__name__).splitlines()[0]
+    return UnusableCheckpoint(f"the checkpoint {path} cannot be read: {reason.split('. ')[0][:200]}{more}")
+
+
+def _damaged(path: Path, how: str) -> UnusableCheckpoint:
+    return UnusableCheckpoint(f"the checkpoint {path} is damaged: {how}")
 
 
 # -- folders of shards -------------------------------------------------------------------------------------------------
@@ -216,67 +177,51 @@ def _cannot_read(path: Path, error: Exception) -> UnusableCheckpoint:
 def write_index_checksum(folder: Path) -> None:
     """Adds the checksum of the index, as `sha256sum -c` reads it; shards and trainer state have theirs in them."""
     if (folder / _INDEX).is_file():
-        text = f"{_digest(folder / _INDEX)}  {_INDEX}\n"
-        (folder / _INDEX_CHECKSUM).write_text(text, encoding="utf-8")
+        (folder / _INDEX_CHECKSUM).write_text(_index_checksum(folder), encoding="utf-8")
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _index_checksum(folder: Path) -> str:
+    return f"{hashlib.sha256((folder / _INDEX).read_bytes()).hexdigest()}  {_INDEX}\n"
 
 
 def _check_folder(folder: Path) -> None:
     for path in folder.rglob("*.pt"):
         with open(path, "rb") as file:
             check_archive(file, path)
-    if not (folder / _TRAINER_STATE).is_file() and not (folder / _INDEX).is_file():
+    names = os.listdir(folder)
+    if _TRAINER_STATE not in names and _INDEX not in names:
         return  # DeepSpeed's
     for name in (_TRAINER_STATE, _INDEX):
-        if not (folder / name).is_file():
-            raise UnusableCheckpoint(f"the checkpoint {folder} is damaged: {name} is missing")
-    checksum = folder / _INDEX_CHECKSUM
-    if checksum.is_file() and checksum.read_text(errors="replace").split()[:1] != [_digest(folder / _INDEX)]:
-        raise UnusableCheckpoint(f"the checkpoint {folder} is damaged: {_INDEX} does not match its checksum")
+        if name not in names:
+            raise _damaged(folder, f"{name} is missing")
+    if _INDEX_CHECKSUM in names and (folder / _INDEX_CHECKSUM).read_bytes() != _index_checksum(folder).encode():
+        raise _damaged(folder, f"{_INDEX} does not match its checksum")
     read_state(folder)
     for place in (_read_index(folder).storage_data or {}).values():
-        _check_shard(folder, place)
-
-
-def _check_shard(folder: Path, place: Any) -> None:
-    """Checks one tensor or object of a shard, each of which is an archive by itself."""
-    path = folder / place.relative_path
-    if Path(place.relative_path).is_absolute() or ".." in path.parts[len(folder.parts) :]:
-        raise UnusableCheckpoint(
-            f"the checkpoint {folder} is damaged: it names {place.relative_path}, a file outside of it"
-        )
-    if not path.is_file():
-        raise UnusableCheckpoint(f"the checkpoint {folder} is damaged: {place.relative_path} is missing")
-    with open(path, "rb") as file:
-        file.seek(place.offset)
-        value = io.BytesIO(file.read(place.length))
-    check_archive(value, path)
-    value.seek(0)
-    load_archive(value, path)
+        if place.relative_path not in names:  # nor is a file outside of the folder read
+            raise _damaged(folder, f"{place.relative_path} is missing")
+        with open(folder / place.relative_path, "rb") as file:
+            file.seek(place.offset)
+            value = io.BytesIO(file.read(place.length))  # a tensor or an object, each of which is an archive by itself
+        check_archive(value, folder / place.relative_path)
+        value.seek(0)
+        load_archive(value, folder / place.relative_path)
 
 
 class _IndexReader(pickle.Unpickler):
     """Reads torch.distributed.checkpoint's index, a pickle of a handful of classes, and nothing else."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.BytesIO(path.read_bytes()))
-        self.path = path
-
     def find_class(self, module: str, name: str) -> Any:
         is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_type or (module, name) in _INDEX_CLASSES:
+        if is_type or name in _INDEX_CLASSES.get(module, ()):
             return super().find_class(module, name)
-        raise _holds_objects(self.path, f"{module}.{name}")
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of an index")
 
 
 def _read_index(folder: Path) -> Any:
     try:
-        return _IndexReader(folder / _INDEX).load()
-    except UnusableCheckpoint:
-        raise
+        with open(folder / _INDEX, "rb") as file:
+            return _IndexReader(file).load()
     except Exception as error:  # pickle raises many kinds
         raise _cannot_read(folder / _INDEX, error) from error
 
@@ -284,8 +229,7 @@ def _read_index(folder: Path) -> Any:
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """Puts the weights of a folder that `check` has passed together, whatever the number of processes that wrote them.
 
-    Raises:
-        UnusableCheckpoint: When they cannot be read.
+    Raises UnusableCheckpoint when they cannot be read.
     """
     import torch.distributed.checkpoint as dcp  # slow to import
 

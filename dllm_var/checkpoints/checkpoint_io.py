@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -32,12 +31,9 @@ class CheckedFiles(TorchCheckpointIO):
         write_archive(checkpoint, path.with_suffix("") if path.suffix == SAVING else path)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        """Loads a checkpoint, tensors and plain values only, whatever `weights_only` says.
+        """Loads a checkpoint that one process of each node checks: only tensors and plain values, in any case.
 
-        One process of each node checks it.
-
-        Raises:
-            UnusableCheckpoint: When it is missing, damaged, or holds anything else.
+        Raises UnusableCheckpoint when it is missing, damaged, or holds anything else.
         """
         path = Path(path)
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
@@ -67,58 +63,34 @@ class BackgroundFiles(CheckedFiles):
 
     def __init__(self) -> None:
         super().__init__()
-        self._thread: ThreadPoolExecutor | None = None
-        self._saves: deque[Future[None]] = deque()
-        self._last: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
+        self._saves: list[Future[None]] = []
+        self._failure: Exception | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Begins to write a checkpoint.
-
-        Raises:
-            OSError: When an earlier one could not be written; names it.
-        """
-        while len(self._saves) >= _COPIES or (self._saves and self._saves[0].done()):
-            self._tell(self._saves.popleft())
-        self._saves.append(self._do(super().save_checkpoint, snapshot(checkpoint), path))
+        """Begins to write a checkpoint; raises OSError, which names it, when an earlier one could not be written."""
+        while len(self._saves) >= _COPIES:
+            self._saves.pop(0).result()
+        if self._failure is not None:
+            self.teardown()
+        self._saves.append(self._thread.submit(self._do, super().save_checkpoint, snapshot(checkpoint), path))
 
     def remove_checkpoint(self, path: Any) -> None:
-        self._do(super().remove_checkpoint, path)
+        self._thread.submit(self._do, super().remove_checkpoint, path)
 
     def teardown(self) -> None:
-        """Waits until everything is written.
+        """Waits until everything is written; raises OSError, which names it, when a checkpoint could not be."""
+        self._thread.submit(lambda: None).result()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
-        Raises:
-            OSError: When a checkpoint could not be written; names it.
-        """
-        if self._thread is not None:
-            self._thread.shutdown()
-            self._thread = None
-        self._saves.clear()
-        if self._last is not None:
-            self._tell(self._last)
-
-    def _do(self, work: Callable[..., None], *arguments: Any) -> Future[None]:
-        """Does work after what was asked for before it; fails as that failed."""
-        before = self._last
-
-        def run() -> None:
-            if before is not None:
-                before.result()
-            work(*arguments)
-
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
-        self._last = self._thread.submit(run)
-        return self._last
-
-    def _tell(self, done: Future[None]) -> None:
-        """Waits, and raises a failure once."""
-        try:
-            done.result()
-        except BaseException:
-            self._last = None
-            self._saves.clear()
-            raise
+    def _do(self, work: Callable[..., None], *arguments: Any) -> None:
+        if self._failure is None:
+            try:
+                work(*arguments)
+            except Exception as error:  # told by the next call
+                self._failure = error
 
 
 def snapshot(state: Any) -> Any:

@@ -92,7 +92,7 @@ def check_output(name: str | None) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output: cannot write into '{path.parent}': {error.strerror}") from error
-    open_output("--output", name).abandon(keep=False)
+    open_output("--output", name).abandon()
     return path
 
 

@@ -64,7 +64,7 @@ def main(command: str, arguments: list[str]) -> int:
     likelihood = Likelihood(options.mc_draws, options.mc_batch_size, options.mc_seed, options.mc_canvas, block_length)
     evaluated = EvaluatedModel(model, tokenizer, sampler, likelihood, options.max_new_tokens)
     if options.output is not None:  # a mistake is told before the work
-        open_output("--output", options.output).abandon(keep=False)
+        open_output("--output", options.output).abandon()
     result = evaluate(evaluated, options)
     result["dllm_var"] = description(evaluated, sampler, options)
     print(report(result))

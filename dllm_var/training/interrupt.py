@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
-import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,14 +15,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from dllm_var.checkpoints.archive import CannotSave
-from dllm_var.checkpoints.run_checkpoint import clear_leftovers, newest_checkpoint
+from dllm_var.checkpoints.run_checkpoint import newest_checkpoint
 from dllm_var.training.ranks import is_launched_child
 from dllm_var.training.resume import data_state
 from dllm_var.training.step import TooManySkipped
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-URGENCY = (0, *SIGNALS)  # the later, the more urgent; 0 for no signal
-STATUS_BASE = 128  # of a process that a signal ended, as shells count
+_URGENCY = (0, *SIGNALS)  # the later, the more urgent; 0 for no signal
 
 
 class Interrupted(Exception):
@@ -32,67 +29,61 @@ class Interrupted(Exception):
 
     def __init__(self, message: str, number: int, requeued: bool = False) -> None:
         super().__init__(message)
-        self.status, self.requeued = STATUS_BASE + number, requeued
+        self.status, self.requeued = 128 + number, requeued
 
 
 class StopOnSignal(Callback):
-    """Turns signals into an orderly stop with a checkpoint; for our own `Trainer`.
+    """Turns signals into an orderly stop with a checkpoint, and raises Interrupted then; for our own `Trainer`.
 
     The step under way is finished first, so that the saved weights, optimizer and counters belong together, and all
-    ranks stop at the same step, whichever of them got the signal. Ctrl-C and SIGTERM stop, with status 130 and 143; a
-    second Ctrl-C stops at once. SIGUSR1 saves and goes on; in a SLURM job, where it announces the end of the allotted
-    time, it saves, requeues the job and stops with status 138. Once training is over and saved, a signal ends what is
-    left of the run at once.
-
-    When another callback or the data fail between two steps, or too many updates were skipped, the last step is saved
-    as well.
-
-    Raises:
-        Interrupted: When the checkpoint is written.
+    ranks stop at the same step, whichever of them got the signal. SIGUSR1 saves and goes on; in a SLURM job, where it
+    announces the end of the allotted time, it requeues the job and stops. When another callback or the data fail
+    between two steps, or too many updates were skipped, the last step is saved as well.
     """
 
     def __init__(self) -> None:
-        self.training_over = False
+        self._training_over = False
         self._asked = 0  # the signal
         self._last_step = 0
         self._folder: Path | None = None
         self._between_steps: Any = None  # the data's state while weights and counters belong together
 
     def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
-        self._asked, self.training_over, self._between_steps = 0, False, None
         if trainer.keeps_checkpoints:
-            self._folder = trainer.checkpoint_folders()[0]
+            self._folder = trainer.checkpoint_folder()
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._listen()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._last_step = trainer.global_step
+        self._last_step, self._training_over = trainer.global_step, False
         self._listen()
 
     def _listen(self) -> None:
         """Takes the signals over; Lightning gives them back when the run has ended, however it ends."""
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                signal.signal(number, self._on_signal)
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.training_over:
-            self.end_now(number)
-        elif number == signal.SIGINT and self._asked == number:
+        if number == signal.SIGINT and self._asked == number:
             signal.signal(number, signal.SIG_DFL)
             raise KeyboardInterrupt
-        else:
-            self._asked = max(self._asked, number, key=URGENCY.index)
-            if not is_launched_child():
-                does = "saving" if _only_saves(number) else "stopping"
-                again = " (Ctrl-C again: at once)" if number == signal.SIGINT else ""
-                with contextlib.suppress(RuntimeError):  # in the midst of another print
-                    print(f"\n{signal.Signals(number).name}: {does} after this step{again}", flush=True)
+        self._asked = max(self._asked, number, key=_URGENCY.index)
+        if self._training_over:
+            self._end_now()
+        elif not is_launched_child():
+            does = "saving" if _only_saves(number) else "stopping"
+            again = " (Ctrl-C again: at once)" if number == signal.SIGINT else ""
+            with contextlib.suppress(RuntimeError):  # in the midst of another print
+                print(f"\n{signal.Signals(number).name}: {does} after this step{again}", flush=True)
 
-    def end_now(self, number: int = 0) -> None:
-        """Cuts short what follows training, when a signal asks or has asked for it."""
-        number = number or self._asked
+    def training_is_over(self) -> None:
+        """Cuts short what follows training when a signal asks or has asked for it; the last step must be saved."""
+        self._training_over = True
+        self._end_now()
+
+    def _end_now(self) -> None:
+        number = self._asked
         if number and not _only_saves(number) and not is_launched_child():  # the first process ends the others
             after = "after the last step, which is saved: what follows was cut short"
             raise Interrupted(f"{signal.Signals(number).name} {after}", number)
@@ -117,8 +108,8 @@ class StopOnSignal(Callback):
     def _obey(self, trainer: Any, pl_module: L.LightningModule) -> None:
         asked = self._asked
         if trainer.world_size > 1:  # the ranks must act at the same step, on the same signal
-            urgency = torch.tensor(URGENCY.index(asked), device=pl_module.device)
-            asked = URGENCY[int(trainer.strategy.reduce(urgency, reduce_op="max"))]
+            urgency = torch.tensor(_URGENCY.index(asked), device=pl_module.device)
+            asked = _URGENCY[int(trainer.strategy.reduce(urgency, reduce_op="max"))]
         if not asked or (trainer.validating and _only_saves(asked)):  # in validation the weights may be averages
             return
         self._asked = 0
@@ -133,41 +124,27 @@ class StopOnSignal(Callback):
         raise Interrupted(f"stopped at step {step}, saved {path}", asked, requeued)
 
     def on_exception(self, trainer: Any, pl_module: L.LightningModule, exception: BaseException) -> None:
-        state, self._between_steps = self._between_steps, None
+        between_steps = self._between_steps is not None and data_state(trainer) == self._between_steps
         unforeseen = isinstance(exception, Exception) and not isinstance(exception, Interrupted | CannotSave)
-        between_steps = unforeseen and state is not None and data_state(trainer) == state
-        if trainer.keeps_checkpoints and (between_steps or isinstance(exception, TooManySkipped)):
+        if trainer.keeps_checkpoints and unforeseen and (between_steps or isinstance(exception, TooManySkipped)):
             with contextlib.suppress(CannotSave):
                 trainer.save_last()
-        if isinstance(exception, OSError) and exception.filename is None:
-            exception.filename = getattr(trainer.logger, "log_dir", None)  # TensorBoard's writer does not say it
         if trainer.is_global_zero and trainer.state.fn == "fit" and hasattr(exception, "add_note"):
-            exception.add_note(self.how_to_go_on())
-
-    def how_to_go_on(self) -> str:
-        """Says which checkpoint a run that has failed left behind."""
-        kept = None if self._folder is None else newest_checkpoint(self._folder)
-        return f"the newest checkpoint is {kept}: go on with --resume" if kept else "there is no checkpoint of this run"
+            kept = None if self._folder is None else newest_checkpoint(self._folder)
+            found = f"the newest checkpoint is {kept}: go on with --resume"
+            exception.add_note(found if kept else "there is no checkpoint of this run")
 
 
 class SaveAtEnd(Callback):
     """Saves the last step of a run as last.ckpt when no checkpoint of that step exists; for our own `Trainer`.
 
-    Lightning saves at intervals only, so that the steps after the last interval, or a short run altogether, are lost.
-    It must come before other callbacks: what they do when training ends may take minutes, or change the weights.
-    `stop` is told when the last step is safe.
+    Lightning saves at intervals only. This must come before other callbacks: what they do when training ends may take
+    minutes, or change the weights. `stop` is told when the last step is safe.
     """
 
     def __init__(self, stop: StopOnSignal) -> None:
         self.stop = stop
         self._saved_step = -1
-
-    def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
-        self._saved_step = -1
-        if stage == "fit" and trainer.keeps_checkpoints:
-            folders = trainer.checkpoint_folders()  # asked on every rank
-            for folder in folders if trainer.is_global_zero else ():
-                clear_leftovers(folder)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved_step = trainer.global_step
@@ -176,8 +153,7 @@ class SaveAtEnd(Callback):
         if trainer.keeps_checkpoints and self._saved_step != trainer.global_step:
             trainer.save_last()
         trainer.finish_saving()
-        self.stop.training_over = True
-        self.stop.end_now()
+        self.stop.training_is_over()
 
 
 def _only_saves(number: int) -> bool:
@@ -188,13 +164,10 @@ def requeue() -> bool:
     """Asks SLURM to run this job again; says so when it cannot."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID', '0')}"
-    command = shutil.which("scontrol")
-    reason = "scontrol is not on this node"
-    if command is not None:
-        done = subprocess.run([command, "requeue", job], capture_output=True, text=True, check=False)
-        if not done.returncode:
-            return True
-        reason = (done.stderr or done.stdout).strip()
-    print(f"cannot requeue job {job}: {reason}", flush=True)
-    return False
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"cannot requeue job {job}: {getattr(error, 'stderr', '').strip() or error}", flush=True)
+        return False
+    return True

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dllm_var.checkpoints.archive import is_sharded
-from dllm_var.checkpoints.run_checkpoint import check_or_offer, newest_checkpoint
+from dllm_var.checkpoints.run_checkpoint import check_or_offer, clear_leftovers, newest_checkpoint
 from dllm_var.errors import UserError
-from dllm_var.files import put_back
 from dllm_var.training.ranks import is_first, is_launched_child
 
 RUNS = "runs"  # the default logger's save_dir
@@ -143,7 +142,7 @@ class RunFolders:
                 logger.version = version
 
     def lock(self, held: ExitStack) -> None:
-        """Locks the folders until `held` ends, and puts back checkpoints that a killed run set aside.
+        """Locks the folders until `held` ends, and clears what a killed run has left there.
 
         Raises UserError when another run writes to one of them.
         """
@@ -152,7 +151,7 @@ class RunFolders:
         for folder in dict.fromkeys([*runs, *self.checkpoints]):
             held.enter_context(hold(folder))
         for folder in [*self.checkpoints, *(run / "checkpoints" for run in runs)]:
-            put_back(folder)
+            clear_leftovers(folder)
 
 
 def _make(folder: Path, held: ExitStack) -> bool:

@@ -24,14 +24,13 @@ SAVER = "lightning.pytorch.callbacks.ModelCheckpoint"
 # -- signals -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "status", "step"), [("SIGTERM", 143, 4), ("SIGINT", 130, 5)])  # 5 ends an epoch
-def test_a_run_stopped_in_a_step_goes_on_bit_for_bit(name, status, step, tiny, whole, capsys):  # noqa: F811
+def test_a_run_stopped_in_a_step_goes_on_bit_for_bit(tiny, whole, capsys):  # noqa: F811
     before = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
-    assert main([*tiny, *event(name, step)]) == status
+    assert main([*tiny, *event("SIGINT", 4)]) == 130
     assert {number: signal.getsignal(number) for number in interrupt.SIGNALS} == before
-    assert state()["global_step"] == step
+    assert state()["global_step"] == 4
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"stopped at step {step}" in line and str(LAST) in line and line.endswith("--resume")
+    assert "stopped at step 4" in line and str(LAST) in line and line.endswith("--resume")
     assert main([*tiny, "--resume"]) == 0
     assert notes() == whole[0]  # rows, draws of all generators, losses, validation, the end; nothing twice
     assert same(state(), whole[1])
@@ -41,7 +40,7 @@ def test_a_run_that_saves_in_the_background_goes_on_bit_for_bit(tiny, whole, mon
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda *arguments: (time.sleep(0.1), save(*arguments)))  # some steps
     lightnings = "--trainer.plugins=lightning.pytorch.plugins.io.AsyncCheckpointIO"
-    assert main([*tiny, lightnings, *event("SIGTERM", 5)]) == 143
+    assert main([*tiny, lightnings, *event("SIGTERM", 5)]) == 143  # the end of an epoch
     assert state()["global_step"] == 5  # written before the run said so
     ours = ["--config", str(ROOT / "configs" / "background_checkpoints.yaml")]
     assert main([*tiny, *ours, "--resume"]) == 0
@@ -121,7 +120,7 @@ def test_requeue_of_an_array_job_and_what_refuses(slurm, tmp_path, monkeypatch, 
     assert "cannot requeue job 70_3: no" in capsys.readouterr().out
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not interrupt.requeue()
-    assert "scontrol is not on this node" in capsys.readouterr().out
+    assert "'scontrol'" in capsys.readouterr().out
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
