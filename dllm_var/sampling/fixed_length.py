@@ -13,9 +13,8 @@ from dllm_var.errors import UserError
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import Request
 from dllm_var.sampling.engine import Batch, Engine, EngineSampler, Row
-from dllm_var.sampling.policies import FixedSteps, UnmaskingPolicy
+from dllm_var.sampling.policies import ONE_AT_A_TIME, FixedSteps, UnmaskingPolicy
 from dllm_var.sampling.policies.base import take_step
-from dllm_var.sampling.policies.scheduled import ONE_AT_A_TIME
 
 
 class CanvasEngine(Engine[Row]):

@@ -14,9 +14,8 @@ from dllm_var.sampling.block_copies import CopyEngine
 from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
 from dllm_var.sampling.block_length import BlockLengthPolicy
 from dllm_var.sampling.engine import Batch, Row
-from dllm_var.sampling.policies import BlockView, FixedSteps
+from dllm_var.sampling.policies import ONE_AT_A_TIME, BlockView, FixedSteps
 from dllm_var.sampling.policies.base import State, Step, take_step
-from dllm_var.sampling.policies.scheduled import ONE_AT_A_TIME
 
 
 @dataclass(eq=False)

@@ -1,20 +1,22 @@
 """Unmasking policies: which positions of the block become tokens at each denoising step."""
 
 from dllm_var.sampling.policies.base import BlockView, ConfidenceThreshold, Decision, State, UnmaskingPolicy, top_n
-from dllm_var.sampling.policies.confidence import (
+from dllm_var.sampling.policies.committing import (
+    ONE_AT_A_TIME,
     CoherentCandidates,
     ConfidenceFactor,
     EntropyBounded,
     EntropyThreshold,
+    FirstHitting,
+    FixedSteps,
+    Prophet,
+    SchED,
+    Sequential,
 )
-from dllm_var.sampling.policies.remasking import (
-    JointThreshold,
-    RunningConfidenceRemasking,
-    Saber,
-)
-from dllm_var.sampling.policies.scheduled import FirstHitting, FixedSteps, Prophet, SchED, Sequential
+from dllm_var.sampling.policies.remasking import JointThreshold, RunningConfidenceRemasking, Saber
 
 __all__ = [
+    "ONE_AT_A_TIME",
     "BlockView",
     "CoherentCandidates",
     "ConfidenceFactor",

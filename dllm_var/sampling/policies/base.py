@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -45,16 +46,16 @@ class BlockView:
     sampled: Tensor | None = None
 
     def after(self, tokens: Tensor, masked: Tensor, sampled: Tensor | None = None) -> BlockView:
-        """Returns the view of the next step if it had the same logits.
+        """Returns the view of the next step if it had the same logits, with a block of `tokens` and `masked` [R, K].
 
-        `tokens` and `masked` are the block by then [R, K]; what was computed of the logits is kept.
-        `sampled` are tokens drawn anew [M], when the temperature is above 0.
+        What was computed of the logits is kept. `sampled` are tokens drawn anew [M], when the temperature is above 0.
         """
-        later = replace(self, tokens=tokens, masked=masked, step=self.step + 1, key=self.key + 1, sampled=sampled)
-        fresh = {field.name for field in fields(self)} | {"block_share"}
+        later = copy(self)
+        later.tokens, later.masked, later.sampled = tokens, masked, sampled
+        later.step, later.key = self.step + 1, self.key + 1
         if sampled is not None:
-            fresh |= {"predicted", "confidence"}
-        later.__dict__.update({name: value for name, value in self.__dict__.items() if name not in fresh})
+            for name in ("predicted", "confidence"):
+                later.__dict__.pop(name, None)
         return later
 
     def spread(self, values: Tensor) -> Tensor:
@@ -96,16 +97,9 @@ class BlockView:
         return self.spread((chosen - self._normaliser).exp())
 
     @cached_property
-    def block_share(self) -> Tensor:
-        """Share of the block's positions that are committed [R]."""
-        return 1 - self.masked.sum(dim=1) / self.changeable.sum(dim=1).clamp_min(1)
-
-    @cached_property
     def entropy(self) -> Tensor:
         """Entropy of each position in nats [R, K]."""
-        log_probs = self.scored_logits.log_softmax(dim=-1)
-        finite = log_probs.clamp_min(torch.finfo(torch.float32).min)  # 0 * -inf would be NaN
-        return self.spread(-(log_probs.exp() * finite).sum(dim=-1))
+        return self.spread(torch.special.entr(self.scored_logits.softmax(dim=-1)).sum(dim=-1))
 
     @cached_property
     def logit_margin(self) -> Tensor:
@@ -160,24 +154,17 @@ class UnmaskingPolicy(Configurable, ABC):
 
     The engine, not the policy, sees to it that at least one position is committed when masks remain and nothing was
     decided, that terminators wait for what is left of them, and that the mask token is never committed.
-
-    Attributes:
-        scores_committed: Whether committed positions get logits, too.
     """
 
-    scores_committed = False
+    scores_committed = False  # whether committed positions get logits, too
 
     def initial_state(self, block_length: int) -> State:
-        """Returns the policy's memory for one row and block, as tensors without a row dimension.
-
-        The engine keeps one per row, resets it at each new block and hands it to `decide` as [R, ...], to be changed in
-        place.
-        """
+        """Returns the policy's memory of one row's block, which every new block begins with; no row dimension."""
         return {}
 
     @abstractmethod
     def decide(self, view: BlockView, state: State) -> Decision:
-        """Returns what to commit, remask or edit at this step."""
+        """Returns what to commit, remask or edit at this step; changes the memory [R, ...] in place."""
 
 
 @dataclass(eq=False)
@@ -205,23 +192,14 @@ class ConfidenceThreshold(UnmaskingPolicy):
 
 @dataclass
 class Step:
-    """What a denoising step makes of blocks; R rows, K positions.
+    """The outcome of a denoising step; R rows, K positions."""
 
-    Args:
-        tokens: The blocks by now [R, K], the mask id where masked.
-        masked: What is masked still [R, K].
-        written: Positions that the step committed or edited [R, K].
-        left: Masks left [R].
-        end: Where the answer ends, or -1 [R].
-        over: Whether the block is over [R].
-    """
-
-    tokens: Tensor
-    masked: Tensor
-    written: Tensor
-    left: Tensor
-    end: Tensor
-    over: Tensor
+    tokens: Tensor  # [R, K], the mask id where masked
+    masked: Tensor  # what is still masked [R, K]
+    written: Tensor  # positions that the step committed or edited [R, K]
+    left: Tensor  # masks left [R]
+    end: Tensor  # where the answer ends, or -1 [R]
+    over: Tensor  # whether the block is over [R]
 
 
 def take_step(
@@ -240,7 +218,7 @@ def commit(
     mask_id: int,
     terminators: tuple[int, ...],
     terminator_last: bool,
-    must_advance: Tensor | None = None,
+    must_advance: Tensor | bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the blocks' tokens, their masked positions and the written ones, each [R, K].
 
@@ -262,15 +240,13 @@ def commit(
         waits = (masked ^ wanted).cumsum(1).bool()  # something left of it stays masked
         commit = wanted & (sure_end.cumsum(1) <= sure_end) & ~(sure_end & waits)
         may_commit = masked & ((is_end.cumsum(1) == 0) | (masked.cumsum(1) == 1))
-    stuck = masked.any(1) & ~commit.any(1)
+    stuck = masked.any(1) & ~commit.any(1) & must_advance
     remask = None
     if decision.remask is not None:
-        in_vain = (commit != wanted).any(1) & (commit.sum(1) <= decision.remask.sum(1))
-        in_vain = in_vain if must_advance is None else in_vain & must_advance
+        in_vain = (commit != wanted).any(1) & (commit.sum(1) <= decision.remask.sum(1)) & must_advance
         in_time = view.step < STEPS_WITH_REMASKING * tokens.size(1)
         remask = decision.remask & (~in_vain & in_time)[:, None]
         stuck = stuck & ~remask.any(1)
-    stuck = stuck if must_advance is None else stuck & must_advance
     scores = view.confidence if decision.scores is None else decision.scores
     best = scores.masked_fill(~may_commit, -torch.inf).argmax(1, keepdim=True)
     commit = commit.scatter(1, best, commit.gather(1, best) | stuck[:, None])

@@ -22,8 +22,7 @@ class RunningConfidenceRemasking(UnmaskingPolicy):
     """Commits everything at every step and takes back the least confident, as many as are due later (RCR, 2508.13148).
 
     Each token keeps the confidence it had when it was committed. After step i of the schedule, which is that of
-    `FixedSteps`, as many positions are masked again as the later steps have due, whatever step they come from. The
-    released code may mask tokens of earlier blocks again, too; here a finished block stays.
+    `FixedSteps`, as many positions are masked again as the later steps have due, whatever step they come from.
 
     Args:
         steps: Denoising steps per block.
@@ -52,10 +51,8 @@ class Saber(UnmaskingPolicy):
     """Commits what beats the mean confidence so far and takes back what lost most since the last step (2510.18165).
 
     As in the paper, a step commits every masked position above the mean of the confidences with which the tokens that
-    are committed now were committed, and then masks those of these tokens again whose confidence fell most since the
-    last step. So a token that is masked again leaves the mean, a step takes back none of its own commits, and the
-    confidence of a committed token is that token's probability. The released code keeps tokens masked again in the
-    mean, may take back commits of the same step, and measures a committed position by its most likely token.
+    are committed now were committed, and then masks those of these tokens again whose probability fell most since the
+    last step; none of its own commits, which the released code may take back.
 
     As in the released code, at least the best n positions are committed, a block's first step commits just these, and
     min(max(n // 2, ceil(K / 8)), K - 1) tokens are masked again unless the block is full. K is the number committed
