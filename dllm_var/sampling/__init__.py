@@ -2,8 +2,7 @@
 
 from dllm_var.sampling.autoregressive import AutoregressiveSampler
 from dllm_var.sampling.base import Generation, Request, Sampler
-from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
-from dllm_var.sampling.block_length import BlockLengthPolicy, BlockStart, ConstantSteps
+from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockLengthPolicy, BlockStart, ConstantSteps
 from dllm_var.sampling.diffuspec import DiffuSpecSampler
 from dllm_var.sampling.fixed_length import FixedLengthSampler
 from dllm_var.sampling.freedave import FreeDaveSampler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, cast
 
@@ -10,11 +11,52 @@ import torch
 from torch import Tensor
 
 from dllm_var.model.transformer import Transformer
-from dllm_var.sampling.base import Request
-from dllm_var.sampling.block_length import BlockLengthPolicy, BlockStart
+from dllm_var.sampling.base import Configurable, Request
 from dllm_var.sampling.engine import AnyRow, Batch, Engine, EngineSampler
 from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, UnmaskingPolicy
 from dllm_var.sampling.policies.base import take_step
+
+
+@dataclass(frozen=True)
+class BlockStart:
+    """A row at the place where its next block begins."""
+
+    answer_length: int  # tokens of the answer so far
+    limit: int  # longest answer, in tokens
+    block_length: int  # the widest block allowed
+    last_length: int = 0  # width of the row's last block, 0 at its first one
+    last_steps: int = 0  # denoising steps that one took
+
+
+class BlockLengthPolicy(Configurable, ABC):
+    """Decides how wide each block is; the engine keeps it between 1 and the widest block allowed."""
+
+    @abstractmethod
+    def __call__(self, state: BlockStart) -> int:
+        """Returns the width at which a row's next block opens."""
+
+
+@dataclass(eq=False)
+class ConstantSteps(BlockLengthPolicy):
+    """Makes a block as wide as the last one's tokens per step would fill in a given number of steps.
+
+    Where the text is easy blocks grow, and where it is hard no forward computes masks that would wait for long.
+
+    Args:
+        steps: Denoising steps that a block should take.
+        min_length: Narrowest block.
+    """
+
+    steps: int = 4
+    min_length: int = 4
+
+    def __post_init__(self) -> None:
+        self.check_range(1, math.inf, "steps", "min_length")
+
+    def __call__(self, state: BlockStart) -> int:
+        if not state.last_steps:
+            return state.block_length
+        return max(self.min_length, round(self.steps * state.last_length / state.last_steps))
 
 
 class BlockEngine(Engine[AnyRow]):
@@ -42,9 +84,6 @@ class BlockEngine(Engine[AnyRow]):
         return ()
 
     def start(self, slot: int) -> None:
-        self.start_block(slot)
-
-    def start_block(self, slot: int) -> None:
         """Opens the block behind the row's finished tokens."""
         row = self.rows[slot]
         finished = int(self.cache.lengths[slot]) + row.pending
@@ -139,7 +178,7 @@ class BlockEngine(Engine[AnyRow]):
             self.cache.lengths[slot] = finished
         else:
             row.pending = row.width
-        self.start_block(slot)
+        self.start(slot)
 
 
 @dataclass(eq=False)
@@ -155,9 +194,6 @@ class BlockDiffusionSampler(EngineSampler):
             what that step committed is remembered as masks, so accuracy suffers.
         grid: Where blocks start: at the `prompt`'s end (the paper) or at `absolute` multiples of the block length.
         block_length_policy: Decides how wide each block is, `block_length` being the widest; all are when None.
-
-    Raises:
-        UserError: When a length or the batch size is below 1.
     """
 
     engine = cast("type[Engine[Any]]", BlockEngine)

@@ -27,10 +27,7 @@ def request_keys(prompts: list[list[int]]) -> list[int]:
 
 
 def draw(logits: Tensor, keys: Tensor, temperature: float, top_k: int, top_p: float, seed: int) -> Tensor:
-    """Returns one drawn token per position [M] from logits [M, V] in float32, at a temperature above 0.
-
-    `keys` [M], int64, number the draws: equal keys draw equal tokens.
-    """
+    """Returns one drawn token per position [M] from logits [M, V] in float32; equal `keys` [M] draw equal tokens."""
     rows = max(1, LOGITS_PER_CHUNK.get(logits.device.type, LOGITS_PER_CHUNK["cpu"]) // logits.size(1))
     drawn = []
     for chunk, of_chunk in zip(logits.split(rows), keys.split(rows), strict=True):

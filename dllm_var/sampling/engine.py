@@ -24,31 +24,18 @@ KEPT_BELOW = 0.75  # share of used slots under which the free ones are dropped, 
 
 @dataclass(eq=False)
 class Row:
-    """A row in flight, in one slot of the cache; index -1 is an idle slot, whose results nobody reads.
+    """A row in flight, in one slot of the cache; index -1 is an idle slot, whose results nobody reads."""
 
-    Args:
-        index: Of its prompt.
-        key: Number of its request, for draws.
-        prompt_length: Tokens of the prompt.
-        began: When it was admitted, by `time.perf_counter`.
-        nfe: Forward passes so far.
-        auxiliary_nfe: Those of a second model.
-        pending: Finished tokens that are not in the cache yet; they follow those that are.
-        width: Tokens of the active block, which follow the pending ones.
-        steps: Denoising steps that the block has had.
-        left: Masked positions left in it.
-    """
-
-    index: int = -1
-    key: int = 0
+    index: int = -1  # of its prompt
+    key: int = 0  # number of its request, for draws
     prompt_length: int = 0
-    began: float = 0.0
-    nfe: int = 0
-    auxiliary_nfe: int = 0
-    pending: int = 0
-    width: int = 0
-    steps: int = 0
-    left: int = 0
+    began: float = 0.0  # when it was admitted, by `time.perf_counter`
+    nfe: int = 0  # forward passes so far
+    auxiliary_nfe: int = 0  # those of a second model
+    pending: int = 0  # finished tokens that are not in the cache yet; they follow those that are
+    width: int = 0  # tokens of the active block, which follow the pending ones
+    steps: int = 0  # denoising steps that the block has had
+    left: int = 0  # masked positions left in it
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -56,37 +43,23 @@ AnyRow = TypeVar("AnyRow", bound=Row)
 
 @dataclass
 class Batch(Generic[AnyRow]):
-    """The rows of one forward.
-
-    Args:
-        slots: Where they are.
-        rows: The rows themselves.
-        index: The slots as a tensor on the CPU; None when they are all.
-        pending: Pending tokens that the forward takes of each [R], on the CPU.
-        width: Tokens of its active block that the forward takes of each [R], on the CPU.
-    """
+    """The rows of one forward."""
 
     slots: list[int]
     rows: list[AnyRow]
-    index: Tensor | None
-    pending: Tensor
-    width: Tensor
+    index: Tensor | None  # the slots as a tensor on the CPU; None when they are all
+    pending: Tensor  # pending tokens that the forward takes of each row [R], on the CPU
+    width: Tensor  # tokens of its active block that the forward takes of each row [R], on the CPU
 
 
 class Engine(ABC, Generic[AnyRow]):
     """One call of `generate`: the rows in flight, forward after forward, until every prompt has its answer.
 
-    A subclass says what happens in a forward; it calls `tell` when a row gets further, which also ends rows.
-
-    Args:
-        sampler: Its settings.
-        model: The transformer.
-        prompts: Token ids.
-        request: What the caller asks.
-        slack: Tokens of room in the cache beside the longest prompt and answer.
+    A subclass says what happens in a forward; it calls `tell` when a row gets further, which also ends rows. The cache
+    has room for the longest prompt, the longest answer and `slack` tokens.
     """
 
-    row_class: ClassVar[type[Row]] = Row
+    row_class: type[AnyRow] = Row  # type: ignore[assignment]
     free_share: ClassVar[float] = 0.0  # share of the slots that must be free before waiting prompts enter
     policy: UnmaskingPolicy
     cache: KVCache
@@ -99,12 +72,12 @@ class Engine(ABC, Generic[AnyRow]):
         config, self.device = model.config, model.embedding.weight.device
         self.mask_id = -1 if config.mask_id is None else config.mask_id
         self.terminators = tuple(config.terminator_ids or ())
-        banned = sorted({*request.suppressed} | ({self.mask_id} if self.mask_id >= 0 else set()))
+        banned = sorted({*request.suppressed, config.mask_id} - {None})
         self.banned = torch.tensor(banned, dtype=torch.long, device=self.device)
         self.waiting = deque(range(len(prompts)))
         self.keys = request_keys(prompts)
         slots = min(sampler.batch_size, len(prompts))
-        self.rows: list[AnyRow] = [self.new_row() for _ in range(slots)]
+        self.rows: list[AnyRow] = [self.row_class() for _ in range(slots)]
         self.capacity = max(map(len, prompts), default=0) + self.limit + slack
         self.canvas = torch.full((slots, self.capacity), self.mask_id, device=self.device)  # tokens, then masks
         self.committed_at = torch.zeros_like(self.canvas)  # the forward that committed each token
@@ -117,11 +90,7 @@ class Engine(ABC, Generic[AnyRow]):
         """Runs the model once over newly filled slots, or over all of them."""
 
     def start(self, slot: int) -> None:
-        """Prepares a row that was just admitted."""
-
-    def new_row(self, *values: Any) -> AnyRow:
-        """Returns a row of this engine's class."""
-        return self.row_class(*values)  # type: ignore[return-value]
+        """Prepares what a row decodes next; called when it is admitted."""
 
     def add_cache(self, model: Transformer, capacity: int | None = None) -> KVCache:
         """Returns a new cache for the rows' tokens in a model; its slots are freed and dropped with the rows."""
@@ -135,8 +104,13 @@ class Engine(ABC, Generic[AnyRow]):
         """The slots in use."""
         return [slot for slot, row in enumerate(self.rows) if row.index >= 0]
 
+    @property
+    def free(self) -> list[int]:
+        """The slots not in use."""
+        return [slot for slot, row in enumerate(self.rows) if row.index < 0]
+
     def batch(self, slots: list[int] | None = None) -> Batch[AnyRow]:
-        """Returns the rows of these slots, of all when None, for a forward."""
+        """Returns a forward's rows: those of these slots, or of all."""
         where = list(range(len(self.rows))) if slots is None else slots
         rows = [self.rows[slot] for slot in where]
         pending, width = torch.tensor([(row.pending, row.width) for row in rows]).unbind(1)
@@ -145,10 +119,8 @@ class Engine(ABC, Generic[AnyRow]):
     def run(self) -> list[Generation]:
         """Decodes all prompts and returns the answers in their order."""
         while self.waiting or self.active:
-            active = self.active
-            if len(active) + len(self.waiting) <= KEPT_BELOW * len(self.rows):
-                idle = [slot for slot, row in enumerate(self.rows) if row.index < 0]
-                self.compact(sorted([*active, *idle[: len(self.waiting)]]))
+            if len(self.active) + len(self.waiting) <= KEPT_BELOW * len(self.rows):
+                self.compact(sorted([*self.active, *self.free[: len(self.waiting)]]))
             self.admit()
             if self.active:
                 self.forward(self.batch())
@@ -156,20 +128,19 @@ class Engine(ABC, Generic[AnyRow]):
 
     def admit(self) -> None:
         """Gives free slots to waiting prompts and prefills them together."""
-        free = [slot for slot, row in enumerate(self.rows) if row.index < 0]
-        if not self.waiting or not free or len(free) < self.free_share * len(self.rows):
+        slots = self.free[: len(self.waiting)]
+        if not slots or len(self.free) < self.free_share * len(self.rows):
             return
-        free = free[: len(self.waiting)]
-        for slot in free:
+        for slot in slots:
             index = self.waiting.popleft()
             prompt = self.prompts[index]
+            length = len(prompt)
             self.canvas[slot] = self.mask_id
-            self.canvas[slot, : len(prompt)] = torch.tensor(prompt, device=self.device)
+            self.canvas[slot, :length] = torch.tensor(prompt, device=self.device)
             self.committed_at[slot] = 0
-            self.rows[slot] = self.new_row(index, self.keys[index], len(prompt), time.perf_counter())
-            self.rows[slot].pending = len(prompt)
+            self.rows[slot] = self.row_class(index, self.keys[index], length, time.perf_counter(), pending=length)
             self.start(slot)
-        self.forward(self.batch(free if len(free) < len(self.rows) else None))
+        self.forward(self.batch(slots if len(slots) < len(self.rows) else None))
 
     def compact(self, kept: list[int]) -> None:
         """Drops all slots but these."""
@@ -182,10 +153,7 @@ class Engine(ABC, Generic[AnyRow]):
         self.rows = [self.rows[slot] for slot in kept]
 
     def tell(self, slot: int, stop: int, reason: str | None) -> bool:
-        """Streams a row's answer up to its place `stop`; ends the row for a reason or at a stop string.
-
-        Returns whether the row has ended.
-        """
+        """Streams a row's answer up to its place `stop`; returns whether a reason or a stop string ended the row."""
         row = self.rows[slot]
         if reason is None and self.request.on_block is None and self.request.stop is None:
             return False
@@ -199,13 +167,12 @@ class Engine(ABC, Generic[AnyRow]):
         """Hands on a row's answer and frees its slot."""
         row = self.rows[slot]
         answer = self.answer(slot, tokens, reason)
-        self.rows[slot] = self.new_row()
+        self.rows[slot] = self.row_class()
         for cache in self.caches:
             cache.free(slot)
         self.request.finished(row.index, answer)
 
     def answer(self, slot: int, tokens: list[int], reason: str) -> Generation:
-        """Returns a row's answer."""
         row = self.rows[slot]
         return Generation(
             tokens=tokens,
@@ -229,7 +196,7 @@ class Engine(ABC, Generic[AnyRow]):
     ) -> Tensor:
         """Reads each row's next `counts` [R] tokens of the canvas; returns their hidden states [R, L, hidden].
 
-        The cache keeps the first `kept` [R] of them; a model with causal context reads these from left to right.
+        The cache keeps the first `kept` [R] of them.
         """
         model, cache = model or self.model, cache or self.cache
         longest = int(counts.max())
@@ -245,11 +212,11 @@ class Engine(ABC, Generic[AnyRow]):
     def score(
         self, model: Transformer, hidden: Tensor, places: Tensor, where: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
-        """Runs the output head of a model at some positions of blocks, and nowhere else.
+        """Runs a model's output head at the positions `where` [R, K] of blocks, and nowhere else.
 
-        Position k of block r stands at `places` [R, K] of the flattened forward `hidden` [R, L, hidden]. Wanted are the
-        positions `where` [R, K]; their `count` is known beforehand, so that the device need not be asked. Returns their
-        indices in the flattened blocks [M], and their logits [M, V] in float32: -inf for tokens that may not appear.
+        They stand at `places` [R, K] of the flattened forward `hidden` [R, L, hidden]; their `count` is known
+        beforehand, so that the device need not be asked. Returns their indices in the flattened blocks [M], and their
+        logits [M, V] in float32: -inf for tokens that may not appear.
         """
         places, hidden = places.reshape(-1), hidden.flatten(0, 1)
         if count == places.numel():
@@ -263,7 +230,7 @@ class Engine(ABC, Generic[AnyRow]):
     # -- denoising -----------------------------------------------------------------------------------------------------
 
     def use_policy(self, policy: UnmaskingPolicy, width: int, blocks: tuple[int, ...] = ()) -> None:
-        """Decodes with a policy from now on, which has a memory for each slot, or for each of its `blocks`."""
+        """Takes a policy for blocks of this width, with a memory for each slot, or for each of its `blocks`."""
         self.policy = policy
         self.initial = {name: value.to(self.device) for name, value in policy.initial_state(width).items()}
         shape = (len(self.rows), *blocks)
@@ -273,9 +240,8 @@ class Engine(ABC, Generic[AnyRow]):
         """Returns the policy's memory of the batch's blocks [R, ...], a new one for blocks at their first `step`."""
         found = {}
         for name, initial in self.initial.items():
-            value = self.state[name] if batch.index is None else self.state[name][batch.slots]
             first = (step == 0).view(-1, *[1] * initial.dim())
-            found[name] = torch.where(first, initial, value.reshape(-1, *initial.shape))
+            found[name] = torch.where(first, initial, self.state[name][batch.slots].view(-1, *initial.shape))
         return found
 
     def remember(self, batch: Batch[AnyRow], memory: State) -> None:
@@ -300,7 +266,7 @@ class Engine(ABC, Generic[AnyRow]):
         key: Tensor,
         spacing: Tensor | None = None,
     ) -> BlockView:
-        """Returns what a policy sees of blocks `tokens` [R, K], scored at `count` of their `places`; see `score`.
+        """Returns what a policy sees of blocks [R, K], scored at `count` of their `places` (see `score`).
 
         `spacing` is how many keys each row's draws take [R], K when None.
         """
@@ -344,9 +310,6 @@ class EngineSampler(Sampler):
         top_k: Draws among the k most likely tokens; all when 0.
         top_p: Draws among the most likely tokens that together have this probability.
         seed: Seed of the draws; a row's draws do not depend on its batch.
-
-    Raises:
-        UserError: When a value is out of range.
     """
 
     # Without annotation: jsonargparse reads those of a base class by the names that the subclass's module knows.
@@ -379,6 +342,6 @@ class EngineSampler(Sampler):
             raise UserError("this checkpoint is autoregressive: decode it with dllm_var.sampling.AutoregressiveSampler")
         if self.causal and not model.config.causal:
             raise UserError("this checkpoint is bidirectional: decode it with dllm_var.sampling.BlockDiffusionSampler")
-        if not model.config.causal:
+        if not self.causal:
             special_ids(model)
         return self.engine(self, model, prompts, request).run()

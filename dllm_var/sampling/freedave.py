@@ -11,8 +11,7 @@ from torch import Tensor
 
 from dllm_var.errors import UserError
 from dllm_var.sampling.block_copies import CopyEngine
-from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
-from dllm_var.sampling.block_length import BlockLengthPolicy
+from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockLengthPolicy
 from dllm_var.sampling.engine import Batch, Row
 from dllm_var.sampling.policies import ONE_AT_A_TIME, BlockView, FixedSteps
 from dllm_var.sampling.policies.base import State, Step, take_step
@@ -47,8 +46,8 @@ class FreeDaveEngine(CopyEngine[DraftRow]):
     def versions(self) -> tuple[int, ...]:
         return (self.sampler.drafts,)  # the block and its drafts
 
-    def start_block(self, slot: int) -> None:
-        super().start_block(slot)
+    def start(self, slot: int) -> None:
+        super().start(slot)
         self.rows[slot].drafts = self.rows[slot].masks_in_drafts = 0
 
     def scored(self, row: DraftRow) -> int:

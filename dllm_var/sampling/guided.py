@@ -11,8 +11,7 @@ from torch import Tensor
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.auxiliary import AuxiliaryModel
 from dllm_var.sampling.base import Request
-from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockEngine
-from dllm_var.sampling.block_length import BlockLengthPolicy
+from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockEngine, BlockLengthPolicy
 from dllm_var.sampling.engine import Batch, Row
 from dllm_var.sampling.policies import BlockView, Decision, Sequential, UnmaskingPolicy
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm_var.objectives.base import is_one_of
-from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockEngine
-from dllm_var.sampling.block_length import BlockLengthPolicy
+from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockEngine, BlockLengthPolicy
 from dllm_var.sampling.engine import Batch, Row
 from dllm_var.sampling.policies import BlockView, Decision
 from dllm_var.sampling.policies.base import commit, outcome
@@ -52,11 +51,11 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
     def versions(self) -> tuple[int, ...]:
         return (self.sampler.blocks,)
 
-    def start_block(self, slot: int) -> None:
+    def start(self, slot: int) -> None:
         """Makes the row's first open block the leading one; opens it when there is none."""
         row = self.rows[slot]
         if not row.open:
-            super().start_block(slot)
+            super().start(slot)
             row.open = [OpenBlock(row.width, row.width)]
         row.add_up()
 

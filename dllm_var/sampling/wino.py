@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from dllm_var.sampling.block_copies import CopyEngine
-from dllm_var.sampling.block_diffusion import BlockDiffusionSampler
-from dllm_var.sampling.block_length import BlockLengthPolicy
+from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockLengthPolicy
 from dllm_var.sampling.engine import Row
 from dllm_var.sampling.policies.base import UnmaskingPolicy
 from dllm_var.sampling.policies.remasking import RevokableThreshold

@@ -4,10 +4,16 @@ import pytest
 from test_block_diffusion import PROMPTS, Scripted, random_model
 
 from dllm_var.errors import UserError
-from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold, FixedSteps
+from dllm_var.sampling import (
+    BlockDiffusionSampler,
+    BlockLengthPolicy,
+    BlockStart,
+    ConfidenceThreshold,
+    ConstantSteps,
+    FixedSteps,
+)
 from dllm_var.sampling import policies as P
 from dllm_var.sampling.base import sampler_from_config, sampler_to_config
-from dllm_var.sampling.block_length import BlockLengthPolicy, BlockStart, ConstantSteps
 
 POLICIES = [ConfidenceThreshold(0.3), FixedSteps(3), P.JointThreshold(0.3, 0.2, max_edit_steps=2), P.Saber()]
 
