@@ -25,17 +25,15 @@ class AutoregressiveEngine(Engine[Row]):
         hidden = self.read(batch, batch.pending, batch.pending)
         last = hidden[torch.arange(len(batch.rows)), (batch.pending - 1).clamp_min(0)]
         logits = self.model.lm_head(last).float().index_fill_(1, self.banned, -torch.inf)
-        for row in batch.rows:
+        table = []
+        for slot, row in zip(batch.slots, batch.rows, strict=True):
             row.nfe += row.index >= 0
-        cells = [
-            slot * self.capacity + max(row.prompt_length + row.nfe - 1, 0)
-            for slot, row in zip(batch.slots, batch.rows, strict=True)
-        ]
-        table = [cells, [row.nfe for row in batch.rows], [row.key + row.nfe for row in batch.rows]]
-        place, nfe, keys = torch.tensor(table, device=self.device)
+            cell = slot * self.capacity + max(row.prompt_length + row.nfe - 1, 0)
+            table.append((cell, row.nfe, row.key + row.nfe))
+        cells, nfe, keys = torch.tensor(table, device=self.device).unbind(1)
         tokens = logits.argmax(dim=-1) if self.sampler.temperature == 0 else self.sampler.draw(logits, keys)
-        self.canvas.put_(place, tokens)
-        self.committed_at.put_(place, nfe)
+        self.canvas.put_(cells, tokens)
+        self.committed_at.put_(cells, nfe)
         for slot, row, token in zip(batch.slots, batch.rows, tokens.tolist(), strict=True):  # the one wait
             if row.index < 0:
                 continue

@@ -53,25 +53,15 @@ class Configurable:
 
 @dataclass
 class Request:
-    """The wishes of the caller of `generate`, and the way of tokens and answers back to the caller.
+    """The wishes of the caller of `generate`, and the way of tokens and answers back to the caller."""
 
-    Args:
-        max_new_tokens: Longest answer, instead of the sampler's own limit.
-        suppressed: Token ids that are never produced; the mask token never is.
-        tokenizer: The model's, when known; a second model must have the same.
-        stop: Finds the texts that end an answer.
-        on_block: Called with (prompt index, the answer's tokens so far) as a row gets further.
-        on_answer: Called with (prompt index, answer) when an answer is complete.
-        check: Raises when the model's predictions were not numbers.
-    """
-
-    max_new_tokens: int | None = None
-    suppressed: tuple[int, ...] = ()
-    tokenizer: Tokenizer | None = None
-    stop: StopStrings | None = None
+    max_new_tokens: int | None = None  # longest answer, instead of the sampler's own limit
+    suppressed: tuple[int, ...] = ()  # token ids that are never produced; the mask token never is
+    tokenizer: Tokenizer | None = None  # the model's, when known; a second model must have the same
+    stop: StopStrings | None = None  # finds the texts that end an answer
     on_block: OnBlock | None = None
     on_answer: OnAnswer | None = None
-    check: Callable[[], None] = lambda: None
+    check: Callable[[], None] = lambda: None  # raises when the model's predictions were not numbers
     answers: dict[int, Generation] = field(init=False, default_factory=dict)  # those that are complete
 
     def advanced(self, index: int, tokens: list[int]) -> bool:
@@ -101,27 +91,16 @@ class Request:
 
 @dataclass
 class Generation:
-    """One prompt's answer.
+    """One prompt's answer."""
 
-    Args:
-        tokens: Token ids of the answer, up to and excluding the terminator.
-        finish_reason: `eos` when the model ended the answer, `length` when the limit did, `stop` for a stop string.
-        nfe: Forward passes of the model that this row took part in, the prefill included.
-        seconds: Wall time from the row's admission to its end.
-        prompt_length: Tokens of the prompt.
-        text: The answer decoded, when a tokenizer was given.
-        commit_steps: For each token the forward pass, counted from 1, that committed it.
-        auxiliary_nfe: Forward passes of a sampler's second model that this row took part in.
-    """
-
-    tokens: list[int]
-    finish_reason: str
-    nfe: int
-    seconds: float
-    prompt_length: int
-    text: str | None = None
-    commit_steps: list[int] | None = None
-    auxiliary_nfe: int = 0
+    tokens: list[int]  # up to and excluding the terminator
+    finish_reason: str  # `eos` when the model ended the answer, `length` when the limit did, `stop` for a stop string
+    nfe: int  # forward passes of the model that the row took part in, the prefill included
+    seconds: float  # from the row's admission to its end
+    prompt_length: int  # tokens of the prompt
+    text: str | None = None  # the answer decoded, when a tokenizer was given
+    commit_steps: list[int] | None = None  # for each token the forward pass, counted from 1, that committed it
+    auxiliary_nfe: int = 0  # forward passes of a sampler's second model that the row took part in
 
     @property
     def new_tokens(self) -> int:
@@ -181,14 +160,14 @@ class Sampler(Configurable, ABC):
             on_answer: Called with (prompt index, answer) once for each prompt, as soon as the answer is complete.
         """
         transformer = getattr(model, "transformer", model)
-        tokenizer = tokenizer or getattr(model, "tokenizer", None)
-        if tokenizer is None and (stop or any(isinstance(prompt, str) for prompt in prompts)):
+        known: Any = tokenizer or getattr(model, "tokenizer", None)
+        if known is None and (stop or any(isinstance(prompt, str) for prompt in prompts)):
             raise UserError("text prompts and stop strings need a tokenizer: pass generate(..., tokenizer=...)")
-        ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else [*map(int, prompt)] for prompt in prompts]
+        ids = [known.encode(prompt) if isinstance(prompt, str) else [*map(int, prompt)] for prompt in prompts]
         check_request(ids, max_new_tokens, suppress, transformer.config)
-        strings = None if not stop else StopStrings([stop] if isinstance(stop, str) else stop, tokenizer)
+        strings = StopStrings([stop] if isinstance(stop, str) else stop, known) if stop else None
         with torch.inference_mode(), without_training_modes(transformer), finite_logits(transformer) as check:
-            request = Request(max_new_tokens, tuple(suppress), tokenizer, strings, on_block, on_answer, check)
+            request = Request(max_new_tokens, tuple(suppress), known, strings, on_block, on_answer, check)
             answers = self.decode(transformer, ids, request)
             for index, answer in enumerate(answers):
                 request.finished(index, answer)

@@ -72,7 +72,7 @@ class Engine(ABC, Generic[AnyRow]):
         config, self.device = model.config, model.embedding.weight.device
         self.mask_id = -1 if config.mask_id is None else config.mask_id
         self.terminators = tuple(config.terminator_ids or ())
-        banned = sorted({*request.suppressed, config.mask_id} - {None})
+        banned = [token for token in (*request.suppressed, config.mask_id) if token is not None]
         self.banned = torch.tensor(banned, dtype=torch.long, device=self.device)
         self.waiting = deque(range(len(prompts)))
         self.keys = request_keys(prompts)
@@ -250,7 +250,7 @@ class Engine(ABC, Generic[AnyRow]):
             self.state[name][batch.slots] = value.view(-1, *self.state[name].shape[1:])
 
     def scored(self, row: AnyRow) -> int:
-        """Returns how many positions of a row's block the policy wants scored."""
+        """Returns how many positions of a row's block the policy sees scored."""
         return row.width if self.policy.scores_committed else row.left
 
     def view(
@@ -260,20 +260,17 @@ class Engine(ABC, Generic[AnyRow]):
         tokens: Tensor,
         inside: Tensor,
         count: int,
-        *,
-        step: Tensor,
-        progress: Tensor,
-        key: Tensor,
         spacing: Tensor | None = None,
+        **state: Tensor,
     ) -> BlockView:
         """Returns what a policy sees of blocks [R, K], scored at `count` of their `places` (see `score`).
 
-        `spacing` is how many keys each row's draws take [R], K when None.
+        `spacing` is how many keys each row's draws take [R], K when None; `state` are its step, progress and key.
         """
         masked = (tokens == self.mask_id) & inside
         where = inside if self.policy.scores_committed else masked
         scored, logits = self.score(self.model, hidden, places, where, count)
-        view = BlockView(logits, scored, tokens, masked, inside, step, progress, key)
+        view = BlockView(logits, scored, tokens, masked, inside, **state)
         view.sampled = self.sample(view, spacing)
         return view
 

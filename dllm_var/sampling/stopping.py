@@ -15,15 +15,7 @@ _SLACK = 8  # characters: a text decoded from its middle may begin differently
 
 
 class StopStrings:
-    """Finds the first stop string in answers that grow.
-
-    Args:
-        strings: The texts an answer ends before.
-        tokenizer: Decodes answers.
-
-    Raises:
-        UserError: When a stop string is empty.
-    """
+    """Finds the first of the strings in answers that grow; raises UserError when one is empty."""
 
     def __init__(self, strings: Sequence[str], tokenizer: Tokenizer) -> None:
         if not all(strings):

@@ -221,7 +221,7 @@ class Dictation(UnmaskingPolicy):
         first = int(view.step[0]) == 0
         self.block += first
         tokens = self.answer[self.block * BLOCK : (self.block + 1) * BLOCK]
-        self.seen.append((self.block, first, view.logits[0], view.masked[0].clone()))
+        self.seen.append((self.block, first, view.spread(view.scored_logits)[0], view.masked[0].clone()))
         padded = torch.tensor([[*tokens, *[PAD] * (BLOCK - len(tokens))]])
         offsets = torch.arange(BLOCK)
         due = torch.isin(offsets, torch.tensor(self.early)) & (offsets < len(tokens) - 1) if first else None

@@ -13,7 +13,7 @@ from torch import Tensor
 from dllm_var.objectives.base import is_one_of
 from dllm_var.sampling.base import Configurable
 
-STEPS_WITH_REMASKING = 4  # denoising steps per position of a block, after which nothing is masked again
+STEPS_WITH_REMASKING = 4  # per position of a block
 
 
 @dataclass
@@ -22,28 +22,17 @@ class BlockView:
 
     Only the scored positions have logits: the masked ones, and also the committed ones for a policy that sets
     `scores_committed`. Everywhere else the properties below hold 0.
-
-    Args:
-        scored_logits: [M, V] float32 in row-major order; the mask token is -inf, so it is never predicted.
-        scored: Indices of the scored positions in the flattened [R * K] block [M].
-        tokens: Current tokens [R, K], the mask id where masked.
-        masked: Positions still masked [R, K].
-        changeable: Positions the policy may write, masked or not [R, K]: inside the row's block and not given text.
-        step: Denoising steps this row's block has had before this one [R].
-        progress: Share of the row's length limit already decoded, in [0, 1) [R].
-        key: Number of the request and forward [R], int64, for randomness that does not depend on the batch.
-        sampled: Tokens drawn at the scored positions [M], when the temperature is above 0.
     """
 
-    scored_logits: Tensor
-    scored: Tensor
-    tokens: Tensor
-    masked: Tensor
-    changeable: Tensor
-    step: Tensor
-    progress: Tensor
-    key: Tensor
-    sampled: Tensor | None = None
+    scored_logits: Tensor  # [M, V] float32 in row-major order; the mask token is -inf, so it is never predicted
+    scored: Tensor  # indices of the scored positions in the flattened [R * K] block [M]
+    tokens: Tensor  # current tokens [R, K], the mask id where masked
+    masked: Tensor  # positions still masked [R, K]
+    changeable: Tensor  # positions the policy may write [R, K]: inside the row's block and not given text
+    step: Tensor  # denoising steps that the row's block has had before this one [R]
+    progress: Tensor  # share of the row's length limit already decoded, in [0, 1) [R]
+    key: Tensor  # number of the request and forward [R], int64, for randomness that does not depend on the batch
+    sampled: Tensor | None = None  # tokens drawn at the scored positions [M], when the temperature is above 0
 
     def after(self, tokens: Tensor, masked: Tensor, sampled: Tensor | None = None) -> BlockView:
         """Returns the view of the next step if it had the same logits, with a block of `tokens` and `masked` [R, K].
@@ -114,36 +103,22 @@ class BlockView:
         probabilities = (top - self._normaliser[:, None]).exp()
         return self.spread(probabilities[:, 0] - probabilities[:, 1])
 
-    @cached_property
-    def logits(self) -> Tensor:
-        """All logits [R, K, V], 0 where not scored; large for a large vocabulary."""
-        return self.spread(self.scored_logits)
-
 
 @dataclass
 class Decision:
     """What to do with the block; every mask is [R, K] bool and None means nowhere.
 
-    Args:
-        commit: Masked positions to fill.
-        tokens: Token for each committed or edited position [R, K]; the predicted ones when None.
-        scores: How good each masked position is [R, K], larger is better: a row that would commit nothing commits its
-            best one. The confidence when None.
-        remask: Committed positions to mask again.
-        edit: Committed positions to overwrite.
-        finish_block: Rows [R] whose block is to be filled with `tokens` at once.
-        finish_row: Rows [R] that end after this step, before their first mask if they still have one.
-        keep_open: Rows [R] whose block gets another step even when it is full, to be edited.
+    A row that would commit nothing commits its masked position with the largest of the `scores`.
     """
 
-    commit: Tensor
-    tokens: Tensor | None = None
-    scores: Tensor | None = None
-    remask: Tensor | None = None
-    edit: Tensor | None = None
-    finish_block: Tensor | None = None
-    finish_row: Tensor | None = None
-    keep_open: Tensor | None = None
+    commit: Tensor  # masked positions to fill
+    tokens: Tensor | None = None  # for each committed or edited position [R, K]; the predicted ones when None
+    scores: Tensor | None = None  # how good each masked position is [R, K]; the confidence when None
+    remask: Tensor | None = None  # committed positions to mask again
+    edit: Tensor | None = None  # committed positions to overwrite
+    finish_block: Tensor | None = None  # rows [R] whose block is to be filled with `tokens` at once
+    finish_row: Tensor | None = None  # rows [R] that end after this step, before their first mask if one is left
+    keep_open: Tensor | None = None  # rows [R] whose block gets another step even when it is full, to be edited
 
 
 State = dict[str, Tensor]
@@ -222,16 +197,15 @@ def commit(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the blocks' tokens, their masked positions and the written ones, each [R, K].
 
-    A row that has masks, and of whose decision neither a commit nor a remasking is left, commits the position with the
-    best of the decision's scores: without remasking a block takes at most K steps. With `terminator_last` a terminator
-    is committed only once everything left of it is, nothing is committed right of one that the policy selected, and the
-    commit that every row gets is not right of any predicted one: what stands there is not part of the answer. Where
-    these rules leave no more commits than positions that the policy would mask again, nothing is masked again: the
-    policy had counted on progress. A block that remasks without end is filled without remasking after
-    `STEPS_WITH_REMASKING` steps per position. Rows that need not advance [R] get no commit that was not decided.
+    - A row with masks whose decision leaves neither a commit nor a remasking commits the position with the best score,
+      unless it need not advance [R]. So without remasking a block takes at most K steps.
+    - With `terminator_last` a terminator is committed only once everything left of it is, nothing is committed right of
+      one that the policy selected, and no forced commit is right of a predicted one.
+    - Where that leaves no more commits than positions to mask again, nothing is masked again: the policy had counted on
+      progress. After `STEPS_WITH_REMASKING` steps per position nothing is, either.
     """
     tokens = view.predicted if decision.tokens is None else decision.tokens
-    given, masked = view.tokens, view.masked
+    masked = view.masked
     commit = wanted = decision.commit & masked
     may_commit = masked  # what a row commits that would commit nothing
     if terminator_last:
@@ -255,7 +229,7 @@ def commit(
     written = commit
     if decision.edit is not None:
         written = commit | (decision.edit & view.changeable & ~masked)
-    after, masked = torch.where(written, tokens, given), masked ^ commit
+    after, masked = torch.where(written, tokens, view.tokens), masked ^ commit
     if remask is not None:
         remask = remask & view.changeable & ~commit
         after, masked = after.masked_fill(remask, mask_id), masked | remask
@@ -265,7 +239,7 @@ def commit(
 def outcome(
     tokens: Tensor, masked: Tensor, inside: Tensor, terminators: tuple[int, ...], finish_row: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Returns of blocks after a step [R]: how many masks are left, and where the answer ends or -1.
+    """Returns how many masks a step leaves in blocks [R], and where the answer ends or -1 [R].
 
     An answer ends at its first terminator with no mask left of it, or where a policy's `finish_row` [R] says so.
     """

@@ -59,11 +59,10 @@ class Saber(UnmaskingPolicy):
     now, but at least n. The paper's number, max(1, K // 8), would make no progress where K is 1.
 
     Args:
-        count: n.
+        count: The number n.
     """
 
     scores_committed = True
-
     count: int = 2
 
     def __post_init__(self) -> None:
@@ -103,7 +102,6 @@ class RevokableThreshold(UnmaskingPolicy):
     """
 
     scores_committed = True
-
     threshold: float = 0.6
     shadow_threshold: float = 0.9
 
@@ -140,7 +138,6 @@ class JointThreshold(UnmaskingPolicy):
     """
 
     scores_committed = True
-
     commit_threshold: float = 0.7
     edit_threshold: float = 0.5
     max_edit_steps: int = 16
