@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from dllm_var.datamodules.packing import Sections
 from dllm_var.datamodules.rows import PackedRows, RowSampler
 from dllm_var.datamodules.table import Table
 from dllm_var.text.tokenizer import SpecialTokens
@@ -75,7 +74,7 @@ def measure(folder: Path, samples: int, times: int, packing: str, ranks: int, st
     """Counts an epoch's rows, plans some of it and finds the rows of some ranks at some steps; times are of the CPU."""
     table = make_table(folder, samples, times)
     began = time.process_time()
-    rows = PackedRows(Sections(table, CONTEXT, "drop", 0), SPECIAL, packing, 0, seed=0)
+    rows = PackedRows(table, SPECIAL, CONTEXT, packing)
     total = len(rows)
     counted, after_counting = time.process_time() - began, memory()
     samplers = [RowSampler(total, BATCH, ranks, rank) for rank in sorted({0, ranks // 3, ranks - 1})]
@@ -91,7 +90,7 @@ def measure(folder: Path, samples: int, times: int, packing: str, ranks: int, st
         "packing": packing,
         "samples": len(table),
         "tokens": int(table.offsets[np.int64(len(table))]),
-        "sections": len(rows.sections),
+        "sections": rows.sections,
         "rows": total,
         "ranks": ranks,
         "batches_per_rank": samplers[0].batches,

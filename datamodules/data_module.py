@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.datamodules.encoding import RecordEncoder, load_table
-from dllm_var.datamodules.packing import VERSIONS, Packing, Sections, TooLong
+from dllm_var.datamodules.packing import VERSIONS, Packing, TooLong
 from dllm_var.datamodules.rows import HeldOutSampler, PackedRows, RowSampler
 from dllm_var.datamodules.sources import Source
 from dllm_var.datamodules.table import HELD_OUT_SEED, Example, Table
@@ -22,17 +22,15 @@ from dllm_var.errors import UserError
 from dllm_var.model.attention import document_ends
 from dllm_var.text.tokenizer import Tokenizer
 
-_CHANGED = {  # messages about values that say nothing to a reader, or have another name than their setting
-    "source": "data.source has other records, or other splits, than when the checkpoint was written: set it back,",
-    "tokenizer": "data.tokenizer is not the one the checkpoint was trained with: set it back,",
-    "plan_version": "data.packing puts other samples together than in the version of dllm_var that wrote the "
-    "checkpoint: use that version,",
-}
-_NOTES = {
-    "dropped": "too long and dropped",
-    "truncated": "truncated",
-    "skipped": "bad records skipped",
-    "unknown_tokens": "unknown tokens",
+# Settings that decide the content of the rows, beside source and tokenizer.
+_ROW_SETTINGS = (
+    *("context_length", "packing", "overhang", "canvas", "eos_padding", "seed", "chat"),
+    *("on_bad_record", "on_too_long", "on_special_text"),
+)
+_CHANGED = {  # of values that say nothing to a reader
+    "source": "data.source has other records, or other splits,",
+    "tokenizer": "data.tokenizer is another one",
+    "plan_version": "data.packing puts other samples together",
 }
 
 
@@ -67,9 +65,6 @@ class PackedDataModule(L.LightningDataModule):
         chat: Puts prompts and answers through the tokenizer's chat template, as messages always are.
         check_resume: Refuses to go on from a checkpoint of other records, of another tokenizer, or of other settings of
             data, model or trainer that change what is learned.
-
-    Raises:
-        UserError: When a setting makes no sense, or the tokenizer cannot be loaded.
     """
 
     def __init__(
@@ -120,18 +115,17 @@ class PackedDataModule(L.LightningDataModule):
         self._rows: dict[str, PackedRows] = {}
 
     def _check_settings(self) -> None:
-        least = {"batch_size": 1, "context_length": 2}
-        for name in (*least, "overhang", "canvas", "eos_padding", "seed", "num_workers"):
+        least = {"batch_size": 1, "context_length": 2, "seed": 0, "num_workers": 0}
+        ends = dict.fromkeys(("overhang", "canvas", "eos_padding"), 0)
+        for name, lowest in {**least, **ends}.items():
             value = getattr(self, name)
-            if value is None or value < least.get(name, 0):
-                raise UserError(f"data.{name} is {value}; it must be at least {least.get(name, 0)}")
-        ends = {name: getattr(self, name) for name in ("overhang", "canvas", "eos_padding") if getattr(self, name)}
-        for name, value in ends.items():
-            if value >= self.context_length:
+            if value is None or value < lowest:
+                raise UserError(f"data.{name} is {value}; it must be at least {lowest}")
+            if name in ends and value >= self.context_length:
                 raise UserError(
                     f"data.{name} is {value}; it must be less than data.context_length, {self.context_length}"
                 )
-        if len(ends) > 1:
+        if sum(getattr(self, name) > 0 for name in ends) > 1:
             raise UserError("data.overhang, canvas and eos_padding exclude each other: set one of them")
         if self.on_too_long == "cut" and self.packing != "concat":
             raise UserError(f"data.on_too_long=cut needs data.packing=concat; {self.packing} cuts no sample")
@@ -192,44 +186,34 @@ class PackedDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the row after the last one that was trained.
 
-        Raises:
-            UserError: When rows would not be those of the checkpoint, unless `check_resume` is off; names the setting.
+        Raises UserError, which names the setting, when rows would be others than those of the checkpoint.
         """
         self._check_identity(state_dict)
-        row = state_dict.get("next_row")
-        if type(row) is not int or row < 0:
-            raise UserError(f"the checkpoint does not say with which row the data goes on (next_row is {row!r})")
-        self._next_row = row
+        self._next_row = state_dict["next_row"]
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the content of the rows, as plain values; checkpoints record it."""
-        names = ("context_length", "packing", "overhang", "canvas", "eos_padding", "seed", "chat")
-        settings = {name: getattr(self, name) for name in (*names, "on_bad_record", "on_too_long", "on_special_text")}
+        settings = {name: getattr(self, name) for name in _ROW_SETTINGS}
         content = {"source": self.source.fingerprint(), "tokenizer": self.tokenizer.fingerprint}
         return {**content, **settings, "plan_version": VERSIONS[self.packing]}
 
     def _check_identity(self, state_dict: dict[str, Any]) -> None:
-        saved = state_dict.get("identity", state_dict.get("made_from"))  # the latter from before it was renamed
+        saved = state_dict.get("identity")
         if saved is None or not self.check_resume or self.trainer is None or self.trainer.state.fn != "fit":
             return
         for name, value in self.identity.items():
-            was = saved.get(name, 1 if name == "plan_version" else value)  # it was not always recorded
-            if was != value:
-                change = f"data.{name} was {was} when the checkpoint was written and is {value} now: set it back,"
+            if saved.get(name) != value:
+                change = _CHANGED.get(name, f"data.{name} has another value ({value} instead of {saved.get(name)})")
                 raise UserError(
-                    f"{_CHANGED.get(name, change)} start a new run with model.init_from, or go on all the same with "
-                    "--data.check_resume=false"
+                    f"{change} than when the checkpoint was written: set it back, start a new run with "
+                    "model.init_from, or go on all the same with --data.check_resume=false"
                 )
 
     # -- what others ask for -------------------------------------------------------------------------------------------
 
     def table(self, split: str) -> Table:
-        """Tokenized samples of a split.
-
-        Raises:
-            UserError: When the source has no such split, or a record in it that cannot be used.
-        """
+        """Tokenized samples of a split; raises UserError when there is no such split, or a bad record in it."""
         if split not in self.source.splits:
             raise UserError(
                 f"{type(self.source).__name__} has no split {split}; it has {', '.join(self.source.splits)}"
@@ -246,19 +230,13 @@ class PackedDataModule(L.LightningDataModule):
         return RecordEncoder(self.tokenizer, self.chat, skip_bad, refuse_special)
 
     def rows(self, split: str) -> PackedRows:
-        """Packed rows of a split, numbered over all epochs.
-
-        Raises:
-            UserError: When no sample is left.
-        """
+        """Packed rows of a split, numbered over all epochs; raises UserError when there are none."""
         if split not in self._rows:
             table = self.table(split)
             if not len(table):
                 raise UserError(f"the {split} split of {type(self.source).__name__} has no records that can be used")
-            sections = Sections(table, self.context_length, self.on_too_long, self.eos_padding)
             train = split == "train"
-            seed, special = self.seed if train else HELD_OUT_SEED, self.tokenizer.special
-            rows = PackedRows(sections, special, self.packing, self.overhang, seed, self.canvas, cut=train)
+            rows = self.packer()(table, cut=train, seed=(self.seed if train else HELD_OUT_SEED,))
             if not len(rows):
                 raise UserError(
                     f"all {len(table):,} samples of the {split} split are longer than data.context_length="
@@ -268,13 +246,15 @@ class PackedDataModule(L.LightningDataModule):
             self._rows[split] = rows
         return self._rows[split]
 
+    def packer(self) -> partial[PackedRows]:
+        """Makes rows of a table, with the settings that decide what becomes of samples."""
+        names = ("context_length", "packing", "on_too_long", "eos_padding", "overhang", "canvas")
+        return partial(PackedRows, special=self.tokenizer.special, **{name: getattr(self, name) for name in names})
+
     def held_out(self, split: str, n: int | None = None) -> list[Example]:
         """`n` prompts of a split, or all, with their answers; the same ones every time.
 
         Samples without a prompt, such as records of the form ``{text}``, are left out.
-
-        Raises:
-            UserError: When the source has no such split.
         """
         return self.table(split).examples(self.tokenizer, n)
 
@@ -291,13 +271,18 @@ class PackedDataModule(L.LightningDataModule):
     def summary(self) -> str:
         """The report on the training data in a line or two."""
         report, reasons = self.report(), self.table("train").meta["reasons"]
-        text = (
+        counts = {
+            "too long and dropped": report["dropped"],
+            "truncated": report["truncated"],
+            "bad records skipped": report["skipped"],
+            "unknown tokens": report["unknown_tokens"],
+        }
+        notes = [f"{count:,} {what}" for what, count in counts.items() if count]
+        notes += [f"the first: {reason}" for reason in reasons[:1]]
+        return (
             f"data: {report['samples']:,} samples, {report['tokens']:,} tokens in {report['rows']:,} rows of "
             f"{self.context_length} ({self.packing}, {report['utilisation']:.1%} used)"
-        )
-        notes = [f"{report[name]:,} {note}" for name, note in _NOTES.items() if report[name]]
-        text += f"\ndata: {', '.join(notes)}" if notes else ""
-        return text + (f", the first: {reasons[0]}" if reasons else "")
+        ) + (f"\ndata: {', '.join(notes)}" if notes else "")
 
     def _ranks(self) -> tuple[int, int]:
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None

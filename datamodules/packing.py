@@ -7,7 +7,6 @@ any row is found without walking through the rows before it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -19,82 +18,44 @@ TooLong = Literal["drop", "truncate", "cut"]
 Packing = Literal["concat", "best_fit"]
 Ints = NDArray[np.integer]
 
-SECTION = 2**21  # samples planned together: about 300 MB, however large the table
-STRETCH = 1_024  # neighbouring samples that stay in one section, so that memory-mapped files are read in pages
 SIZES = 8_192  # best_fit distinguishes at most this many lengths
 VERSIONS = {"concat": 1, "best_fit": 3}  # raised when rows change; checkpoints record it
 
 
-@dataclass(frozen=True)
-class Samples:
+class Samples(NamedTuple):
     """What goes into rows of each sample: tokens of the table, then terminators. Arrays are of shape [samples]."""
 
-    table: Table
     index: NDArray[np.int64]  # which samples of the table are used
     body: NDArray[np.int32]  # how many tokens of each are taken from the table
-    ends: NDArray[np.int32]  # how many supervised terminators are added after them
+    content: NDArray[np.int32]  # tokens with the supervised terminators that are added behind those of the table
     answer_start: NDArray[np.int32]  # position where the last answer in what is taken begins
     dropped: int  # number of samples that were too long and left out
     truncated: int  # number of samples that were too long and shortened
 
-    @cached_property
-    def content(self) -> NDArray[np.int32]:
-        """Tokens of each sample, shape [samples]."""
-        return self.body + self.ends
 
-
-@dataclass(frozen=True)
-class Sections:
-    """The samples of a table in sections of bounded size; a section is fitted into rows when it is asked for.
-
-    Stretches of the table are dealt to the sections in turn, so that each section is a cross-section of the data
-    whatever the order of the table. A table of at most `section` samples is one section.
+def fit_samples(
+    table: Table, index: NDArray[np.int64], context_length: int, on_too_long: TooLong, eos_padding: int
+) -> Samples:
+    """Makes some samples of a table fit into rows, and pads answers to `eos_padding` tokens with terminators.
 
     A truncated sample keeps its prompt and the beginning of its answer, followed by a terminator. Where no answer would
     be left, the sample ends with the previous answer of the conversation; a sample with no such answer is dropped.
-
-    Args:
-        table: Tokenized samples.
-        context_length: Tokens in a row.
-        on_too_long: What to do with samples that have more tokens than that.
-        eos_padding: Shorter answers are padded to this many tokens with terminators.
-        section: Samples in a section, at most.
-        stretch: Neighbouring samples that stay together.
     """
-
-    table: Table
-    context_length: int
-    on_too_long: TooLong
-    eos_padding: int
-    section: int = SECTION
-    stretch: int = STRETCH
-
-    def __len__(self) -> int:
-        return max(-(-len(self.table) // self.section), 1)
-
-    def __getitem__(self, section: int) -> Samples:
-        table, context_length = self.table, self.context_length
-        starts = np.arange(section, -(-len(table) // self.stretch), len(self)) * self.stretch
-        index = (starts[:, None] + np.arange(self.stretch)).reshape(-1)
-        index = index[index < len(table)]
-        length = table.offsets[index + 1] - table.offsets[index]
-        body, ends = length.astype(np.int32), np.zeros(len(index), dtype=np.int32)
-        answer_start = table.answer_start[index].astype(np.int32)
-        keep = length <= context_length
-        if self.on_too_long == "cut":
-            keep[:] = True
-        too_long = np.flatnonzero(~keep)
-        if self.on_too_long == "truncate":
-            for sample in too_long.tolist():
-                body[sample], ends[sample], answer_start[sample] = _truncate(table, int(index[sample]), context_length)
-            keep[too_long] = body[too_long] > 0
-        if self.eos_padding:
-            fitting = length <= context_length
-            room = np.minimum(answer_start + np.int64(self.eos_padding), context_length) - length
-            ends[fitting] = np.maximum(room, 0)[fitting]
-        dropped = int(np.count_nonzero(~keep))
-        truncated = len(too_long) - dropped
-        return Samples(table, index[keep], body[keep], ends[keep], answer_start[keep], dropped, truncated)
+    length = table.offsets[index + 1] - table.offsets[index]
+    body, ends = length.astype(np.int32), np.zeros(len(index), dtype=np.int32)
+    answer_start = table.answer_start[index].astype(np.int32)
+    too_long = np.flatnonzero(length > context_length) if on_too_long != "cut" else np.empty(0, dtype=np.int64)
+    body[too_long] = 0
+    if on_too_long == "truncate":
+        for sample in too_long.tolist():
+            body[sample], ends[sample], answer_start[sample] = _truncate(table, int(index[sample]), context_length)
+    if eos_padding:
+        room = np.minimum(answer_start + np.int64(eos_padding), context_length) - length
+        ends = np.maximum(ends, room).astype(np.int32)
+    keep = body > 0
+    dropped = len(index) - int(np.count_nonzero(keep))
+    content = body + ends
+    return Samples(index[keep], body[keep], content[keep], answer_start[keep], dropped, len(too_long) - dropped)
 
 
 def _truncate(table: Table, sample: int, context_length: int) -> tuple[int, int, int]:
@@ -147,14 +108,11 @@ class Plan:
 
 
 def make_plan(packing: Packing, lengths: Ints, context_length: int, generator: np.random.Generator) -> Plan:
-    """Plans the rows of an epoch.
+    """Plans the rows of an epoch for samples of these lengths, shape [samples].
 
-    Args:
-        packing: ``concat`` strings all samples together and cuts every `context_length` positions (what the paper
-            does); ``best_fit`` cuts no sample.
-        lengths: Positions each sample takes, at least 1, for ``best_fit`` at most `context_length`, shape [samples].
-        context_length: Positions in a row.
-        generator: Shuffles the samples, for ``best_fit`` also rows and the order within a row.
+    ``concat`` strings all samples together and cuts every `context_length` positions, as the paper does; ``best_fit``
+    cuts no sample, and none may be longer than a row. The generator shuffles the samples, for ``best_fit`` also rows
+    and the order within a row.
     """
     order = generator.permutation(np.arange(len(lengths), dtype=np.int32))
     if packing == "concat":
@@ -187,15 +145,9 @@ def count_rows(packing: Packing, lengths: Ints, context_length: int) -> int:
 def best_fit(counts: Ints, capacity: int) -> list[tuple[list[int], int]]:
     """Best-fit-decreasing on a histogram of sizes (arXiv 2107.02027): its cost hardly depends on the number of samples.
 
-    From the largest size down, each sample goes into the row with the least room that is enough. Rows that hold the
-    same sizes are kept as one pattern with a count.
-
-    Args:
-        counts: Number of samples of each size, shape [capacity + 1].
-        capacity: What a row holds.
-
-    Returns:
-        Sizes that share a row, and the number of such rows.
+    From the largest size down, each sample goes into the row with the least room that is enough. `counts` has the
+    number of samples of each size, shape [capacity + 1]. Returns the sizes that share a row, and the number of such
+    rows.
     """
     patterns: list[list[tuple[list[int], int]]] = [[] for _ in range(capacity + 1)]  # by the room that is left
     patterns[capacity] = [([], int(counts.sum()))]  # empty rows, more than are needed

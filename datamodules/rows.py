@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,47 +13,40 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, DistributedSampler
 
-from dllm_var.datamodules.packing import Packing, Plan, Samples, Sections, count_rows, make_plan
+from dllm_var.datamodules.packing import Packing, Plan, Samples, TooLong, count_rows, fit_samples, make_plan
+from dllm_var.datamodules.table import Table
 from dllm_var.text.tokenizer import SpecialTokens
 
+SECTION = 2**21  # samples planned together: about 300 MB, however large the table
+STRETCH = 1_024  # neighbouring samples that stay in one section, so that memory-mapped files are read in pages
 PLANS_KEPT = 2  # a batch may reach from one section into the next
 
 
+@dataclass(eq=False, repr=False)
 class PackedRows(Dataset):
     """Rows of `context_length` tokens, each a pure function of the seed and its number.
 
-    Rows are numbered on and on over the epochs, and within an epoch over the sections of the samples. For each epoch
-    the samples and rows of a section are shuffled and the overhang is chosen anew, with a generator keyed by seed,
-    epoch and section; the number of rows follows. Memory depends on the size of a section, not on how many there are.
-
-    Args:
-        sections: What is packed, in one or more sections.
-        special: Ids of mask, terminators and padding.
-        packing: ``concat`` or ``best_fit``.
-        overhang: Largest number of unsupervised mask tokens after a sample.
-        seed: One number, or several.
-        canvas: Ends samples where the canvas of a sampler with this block length would end; 0 for off.
-        cut: Lets the canvas also end with an earlier block than the answer's last.
+    Stretches of the table are dealt in turn to sections of bounded size, so that each section is a cross-section of the
+    data whatever the order of the table, and memory does not grow with it. Rows are numbered on and on over the epochs,
+    and within an epoch over the sections. For each epoch the samples and rows of a section are shuffled and the
+    overhang is chosen anew, with a generator keyed by seed, epoch and section; the number of rows follows.
     """
 
-    def __init__(
-        self,
-        sections: Sections,
-        special: SpecialTokens,
-        packing: Packing,
-        overhang: int,
-        seed: int | tuple[int, ...],
-        canvas: int = 0,
-        cut: bool = True,
-    ) -> None:
-        self.sections = sections
-        self.special = special
-        self.context_length = sections.context_length
-        self.packing: Packing = packing
-        self.overhang = overhang
-        self.canvas = canvas
-        self.cut = cut
-        self.seed = seed if isinstance(seed, tuple) else (seed,)
+    table: Table
+    special: SpecialTokens
+    context_length: int
+    packing: Packing = "concat"
+    on_too_long: TooLong = "drop"
+    eos_padding: int = 0  # shorter answers are padded to this many tokens with terminators
+    overhang: int = 0  # largest number of unsupervised mask tokens after a sample
+    canvas: int = 0  # samples end where the canvas of a sampler with this block length would end; 0 for off
+    cut: bool = True  # whether a canvas may also end with an earlier block than the answer's last
+    seed: tuple[int, ...] = (0,)
+    section: int = SECTION  # samples in a section
+    stretch: int = STRETCH  # neighbouring samples that stay together
+
+    def __post_init__(self) -> None:
+        self.sections = max(-(-len(self.table) // self.section), 1)
         self._starts = [0]  # number of the first row of each section, epoch after epoch, as far as they are counted
         self._totals = Counter(samples=0, tokens=0, dropped=0, truncated=0, filled=0)  # of the first epoch
         self._planned: dict[tuple[int, int], tuple[Samples, Plan]] = {}
@@ -67,8 +61,8 @@ class PackedRows(Dataset):
     def __getitems__(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """Builds a batch of the rows with these numbers; -1 stands for a row of nothing but padding.
 
-        Returns:
-            ``input_ids``, ``supervised``, ``segment_ids``, ``position_ids`` of shape [batch, context], ``row`` [batch].
+        A batch has ``input_ids``, ``supervised``, ``segment_ids`` and ``position_ids`` of shape [batch, context], and
+        ``row`` of shape [batch].
         """
         shape = (len(rows), self.context_length)
         batch = {
@@ -91,17 +85,6 @@ class PackedRows(Dataset):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_planned": {}}  # cheaper to make again than to send to a worker
 
-    def packed(self, epoch: int, section: int = 0) -> tuple[Samples, Plan]:
-        """Plans a section of an epoch, unless it is one of the last planned."""
-        if (epoch, section) not in self._planned:
-            samples = self.sections[section]
-            generator, overhang = self._overhang(samples, epoch, section)
-            while len(self._planned) >= PLANS_KEPT:
-                del self._planned[next(iter(self._planned))]
-            plan = make_plan(self.packing, samples.content + overhang, self.context_length, generator)
-            self._planned[epoch, section] = samples, plan
-        return self._planned[epoch, section]
-
     def report(self) -> dict[str, Any]:
         """Returns what the first epoch consists of; see `PackedDataModule.report`."""
         rows = len(self)
@@ -117,33 +100,49 @@ class PackedRows(Dataset):
         while self._starts[-1] <= row:
             self._count_section()
         begun = bisect_right(self._starts, row) - 1  # sections without rows are passed over
-        epoch, section = divmod(begun, len(self.sections))
+        epoch, section = divmod(begun, self.sections)
         return before + epoch, section, row - self._starts[begun]
 
     def first_row(self, epoch: int) -> int:
         """Number of an epoch's first row."""
-        while len(self._starts) <= epoch * len(self.sections):
+        while len(self._starts) <= epoch * self.sections:
             self._count_section()
-        return self._starts[epoch * len(self.sections)]
+        return self._starts[epoch * self.sections]
 
     def _count_section(self) -> None:
         """Counts the rows of the next section, over all epochs."""
-        epoch, section = divmod(len(self._starts) - 1, len(self.sections))
-        samples = self.sections[section]
-        _, overhang = self._overhang(samples, epoch, section)
-        lengths = samples.content + overhang
+        epoch, section = divmod(len(self._starts) - 1, self.sections)
+        samples, lengths, _ = self._with_overhang(epoch, section)
         self._starts.append(self._starts[-1] + count_rows(self.packing, lengths, self.context_length))
         if epoch == 0:
             tokens, filled = (int(array.sum(dtype=np.int64)) for array in (samples.content, lengths))
             left_out = {"dropped": samples.dropped, "truncated": samples.truncated}
             self._totals.update(samples=len(lengths), tokens=tokens, filled=filled, **left_out)
 
-    def _overhang(self, samples: Samples, epoch: int, section: int) -> tuple[np.random.Generator, NDArray[np.int32]]:
-        """Returns the generator of a section, and what it gave: the mask tokens after each sample, shape [samples].
+    def packed(self, epoch: int, section: int = 0) -> tuple[Samples, Plan]:
+        """Plans a section of an epoch, unless it is one of the last planned."""
+        if (epoch, section) not in self._planned:
+            samples, lengths, generator = self._with_overhang(epoch, section)
+            if len(self._planned) >= PLANS_KEPT:
+                del self._planned[next(iter(self._planned))]
+            self._planned[epoch, section] = samples, make_plan(self.packing, lengths, self.context_length, generator)
+        return self._planned[epoch, section]
 
-        There are no more than a row has room for. A negative number is that of tokens cut off the end.
+    def samples(self, section: int) -> Samples:
+        """Samples of a section, as far as they fit into rows."""
+        starts = np.arange(section, -(-len(self.table) // self.stretch), self.sections) * self.stretch
+        index = (starts[:, None] + np.arange(self.stretch)).reshape(-1)
+        index = index[index < len(self.table)]
+        return fit_samples(self.table, index, self.context_length, self.on_too_long, self.eos_padding)
+
+    def _with_overhang(self, epoch: int, section: int) -> tuple[Samples, NDArray[np.int32], np.random.Generator]:
+        """Returns the samples of a section, their lengths with the overhang, and the generator that has chosen it.
+
+        An overhang is what follows the content of a sample: mask tokens, no more than a row has room for. A negative
+        number is that of tokens cut off the end.
         """
         generator = np.random.default_rng((*self.seed, epoch, section) if section else (*self.seed, epoch))
+        samples = self.samples(section)
         content = samples.content
         overhang = np.zeros_like(content)
         if self.canvas:
@@ -154,14 +153,15 @@ class PackedRows(Dataset):
             overhang = blocks * self.canvas - answer
         elif self.overhang:
             overhang = generator.integers(0, self.overhang, size=len(content), endpoint=True, dtype=np.int32)
-        return generator, np.minimum(overhang, np.maximum(self.context_length - content, 0))
+        lengths = content + np.minimum(overhang, np.maximum(self.context_length - content, 0))
+        return samples, lengths, generator
 
     def _fill(self, batch: dict[str, NDArray], places: NDArray, numbers: NDArray, samples: Samples, plan: Plan) -> None:
         """Puts rows `numbers` of a section into rows `places` of a batch."""
         spans = plan.spans(numbers)
         sample, start, length = spans.sample, spans.start, spans.length
         body = samples.body[sample]
-        origin = samples.table.offsets[samples.index[sample]]
+        origin = self.table.offsets[samples.index[sample]]
         # One entry per token from here on, in the order of places and columns. What counts up along a span is the
         # number of the token plus a constant of the span.
         count = int(length.sum())
@@ -171,7 +171,7 @@ class PackedRows(Dataset):
         all_in_table = bool((start + length <= body).all())
         if not all_in_table:
             np.minimum(token, (origin + body - 1).repeat(length), out=token)
-        ids, supervised = samples.table.tokens[token], samples.table.supervised[token]
+        ids, supervised = self.table.tokens[token], self.table.supervised[token]
         if not all_in_table:
             position = number + (start - begin).repeat(length)
             after_body = position >= body.repeat(length)
@@ -187,15 +187,15 @@ class PackedRows(Dataset):
             "segment_ids": segment.repeat(length),
             "position_ids": number - begin.repeat(length),
         }
-        if count == batch["input_ids"].size:
+        if count == batch["input_ids"].size:  # nothing is padding: a copy is faster than a mask
             for name, values in columns.items():
                 batch[name].reshape(-1)[:] = values
-        else:
-            taken = np.zeros((len(batch["row"]), 1), np.int64)
-            taken[places, 0] = np.bincount(spans.row, length, len(numbers))
-            here = np.arange(self.context_length) < taken  # padding is at the end of rows
-            for name, values in columns.items():
-                batch[name][here] = values
+            return
+        taken = np.zeros((len(batch["row"]), 1), np.int64)
+        taken[places, 0] = np.bincount(spans.row, length, len(numbers))
+        here = np.arange(self.context_length) < taken  # padding is at the end of rows
+        for name, values in columns.items():
+            batch[name][here] = values
 
 
 # Lightning leaves a `DistributedSampler` as it is and tells it the epoch.

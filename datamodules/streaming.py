@@ -14,7 +14,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from dllm_var.datamodules.data_module import PackedDataModule
-from dllm_var.datamodules.packing import Sections
 from dllm_var.datamodules.rows import PackedRows
 from dllm_var.errors import UserError
 
@@ -34,20 +33,13 @@ class RowStream(IterableDataset):
     """Endless batches of rows, packed block by block; a pure function of settings and positions.
 
     The records of the source are taken in blocks. Reader k of n packs blocks k, k + n, ..., each like an epoch of its
-    own, shuffled by a generator keyed with seed, epoch and block. Readers are the workers of all ranks.
-
-    Args:
-        data: Has source, tokenizer and settings.
-        rank: Which rank this is.
-        ranks: How many there are.
-        turns: Where each reader of this rank begins, the one whose turn is next first.
+    own, shuffled by a generator keyed with seed, epoch and block. Readers are the workers of all `ranks`; `turns` says
+    where each reader of this rank begins, the one whose turn is next first.
     """
 
     def __init__(self, data: StreamingDataModule, rank: int, ranks: int, turns: deque[tuple[int, Position]]) -> None:
-        self.source, self.encoder = data.source, data.encoder()
+        self.source, self.encoder, self.packer = data.source, data.encoder(), data.packer()
         self.batch_size, self.block_records, self.seed = data.batch_size, data.block_records, data.seed
-        self.fitting = (data.context_length, data.on_too_long, data.eos_padding)
-        self.packing, self.overhang, self.canvas = data.packing, data.overhang, data.canvas
         self.rank, self.ranks, self.turns = rank, ranks, turns
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
@@ -67,29 +59,23 @@ class RowStream(IterableDataset):
 
     def _rows(self, position: Position, shard: int, shards: int) -> Iterator[tuple[PackedRows, int, Position]]:
         """Yields the next rows: the block that each is in, its number there, and the position after it."""
+        epoch, first, done, total = position
         while True:
+            start = first + (shard - first) % shards  # the reader's own next block
             blocks = 0
-            for block, packed in self._blocks(position.epoch, position.block, shard, shards):
-                blocks += 1
-                for row in range(position.row if block == position.block else 0, len(packed)):
-                    position = Position(position.epoch, block, row + 1, position.total + 1)
-                    yield packed, row, position
-            if not blocks and position.block == 0:
+            for block, records in self.source.blocks("train", self.block_records, start, shards):
+                table = self.encoder.encode(records)
+                packed = self.packer(table, seed=(self.seed, epoch, block))
+                blocks += len(packed) > 0
+                for row in range(done if block == first else 0, len(packed)):
+                    total += 1
+                    yield packed, row, Position(epoch, block, row + 1, total)
+            if not blocks and first == 0:
                 raise UserError(
                     f"{type(self.source).__name__} has too few usable records for {shards} readers of blocks of "
                     f"{self.block_records:,}; lower data.block_records, or use PackedDataModule"
                 )
-            position = Position(position.epoch + 1, 0, 0, position.total)
-
-    def _blocks(self, epoch: int, first: int, shard: int, shards: int) -> Iterator[tuple[int, PackedRows]]:
-        """Packed blocks of one reader, from a given one on."""
-        first += (shard - first) % shards  # the reader's own next block
-        special = self.encoder.tokenizer.special
-        for block, chunk in self.source.blocks("train", self.block_records, first, shards):
-            sections = Sections(self.encoder.encode(chunk), *self.fitting)
-            rows = PackedRows(sections, special, self.packing, self.overhang, (self.seed, epoch, block), self.canvas)
-            if len(rows):
-                yield block, rows
+            epoch, first, done = epoch + 1, 0, 0
 
 
 class StreamingDataModule(PackedDataModule):
@@ -105,9 +91,6 @@ class StreamingDataModule(PackedDataModule):
     Args:
         block_records: Records read, shuffled and packed at a time.
         kwargs: As for `PackedDataModule`; with ``num_workers`` at least 1 packing does not hold up training.
-
-    Raises:
-        UserError: When a setting makes no sense, or the tokenizer cannot be loaded.
     """
 
     def __init__(self, block_records: int = 5_000, **kwargs: Any) -> None:
@@ -117,7 +100,7 @@ class StreamingDataModule(PackedDataModule):
         self.block_records = block_records
         # Positions of this rank's readers, the one whose turn is next first.
         self._turns: deque[tuple[int, Position]] = deque()
-        self._restored: dict[str, Any] | None = None
+        self._restored: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
         """Tokenizes the held-out splits; Lightning calls it in one process per node."""
@@ -149,7 +132,7 @@ class StreamingDataModule(PackedDataModule):
     def state_dict(self) -> dict[str, Any]:
         """How far every reader of every rank has come; called on all ranks."""
         if not self._turns:
-            return self._restored or {}
+            return self._restored
         own = (self._ranks()[1], [[reader, *position] for reader, position in self._turns])
         by_rank: list[Any] = [own]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -159,11 +142,7 @@ class StreamingDataModule(PackedDataModule):
         return {"turns": [turns for _, turns in sorted(dict(by_rank).items())], "identity": self.identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up the positions of a checkpoint when training begins.
-
-        Raises:
-            UserError: When rows would not be those of the checkpoint, unless `check_resume` is off; names the setting.
-        """
+        """Takes up the positions of a checkpoint when training begins; refuses what `PackedDataModule` refuses."""
         self._check_identity(state_dict)
         self._restored = state_dict
 
@@ -177,7 +156,7 @@ class StreamingDataModule(PackedDataModule):
     def _begin(self, ranks: int, rank: int) -> list[tuple[int, Position]]:
         """Where each reader of this rank begins."""
         readers = max(self.num_workers, 1)
-        if self._restored is None:
+        if not self._restored:
             return [(reader, Position()) for reader in range(readers)]
         turns = [[(reader, Position(*place)) for reader, *place in turns] for turns in self._restored["turns"]]
         if len(turns) == ranks and len(turns[rank]) == readers:

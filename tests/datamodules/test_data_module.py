@@ -118,11 +118,12 @@ def test_truncation_never_leaves_a_false_or_missing_end(context):
     data = make(records, context_length=context, packing="best_fit", on_too_long="truncate", canvas=2)
     whole, ends = data.table("train").ids(0), data.tokenizer.terminator_ids
     flags = data.table("train").supervised[: len(whole)].tolist()
-    samples = data.rows("train").sections[0]
+    samples = data.rows("train").samples(0)
     if 0 not in samples.index:
         assert context <= 4, "nothing but the prompt fits"
         return
-    body, added, start = int(samples.body[0]), int(samples.ends[0]), int(samples.answer_start[0])
+    body, start = int(samples.body[0]), int(samples.answer_start[0])
+    added = int(samples.content[0]) - body
     assert body + added <= context
     assert all(flags[start:body]) and not flags[start - 1]
     assert added == (whole[body - 1] not in ends), "one end, the sample's own or an added one"
@@ -223,10 +224,9 @@ def test_a_run_goes_on_only_with_the_same_rows():
     concat, best_fit = {"packing": "concat"}, {"packing": "best_fit"}
     resume(concat, concat)
     resume(concat, best_fit, check_resume=False)
-    with pytest.raises(UserError, match=r"data\.packing was concat when .* and is best_fit now: set it back"):
+    with pytest.raises(UserError, match=r"data\.packing has another value \(best_fit instead of concat\)"):
         resume(concat, best_fit)
     with pytest.raises(UserError, match=r"data\.source has other records"):
         resume({}, {"records": WORDS[:3]})
     with pytest.raises(UserError, match=r"data\.packing puts other samples together .*--data\.check_resume=false"):
         resume(best_fit, best_fit, lambda identity: identity.update(plan_version=2))
-    resume(concat, concat, lambda identity: identity.pop("plan_version"))

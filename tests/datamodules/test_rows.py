@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllm_var.datamodules.packing import SECTION, Sections
-from dllm_var.datamodules.rows import HeldOutSampler, PackedRows, RowSampler
+from dllm_var.datamodules.rows import SECTION, HeldOutSampler, PackedRows, RowSampler
 
 CONTEXT = 32
 POLICIES = ("concat", "best_fit")
@@ -24,9 +23,8 @@ def table(build_table):
 
 @pytest.fixture(scope="module")
 def make_rows(table, tokenizer):
-    def make(packing="best_fit", overhang=0, seed=0, eos_padding=0, section=SECTION, **kwargs):
-        sections = Sections(table, CONTEXT, "drop", eos_padding, section=section, stretch=2)
-        return PackedRows(sections, tokenizer.special, packing, overhang, seed, **kwargs)
+    def make(packing="best_fit", overhang=0, **kwargs):
+        return PackedRows(table, tokenizer.special, CONTEXT, packing, overhang=overhang, stretch=2, **kwargs)
 
     return make
 
@@ -88,7 +86,7 @@ def test_overhang_and_order_are_drawn_anew_for_each_epoch_and_seed(make_rows):
 
     rows = make_rows(overhang=4)
     assert not torch.equal(content(rows, 0), content(rows, 1))
-    assert not torch.equal(content(rows, 0), content(make_rows(overhang=4, seed=1), 0))
+    assert not torch.equal(content(rows, 0), content(make_rows(overhang=4, seed=(1,)), 0))
     assert torch.equal(content(rows, 0), content(make_rows(overhang=4), 0))
 
 
@@ -119,22 +117,22 @@ def test_sections_share_the_samples(table, tokenizer, samples, section, stretch)
     lengths = np.random.default_rng(samples).integers(1, 2 * CONTEXT, samples)
     ends = np.concatenate([[0], np.cumsum(lengths)])
     table = replace(table, offsets=ends, answer_start=np.zeros(samples, np.int64))
-    sections = Sections(table, CONTEXT, "drop", 0, section, stretch)
-    kept = np.concatenate([sections[number].index for number in range(len(sections))])
+    rows = PackedRows(table, tokenizer.special, CONTEXT, section=section, stretch=stretch)
+    parts = [rows.samples(number).index for number in range(rows.sections)]
+    kept = np.concatenate(parts)
     assert sorted(kept) == np.flatnonzero(lengths <= CONTEXT).tolist()
-    assert max(len(sections[number].index) for number in range(len(sections))) <= section + stretch
+    assert max(map(len, parts)) <= section + stretch
     counts = {"samples": len(kept), "tokens": lengths[kept].sum(), "dropped": samples - len(kept), "truncated": 0}
     if len(kept):
-        report = PackedRows(sections, tokenizer.special, "concat", 0, 0).report()
+        report = rows.report()
         assert {name: report[name] for name in counts} == counts
 
 
 def test_sections_with_nothing_left_in_them_are_passed_over(table, tokenizer):
     lengths = np.where(np.arange(len(table)) // 10 % 2, 2 * CONTEXT, 5)
     table = replace(table, offsets=np.concatenate([[0], np.cumsum(lengths)]))
-    sections = Sections(table, CONTEXT, "drop", 0, section=10, stretch=10)
-    assert [len(sections[number].index) for number in range(len(sections))] == [10, 0] * 3
-    rows = PackedRows(sections, tokenizer.special, "best_fit", 0, 0)
+    rows = PackedRows(table, tokenizer.special, CONTEXT, "best_fit", section=10, stretch=10)
+    assert [len(rows.samples(number).index) for number in range(rows.sections)] == [10, 0] * 3
     assert [rows.locate(row)[1] for row in range(len(rows))] == [0, 0, 2, 2, 4, 4]
     assert rows.locate(len(rows)) == (1, 0, 0)
 

@@ -68,7 +68,7 @@ def test_another_number_of_readers_goes_on_after_the_last_block(tmp_path):
     with pytest.warns(UserWarning, match="number of ranks or workers differs"):
         after, _ = train(tmp_path, source, 15, checkpoint, num_workers=2)
     assert not set(row_numbers(before)) & set(row_numbers(after))
-    with pytest.raises(UserError, match=r"data\.block_records was 9"):
+    with pytest.raises(UserError, match=r"data\.block_records has another value \(10 instead of 9\)"):
         train(tmp_path, source, 15, checkpoint, block_records=10)
 
 
