@@ -56,8 +56,8 @@ def device_memory(
     layer, matrices = sum(p.numel() for p in in_layer), sum(p.numel() for p in in_layer if p.dim() == 2)
     width = 2 if precision == "16-true" else 4
     # Autocast multiplies by 16-bit copies, which autograd keeps: of all layers, or of the one that is computed again.
-    gathered = 2 * matrices * (1 if recompute else layers) if precision == "16-mixed" else 0
-    weights, gradients, optimizer = width * held, width * trained, 2.0 * width * trained
+    gathered = 2.0 * matrices * (1 if recompute else layers) if precision == "16-mixed" else 0
+    weights, gradients, optimizer = float(width * held), float(width * trained), 2.0 * width * trained
     if strategy == "ddp":
         gradients *= 2
     elif strategy == "fsdp2":

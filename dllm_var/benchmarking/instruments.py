@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,70 +25,55 @@ PHASES = ("data", "forward", "head_and_loss", "backward", "optimizer")  # of a t
 
 
 class ForwardClock:
-    """Adds up the time that transformers spend in their forwards, layers and output head, and counts the forwards.
+    """Adds up the time that transformers spend in their forwards, layers and output head.
 
     On the CPU it reads the clock twice per call; on CUDA it records events, so that nothing waits for the device.
     """
 
     def __init__(self, models: Sequence[Transformer]) -> None:
-        self.models = models
-        self.calls = 0
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._on_cuda = models[0].embedding.weight.is_cuda
+        self._timed = [*((model, "hidden_states") for model in models), *((m.lm_head, "forward") for m in models)]
+        self._marks: list[tuple[Any, Any]] = []  # before and after each call
 
     def __enter__(self) -> ForwardClock:
-        for model in self.models:
-            model.hidden_states = self._timed(model.hidden_states, counts=True)  # type: ignore[method-assign]
-            model.lm_head.forward = self._timed(model.lm_head.forward)  # type: ignore[method-assign]
+        for owner, name in self._timed:
+            setattr(owner, name, self._marked(getattr(owner, name)))
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for model in self.models:  # the object's attributes hid the methods of its class
-            del model.hidden_states
-            del model.lm_head.forward
+        for owner, name in self._timed:  # the object's attributes hid the methods of its class
+            delattr(owner, name)
 
     @property
     def seconds(self) -> float:
         """Time spent so far; on CUDA this waits for the device."""
-        for start, end in self._events:
-            end.synchronize()
-            self._seconds += start.elapsed_time(end) / 1000
-        self._events.clear()
-        return self._seconds
+        if not self._on_cuda:
+            return sum(end - start for start, end in self._marks)
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in self._marks) / 1000
 
-    def _timed(self, function: Callable[..., Any], counts: bool = False) -> Callable[..., Any]:
+    def _mark(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _marked(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls += counts
-            if self.models[0].embedding.weight.is_cuda:
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                result = function(*args, **kwargs)
-                end.record()
-                self._events.append((start, end))
-                return result
-            began = time.perf_counter()
+            start = self._mark()
             result = function(*args, **kwargs)
-            self._seconds += time.perf_counter() - began
+            self._marks.append((start, self._mark()))
             return result
 
         return call
 
 
-@dataclass
-class Step:
-    """One optimizer step: the time in each phase, and what its batch holds."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    tokens: int = 0  # of samples, without padding
-    positions: int = 0  # with padding
-    loss_tokens: int = 0
-    pairs: int = 0  # of tokens, without padding, of which one attends to the other
-
-
 class StepClock:
     """Cuts the time of training into phases without a gap: each mark ends one phase and begins the next.
 
-    Each mark waits for the device, so that a phase is charged with its own work.
+    Each mark waits for the device, so that a phase is charged with its own work. `steps` has for each optimizer step
+    the seconds of its phases and the counts that `end_step` takes.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -97,32 +82,29 @@ class StepClock:
 
     def restart(self) -> None:
         """Forgets all steps; the time from now to the first mark belongs to the first step."""
-        self.steps: list[Step] = []
-        self._step = Step()
+        self.steps: list[dict[str, float]] = []
+        self._seconds = dict.fromkeys(PHASES, 0.0)
         self._last = time.perf_counter()
 
     def mark(self, phase: str) -> None:
         """Charges a phase with the time since the last mark."""
         synchronise(self.device)
         now = time.perf_counter()
-        self._step.seconds[phase] += now - self._last
+        self._seconds[phase] += now - self._last
         self._last = now
 
-    def end_step(self, segment_ids: Tensor, loss_tokens: int, full_attention: bool) -> None:
+    def end_step(self, segment_ids: Tensor, counts: dict[str, int | Tensor]) -> None:
         """Ends the last phase, `optimizer`, and the step.
 
         Args:
             segment_ids: Of the step's batch [B, L]: the sample that each position belongs to, below 0 for padding.
-            loss_tokens: Positions with a loss.
-            full_attention: Whether samples see their whole row, or only themselves.
+            counts: Counts of its work, as `dllm_var.metrics.counts` has them.
         """
         self.mark("optimizer")
-        step, self._step = self._step, Step()
-        step.tokens, step.positions = int((segment_ids >= 0).sum()), segment_ids.numel()
-        step.loss_tokens = loss_tokens
-        within_samples = sum(int(row[row >= 0].bincount().square().sum()) for row in segment_ids)
-        step.pairs = segment_ids.size(1) * step.tokens if full_attention else within_samples
-        self.steps.append(step)
+        work = {"loss_tokens": int(counts["loss_tokens"]), "pairs": int(counts["attended_pairs"])}
+        tokens = {"tokens": int((segment_ids >= 0).sum()), "positions": segment_ids.numel()}
+        self.steps.append({**self._seconds, **tokens, **work})
+        self._seconds = dict.fromkeys(PHASES, 0.0)
 
 
 class PeakMemory:
@@ -158,8 +140,8 @@ class PeakMemory:
 
 def _resident(field: str) -> int:
     """Returns a line of /proc/self/status in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
+    found: Any = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
+    return 1024 * int(found[1])
 
 
 def shown(title: str, items: Sequence[T]) -> Iterator[T]:
@@ -177,24 +159,17 @@ def synchronise(device: torch.device) -> None:
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Returns processor, device, threads, versions and commit: figures depend on them."""
-    made = provenance()
-    git = made["git"]
+    versions, git = provenance()["versions"], provenance()["git"]
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
-        "cpu": _cpu_name(),
+        "cpu": model[1] if model else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "platform": platform.platform(),
-        "python": made["versions"]["python"],
+        "python": versions["python"],
         "torch": torch.__version__,
-        "dllm_var": made["versions"]["dllm-var"],
+        "dllm_var": versions["dllm-var"],
         "commit": None if git is None else git["commit"][:12] + ("+changes" if git["changed"] else ""),
     }
-
-
-def _cpu_name() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from dllm_var.benchmarking.instruments import PHASES
-from dllm_var.errors import UserError
 
 MISSING = "-"
 Figures = dict[str, Any]
@@ -91,34 +90,28 @@ def report(title: str, result: Figures, pictures: Sequence[str] = ()) -> str:
 def _task_lines(task: Figures) -> list[str]:
     lines = [f"## {task['name']}: {task['checkpoint']}, {task['parameters']:,} weights, {task['split']} split", ""]
     for columns in (ANSWERS, SPEED):
-        lines += [*_table(columns, task["settings"], task["chosen"]), ""]
+        lines += [*_aligned(_rows(columns, task["settings"], task["chosen"])), ""]
     lines += [SAMPLERS_NOTE.format(**task), ""]
     if costs := task["per_forward"]:
         header = ["tokens of a forward", *(str(cost["width"]) for cost in costs)]
         times = ["ms", *(f"{1000 * cost['seconds']:.2f}" for cost in costs)]
         relative = ["over one token's", *(f"{cost['relative']:.2f}" for cost in costs)]
         lines += [*_aligned([header, times, relative]), ""]
-    return [*lines, *(f"- {line}" for line in [*map(_curve_line, task["curves"]), *_task_findings(task)])]
-
-
-def _task_findings(task: Figures) -> list[str]:
-    """Returns the best setting, how it was chosen, and each bar with its verdict."""
+    for curve in task["curves"]:
+        points = [f"{p['value']}: {p['accuracy']:.1%} at {p['tokens_per_forward']:.2f}" for p in curve["points"]]
+        area = "not measured"
+        if curve["aup"] is not None:
+            area = f"AUP {curve['aup']:.1f} (accuracy at tokens/forward: {'; '.join(points)})"
+        lines.append(f"- {curve['name']}: {area}")
     if task["chosen"] is None:
-        return ["no entry has role default: no best setting is chosen and no ratio is taken"]
-    lines = [f"* {task['chosen']}: {task['rule']}."]
+        return [*lines, "- no entry has role default: no best setting is chosen and no ratio is taken"]
+    lines.append(f"- * {task['chosen']}: {task['rule']}.")
     lines += [_bar_line(RATIOS[name], name, bar) for name, bar in task["bars"].items()]
     if (equal := task.get("over_autoregressive_at_equal_accuracy")) is not None:
-        lines.append(f"over the autoregressive twin, the fastest setting of its accuracy: {equal:.2f}x")
+        lines.append(f"- over the autoregressive twin, the fastest setting of its accuracy: {equal:.2f}x")
     if over_fixed := task["ratios"].get("forwards_over_fixed_length"):
-        lines.append(f"useful tokens per forward over fixed-length diffusion: {over_fixed:.2f}x")
+        lines.append(f"- useful tokens per forward over fixed-length diffusion: {over_fixed:.2f}x")
     return lines
-
-
-def _curve_line(curve: Figures) -> str:
-    if curve["aup"] is None:
-        return f"{curve['name']}: not measured"
-    points = [f"{p['value']}: {p['accuracy']:.1%} at {p['tokens_per_forward']:.2f}" for p in curve["points"]]
-    return f"{curve['name']}: AUP {curve['aup']:.1f} (accuracy at tokens/forward: {'; '.join(points)})"
 
 
 def _training_lines(case: Figures) -> list[str]:
@@ -129,14 +122,15 @@ def _training_lines(case: Figures) -> list[str]:
         + (f", matrix products at {peak / 1e9:,.0f} GFLOP/s" if peak else "")
     )
     contenders = [{**one, "over_plain_loop": case["over_plain_loop"].get(one["name"])} for one in case["contenders"]]
-    lines = [title, "", *_table(TRAINING, contenders, case["ours"]), "", TRAINING_NOTE, ""]
+    lines = [title, "", *_aligned(_rows(TRAINING, contenders, case["ours"])), "", TRAINING_NOTE, ""]
     for name, bar in case["bars"].items():
         of = "" if name.startswith("mfu") else f" of {case['ours']} over the plain loop's"
-        lines.append(f"- {_bar_line(name + of, name, bar)}")
+        lines.append(_bar_line(name + of, name, bar))
     return lines
 
 
-def _table(columns: Sequence[Column], results: Sequence[Figures], best: str | None) -> list[str]:
+def _rows(columns: Sequence[Column], results: Sequence[Figures], best: str | None) -> list[list[str]]:
+    """Returns the cells of a table of results, its header first; the best one is marked."""
     rows = [["", *(header for header, *_ in columns)]]
     for result in results:
         row = [f"{result['name']} *" if result["name"] == best else result["name"]]
@@ -146,7 +140,7 @@ def _table(columns: Sequence[Column], results: Sequence[Figures], best: str | No
                 value = value.get(key) if isinstance(value, dict) else None
             row.append(MISSING if value is None else form.format(scale * value))
         rows.append(row)
-    return _aligned(rows)
+    return rows
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -163,24 +157,16 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _bar_line(label: str, name: str, bar: Figures) -> str:
     form = "{:.0%}" if name.startswith(("mfu", "sampler_overhead")) else "{:.2f}x"
-    if bar["passed"] is None:
-        verdict = "not measured" if bar["value"] is None else "not judged"
-    else:
-        verdict = "pass" if bar["passed"] else "FAIL"
+    verdict = {True: "pass", False: "FAIL", None: "not measured" if bar["value"] is None else "not judged"}
     value = MISSING if bar["value"] is None else form.format(bar["value"])
-    return f"{label}: {value} ({'>=' if bar['direction'] == 'at least' else '<='} {form.format(bar['bar'])}: {verdict})"
+    sign = ">=" if bar["direction"] == "at least" else "<="
+    return f"- {label}: {value} ({sign} {form.format(bar['bar'])}: {verdict[bar['passed']]})"
 
 
 def plot_task(task: Figures, path: Path) -> None:
-    """Draws a task's accuracy against parallelism and against speed into a PNG file.
+    """Draws a task's accuracy against parallelism and against speed into a PNG file; needs matplotlib."""
+    from matplotlib.figure import Figure  # an optional extra
 
-    Raises:
-        UserError: When matplotlib, an optional extra, is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError('plots need matplotlib: pip install "dllm-var[plots]"') from error
     figure = Figure(figsize=(10.4, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw_accuracy(left, task, "tokens_per_forward", "tokens per forward")
@@ -207,7 +193,5 @@ def _draw_accuracy(axis: Any, task: Figures, speed: str, label: str) -> None:
             y, name = bottom, f"{name} ({y:.0f} %)"
         size = 60 if setting["name"] == task["chosen"] else 28
         axis.scatter([x or 0], [y], marker="sDv^<>PXp*hd"[number % 12], s=size, label=name, clip_on=False)
-    axis.set_ylim(bottom=bottom)
-    axis.set_xlabel(label)
-    axis.set_ylabel("accuracy (%)")
+    axis.set(ylim=(bottom, None), xlabel=label, ylabel="accuracy (%)")
     axis.grid(alpha=0.3)

@@ -1,15 +1,20 @@
-"""Results of a benchmark of samplers: the best setting, its ratios and bars, and all of it as plain data."""
+"""Measurements of samplers, and what they come to: the best setting, ratios, bars and curves."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from dllm_var.benchmarking.settings import Entry
 from dllm_var.metrics import aup
+from dllm_var.model.transformer import Transformer
+from dllm_var.sampling import Generation, Request, Sampler
+from dllm_var.sampling.auxiliary import AuxiliaryModel
 
 if TYPE_CHECKING:
-    from dllm_var.benchmarking.samplers import Contender, Run, TaskRun
+    from dllm_var.benchmarking.samplers import TaskRun
 
 TOLERANCE = 0.01  # accuracy that the best setting may lose against the default one
 BARS = {  # values that the ratios should reach
@@ -24,10 +29,49 @@ RULE = (
 )
 
 
-def best_setting(contenders: Sequence[Contender]) -> Contender | None:
-    """Returns the best setting by `RULE`, which looks at the selection split alone; None without a default."""
-    near = [contender for contender in near_default(contenders) if contender.selection_single]
-    return max(near, key=lambda contender: speed(contender.selection_single), default=with_role(contenders, "default"))
+@dataclass
+class Run:
+    """One decode of a list of prompts."""
+
+    answers: list[Generation]
+    seconds: list[float]  # of each call of `generate`
+    forward_seconds: float  # the part of it inside transformers
+
+    @property
+    def tokens(self) -> int:
+        """Useful tokens: no prompt, no terminator, nothing behind it."""
+        return sum(len(answer.tokens) for answer in self.answers)
+
+    @property
+    def forwards(self) -> list[int]:
+        """Forward passes of each answer, of all models."""
+        return [answer.nfe + answer.auxiliary_nfe for answer in self.answers]
+
+
+@dataclass
+class Contender:
+    """A setting with its sampler and model, and its measurements so far."""
+
+    setting: Entry
+    sampler: Sampler
+    model: Transformer
+    scores: dict[str, float] = field(default_factory=dict)  # figures of its answers; empty until scored
+    single: list[Run] = field(default_factory=list)  # one prompt at a time
+    batched: list[Run] = field(default_factory=list)
+    memory: dict[str, int | None] = field(default_factory=dict)  # peak bytes beyond the models, `single` and `batched`
+    selection_scores: dict[str, float] = field(default_factory=dict)  # on the split that chooses the best setting
+    selection_single: list[Run] = field(default_factory=list)
+
+    @property
+    def models(self) -> list[Transformer]:
+        """The model, and the one that the sampler brings."""
+        brought = [value for value in vars(self.sampler).values() if isinstance(value, AuxiliaryModel)]
+        return [self.model, *(one.beside(self.model, Request()) for one in brought)]
+
+
+def with_role(contenders: Sequence[Contender], role: str) -> Contender | None:
+    """Returns the contender with a role that only one can have."""
+    return next((contender for contender in contenders if contender.setting.role == role), None)
 
 
 def near_default(contenders: Sequence[Contender]) -> list[Contender]:
@@ -40,63 +84,31 @@ def near_default(contenders: Sequence[Contender]) -> list[Contender]:
     return [contender for contender in scored if contender.selection_scores["accuracy"] >= lowest]
 
 
-def with_role(contenders: Sequence[Contender], role: str) -> Contender | None:
-    """Returns the contender with a role that only one can have."""
-    return next((contender for contender in contenders if contender.setting.role == role), None)
+def best_setting(contenders: Sequence[Contender]) -> Contender | None:
+    """Returns the fastest of those near the default, by the selection split alone; None without a default."""
+    timed = [contender for contender in near_default(contenders) if contender.selection_single]
+    default = with_role(contenders, "default")
+    return max(timed, key=lambda contender: speed(contender.selection_single), default=default)
 
 
-def ratios(ours: Contender, contenders: Sequence[Contender], answer_lengths: Sequence[int]) -> dict[str, float | None]:
-    """Returns one setting's ratios to the task's baselines; None where a figure is missing.
-
-    `over_*` are useful tokens/s at batch 1, `forwards_over_*` useful tokens per forward: the ratio of speeds on
-    hardware whose forwards cost the same whatever their width. Each is taken over the prompts that both have timed.
-
-    Args:
-        ours: The setting.
-        contenders: All settings of the task.
-        answer_lengths: Tokens of each prompt's longest reference. The fixed-length baseline is credited with as many
-            where its own answer has fewer, so that a bad answer does not make it look slower than it is.
-    """
-    autoregressive = with_role(contenders, "autoregressive")
-    fixed = with_role(contenders, "fixed_length")
-    rounds = zip(ours.batched, ours.single, strict=False)
-    batched = [speed([many]) / speed([one]) for many, one in rounds if one.tokens]
-    return {
-        "over_fixed_length": _over(ours, fixed, _seconds, answer_lengths),
-        "over_autoregressive": _over(ours, autoregressive, _seconds),
-        "batch_32_over_1": median(batched) if batched else None,
-        "sampler_overhead": overhead(ours.single) if ours.single else None,
-        "forwards_over_fixed_length": _over(ours, fixed, _forwards, answer_lengths),
-        "forwards_over_autoregressive": _over(ours, autoregressive, _forwards),
-    }
+def speed(runs: Sequence[Run]) -> float:
+    """Returns useful tokens per second: the median over runs."""
+    return median(run.tokens / sum(run.seconds) for run in runs)
 
 
-def at_equal_accuracy(contenders: Sequence[Contender]) -> float | None:
-    """Returns the highest `over_autoregressive` of all settings that answer as well as the autoregressive twin.
-
-    A setting answers as well when it was scored on as many prompts and is at most `TOLERANCE` less accurate.
-    """
-    twin = with_role(contenders, "autoregressive")
-    if twin is None or not twin.scores:
-        return None
-    equal = [
-        _over(contender, twin, _seconds)
-        for contender in contenders
-        if contender is not twin
-        and contender.scores
-        and contender.scores["prompts"] >= twin.scores["prompts"]
-        and contender.scores["accuracy"] >= twin.scores["accuracy"] - TOLERANCE
-    ]
-    return max((value for value in equal if value is not None), default=None)
+def overhead(runs: Sequence[Run]) -> float:
+    """Returns the share of time outside the transformers' forwards: the median over runs."""
+    return median(1 - run.forward_seconds / sum(run.seconds) for run in runs)
 
 
-def _over(
-    ours: Contender,
-    baseline: Contender | None,
-    cost: Callable[[Run, int], float],
-    credit: Sequence[int] | None = None,
+def over(
+    ours: Contender, baseline: Contender | None, cost: str = "seconds", credit: Sequence[int] | None = None
 ) -> float | None:
-    """Returns our useful tokens per cost over the baseline's: the median over rounds, each pair taken in one round."""
+    """Returns our useful tokens per `cost` (`seconds` or `forwards`) over a baseline's, at batch 1; None unmeasured.
+
+    It is the median over rounds, each ratio taken within a round over the prompts that both have timed. An answer of
+    the baseline counts with at least as many tokens as `credit` has for its prompt.
+    """
     if baseline is None or not ours.single or not baseline.single:
         return None
     values = []
@@ -108,26 +120,48 @@ def _over(
             lengths = [max(pair) for pair in zip(lengths, credit[:count], strict=True)]
         if not sum(lengths):
             return None
-        values.append(tokens / cost(mine, count) / (sum(lengths) / cost(theirs, count)))
+        our_cost, their_cost = (sum(getattr(run, cost)[:count]) for run in (mine, theirs))
+        values.append(tokens / our_cost / (sum(lengths) / their_cost))
     return median(values)
 
 
-def _seconds(run: Run, count: int) -> float:
-    return sum(run.seconds[:count])
+def ratios(ours: Contender, contenders: Sequence[Contender], answer_lengths: Sequence[int]) -> dict[str, float | None]:
+    """Returns one setting's ratios to the task's baselines; None where a figure is missing.
+
+    `over_*` are useful tokens/s at batch 1, `forwards_over_*` useful tokens per forward: the ratio of speeds on
+    hardware whose forwards cost the same whatever their width.
+
+    Args:
+        ours: The setting.
+        contenders: All settings of the task.
+        answer_lengths: Tokens of each prompt's longest reference. The fixed-length baseline is credited with as many
+            where its own answer has fewer, so that a bad answer does not make it look slower than it is.
+    """
+    autoregressive, fixed = with_role(contenders, "autoregressive"), with_role(contenders, "fixed_length")
+    rounds = zip(ours.batched, ours.single, strict=False)
+    batched = [speed([many]) / speed([one]) for many, one in rounds if one.tokens]
+    return {
+        "over_fixed_length": over(ours, fixed, credit=answer_lengths),
+        "over_autoregressive": over(ours, autoregressive),
+        "batch_32_over_1": median(batched) if batched else None,
+        "sampler_overhead": overhead(ours.single) if ours.single else None,
+        "forwards_over_fixed_length": over(ours, fixed, "forwards", answer_lengths),
+        "forwards_over_autoregressive": over(ours, autoregressive, "forwards"),
+    }
 
 
-def _forwards(run: Run, count: int) -> float:
-    return sum(answer.nfe + answer.auxiliary_nfe for answer in run.answers[:count])
+def at_equal_accuracy(contenders: Sequence[Contender]) -> float | None:
+    """Returns the highest `over_autoregressive` of all settings that answer as well as the autoregressive twin.
 
-
-def speed(runs: Sequence[Run]) -> float:
-    """Returns useful tokens per second: the median over runs."""
-    return median(run.tokens / sum(run.seconds) for run in runs)
-
-
-def overhead(runs: Sequence[Run]) -> float:
-    """Returns the share of time outside the transformers' forwards: the median over runs."""
-    return median(1 - run.forward_seconds / sum(run.seconds) for run in runs)
+    A setting answers as well when it was scored on as many prompts and is at most `TOLERANCE` less accurate.
+    """
+    twin = with_role(contenders, "autoregressive")
+    if twin is None or not twin.scores:
+        return None
+    least = {"prompts": twin.scores["prompts"], "accuracy": twin.scores["accuracy"] - TOLERANCE}
+    others = [contender for contender in contenders if contender is not twin and contender.scores]
+    equal = [one for one in others if all(one.scores[name] >= value for name, value in least.items())]
+    return max((value for value in (over(one, twin) for one in equal) if value is not None), default=None)
 
 
 def against_bar(value: float | None, bar: float, direction: str) -> dict[str, Any]:
@@ -160,40 +194,30 @@ def task_result(run: TaskRun) -> dict[str, Any]:
         "ratios": values,
         "over_autoregressive_at_equal_accuracy": at_equal_accuracy(contenders),
         "bars": {name: against_bar(values.get(name), *bar) for name, bar in BARS.items()},
-        "settings": [_setting_result(contender, ratios(contender, contenders, lengths)) for contender in contenders],
-        "curves": _curves(run),
+        "settings": [
+            {
+                "name": one.setting.name,
+                "role": one.setting.role,
+                "checkpoint": one.setting.checkpoint,
+                "sampler": one.setting.sampler,
+                **one.scores,
+                "single": timing(one.single),
+                "batched": timing(one.batched),
+                "peak_memory_bytes": one.memory,
+                "selection": {
+                    "accuracy": one.selection_scores.get("accuracy"),
+                    "tokens_per_second": speed(one.selection_single) if one.selection_single else None,
+                },
+                **ratios(one, contenders, lengths),
+            }
+            for one in contenders
+        ],
+        "curves": curves(run),
         "per_forward": run.forward_costs,
     }
 
 
-def sampler_ratios(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the ratios of the first task, and below `tasks` those of each, from their results."""
-    each = {task["name"]: {**task["ratios"], "chosen": task["chosen"], "bars": task["bars"]} for task in tasks}
-    equal = {task["name"]: task["over_autoregressive_at_equal_accuracy"] for task in tasks}
-    first = tasks[0]["ratios"] if tasks else {}
-    return {**first, "over_autoregressive_at_equal_accuracy": equal, "tasks": each}
-
-
-def _setting_result(contender: Contender, compared: dict[str, float | None]) -> dict[str, Any]:
-    setting, chosen = contender.setting, contender.selection_single
-    return {
-        "name": setting.name,
-        "role": setting.role,
-        "checkpoint": setting.checkpoint,
-        "sampler": setting.sampler,
-        **contender.scores,
-        "single": _timing(contender.single),
-        "batched": _timing(contender.batched),
-        "peak_memory_bytes": contender.memory,
-        "selection": {
-            "accuracy": contender.selection_scores.get("accuracy"),
-            "tokens_per_second": speed(chosen) if chosen else None,
-        },
-        **compared,
-    }
-
-
-def _timing(runs: Sequence[Run]) -> dict[str, Any]:
+def timing(runs: Sequence[Run]) -> dict[str, Any]:
     """Returns speed, seconds per request and overhead of some runs of the same prompts: medians over runs."""
     if not runs:
         return {}
@@ -207,13 +231,13 @@ def _timing(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _curves(run: TaskRun) -> list[dict[str, Any]]:
+def curves(run: TaskRun) -> list[dict[str, Any]]:
     """Returns every sweep with its area; the best accuracy is that of any setting scored on as many prompts."""
     scored = {contender.setting.name: contender for contender in run.contenders if contender.scores}
     most = min(run.task.prompts, len(run.examples))
     full = [one.scores["accuracy"] for one in scored.values() if one.scores["prompts"] >= most]
     best = max(full, default=None)
-    curves = []
+    found = []
     for name, settings in run.curves.items():
         points = [
             {
@@ -230,5 +254,13 @@ def _curves(run: TaskRun) -> list[dict[str, Any]]:
         if points:
             parallelism = [point["tokens_per_forward"] for point in points]
             area = aup(parallelism, [100 * p["accuracy"] for p in points], None if best is None else 100 * best)
-        curves.append({"name": name, "points": points, "best_accuracy": best, "aup": area})
-    return curves
+        found.append({"name": name, "points": points, "best_accuracy": best, "aup": area})
+    return found
+
+
+def sampler_ratios(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the ratios of the first task, and below `tasks` those of each, from their results."""
+    each = {task["name"]: {**task["ratios"], "chosen": task["chosen"], "bars": task["bars"]} for task in tasks}
+    equal = {task["name"]: task["over_autoregressive_at_equal_accuracy"] for task in tasks}
+    first = tasks[0]["ratios"] if tasks else {}
+    return {**first, "over_autoregressive_at_equal_accuracy": equal, "tasks": each}

@@ -1,22 +1,22 @@
 """Settings of a benchmark as its YAML file has them: `tasks` compare samplers, `trainings` compare ways to train."""
+# mypy: disable-error-code="valid-type"
+# jsonargparse makes the type PositiveInt when it is imported.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from dllm_var.errors import UserError
 from dllm_var.settings import merged, read_settings
 
 COUNTS = ("prompts", "single_prompts", "batched_prompts")
-
-# Contenders of a training benchmark.
-OURS, COMPILED, FULL = "ours", "ours, compiled", "ours, compiled, full attention"
-PLAIN_LOOP, PADDED = "full logits, plain loop", "full logits, padded"
-CONTENDERS = (OURS, COMPILED, FULL, PLAIN_LOOP, PADDED)
+TrainingContender = Literal["ours", "ours, compiled", "ours, compiled, full attention", "full logits, plain loop"]
+OURS, COMPILED, FULL, PLAIN_LOOP = CONTENDERS = get_args(TrainingContender)
 TRAINING_BARS = ("tokens_per_second", "peak_memory", "mfu")  # beginnings of the names of a training's bars
 
 
@@ -41,9 +41,9 @@ class Entry:
     arguments: dict[str, Any] = field(default_factory=dict)
     checkpoint: str = "diffusion"
     role: Literal["candidate", "default", "autoregressive", "fixed_length", "reference"] = "candidate"
-    prompts: int | None = None
-    single_prompts: int | None = None
-    batched_prompts: int | None = None
+    prompts: PositiveInt | None = None
+    single_prompts: PositiveInt | None = None
+    batched_prompts: NonNegativeInt | None = None
 
 
 @dataclass(kw_only=True)
@@ -87,11 +87,11 @@ class Task:
     scorer: str | dict[str, Any] = "dllm_var.benchmarking.TokenErrorScorer"
     split: str = "test"
     selection_split: str = "validation"
-    prompts: int = 500
-    selection_prompts: int = 300
-    single_prompts: int = 48
-    batched_prompts: int = 96
-    batch_size: int = 32
+    prompts: PositiveInt = 500
+    selection_prompts: PositiveInt = 300
+    single_prompts: PositiveInt = 48
+    batched_prompts: PositiveInt = 96
+    batch_size: PositiveInt = 32
     entries: list[Entry] = field(default_factory=list)
     sweeps: list[Sweep] = field(default_factory=list)
 
@@ -100,7 +100,7 @@ class Task:
         """The names of its entries and sweeps."""
         return [part.name for part in (*self.entries, *self.sweeps)]
 
-    def only(self, names: Iterable[str]) -> Task:
+    def only(self, names: Sequence[str]) -> Task:
         """Returns the task with nothing but the named entries and sweeps."""
         entries = [entry for entry in self.entries if entry.name in names]
         return replace(self, entries=entries, sweeps=[sweep for sweep in self.sweeps if sweep.name in names])
@@ -125,44 +125,36 @@ class TrainingCase:
         context_length: Tokens in a row.
         batch_size: Rows in a batch.
         steps: Optimizer steps timed in each round, after one to warm up.
-        contenders: Names out of `CONTENDERS`.
+        contenders: Ways to train it; all when not given.
         prompt_tokens: Median length of a sample's prompt, which carries no loss.
         answer_tokens: Median length of its answer.
         bars: Names of ratios in the result, with the values they should reach: `mfu` at least (of full attention where
             that takes part), `tokens_per_second_...` over the plain loop's at least, `peak_memory_...` over the plain
             loop's at most.
-
-    Raises:
-        UserError: For a number below 1, an unknown contender or an unknown bar.
     """
 
     name: str
     vocab_size: int
     transformer: dict[str, Any] = field(default_factory=dict)
-    context_length: int = 1024
-    batch_size: int = 2
-    steps: int = 2
-    contenders: list[str] = field(default_factory=lambda: list(CONTENDERS))
-    prompt_tokens: int = 60
-    answer_tokens: int = 140
+    context_length: PositiveInt = 1024
+    batch_size: PositiveInt = 2
+    steps: PositiveInt = 2
+    contenders: list[TrainingContender] = field(default_factory=lambda: list(CONTENDERS))
+    prompt_tokens: PositiveInt = 60
+    answer_tokens: PositiveInt = 140
     bars: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_length", "batch_size", "steps", "prompt_tokens", "answer_tokens"):
-            _check_number(f"training {self.name}", name, getattr(self, name))
-        for contender in self.contenders:
-            if contender not in CONTENDERS:
-                raise UserError(f"training {self.name}: no contender '{contender}'; there are {'; '.join(CONTENDERS)}")
         for bar in self.bars:
             if not bar.startswith(TRAINING_BARS):
                 raise UserError(f"training {self.name}: a bar begins with {', '.join(TRAINING_BARS)}, got '{bar}'")
 
     @property
-    def parts(self) -> list[str]:
+    def parts(self) -> Sequence[str]:
         """The names of its contenders."""
         return self.contenders
 
-    def only(self, names: Iterable[str]) -> TrainingCase:
+    def only(self, names: Sequence[str]) -> TrainingCase:
         """Returns the case with nothing but the named contenders."""
         return replace(self, contenders=[name for name in self.contenders if name in names])
 
@@ -180,29 +172,26 @@ Curves = dict[str, list[tuple[Any, str]]]  # of each sweep: its values, with the
 def expand(task: Task) -> tuple[list[Entry], Curves]:
     """Returns the settings that a task measures, with all their values filled in, and the curves that they make.
 
-    Settings are the entries, and the points of sweeps that are not entries. Their samplers are `class_path` and
-    `init_args`.
-
-    Raises:
-        UserError: For a number below 1, two settings of one name or role, a sampler's file that cannot be read, or a
-            sweep over an argument that does not exist.
+    Settings are the entries, and the points of sweeps that are not entries. Raises UserError when two have one name,
+    when two share a role that only one can have, or when a sampler cannot be read.
     """
-    where = f"task {task.name}"
-    for name in (*COUNTS, "selection_prompts", "batch_size"):
-        _check_number(where, name, getattr(task, name))
     settings = [_filled_in(entry, task) for entry in task.entries]
     curves: Curves = {}
     for sweep in task.sweeps:
         base, curve = _filled_in(sweep, task), curves.setdefault(sweep.name, [])
         for value in sweep.values:
-            name = f"{sweep.name} {value:g}" if isinstance(value, float) else f"{sweep.name} {value}"
-            sampler = _with_value(base.sampler, sweep.over, value, f"{where}, sweep {sweep.name}")
-            counts = {count: getattr(base, count) for count in COUNTS}
-            point = Entry(name, sampler, {}, sweep.checkpoint, sweep.role, **counts)
-            same = [s for s in settings if (s.sampler, s.checkpoint) == (point.sampler, point.checkpoint)]
-            if not same:
-                settings.append(point)
-            curve.append((value, (same or [point])[0].name))
+            change = value
+            for key in reversed(sweep.over.split(".")):
+                change = {key: change}
+            sampler = merged(base.sampler, change)
+            same = next((s for s in settings if (s.sampler, s.checkpoint) == (sampler, sweep.checkpoint)), None)
+            if same is None:
+                name = f"{sweep.name} {value:g}" if isinstance(value, float) else f"{sweep.name} {value}"
+                counts = {count: getattr(base, count) for count in COUNTS}
+                same = Entry(name, sampler, {}, sweep.checkpoint, sweep.role, **counts)
+                settings.append(same)
+            curve.append((value, same.name))
+    where = f"task {task.name}"
     check_names([setting.name for setting in settings], where)
     for role in ("default", "autoregressive", "fixed_length"):
         names = [setting.name for setting in settings if setting.role == role]
@@ -213,20 +202,6 @@ def expand(task: Task) -> tuple[list[Entry], Curves]:
     return settings, curves
 
 
-def check_names(names: Iterable[str], where: str) -> None:
-    """Raises UserError when two of the names are the same."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise UserError(f"{where}: two are called '{name}'; give each a name of its own")
-        seen.add(name)
-
-
-def _check_number(where: str, name: str, value: int, lowest: int = 1) -> None:
-    if value < lowest:
-        raise UserError(f"{where}: {name} must be at least {lowest}, got {value}")
-
-
 def _filled_in(entry: Entry, task: Task) -> Entry:
     """Returns the entry with its sampler's file read, its arguments put over it, and the task's numbers of prompts."""
     sampler: Any = entry.sampler
@@ -235,26 +210,16 @@ def _filled_in(entry: Entry, task: Task) -> Entry:
         sampler = sampler.get("sampler") or sampler
     if isinstance(sampler, str):
         sampler = {"class_path": sampler}
-    where = f"task {task.name}, {entry.name}"
     if "class_path" not in sampler:
-        raise UserError(f"{where}: the sampler has no class_path")
-    sampler = {"init_args": {}, **merged(sampler, {"init_args": entry.arguments} if entry.arguments else {})}
-    counts: dict[str, Any] = {}
-    for name in COUNTS:
-        own = getattr(entry, name)
-        counts[name] = getattr(task, name) if own is None else own
-        _check_number(where, name, counts[name], 0 if name == "batched_prompts" else 1)
+        raise UserError(f"task {task.name}, {entry.name}: the sampler has no class_path")
+    sampler = merged({"init_args": {}, **sampler}, {"init_args": entry.arguments})
+    own = {name: getattr(entry, name) for name in COUNTS}
+    counts: dict[str, Any] = {name: getattr(task, name) if n is None else n for name, n in own.items()}
     return replace(entry, sampler=sampler, arguments={}, **counts)
 
 
-def _with_value(sampler: Any, path: str, value: Any, where: str) -> dict[str, Any]:
-    """Returns the sampler with the value at a path like `init_args.policy.init_args.threshold` replaced."""
-    result = copy.deepcopy(sampler)
-    node = result
-    *parents, last = path.split(".")
-    for key in parents:
-        node = node.get(key) if isinstance(node, dict) else None
-    if not isinstance(node, dict):
-        raise UserError(f"{where}: over '{path}' leads nowhere in its sampler; spell out what it goes through")
-    node[last] = value
-    return result
+def check_names(names: Sequence[str], where: str) -> None:
+    """Raises UserError when two of the names are the same."""
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise UserError(f"{where}: two are called '{name}'; give each a name of its own")

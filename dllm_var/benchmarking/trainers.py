@@ -1,4 +1,4 @@
-"""Contenders of a training benchmark: our module under Lightning, and two baselines on transformers' Llama.
+"""Contenders of a training benchmark: our module under Lightning, and a plain loop around transformers' Llama.
 
 All train a model of the same shape on the same samples of random tokens, with the same masks, optimizer and clipping.
 """
@@ -10,10 +10,8 @@ import logging
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import cycle
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -22,14 +20,14 @@ import torch.nn.functional as F
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
-from dllm_var.benchmarking.instruments import Step, StepClock
-from dllm_var.benchmarking.settings import COMPILED, FULL, OURS, PADDED, PLAIN_LOOP, TrainingCase
+from dllm_var.benchmarking.instruments import StepClock
+from dllm_var.benchmarking.settings import FULL, OURS, PLAIN_LOOP, TrainingCase
+from dllm_var.checkpoints.families import LLAMA, write_config
 from dllm_var.datamodules import CmudictSource, PackedDataModule, Source
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
 from dllm_var.module import DiffusionLM
 from dllm_var.objectives import EosSchedule, KeyedNoise
-from dllm_var.objectives.base import Batch
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.training.optim import AdamW, Schedule, parameter_groups
 from dllm_var.training.trainer import Trainer
@@ -71,14 +69,6 @@ class RandomSamples(Source):
         return f"random samples {self.settings}"
 
 
-def packed_data(case: TrainingCase, cache: Path) -> PackedDataModule:
-    """Returns a case's data module, at its first row; its samples are strung together and cut, as in the paper."""
-    tokens = ENOUGH * (case.steps + 1) * case.batch_size * case.context_length
-    samples = max(64, tokens // (case.prompt_tokens + case.answer_tokens))
-    source = RandomSamples(samples, case.prompt_tokens, case.answer_tokens, case.context_length)
-    return PackedDataModule(source, None, case.batch_size, case.context_length, "concat", cache_dir=str(cache))
-
-
 class Contender(ABC):
     """Trains a case's model; it is kept over the rounds, its optimizer state is not."""
 
@@ -86,15 +76,24 @@ class Contender(ABC):
 
     def __init__(self, case: TrainingCase, device: torch.device, cache: Path) -> None:
         self.case, self.device, self.cache = case, device, cache
+        self.shape = TransformerConfig(**case.transformer, vocab_size=case.vocab_size)
         self.clock = StepClock(device)
         self.mixed = device.type == "cuda"  # bf16-mixed there, float32 on the CPU
+
+    def data(self) -> PackedDataModule:
+        """Returns the data, at its first row; the samples are strung together and cut, as in the paper."""
+        case = self.case
+        tokens = ENOUGH * (case.steps + 1) * case.batch_size * case.context_length
+        samples = max(64, tokens // (case.prompt_tokens + case.answer_tokens))
+        source = RandomSamples(samples, case.prompt_tokens, case.answer_tokens, case.context_length)
+        return PackedDataModule(source, None, case.batch_size, case.context_length, "concat", cache_dir=str(self.cache))
 
     @abstractmethod
     def train(self, steps: int) -> None:
         """Trains for that many optimizer steps, from the data's first row, with a new optimizer; marks the clock."""
 
-    def run(self, steps: int) -> list[Step]:
-        """Trains for one step to warm up and then for `steps`, which it returns."""
+    def run(self, steps: int) -> list[dict[str, float]]:
+        """Trains for one step to warm up and then for `steps`, whose seconds and counts it returns."""
         self.clock.restart()
         self.train(steps + 1)
         gc.collect()
@@ -117,31 +116,23 @@ class LightningMarks(L.Callback):
         self.clock.mark("backward")
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        loss_tokens = int(module.last_step_stats["loss_tokens"])
-        self.clock.end_step(batch["segment_ids"], loss_tokens, module.attention == "full")
+        self.clock.end_step(batch["segment_ids"], module.last_step_stats)
 
 
 class Ours(Contender):
-    """DiffusionLM under the Lightning Trainer, as `fit` builds them; `compile` and `attention` are its settings."""
+    """DiffusionLM under the Lightning Trainer, as `fit` builds them; `name` says with which settings."""
 
-    def __init__(
-        self,
-        case: TrainingCase,
-        device: torch.device,
-        cache: Path,
-        compile: bool,
-        attention: Literal["full", "document"],
-    ) -> None:
+    def __init__(self, name: str, case: TrainingCase, device: torch.device, cache: Path) -> None:
         super().__init__(case, device, cache)
         self.module = DiffusionLM(
-            TransformerConfig(**case.transformer, vocab_size=case.vocab_size),
+            self.shape,
             EosSchedule(),
-            attention,
+            "full" if name == FULL else "document",
             lambda groups: AdamW(groups, LEARNING_RATE, BETAS, WEIGHT_DECAY),
             Schedule("constant", 0),
-            compile=compile,
+            compile=name != OURS,
         )
-        self.module.use_tokenizer(packed_data(case, cache).tokenizer)
+        self.module.use_tokenizer(self.data().tokenizer)
         self.module.configure_model()
         transformer: Any = self.module.transformer
         hidden_states = transformer.hidden_states
@@ -155,35 +146,32 @@ class Ours(Contender):
         self.model = transformer
 
     def train(self, steps: int) -> None:
-        with quiet():
-            trainer = Trainer(
-                accelerator="gpu" if self.device.type == "cuda" else "cpu",
-                devices=1,
-                precision="bf16-mixed" if self.mixed else "32-true",
-                max_steps=steps,
-                gradient_clip_val=CLIP,
-                callbacks=[LightningMarks(self.clock)],
-                logger=DummyLogger(),  # logging costs its usual time
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                limit_val_batches=0,
-            )
-            trainer.fit(self.module, packed_data(self.case, self.cache))
+        logging.disable(logging.INFO)  # Lightning's notes about every fit
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # and its warnings about short ones
+                self.fit(steps)
+        finally:
+            logging.disable(logging.NOTSET)
         self.module.trainer = None  # and with it the optimizer
         self.module.zero_grad()
 
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Leaves out Lightning's notes about every fit, and its warnings about short ones."""
-    logging.disable(logging.INFO)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
+    def fit(self, steps: int) -> None:
+        """Trains with a new Trainer."""
+        trainer = Trainer(
+            accelerator="gpu" if self.device.type == "cuda" else "cpu",
+            devices=1,
+            precision="bf16-mixed" if self.mixed else "32-true",
+            max_steps=steps,
+            gradient_clip_val=CLIP,
+            callbacks=[LightningMarks(self.clock)],
+            logger=DummyLogger(),  # logging costs its usual time
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+        )
+        trainer.fit(self.module, self.data())
 
 
 class PlainLoop(Contender):
@@ -193,112 +181,50 @@ class PlainLoop(Contender):
     noise are ours: the same tokens are masked, with the same rates.
     """
 
-    full_attention = True
-
     def __init__(self, case: TrainingCase, device: torch.device, cache: Path) -> None:
         super().__init__(case, device, cache)
-        shape = TransformerConfig(**case.transformer, vocab_size=case.vocab_size)
-        self.model: Any = bidirectional_llama(shape).to(device)
+        self.model: Any = bidirectional_llama(self.shape).to(device)
         self.model.lm_head.register_forward_pre_hook(lambda *_: self.clock.mark("forward"))
-        self.objective, self.noise = EosSchedule(), KeyedNoise(0)
-        self.data = packed_data(case, cache)
-        self.objective.bind(self.data.tokenizer.special)
-
-    def batches(self) -> Iterator[Batch]:
-        """Yields batches from the data's first row on."""
-        yield from packed_data(self.case, self.cache).train_dataloader()
+        self.objective, self.noise = EosSchedule().bind(self.data().tokenizer.special), KeyedNoise(0)
 
     def train(self, steps: int) -> None:
         optimizer = AdamW(parameter_groups(self.model), LEARNING_RATE, BETAS, WEIGHT_DECAY)
-        batches = self.batches()
+        batches = iter(self.data().train_dataloader())
         for _ in range(steps):
             batch = {name: value.to(self.device) for name, value in next(batches).items()}
             self.clock.mark("data")
             noised = self.objective.corrupt(batch, self.noise)
             labels = noised.targets.masked_fill(~noised.loss_mask, -100)
-            seen = None if self.full_attention else (batch["segment_ids"] >= 0).long()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
-                logits = self.model(input_ids=noised.input_ids, attention_mask=seen, use_cache=False).logits
+                logits = self.model(input_ids=noised.input_ids, use_cache=False).logits
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
             self.clock.mark("head_and_loss")
             loss.backward()
-            loss_tokens = int(noised.loss_mask.sum())
+            counts: dict[str, Any] = {
+                "loss_tokens": noised.loss_mask.sum(),
+                "attended_pairs": labels.numel() * labels.size(1),
+            }
             del logits, loss, noised, labels
             self.clock.mark("backward")
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
             optimizer.step()
             optimizer.zero_grad()
-            self.clock.end_step(batch["segment_ids"], loss_tokens, self.full_attention)
-
-
-class PaddedLoop(PlainLoop):
-    """The plain loop with each sample in a row of its own, padded to the longest of the batch.
-
-    A batch has as many samples as the packed rows of the other contenders have on average.
-    """
-
-    full_attention = False
-
-    def batches(self) -> Iterator[Batch]:
-        table = self.data.table("train")
-        count = max(1, round(self.case.batch_size * self.case.context_length * len(table) / len(table.tokens)))
-        for start in cycle(range(0, len(table) - count + 1, count)):
-            yield self.padded(range(start, start + count))
-
-    def padded(self, samples: range) -> Batch:
-        """Returns a batch of samples of the table, each a row padded to the longest."""
-        table = self.data.table("train")
-        spans = [slice(int(table.offsets[sample]), int(table.offsets[sample + 1])) for sample in samples]
-        lengths = torch.tensor([span.stop - span.start for span in spans])
-        present = torch.arange(int(lengths.max())) < lengths[:, None]
-        tokens = torch.full(present.shape, self.data.tokenizer.pad_id)
-        supervised = torch.zeros(present.shape, dtype=torch.bool)
-        for row, span in enumerate(spans):
-            tokens[row, : lengths[row]] = torch.from_numpy(table.tokens[span].astype(np.int64))
-            supervised[row, : lengths[row]] = torch.from_numpy(table.supervised[span].astype(np.bool_))
-        positions = torch.arange(present.size(1)).expand(present.shape)
-        return {
-            "input_ids": tokens,
-            "supervised": supervised,
-            "segment_ids": present.long() - 1,
-            "position_ids": positions,
-            "row": torch.tensor(samples),
-        }
+            self.clock.end_step(batch["segment_ids"], counts)
 
 
 def bidirectional_llama(shape: TransformerConfig) -> Any:
-    """Returns a new LlamaForCausalLM of our shape, with a vocabulary, whose every position reads all others.
-
-    Raises:
-        UserError: Without transformers.
-    """
+    """Returns a new LlamaForCausalLM of our shape whose every position reads all others; raises UserError without
+    transformers."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
-        raise UserError("the baselines need transformers: pip install -e '.[dev]'") from error
-    shape = shape.resolved()
-    settings: dict[str, Any] = dict(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tie_embeddings,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    config = LlamaConfig(**settings)
-    config.is_causal = False  # no causal mask is made
-    llama = LlamaForCausalLM(config)
+        raise UserError('the plain loop needs transformers: pip install "dllm-var[transformers]"') from error
+    llama = LlamaForCausalLM(LlamaConfig(**write_config(LLAMA, shape.resolved(), "float32")))
     for layer in llama.model.layers:
-        layer.self_attn.is_causal = False  # and the kernel is not asked for one
+        layer.self_attn.is_causal = False  # as the settings say; the attention's kernel asks the layer
     return llama
 
 
 def build_contender(name: str, case: TrainingCase, device: torch.device, cache: Path) -> Contender:
     """Returns a contender by its name in the config."""
-    if name in (OURS, COMPILED, FULL):
-        return Ours(case, device, cache, compile=name != OURS, attention="full" if name == FULL else "document")
-    return {PLAIN_LOOP: PlainLoop, PADDED: PaddedLoop}[name](case, device, cache)
+    return PlainLoop(case, device, cache) if name == PLAIN_LOOP else Ours(name, case, device, cache)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dllm_var.benchmarking.instruments import PHASES, PeakMemory, Step, shown
+from dllm_var.benchmarking.instruments import PHASES, PeakMemory, shown
 from dllm_var.benchmarking.results import against_bar
 from dllm_var.benchmarking.settings import COMPILED, FULL, OURS, PLAIN_LOOP, TrainingCase
 from dllm_var.benchmarking.trainers import Contender, build_contender
@@ -54,11 +54,6 @@ class TrainingRun:
             for name in shown(f"{self.case.name}: round {number + 1} of {self.rounds}", self.names):
                 self.measured[name].append(self._measure(contenders[name]))
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether there is anything to report."""
-        return bool(self.peaks)
-
     def _measure(self, contender: Contender) -> Figures:
         gc.collect()
         with PeakMemory(self.device) as memory:
@@ -96,17 +91,17 @@ class TrainingRun:
         }
 
 
-def add_up(steps: Sequence[Step]) -> Figures:
-    """Returns speed, phases and shares of at least one step."""
-    phases = {phase: sum(step.seconds[phase] for step in steps) for phase in PHASES}
-    seconds, tokens = sum(phases.values()), sum(step.tokens for step in steps)
+def add_up(steps: Sequence[dict[str, float]]) -> Figures:
+    """Returns speed, phases and shares of at least one step of a `StepClock`."""
+    total = {name: sum(step[name] for step in steps) for name in steps[0]}
+    seconds, tokens = sum(total[phase] for phase in PHASES), total["tokens"]
     return {
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds / len(steps),
-        "phase_seconds": {phase: value / len(steps) for phase, value in phases.items()},
-        "padding_share": 1 - tokens / sum(step.positions for step in steps),
-        "loss_share": sum(step.loss_tokens for step in steps) / tokens,
-        "pairs_per_token": sum(step.pairs for step in steps) / tokens,
+        "phase_seconds": {phase: total[phase] / len(steps) for phase in PHASES},
+        "padding_share": 1 - tokens / total["positions"],
+        "loss_share": total["loss_tokens"] / tokens,
+        "pairs_per_token": total["pairs"] / tokens,
     }
 
 
@@ -137,13 +132,10 @@ def bars(
 ) -> dict[str, Figures]:
     """Returns each bar with its value out of the contenders' figures and ratios, and whether it passes."""
     utilisation = {contender["name"]: contender["mfu"] for contender in contenders}
+    values = {**ratios.get(ours or "", {}), "mfu": utilisation.get(FULL, utilisation.get(ours))}
     found = {}
     for name, bar in wanted.items():
-        if name.startswith("mfu"):
-            value = utilisation.get(FULL, utilisation.get(ours))
-        else:
-            ratio = "peak_memory" if name.startswith("peak_memory") else "tokens_per_second"
-            value = ratios.get(ours or "", {}).get(ratio)
+        value = next((value for ratio, value in values.items() if name.startswith(ratio)), None)
         found[name] = against_bar(value, bar, "at most" if name.startswith("peak_memory") else "at least")
     return found
 

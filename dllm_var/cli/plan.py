@@ -156,7 +156,7 @@ def number_of_devices(given: int | None, trainer: dict[str, Any]) -> int:
     """Returns the devices in all: those of `--devices`, else those of all nodes of the Trainer."""
     if given is not None:
         return given
-    devices = trainer.get("devices")
+    devices: Any = trainer.get("devices")
     devices = len(devices) if isinstance(devices, list) else devices
     if not str(devices).isdigit() or int(devices) < 1:
         raise UserError(f"trainer.devices {devices} says no number: give plan --devices N")

@@ -8,30 +8,26 @@ import pytest
 import torch
 
 from dllm_var.benchmarking.instruments import PeakMemory
-from dllm_var.benchmarking.samplers import Contender, Effort, TaskRun, decode, measure_forwards, turns
+from dllm_var.benchmarking.results import Contender
+from dllm_var.benchmarking.samplers import TaskRun, decode, measure_forwards
 from dllm_var.benchmarking.settings import Entry
 from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.cli.benchmark import build_parser, read_tasks
+from dllm_var.datamodules import Example
 from dllm_var.errors import UserError
 from dllm_var.sampling import BlockDiffusionSampler, DiffuSpecSampler, GuidedSampler
 
 CPU = torch.device("cpu")
-PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14]]
-
-
-def test_every_round_has_everyone_once_and_begins_elsewhere():
-    assert list(turns("abcdef", 3)) == [list("abcdef"), list("cdefab"), list("efabcd")]
-    assert all(sorted(order) == list("abc") for order in turns("abc", 7))
-    assert list(turns("", 2)) == [[], []]
+EXAMPLES = [Example("?", ids, [[1]]) for ids in ([5, 6, 7], [8, 9], [10, 11, 12, 13], [14])]
 
 
 @pytest.fixture
 def built(write_config):
     """Builds the run of a task from its config."""
 
-    def build_run(task, effort=None):
+    def build_run(task, repeats=1, **smaller):
         [read] = read_tasks(build_parser("benchmark").parse_args(["--config", write_config(task)]))
-        return TaskRun(read, effort or Effort(), CPU)
+        return TaskRun(read, repeats, CPU, **smaller)
 
     return build_run
 
@@ -48,7 +44,7 @@ def contender_of(model, sampler=None):
 
 
 @pytest.mark.parametrize("name", ["one model", "guided", "diffuspec"])
-def test_the_clock_counts_every_forward_of_all_models(name, tiny_task, model):
+def test_the_clock_sees_every_forward_of_all_models_and_leaves_no_trace(name, tiny_task, model):
     paths = {kind: tiny_task[key] for kind, key in (("guide", "autoregressive_checkpoint"), ("drafter", "checkpoint"))}
     subject = contender_of(model)
     if name == "guided":
@@ -56,24 +52,21 @@ def test_the_clock_counts_every_forward_of_all_models(name, tiny_task, model):
     elif name == "diffuspec":
         sampler = DiffuSpecSampler(paths["drafter"], shortest_draft=2, longest_draft=4, max_new_tokens=8)
         subject = contender_of(load_checkpoint(paths["guide"])[0], sampler)
-    run = decode(subject, PROMPTS, True, None, CPU)
-    assert len(run.seconds) == 4 and 0 < run.forward_seconds < sum(run.seconds)
-    assert run.forward_calls == sum(answer.nfe + answer.auxiliary_nfe for answer in run.answers) > 4
+    models = subject.models
+    slow = [each.layers[0].register_forward_hook(lambda *_: time.sleep(0.02)) for each in models]
+    run = decode(subject, EXAMPLES, limit=4)
+    for hook in slow:
+        hook.remove()
+    assert len(run.seconds) == 4 and sum(run.forwards) > 4
+    assert 0.02 * sum(run.forwards) <= run.forward_seconds < sum(run.seconds)
+    assert all("hidden_states" not in vars(each) and "forward" not in vars(each.lm_head) for each in models)
 
 
-def test_one_call_gives_the_same_answers_in_fewer_forwards(model):
+def test_one_call_gives_the_same_answers(model):
     subject = contender_of(model)
-    one_by_one, together = (decode(subject, PROMPTS, alone, None, CPU) for alone in (True, False))
+    one_by_one, together = (decode(subject, EXAMPLES, None, alone) for alone in (True, False))
     assert [a.tokens for a in together.answers] == [a.tokens for a in one_by_one.answers]
-    assert len(together.seconds) == 1 and together.forward_calls < one_by_one.forward_calls
-
-
-def test_the_clock_sees_what_happens_inside_forwards_and_leaves_no_trace(model):
-    slow = model.layers[0].register_forward_hook(lambda *_: time.sleep(0.02))
-    run = decode(contender_of(model), PROMPTS[:1], True, 4, CPU)
-    slow.remove()
-    assert run.forward_seconds >= 0.02 * run.answers[0].nfe
-    assert "hidden_states" not in vars(model) and "forward" not in vars(model.lm_head)
+    assert (len(together.seconds), len(one_by_one.seconds)) == (1, 4)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
@@ -95,7 +88,7 @@ def test_a_forward_costs_more_when_it_is_wider(model):
 
 
 def test_a_whole_task(tiny_task, built, capsys):
-    run = built(tiny_task, Effort(repeats=2, widths=(2,)))
+    run = built(tiny_task, 2, widths=(2,))
     run.run()
     result = json.loads(json.dumps(run.result()))
     settings = {setting["name"]: setting for setting in result["settings"]}
@@ -113,6 +106,12 @@ def test_a_whole_task(tiny_task, built, capsys):
     assert [point["value"] for point in curve["points"]] == [0.0, 0.9] and curve["aup"] >= 0
     assert [cost["width"] for cost in result["per_forward"]] == [1, 2]
     assert "tiny: speed, round 2 of 2" in capsys.readouterr().err
+
+
+def test_every_round_has_everyone_once_and_begins_elsewhere(tiny_task, built):
+    run = built(tiny_task)
+    assert "".join(run.in_turn("", "abcdef", 3)) == "abcdef" + "cdefab" + "efabcd"
+    assert "".join(run.in_turn("", "abc")) == "abc" and not list(run.in_turn("", "", 2))
 
 
 @pytest.mark.parametrize(

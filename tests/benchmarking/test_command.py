@@ -48,7 +48,7 @@ def test_without_matplotlib_the_rest_is_written(tiny_task, write_config, tmp_pat
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     output = tmp_path / "result.json"
     assert benchmark(write_config(tiny_task), output, "--quick", "--only", "autoregressive") == 0
-    assert 'no plots: plots need matplotlib: pip install "dllm-var[plots]"' in capsys.readouterr().err
+    assert 'no plots: they need matplotlib: pip install "dllm-var[plots]"' in capsys.readouterr().err
     assert json.loads(output.read_text())["partial"] is False
     assert ".png" not in output.with_suffix(".md").read_text() and not list(tmp_path.glob("*.png"))
 
@@ -89,8 +89,19 @@ def test_a_signal_saves_what_is_measured(number, status, tiny_task, write_config
     [
         ({"tasks": []}, ["--output", "x.txt"], "--output must end in .json, got 'x.txt'"),
         ({"tasks": []}, [], "benchmark needs --output FILE.json"),
-        ({"tasks": []}, ["--output", "x.json", "--repeats", "0"], "--repeats must be at least 1, got 0"),
-        ({"tasks": []}, ["--output", "x.json"], "says nothing to measure: give it a list of tasks"),
+        ({"tasks": []}, ["--output", "x.json", "--repeats", "0"], "repeats: 0 does not conform to restriction v>0"),
+        ({"tasks": []}, ["--output", "x.json"], "must list either tasks or trainings to measure"),
+        (
+            {"tasks": [{"name": "a", "source": "S", "checkpoint": "c", "prompts": 0}]},
+            ["--output", "x.json"],
+            "tasks.prompts: 0 does not conform",
+        ),
+        ({"trainings": [{"name": "a", "vocab_size": 0}]}, ["--output", "x.json"], "vocab_size must be at least 1"),
+        (
+            {"trainings": [{"name": "a", "vocab_size": 9, "contenders": ["theirs"]}]},
+            ["--output", "x.json"],
+            "full logits, plain loop",
+        ),
         ({"tasks": [{"name": "a"}]}, ["--output", "x.json"], "source"),
         ({"tasks": [{"nam": "a"}]}, ["--output", "x.json"], "tasks"),
     ],

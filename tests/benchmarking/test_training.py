@@ -10,20 +10,14 @@ import yaml
 
 from dllm_var.__main__ import main
 from dllm_var.benchmarking.instruments import PHASES, StepClock
-from dllm_var.benchmarking.settings import FULL, OURS, PADDED, PLAIN_LOOP, TrainingCase
-from dllm_var.benchmarking.trainers import LightningMarks, PaddedLoop, bidirectional_llama
+from dllm_var.benchmarking.settings import FULL, OURS, PLAIN_LOOP
+from dllm_var.benchmarking.trainers import LightningMarks, bidirectional_llama
 from dllm_var.benchmarking.training import add_up, bars, medians, over, training_ratios
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.objectives import KeyedNoise
 
 ROOT = Path(__file__).parent.parent.parent
 CPU = torch.device("cpu")
 SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}
-
-
-def case(**changes):
-    defaults = dict(name="tiny", vocab_size=300, transformer=SHAPE, context_length=64, prompt_tokens=6)
-    return TrainingCase(**{**defaults, "answer_tokens": 10, "steps": 1, **changes})
 
 
 def test_a_steps_phases_and_counts():
@@ -31,15 +25,15 @@ def test_a_steps_phases_and_counts():
     segments = torch.tensor([[0, 0, 1, 1, 1, -1], [0, 0, 0, 0, 0, 0]])
     for phase in ("data", "forward", "head_and_loss", "backward"):
         clock.mark(phase)
-    clock.end_step(segments, 5, full_attention=False)
-    clock.end_step(segments, 5, full_attention=True)
-    assert [step.pairs for step in clock.steps] == [4 + 9 + 36, 11 * 6]
+    clock.end_step(segments, {"loss_tokens": 5, "attended_pairs": 49})
+    clock.end_step(segments, {"loss_tokens": torch.tensor(5), "attended_pairs": 66})
     figures = add_up(clock.steps)
     phases = figures["phase_seconds"]
     assert set(phases) == set(PHASES) and all(seconds > 0 for seconds in phases.values())
     assert figures["step_seconds"] == pytest.approx(sum(phases.values()))
     assert figures["tokens_per_second"] == pytest.approx(11 / figures["step_seconds"])
     assert (figures["padding_share"], figures["loss_share"]) == (pytest.approx(1 / 12), pytest.approx(5 / 11))
+    assert figures["pairs_per_token"] == pytest.approx((49 + 66) / 22)
 
 
 def figures(tokens_per_second, memory):
@@ -72,27 +66,9 @@ def test_the_baseline_has_our_shape_and_reads_both_ways():
     assert sum(p.numel() for p in llama.parameters()) == Transformer(shape).num_parameters
     tokens = torch.zeros(2, 4, dtype=torch.long)
     tokens[1, -1] = 1
-    padded = torch.cat((tokens, torch.zeros(2, 2, dtype=torch.long)), dim=1)
     with torch.no_grad():
         logits = llama(input_ids=tokens).logits
-        beside_padding = llama(input_ids=padded, attention_mask=(torch.arange(6) < 4).expand(2, 6).long()).logits
     assert not torch.allclose(logits[0, 0], logits[1, 0], rtol=0, atol=1e-9)
-    torch.testing.assert_close(beside_padding[:, :4], logits, rtol=0, atol=1e-5)
-
-
-def test_padded_samples_are_the_packed_ones_masked_at_the_same_rates(tmp_path):
-    contender = PaddedLoop(case(), CPU, tmp_path)
-    table = contender.data.table("train")
-    batch = contender.padded(range(len(table)))
-    assert batch["input_ids"][batch["segment_ids"] == 0].tolist() == table.tokens.tolist()
-    padded = contender.objective.corrupt(batch, KeyedNoise(0))
-    rows = contender.data.rows("train")
-    packed_batch = rows.__getitems__(range(len(rows)))
-    packed = contender.objective.corrupt(packed_batch, KeyedNoise(0))
-    real, there = batch["segment_ids"] >= 0, packed_batch["segment_ids"] >= 0
-    assert not (padded.loss_mask & ~real).any()
-    share, packed_share = (float(n.loss_mask.sum() / r.sum()) for n, r in ((padded, real), (packed, there)))
-    assert share == pytest.approx(packed_share, abs=0.06)
 
 
 def run_quick(tmp_path, **settings):
@@ -108,8 +84,8 @@ def test_quick_run_writes_its_files(tmp_path):
     assert (result["kind"], result["quick"], result["partial"], result["repeats"]) == ("training", True, False, 2)
     assert result["ratios"]["mfu"] > 0 and result["ratios"]["tokens_per_second_256"] > 0
     names = {contender["name"]: contender for contender in result["trainings"][0]["contenders"]}
-    assert set(names) == {OURS, PLAIN_LOOP, PADDED}
-    assert names[OURS]["padding_share"] == 0 and names[PADDED]["padding_share"] > 0.1
+    assert set(names) == {OURS, PLAIN_LOOP}
+    assert names[OURS]["padding_share"] == names[PLAIN_LOOP]["padding_share"] == 0
     assert names[OURS]["pairs_per_token"] < 40 and names[PLAIN_LOOP]["pairs_per_token"] == 64
     assert names[OURS]["loss_share"] == pytest.approx(names[PLAIN_LOOP]["loss_share"])  # the same rows and noise
     for contender in names.values():
@@ -135,8 +111,5 @@ def test_a_signal_within_fit_saves_what_is_measured(fit, number, status, tmp_pat
     monkeypatch.setattr(LightningMarks, "on_train_batch_start", interrupted)
     found, result, text = run_quick(tmp_path, contenders=[OURS], bars={"mfu": 0.6})
     assert (found, result["partial"]) == (status, True) and "partial and quick run" in text
-    if fit == 1:
-        assert result["trainings"] == []
-    else:
-        [ours] = result["trainings"][0]["contenders"]
-        assert len(ours["rounds"]) == 1 and ours["tokens_per_second"] > 0
+    contenders = result["trainings"][0]["contenders"]
+    assert [len(ours["rounds"]) for ours in contenders] == ([] if fit == 1 else [1])
