@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,11 +21,7 @@ EXAMPLES = """examples:
 
 
 def main(command: str, arguments: list[str]) -> int:
-    """Runs `export` and returns its exit status.
-
-    Raises:
-        UserError: For a bad checkpoint or option, or a model that the format cannot hold.
-    """
+    """Runs `export`; raises UserError for a bad checkpoint or option, or a model that the format cannot hold."""
     options = build_parser(command).parse_args(arguments)
     for name in ("checkpoint", "format", "output"):
         if options[name] is None:
@@ -67,43 +62,36 @@ def build_parser(command: str) -> SettingsParser:
     return parser
 
 
-def decoding_settings(
-    checkpoint: Checkpoint, block_length: int | None, threshold: float | None
-) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+def decoding_settings(checkpoint: Checkpoint, block_length: int | None, threshold: float | None) -> tuple[Any, Any]:
     """Returns the sampler to remember, and what other engines must know of it: `block_length` and `threshold`.
 
-    Args:
-        checkpoint: The checkpoint, with the sampler it remembers; a diffusion model's default is BlockDiffusionSampler.
-        block_length: The user's, instead.
-        threshold: The user's, instead.
-
-    Raises:
-        UserError: When one is given for a sampler that has none, or is out of range.
+    The sampler is the checkpoint's, and may be any when neither is given; a diffusion model's default is
+    BlockDiffusionSampler. Raises UserError when a number is out of range, or the sampler has no such setting.
     """
     from dllm_var.sampling import BlockDiffusionSampler
     from dllm_var.sampling.base import sampler_from_config, sampler_to_config
 
-    sampler = deepcopy(checkpoint.meta.get("sampler"))
+    sampler = checkpoint.meta.get("sampler")
     if sampler is None and not checkpoint.config.causal:
         sampler = sampler_to_config(BlockDiffusionSampler())
-    if sampler is not None and (block_length is not None or threshold is not None):
-        sampler = sampler_to_config(sampler_from_config(sampler))  # ours, with all its settings
-    settings = _arguments(sampler)
-    policy = _arguments(settings.get("policy"))
-    for name, place, given in (("block_length", settings, block_length), ("threshold", policy, threshold)):
-        if given is None:
-            continue
-        if name not in place:
-            kind = "this model, which reads left to right" if sampler is None else sampler["class_path"]
-            raise UserError(f"--{name.replace('_', '-')} does not go with {kind}")
-        place[name] = given
-    if sampler is not None and (block_length is not None or threshold is not None):
+    if block_length is not None or threshold is not None:
+        if sampler is None:
+            raise UserError("--block-length and --threshold do not go with this model, which reads left to right")
+        changed: Any = sampler_from_config(sampler)
+        policy = getattr(changed, "policy", None)
+        for owner, name, value in ((changed, "block_length", block_length), (policy, "threshold", threshold)):
+            if value is not None and not hasattr(owner, name):
+                raise UserError(f"--{name.replace('_', '-')} does not go with {sampler['class_path']}")
+            if value is not None:
+                setattr(owner, name, value)
+        sampler = sampler_to_config(changed)
         sampler_from_config(sampler)  # checks the ranges
-    places = {"block_length": settings, "threshold": policy}
+    settings = _arguments(sampler)
+    places = {"block_length": settings, "threshold": _arguments(settings.get("policy"))}
     return sampler, {name: place[name] for name, place in places.items() if fits(place.get(name), float)}
 
 
 def _arguments(described: Any) -> dict[str, Any]:
     """Returns the arguments in a checkpoint's description of a sampler or policy; none when it is not one."""
-    arguments = described.get("init_args") if isinstance(described, dict) and "class_path" in described else None
+    arguments = described.get("init_args") if isinstance(described, dict) else None
     return arguments if isinstance(arguments, dict) else {}

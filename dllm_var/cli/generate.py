@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from jsonargparse import Namespace
+from tqdm import tqdm
 
-from dllm_var.cli.prompts_and_answers import AnswerPrinter, count, is_coloured, read_prompts, summary, token_ids
+from dllm_var.cli.infill_and_replay import replay, split_gaps, width_and_colour
 from dllm_var.errors import UserError
-from dllm_var.files import open_output
+from dllm_var.files import open_output, parse_json
 from dllm_var.settings import SettingsParser, given, read_settings
+from dllm_var.text.tokenizer import ROLES
 
 if TYPE_CHECKING:
     from dllm_var.model.transformer import Transformer
-    from dllm_var.sampling import Sampler
+    from dllm_var.sampling import Generation, Sampler
     from dllm_var.text.tokenizer import Tokenizer
 
 DESCRIPTION = """Answers prompts with a trained checkpoint.
@@ -36,21 +40,24 @@ EXAMPLES = """examples:
 
 docs/generate.md explains them all."""
 
+CONFLICTS = {  # an option, and those that it does not go with
+    "stream": ("json", "replay", "no_stream", "infill"),
+    "json": ("replay",),
+    "infill": ("stop", "max_new_tokens", "prompts_file"),
+}
+
 
 def main(command: str, arguments: list[str]) -> int:
-    """Runs `generate`.
-
-    Returns:
-        0, or 130 after Ctrl-C; the answers finished by then have been written.
-
-    Raises:
-        UserError: For a bad checkpoint, prompt or setting.
-    """
+    """Runs `generate`; returns 0, or 130 after Ctrl-C, when the answers finished by then have been written."""
     if {"-h", "--help"} & set(arguments):
         build_parser(command, None).print_help()
         return 0
+    import torch  # not before --help has been answered
+
     options, sampler, model, tokenizer = load(command, arguments, build_parser)
-    check_combinations(options)
+    for option, other in ((option, other) for option, others in CONFLICTS.items() for other in others):
+        if options[option] and options[other]:
+            raise UserError(f"--{option} does not go with --{other.replace('_', '-')}: leave one of them out")
     if options.rope_scaling is not None:
         from dllm_var.model.rope_scaling import read_rope_scaling
 
@@ -72,54 +79,36 @@ def main(command: str, arguments: list[str]) -> int:
         printer.interrupt()
         partial = None if file is None else file.abandon()
         where = f", in {partial}" if partial else ""
-        print(f"interrupted: {len(printer.done)} of {count(len(prompts), 'answer')} finished{where}", file=sys.stderr)
+        print(f"interrupted: {len(printer.done)} of {len(prompts):,} answers finished{where}", file=sys.stderr)
         return 130
-    except OSError as error:
-        error.filename = error.filename or ("standard output" if file is None else options.output)
-        raise
-    except (MemoryError, RuntimeError) as error:
-        import torch
-
-        lacks_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not lacks_memory and "can't allocate memory" not in str(error):  # torch has no class for it on a CPU
-            raise
+    except torch.OutOfMemoryError as error:
         raise UserError("not enough memory for these answers: lower --max-new-tokens or the batch size") from error
     finally:
         printer.progress.close()
         if file is not None:
             file.abandon()
-    line = summary(printer.done, time.perf_counter() - began)
-    print(f"\033[2m{line}\033[0m" if is_coloured(sys.stderr) else line, file=sys.stderr)
+    print(summary(printer.done, time.perf_counter() - began), file=sys.stderr)
     return 0
 
 
 def decode(sampler: Sampler, model: Transformer, suppress: list[int], printer: AnswerPrinter) -> None:
     """Decodes the prompts of a printer, or fills their gaps, and has every answer printed."""
     prompts, options = printer.prompts, printer.options
+    ids = [prompt.ids for prompt in prompts]
     shared: dict[str, Any] = dict(tokenizer=printer.tokenizer, suppress=suppress, on_answer=printer.on_answer)
     if prompts[0].infill is None:
-        sampler.generate(
-            model,
-            [prompt.ids for prompt in prompts],
-            max_new_tokens=options.max_new_tokens,
-            stop=options.stop or [],
-            on_block=printer.on_block if printer.streams else None,
-            **shared,
-        )
+        on_block = printer.on_block if printer.streams else None
+        limits = dict(max_new_tokens=options.max_new_tokens, stop=options.stop or [])
+        sampler.generate(model, ids, on_block=on_block, **limits, **shared)
         return
     from dllm_var.sampling.infilling import infill
 
     for name in ("policy", "batch_size", "temperature", "top_k", "top_p", "seed"):
         if name in options.sampler.init_args:  # a sampler with a policy of its own does not lend it
             shared[name] = getattr(sampler, name)
-    infill(
-        model,
-        [prompt.infill_ids or [] for prompt in prompts],
-        prompts=[prompt.ids for prompt in prompts],
-        # What the sampler would show behind the answer: masks to the end of its block, or of its canvas.
-        block_length=getattr(sampler, "block_length", None) or getattr(sampler, "canvas_length", None),
-        **shared,
-    )
+    # What the sampler would show behind the answer: masks to the end of its block, or of its canvas.
+    block_length = getattr(sampler, "block_length", None) or getattr(sampler, "canvas_length", None)
+    infill(model, [prompt.infill_ids for prompt in prompts], prompts=ids, block_length=block_length, **shared)
 
 
 def load(
@@ -129,7 +118,7 @@ def load(
 
     `builder` makes the command's parser from its name and the default sampler.
     """
-    import torch  # not before --help has been answered
+    import torch
 
     from dllm_var.checkpoints.pretrained import load_checkpoint
     from dllm_var.sampling.base import sampler_from_config, sampler_to_config
@@ -189,16 +178,15 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
     output.add_argument("--stream", action="store_true", help="print a single answer block by block, as in a terminal")
     output.add_argument("--no-stream", action="store_true", help="print answers whole")
     output.add_argument("--replay", action="store_true", help="show in which forward pass each token appeared")
-    output.add_argument(
-        "--config", action="config", metavar="FILE", help="YAML file of options, under their full names"
-    )
+    file = "YAML file of options, under their full names"
+    output.add_argument("--config", action="config", metavar="FILE", help=file)
     return parser
 
 
 # Short names of settings of the sampler: the setting, a letter for its value, help.
 SHORTCUTS = {
     "--policy": ("policy", "NAME", "which positions become tokens at each step; --policy.NAME VALUE sets an argument"),
-    "--threshold": ("policy", "P", "commit tokens above this confidence (policy ConfidenceThreshold)"),
+    "--threshold": ("policy.threshold", "P", "commit tokens above this confidence (policy ConfidenceThreshold)"),
     "--block-length": ("block_length", "N", "tokens decoded together"),
     "--batch-size": ("batch_size", "N", "prompts decoded at a time"),
     "--temperature": ("temperature", "T", "0: the most likely token; above: draw"),
@@ -218,8 +206,6 @@ def add_sampler_options(parser: SettingsParser, sampler: dict[str, Any] | None) 
         from dllm_var.sampling import Sampler
 
         parser.add_subclass_arguments(Sampler, "sampler", default=sampler, as_group=False, help=about)
-        names = parser.names
-        parser.names = lambda: [*names(), *(option.removeprefix("--") for option in SHORTCUTS)]
         return
     group = parser.add_argument_group("sampler")
     group.add_argument("--sampler", type=str, metavar="NAME", help=about)
@@ -228,13 +214,10 @@ def add_sampler_options(parser: SettingsParser, sampler: dict[str, Any] | None) 
 
 
 def spell_out(arguments: list[str]) -> list[str]:
-    """Puts `--sampler FILE` and short names of its settings as the parser understands them.
+    """Puts `--sampler FILE` and short names of its settings as the parser understands them, classes before arguments.
 
-    A file is replaced by what it says under `sampler`, under `vars.sampler` or at its top level. Settings of the
-    sampler follow it: `--policy NAME` becomes `--sampler.policy=dllm_var.sampling.policies.NAME`.
-
-    Raises:
-        UserError: For a missing value, a file that cannot be read, or a policy that does not exist.
+    A file is replaced by what it says under `sampler`, under `vars.sampler` or at its top level; `--policy NAME`
+    becomes `--sampler.policy=NAME`. Raises UserError for a missing value, or a file that cannot be read.
     """
     result: list[str] = []
     settings: list[str] = []
@@ -251,49 +234,213 @@ def spell_out(arguments: list[str]) -> list[str]:
             if Path(value).suffix in (".yaml", ".yml", ".json"):
                 file = read_settings(Path(value))
                 value = json.dumps(file.get("sampler") or (file.get("vars") or {}).get("sampler") or file)
-            result.append(f"--sampler={value}")
-        elif option == "--threshold":
+            settings.append(f"--sampler={value}")
+            continue
+        if option == "--threshold":
             if given(arguments, "--policy", "--sampler.policy"):
-                raise UserError(
-                    "--threshold chooses the policy ConfidenceThreshold: leave out --policy, or --threshold"
-                )
-            settings += [
-                "--sampler.policy=dllm_var.sampling.ConfidenceThreshold",
-                f"--sampler.policy.threshold={value}",
-            ]
-        elif option.startswith("--policy."):
-            settings.append(f"--sampler.{option.removeprefix('--')}={value}")
-        else:
-            settings.append(f"--sampler.{SHORTCUTS[option][0]}={policy_path(value) if option == '--policy' else value}")
-    return result + settings
+                raise UserError("--threshold chooses the policy ConfidenceThreshold: leave out --policy or --threshold")
+            settings.append("--sampler.policy=ConfidenceThreshold")
+        if option == "--policy" and "." not in value:
+            from dllm_var.sampling import policies
+
+            known = [name for name in policies.__all__ if hasattr(getattr(policies, name), "decide")]
+            if value not in known:
+                raise UserError(f"--policy: there is no policy '{value}'; there are {', '.join(known)}")
+        name = SHORTCUTS[option][0] if option in SHORTCUTS else option.removeprefix("--")
+        settings.append(f"--sampler.{name}={value}")
+    return result + sorted(settings, key=lambda setting: setting.partition("=")[0].count("."))
 
 
-def policy_path(name: str) -> str:
-    """Returns the class path of a policy of this package, or of a class of one's own."""
-    from dllm_var.sampling import policies
-
-    if "." in name:
-        return name
-    known = [kind for kind in policies.__all__ if hasattr(getattr(policies, kind), "decide")]
-    if name not in known:
-        raise UserError(f"--policy: there is no policy '{name}'; there are {', '.join(known)}")
-    return f"dllm_var.sampling.policies.{name}"
+# -- prompts -----------------------------------------------------------------------------------------------------------
 
 
-def check_combinations(options: Namespace) -> None:
-    """Raises UserError for options that contradict each other."""
-    for option, other, reason in (
-        ("json", "stream", "JSON lines are written when an answer is complete"),
-        ("json", "replay", "the JSON lines have commit_steps"),
-        ("replay", "stream", "a replay needs the whole answer"),
-        ("stream", "no_stream", "they are opposites"),
-        ("infill", "stream", "gaps are filled in no particular order"),
-        ("infill", "stop", "a text with gaps ends where it ends"),
-        ("infill", "max_new_tokens", "gaps have their own lengths"),
-        ("infill", "prompts_file", 'put "infill" beside "prompt" into the lines of a .jsonl file'),
-    ):
-        if options[option] and options[other]:
-            pair = f"--{option} does not go with --{other}".replace("_", "-")
-            raise UserError(f"{pair}: {reason}")
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to decode."""
+
+    text: str  # as it is shown: what the user wrote, or said last
+    ids: list[int]  # what the model reads before the answer
+    infill: str | None = None  # the answer with gaps, as it was written
+    infill_ids: Sequence[int] = ()  # its token ids, the mask id wherever a token is wanted
+
+
+def read_prompts(options: Namespace, tokenizer: Tokenizer) -> list[Prompt]:
+    """Returns the prompts of the options, in order; raises UserError, which names the place of a prompt it refuses."""
+    if options.chat and tokenizer.chat_template is None:
+        raise UserError("--chat: the checkpoint's tokenizer has no chat template; leave out --chat")
     if options.system is not None and not options.chat:
         raise UserError("--system needs --chat: a system message is part of a conversation")
+    prompts = []
+    for place, record in _records(options):
+        try:
+            prompts.append(_prompt(record, tokenizer, options.chat, options.system))
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+    if not prompts:
+        raise UserError("no prompts: give --prompt TEXT, --prompts-file FILE or lines on standard input")
+    if len({prompt.infill is None for prompt in prompts}) > 1:
+        raise UserError("some prompts have an infill text and some have none: decode them in two runs")
+    return prompts
+
+
+def _records(options: Namespace) -> Iterator[tuple[str, Any]]:
+    """Yields the place of each prompt, for messages, and the prompt as a line of a .jsonl file has it."""
+    prompts, infills, name = options.prompt or [], options.infill or [], options.prompts_file
+    if infills and prompts and len(prompts) != len(infills):
+        raise UserError(f"{len(prompts)} --prompt and {len(infills)} --infill: give one for each infill text, or none")
+    for prompt, infill in zip_longest(prompts, infills):
+        yield "--prompt" if infill is None else "--infill", {"prompt": prompt, "infill": infill}
+    if name is None and (prompts or infills or sys.stdin.isatty()):
+        return
+    try:
+        text = sys.stdin.read() if name in (None, "-") else Path(name).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"cannot read the prompts of {name or 'standard input'}: {reason}") from error
+    is_json = name is not None and name.endswith(".jsonl")
+    for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
+        place = f"{name or 'standard input'}, line {number}"
+        if not is_json:
+            yield place, {"prompt": line.strip()}
+        elif line.strip():
+            yield place, parse_json(line, place)
+
+
+def _prompt(record: Any, tokenizer: Tokenizer, chat: bool, system: str | None) -> Prompt:
+    """Returns what a record asks for; raises UserError when it asks for nothing that can be decoded."""
+    if not isinstance(record, dict) or not record.keys() & {"prompt", "messages", "infill"}:
+        raise UserError('expected an object with "prompt", "messages" or "infill"')
+    text, messages, infill = (record.get(name) for name in ("prompt", "messages", "infill"))
+    ids: list[int] = []
+    if chat and messages is None and text is not None:
+        messages = [{"role": "user", "content": text}]
+    if messages is not None:
+        known = isinstance(messages, list) and all(isinstance(turn, dict) for turn in messages)
+        turns = [turn for turn in messages if turn.get("role") in ROLES] if known else []
+        if turns and turns[-1]["role"] == "assistant":  # a record of training data: that turn is asked for
+            turns = turns[:-1]
+        if not turns or len(turns) < len(messages) - 1:
+            roles = ", ".join(ROLES)
+            raise UserError(f'"messages" must be a list of turns to answer, with content and role, one of {roles}')
+        if system is not None and turns[0]["role"] != "system":
+            turns = [{"role": "system", "content": system}, *turns]
+        for turn in turns:
+            _encode(turn.get("content"), tokenizer)
+        text, ids = messages[-1]["content"], tokenizer.encode_chat_prompt(messages)
+    elif text is not None:
+        ids = _encode(text, tokenizer)
+    if infill is None:
+        return Prompt(text or "", ids)
+    if not isinstance(infill, str):
+        raise UserError(f"it must be text, got {json.dumps(infill)}")
+    infill_ids: list[int] = []
+    for part in split_gaps(infill):
+        infill_ids += [tokenizer.mask_id] * part if isinstance(part, int) else _encode(part, tokenizer)
+    return Prompt(text or "", ids, infill, infill_ids)
+
+
+def _encode(text: Any, tokenizer: Tokenizer) -> list[int]:
+    """Returns the token ids of a text; raises UserError when it is empty or the vocabulary cannot spell it."""
+    if not isinstance(text, str):
+        raise UserError(f"it must be text, got {json.dumps(text)}")
+    if not text.strip():
+        raise UserError("it is empty: give at least one token")
+    try:
+        spans = tokenizer.spans(text)
+    except (TypeError, UnicodeEncodeError) as error:  # half a character, from a terminal that is not set to UTF-8
+        raise UserError(f"it is not valid Unicode: {text!r}") from error
+    unknown = next((text[start:stop] for index, start, stop in spans if index == tokenizer.unknown_id), None)
+    if unknown is not None:
+        raise UserError(f"'{text[:80]}': the checkpoint's vocabulary has nothing for '{unknown[:80]}'")
+    return tokenizer.encode(text)
+
+
+def token_ids(names: Sequence[str], tokenizer: Tokenizer) -> list[int]:
+    """Returns the ids of tokens given by text, name in the vocabulary, or `id:N`; a text must be one token."""
+    ids = []
+    for name in names:
+        number = name.removeprefix("id:")
+        index = int(number) if number != name and number.isdecimal() else tokenizer.backend.token_to_id(name)
+        encoded = tokenizer.encode(name) if index is None else [index]
+        if len(encoded) != 1 or encoded[0] == tokenizer.unknown_id:
+            pieces = ", ".join(repr(tokenizer.id_to_token(index)) for index in encoded) or "nothing"
+            raise UserError(f"--suppress: '{name}' is not one token but {pieces}; give a token's text, or id:N")
+        ids += encoded
+    return ids
+
+
+# -- answers -----------------------------------------------------------------------------------------------------------
+
+
+class AnswerPrinter:
+    """Prints answers in the order of their prompts; the answer of a single prompt may be streamed block by block.
+
+    `options` are those of `generate`: `json`, `replay`, `answers_only`, `stream`, `no_stream` and `stop`.
+    """
+
+    def __init__(self, out: TextIO, prompts: Sequence[Prompt], tokenizer: Tokenizer, options: Namespace) -> None:
+        self.out, self.prompts, self.tokenizer, self.options = out, prompts, tokenizer, options
+        whole = options.no_stream or options.json or options.replay or prompts[0].infill is not None
+        self.streams = options.stream or (out.isatty() and len(prompts) == 1 and not whole)
+        self.streamed = ""  # what a stream has shown of the answer's line
+        self.next = 0  # the prompt whose answer is printed next
+        self.waiting: dict[int, Generation] = {}
+        self.done: list[Generation] = []
+        hidden = len(prompts) == 1 or out.isatty() or not sys.stderr.isatty()
+        self.progress = tqdm(total=len(prompts), unit=" answers", leave=False, disable=hidden)
+
+    def on_block(self, index: int, tokens: list[int]) -> None:
+        """Shows what is new in the only answer, but for what later tokens may change."""
+        text = self.tokenizer.decode(tokens).rstrip("\ufffd")  # half a character
+        if self.options.stop:
+            from dllm_var.sampling.stopping import StopStrings
+
+            text = StopStrings(self.options.stop, self.tokenizer).settled(text)
+        line = self._line(index, text)
+        if line.startswith(self.streamed):
+            self._write(line[len(self.streamed) :])
+            self.streamed = line
+
+    def on_answer(self, index: int, answer: Generation) -> None:
+        """Prints an answer, or keeps it until those before it are there."""
+        self.waiting[index] = answer
+        self.done.append(answer)
+        self.progress.update()
+        while self.next in self.waiting:
+            self._print(self.next, self.waiting.pop(self.next))
+            self.next += 1
+
+    def interrupt(self) -> None:
+        """Prints the answers that wait for one that will not come."""
+        self.progress.close()
+        if self.streamed:
+            self._write("\n")
+        for index, answer in sorted(self.waiting.items()):
+            self._print(index, answer)
+
+    def _print(self, index: int, answer: Generation) -> None:
+        prompt, line = self.prompts[index], self._line(index, answer.text or "")
+        if self.options.json:
+            line = answer.as_json(prompt.text, **({} if prompt.infill is None else {"infill": prompt.infill}))
+        if self.options.replay:
+            line = f"{line}\n{replay(answer, self.tokenizer, *width_and_colour(self.out))}"
+        changed = not line.startswith(self.streamed)  # by a tokenizer whose later tokens change earlier text
+        self._write(("\n" if changed else "") + line.removeprefix(self.streamed) + "\n")
+
+    def _line(self, index: int, text: str) -> str:
+        prompt = self.prompts[index]
+        return text if self.options.answers_only else f"{prompt.text or prompt.infill} -> {text}"
+
+    def _write(self, text: str) -> None:
+        self.out.write(text)
+        self.out.flush()
+
+
+def summary(answers: Sequence[Generation], seconds: float) -> str:
+    """Returns one line: what it took."""
+    tokens, forwards = sum(answer.new_tokens for answer in answers), sum(answer.nfe for answer in answers)
+    named = (("answer", len(answers)), ("token", tokens), ("forward", forwards))
+    counts = [f"{number:,} {noun}" + ("" if number == 1 else "s") for noun, number in named]
+    speed = f"({tokens / max(forwards, 1):.2f} tokens/forward), {seconds:.2f} s ({tokens / seconds:.0f} tokens/s)"
+    cut = sum(answer.finish_reason == "length" for answer in answers)
+    return f"{counts[0]}, {counts[1]} in {counts[2]} {speed}" + (f"; {cut} reached the length limit" if cut else "")

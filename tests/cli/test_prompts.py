@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 
 from dllm_var.__main__ import main
 from dllm_var.checkpoints.export import save_checkpoint_folder
-from dllm_var.cli.prompts_and_answers import encode_gaps, read_prompts, token_ids
+from dllm_var.cli.generate import read_prompts, token_ids
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.text.tokenizer import Tokenizer
@@ -172,7 +172,8 @@ def test_chat_through_the_command(tmp_path, chat, capsys):
 
 def test_a_gap_is_as_many_masks_and_takes_the_blank_before_it(plain):
     def gaps(text):
-        return encode_gaps(text, plain)
+        [prompt] = read(plain, infill=[text])
+        return prompt.infill_ids
 
     mask, encode = plain.mask_id, plain.encode
     assert gaps("the <gap:2> sat") == [*encode("the"), mask, mask, *encode(" sat")]
@@ -210,15 +211,16 @@ def test_tokens_by_text_name_and_number(plain, cmudict):
         ("not json", ["line 1", "not valid JSON"]),
         ("[1]", ["line 1", '"prompt"', '"messages"', '"infill"']),
         ('{"text": "a"}', ["line 1", '"prompt"']),
-        ('{"prompt": 1}', ["line 1", '"prompt"', "1"]),
-        ('{"infill": ["a"]}', ["line 1", '"infill"']),
+        ('{"prompt": 1}', ["line 1", "text", "1"]),
+        ('{"infill": ["a"]}', ["line 1", "text"]),
         ('{"prompt": ""}', ["line 1", "empty"]),
         ('{"messages": "hi"}', ["line 1", '"messages"', "list"]),
-        ('{"messages": [{"role": "user"}]}', ["line 1", '"messages"', "content"]),
-        ('{"messages": []}', ["line 1", "no turn"]),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}', ["line 1", "no turn"]),
+        ('{"messages": [{"role": "user"}]}', ["line 1", "text"]),
+        ('{"messages": []}', ["line 1", "turns to answer"]),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', ["line 1", "turns to answer"]),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', ["line 1", "system, user, assistant, tool"]),
         ('{"messages": [{"role": "user", "content": " "}]}', ["line 1", "empty"]),
-        ('{"infill": "abc"}', ["line 1", "no gap"]),
+        ('{"infill": "abc"}', ["line 1", "must have gaps"]),
         ('{"prompt": "a"}\n{"infill": "a<gap:1>"}', ["infill", "two runs"]),
     ],
 )
@@ -232,8 +234,8 @@ def test_bad_records_are_named(line, words, tmp_path, plain):
 
 @pytest.mark.parametrize("gap", ["<gap>", "<gap:0>", "<gap:x>", "<gap:-1>", "<gap:1", "<gap:12345678>"])
 def test_gaps_without_a_length_are_named(gap, plain):
-    with pytest.raises(UserError, match="write <gap:3> for three tokens"):
-        encode_gaps(f"a {gap} b <gap:2>", plain)
+    with pytest.raises(UserError, match="write <gap:3> where three tokens"):
+        read(plain, infill=[f"a {gap} b <gap:2>"])
 
 
 def test_text_that_is_no_text_is_named(tmp_path, plain, cmudict):
@@ -249,7 +251,7 @@ def test_text_that_is_no_text_is_named(tmp_path, plain, cmudict):
         read(cmudict, infill=["café<gap:1>"])
 
 
-@pytest.mark.parametrize(("name", "words"), [("AE T", "2 tokens, 'AE' 'T'"), ("É", "has none"), ("", "has none")])
+@pytest.mark.parametrize(("name", "words"), [("AE T", "but 'AE', 'T'"), ("É", "<unk>"), ("", "but nothing")])
 def test_what_is_not_one_token_is_named(name, words, cmudict):
     with pytest.raises(UserError, match=words):
         token_ids([name], cmudict)
