@@ -234,7 +234,7 @@ def spell_out(arguments: list[str]) -> list[str]:
             if Path(value).suffix in (".yaml", ".yml", ".json"):
                 file = read_settings(Path(value))
                 value = json.dumps(file.get("sampler") or (file.get("vars") or {}).get("sampler") or file)
-            settings.append(f"--sampler={value}")
+            result.append(f"--sampler={value}")
             continue
         if option == "--threshold":
             if given(arguments, "--policy", "--sampler.policy"):
@@ -326,7 +326,7 @@ def _prompt(record: Any, tokenizer: Tokenizer, chat: bool, system: str | None) -
             turns = [{"role": "system", "content": system}, *turns]
         for turn in turns:
             _encode(turn.get("content"), tokenizer)
-        text, ids = messages[-1]["content"], tokenizer.encode_chat_prompt(messages)
+        text, ids = turns[-1]["content"], tokenizer.encode_chat_prompt(turns)
     elif text is not None:
         ids = _encode(text, tokenizer)
     if infill is None:
@@ -361,11 +361,13 @@ def token_ids(names: Sequence[str], tokenizer: Tokenizer) -> list[int]:
     for name in names:
         number = name.removeprefix("id:")
         index = int(number) if number != name and number.isdecimal() else tokenizer.backend.token_to_id(name)
-        encoded = tokenizer.encode(name) if index is None else [index]
-        if len(encoded) != 1 or encoded[0] == tokenizer.unknown_id:
-            pieces = ", ".join(repr(tokenizer.id_to_token(index)) for index in encoded) or "nothing"
-            raise UserError(f"--suppress: '{name}' is not one token but {pieces}; give a token's text, or id:N")
-        ids += encoded
+        if index is None:
+            encoded = tokenizer.encode(name)
+            if len(encoded) != 1 or encoded[0] == tokenizer.unknown_id:
+                pieces = ", ".join(repr(tokenizer.id_to_token(piece)) for piece in encoded) or "nothing"
+                raise UserError(f"--suppress: '{name}' is not one token but {pieces}; give a token's text, or id:N")
+            index = encoded[0]
+        ids.append(index)
     return ids
 
 

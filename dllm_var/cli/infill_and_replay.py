@@ -1,4 +1,4 @@
-"""Two options of `generate`: the gaps of a text (--infill), and in which forward pass each token appeared (--replay)."""
+"""Two options of `generate`: the gaps of a text (--infill), and the forward pass of each token (--replay)."""
 
 from __future__ import annotations
 
