@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -28,40 +28,34 @@ class AuxiliaryModel:
     path: str
     causal: bool
 
-    def __post_init__(self) -> None:
-        self._same: Tokenizer | None = None  # the last one found to be the same
+    same: Tokenizer | None = field(init=False, default=None)  # the last one found to be the same
 
     @cached_property
-    def _loaded(self) -> tuple[Transformer, Tokenizer]:
+    def loaded(self) -> tuple[Transformer, Tokenizer]:
+        """The checkpoint's model and tokenizer."""
         with torch.inference_mode(False):  # the weights outlive the request that first needs them
             transformer, tokenizer, _ = load_checkpoint(self.path)
         return transformer, tokenizer
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer."""
-        return self._loaded[1]
 
     def beside(self, model: Transformer, request: Request) -> Transformer:
         """Returns the model, on the device and in the type of the main `model`; raises UserError when it does not fit.
 
         The tokenizers are compared when `request` knows the main model's.
         """
-        transformer, tokenizer = self._loaded
+        transformer, tokenizer = self.loaded
         name, other = f"sampler.{self.setting} {self.path}", request.tokenizer
         if transformer.config.causal != self.causal:
             kinds = ("bidirectional", "autoregressive") if self.causal else ("autoregressive", "bidirectional")
             raise UserError(f"{name} is {kinds[0]}: give a checkpoint that is {kinds[1]}")
-        if other is not None and other is not self._same:
+        if other is not None and other is not self.same:
             # Not by fingerprint: a chat template or a name of a token is no matter between two models.
             if other.special != tokenizer.special or other.backend.to_str() != tokenizer.backend.to_str():
                 raise UserError(f"{name} has another tokenizer than the model: give a checkpoint trained with the same")
-            self._same = other
+            self.same = other
         for entry in ("vocab_size", "mask_id", "terminator_ids"):
             its, ours = getattr(transformer.config, entry), getattr(model.config, entry)
             if its != ours:
-                remedy = "give a checkpoint trained with its tokenizer"
-                raise UserError(f"{name} has {entry} {its}, the model {ours}: {remedy}")
+                raise UserError(f"{name} has {entry} {its}, the model {ours}: give a checkpoint with the same")
         weight = model.embedding.weight
         with torch.inference_mode(False):
             return transformer.to(weight.device, weight.dtype)

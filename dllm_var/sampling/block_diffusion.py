@@ -137,17 +137,17 @@ class BlockEngine(Engine[AnyRow]):
         counts = zip(batch.slots, batch.rows, batch.pending.tolist(), batch.width.tolist(), strict=True)
         for number, (slot, row, pending, wide) in enumerate(counts):
             count += self.scored(row) if wide else 0
-            cell, place = slot * self.capacity + lengths[slot], number * hidden.size(1) + pending
-            done, key = lengths[slot] - row.prompt_length, row.key + row.nfe
-            for start, width, steps, apart in self.blocks(row, wide):
-                found.append((cell + start, place + start, width, steps, key + apart, done, row.nfe))
-        cell, place, width, step, key, done, nfe = torch.tensor(found).T.contiguous().to(self.device).unbind()
+            cached, window = lengths[slot], number * hidden.size(1) + pending
+            done, base = cached - row.prompt_length, slot * self.capacity + cached
+            for start, own, steps, apart in self.blocks(row, wide):
+                found.append((base + start, window + start, own, steps, row.key + row.nfe + apart, done, row.nfe))
+        cell, place, width, step, key, decoded, nfe = torch.tensor(found).T.contiguous().to(self.device).unbind()
         inside = self.offsets < width[:, None]
         # Positions behind a block's end stand in the canvas's last cell, which no row reaches.
         cells = torch.where(inside, cell[:, None] + self.offsets, self.canvas.numel() - 1)
         tokens = self.canvas.take(cells)
         places = self.places(place[:, None] + self.offsets, tokens, width)
-        view = self.view(hidden, places, tokens, inside, count, step=step, progress=done / self.limit, key=key)
+        view = self.view(hidden, places, tokens, inside, count, step=step, progress=decoded / self.limit, key=key)
         return cells, nfe, view
 
     def places(self, places: Tensor, tokens: Tensor, width: Tensor) -> Tensor:

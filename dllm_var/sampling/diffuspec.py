@@ -42,8 +42,8 @@ class NGramModel:
         row = [*context, *tokens]
         for place in range(len(context), len(row)):
             for start in range(max(0, place - ORDER + 1), place + 1):
-                self.counts[tuple(row[start : place + 1])] += 1
-                self.counts[(*row[start:place], None)] += 1
+                behind = row[start:place]
+                self.counts.update([(*behind, row[place]), (*behind, None)])
 
     def log_probability(self, context: Sequence[int], token: int) -> float:
         """Returns the logarithm of a token's probability behind a context, of which the last two tokens count."""
@@ -272,12 +272,8 @@ class DiffuSpecSampler(EngineSampler):
     def counts(self, vocab_size: int) -> NGramModel | None:
         """Returns the n-gram model of the corpus, counted once; None without a corpus."""
         if self.corpus is not None and self._shared is None:
-            try:
-                lines = read_text(Path(self.corpus)).splitlines()
-            except UserError as error:
-                raise UserError(f"sampler.corpus: {error}") from error
-            tokenizer = self.auxiliary.tokenizer
-            self._shared = NGramModel(vocab_size)
-            for tokens in tokenizer.encode_batch([line for line in lines if line.strip()]):
+            lines = [line for line in read_text(Path(self.corpus)).splitlines() if line.strip()]
+            tokenizer, self._shared = self.auxiliary.loaded[1], NGramModel(vocab_size)
+            for tokens in tokenizer.encode_batch(lines):
                 self._shared.add([*tokens, tokenizer.terminator_id])
         return self._shared

@@ -49,12 +49,12 @@ class CanvasEngine(Engine[Row]):
         decoded = torch.tensor([row.left > 0 for row in batch.rows])
         for row in batch.rows:
             row.nfe += row.left > 0
-        hidden, shift = self._hidden(~decoded)
+        hidden, in_hidden = self._read(~decoded)
         slot = torch.arange(len(batch.rows), device=self.device)[:, None]
         nfe, key = torch.tensor([(row.nfe, row.key + row.nfe) for row in batch.rows], device=self.device).unbind(1)
         view = self.view(
             hidden,
-            slot * hidden.size(1) + shift[:, None] + torch.arange(place.size(1), device=self.device),
+            slot * hidden.size(1) + in_hidden,
             tokens,
             decoded.to(self.device)[:, None].expand_as(place),
             sum(self.scored(row) for row in batch.rows if row.left),
@@ -64,9 +64,7 @@ class CanvasEngine(Engine[Row]):
         )
         step = take_step(view, self.decide(batch, view), self.mask_id, self.terminators, terminator_last=False)
         self.write(slot * self.capacity + place, step.tokens, step.written, nfe)
-        if self.sampler.cache == "dkv":
-            self.settled.scatter_(1, place, self.settled.gather(1, place) & (step.tokens == tokens))
-            self.unsettled = (self.real & ~self.settled).sum(1).cpu()
+        self.settled.scatter_(1, place, self.settled.gather(1, place) & (step.tokens == tokens))
         for row, left in zip(batch.rows, step.left.tolist(), strict=True):
             row.left = left
         self.step += 1
@@ -75,19 +73,17 @@ class CanvasEngine(Engine[Row]):
 
     def _open_block(self) -> None:
         """Opens the block at `offset` in every row; before the first one, lays out the group."""
+        prompt_lengths = torch.tensor([row.prompt_length for row in self.rows])
         if self.offset == 0:
-            self.prompt_lengths = torch.tensor([row.prompt_length for row in self.rows])
-            self.row_lengths = self.prompt_lengths + self.limit
+            self.row_lengths = prompt_lengths + self.limit
             self.width = int(self.row_lengths.max())
             lengths = self.row_lengths.to(self.device)
             self.real = torch.arange(self.width, device=self.device) < lengths[:, None]
             self.segments = None if bool(self.real.all()) else (~self.real).long()  # padding is a segment of its own
-            self.settled = torch.zeros_like(self.real)  # `dkv`: positions that have been run as what they are,
-            self.unsettled = self.row_lengths  # and how many of each row have not
+            self.settled = torch.zeros_like(self.real)  # positions that have been run as what they are
         width = min(self.block, self.limit - self.offset)
-        self.begins = self.prompt_lengths + self.offset
-        begin = self.begins.to(self.device)
-        self.place = begin[:, None] + torch.arange(width, device=self.device)
+        self.begins = prompt_lengths + self.offset
+        self.place = self.begins.to(self.device)[:, None] + torch.arange(width, device=self.device)
         assert self.sampler.policy is not None  # set by its `__post_init__`
         self.use_policy(self.sampler.policy, width)
         for row in self.rows:
@@ -104,49 +100,49 @@ class CanvasEngine(Engine[Row]):
             reason = "eos" if end < self.limit and tokens[end] != self.mask_id else "length"
             self.tell(slot, start + end, reason if last else None)
 
-    def _hidden(self, done: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns hidden states [R, L, hidden] of a step's forward and where each row's block begins in them [R].
+    def _read(self, done: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns hidden states [R, L, hidden] of a step's forward, and where in them the block is [R, K].
 
         `done` says whose block is full [R]; the forward is for the others.
         """
-        begin, tokens = self.place[:, 0], self.canvas[:, : self.width]
-        if self.sampler.cache == "none":
-            return self.model.hidden_states(tokens, segment_ids=self.segments), begin
-        kind, width = self.sampler.cache, self.place.size(1)
-        if self._runs_whole_row():
+        kind, width, tokens = self.sampler.cache, self.place.size(1), self.canvas[:, : self.width]
+        if kind == "none":
+            return self.model.hidden_states(tokens, segment_ids=self.segments), self.place
+        if kind == "dkv":
+            whole_row = self.step == 1 or self.step % self.sampler.refresh_every == 0
+        else:
+            whole_row = self.step == 0 and (kind != "free" or self.offset == 0)
+        if whole_row:
             self.cache.lengths[:] = 0
             self.cache.open(self.width, self.row_lengths)
             self.settled = tokens != self.mask_id
-            return self.model.hidden_states(tokens, cache=self.cache), begin
+            return self.model.hidden_states(tokens, cache=self.cache), self.place
         if kind == "dkv":
-            return self._hidden_of_unsettled(tokens), torch.zeros_like(begin)
-        self.cache.lengths[:] = self.begins
-        if kind == "free":  # a full block keeps what its last step gave
-            self.cache.lengths += width * done
-        wide = width if kind == "dual" else int((self.row_lengths - self.begins).max())
-        self.cache.open(wide, visible=self.row_lengths)
-        window = self.cache.positions.clamp(max=self.width - 1)
-        return self.model.hidden_states(tokens.gather(1, window), cache=self.cache), torch.zeros_like(begin)
+            window, block = self._open_unsettled(tokens)
+        else:
+            self.cache.lengths[:] = self.begins
+            if kind == "free":  # a full block keeps what its last step gave
+                self.cache.lengths += width * done
+            wide = width if kind == "dual" else int((self.row_lengths - self.begins).max())
+            self.cache.open(wide, visible=self.row_lengths)
+            window = self.cache.positions.clamp(max=self.width - 1)
+            block = torch.arange(width, device=self.device).expand_as(self.place)
+        return self.model.hidden_states(tokens.gather(1, window), cache=self.cache), block
 
-    def _runs_whole_row(self) -> bool:
-        if self.sampler.cache == "dkv":
-            return self.step == 1 or self.step % self.sampler.refresh_every == 0
-        return self.step == 0 and (self.sampler.cache != "free" or self.offset == 0)
+    def _open_unsettled(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Opens a forward of what is masked or has just changed; returns its positions [R, L], and the block's [R, K].
 
-    def _hidden_of_unsettled(self, tokens: Tensor) -> Tensor:
-        """Runs the positions that are masked or have just changed; returns the block's hidden states [R, K, hidden]."""
+        A row with fewer such positions than the widest keeps its padding behind the canvas, where nobody looks.
+        """
         run = self.real & ~self.settled
-        width, number = int(self.unsettled.max()), self.unsettled.to(self.device)
-        window = (~run).long().argsort(dim=1, stable=True)[:, :width]  # [R, L], the positions to run first
-        beyond = torch.arange(width, device=self.device) >= number[:, None]
-        # A row with fewer positions than the widest keeps its padding behind the canvas, where nobody looks.
-        slots = window.masked_fill(beyond, self.width)
+        number = run.sum(dim=1, keepdim=True)
+        width = int(number.max())
+        window = (~run).long().argsort(dim=1, stable=True)[:, :width]  # the positions to run first
+        slots = window.masked_fill(torch.arange(width, device=self.device) >= number, self.width)
         self.cache.lengths[:] = 0
         self.cache.open(width, visible=self.row_lengths, slots=slots, positions=window)
-        hidden = self.model.hidden_states(tokens.gather(1, window), cache=self.cache)
         self.settled = self.settled | (run & (tokens != self.mask_id))
-        order = (run.cumsum(dim=1) - 1).gather(1, self.place).clamp(0, width - 1)  # in the window, if it is there
-        return hidden.gather(1, order[:, :, None].expand(-1, -1, hidden.size(2)))
+        return window, (run.cumsum(dim=1) - 1).gather(1, self.place).clamp(0, width - 1)
 
 
 @dataclass(eq=False)
@@ -160,7 +156,7 @@ class FixedLengthSampler(EngineSampler):
       the block and what is right of it, or the block alone.
     - `dkv` (dKV-Cache-Decode, 2505.15781): a step runs what is masked and what the step before committed, so that a
       token is run once as itself and then kept; the first two and every `refresh_every`-th step of a block run the
-      whole row.
+      whole row. Policies that need committed positions predicted again do not go with it.
     - `free` (FreeCache, 2505.21467): a step runs the block and what is right of it; the prompt and finished blocks keep
       what their own last step gave. Nothing is refreshed: a block's last tokens are remembered as masks.
 
@@ -170,10 +166,6 @@ class FixedLengthSampler(EngineSampler):
         block_length: The canvas is filled from left to right in blocks of this many positions; all at once when None.
         cache: `none`, or one of the above.
         refresh_every: Steps of a block from one run of the whole row to the next, for `dkv`.
-
-    Raises:
-        UserError: When a length, refresh_every or the batch size is below 1, or for `dkv` with a policy that needs to
-            see committed positions predicted again.
     """
 
     engine = CanvasEngine

@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dllm_var.errors import UserError
 from dllm_var.sampling.block_copies import CopyEngine
 from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockLengthPolicy
 from dllm_var.sampling.engine import Batch, Row
@@ -130,8 +129,6 @@ class FreeDaveSampler(BlockDiffusionSampler):
         self.policy = self.policy or FixedSteps(steps=ONE_AT_A_TIME)
         super().__post_init__()
         self.check_range(1, math.inf, "drafts")
-        if self.kv_commit not in ("joint_next", "alone"):
-            raise UserError(f"sampler.kv_commit must be joint_next or alone with FreeDaveSampler, got {self.kv_commit}")
 
     @property
     def blocks_per_forward(self) -> int:

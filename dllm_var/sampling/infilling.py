@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -52,7 +51,7 @@ def infill(
     """Fills the gaps of texts by denoising them alone, all gaps of a text together.
 
     Every forward reads prompt and text whole. Given tokens stay as they are; terminators and the mask are never put in
-    a gap.
+    a gap. Raises UserError when the model reads left to right, a text has no gap, or a setting is out of range.
 
     Args:
         model: A `Transformer`, or a module that holds one as `.transformer` (a `DiffusionLM`).
@@ -66,38 +65,30 @@ def infill(
         suppress: Further token ids that are never produced.
         on_answer: Called with (index, infilling) once for each text, when it is full.
         settings: `batch_size`, `temperature`, `top_k`, `top_p` and `seed`, as those of every sampler.
-
-    Raises:
-        UserError: When the model is causal, a text has no gap, or a setting is out of range.
     """
     transformer = getattr(model, "transformer", model)
+    if transformer.config.causal or transformer.config.causal_context:
+        raise UserError("this checkpoint reads left to right: infilling needs a model that reads in both directions")
     if block_length is not None and block_length < 1:
         raise UserError(f"block_length must be at least 1, got {block_length}")
     mask_id, terminators = special_ids(transformer)
+    spans, rows = [], []
     before = [[]] * len(texts) if prompts is None else prompts
-    for index, text in enumerate(texts):
+    for index, (prompt, text) in enumerate(zip(before, texts, strict=True)):
         if mask_id not in text:
             raise UserError(f"text {index} has no gap: put one where tokens are wanted")
-    spans = [range(len(prompt), len(prompt) + len(text)) for prompt, text in zip(before, texts, strict=True)]
-    behind = [0 if block_length is None else block_length - len(text) % block_length for text in texts]
-    rows = [[*prompt, *text, *[mask_id] * n] for prompt, text, n in zip(before, texts, behind, strict=True)]
+        behind = 0 if block_length is None else block_length - len(text) % block_length
+        spans.append(range(len(prompt), len(prompt) + len(text)))
+        rows.append([*prompt, *text, *[mask_id] * behind])
     filler = _GapFiller(spans=spans, policy=policy or ConfidenceThreshold(), **settings)
     filled = filler.generate(model, rows, tokenizer=tokenizer, suppress=[*suppress, *terminators], on_answer=on_answer)
     return [answer for answer in filled if isinstance(answer, Infilling)]
 
 
-@dataclass(eq=False)
-class GapRow(Row):
-    """A row `prompt | text | masks` and the places of its gaps' positions."""
-
-    places: list[int] = field(default_factory=list)
-
-
-class GapEngine(Engine[GapRow]):
-    """Rows without a cache, each of whose gaps, one behind the other, are a block."""
+class GapEngine(Engine[Row]):
+    """Rows `prompt | text | masks` without a cache; the gaps of each, one behind the other, are its block."""
 
     sampler: _GapFiller
-    row_class = GapRow
 
     def __init__(self, sampler: _GapFiller, model: Transformer, prompts: list[list[int]], request: Request) -> None:
         super().__init__(sampler, model, prompts, request)
@@ -106,42 +97,42 @@ class GapEngine(Engine[GapRow]):
             for span, prompt in zip(sampler.spans, prompts, strict=True)
         ]
         widest = max(map(len, self.places), default=0)
-        # [R, K] in the row: what is no gap is the canvas's last column, which no text reaches.
-        self.gaps = torch.full((len(self.rows), widest), self.capacity - 1, device=self.device)
+        # Of each prompt [N, K]: what is no gap is the canvas's last column, which no text reaches.
+        padded = [[*places, *[self.capacity - 1] * (widest - len(places))] for places in self.places]
+        self.gaps = torch.tensor(padded, dtype=torch.long, device=self.device)
         self.use_policy(sampler.policy, widest)
 
     def start(self, slot: int) -> None:
         row = self.rows[slot]
-        row.places = self.places[row.index]
-        row.left = row.width = len(row.places)
-        self.gaps[slot, row.width :] = self.capacity - 1
-        self.gaps[slot, : row.width] = torch.tensor(row.places, device=self.device)
+        row.prompt_length = self.sampler.spans[row.index].start
+        row.left = row.width = len(self.places[row.index])
 
-    def forward(self, batch: Batch[GapRow]) -> None:
+    def forward(self, batch: Batch[Row]) -> None:
         """Reads all texts whole and denoises their gaps by one step."""
         batch = batch if batch.index is None else self.batch()
+        table = []
         for row in batch.rows:
             row.nfe += 1
-        nfe, lengths, key, width = torch.tensor(
-            [(row.nfe, row.prompt_length, row.key + row.nfe, row.width) for row in batch.rows], device=self.device
-        ).unbind(1)
-        longest = max(row.prompt_length for row in batch.rows)
-        padding = torch.arange(longest, device=self.device) >= lengths[:, None]
-        uneven = any(row.prompt_length < longest for row in batch.rows)
-        segments = padding.long() if uneven else None  # padding is a segment of its own
+            tokens = len(self.prompts[row.index]) if row.index >= 0 else 0
+            table.append((row.index, row.nfe, row.key + row.nfe, row.width, tokens))
+        lengths = [line[-1] for line in table]
+        longest = max(lengths)
+        index, nfe, key, width, length = torch.tensor(table, device=self.device).unbind(1)
+        padding = torch.arange(longest, device=self.device) >= length[:, None]
+        segments = None if min(lengths) == longest else padding.long()  # padding is a segment of its own
         hidden = self.model.hidden_states(self.canvas[:, :longest], segment_ids=segments)
-        row_number = torch.arange(len(batch.rows), device=self.device)[:, None]
-        cells = row_number * self.capacity + self.gaps
+        gaps, number = self.gaps[index], torch.arange(len(batch.rows), device=self.device)[:, None]
+        cells = number * self.capacity + gaps
         view = self.view(
             hidden,
-            row_number * longest + self.gaps,
+            number * longest + gaps,
             self.canvas.take(cells),
-            torch.arange(self.gaps.size(1), device=self.device) < width[:, None],
+            torch.arange(gaps.size(1), device=self.device) < width[:, None],
             sum(map(self.scored, batch.rows)),
             step=nfe - 1,
             progress=torch.zeros_like(nfe, dtype=torch.float),
             key=key,
-            spacing=lengths,  # a draw must not depend on the widest row
+            spacing=length,  # a draw must not depend on the widest row
         )
         decision = self.decide(batch, view)
         decision.finish_row = None  # a gap is filled whole
@@ -156,25 +147,12 @@ class GapEngine(Engine[GapRow]):
 
     def answer(self, slot: int, tokens: list[int], reason: str) -> Generation:
         row = self.rows[slot]
-        span = self.sampler.spans[row.index]
-        gaps: list[list[int]] = []
-        for before, place in zip([-2, *row.places], row.places, strict=False):
+        places, gaps = self.places[row.index], list[list[int]]()
+        for before, place in zip([-2, *places], places, strict=False):
             if place != before + 1:
                 gaps.append([])
-            gaps[-1].append(tokens[place - span.start])
-        return Infilling(
-            tokens=tokens,
-            finish_reason=reason,
-            nfe=row.nfe,
-            seconds=time.perf_counter() - row.began,
-            prompt_length=span.start,
-            commit_steps=self.committed_at[slot, span.start : span.stop].tolist(),
-            gaps=gaps,
-        )
-
-    def compact(self, kept: list[int]) -> None:
-        super().compact(kept)
-        self.gaps = self.gaps[kept]
+            gaps[-1].append(tokens[place - row.prompt_length])
+        return Infilling(**vars(super().answer(slot, tokens, reason)), gaps=gaps)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -186,10 +164,3 @@ class _GapFiller(EngineSampler):
     policy: UnmaskingPolicy
     spans: list[range]
     max_new_tokens: int = 1  # a column behind the longest text
-
-    def decode(self, model: Transformer, prompts: list[list[int]], request: Request) -> list[Generation]:
-        if model.config.causal or model.config.causal_context:
-            raise UserError(
-                "this checkpoint reads left to right: infilling needs a model that reads in both directions"
-            )
-        return super().decode(model, prompts, request)

@@ -60,7 +60,7 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
         row.add_up()
 
     def blocks(self, row: MultiBlockRow, width: int) -> list[tuple[int, int, int, int]]:
-        start, found = 0, []
+        start, found = 0, list[tuple[int, int, int, int]]()
         for block in row.open if width else []:
             found.append((start, block.width, block.steps, len(found) * _FORWARDS_PER_BLOCK))
             start += block.width
@@ -74,8 +74,8 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
         self.write(cells, tokens, written, nfe)
         whole, blocks = (len(batch.rows), -1), self.sampler.blocks
         finish_row = None if decision.finish_row is None else decision.finish_row[::blocks]
-        step = [each.view(whole) for each in (tokens, masked, view.changeable)]
-        _, end = outcome(*step, self.terminators, finish_row)
+        after, masks, inside = (each.view(whole) for each in (tokens, masked, view.changeable))
+        _, end = outcome(after, masks, inside, self.terminators, finish_row)
         left = masked.sum(1)
         kept = torch.zeros_like(left) if decision.keep_open is None else decision.keep_open
         # The step's one wait for the device.

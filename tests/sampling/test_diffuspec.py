@@ -143,7 +143,7 @@ def test_a_drafter_that_does_not_fit_is_named(tmp_path):
     folder = save(random_model(), tmp_path / "fits")
     with pytest.raises(UserError, match="bidirectional"):
         DiffuSpecSampler(folder).generate(random_model(), [[5]])
-    with pytest.raises(UserError, match=r"sampler\.corpus.*nowhere\.txt"):
+    with pytest.raises(UserError, match=r"nowhere\.txt"):
         DiffuSpecSampler(folder, corpus="nowhere.txt").generate(target, [[5]])
 
 
