@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -20,15 +20,9 @@ from dllm_var.training.strategies import forwards_together
 
 
 def held_out_prompts(trainer: L.Trainer, split: str, count: int | None) -> list[Example]:
-    """Returns the first examples of a held-out split of the trainer's data module; all when `count` is None.
-
-    Raises:
-        UserError: The data module has no `held_out(split, count)`, or no examples to give.
-    """
-    datamodule: Any = getattr(trainer, "datamodule", None)
-    if not hasattr(datamodule, "held_out"):
-        raise UserError("decoding held-out examples needs a data module with held_out(split, n): pass prompts instead")
-    examples = datamodule.held_out(split, count)
+    """Returns the first examples of a held-out split, all when `count` is None; raises UserError when it has none."""
+    held_out = getattr(getattr(trainer, "datamodule", None), "held_out", None)
+    examples = [] if held_out is None else held_out(split, count)
     if not examples:
         raise UserError(
             f"split '{split}' has no examples to decode: pass prompts, or give the source such a split, with prompts"
@@ -46,13 +40,9 @@ def undisturbed(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[No
     modes = [(module, module.training) for module in pl_module.modules()]
     generators, precision = random_state(), trainer.precision_plugin
     try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if isinstance(precision, MixedPrecision):
-                stack.enter_context(precision.forward_context())
-            stack.enter_context(averaged(trainer, pl_module))
-            stack.enter_context(_gathered_root(trainer, pl_module))
-            stack.enter_context(forwards_together(trainer.strategy, getattr(pl_module, "transformer", None)))
+        autocast = precision.forward_context() if isinstance(precision, MixedPrecision) else nullcontext()
+        together = forwards_together(trainer.strategy, getattr(pl_module, "transformer", None))
+        with torch.no_grad(), autocast, averaged(trainer, pl_module), _gathered_root(trainer, pl_module), together:
             pl_module.eval()
             yield
     finally:
@@ -63,10 +53,7 @@ def undisturbed(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[No
 
 @contextmanager
 def _gathered_root(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
-    """Gathers the parameters outside the blocks, as samplers call the head by itself; a block is gathered as it runs.
-
-    Under FSDP2 that is the embedding, the last norm and the head of `pl_module.transformer`.
-    """
+    """Gathers the parameters outside the blocks, because samplers call the head by itself."""
     root: Any = pl_module.transformer
     if isinstance(trainer.strategy, FSDPStrategy):
         assert trainer.strategy.model is not None

@@ -28,22 +28,17 @@ class EmaWeights(WeightAveraging):
             that the average forgets the first weights however short the run.
         every_n_steps: Optimizer steps between updates.
         device: Device of the average; None for that of the weights.
-
-    Raises:
-        UserError: When a number is out of range; at the start of training when no process has the whole weights.
     """
 
     def __init__(
         self, decay: float = 0.999, warmup: bool = True, every_n_steps: int = 1, device: str | None = None
     ) -> None:
         if not 0 <= decay < 1 or every_n_steps < 1:
-            raise UserError(
-                f"callback EmaWeights needs 0 <= decay < 1 and every_n_steps >= 1, got {decay} and {every_n_steps}"
-            )
+            given = f"{decay} and {every_n_steps}"
+            raise UserError(f"callback EmaWeights needs 0 <= decay < 1 and every_n_steps >= 1, got {given}")
         super().__init__(device=device, use_buffers=False, avg_fn=self._mix)
         self.decay, self.warmup, self.every_n_steps = decay, warmup, every_n_steps
         self.in_use = False  # the average is in the model, and the weights in training are where the average was
-        self._kept = 0.0  # share of the average that stays at this update
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.in_use = False
@@ -66,6 +61,7 @@ class EmaWeights(WeightAveraging):
         if step_idx is None or (step_idx + 1) % self.every_n_steps:
             return False
         update = step_idx // self.every_n_steps
+        # The share of the average that stays at this update.
         self._kept = min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
         return True
 
@@ -100,7 +96,7 @@ class EmaWeights(WeightAveraging):
 
 @contextmanager
 def averaged(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
-    """Puts the average, of all steps up to now, into the model for a while where the run has one."""
+    """Puts the average of all steps up to now into the model for a while, where the run has one."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     ema = next((callback for callback in callbacks if isinstance(callback, EmaWeights)), None)
     if ema is None or ema.in_use:

@@ -27,9 +27,6 @@ class ProgressBar(RichProgressBar):
 
     With `trainer.max_steps` the bar spans the whole run, else an epoch. Where stdout is no terminal there is a line
     every `plain_every_n_steps` optimizer steps instead of a bar.
-
-    Raises:
-        UserError: `plain_every_n_steps` is below one.
     """
 
     def __init__(self, plain_every_n_steps: int = 100) -> None:
@@ -54,13 +51,13 @@ class ProgressBar(RichProgressBar):
         self._began, self._step = time.perf_counter(), trainer.global_step
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        spans_run = trainer.max_steps > 0
-        if not spans_run or self.train_progress_bar_id is None:
+        spans_run, bar = trainer.max_steps > 0, self.train_progress_bar_id
+        if not spans_run or bar is None:
             super().on_train_epoch_start(trainer, pl_module)
-        if self.progress is not None and self.train_progress_bar_id is not None:
-            self.progress.update(self.train_progress_bar_id, description=f"Epoch {trainer.current_epoch}")
-            if spans_run:
-                self.progress.update(self.train_progress_bar_id, total=trainer.max_steps, completed=trainer.global_step)
+            bar = self.train_progress_bar_id
+        if self.progress is not None and bar is not None:
+            span = {"total": trainer.max_steps, "completed": trainer.global_step} if spans_run else {}
+            self.progress.update(bar, description=f"Epoch {trainer.current_epoch}", **span)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -73,7 +70,8 @@ class ProgressBar(RichProgressBar):
         elif trainer.is_global_zero and self.is_disabled and stepped and self._step % self.plain_every_n_steps == 0:
             step = f"step {self._step}" + (f"/{trainer.max_steps}" if trainer.max_steps > 0 else "")
             minutes, seconds = divmod(int(time.perf_counter() - self._began), 60)
-            figures = [_with_unit(name, value) for name, value in self.get_metrics(trainer, pl_module).items()]
+            logged = self.get_metrics(trainer, pl_module).items()
+            figures = [f"{value} {name}" if "/" in name else f"{name} {value}" for name, value in logged]
             print("  ".join([step, *figures, f"{minutes}:{seconds:02d}"]))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -96,7 +94,3 @@ class ProgressBar(RichProgressBar):
         others = {name: f"{logged[name]:.4g}" for name in logged if name not in TRAINING}
         figures = {name.removeprefix("train/"): value for name, value in {**known, **others}.items()}
         return {name.replace("_", " "): value for name, value in figures.items() if not name.startswith("val/")}
-
-
-def _with_unit(name: str, value: str) -> str:
-    return f"{value} {name}" if "/" in name else f"{name} {value}"

@@ -26,7 +26,7 @@ from dllm_var.training.strategies import is_sharded
 if TYPE_CHECKING:
     from dllm_var.text.tokenizer import Tokenizer
 
-# The figures that are logged, and how they read in the line above the answers.
+# What is logged, and how it reads in the line above the answers.
 SCORES = {
     "token_error_rate": "{:.1%} token errors",
     "answer_error_rate": "{:.0%} of answers wrong",
@@ -58,9 +58,6 @@ class SamplingCallback(L.Callback):
         every_n_steps: Optimizer steps between samplings.
         split: Name of the held-out split.
         num_shown: How many of the answers are printed and logged as text, at most.
-
-    Raises:
-        UserError: A number is below one, or `prompts` is empty.
     """
 
     def __init__(
@@ -76,9 +73,7 @@ class SamplingCallback(L.Callback):
             if value < 1:
                 raise UserError(f"{name} of the sampling callback is {value}: give at least 1, or remove the callback")
         if prompts is not None and not prompts:
-            raise UserError(
-                "prompts of the sampling callback is empty: name some, or leave it out to use held-out examples"
-            )
+            raise UserError("prompts of the sampling callback is empty: name some, or leave it out for held-out ones")
         self.sampler, self.prompts, self.split = sampler, prompts, split
         self.num_examples, self.every_n_steps, self.num_shown = num_examples, every_n_steps, num_shown
         self.pause_seconds = 0.0  # how long training has stood still for it; SpeedMonitor leaves it out
@@ -115,38 +110,39 @@ class SamplingCallback(L.Callback):
     def sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Decodes, prints and logs once, whatever the step."""
         tokenizer: Any = pl_module.tokenizer
-        step = trainer.global_step
         with undisturbed(trainer, pl_module):
             began = time.perf_counter()
             try:
                 answers = self.generate(pl_module, [example.prompt_ids for example in self._examples], tokenizer)
             except NotFinite as error:  # the loss guard decides whether training can go on
-                pl_module.print(f"step {step}: no answers: {error}")
+                pl_module.print(f"step {trainer.global_step}: no answers: {error}")
                 return
             seconds = time.perf_counter() - began
-        if not trainer.is_global_zero:
-            return
-        scores = self._score(answers, seconds)
-        shown = list(zip(self._examples, answers, strict=True))[: self.num_shown]
-        rows = [_row(tokenizer, example, answer) for example, answer in shown]
+        if trainer.is_global_zero:
+            self._show(trainer, pl_module, answers, seconds)
+
+    def _show(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, answers: list[Generation], seconds: float
+    ) -> None:
+        """Scores, prints and logs answers that were decoded in so many seconds."""
+        metrics = AnswerMetrics(sync_on_compute=False)  # this process measures alone
+        pairs = list(zip(self._examples, answers, strict=True))
+        known = all(example.references for example in self._examples)
+        # Without references an answer is compared with itself: the other figures need none.
+        metrics.update(answers, [example.references or [answer.tokens] for example, answer in pairs])
+        result = metrics.compute()
+        result["tokens_per_second"] = result["tokens"] / max(seconds, 1e-9)
+        scores = {name: result[name] for name in SCORES if known or name not in NEED_REFERENCES}
         figures = ", ".join(SCORES[name].format(value) for name, value in scores.items())
-        table = answer_table(rows, sys.stdout.isatty())
+        tokenizer: Any = pl_module.tokenizer
+        rows = [_row(tokenizer, example, answer) for example, answer in pairs[: self.num_shown]]
+        step, table = trainer.global_step, answer_table(rows, sys.stdout.isatty())
         pl_module.print(f"\nstep {step}, {len(answers)} answers: {figures}\n{table}\n")
         for logger in trainer.loggers:
             logger.log_metrics({f"sample/{name}": value for name, value in scores.items()}, step=step)
             add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
             if add_text is not None:
                 add_text("sample/answers", f"```\n{answer_table(rows)}\n```", global_step=step)
-
-    def _score(self, answers: list[Generation], seconds: float) -> dict[str, float]:
-        metrics = AnswerMetrics(sync_on_compute=False)  # this process measures alone
-        known = all(example.references for example in self._examples)
-        # Without references an answer is compared with itself: the other figures need none.
-        pairs = zip(self._examples, answers, strict=True)
-        metrics.update(answers, [example.references or [answer.tokens] for example, answer in pairs])
-        result = metrics.compute()
-        result["tokens_per_second"] = result["tokens"] / max(seconds, 1e-9)
-        return {name: result[name] for name in SCORES if known or name not in NEED_REFERENCES}
 
 
 def _row(tokenizer: Tokenizer, example: Example, answer: Generation) -> list[Text]:

@@ -39,9 +39,6 @@ class SpeedMonitor(L.Callback):
     Args:
         peak_flops: Peak FLOP/s of one device: a number, `measure` (the fastest matrix product in a fifth of a second
             after the first batch), or None for no MFU.
-
-    Raises:
-        UserError: The number is not positive.
     """
 
     def __init__(self, peak_flops: float | Literal["measure"] | None = "measure") -> None:
@@ -49,10 +46,10 @@ class SpeedMonitor(L.Callback):
             raise UserError(f"peak_flops is {peak_flops}: give FLOP/s above 0, 'measure' or null")
         self.peak_flops = peak_flops
         self._peak = peak_flops if isinstance(peak_flops, float | int) else None
-        self._sums: dict[str, Any] = {}  # seconds and counts since the last report; counts on the device stay there
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._sums = defaultdict(float)
+        # Seconds and counts since the last report; counts on the device stay there.
+        self._sums: defaultdict[str, Any] = defaultdict(float)
         self._step = trainer.global_step
         self._mark = self._paused = 0.0  # when the last interval ended, and the pauses of other callbacks up to then
         self._is_first = True  # no batch has been trained yet

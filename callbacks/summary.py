@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,6 @@ class RunSummary(L.Callback):
         token_error_name: Name of the token error rate, for example `per` where tokens are phonemes.
         answer_error_name: Name of the answer error rate, for example `wer` where answers are words.
         prompt: Prompt in the command shown at the end; None for the first of the split.
-
-    Raises:
-        UserError: The split has no examples; said before training starts.
     """
 
     def __init__(
@@ -129,16 +127,20 @@ class RunSummary(L.Callback):
         run, result = trainer.log_dir, self._result  # every process must ask for the folder
         if result is None or not trainer.is_global_zero:
             return
-        result["checkpoint"], result["weights"] = last_checkpoint(trainer), exported_weights(trainer)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        savers = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+        result["checkpoint"] = shown_path(saver.last_model_path or saver.best_model_path for saver in savers)
+        result["weights"] = shown_path(callback.path for callback in callbacks if isinstance(callback, ExportWeights))
         if trainer.loggers and run is not None:
             write_text(Path(run) / SUMMARY_FILE, json.dumps(result, indent=2) + "\n")
         figures = {f"{self.split}/{name}": value for name, value in result.items() if isinstance(value, float | int)}
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=result["steps"])
+        names = (self.token_error_name, self.answer_error_name)
+        errors = {ERROR_LABELS.get(name, name.replace("_", " ")): f"{result[name]:.1%}" for name in names}
         lines = {
             f"{self.split} split": f"{result['answers']:,} prompts",
-            _label(self.token_error_name): f"{result[self.token_error_name]:.1%}",
-            _label(self.answer_error_name): f"{result[self.answer_error_name]:.1%}",
+            **errors,
             "ended by eos": f"{result['ended_by_eos']:.1%}",
             "length exact": f"{result['length_exact']:.1%}",
             "tokens/forward": f"{result['tokens_per_forward']:.2f}",
@@ -150,31 +152,13 @@ class RunSummary(L.Callback):
         }
         if loadable := result["weights"] or result["checkpoint"]:
             text = self.prompt if self.prompt is not None else held_out_prompts(trainer, self.split, 1)[0].prompt
-            command = ["python", "-m", "dllm_var", "generate", "--checkpoint", loadable, "--prompt", text]
-            lines["try"] = shlex.join(command)
+            lines["try"] = f"python -m dllm_var generate --checkpoint {shlex.join([loadable, '--prompt', text])}"
         pl_module.print("\n" + "\n".join(f"{name:<{LABEL_WIDTH}}{text}" for name, text in lines.items() if text))
 
 
-def last_checkpoint(trainer: L.Trainer) -> str | None:
-    """Returns the checkpoint a run left last: the last one if such are kept, else the best; None without any."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and (path := callback.last_model_path or callback.best_model_path):
-            return shown_path(path)
-    return None
-
-
-def exported_weights(trainer: L.Trainer) -> str | None:
-    """Returns the folder that `ExportWeights` wrote; None without that callback."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    paths = [callback.path for callback in callbacks if isinstance(callback, ExportWeights) and callback.path]
-    return shown_path(paths[-1]) if paths else None
-
-
-def shown_path(path: str | Path) -> str:
-    """Returns a path as short as it can be typed: relative if it lies below the working directory."""
-    path = Path(path)
-    return str(path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path)
-
-
-def _label(name: str) -> str:
-    return ERROR_LABELS.get(name, name.replace("_", " "))
+def shown_path(paths: Iterable[str | Path | None]) -> str | None:
+    """Returns the first path that is there, relative to the working directory if it lies below it."""
+    found = next((Path(path) for path in paths if path), None)
+    if found is None:
+        return None
+    return str(found.relative_to(Path.cwd()) if found.is_absolute() and found.is_relative_to(Path.cwd()) else found)
