@@ -93,21 +93,13 @@ def search_path(
 
 @dataclass(eq=False)
 class SpeculativeRow(Row):
-    """A row with its n-gram model, and with how its drafts have fared.
+    """A row with its n-gram model, and with how its drafts have fared."""
 
-    Args:
-        tokens: The prompt and the answer so far.
-        draft_length: How many tokens the next draft may have.
-        mean_drafted: Running mean of how many tokens the drafter put before its end.
-        mean_accepted: Running mean of how many of a draft were accepted.
-        proxy: Counts of the row's n-grams.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    draft_length: int = 0
-    mean_drafted: float = 0.0
-    mean_accepted: float = 0.0
-    proxy: NGramModel | None = None
+    tokens: list[int] = field(default_factory=list)  # the prompt and the answer so far
+    draft_length: int = 0  # most tokens of the next draft
+    mean_drafted: float = 0.0  # running mean of how many tokens the drafter put before its end
+    mean_accepted: float = 0.0  # running mean of how many tokens of a draft were accepted
+    proxy: NGramModel | None = None  # None in an idle slot
 
 
 class SpeculativeEngine(Engine[SpeculativeRow]):

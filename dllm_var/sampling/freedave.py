@@ -18,12 +18,7 @@ from dllm_var.sampling.policies.base import State, Step, take_step
 
 @dataclass(eq=False)
 class DraftRow(Row):
-    """A row with drafts of its block.
-
-    Args:
-        drafts: How many there are.
-        masks_in_drafts: Masked positions in all of them.
-    """
+    """A row with drafts of its block, and with masked positions in all of them."""
 
     drafts: int = 0
     masks_in_drafts: int = 0

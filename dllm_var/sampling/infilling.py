@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 class Infilling(Generation):
     """One text with its gaps filled; the finish reason is `filled`.
 
-    `tokens` is the whole text without its prompt; `commit_steps` is 0 for given tokens.
-
-    Args:
-        gaps: The tokens of each gap, from left to right.
+    `tokens` is the whole text without its prompt; `commit_steps` is 0 for given tokens; `gaps` has the tokens of each
+    gap, from left to right.
     """
 
     gaps: list[list[int]] = field(default_factory=list)

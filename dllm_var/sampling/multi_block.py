@@ -122,10 +122,10 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
         return tokens, masked, written, ends
 
     def _settle_row(self, slot: int, end: int, left: list[int], kept: list[int]) -> None:
-        """Ends what is over in a row after a step: the row itself, or its first blocks.
+        """Ends a row after a step, or its first blocks, if they are over.
 
-        `end` is where its answer ends, counted as if all blocks were full, or -1; `left` are the masks of each block
-        [B], and `kept` says which blocks the policy keeps open [B].
+        `end` is where its answer ends, counted as if all blocks were of full width, or -1; `left` are the masks of each
+        block [B], and `kept` says which blocks the policy keeps open [B].
         """
         row = self.rows[slot]
         for block, masks in zip(row.open, left, strict=False):
