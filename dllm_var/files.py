@@ -18,8 +18,6 @@ from dllm_var.errors import UserError
 
 PARTIAL, PREVIOUS = ".partial", ".previous"  # behind the name of what is being written, and of a folder being replaced
 
-# -- writing -----------------------------------------------------------------------------------------------------------
-
 
 @contextlib.contextmanager
 def write_atomically(path: Path, shared: bool = False) -> Iterator[Path]:
@@ -149,9 +147,6 @@ def open_output(option: str, name: str) -> OutputFile:
         return OutputFile(name)
     except OSError as error:
         raise UserError(f"{option}: cannot write '{name}': {error.strerror}") from error
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def read_text(path: Path) -> str:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -299,15 +298,13 @@ class DiffusionLM(L.LightningModule):
         """Refuses what the run cannot go on with, before any weight is touched."""
         assert self.tokenizer is not None and self.transformer is not None
         checked = getattr(self.trainer.datamodule, "check_resume", True)  # type: ignore[attr-defined]
-        note = check_identity(
+        check_identity(
             read_identity(checkpoint, str(self.trainer.ckpt_path or "")),
             self.transformer.config,
             self.tokenizer if checked else None,
             self.lora,
             trained_on=checked and self.trainer.state.fn == "fit",
         )
-        if note is not None:
-            rank_zero_info(note)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         averaging = any(isinstance(callback, WeightAveraging) for callback in callbacks)
         if "averaging_state" in checkpoint and self.trainer.state.fn == "fit" and not averaging:

@@ -25,9 +25,6 @@ FORMAT = 2  # of a checkpoint's entries; 2 has weights under their published nam
 _CHANGEABLE = {"initializer_range", "context_length"}
 _CHANGEABLE_WHEN_MEASURED = _CHANGEABLE | {"rope_theta", "rope_scaling", "norm_eps"}
 _PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "tokenizers", "datasets", "safetensors", "numpy")
-_EXACT = ("dllm-var", "torch", "lightning")  # another version of one of these may change the last bits of results
-
-# -- the newest --------------------------------------------------------------------------------------------------------
 
 
 def step_of(path: Path) -> int | None:
@@ -91,9 +88,6 @@ def clear_leftovers(folder: Path) -> None:
             discard(leftover)
 
 
-# -- the model and tokenizer of a checkpoint ---------------------------------------------------------------------------
-
-
 def identity(
     config: TransformerConfig, tokenizer: Tokenizer, lora: Lora | None, sampler: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -123,11 +117,11 @@ def read_identity(checkpoint: Any, path: str | Path) -> dict[str, Any]:
 
 def check_identity(
     saved: dict[str, Any], config: TransformerConfig, tokenizer: Tokenizer | None, lora: Lora | None, trained_on: bool
-) -> str | None:
-    """Compares a run with the entry of a checkpoint; returns a note when other versions made it.
+) -> None:
+    """Compares a run with the entry of a checkpoint; raises UserError, which names the setting, when they do not fit.
 
     The tokenizer is not compared when it is None. Some settings of the transformer may differ, and more of them unless
-    the weights are trained on. Raises UserError, which names the setting, for another model or tokenizer.
+    the weights are trained on.
     """
     changeable = _CHANGEABLE if trained_on else _CHANGEABLE_WHEN_MEASURED
     settings = {f"transformer.{name}": value for name, value in config.to_dict().items() if name not in changeable}
@@ -146,10 +140,6 @@ def check_identity(
             "the checkpoint was trained with another tokenizer than data.tokenizer: set it back, or go on all the "
             "same with --data.check_resume=false"
         )
-    then, now = saved.get("versions", {}), provenance()["versions"]
-    changed = [f"{name} {then[name]} (now {now[name]})" for name in _EXACT if then.get(name, now[name]) != now[name]]
-    note = f"the checkpoint was made with {', '.join(changed)}: results may differ in their last bits"
-    return note if changed else None
 
 
 @cache

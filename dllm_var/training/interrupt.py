@@ -88,10 +88,10 @@ class StopOnSignal(Callback):
             after = "after the last step, which is saved: what follows was cut short"
             raise Interrupted(f"{signal.Signals(number).name} {after}", number)
 
-    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_start(self, *_: Any, **__: Any) -> None:
         self._between_steps = None
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
         if trainer.global_step == self._last_step:  # between accumulated batches there are gradients to lose
             return
         self._last_step = trainer.global_step
@@ -99,11 +99,8 @@ class StopOnSignal(Callback):
             self._between_steps = data_state(trainer)
         self._obey(trainer, pl_module)
 
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
-    ) -> None:
-        if trainer.state.fn == "fit":
-            self._obey(trainer, pl_module)
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any) -> None:
+        self._obey(trainer, pl_module)
 
     def _obey(self, trainer: Any, pl_module: L.LightningModule) -> None:
         asked = self._asked

@@ -61,7 +61,8 @@ class Trainer(L.Trainer):
         if self.is_global_zero:
             discard(staged)  # what a killed process left is no part of this one
         path, staged = self.strategy.broadcast((path, staged))
-        reason, written = None, False
+        reason: str | None = None
+        written = False
         try:
             super().save_checkpoint(staged, weights_only, storage_options)
             written = True
@@ -77,31 +78,29 @@ class Trainer(L.Trainer):
             reason = _reason(error, path)
             if not written:
                 self.strategy.barrier()  # the ranks that succeeded wait there
-        try:
-            self._fail_together(reason)
-        except CannotSave:
-            if self.is_global_zero:
-                discard(staged)
-            raise
+        self._fail_together(reason, staged)
 
     def finish_saving(self) -> None:
         """Waits until checkpoints that are written in the background are whole; every rank must call it.
 
         Raises CannotSave when one could not be written.
         """
-        last, reason = self.checkpoint_folder() / "last.ckpt", None
+        last = self.checkpoint_folder() / "last.ckpt"
+        reason = None
         try:
             self.strategy.checkpoint_io.teardown()
         except OSError as error:
             reason = _reason(error, last)
         self._fail_together(reason)
 
-    def _fail_together(self, reason: str | None) -> None:
+    def _fail_together(self, reason: str | None, unfinished: Path | None = None) -> None:
         """Raises CannotSave on all ranks when one of them gives a reason, so that none waits for the others."""
         reasons = [reason] * self.world_size
         if self.world_size > 1:
             torch.distributed.all_gather_object(reasons, reason)
         for given in filter(None, reasons):
+            if unfinished is not None and self.is_global_zero:
+                discard(unfinished)
             raise CannotSave(given)
 
 
@@ -111,7 +110,7 @@ def _reason(error: Any, path: Path) -> str:
         error, _ = next(iter(error.failures.values()))
     name, why = getattr(error, "filename", None) or path, getattr(error, "strerror", None) or error
     kept = newest_usable(path.parent)
-    after = f"{kept} is whole: go on with --resume when there is room again" if kept else "there is no earlier one"
+    after = f"{kept} is whole: mend that, then go on with --resume" if kept else "there is no earlier one"
     return f"cannot write the checkpoint {name}: {why}; {after}"
 
 
