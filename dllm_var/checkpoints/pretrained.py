@@ -46,15 +46,11 @@ def load_checkpoint(
 ) -> tuple[Transformer, Tokenizer, dict[str, Any]]:
     """Loads a checkpoint to decode with.
 
-    Args:
-        path: `runs/quickstart/version_0`, `.../checkpoints/last.ckpt`, a folder with `config.json` (our own or that of
-            a published model, see docs/checkpoints.md), or a published model's name on the hub.
-        device: Where the weights go.
-        dtype: Converts the weights; None leaves their type.
-
-    The result is the transformer in eval mode, its tokenizer, and what else the checkpoint remembers (`sampler`, ...).
-    A published model without a mask token gets one, and a row for it if none is free. Raises UserError when there is no
-    checkpoint, or it is damaged, or holds something that is not fully understood.
+    `path` is a run folder, a `.ckpt`, a folder with `config.json` (our own or that of a published model, see
+    docs/checkpoints.md), or a published model's name on the hub; `dtype` converts the weights. The result is the
+    transformer in eval mode, its tokenizer, and what else the checkpoint remembers (`sampler`, ...). A published model
+    without a mask token gets one, and a row for it if none is free. Raises UserError when there is no checkpoint, or it
+    is damaged, or holds something that is not fully understood.
     """
     checkpoint = open_checkpoint(path)
     tokenizer = checkpoint.load_tokenizer()
@@ -62,12 +58,10 @@ def load_checkpoint(
 
 
 def load_pretrained(path: str | Path, causal: bool = False) -> Transformer:
-    """Loads a checkpoint as a bare model from token ids [B, L] to logits [B, L, V].
+    """Loads what `load_checkpoint` loads as a bare model from token ids [B, L] to logits [B, L, V].
 
-    Args:
-        path: As for `load_checkpoint`; of a published model, the tokenizer is not needed.
-        causal: Reads left to right, as published Llama and Qwen models were trained to; one of our own checkpoints
-            that was trained causally always does.
+    Of a published model, the tokenizer is not needed. With `causal` it reads left to right, as published Llama and Qwen
+    models were trained to; one of our own checkpoints that was trained causally always does.
     """
     checkpoint = open_checkpoint(path)
     causal = causal or (checkpoint.config.causal and not checkpoint.published)
@@ -83,10 +77,7 @@ def _load(
     """Builds a transformer without weights, fills it one weight at a time and lays them out for decoding."""
     with torch.device("meta"):
         transformer = Transformer(config)
-    kind = dtype or checkpoint.dtype
-    if kind not in FLOATING:
-        raise UserError(f"{checkpoint.place} has weights of type {kind}, which cannot be computed with: convert them")
-    transformer.to(kind)
+    transformer.to(dtype or checkpoint.dtype)
     transformer.to_empty(device=device)
     transformer.tie_weights()
     copy_weights(transformer, checkpoint)
@@ -140,7 +131,7 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """Type of its weights."""
-        return self.weights["model.norm.weight"]().dtype
+        return self.weight("model.norm.weight", [self.config.hidden_size]).dtype
 
     def weight(self, name: str, shape: list[int]) -> Tensor:
         """Reads one weight; raises UserError when it has another shape, or values that are NaN or infinite.
@@ -149,7 +140,7 @@ class Checkpoint:
         """
         value = self.weights[name]()
         if value.dtype not in FLOATING:
-            raise UserError(f"{self.place}: weight {name} has no floating-point numbers, but {value.dtype}")
+            raise UserError(f"{self.place}: weight {name} is of type {value.dtype}, which cannot be computed with")
         more = shape[0] - (self.rows or self.config.vocab_size or 0)
         if self.published and more > 0 and name in ("model.embed_tokens.weight", "lm_head.weight"):
             mean = value.float().mean(dim=0, keepdim=True).to(value.dtype)

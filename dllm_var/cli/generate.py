@@ -67,18 +67,15 @@ def main(command: str, arguments: list[str]) -> int:
         raise UserError("--stream goes with a single prompt: the answers of several would mix")
     suppress = token_ids(options.suppress or [], tokenizer)
     file = None if options.output in (None, "-") else open_output("--output", options.output)
-    out = sys.stdout if file is None else file.stream
-    printer = AnswerPrinter(out, prompts, tokenizer, options)
+    printer = AnswerPrinter(sys.stdout if file is None else file.stream, prompts, tokenizer, options)
     began = time.perf_counter()
     try:
         decode(sampler, model, suppress, printer)
-        out.flush()
         if file is not None:
             file.complete()
     except KeyboardInterrupt:
         printer.interrupt()
-        partial = None if file is None else file.abandon()
-        where = f", in {partial}" if partial else ""
+        where = f", in {partial}" if file is not None and (partial := file.abandon()) else ""
         print(f"interrupted: {len(printer.done)} of {len(prompts):,} answers finished{where}", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError as error:
@@ -161,14 +158,15 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
     prompts.add_argument("--prompts-file", type=str, metavar="FILE", help=lines)
     prompts.add_argument("--chat", action="store_true", help="put prompts through the checkpoint's chat template")
     prompts.add_argument("--system", type=str, metavar="TEXT", help="system message of every prompt, with --chat")
-    gaps = "fill the gaps of a text, written <gap:3> for three tokens; repeatable, each with its own --prompt"
+    gaps = "text whose gaps are filled, such as <gap:3> for three tokens; repeatable, with a --prompt for each"
     prompts.add_argument("--infill", **repeatable, metavar="TEXT", help=gaps)
 
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer in tokens")
     decoding.add_argument("--stop", **repeatable, metavar="TEXT", help="end an answer before this text; repeatable")
-    never = "never produce this token, given by its text or as id:N; repeatable"
-    decoding.add_argument("--suppress", **repeatable, metavar="TOKEN", help=never)
+    decoding.add_argument(
+        "--suppress", **repeatable, metavar="TOKEN", help="never produce this token, or id:N; repeatable"
+    )
     add_sampler_options(parser, sampler)
 
     output = parser.add_argument_group("output")
@@ -178,8 +176,7 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
     output.add_argument("--stream", action="store_true", help="print a single answer block by block, as in a terminal")
     output.add_argument("--no-stream", action="store_true", help="print answers whole")
     output.add_argument("--replay", action="store_true", help="show in which forward pass each token appeared")
-    file = "YAML file of options, under their full names"
-    output.add_argument("--config", action="config", metavar="FILE", help=file)
+    output.add_argument("--config", action="config", metavar="FILE", help="YAML file of options by their full names")
     return parser
 
 
@@ -198,10 +195,8 @@ SHORTCUTS = {
 
 def add_sampler_options(parser: SettingsParser, sampler: dict[str, Any] | None) -> None:
     """Adds --sampler with all settings of its class; only help, without a `sampler`, lists the short names too."""
-    about = (
-        "class_path, or a YAML file with class_path and init_args, such as configs/sampler/*.yaml; "
-        "--sampler.NAME VALUE sets one argument, --sampler.help NAME lists them"
-    )
+    about = "a class, or a YAML file such as configs/sampler/*.yaml; --sampler.NAME VALUE sets one argument of it, "
+    about += "--sampler.help NAME lists them"
     if sampler is not None:
         from dllm_var.sampling import Sampler
 
@@ -220,7 +215,7 @@ def spell_out(arguments: list[str]) -> list[str]:
     becomes `--sampler.policy=NAME`. Raises UserError for a missing value, or a file that cannot be read.
     """
     result: list[str] = []
-    settings: list[str] = []
+    settings: list[str] = []  # they follow their sampler
     rest = iter(arguments)
     for argument in rest:
         option, equals, value = argument.partition("=")
@@ -270,7 +265,7 @@ def read_prompts(options: Namespace, tokenizer: Tokenizer) -> list[Prompt]:
         raise UserError("--chat: the checkpoint's tokenizer has no chat template; leave out --chat")
     if options.system is not None and not options.chat:
         raise UserError("--system needs --chat: a system message is part of a conversation")
-    prompts = []
+    prompts: list[Prompt] = []
     for place, record in _records(options):
         try:
             prompts.append(_prompt(record, tokenizer, options.chat, options.system))
@@ -428,6 +423,7 @@ class AnswerPrinter:
             line = f"{line}\n{replay(answer, self.tokenizer, *width_and_colour(self.out))}"
         changed = not line.startswith(self.streamed)  # by a tokenizer whose later tokens change earlier text
         self._write(("\n" if changed else "") + line.removeprefix(self.streamed) + "\n")
+        self.streamed = ""
 
     def _line(self, index: int, text: str) -> str:
         prompt = self.prompts[index]
