@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from dllm_var.files import OutputFile, write_text
-from dllm_var.sampling import Generation
 
 
 class AnswerWriter(BasePredictionWriter):
@@ -45,9 +44,8 @@ class AnswerWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         tokenizer: Any = pl_module.tokenizer
-        answers: list[Generation] = prediction
         assert self.file is not None
-        for prompt, answer in zip((prompt for prompt in batch if len(prompt)), answers, strict=True):
+        for prompt, answer in zip((prompt for prompt in batch if len(prompt)), prediction, strict=True):
             self.file.stream.write(answer.as_json(tokenizer.decode(prompt)) + "\n")
         self.file.stream.flush()
 
@@ -55,9 +53,7 @@ class AnswerWriter(BasePredictionWriter):
         assert self.file is not None
         self.file.complete()
         path, self.file = self.file.target, None
-        if trainer.world_size > 1:
-            path = _put_together(trainer, path)
-        pl_module.print(f"answers in {path}")
+        pl_module.print(f"answers in {path if trainer.world_size == 1 else _put_together(trainer, path)}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self.file is not None:

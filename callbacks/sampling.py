@@ -134,8 +134,7 @@ class SamplingCallback(L.Callback):
         result["tokens_per_second"] = result["tokens"] / max(seconds, 1e-9)
         scores = {name: result[name] for name in SCORES if known or name not in NEED_REFERENCES}
         figures = ", ".join(SCORES[name].format(value) for name, value in scores.items())
-        tokenizer: Any = pl_module.tokenizer
-        rows = [_row(tokenizer, example, answer) for example, answer in pairs[: self.num_shown]]
+        rows = [_row(pl_module.tokenizer, example, answer) for example, answer in pairs[: self.num_shown]]
         step, table = trainer.global_step, answer_table(rows, sys.stdout.isatty())
         pl_module.print(f"\nstep {step}, {len(answers)} answers: {figures}\n{table}\n")
         for logger in trainer.loggers:
@@ -145,7 +144,7 @@ class SamplingCallback(L.Callback):
                 add_text("sample/answers", f"```\n{answer_table(rows)}\n```", global_step=step)
 
 
-def _row(tokenizer: Tokenizer, example: Example, answer: Generation) -> list[Text]:
+def _row(tokenizer: Any, example: Example, answer: Generation) -> list[Text]:
     """Returns the cells of COLUMNS; `expected` is empty if the answer is right or no reference is known."""
     reference = nearest_reference(answer.tokens, example.references)[0] if example.references else None
     is_wrong = reference is not None and list(reference) != list(answer.tokens)

@@ -58,10 +58,7 @@ class SpeedMonitor(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        waited = self._interval(trainer)
-        if waited is not None:
-            self._sums["seconds"] += waited
-            self._sums["data_seconds"] += waited
+        self._sums["data_seconds"] += self._interval(trainer) or 0.0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -76,7 +73,7 @@ class SpeedMonitor(L.Callback):
         self._is_first = False
         if worked is not None:
             counts: Any = pl_module.last_step_stats
-            for name, count in {"seconds": worked, "steps": stepped, **counts}.items():
+            for name, count in {"steps": stepped, **counts}.items():
                 self._sums[name] = self._sums[name] + count
         if report and self._sums["steps"]:
             self._report(trainer, pl_module)
@@ -89,12 +86,13 @@ class SpeedMonitor(L.Callback):
         self._skip = True
 
     def _interval(self, trainer: L.Trainer) -> float | None:
-        """Returns the seconds since the last call, less other callbacks' `pause_seconds`; None if they do not count."""
+        """Adds up and returns the seconds since the last call without other callbacks' pauses; None if not to count."""
         now = time.perf_counter()
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         paused = sum(getattr(callback, "pause_seconds", 0.0) for callback in callbacks)
         seconds = None if self._is_first or self._skip else max(now - self._mark - (paused - self._paused), 0.0)
         self._mark, self._paused, self._skip = now, paused, False
+        self._sums["seconds"] += seconds or 0.0
         return seconds
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

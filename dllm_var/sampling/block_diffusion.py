@@ -72,16 +72,12 @@ class BlockEngine(Engine[AnyRow]):
     def __init__(
         self, sampler: BlockDiffusionSampler, model: Transformer, prompts: list[list[int]], request: Request
     ) -> None:
-        super().__init__(sampler, model, prompts, request, sampler.blocks_per_forward * sampler.block_length)
+        blocks = sampler.blocks_per_forward  # as many may be pending beside them
+        super().__init__(sampler, model, prompts, request, slack=2 * blocks * sampler.block_length)
         self.cache = self.add_cache(model)
         assert sampler.policy is not None  # set by its `__post_init__`
-        self.use_policy(sampler.policy, sampler.block_length, self.versions)
+        self.use_policy(sampler.policy, sampler.block_length, blocks)
         self.offsets = torch.arange(sampler.block_length, device=self.device)
-
-    @property
-    def versions(self) -> tuple[int, ...]:
-        """How many blocks of a row the policy sees in a forward, when that is not one."""
-        return ()
 
     def start(self, slot: int) -> None:
         """Opens the block behind the row's finished tokens."""
@@ -213,5 +209,5 @@ class BlockDiffusionSampler(EngineSampler):
 
     @property
     def blocks_per_forward(self) -> int:
-        """Most blocks in a forward of a row: a finished block and the next; the cache has room for them at its end."""
-        return 2
+        """How many blocks of a row a forward predicts, at most."""
+        return 1

@@ -229,12 +229,12 @@ class Engine(ABC, Generic[AnyRow]):
 
     # -- denoising -----------------------------------------------------------------------------------------------------
 
-    def use_policy(self, policy: UnmaskingPolicy, width: int, blocks: tuple[int, ...] = ()) -> None:
-        """Takes a policy for blocks of this width, with a memory for each slot, or for each of its `blocks`."""
+    def use_policy(self, policy: UnmaskingPolicy, width: int, blocks: int = 1) -> None:
+        """Takes a policy for blocks of this width, with a memory for each of the `blocks` that a slot has at a time."""
         self.policy = policy
         self.initial = {name: value.to(self.device) for name, value in policy.initial_state(width).items()}
-        shape = (len(self.rows), *blocks)
-        self.state = {name: value.expand(*shape, *value.shape).clone() for name, value in self.initial.items()}
+        rows = len(self.rows)
+        self.state = {name: value.expand(rows, blocks, *value.shape).clone() for name, value in self.initial.items()}
 
     def memory(self, batch: Batch[AnyRow], step: Tensor) -> State:
         """Returns the policy's memory of the batch's blocks [R, ...], a new one for blocks at their first `step`."""

@@ -36,10 +36,6 @@ class FreeDaveEngine(CopyEngine[DraftRow]):
     sampler: FreeDaveSampler
     row_class = DraftRow
 
-    @property
-    def versions(self) -> tuple[int, ...]:
-        return (self.sampler.drafts,)  # the block and its drafts
-
     def start(self, slot: int) -> None:
         super().start(slot)
         self.rows[slot].drafts = self.rows[slot].masks_in_drafts = 0
@@ -127,4 +123,4 @@ class FreeDaveSampler(BlockDiffusionSampler):
 
     @property
     def blocks_per_forward(self) -> int:
-        return max(2, self.drafts)
+        return self.drafts  # the block itself and guesses

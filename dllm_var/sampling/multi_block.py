@@ -47,10 +47,6 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
     sampler: MultiBlockSampler
     row_class = MultiBlockRow
 
-    @property
-    def versions(self) -> tuple[int, ...]:
-        return (self.sampler.blocks,)
-
     def start(self, slot: int) -> None:
         """Makes the row's first open block the leading one; opens it when there is none."""
         row = self.rows[slot]
@@ -193,4 +189,4 @@ class MultiBlockSampler(BlockDiffusionSampler):
 
     @property
     def blocks_per_forward(self) -> int:
-        return 2 * self.blocks  # all open ones finished at once, and as many again
+        return self.blocks
