@@ -164,9 +164,7 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer in tokens")
     decoding.add_argument("--stop", **repeatable, metavar="TEXT", help="end an answer before this text; repeatable")
-    decoding.add_argument(
-        "--suppress", **repeatable, metavar="TOKEN", help="never produce this token, or id:N; repeatable"
-    )
+    decoding.add_argument("--suppress", **repeatable, metavar="TOKEN", help="text or id:N never produced; repeatable")
     add_sampler_options(parser, sampler)
 
     output = parser.add_argument_group("output")
@@ -287,15 +285,15 @@ def _records(options: Namespace) -> Iterator[tuple[str, Any]]:
         yield "--prompt" if infill is None else "--infill", {"prompt": prompt, "infill": infill}
     if name is None and (prompts or infills or sys.stdin.isatty()):
         return
+    source = "standard input" if name in (None, "-") else name
     try:
-        text = sys.stdin.read() if name in (None, "-") else Path(name).read_text(encoding="utf-8-sig")
+        text = Path(name).read_text(encoding="utf-8-sig") if source == name else sys.stdin.read()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UserError(f"cannot read the prompts of {name or 'standard input'}: {reason}") from error
-    is_json = name is not None and name.endswith(".jsonl")
+        raise UserError(f"cannot read the prompts of {source}: {reason}") from error
     for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], start=1):
-        place = f"{name or 'standard input'}, line {number}"
-        if not is_json:
+        place = f"{source}, line {number}"
+        if not source.endswith(".jsonl"):
             yield place, {"prompt": line.strip()}
         elif line.strip():
             yield place, parse_json(line, place)
@@ -310,11 +308,12 @@ def _prompt(record: Any, tokenizer: Tokenizer, chat: bool, system: str | None) -
     if chat and messages is None and text is not None:
         messages = [{"role": "user", "content": text}]
     if messages is not None:
-        known = isinstance(messages, list) and all(isinstance(turn, dict) for turn in messages)
-        turns = [turn for turn in messages if turn.get("role") in ROLES] if known else []
+        turns = messages if isinstance(messages, list) else []
+        if not all(isinstance(turn, dict) and turn.get("role") in ROLES for turn in turns):
+            turns = []
         if turns and turns[-1]["role"] == "assistant":  # a record of training data: that turn is asked for
             turns = turns[:-1]
-        if not turns or len(turns) < len(messages) - 1:
+        if not turns:
             roles = ", ".join(ROLES)
             raise UserError(f'"messages" must be a list of turns to answer, with content and role, one of {roles}')
         if system is not None and turns[0]["role"] != "system":
@@ -326,10 +325,8 @@ def _prompt(record: Any, tokenizer: Tokenizer, chat: bool, system: str | None) -
         ids = _encode(text, tokenizer)
     if infill is None:
         return Prompt(text or "", ids)
-    if not isinstance(infill, str):
-        raise UserError(f"it must be text, got {json.dumps(infill)}")
     infill_ids: list[int] = []
-    for part in split_gaps(infill):
+    for part in split_gaps(str(infill)):
         infill_ids += [tokenizer.mask_id] * part if isinstance(part, int) else _encode(part, tokenizer)
     return Prompt(text or "", ids, infill, infill_ids)
 
