@@ -96,9 +96,7 @@ class StepClock:
     def end_step(self, segment_ids: Tensor, counts: dict[str, int | Tensor]) -> None:
         """Ends the last phase, `optimizer`, and the step.
 
-        Args:
-            segment_ids: Of the step's batch [B, L]: the sample that each position belongs to, below 0 for padding.
-            counts: Counts of its work, as `dllm_var.metrics.counts` has them.
+        Its batch has `segment_ids` [B, L], below 0 for padding, and `counts` as of `dllm_var.metrics.counts`.
         """
         self.mark("optimizer")
         work = {"loss_tokens": int(counts["loss_tokens"]), "pairs": int(counts["attended_pairs"])}

@@ -129,13 +129,9 @@ def ratios(ours: Contender, contenders: Sequence[Contender], answer_lengths: Seq
     """Returns one setting's ratios to the task's baselines; None where a figure is missing.
 
     `over_*` are useful tokens/s at batch 1, `forwards_over_*` useful tokens per forward: the ratio of speeds on
-    hardware whose forwards cost the same whatever their width.
-
-    Args:
-        ours: The setting.
-        contenders: All settings of the task.
-        answer_lengths: Tokens of each prompt's longest reference. The fixed-length baseline is credited with as many
-            where its own answer has fewer, so that a bad answer does not make it look slower than it is.
+    hardware whose forwards cost the same whatever their width. The fixed-length baseline is credited with at least
+    `answer_lengths` tokens, those of each prompt's longest reference, so that a bad answer does not make it look slower
+    than it is.
     """
     autoregressive, fixed = with_role(contenders, "autoregressive"), with_role(contenders, "fixed_length")
     rounds = zip(ours.batched, ours.single, strict=False)

@@ -34,17 +34,10 @@ ENDINGS = ("ended_by_eos", "hit_limit", "length_exact", "premature", "overrun", 
 
 
 class TaskRun:
-    """All measurements of one task; they are kept when an exception ends it.
+    """All measurements of one task; an exception that ends it leaves them.
 
-    Raises UserError when its source, scorer or a sampler cannot be built, a checkpoint cannot be loaded, or a split has
-    no prompts.
-
-    Args:
-        task: What to measure.
-        repeats: Rounds of each timing.
-        device: Where the models go.
-        limit: Longest answer in tokens; the samplers' own when None.
-        widths: Tokens per forward at which the cost of a forward is measured.
+    Each timing has `repeats` rounds; `limit` is the longest answer in tokens, the samplers' own when None. Raises
+    UserError when a source, scorer or sampler cannot be built, a checkpoint not be loaded, or a split has no prompts.
     """
 
     def __init__(

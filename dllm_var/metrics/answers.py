@@ -12,10 +12,10 @@ from torchmetrics import Metric
 if TYPE_CHECKING:
     from dllm_var.sampling import Generation
 
-COUNTS = (
-    "answers", "wrong", "edits", "reference_tokens", "ended", "limited", "length_exact", "premature", "overrun",
-    "length_difference", "tokens", "forwards",
+PER_ANSWER = (  # figures that are a count over the number of answers
+    "answer_error_rate", "ended_by_eos", "length_exact", "premature", "overrun", "hit_limit", "length_error",
 )  # fmt: skip
+COUNTS = (*PER_ANSWER, "answers", "edits", "reference_tokens", "tokens", "forwards")
 
 
 class AnswerMetrics(Metric):
@@ -32,8 +32,7 @@ class AnswerMetrics(Metric):
     - `tokens_per_forward`: useful tokens (up to, excluding, the terminator) over forward passes, both summed over rows.
     - `tokens`, `answers`: totals.
 
-    Args:
-        kwargs: Passed on to torchmetrics, for example `sync_on_compute=False` where only one process measures.
+    `kwargs` are torchmetrics', for example `sync_on_compute=False` where only one process measures.
     """
 
     full_state_update = False
@@ -44,32 +43,25 @@ class AnswerMetrics(Metric):
         self.add_state("counts", default=torch.zeros(len(COUNTS), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, generations: Sequence[Generation], references: Sequence[Sequence[Sequence[int]]]) -> None:
-        """Adds answers.
+        """Adds answers, one for each prompt, and for each of them its acceptable answers as token ids, at least one.
 
-        Args:
-            generations: One per prompt.
-            references: For each generation its acceptable answers as token ids, without terminator; at least one.
-
-        Raises:
-            ValueError: The two differ in number, or an answer has no reference.
+        References have no terminator. Raises ValueError when the two differ in number, or an answer has no reference.
         """
-        if len(generations) != len(references):
-            raise ValueError(f"{len(generations)} generations but references for {len(references)}")
         for generation, answers in zip(generations, references, strict=True):
             reference, edits = nearest_reference(generation.tokens, answers)
             difference = len(generation.tokens) - len(reference)
             ended = generation.finish_reason == "eos"
             counts = {
-                "answers": 1,
-                "wrong": edits > 0,
-                "edits": edits,
-                "reference_tokens": len(reference),
-                "ended": ended,
-                "limited": generation.finish_reason == "length",
+                "answer_error_rate": edits > 0,
+                "ended_by_eos": ended,
                 "length_exact": difference == 0,
                 "premature": ended and difference < 0,
                 "overrun": difference > 0,
-                "length_difference": abs(difference),
+                "hit_limit": generation.finish_reason == "length",
+                "length_error": abs(difference),
+                "answers": 1,
+                "edits": edits,
+                "reference_tokens": len(reference),
                 "tokens": len(generation.tokens),
                 "forwards": generation.nfe,
             }
@@ -77,16 +69,9 @@ class AnswerMetrics(Metric):
 
     def compute(self) -> dict[str, float]:
         total = dict(zip(COUNTS, self.counts.tolist(), strict=True))
-        answers = max(total["answers"], 1)
         return {
             "token_error_rate": total["edits"] / max(total["reference_tokens"], 1),
-            "answer_error_rate": total["wrong"] / answers,
-            "ended_by_eos": total["ended"] / answers,
-            "length_exact": total["length_exact"] / answers,
-            "premature": total["premature"] / answers,
-            "overrun": total["overrun"] / answers,
-            "hit_limit": total["limited"] / answers,
-            "length_error": total["length_difference"] / answers,
+            **{name: total[name] / max(total["answers"], 1) for name in PER_ANSWER},
             "tokens_per_forward": total["tokens"] / max(total["forwards"], 1),
             "tokens": float(total["tokens"]),
             "answers": float(total["answers"]),
@@ -95,10 +80,7 @@ class AnswerMetrics(Metric):
 
 def nearest_reference(answer: Sequence[int], references: Sequence[Sequence[int]]) -> tuple[Sequence[int], int]:
     """Returns the reference with the fewest edits from the answer (ties: closest in length, then the first) and the
-    number of insertions, deletions and replacements.
-
-    Raises:
-        ValueError: There is no reference.
+    number of insertions, deletions and replacements; raises ValueError when there is no reference.
     """
     if not references:
         raise ValueError("an answer needs at least one reference to be scored against")

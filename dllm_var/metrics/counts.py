@@ -10,10 +10,9 @@ from dllm_var.objectives.base import Batch, NoisedBatch
 def step_counts(batch: Batch, noised: NoisedBatch, attention: str) -> dict[str, int | Tensor]:
     """Counts a batch's work; counts on the device stay there, so that nothing waits for it.
 
-    Returns:
-        `tokens`, `supervised_tokens` and `samples` of the rows; `loss_tokens`; `read_tokens`, which the layers read, an
-        objective's copies included; `attended_pairs` of tokens: both halves of a causal square, and of annealed
-        attention as many as at its end.
+    They are `tokens`, `supervised_tokens` and `samples` of the rows; `loss_tokens`; `read_tokens`, which the layers
+    read, an objective's copies included; `attended_pairs` of tokens: both halves of a causal square, and of annealed
+    attention as many as at its end.
     """
     rows, length = noised.input_ids.shape
     used = batch["segment_ids"] >= 0  # padding is at position 0 too

@@ -63,15 +63,10 @@ class DenoisingMetrics(Metric):
         weight: Tensor,
         supervised_tokens: int | Tensor,
     ) -> None:
-        """Adds the M loss tokens of one batch.
+        """Adds one batch of `supervised_tokens`, M of which carried a loss; all tensors are [M].
 
-        Args:
-            token_loss: Cross-entropy of each loss token in nats [M].
-            correct: Whether the most likely token is the right one, bool [M].
-            mask_rate: Mask rate of each token in [0, 1], [M]; None if the objective has none (autoregressive).
-            is_terminator: Whether the token to predict is a terminator, bool [M].
-            weight: One over the probability with which this position was masked [M].
-            supervised_tokens: Number of supervised tokens in the batch, masked or not.
+        `token_loss` is in nats, `correct` says whether the most likely token is the right one, `mask_rate` in [0, 1] is
+        None if the objective has none, and `weight` is one over the probability that the position was masked.
         """
         token_loss = token_loss.detach().float()
         self.loss_sum += token_loss.sum()

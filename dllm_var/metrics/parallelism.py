@@ -16,27 +16,17 @@ def aup(parallelism: Sequence[float], accuracy: Sequence[float], best_accuracy: 
     Points are taken from the least to the most parallel; those more than `TOLERANCE` below the first are left out. The
     area left of the first point is a rectangle, the others are trapezoids of y W(y), where the weight
     W(y) = min(exp(-ALPHA (1 - y / best_accuracy)), 1) makes lost accuracy cost more than the tokens it buys
-    (d3LLM, arXiv 2601.07568).
-
-    Args:
-        parallelism: Tokens per forward of each point, above 0.
-        accuracy: Accuracy of each point in per cent.
-        best_accuracy: Best accuracy any method has on the task, in per cent; None for the best of these points.
-
-    Raises:
-        ValueError: The two differ in number, there is no point, or a parallelism is not above 0.
+    (d3LLM, arXiv 2601.07568). Accuracies are in per cent; `best_accuracy` is the best that any method has on the task,
+    of these points when None. Raises ValueError without a point, or with one whose parallelism is not above 0.
     """
     if len(parallelism) != len(accuracy) or not parallelism or min(parallelism) <= 0:
         raise ValueError("aup needs as many accuracies as parallelisms, at least one, and parallelisms above 0")
     points = sorted(zip(parallelism, accuracy, strict=True), key=lambda point: (point[0], -point[1]))
     first, floor = points[0], points[0][1] - TOLERANCE
     best = max(accuracy) if best_accuracy is None else best_accuracy
-    kept = [(tokens, y * _weight(y, best)) for tokens, y in points if y >= floor]
+    lost = {y: max(1 - y / best, 0) if best > 0 else 0 for _, y in points}
+    kept = [(tokens, y * math.exp(-ALPHA * lost[y])) for tokens, y in points if y >= floor]
     area = first[0] * first[1]
     for (left, low), (right, high) in pairwise(kept):
         area += (right - left) * (low + high) / 2
     return area
-
-
-def _weight(accuracy: float, best: float) -> float:
-    return min(math.exp(-ALPHA * (1 - accuracy / best)), 1.0) if best > 0 else 1.0

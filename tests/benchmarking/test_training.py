@@ -11,8 +11,15 @@ import yaml
 from dllm_var.__main__ import main
 from dllm_var.benchmarking.instruments import PHASES, StepClock
 from dllm_var.benchmarking.settings import FULL, OURS, PLAIN_LOOP
-from dllm_var.benchmarking.trainers import LightningMarks, bidirectional_llama
-from dllm_var.benchmarking.training import add_up, bars, medians, over, training_ratios
+from dllm_var.benchmarking.training import (
+    LightningMarks,
+    add_up,
+    bars,
+    bidirectional_llama,
+    medians,
+    over,
+    training_ratios,
+)
 from dllm_var.model import Transformer, TransformerConfig
 
 ROOT = Path(__file__).parent.parent.parent

@@ -88,7 +88,7 @@ def test_empty_answers_and_references_and_none_at_all() -> None:
 def test_an_answer_without_reference_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one reference"):
         AnswerMetrics().update([Answer([1])], [[]])
-    with pytest.raises(ValueError, match="1 generations but references for 2"):
+    with pytest.raises(ValueError, match="argument 2 is longer"):
         AnswerMetrics().update([Answer([1])], [[[1]], [[1]]])
 
 
