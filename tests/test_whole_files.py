@@ -3,12 +3,13 @@
 import contextlib
 import errno
 import os
+import resource
 
 import pytest
 
 from dllm_var import UserError, files
 from dllm_var.errors import in_one_line
-from dllm_var.files import OutputFile, discard, open_output, put_back, write_atomically
+from dllm_var.files import OutputFile, discard, open_output, put_back, write_atomically, write_text
 
 
 def names(folder):
@@ -80,22 +81,22 @@ def test_what_an_exception_cuts_short_leaves_the_old_content_and_nothing_else(na
     assert content(tmp_path / name) == "old" and names(tmp_path) == [name]
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
-def test_a_full_disk_is_named(tmp_path):
-    def write_to_full_disk(path):
-        with write_atomically(path) as partial:
-            partial.symlink_to("/dev/full")
-            partial.write_text("text")
+def write_bit_by_bit(path, text):
+    file = OutputFile(path)
+    file.stream.write(text)
+    file.complete()
 
-    def write_to_device(path):
-        file = OutputFile(path)
-        file.stream.write("text")
-        file.complete()
 
-    for path, action in ((tmp_path / "a", write_to_full_disk), ("/dev/full", write_to_device)):
-        with pytest.raises(OSError, match="No space left") as raised:
-            action(path)
-        assert in_one_line(raised.value).startswith(f"cannot write {path}: No space left on device; make room")
+@pytest.mark.parametrize("action", [write_text, write_bit_by_bit])
+def test_a_file_that_a_disk_does_not_take_is_named_and_removed(action, tmp_path):
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, most))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            action(tmp_path / "a", "text" * 1_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    assert in_one_line(raised.value).startswith(f"cannot write {tmp_path / 'a'}: File too large; raise the limit")
     assert names(tmp_path) == []
 
 

@@ -22,7 +22,7 @@ from dllm_var.errors import UserError
 from dllm_var.files import write_atomically
 
 _FIRST_BYTES = b"PK\x03\x04"
-_SEAL = b"dllm-var sha256="  # begins the archive's comment; the checksum of all that stands before the comment follows
+_SEAL = b"dllm-var sha256="  # begins the archive's comment; the checksum of all before the comment follows
 _SEAL_BYTES = len(_SEAL) + 64
 _CHUNK = 2**22
 _INDEX, _INDEX_CHECKSUM = ".metadata", ".metadata.sha256"  # torch.distributed.checkpoint's, and ours beside it
@@ -83,8 +83,7 @@ def read_state(path: Path) -> Any:
 def write_archive(checkpoint: Any, path: Path) -> None:
     """Writes a checkpoint as one file: the zip archive of `torch.save`, with a checksum of it in the archive's comment.
 
-    torch notes a checksum of every tensor, but not of the list that says where each of them begins. Raises OSError
-    when the file cannot be written, as on a full disk; what was at `path` before is still there.
+    Raises OSError when the file cannot be written, as on a full disk; what was at `path` before is still there.
     """
     with write_atomically(path) as partial, open(partial, "wb") as file:
         hashed = _HashedFile(file)

@@ -55,10 +55,9 @@ class CheckedFiles(TorchCheckpointIO):
 class BackgroundFiles(CheckedFiles):
     """Writes checkpoint files as `CheckedFiles` does, in a thread while training goes on.
 
-    The state is copied into the CPU's memory before `save_checkpoint` returns, so that later steps do not change what
-    is written; when two copies wait already, it waits as well. Files are written and removed in the order asked for:
-    an old checkpoint goes when the new one is whole. After a failure, what was asked for before it is told is neither
-    written nor removed. Folders, which sharded strategies write, are not written in the background.
+    The state is copied into the CPU's memory before `save_checkpoint` returns; when two copies wait already, it waits
+    as well. Files are written and removed in the order asked for: an old checkpoint goes when the new one is whole.
+    After a failure nothing is written or removed until it is told. Folders are not written in the background.
     """
 
     def __init__(self) -> None:

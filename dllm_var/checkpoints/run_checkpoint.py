@@ -144,10 +144,9 @@ def check_identity(
 
 @cache
 def provenance() -> dict[str, Any]:
-    """Returns `versions` by package, and `git`: the commit of this source tree and whether files differ from it.
+    """Returns `versions` by package, and `git`: the commit, and whether files differ from it; None outside of git.
 
-    An installed package has no source tree; then it is the working directory's, where settings and data are likely to
-    be. None outside of git.
+    It is that of this source tree, or that of the working directory when the package is installed elsewhere.
     """
     versions = {"dllm-var": __version__, "python": platform.python_version()}
     for package in _PACKAGES:

@@ -115,10 +115,7 @@ def _reason(error: Any, path: Path) -> str:
 
 
 def default_checkpoints(trainer_settings: Any, best: bool) -> list[ModelCheckpoint]:
-    """Returns what keeps checkpoints when the built `trainer` section has nothing that does: the last two.
-
-    With `best` it also keeps the best one by `val/loss`.
-    """
+    """Returns what keeps the last two checkpoints, and with `best` that of the lowest `val/loss`, by default."""
     keeps = any(isinstance(callback, Checkpoint) for callback in listed(trainer_settings.get("callbacks")))
     if keeps or trainer_settings.get("enable_checkpointing") is False:
         return []

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import resource
 import zipfile
 
 import pytest
@@ -148,17 +149,14 @@ def test_pickled_code_is_refused_and_not_run(tmp_path):
     assert proof.exists()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
-def test_a_full_disk_leaves_the_previous_one_and_nothing_else(checkpoint, monkeypatch):
-    save = torch.save
-
-    def onto_a_full_disk(content, file):
-        with open("/dev/full", "wb") as full:
-            save(content, full)
-
-    monkeypatch.setattr(torch, "save", onto_a_full_disk)
-    with pytest.raises(OSError, match=r"No space left.*last\.ckpt"):
-        write_archive(state(2), checkpoint)
+def test_a_disk_that_takes_no_more_leaves_the_previous_one_and_nothing_else(checkpoint):
+    limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, most))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*last\.ckpt"):
+            write_archive(state(2), checkpoint)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     assert read_state(checkpoint)["global_step"] == 1
     assert [path.name for path in checkpoint.parent.iterdir()] == ["last.ckpt"]
 

@@ -11,7 +11,9 @@ from dllm_var.checkpoints.run_checkpoint import (
     newest_checkpoint,
     newest_first,
     newest_usable,
+    read_identity,
 )
+from dllm_var.errors import UserError
 
 
 def write(path, step):
@@ -54,3 +56,12 @@ def test_the_newest_good_one_is_offered(tmp_path):
     os.truncate(tmp_path / "step=2.ckpt", 0)
     with pytest.raises(UnusableCheckpoint, match="no other one in"):
         check_or_offer(last)
+
+
+def test_checkpoints_of_other_programs_and_formats_are_refused():
+    for content, reason in (
+        ({"state_dict": {}}, "last.ckpt was not written by dllm_var"),
+        ({"dllm_var": {"format": 0}}, "is of format 0, this version of dllm-var reads format"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            read_identity(content, "last.ckpt")
