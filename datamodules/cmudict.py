@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dllm_var.datamodules.sources import Source
+from dllm_var.datamodules.sources import SPLITS, Source
 
 FOLDER = Path(__file__).parent / "data" / "cmudict"
 HELD_OUT_WORDS = 2_000  # words in the validation split, and as many in the test split
-
 ALPHABET = set("abcdefghijklmnopqrstuvwxyz'")
 
 
@@ -29,15 +28,29 @@ class CmudictSource(Source):
     """
 
     default_tokenizer = str(FOLDER)
-    splits = ("train", "validation", "test")
+    splits = SPLITS
 
     @cached_property
     def _pronunciations(self) -> dict[str, list[str]]:
-        return read_pronunciations()
+        """Pronunciations without stress, by word; only words of letters and apostrophe."""
+        entries: dict[str, list[str]] = {}
+        drop_stress = str.maketrans("", "", "012")
+        with lzma.open(FOLDER / "cmudict.dict.xz", "rt", encoding="utf-8") as lines:
+            for line in lines:
+                word, _, phones = line.partition("#")[0].strip().lower().partition(" ")
+                word = word.partition("(")[0]  # "word(2)" is another pronunciation of "word"
+                phones = phones.translate(drop_stress).upper()
+                # Alternatives that differ in stress alone are the same answer.
+                if set(word) <= ALPHABET and phones not in entries.setdefault(word, []):
+                    entries[word].append(phones)
+        return entries
 
     @cached_property
     def _words(self) -> dict[str, list[str]]:
-        return split_words(self._pronunciations)
+        """Words of each split: those with the smallest SHA-256 are test, the next ones validation."""
+        ranked = sorted(self._pronunciations, key=lambda word: hashlib.sha256(word.encode()).digest())
+        test, validation = ranked[:HELD_OUT_WORDS], ranked[HELD_OUT_WORDS : 2 * HELD_OUT_WORDS]
+        return {"train": sorted(ranked[2 * HELD_OUT_WORDS :]), "validation": validation, "test": test}
 
     def records(self, split: str) -> Iterator[dict[str, Any]]:
         for word in self._words[split]:
@@ -48,30 +61,3 @@ class CmudictSource(Source):
         digest = hashlib.sha256((FOLDER / "cmudict.dict.xz").read_bytes())
         digest.update(str(HELD_OUT_WORDS).encode())
         return f"cmudict-{digest.hexdigest()}"
-
-
-def read_pronunciations() -> dict[str, list[str]]:
-    """Reads the dictionary as word -> its pronunciations without stress, words of letters and apostrophe only."""
-    entries: dict[str, list[str]] = {}
-    drop_stress = str.maketrans("", "", "012")
-    with lzma.open(FOLDER / "cmudict.dict.xz", "rt", encoding="utf-8") as lines:
-        for line in lines:
-            word, _, phones = line.partition("#")[0].strip().lower().partition(" ")
-            word = word.partition("(")[0]  # "word(2)" is another pronunciation of "word"
-            if not set(word) <= ALPHABET:
-                continue
-            phones = phones.translate(drop_stress).upper()
-            known = entries.setdefault(word, [])
-            if phones not in known:  # alternatives that differ in stress alone are the same answer
-                known.append(phones)
-    return entries
-
-
-def split_words(words: Iterable[str]) -> dict[str, list[str]]:
-    """Puts the words with the smallest SHA-256 into test, the next ones into validation and the rest into training."""
-    ranked = sorted(words, key=lambda word: hashlib.sha256(word.encode()).digest())
-    return {
-        "test": ranked[:HELD_OUT_WORDS],
-        "validation": ranked[HELD_OUT_WORDS : 2 * HELD_OUT_WORDS],
-        "train": sorted(ranked[2 * HELD_OUT_WORDS :]),
-    }

@@ -130,8 +130,6 @@ class PackedDataModule(L.LightningDataModule):
         if self.on_too_long == "cut" and self.packing != "concat":
             raise UserError(f"data.on_too_long=cut needs data.packing=concat; {self.packing} cuts no sample")
 
-    # -- what Lightning calls ------------------------------------------------------------------------------------------
-
     def prepare_data(self) -> None:
         """Tokenizes what the cache does not have yet; Lightning calls it in one process per node."""
         for split in self.source.splits:
@@ -162,9 +160,9 @@ class PackedDataModule(L.LightningDataModule):
         Rank r of n has prompts r, r + n, ... and as many batches as the others, filled up with an empty prompt.
         """
         prompts = [example.prompt_ids for example in self.held_out("test")]
-        sampler = HeldOutSampler(len(prompts), *self._ranks())  # Lightning deals again what has another sampler
+        sampler = HeldOutSampler(len(prompts), *self._ranks())
         dealt: Any = [*prompts, []]  # the sampler's -1 is the last one
-        return DataLoader(dealt, batch_size=self.batch_size, sampler=sampler, collate_fn=_as_it_is)
+        return DataLoader(dealt, batch_size=self.batch_size, sampler=sampler, collate_fn=list)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Notes how far training has come; a batch that was only prefetched does not count."""
@@ -184,10 +182,7 @@ class PackedDataModule(L.LightningDataModule):
         return {"next_row": self._next_row, "identity": self.identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with the row after the last one that was trained.
-
-        Raises UserError, which names the setting, when rows would be others than those of the checkpoint.
-        """
+        """Goes on with the row after the last one trained; raises UserError when the rows would now be others."""
         self._check_identity(state_dict)
         self._next_row = state_dict["next_row"]
 
@@ -209,8 +204,6 @@ class PackedDataModule(L.LightningDataModule):
                     f"{change} than when the checkpoint was written: set it back, start a new run with "
                     "model.init_from, or go on all the same with --data.check_resume=false"
                 )
-
-    # -- what others ask for -------------------------------------------------------------------------------------------
 
     def table(self, split: str) -> Table:
         """Tokenized samples of a split; raises UserError when there is no such split, or a bad record in it."""
@@ -252,18 +245,13 @@ class PackedDataModule(L.LightningDataModule):
         return partial(PackedRows, special=self.tokenizer.special, **{name: getattr(self, name) for name in names})
 
     def held_out(self, split: str, n: int | None = None) -> list[Example]:
-        """`n` prompts of a split, or all, with their answers; the same ones every time.
-
-        Samples without a prompt, such as records of the form ``{text}``, are left out.
-        """
+        """`n` prompts of a split, or all, with their answers, the same ones every time; a ``{text}`` has no prompt."""
         return self.table(split).examples(self.tokenizer, n)
 
     def report(self, split: str = "train") -> dict[str, Any]:
-        """Returns what became of a split.
+        """Counts what became of a split: ``dropped`` and ``truncated`` samples, ``skipped`` records, and so on.
 
-        ``samples``, ``tokens`` (without overhang), ``dropped`` and ``truncated`` (too long), ``rows`` of the first
-        epoch, ``utilisation`` (fraction of their positions that is not padding), ``skipped`` (bad records),
-        ``unknown_tokens`` (what the tokenizer could not spell).
+        ``tokens`` are without overhang; ``utilisation`` is the fraction of ``rows`` that is not padding.
         """
         meta = self.table(split).meta
         return {**self.rows(split).report(), **{name: meta[name] for name in ("skipped", "unknown_tokens")}}
@@ -278,7 +266,7 @@ class PackedDataModule(L.LightningDataModule):
             "unknown tokens": report["unknown_tokens"],
         }
         notes = [f"{count:,} {what}" for what, count in counts.items() if count]
-        notes += [f"the first: {reason}" for reason in reasons[:1]]
+        notes += [f"the first: {reason}" for reason in reasons[:1]]  # of the bad records
         return (
             f"data: {report['samples']:,} samples, {report['tokens']:,} tokens in {report['rows']:,} rows of "
             f"{self.context_length} ({self.packing}, {report['utilisation']:.1%} used)"
@@ -303,13 +291,8 @@ class PackedDataModule(L.LightningDataModule):
             rows,
             batch_size=self.batch_size,
             sampler=sampler,
-            collate_fn=_as_it_is,
+            collate_fn=dict,  # `PackedRows` builds whole batches itself
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self._on_cuda(),
         )
-
-
-def _as_it_is(batch: Any) -> Any:
-    """`PackedRows` builds whole batches itself."""
-    return batch

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +48,14 @@ class DatasetSource(SplitSource):
         import datasets
 
         folder = Path(self.path).expanduser()
-        saved = (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file()
         try:
-            if saved:  # mapped into memory, which is as good as a stream
+            # What was saved to disk is mapped into memory, which is as good as a stream.
+            if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
                 loaded = datasets.load_from_disk(str(folder))
             else:
                 loaded = datasets.load_dataset(self.path, self.name, streaming=self.streaming)
         except Exception as error:  # offline, not found, gated, broken: many libraries raise through this one call
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"data.source path: no dataset {self.path}: {reason}") from None
+            raise UserError(f"data.source path: no dataset {self.path}: {one_line(error)}") from None
         if not isinstance(loaded, dict):
             loaded = {self.split_names["train"]: loaded}
         if self.split_names["train"] not in loaded:
@@ -76,15 +74,16 @@ class DatasetSource(SplitSource):
     def own_splits(self) -> Collection[str]:
         return self._datasets
 
-    def content_fingerprint(self) -> str:
-        return json.dumps({split: self._identity(dataset) for split, dataset in self._datasets.items()})
-
-    def _identity(self, dataset: Any) -> list[Any]:
+    @cached_property
+    def content(self) -> dict[str, Any]:
         """The content of the files where a dataset keeps its rows; of a stream, all that is known before it is read."""
-        if not _is_stream(dataset) and dataset.cache_files:
-            files = [Path(file["filename"]) for file in dataset.cache_files]
-            return [len(dataset), *(file_digest(file, self.cache_dir) for file in files)]
-        return [self.path, self.name, str(dataset.info.version), str(dataset.features)]
+        content: dict[str, Any] = {}
+        for split, dataset in self._datasets.items():
+            content[split] = [self.path, self.name, str(dataset.info.version), str(dataset.features)]
+            if not _is_stream(dataset) and dataset.cache_files:
+                files = [Path(file["filename"]) for file in dataset.cache_files]
+                content[split] = [len(dataset), *(file_digest(file, self.cache_dir) for file in files)]
+        return content
 
     def read_own(self, split: str) -> Iterator[Located]:
         return self._located(f"{self.path} {self.split_names[split]}", self._datasets[split])
@@ -100,10 +99,8 @@ class DatasetSource(SplitSource):
         elif dataset.num_shards % step == 0:
             start, shard = first // step * size, first % step
             records = self._located(f"{place} shard {shard}", dataset.shard(step, shard).skip(start), start)
-            for block in count(first, step):
-                if not (chunk := list(islice(records, size))):
-                    return
-                yield block, list(self.parsed(split, chunk))
+            chunks = iter(lambda: list(islice(records, size)), [])
+            yield from ((first + n * step, list(self.parsed(split, chunk))) for n, chunk in enumerate(chunks))
         else:
             yield from super().blocks(split, size, first, step)
 

@@ -80,7 +80,7 @@ class RecordEncoder:
         for where, record in records:
             with self._counting_bad(where):
                 form = parse_record(record, self.chat)
-                parsed.append((where, form, [] if isinstance(form, Ids) else self._pieces(form)))
+                parsed.append((where, form, self._pieces(form)))
         # All at once, so that the tokenizer's threads, one for each core, have enough to do.
         texts: dict[bool, list[str]] = {False: [], True: []}
         for piece in chain.from_iterable(pieces for *_, pieces in parsed):
@@ -103,14 +103,13 @@ class RecordEncoder:
             return self._encode(texts[:half], special_tokens) + self._encode(texts[half:], special_tokens)
         return self.tokenizer.encode_batch(texts, special_tokens)
 
-    def _through_template(self, turns: Turns) -> bool:
-        return turns.chat and self.tokenizer.chat_template is not None
-
-    def _pieces(self, turns: Turns) -> list[Piece]:
+    def _pieces(self, form: Turns | Ids) -> list[Piece]:
         """Texts of a record that have to be encoded."""
-        if self._through_template(turns):
-            return self.tokenizer.chat_pieces(turns.messages, self.refuse_special)
-        return [Piece(turn["content"], turn["role"] == "assistant", self.refuse_special) for turn in turns.messages]
+        if isinstance(form, Ids):
+            return []
+        if form.chat:
+            return self.tokenizer.chat_pieces(form.messages, self.refuse_special)
+        return [Piece(turn["content"], turn["role"] == "assistant", self.refuse_special) for turn in form.messages]
 
     def _runs_of_ids(self, form: Ids) -> Runs:
         vocab_size = self.tokenizer.vocab_size
@@ -121,7 +120,7 @@ class RecordEncoder:
         return [(form.prompt, False), (form.answer + end, True)]
 
     def _runs_of_turns(self, turns: Turns, pieces: list[Piece], encoded: list[list[int]]) -> Runs:
-        templated = self._through_template(turns)
+        templated = turns.chat and self.tokenizer.chat_template is not None
         runs = []
         for piece, ids in zip(pieces, encoded, strict=True):
             if not (templated and piece.special_tokens):

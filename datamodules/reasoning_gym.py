@@ -31,9 +31,6 @@ class ReasoningGymSource(Source):
         seed: Seed of the problems; the splits of one seed never share an item.
         response: Which entry of a problem's metadata is the response; its ``answer`` when not given.
         remove: Text to leave out of every question.
-
-    Raises:
-        UserError: When the package is missing, the generator is unknown or a size is out of range.
     """
 
     splits = SPLITS
@@ -55,10 +52,8 @@ class ReasoningGymSource(Source):
                 raise UserError(f"data.source {split}_size is {size}; give a number from 1 to {SPLIT_DISTANCE - 1}")
 
     def records(self, split: str) -> Iterator[dict[str, Any]]:
-        left_out = self._held_out if split == "train" else frozenset()
-        for prompt, response in self._problems(split):
-            if prompt not in left_out:
-                yield {"prompt": prompt, "response": response}
+        held_out = self._held_out if split == "train" else frozenset()
+        return (problem for problem in self._problems(split) if problem["prompt"] not in held_out)
 
     def fingerprint(self) -> str:
         settings = [self.task, self.sizes, self.seed, self.response, self.remove, version("reasoning-gym")]
@@ -66,9 +61,9 @@ class ReasoningGymSource(Source):
 
     @cached_property
     def _held_out(self) -> frozenset[str]:
-        return frozenset(prompt for split in ("validation", "test") for prompt, _ in self._problems(split))
+        return frozenset(problem["prompt"] for split in SPLITS[1:] for problem in self._problems(split))
 
-    def _problems(self, split: str) -> Iterator[tuple[str, str]]:
+    def _problems(self, split: str) -> Iterator[dict[str, Any]]:
         try:
             import reasoning_gym
         except ImportError as error:
@@ -80,13 +75,11 @@ class ReasoningGymSource(Source):
             raise UserError(f"data.source task {self.task!r}: {error}") from error
         for problem in problems:
             question = problem["question"].replace(self.remove, "").strip() if self.remove else problem["question"]
-            if self.response is not None and self.response not in problem["metadata"]:
-                raise UserError(
-                    f"data.source response: {self.task} has no metadata entry {self.response!r}; "
-                    f"it has {', '.join(problem['metadata'])}"
-                )
-            answer = problem["answer"] if self.response is None else problem["metadata"][self.response]
-            yield question, str(answer)
+            answer = problem["answer"] if self.response is None else problem["metadata"].get(self.response)
+            if answer is None:
+                has = ", ".join(problem["metadata"])
+                raise UserError(f"data.source response: {self.task} has no entry {self.response!r}; it has {has}")
+            yield {"prompt": question, "response": str(answer)}
 
 
 class GsmSymbolicSource(ReasoningGymSource):

@@ -5,27 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from dllm_var.errors import UserError
 from dllm_var.text.tokenizer import ROLES
 
 FIELDS = ("prompt", "response", "instruction", "input", "output", "messages", "input_ids", "prompt_length", "text")
-FORMATS = {  # fields that must be there, by the field that shows the format
-    "messages": ("messages",),
-    "input_ids": ("input_ids",),
-    "prompt": ("prompt", "response"),
-    "response": ("prompt", "response"),
-    "instruction": ("instruction", "output"),
-    "output": ("instruction", "output"),
-    "text": ("text",),
-}
+# Fields that must be there, by format; a record with one of them is of the first such format.
+FORMATS = (("messages",), ("input_ids",), ("prompt", "response"), ("instruction", "output"), ("text",))
 LONGEST_TEXT = 10_000_000  # characters, for each of which the tokenizer takes up to 200 bytes of memory
 
 
-@dataclass(frozen=True)
-class BadRecord:
+class BadRecord(NamedTuple):
     """Stands in a stream of records for one that could not be read."""
 
     reason: str  # what is wrong with it, to follow its place in an error
@@ -55,22 +46,21 @@ def parse_record(record: Any, chat: bool) -> Turns | Ids:
         raise UserError(record.reason)
     if not isinstance(record, dict):
         raise UserError(f"is {_type_name(record)}, not an object with fields")
-    shown_by = next((name for name in FORMATS if record.get(name) is not None), None)
-    if shown_by is None:
+    fields = next((fields for fields in FORMATS if any(record.get(name) is not None for name in fields)), None)
+    if fields is None:
         names = ", ".join(map(str, record)) or "none"
         raise UserError(
             "has none of the fields messages, input_ids, prompt, instruction, text "
             f"(it has: {names}); columns can rename them"
         )
-    fields = FORMATS[shown_by]
     for name in fields:
         if record.get(name) is None:
             raise UserError(f"lacks the field '{name}'")
-    if shown_by == "messages":
+    if fields == ("messages",):
         return _parse_messages(record["messages"])
-    if shown_by == "input_ids":
+    if fields == ("input_ids",):
         return _parse_ids(record)
-    if shown_by == "text":
+    if fields == ("text",):
         return Turns([{"role": "assistant", "content": _text(record, "text")}], chat=False)
     prompt = _text(record, fields[0], may_be_empty=True)
     if fields[0] == "instruction" and record.get("input"):
@@ -87,17 +77,13 @@ def prompt_key(record: Any) -> int:
             key = record["prompt"]
         elif record.get("instruction") is not None:
             key = [record["instruction"], record.get("input") or ""]
-        elif isinstance(record.get("messages"), (list, tuple)):
-            key = _before_answer(record["messages"])
+        elif isinstance(messages := record.get("messages"), (list, tuple)):
+            # Conversations that begin alike are kept together: the key is of the turns before the first answer.
+            roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+            key = list(messages[: roles.index("assistant")] if "assistant" in roles else messages)
         elif isinstance(record.get("input_ids"), list) and type(record.get("prompt_length")) is int:
             key = record["input_ids"][: record["prompt_length"]] or record["input_ids"]
     return int.from_bytes(hashlib.blake2b(json.dumps(key, default=str).encode(), digest_size=8).digest(), "big")
-
-
-def _before_answer(messages: Sequence[Any]) -> list[Any]:
-    """Turns before the first answer: conversations that begin alike are kept together."""
-    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
-    return list(messages[: roles.index("assistant")]) if "assistant" in roles else list(messages)
 
 
 def _parse_messages(messages: Any) -> Turns:

@@ -88,9 +88,9 @@ class PackedRows(Dataset):
     def report(self) -> dict[str, Any]:
         """Returns what the first epoch consists of; see `PackedDataModule.report`."""
         rows = len(self)
-        filled = self._totals["filled"] / (rows * self.context_length)
-        counts = {name: count for name, count in self._totals.items() if name != "filled"}
-        return {**counts, "rows": rows, "utilisation": filled}
+        counts = dict(self._totals)
+        filled = counts.pop("filled")
+        return {**counts, "rows": rows, "utilisation": filled / (rows * self.context_length)}
 
     def locate(self, row: int) -> tuple[int, int, int]:
         """Epoch of a row, its section, and its number within that section of that epoch."""
@@ -198,16 +198,12 @@ class PackedRows(Dataset):
             batch[name][here] = values
 
 
-# Lightning leaves a `DistributedSampler` as it is and tells it the epoch.
-
-
 class RowSampler(DistributedSampler):
-    """Deals the endless stream of training rows.
+    """Deals the endless stream of training rows; Lightning leaves a `DistributedSampler` as it is.
 
     Batch s of rank r has the rows from ``next_row + (s * ranks + r) * batch_size`` on. So what a step trains on depends
-    on the global batch size alone, every rank gets equally many batches, and no row is left out or repeated: each epoch
-    goes on where `next_row` stands, which the data module moves with every batch that is trained. An epoch has as many
-    batches as cover `rows`.
+    on the global batch size alone, and no row is left out or repeated: each epoch of as many batches as cover `rows`
+    goes on where `next_row` stands, which the data module moves with every batch that is trained.
     """
 
     def __init__(self, rows: int, batch_size: int, num_replicas: int = 1, rank: int = 0, next_row: int = 0) -> None:

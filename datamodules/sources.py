@@ -13,7 +13,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cached_property
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,9 @@ class Source(ABC):
     defaults.
     """
 
-    splits: tuple[str, ...] = ("train",)
-    """Splits this source has, out of ``train``, ``validation``, ``test``."""
-
-    default_tokenizer: str | None = None
-    """Tokenizer folder or name used when the data module is given none."""
-
-    cache_dir: Path | None = None
-    """Folder for findings about the data that take long; the data module sets it."""
+    splits: tuple[str, ...] = ("train",)  # those this source has, out of ``train``, ``validation``, ``test``
+    default_tokenizer: str | None = None  # folder or name used when the data module is given none
+    cache_dir: Path | None = None  # for findings about the data that take long; the data module sets it
 
     @abstractmethod
     def records(self, split: str) -> Iterator[dict[str, Any]]:
@@ -62,13 +57,11 @@ class Source(ABC):
     def blocks(self, split: str, size: int, first: int = 0, step: int = 1) -> Iterator[tuple[int, list[Located]]]:
         """Yields every `step`-th block of `size` records with its number, from block `first` on.
 
-        So several readers share a split, and none parses the records of the others. A block of a split that is carved
-        out of the training data has fewer records: those of the other split are left out of it.
+        So several readers share a split, and none parses the records of the others. A block has fewer records where
+        splits are carved out of the training data.
         """
         records = self.unparsed(split)
-        for block in count():
-            if not (chunk := list(islice(records, size))):
-                return
+        for block, chunk in enumerate(iter(lambda: list(islice(records, size)), [])):
             if block >= first and (block - first) % step == 0:
                 yield block, list(self.parsed(split, chunk))
 
@@ -88,8 +81,8 @@ class Source(ABC):
 class SplitSource(Source):
     """A source that comes in splits of its own and may carve missing ones out of its training records.
 
-    Records with the same prompt always go into the same split, decided by a fixed hash of the prompt. Carving reads all
-    of the training records first, so a stream should bring its own splits.
+    A fixed hash of the prompt decides into which split a record goes. Carving reads all of the training records first,
+    so a stream should bring its own splits.
 
     Args:
         validation_size: Prompts for a validation split the data does not bring: a number, or a fraction below 1. When
@@ -107,9 +100,8 @@ class SplitSource(Source):
         for name, size in (("validation_size", validation_size), ("test_size", test_size)):
             if size is not None and (size < 0 or (size >= 1 and size != int(size))):
                 raise UserError(f"{name} is {size}; give a number of prompts, or a share between 0 and 1")
-        for name in columns or {}:
-            if name not in FIELDS:
-                raise UserError(f"columns names the field {name!r}; fields are {', '.join(FIELDS)}")
+        if unknown := set(columns or {}) - set(FIELDS):
+            raise UserError(f"columns names the field {min(unknown)!r}; fields are {', '.join(FIELDS)}")
         self.validation_size = validation_size
         self.test_size = test_size
         self.columns = columns or {}
@@ -122,23 +114,19 @@ class SplitSource(Source):
     def read_own(self, split: str) -> Iterator[Located]:
         """Yields what `parse` makes a record of, for a split the data brings."""
 
+    @property
     @abstractmethod
-    def content_fingerprint(self) -> str:
-        """A string that changes when the data does."""
+    def content(self) -> dict[str, Any]:
+        """Plain values for each split the data brings, which change when its records do."""
 
     @property
     def splits(self) -> tuple[str, ...]:  # type: ignore[override]
-        sizes = {"train": 1, "validation": 1 if self.validation_size is None else self.validation_size}
-        sizes["test"] = self.test_size
-        return tuple(split for split in SPLITS if split in self.own_splits() or sizes[split])
+        sizes = dict(zip(SPLITS, (None, self.validation_size, self.test_size), strict=True))
+        return tuple(split for split in SPLITS if split in self.own_splits() or sizes[split] != 0)
 
     def fingerprint(self) -> str:
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
         settings = [self.validation_size, self.test_size, sorted(self.columns.items()), list(self.splits)]
-        return f"{type(self).__name__} {self.content_fingerprint()} {json.dumps(settings)}"
+        return f"{type(self).__name__} {json.dumps(self.content)} {json.dumps(settings)}"
 
     def records(self, split: str) -> Iterator[dict[str, Any]]:
         return (record for _, record in self.located_records(split) if not isinstance(record, BadRecord))
@@ -169,7 +157,7 @@ class SplitSource(Source):
         if isinstance(record, BadRecord):
             return "train"
         key = prompt_key(record)
-        return next((split for split in ("test", "validation") if key <= self._limits[split]), "train")
+        return next((split for split, limit in self._limits.items() if key <= limit), "train")
 
     @cached_property
     def _limits(self) -> dict[str, int]:
@@ -188,9 +176,7 @@ class SplitSource(Source):
                 used += round(size * len(keys)) if size < 1 else int(size)
             limits[split] = int(keys[used - 1]) if 0 < used <= len(keys) else -1
         if used >= len(keys) > 0:
-            raise UserError(
-                f"validation_size and test_size take all of the {len(keys)} prompts; leave some for training"
-            )
+            raise UserError(f"validation_size and test_size take all of the {len(keys)} prompts; leave some")
         return limits
 
 
@@ -214,14 +200,22 @@ class FileSource(SplitSource):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        paths = {"path": path, "validation_path": validation_path, "test_path": test_path}
-        named = zip(SPLITS, paths.items(), strict=True)
-        self.files = {split: self._find(given, setting) for split, (setting, given) in named if given is not None}
+        paths = {"train": path, "validation": validation_path, "test": test_path}
+        self.files = {split: self._find(split, given) for split, given in paths.items() if given is not None}
 
-    def _find(self, paths: str | list[str], setting: str) -> list[Path]:
+    def _find(self, split: str, paths: str | list[str]) -> list[Path]:
         found: list[Path] = []
+        setting = "path" if split == "train" else f"{split}_path"
         for path in [paths] if isinstance(paths, str | Path) else paths:
-            files = sorted(file for file in self._matching(Path(os.path.expanduser(path))) if file.is_file())
+            place = Path(os.path.expanduser(path))
+            if place.is_dir():
+                files = [file for file in place.rglob("*") if set(file.suffixes) & set(self.suffixes)]
+            elif place.exists():
+                files = [place]
+            else:  # unlike the module glob, this follows no link to a folder within **, which may lead back
+                matches = Path(place.anchor).glob(str(place.relative_to(place.anchor)))
+                files = [match for match in matches if not match.name.startswith(".")]
+            files = sorted(file for file in files if file.is_file())
             if not files:
                 raise UserError(f"data.source {setting}: no file {str(path)!r}")
             found += files
@@ -229,21 +223,12 @@ class FileSource(SplitSource):
             raise UserError(f"data.source {setting} is an empty list: name a file, or leave it out")
         return found
 
-    def _matching(self, place: Path) -> Iterable[Path]:
-        if place.is_dir():
-            return (file for file in place.rglob("*") if set(file.suffixes) & set(self.suffixes))
-        if place.exists():
-            return [place]
-        # Unlike the module glob, this follows no link to a folder within **, which may lead back.
-        matches = Path(place.anchor).glob(str(place.relative_to(place.anchor)))
-        return (match for match in matches if not match.name.startswith("."))
-
     def own_splits(self) -> Collection[str]:
         return self.files
 
-    def content_fingerprint(self) -> str:
-        digests = {split: [file_digest(file, self.cache_dir) for file in files] for split, files in self.files.items()}
-        return json.dumps(digests)
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        return {split: [file_digest(file, self.cache_dir) for file in files] for split, files in self.files.items()}
 
     def read_own(self, split: str) -> Iterator[Located]:
         for file in self.files[split]:
@@ -308,12 +293,9 @@ def file_digest(file: Path, cache: Path | None) -> str:
                 digest.update(part)
         return digest.hexdigest()
 
-    try:
-        state = file.stat()
-        key = [str(file.absolute()), state.st_size, state.st_mtime_ns, state.st_ino]
-        return remember(cache if state.st_size >= LARGE else None, key, read)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror or error}") from None
+    state = file.stat()
+    key = [str(file.absolute()), state.st_size, state.st_mtime_ns, state.st_ino]
+    return remember(cache if state.st_size >= LARGE else None, key, read)
 
 
 def remember(cache: Path | None, key: Any, find_out: Callable[[], Any]) -> Any:

@@ -47,8 +47,7 @@ class RowStream(IterableDataset):
         reader, position = self.turns[worker.id if worker is not None else 0]
         shard, shards = self.rank * len(self.turns) + reader, self.ranks * len(self.turns)
         rows = self._rows(position, shard, shards)
-        while True:
-            taken = list(islice(rows, self.batch_size))
+        while taken := list(islice(rows, self.batch_size)):
             blocks = groupby(taken, key=itemgetter(0))
             parts = [block.__getitems__([row for _, row, _ in group]) for block, group in blocks]
             batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -126,7 +125,7 @@ class StreamingDataModule(PackedDataModule):
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """As that of `PackedDataModule`."""
+        """What decides the content of the rows."""
         return {**super().identity, "block_records": self.block_records}
 
     def state_dict(self) -> dict[str, Any]:
@@ -148,18 +147,16 @@ class StreamingDataModule(PackedDataModule):
 
     def summary(self) -> str:
         """What is known of the stream beforehand."""
-        return (
-            f"data: streaming from {type(self.source).__name__}, {self.block_records:,} records at a time, into rows "
-            f"of {self.context_length} ({self.packing})"
-        )
+        blocks = f"data: streaming from {type(self.source).__name__}, {self.block_records:,} records at a time"
+        return f"{blocks}, into rows of {self.context_length} ({self.packing})"
 
     def _begin(self, ranks: int, rank: int) -> list[tuple[int, Position]]:
         """Where each reader of this rank begins."""
-        readers = max(self.num_workers, 1)
+        readers = range(max(self.num_workers, 1))
         if not self._restored:
-            return [(reader, Position()) for reader in range(readers)]
+            return [(reader, Position()) for reader in readers]
         turns = [[(reader, Position(*place)) for reader, *place in turns] for turns in self._restored["turns"]]
-        if len(turns) == ranks and len(turns[rank]) == readers:
+        if len(turns) == ranks and len(turns[rank]) == len(readers):
             return turns[rank]
         # Blocks are dealt out anew: all readers go on after the furthest block any of them has begun.
         positions = [position for rank_turns in turns for _, position in rank_turns]
@@ -168,4 +165,4 @@ class StreamingDataModule(PackedDataModule):
             "the number of ranks or workers differs from the checkpoint's: training goes on after the last block begun "
             "and leaves out what remains of the blocks that were being read"
         )
-        return [(reader, Position(last.epoch, last.block + 1, 0, total)) for reader in range(readers)]
+        return [(reader, Position(last.epoch, last.block + 1, 0, total)) for reader in readers]

@@ -66,7 +66,7 @@ def test_the_response_is_the_answer_or_an_entry_of_the_metadata(gym):
     plain, worked = ReasoningGymSource("sums"), ReasoningGymSource("sums", response="steps")
     assert next(worked.records("test"))["response"].endswith(f"makes {next(plain.records('test'))['response']}")
     assert plain.fingerprint() != worked.fingerprint()
-    with pytest.raises(UserError, match="no metadata entry 'proof'; it has steps"):
+    with pytest.raises(UserError, match="no entry 'proof'; it has steps"):
         next(ReasoningGymSource("sums", response="proof").records("test"))
 
 
