@@ -1,9 +1,9 @@
-"""The cost model, held to what autograd keeps and to the ZeRO paper."""
+"""The memory that `plan` foresees, held to what autograd keeps and to the ZeRO paper."""
 
 import pytest
 import torch
 
-from dllm_var.benchmarking.cost_model import activation_bytes, device_memory
+from dllm_var.cli.plan import activation_bytes, device_memory
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.model.attention import Seen
 from dllm_var.model.lora import Lora, add_adapters
