@@ -56,7 +56,7 @@ class ProgressBar(RichProgressBar):
             super().on_train_epoch_start(trainer, pl_module)
             bar = self.train_progress_bar_id
         if self.progress is not None and bar is not None:
-            span = {"total": trainer.max_steps, "completed": trainer.global_step} if spans_run else {}
+            span: dict[str, Any] = {"total": trainer.max_steps, "completed": trainer.global_step} if spans_run else {}
             self.progress.update(bar, description=f"Epoch {trainer.current_epoch}", **span)
 
     def on_train_batch_end(

@@ -107,8 +107,8 @@ def test_equals_the_slow_version(seed, terminator_last, blocks, open_at, settled
 def test_with_one_block_it_is_the_base_sampler(policy, settings):
     model = random_model(3)
     settings = dict(block_length=6, max_new_tokens=15, batch_size=3, **settings)
-    base = BlockDiffusionSampler(policy, **settings).generate(model, PROMPTS)
-    ours = MultiBlockSampler(policy, blocks=1, **EAGER, **settings).generate(model, PROMPTS)
+    base = BlockDiffusionSampler(policy, **settings).generate(model, PROMPTS[:5])
+    ours = MultiBlockSampler(policy, blocks=1, **EAGER, **settings).generate(model, PROMPTS[:5])
     assert everything(ours) == everything(base)
 
 
@@ -117,8 +117,8 @@ def test_a_row_in_a_batch_equals_the_row_alone(policy, settings):
     model = random_model(1)
     settings = dict(blocks=3, block_length=4, max_new_tokens=14, batch_size=3, **EAGER, **settings)
     sampler = MultiBlockSampler(policy, **settings)
-    together = sampler.generate(model, PROMPTS)
-    assert everything(together) == everything([sampler.generate(model, [prompt])[0] for prompt in PROMPTS])
+    together = sampler.generate(model, PROMPTS[:5])
+    assert everything(together) == everything([sampler.generate(model, [prompt])[0] for prompt in PROMPTS[:5]])
     for answer in together:
         assert MASK not in answer.tokens and not set(ENDS) & set(answer.tokens)
         assert answer.finish_reason == "eos" or len(answer.tokens) == 14
