@@ -46,8 +46,9 @@ def newest_first(folder: Path) -> list[Path]:
     placed, latest = [], -1
     for written, path in sorted((path.stat().st_mtime_ns, path) for path in found):
         step = step_of(path)
-        latest = max(latest, -1 if step is None else step)
-        placed.append((latest if step is None else step, written, path))
+        step = latest if step is None else step
+        latest = max(latest, step)
+        placed.append((step, written, path))
     return [path for *_, path in sorted(placed, reverse=True)]
 
 
