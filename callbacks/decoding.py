@@ -16,7 +16,6 @@ from dllm_var.callbacks.ema import averaged
 from dllm_var.datamodules import Example
 from dllm_var.errors import UserError
 from dllm_var.training.resume import random_state, set_random_state
-from dllm_var.training.strategies import forwards_together
 
 
 def held_out_prompts(trainer: L.Trainer, split: str, count: int | None) -> list[Example]:
@@ -41,8 +40,7 @@ def undisturbed(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[No
     generators, precision = random_state(), trainer.precision_plugin
     try:
         autocast = precision.forward_context() if isinstance(precision, MixedPrecision) else nullcontext()
-        together = forwards_together(trainer.strategy, getattr(pl_module, "transformer", None))
-        with torch.no_grad(), autocast, averaged(trainer, pl_module), _gathered_root(trainer, pl_module), together:
+        with torch.no_grad(), autocast, averaged(trainer, pl_module), _gathered_root(trainer, pl_module):
             pl_module.eval()
             yield
     finally:

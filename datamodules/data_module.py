@@ -19,7 +19,6 @@ from dllm_var.datamodules.rows import HeldOutSampler, PackedRows, RowSampler
 from dllm_var.datamodules.sources import Source
 from dllm_var.datamodules.table import HELD_OUT_SEED, Example, Table
 from dllm_var.errors import UserError
-from dllm_var.model.attention import document_ends
 from dllm_var.text.tokenizer import Tokenizer
 
 # Settings that decide the content of the rows, beside source and tokenizer.
@@ -169,12 +168,6 @@ class PackedDataModule(L.LightningDataModule):
         if self.trainer is not None and self.trainer.training and self._train_sampler is not None:
             self._train_sampler.trained(int(batch["row"][0]))
             self._next_row = self._train_sampler.next_row
-        return self.with_document_ends(batch)
-
-    def with_document_ends(self, batch: Any) -> Any:
-        """Adds `document_ends` to a batch that goes to a GPU, where the model would wait until they are counted."""
-        if self._on_cuda() and isinstance(batch, dict):
-            return {**batch, "document_ends": document_ends(batch["segment_ids"]).pin_memory()}
         return batch
 
     def state_dict(self) -> dict[str, Any]:

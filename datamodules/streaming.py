@@ -121,7 +121,7 @@ class StreamingDataModule(PackedDataModule):
             reader, *position = batch.pop(POSITION).tolist()
             self._turns.popleft()
             self._turns.append((reader, Position(*position)))
-        return self.with_document_ends(batch)
+        return batch
 
     @cached_property
     def identity(self) -> dict[str, Any]:

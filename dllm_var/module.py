@@ -17,7 +17,7 @@ from dllm_var.checkpoints.starting_from import start_from, starting_config
 from dllm_var.errors import UserError
 from dllm_var.metrics.counts import step_counts
 from dllm_var.metrics.denoising import DenoisingMetrics
-from dllm_var.model.attention import partly_causal_rule
+from dllm_var.model.attention import document_rule
 from dllm_var.model.build import build_transformer, can_compile
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.float8 import Float8, check_float8
@@ -26,13 +26,13 @@ from dllm_var.model.transformer import Recompute, Transformer
 from dllm_var.objectives import EosSchedule, KeyedNoise, NoisedBatch, Objective
 from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import summed_cross_entropy
-from dllm_var.objectives.mdlm import EvenMasking
+from dllm_var.objectives.masking import EvenMasking
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
 from dllm_var.sampling.base import last_sampler, sampler_to_config
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.training.optim import AdamW, Schedule, parameter_groups
 from dllm_var.training.step import LossGuard, OptimizerStep, StepResult
-from dllm_var.training.strategies import forwards_together
+from dllm_var.training.strategies import is_sharded
 
 OptimizerCallable = Callable[[Any], Optimizer]
 
@@ -90,9 +90,8 @@ class DiffusionLM(L.LightningModule):
                 "sample's tokens see: leave it out or set it to document"
             )
         self.attention_annealing = attention_annealing
-        if attention_annealing < 0 or (
-            attention_annealing and (self.objective.causal or self.objective.document_attention_only)
-        ):
+        decides_itself = self.objective.causal or self.objective.document_attention_only
+        if attention_annealing < 0 or (attention_annealing and decides_itself):
             raise UserError(
                 f"model.attention_annealing {attention_annealing} must not be below 0, and above it needs an objective "
                 f"that leaves attention to the model, which {type(self.objective).__name__} does not"
@@ -124,20 +123,18 @@ class DiffusionLM(L.LightningModule):
                 self.config = replace(self.config, context_length=getattr(data, "context_length", None))
         if self.tokenizer is None:
             raise UserError(
-                "the model takes its vocabulary from the data module's tokenizer, and there is none: "
-                "give the Trainer a data module that has one, or call use_tokenizer before"
+                "no tokenizer gives the vocabulary: use a data module that has one, or call use_tokenizer before"
             )
         self.use_tokenizer(self.tokenizer)
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
-        starts_elsewhere = fits and self.init_from is not None
-        float8 = self.float8 if fits else None
+        init_from, float8 = (self.init_from, self.float8) if fits else (None, None)
         if float8 is not None:
             check_float8(float8, self.trainer.strategy.root_device, self.trainer.precision)
         mesh = self.device_mesh  # of a strategy that shards
         device = None if mesh is None else self.trainer.strategy.root_device
-        self.transformer = build_transformer(self.config, self.lora, not starts_elsewhere, mesh, device, float8)
-        if starts_elsewhere:
-            start_from(self.transformer, self.tokenizer, str(self.init_from))
+        self.transformer = build_transformer(self.config, self.lora, init_from is None, mesh, device, float8)
+        if init_from is not None:
+            start_from(self.transformer, self.tokenizer, init_from)
         self.transformer.recompute_activations(self.recompute)
         if self.compile_blocks and can_compile(self.device):
             self.transformer.compile_layers()
@@ -145,17 +142,15 @@ class DiffusionLM(L.LightningModule):
     def use_tokenizer(self, tokenizer: Tokenizer) -> None:
         """The one place where ids flow from the tokenizer to the model (hence to samplers) and to the objective."""
         self.tokenizer = tokenizer
-        vocab_size = self.config.vocab_size or tokenizer.vocab_size
-        if vocab_size < tokenizer.vocab_size and self.init_from is not None:
-            vocab_size = tokenizer.vocab_size  # the checkpoint gets rows for tokens that are new, such as a mask
-        if vocab_size < tokenizer.vocab_size:
+        vocab_size, least = self.config.vocab_size or tokenizer.vocab_size, tokenizer.vocab_size
+        if vocab_size < least and self.init_from is None:
             raise UserError(
-                f"model.transformer.vocab_size {vocab_size} is smaller than the tokenizer's "
-                f"{tokenizer.vocab_size}: leave it out or raise it"
+                f"model.transformer.vocab_size {vocab_size} is smaller than the tokenizer's {least}: leave it out or "
+                "raise it"
             )
         self.config = replace(
             self.config,
-            vocab_size=vocab_size,
+            vocab_size=max(vocab_size, least),  # a checkpoint gets rows for tokens that are new, such as a mask
             mask_id=tokenizer.mask_id,
             terminator_ids=list(tokenizer.terminator_ids),
             pad_id=tokenizer.pad_id,
@@ -224,7 +219,8 @@ class DiffusionLM(L.LightningModule):
         if self.training and 0 < self.attention_annealing > self.trainer.global_step:
             chance = self.trainer.global_step / self.attention_annealing
             shown = self.noise.uniform(batch["row"], noised.input_ids.size(1), ANNEALING_STREAM) < chance
-            rule = partly_causal_rule(shown, segment_ids)
+            documents = torch.zeros_like(batch["segment_ids"]) if segment_ids is None else segment_ids
+            rule = document_rule(documents, causal=True, shown=shown)
         everywhere = self.float8 is not None  # products in 8 bits need numbers of tokens that 16 divides
         hidden = self.transformer.hidden_states(
             noised.input_ids,
@@ -232,7 +228,6 @@ class DiffusionLM(L.LightningModule):
             segment_ids,
             attention_rule=rule,
             asked=None if everywhere else noised.scored,
-            document_ends=batch.get("document_ends"),
             shift=not own_layout,
         )
         return hidden.flatten(0, 1)[noised.scored] if everywhere else hidden
@@ -256,7 +251,7 @@ class DiffusionLM(L.LightningModule):
             correct,
             None if objective.causal else noised.at_loss(noised.mask_rate),
             is_one_of(targets, objective.specials().terminator_ids),
-            torch.ones_like(token_loss) if noised.weights is None else noised.at_loss(noised.weights),
+            noised.weighted(torch.ones_like(token_loss)),
             batch["supervised"].sum(),
         )
 
@@ -278,13 +273,22 @@ class DiffusionLM(L.LightningModule):
     # -- prediction --------------------------------------------------------------------------------------------------
 
     def predict_step(self, batch: list[list[int]], batch_idx: int) -> list[Generation]:
-        """Decodes a batch of prompts (token ids) with the run's sampler; an empty prompt only fills the batch up."""
+        """Decodes a batch of prompts (token ids) with the run's sampler; an empty prompt only fills the batch up.
+
+        A forward pass over sharded parameters needs every process, so that each then decodes the prompts of all.
+        """
         sampler = self.sampler or last_sampler(self.trainer.callbacks)  # type: ignore[attr-defined]
         if sampler is None:
             sampler = AutoregressiveSampler() if self.objective.causal else BlockDiffusionSampler()
         prompts = [prompt for prompt in batch if len(prompt)]
-        with forwards_together(self.trainer.strategy, self.transformer):
+        if not is_sharded(self.trainer.strategy):
             return sampler.generate(self, prompts) if prompts else []
+        parts: list[list[list[int]]] = [[]] * self.trainer.world_size
+        torch.distributed.all_gather_object(parts, prompts)
+        together = list(dict.fromkeys(tuple(prompt) for part in parts for prompt in part))
+        answers = sampler.generate(self, [list(prompt) for prompt in together])
+        answer_of = dict(zip(together, answers, strict=True))
+        return [answer_of[tuple(prompt)] for prompt in prompts]
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from dllm_var import DiffusionLM
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model import TransformerConfig
-from dllm_var.model.attention import partly_causal_rule
+from dllm_var.model.attention import document_rule
 from dllm_var.model.build import build_transformer
 from dllm_var.model.transformer import left_neighbours
 from dllm_var.objectives import Autoregressive, BlockDiffusion
@@ -41,10 +41,10 @@ def hidden(model, batch, step):
 def test_the_mask():
     shown = torch.tensor([[True, False, False, True]])
     expected = torch.tensor([[1, 0, 0, 1], [1, 1, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
-    assert torch.equal(partly_causal_rule(shown, None).mask[0, 0], expected)
+    assert torch.equal(document_rule(torch.zeros(1, 4), True, shown).mask[0, 0], expected)
     segments = torch.tensor([[0, 0, 1, 1]])
     expected = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]], dtype=torch.bool)
-    assert torch.equal(partly_causal_rule(shown, segments).mask[0, 0], expected)
+    assert torch.equal(document_rule(segments, True, shown).mask[0, 0], expected)
 
 
 @pytest.mark.parametrize("token_shift", [False, True])

@@ -59,7 +59,7 @@ def main(command: str, arguments: list[str]) -> int:
         if options[option] and options[other]:
             raise UserError(f"--{option} does not go with --{other.replace('_', '-')}: leave one of them out")
     if options.rope_scaling is not None:
-        from dllm_var.model.rope_scaling import read_rope_scaling
+        from dllm_var.model.rotary import read_rope_scaling
 
         model.scale_rope(read_rope_scaling(options.rope_scaling, model.config))
     prompts = read_prompts(options, tokenizer)

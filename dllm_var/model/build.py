@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import nullcontext
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -26,18 +25,11 @@ def build_transformer(
     device: torch.device | None = None,
     float8: Float8 | None = None,
 ) -> Transformer:
-    """Builds a transformer; over a mesh sharded before any weight exists, so never as a whole.
+    """Builds a transformer with adapters and 8-bit products as asked; raises UserError for what does not go together.
 
-    Args:
-        config: Its shape; `vocab_size` must be set.
-        lora: Adapters that it gets.
-        draw: Draws its weights, by name from torch's seed; else they hold whatever the memory held, to be filled.
-        mesh: Lightning's, of `data_parallel` and `tensor_parallel` processes; one process has it all when None.
-        device: Where the weights go; torch's default when None.
-        float8: How its layers multiply in 8 bits.
-
-    Raises:
-        UserError: When the mesh divides each layer and the transformer cannot be divided so.
+    Over Lightning's mesh of `data_parallel` and `tensor_parallel` processes it is sharded before any weight exists, so
+    that it never exists as a whole. With `draw` false its weights hold whatever the memory held, to be filled. They go
+    to torch's default device when `device` is None.
     """
     divided = mesh is not None and mesh[TENSOR_PARALLEL].size() > 1
     if divided and (lora is not None or float8 is not None):
@@ -45,18 +37,15 @@ def build_transformer(
             f"model.{'float8' if lora is None else 'lora'} does not go with tensor parallelism: take "
             "configs/strategy/fsdp2.yaml, which shards the weights"
         )
-    drawn_at_once = mesh is None and draw
-    with nullcontext() if drawn_at_once else torch.device("meta"):
+    with torch.device("meta"):
         transformer = Transformer(config)
     if float8 is not None:
         use_float8(transformer, float8)
     if lora is not None:
         add_adapters(transformer, lora)
-    if drawn_at_once:
-        return transformer
+    if mesh is not None and divided:
+        tensor_parallel(transformer, mesh[TENSOR_PARALLEL])
     if mesh is not None:
-        if divided:
-            tensor_parallel(transformer, mesh[TENSOR_PARALLEL])
         shard(transformer, mesh[DATA_PARALLEL])
     transformer.to_empty(device=torch.get_default_device() if device is None else device)
     transformer.tie_weights()

@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from dllm_var.errors import UserError
 
 SIZES = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
-_NOT_SAID: Any = None  # of a setting that has a default: told apart from one that was set to the same value
-DEFAULTS: dict[str, Any] = {
-    "hidden_size": 256,
-    "num_layers": 4,
-    "num_heads": 4,
-    "rope_theta": 10000.0,
-    "rope_scaling": 1.0,
-    "rope_full_precision": False,
-    "norm_eps": 1e-6,
-    "qkv_bias": False,
-    "qk_norm": False,
-    "token_shift": False,
-    "tie_embeddings": False,
-    "initializer_range": 0.02,
-}
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def _default(value: Any) -> Any:
+    """Returns a field that is None until `resolved` sets it: told apart from one that was set to the same value."""
+    return field(default=None, metadata={"default": value})
 
 
 @dataclass
 class TransformerConfig:
     """Shape of the transformer; what the tokenizer decides is filled in from it when training starts.
 
-    A setting that is None was not given: `resolved` takes it from `DEFAULTS`, `model.init_from` from the checkpoint.
+    A setting that is None was not given: `resolved` sets its default, `model.init_from` that of the checkpoint.
 
     Args:
         hidden_size: Width of the residual stream; 256 by default.
@@ -41,7 +31,7 @@ class TransformerConfig:
         head_dim: Width of one head; `hidden_size // num_heads` when None.
         intermediate_size: Width of the SwiGLU layer; 8/3 of `hidden_size`, rounded up to a multiple of 64, when None.
         rope_theta: Base of the rotary frequencies; 10,000 by default.
-        rope_scaling: Factor on `rope_theta`, to read beyond the trained length: see `dllm_var.model.rope_scaling`; 1 by
+        rope_scaling: Factor on `rope_theta`, to read beyond the trained length: see `dllm_var.model.rotary`; 1 by
             default.
         rope_llama3: How Llama 3.1 and later slow their low frequencies down: `factor`, `low_freq_factor`,
             `high_freq_factor` and `original_max_position_embeddings`; not at all when None.
@@ -63,22 +53,22 @@ class TransformerConfig:
         causal_context: Of prompt and finished blocks each position sees only its left; set by the objective.
     """
 
-    hidden_size: int = _NOT_SAID
-    num_layers: int = _NOT_SAID
-    num_heads: int = _NOT_SAID
+    hidden_size: int = _default(256)
+    num_layers: int = _default(4)
+    num_heads: int = _default(4)
     num_kv_heads: int | None = None
     head_dim: int | None = None
     intermediate_size: int | None = None
-    rope_theta: float = _NOT_SAID
-    rope_scaling: float = _NOT_SAID
+    rope_theta: float = _default(10000.0)
+    rope_scaling: float = _default(1.0)
     rope_llama3: dict[str, float] | None = None
-    rope_full_precision: bool = _NOT_SAID
-    norm_eps: float = _NOT_SAID
-    qkv_bias: bool = _NOT_SAID
-    qk_norm: bool = _NOT_SAID
-    token_shift: bool = _NOT_SAID
-    tie_embeddings: bool = _NOT_SAID
-    initializer_range: float = _NOT_SAID
+    rope_full_precision: bool = _default(False)
+    norm_eps: float = _default(1e-6)
+    qkv_bias: bool = _default(False)
+    qk_norm: bool = _default(False)
+    token_shift: bool = _default(False)
+    tie_embeddings: bool = _default(False)
+    initializer_range: float = _default(0.02)
     context_length: int | None = None
     vocab_size: int | None = None
     mask_id: int | None = None
@@ -88,13 +78,9 @@ class TransformerConfig:
     causal_context: bool = False
 
     def resolved(self) -> TransformerConfig:
-        """Returns a copy with the defaults and every derived size filled in.
-
-        Raises:
-            UserError: When the sizes do not fit each other.
-        """
-        left_out = {name: value for name, value in DEFAULTS.items() if getattr(self, name) is None}
-        filled = replace(self, **left_out)
+        """Returns a copy with the defaults and derived sizes filled in; raises UserError when sizes do not fit."""
+        left_out = [each for each in fields(self) if "default" in each.metadata and getattr(self, each.name) is None]
+        filled = replace(self, **{each.name: each.metadata["default"] for each in left_out})
         for name in SIZES:
             if (size := getattr(filled, name)) is not None and size < 1:
                 raise UserError(f"transformer.{name} must be at least 1, got {size}")
@@ -111,11 +97,9 @@ class TransformerConfig:
         for name in ("rope_theta", "rope_scaling", "norm_eps"):
             if not 0 < getattr(filled, name) < math.inf:
                 raise UserError(f"transformer.{name} must be a number above 0, got {getattr(filled, name)}")
-        llama3 = filled.rope_llama3
-        if llama3 is not None and set(llama3) != set(LLAMA3_KEYS):
-            raise UserError(f"transformer.rope_llama3 needs {', '.join(LLAMA3_KEYS)}; it has {sorted(llama3)}")
-        if llama3 is not None and not all(0 < value < math.inf for value in llama3.values()):
-            raise UserError(f"transformer.rope_llama3 must have numbers above 0, got {llama3}")
+        llama3 = dict.fromkeys(LLAMA3_KEYS, 1.0) if filled.rope_llama3 is None else filled.rope_llama3
+        if set(llama3) != set(LLAMA3_KEYS) or not all(0 < value < math.inf for value in llama3.values()):
+            raise UserError(f"transformer.rope_llama3 needs {', '.join(LLAMA3_KEYS)}, all above 0; it is {llama3}")
         for token in (filled.mask_id, *(filled.terminator_ids or [])):
             if token is not None and filled.vocab_size is not None and not 0 <= token < filled.vocab_size:
                 raise UserError(f"mask or terminator has id {token}, outside the vocabulary of {filled.vocab_size}")

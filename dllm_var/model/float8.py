@@ -34,11 +34,11 @@ class Float8:
 def check_float8(float8: Float8, device: torch.device, precision: str | int) -> None:
     """Raises UserError when `trainer.precision` is not bfloat16, or device or machine lack what `float8` needs."""
     least = CAPABILITY[float8.recipe]
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if precision not in ("bf16-mixed", "bf16-true") and not float8.emulate:
         raise UserError(f"model.float8 needs trainer.precision bf16-mixed or bf16-true, not {precision}")
-    if (capability is None or capability < least) and not float8.emulate:
-        found = device.type if capability is None else "one of {}.{}".format(*capability)
+    if capability < least and not float8.emulate:
+        found = "one of {}.{}".format(*capability) if device.type == "cuda" else device.type
         raise UserError(
             f"model.float8.recipe {float8.recipe} needs a CUDA device of compute capability {least[0]}.{least[1]}, "
             f"such as an H100, and found {found}: leave model.float8 out, or try it with --model.float8.emulate=true"
@@ -50,10 +50,8 @@ def check_float8(float8: Float8, device: torch.device, precision: str | int) -> 
 def use_float8(transformer: Transformer, float8: Float8) -> None:
     """Makes matrix products of the layers 8-bit ones, in place; names and types of the weights stay.
 
-    The transformer may be on the meta device, and must not have been sharded, compiled or given adapters.
-
-    Raises:
-        UserError: When no matrix has sides that the hardware can do.
+    The transformer may be on the meta device, and must not have been sharded, compiled or given adapters. Raises
+    UserError when no matrix has sides that the hardware can do.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 

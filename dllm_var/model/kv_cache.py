@@ -22,13 +22,8 @@ class KVCache:
 
     Lengths, windows and numbers of rows are int64 tensors on the CPU, so that no forward waits for the device.
 
-    Args:
-        config: Shape of the transformer.
-        rows: Number of rows, B.
-        capacity: Tokens a row may hold, windows included.
-        device: Where the cache lives.
-        dtype: Type of the keys and values.
-        num_kv_heads: Heads of them, when this process has not all of the shape's.
+    A row may hold `capacity` tokens, windows included. `num_kv_heads` is the number of heads that this process has,
+    when it does not have all of the shape's.
     """
 
     def __init__(
@@ -87,18 +82,16 @@ class KVCache:
         self.positions = self._slots if positions is None else positions
         self._starts, self._seen = lengths, seen
         ends = lengths + (width if windows is None else windows) if visible is None else visible
-        self._ends = None if bool((ends == self.reach).all()) else ends.to(device)
-        self._last_seen: Tensor | None = None  # by each token [B, L], where they differ within a row
+        last = ends[:, None] - 1  # the last token that is seen, in each row [B, 1] or by each of its tokens [B, L]
         if left_to_right is not None:
-            last = torch.where(offsets < left_to_right[:, None], lengths[:, None] + offsets, ends[:, None] - 1)
-            self._last_seen = last.to(device)
+            last = torch.where(offsets < left_to_right[:, None], lengths[:, None] + offsets, last)
+        self._last_seen = None if bool((last == self.reach - 1).all()) else last.to(device)
         self.packed: Tensor | None = None
         if windows is not None and len(windows) > 1 and visible is None and seen is None:
-            self._pack(windows, rows)
+            self._pack(windows, rows, offsets)
 
-    def _pack(self, windows: Tensor, rows: Tensor | None) -> None:
+    def _pack(self, windows: Tensor, rows: Tensor | None, offsets: Tensor) -> None:
         """Finds the real tokens of a forward when much of it is padding."""
-        offsets = torch.arange(self._width, device="cpu")
         real = offsets < windows[:, None]  # [B, L]
         if int(real.sum()) > PACKED_BELOW * real.numel():
             return
@@ -124,26 +117,18 @@ class KVCache:
         keys = torch.arange(self.reach, device=self.storage.device)
         if causal and self._width > 1:
             return (keys <= self.positions.unsqueeze(2)).unsqueeze(1)
-        if self._seen is not None:
-            starts = self._starts.to(self.storage.device)
-            window = keys - starts[:, None]  # each key's place in the window [B, reach], below 0 when frozen
+        if self._seen is not None:  # each key's place in the window [B, reach] is below 0 when it is frozen
+            window = keys - self._starts.to(keys.device)[:, None]
             place = window.clamp(0, self._width - 1)[:, None].expand(-1, self._width, -1)
             inside = (window < self._width)[:, None] & self._seen.gather(2, place)
             return ((window < 0)[:, None] | inside).unsqueeze(1)
-        if self._last_seen is not None:
-            return (keys <= self._last_seen.unsqueeze(2)).unsqueeze(1)
-        if self._ends is None:
-            return None
         # A padding query sees what the real ones see: its output is never used, and no softmax is empty.
-        return (keys < self._ends[:, None]).view(-1, 1, 1, self.reach)
+        return None if self._last_seen is None else (keys <= self._last_seen.unsqueeze(2)).unsqueeze(1)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores this forward's keys and values and returns all that its queries attend to [B, reach, kv_heads, D].
+        """Stores a layer's keys and values [B, L, kv_heads, D], or [1, T, kv_heads, D] when packed.
 
-        Args:
-            layer: Whose they are.
-            keys: [B, L, kv_heads, D], or [1, T, kv_heads, D] when packed.
-            values: As `keys`.
+        Returns all that the forward's queries attend to, each [B, reach, kv_heads, D].
         """
         stored = self.storage[layer]  # [2, rows, capacity, kv_heads, D]
         for kind, fresh in ((stored[0], keys), (stored[1], values)):
@@ -175,10 +160,7 @@ class KVCache:
 
     def advance(self, counts: Tensor, rows: Tensor | None = None) -> None:
         """Freezes the first `counts[i]` tokens that the last forward wrote into row i (of `rows`, or of all)."""
-        if rows is None:
-            self.lengths += counts
-        else:
-            self.lengths[rows] += counts
+        self.lengths[slice(None) if rows is None else rows] += counts
 
     def free(self, row: int) -> None:
         """Empties a row for another prompt."""

@@ -25,9 +25,6 @@ class Lora:
         dropout: Share of their inputs that is dropped in training.
         targets: Names of the adapted matrices: `q_proj`, `k_proj`, `v_proj` and `o_proj` of the attention,
             `gate_proj`, `up_proj` and `down_proj` of the feed-forward layer, `lm_head`.
-
-    Raises:
-        UserError: When a number is out of range or there is no such matrix.
     """
 
     r: int = 16
@@ -63,10 +60,8 @@ class Lora:
 def add_adapters(transformer: Transformer, lora: Lora) -> None:
     """Gives a transformer adapters, in place: the matrix `x` becomes `x.base_layer`, and all else is frozen.
 
-    On the meta device they have no values until `reset_adapters` draws them.
-
-    Raises:
-        UserError: When peft is not installed, or the head is to be adapted that is the embedding, too.
+    On the meta device they have no values until `reset_adapters` draws them. Raises UserError when peft is not
+    installed, or the head is to be adapted that is the embedding, too.
     """
     config = lora.peft_config()
     from peft import inject_adapter_in_model

@@ -34,26 +34,19 @@ QK_NORM_PLAN = {
 
 
 def tensor_parallel(transformer: Transformer, mesh: DeviceMesh) -> None:
-    """Divides each layer and the vocabulary among the processes of a group, in place; hidden states stay whole.
+    """Divides each layer and the vocabulary among the processes of a one-dimensional mesh, in place.
 
-    Args:
-        transformer: On the meta device, or any other with the same weights everywhere.
-        mesh: One-dimensional mesh of the group.
-
-    Raises:
-        UserError: When the group's size does not divide the heads or the features; names them.
+    Hidden states stay whole. Raises UserError when the size of the mesh does not divide the heads or the features.
     """
     config, ranks = transformer.config, mesh.size()
-    for name in ("num_kv_heads", "num_heads", "intermediate_size"):
-        if getattr(config, name) % ranks:
-            raise UserError(
-                f"trainer.strategy: tensor_parallel_size {ranks} does not divide model.transformer.{name} "
-                f"{getattr(config, name)}: set it to a number that does, or take configs/strategy/fsdp2.yaml"
-            )
+    sizes = ("num_kv_heads", "num_heads", "intermediate_size")
+    wrong = [f"does not divide model.transformer.{n} {getattr(config, n)}" for n in sizes if getattr(config, n) % ranks]
     if (ranks - 1) * -(-config.vocab_size // ranks) >= config.vocab_size:  # type: ignore[operator]
+        wrong.append(f"leaves a process without any of the {config.vocab_size} tokens")
+    if wrong:
         raise UserError(
-            f"trainer.strategy: tensor_parallel_size {ranks} leaves a process without any of the {config.vocab_size} "
-            "tokens: lower it, or take configs/strategy/fsdp2.yaml"
+            f"trainer.strategy: tensor_parallel_size {ranks} {wrong[0]}: choose a smaller one that fits, or take "
+            "configs/strategy/fsdp2.yaml"
         )
     plan = {**PLAN, **(QK_NORM_PLAN if config.qk_norm else {})}
     parallelize_module(transformer, mesh, plan, src_data_rank=None)
@@ -86,10 +79,6 @@ class SharedEmbedding(nn.Embedding):
     """The embedding of some of the vocabulary's tokens; the sum over the processes is that of all.
 
     Torch's RowwiseParallel does the same, but makes gradients of the whole vocabulary on every process.
-
-    Args:
-        whole: The embedding, the same on every process.
-        mesh: One-dimensional mesh of those that share it.
     """
 
     def __init__(self, whole: nn.Embedding, mesh: DeviceMesh) -> None:
@@ -128,17 +117,11 @@ def copies(tensor: Tensor) -> int:
 
 
 class VocabularySlice(NamedTuple):
-    """The tokens that this process has logits of, and the processes that have the others.
-
-    Args:
-        first: Number of the first of them.
-        ranks: How many processes share the vocabulary.
-        group: These processes; None when this one has all of it.
-    """
+    """The tokens that this process has logits of, and the processes that have the others."""
 
     first: int = 0
-    ranks: int = 1
-    group: dist.ProcessGroup | None = None
+    ranks: int = 1  # how many processes share the vocabulary
+    group: dist.ProcessGroup | None = None  # these processes; None when this one has all of it
 
     def find(self, targets: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Returns where the targets stand among the `size` tokens that are here (anywhere if not) and which do."""

@@ -9,36 +9,30 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dllm_var.errors import UserError
-from dllm_var.model.attention import AttentionRule, RotaryTable, Seen, attend, rotate
+from dllm_var.model.attention import AttentionRule, Seen, attend
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import initialise
 from dllm_var.model.kv_cache import KVCache
+from dllm_var.model.rotary import RotaryTable, rotate
 
 Recompute = Literal["none", "full", "selective"]
 
-aten = torch.ops.aten
-# What selective recomputation keeps: results of matrix products and attention, which are what a forward costs.
-# Norms, rotations and activations are cheap, and most of what would be kept.
-EXPENSIVE = [
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten._scaled_mm.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-]
+# What selective recomputation keeps, by parts of the operators' names: results of matrix products and attention, which
+# are what a forward costs. Norms, rotations and activations are cheap, and most of what would be kept.
+EXPENSIVE = ("mm.default", "attention", "attn")
 
 
-def cast_once(x: Tensor) -> Tensor:
-    """Returns what several matrices read in the type that autocast computes in, so that each does not cast it anew."""
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Returns the type in which products of `x` with matrices are computed; autocast may choose another than its own.
+
+    What several matrices read is brought into that type first, so that each does not cast it anew.
+    """
     kind = x.device.type
     enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return x.to(torch.get_autocast_dtype(kind)) if enabled else x
+    return torch.get_autocast_dtype(kind) if enabled else x.dtype
 
 
 def left_neighbours(input_ids: Tensor, segment_ids: Tensor | None) -> Tensor:
@@ -47,11 +41,6 @@ def left_neighbours(input_ids: Tensor, segment_ids: Tensor | None) -> Tensor:
     first = torch.ones_like(own, dtype=torch.bool)
     first[:, 1:] = False if segment_ids is None else segment_ids[:, 1:] != segment_ids[:, :-1]
     return torch.where(first, own, own - 1)
-
-
-def _varlen_operators() -> list[Any]:
-    """Returns the varlen kernel's operator, which exists once that kernel has been imported."""
-    return [torch.ops.torch_attn._varlen_attn.default] if hasattr(torch.ops.torch_attn, "_varlen_attn") else []
 
 
 class Fused:
@@ -64,13 +53,13 @@ class Fused:
     def __init__(self, *layers: nn.Linear) -> None:
         weight = torch.cat([layer.weight.data for layer in layers])
         self.weight = weight.t().contiguous().t() if weight.device.type == "cpu" else weight
-        biases = [layer.bias.data for layer in layers if layer.bias is not None]
-        self.bias = torch.cat(biases) if biases else None
-        sizes = [layer.out_features for layer in layers]
-        for layer, part in zip(layers, self.weight.split(sizes), strict=True):
-            layer.weight.data = part
-        for layer, part in zip(layers, self.bias.split(sizes) if self.bias is not None else (), strict=bool(biases)):
-            layer.bias.data = part
+        self.bias = None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
+        start = 0
+        for layer in layers:
+            own = slice(start, start := start + layer.out_features)
+            layer.weight.data = self.weight[own]
+            if self.bias is not None:
+                layer.bias.data = self.bias[own]
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -101,7 +90,7 @@ class Attention(nn.Module):
         self.fused: Fused | None = None
 
     def forward(self, x: Tensor, context: LayerContext, layer: int) -> Tensor:
-        x = cast_once(x)
+        x = x.to(autocast_dtype(x))
         if (fused := usable(self.fused, self.q_proj)) is not None:
             queries_keys, values = fused(x).split(
                 (self.q_proj.out_features + self.k_proj.out_features, self.v_proj.out_features), dim=-1
@@ -133,7 +122,7 @@ class SwiGLU(nn.Module):
         self.fused: Fused | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = cast_once(x)
+        x = x.to(autocast_dtype(x))
         if (fused := usable(self.fused, self.gate_proj)) is not None:
             gate, up = fused(x).chunk(2, dim=-1)
         else:
@@ -159,6 +148,12 @@ class LayerContext:
         return x if self.asked is None else x.flatten(0, 1).index_select(0, self.asked)
 
 
+def kept_in_memory(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Returns whether selective recomputation keeps the results of an operator."""
+    expensive = any(part in str(operator) for part in EXPENSIVE)
+    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Layer(nn.Module):
     """One pre-norm transformer layer."""
 
@@ -173,8 +168,9 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, context: LayerContext, layer: int) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self._compute(x, context, layer)
-        selective = partial(create_selective_checkpoint_contexts, EXPENSIVE + _varlen_operators())
-        how: dict[str, Any] = {"context_fn": selective} if self.recompute == "selective" else {}
+        how: dict[str, Any] = {}
+        if self.recompute == "selective":
+            how["context_fn"] = partial(create_selective_checkpoint_contexts, kept_in_memory)
         return checkpoint(self._compute, x, context, layer, use_reentrant=False, **how)
 
     def _compute(self, x: Tensor, context: LayerContext, layer: int) -> Tensor:
@@ -196,11 +192,7 @@ class Decoder(nn.Module):
 class Transformer(nn.Module):
     """Token ids [B, L] to logits [B, L, V]; with a cache, the ids are each row's next tokens.
 
-    Args:
-        config: The shape; `vocab_size` must be set.
-
-    Raises:
-        UserError: When `config.vocab_size` is missing or the sizes do not fit each other.
+    Raises UserError when `config.vocab_size` is missing or the sizes do not fit each other.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -256,13 +248,8 @@ class Transformer(nn.Module):
     def scale_rope(self, scaling: float) -> None:
         """Reads beyond the trained length from now on: multiplies the trained `rope_theta` by `scaling` (1 undoes it).
 
-        LongLLaDA (arXiv 2506.14429, section 4): no training, one factor; `dllm_var.model.rope_scaling` computes it.
-
-        Args:
-            scaling: The factor, lambda in the paper; saved with the model as `rope_scaling`.
-
-        Raises:
-            UserError: When it is not above 0.
+        LongLLaDA (arXiv 2506.14429, section 4): no training, one factor; `dllm_var.model.rotary` computes it. It is
+        saved with the model as `rope_scaling`. Raises UserError when it is not above 0.
         """
         self.config = config = replace(self.config, rope_scaling=float(scaling)).resolved()
         self.rotary = RotaryTable(config)
@@ -289,7 +276,6 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         attention_rule: AttentionRule | None = None,
         asked: Tensor | None = None,
-        document_ends: Tensor | None = None,
         shift: bool = True,
     ) -> Tensor:
         """Returns the normalised last hidden states [B, L, hidden], so that the head may run on a few of them.
@@ -307,7 +293,6 @@ class Transformer(nn.Module):
                 begins anew.
             asked: Positions to return [M], counted through the flattened batch, when not all are: only those
                 [M, hidden] are computed after the last layer's attention. Not with a cache.
-            document_ends: What `dllm_var.model.attention.document_ends` finds in `segment_ids`, where it is known.
             shift: False leaves the hidden states where they are, although the model has `token_shift`: for rows whose
                 order is not that of the text, as in block diffusion, whose targets are moved instead.
         """
@@ -323,7 +308,7 @@ class Transformer(nn.Module):
             if position_ids is None:
                 position_ids = torch.arange(length, device=input_ids.device).unsqueeze(0)
             positions, reach = position_ids, length
-            seen = self._seen(causal, segment_ids, attention_rule, document_ends)
+            seen = self._seen(causal, segment_ids, attention_rule)
             if moved:
                 left = left_neighbours(input_ids, segment_ids).flatten()
                 asked = left if asked is None else left[asked]
@@ -341,22 +326,17 @@ class Transformer(nn.Module):
             return cache.shift(x) if moved else x
         return x.view(rows, length, -1) if moved and returned is None else x
 
-    def _seen(
-        self, causal: bool, segment_ids: Tensor | None, rule: AttentionRule | None, document_ends: Tensor | None
-    ) -> Seen:
+    def _seen(self, causal: bool, segment_ids: Tensor | None, rule: AttentionRule | None) -> Seen:
         """Returns what tokens see in a forward without a cache."""
         if rule is not None:
             return Seen.by_rule(rule)
         if segment_ids is None:
             return Seen(is_causal=causal)
         assert self.config.head_dim is not None
-        weight = self.embedding.weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return Seen.by_document(segment_ids, causal, dtype, self.config.head_dim, document_ends)
+        return Seen.by_document(segment_ids, causal, autocast_dtype(self.embedding.weight), self.config.head_dim)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
-        """Returns an empty cache for this process's heads; arguments as of `KVCache`."""
+        """Returns an empty cache for this process's heads, of `capacity` tokens per row, windows included."""
         weight, heads = self.embedding.weight, self.layers[0].self_attn.num_kv_heads  # type: ignore[union-attr]
         return KVCache(self.config, rows, capacity, weight.device, weight.dtype, num_kv_heads=heads)  # type: ignore[arg-type]
 
@@ -368,10 +348,8 @@ class Transformer(nn.Module):
     def flops_per_token(self, context_length: int, head_share: float = 1.0) -> float:
         """Returns forward plus backward FLOPs per token: 6 per matrix weight and 12 L d per layer of attention.
 
-        Args:
-            context_length: Tokens each token attends to.
-            head_share: Share of the tokens that are asked for: on which the output head runs, and what comes after the
-                last layer's attention.
+        Each token attends to `context_length` others. The output head, and what comes after the last layer's attention,
+        run on the share `head_share` of the tokens.
         """
         config = self.config
         assert config.head_dim is not None

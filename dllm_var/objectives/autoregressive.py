@@ -16,14 +16,8 @@ class Autoregressive(Objective):
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
         tokens = batch["input_ids"]
         targets, loss_mask = next_token_targets(batch)
-        return NoisedBatch(
-            input_ids=tokens,
-            targets=targets,
-            loss_mask=loss_mask,
-            mask_rate=torch.ones_like(tokens, dtype=torch.float32),
-            weights=None,
-            normaliser=loss_mask.sum(),
-        )
+        mask_rate = torch.ones_like(tokens, dtype=torch.float32)
+        return NoisedBatch(tokens, targets, loss_mask, mask_rate, weights=None, normaliser=loss_mask.sum())
 
 
 def next_token_targets(batch: Batch) -> tuple[Tensor, Tensor]:

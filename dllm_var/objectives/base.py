@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from dllm_var.errors import UserError
 from dllm_var.model.attention import AttentionRule
-from dllm_var.objectives.cross_entropy import Scores, summed_cross_entropy
+from dllm_var.objectives.cross_entropy import Scores, cross_entropy, head_loss, summed_cross_entropy
 from dllm_var.text.tokenizer import SpecialTokens
 
 Batch = dict[str, Tensor]
 
+SMALLEST_RATE = 1e-2  # of a walk over all mask rates; keeps weights of 1 / rate finite
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
 _MIX_1 = -0x40A7B892E31B1A47
 _MIX_2 = -0x6B2FB644ECCEEE15
@@ -71,9 +72,6 @@ class KeyedNoise:
         return _mix(base[:, None] + counters)
 
 
-SMALLEST_RATE = 1e-2  # of a walk over all mask rates; keeps weights of 1 / rate finite
-
-
 def golden_fractions(numbers: Tensor) -> Tensor:
     """Returns the fractional part of each number times the golden ratio, in float32 [B]: spread evenly over [0, 1)."""
     return _shift_right(numbers * _GOLDEN, 40).to(torch.float32) * 2.0**-24
@@ -85,26 +83,16 @@ class NoisedBatch:
 
     An objective that gives the model more to read than the batch's tokens may choose its own L; it then gives
     `position_ids` and `attention_rule`.
-
-    Args:
-        input_ids: Tokens the model reads [B, L].
-        targets: Token to predict at each position [B, L]; only those under `loss_mask` count.
-        loss_mask: Positions whose prediction is scored [B, L], bool.
-        mask_rate: Probability with which each position was masked [B, L], for weights and for reports.
-        weights: Weight of each position's loss [B, L]; None for 1.
-        normaliser: Divides the summed loss, after both are added up over ranks and accumulated batches.
-        position_ids: Rotary position of each token [B, L]; None for the batch's.
-        attention_rule: Which token sees which; None for what `model.attention` says.
     """
 
-    input_ids: Tensor
-    targets: Tensor
-    loss_mask: Tensor
-    mask_rate: Tensor
-    weights: Tensor | None
-    normaliser: Tensor
-    position_ids: Tensor | None = None
-    attention_rule: AttentionRule | None = None
+    input_ids: Tensor  # tokens the model reads [B, L]
+    targets: Tensor  # token to predict at each position [B, L]; only those under `loss_mask` count
+    loss_mask: Tensor  # positions whose prediction is scored [B, L], bool
+    mask_rate: Tensor  # probability with which each position was masked [B, L], for weights and for reports
+    weights: Tensor | None  # weight of each position's loss [B, L]; None for 1
+    normaliser: Tensor  # divides the summed loss, after both are added up over ranks and accumulated batches
+    position_ids: Tensor | None = None  # rotary position of each token [B, L]; None for the batch's
+    attention_rule: AttentionRule | None = None  # which token sees which; None for what `model.attention` says
 
     @cached_property
     def scored(self) -> Tensor:
@@ -115,21 +103,18 @@ class NoisedBatch:
         """Returns `values` [B, L] at the scored positions [M]."""
         return values.flatten().index_select(0, self.scored)
 
+    def weighted(self, token_loss: Tensor) -> Tensor:
+        """Returns losses at the scored positions [M], multiplied by their weights."""
+        return token_loss if self.weights is None else token_loss * self.at_loss(self.weights)
+
 
 class Objective(ABC):
-    """Corrupts a batch and scores predictions; the module does the rest, the same for all objectives.
+    """Corrupts a batch and scores predictions; the module does the rest, the same for all objectives."""
 
-    Attributes:
-        causal: Whether the transformer reads left to right under this objective.
-        causal_context: Whether it reads prompts and finished blocks left to right.
-        token_shift: Whether it predicts each token at the position left of it, although not `causal`.
-        document_attention_only: Whether it decides itself which token of a sample sees which.
-    """
-
-    causal: bool = False
-    causal_context: bool = False
-    token_shift: bool = False
-    document_attention_only: bool = False
+    causal: bool = False  # whether the transformer reads left to right under this objective
+    causal_context: bool = False  # whether it reads prompts and finished blocks left to right
+    token_shift: bool = False  # whether it predicts each token at the position left of it, although not `causal`
+    document_attention_only: bool = False  # whether it decides itself which token of a sample sees which
     special: SpecialTokens | None = None
 
     def bind(self, special: SpecialTokens) -> Objective:
@@ -146,13 +131,7 @@ class Objective(ABC):
         return None
 
     def score(self, head: nn.Linear, hidden: Tensor, noised: NoisedBatch) -> Scores:
-        """Returns the loss at the scored positions: the sum of the cross-entropies, weighted by `noised.weights`.
-
-        Args:
-            head: The output head.
-            hidden: Hidden states at the scored positions [M, hidden].
-            noised: What the model saw and has to predict.
-        """
+        """Returns the sum of the cross-entropies, weighted by `noised.weights`, given hidden states [M, hidden]."""
         weights = None if noised.weights is None else noised.at_loss(noised.weights)
         return summed_cross_entropy(head, hidden, noised.at_loss(noised.targets), weights)
 
@@ -187,6 +166,49 @@ class Objective(ABC):
             weights=weights,
             normaliser=masked.sum() if normaliser is None else normaliser,
         )
+
+
+class Certainty(Objective):
+    """An objective that may add the entropy of predictions that are already right to its loss (dParallel, 2509.26488).
+
+    A row's loss is the mean cross-entropy of its loss tokens plus `certainty` times the mean entropy of the rightly
+    predicted ones among them, as in dParallel's code, which takes one sequence at a time. Rows count by their loss
+    tokens, so that the loss does not depend on how rows are split over batches and processes.
+
+    Args:
+        certainty: Weight of that entropy (2.0 in dParallel for LLaDA, 1.0 for Dream, both on a trained model); 0 leaves
+            it out. `checkpoints/cmudict_certain` was trained while the entropies' sum was divided by the number of all
+            loss tokens, with weight 2.0; with 90 % of the predictions right, that is 1.8 now.
+        certainty_temperature: Divides the logits before that entropy (0.5 in dParallel).
+    """
+
+    def __init__(self, certainty: float, certainty_temperature: float) -> None:
+        if certainty < 0 or certainty_temperature <= 0:
+            raise UserError(
+                f"objective {type(self).__name__} needs certainty >= 0 and certainty_temperature > 0, got "
+                f"{certainty} and {certainty_temperature}"
+            )
+        self.certainty, self.certainty_temperature = certainty, certainty_temperature
+
+    def score(self, head: nn.Linear, hidden: Tensor, noised: NoisedBatch) -> Scores:
+        if self.certainty == 0:
+            return super().score(head, hidden, noised)
+        targets = noised.at_loss(noised.targets)
+        terms, guesses = head_loss(head, hidden, targets, self._loss_and_entropy)
+        token_loss, entropy = terms.unbind(dim=1)
+        right = guesses == targets
+        counted = noised.loss_mask.sum(dim=1)  # [B]
+        row = torch.arange(len(counted), device=right.device).repeat_interleave(counted, output_size=len(right))
+        rights = torch.zeros_like(counted).index_add_(0, row, right.long())
+        # The step divides by loss tokens, this mean by right ones.
+        token_loss = token_loss + self.certainty * entropy * right * (counted / rights.clamp_min(1))[row]
+        return Scores(noised.weighted(token_loss).sum(), token_loss.detach(), right)
+
+    def _loss_and_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Returns each prediction's cross-entropy and its entropy in nats at `certainty_temperature` [M, 2]."""
+        log_probs = (logits / self.certainty_temperature).log_softmax(dim=-1)
+        entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+        return torch.stack((cross_entropy(logits, targets), entropy), dim=1)
 
 
 def is_one_of(tokens: Tensor, ids: tuple[int, ...]) -> Tensor:

@@ -14,6 +14,7 @@ from dllm_var.objectives.autoregressive import next_token_targets
 from dllm_var.objectives.base import (
     SMALLEST_RATE,
     Batch,
+    Certainty,
     KeyedNoise,
     NoisedBatch,
     Objective,
@@ -21,7 +22,6 @@ from dllm_var.objectives.base import (
     golden_fractions,
     is_one_of,
 )
-from dllm_var.objectives.certainty import Certainty
 
 CLEAN, FIRST_COPY = 0, 1  # which copy a token belongs to
 
@@ -35,21 +35,13 @@ class Copy(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The supervised blocks of a batch; N is the most that a row has, K their length.
+    """The supervised blocks of a batch; N is the most that a row has, K their length."""
 
-    Args:
-        number: Block of each clean token [B, L]: counts up along the row, an unsupervised span being one block.
-        start: Column where each supervised block starts [B, N].
-        exists: Which of them exist, as rows have different numbers [B, N].
-        column: Column of each of their tokens [B, N, K]; a column inside the row also where there is no token.
-        answer: Which of these tokens belong to the answer; those behind the end of an answer do not [B, N, K].
-    """
-
-    number: Tensor
-    start: Tensor
-    exists: Tensor
-    column: Tensor
-    answer: Tensor
+    number: Tensor  # block of each clean token [B, L]: counts up along the row, an unsupervised span being one block
+    start: Tensor  # column where each supervised block starts [B, N]
+    exists: Tensor  # which of them exist, as rows have different numbers [B, N]
+    column: Tensor  # column of each of their tokens [B, N, K]; a column inside the row also where there is no token
+    answer: Tensor  # which of these tokens belong to the answer; those behind its end do not [B, N, K]
 
     def take(self, values: Tensor) -> Tensor:
         """Returns `values` [B, L] at the blocks' tokens [B, N, K]."""
@@ -87,9 +79,6 @@ class BlockDiffusion(Certainty):
         exact_count: Masks round(t * K) of a block's K answer tokens (Efficient-DLM), not each with probability t.
         certainty: Weight of the entropy of predictions that are already right (dParallel, arXiv 2509.26488, section 3).
         certainty_temperature: Divides the logits before that entropy.
-
-    Raises:
-        UserError: When a setting is out of range, or `autoregressive_weight` is set without `causal_context`.
     """
 
     document_attention_only = True

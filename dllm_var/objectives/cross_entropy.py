@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,28 +14,19 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from dllm_var.model.sharding import VocabularySlice, vocabulary_slice
+from dllm_var.model.transformer import autocast_dtype
 
 LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}  # float32 logits alive at a time: 64 and 512 MiB
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
+cross_entropy: TokenLoss = partial(F.cross_entropy, reduction="none")  # [M] in nats, from logits [M, V], targets [M]
 
 
 class Scores(NamedTuple):
-    """The loss of predictions at M positions.
+    """The loss of predictions at M positions."""
 
-    Args:
-        loss_sum: Weighted sum of the losses, from which backward starts.
-        token_loss: Loss of each, in nats, without its weight and out of the graph [M].
-        correct: Whether the most likely token, the first of equals, is the right one [M], bool.
-    """
-
-    loss_sum: Tensor
-    token_loss: Tensor
-    correct: Tensor
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Returns each prediction's cross-entropy [M] in nats, from logits [M, V]."""
-    return F.cross_entropy(logits, targets, reduction="none")
+    loss_sum: Tensor  # weighted sum of the losses, from which backward starts
+    token_loss: Tensor  # loss of each, in nats, without its weight and out of the graph [M]
+    correct: Tensor  # whether the most likely token, the first of equals, is the right one [M], bool
 
 
 def head_loss(
@@ -44,17 +36,11 @@ def head_loss(
     token_loss: TokenLoss = cross_entropy,
     logits_per_chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the loss [M, ...] and the most likely token [M] at M positions.
+    """Returns the loss [M, ...] and the most likely token [M] at M positions with hidden states [M, hidden].
 
+    `token_loss` computes the loss [M], or several terms of it [M, n], from logits [M, V] in float32 and targets [M].
     Beyond `logits_per_chunk` (None for `LOGITS_PER_CHUNK`) the head runs in chunks whose logits are computed again in
     the backward pass, so that [M, vocabulary] never exists as a whole.
-
-    Args:
-        head: The output head.
-        hidden: Hidden states at the scored positions [M, hidden].
-        targets: Token ids [M].
-        token_loss: Loss [M], or several terms of it [M, n], from logits [M, V] in float32 and targets.
-        logits_per_chunk: Number of logits that may exist at a time.
     """
 
     def of_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +65,7 @@ def summed_cross_entropy(
     right, and on CPUs is slower than all logits at once.)
     """
     # Adapters have more than a weight; and in float16 the loss scale must come before the gradients.
-    if type(head) is not nn.Linear or head.bias is not None or _compute_dtype(hidden) == torch.float16:
+    if type(head) is not nn.Linear or head.bias is not None or autocast_dtype(hidden) == torch.float16:
         token_loss, guesses = head_loss(head, hidden, targets, cross_entropy, logits_per_chunk)
         loss_sum = (token_loss if weights is None else token_loss * weights).sum()
         return Scores(loss_sum, token_loss.detach(), guesses == targets)
@@ -90,17 +76,9 @@ def summed_cross_entropy(
     return Scores(*_SummedCrossEntropy.apply(hidden, matrix, targets, weights, rows * slice_.ranks, slice_))
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Returns the type in which the head's product is computed."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-
-
 def _rows_per_chunk(head: nn.Linear, hidden: Tensor, logits: int | None) -> int:
     """Returns how many positions' logits may exist at a time."""
-    if logits is None:
-        logits = LOGITS_PER_CHUNK.get(hidden.device.type, LOGITS_PER_CHUNK["cpu"])
-    return max(1, logits // head.out_features)
+    return max(1, (logits or LOGITS_PER_CHUNK["cuda" if hidden.is_cuda else "cpu"]) // head.out_features)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -121,7 +99,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         rows: int,
         vocabulary: VocabularySlice,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = _compute_dtype(hidden)
+        dtype = autocast_dtype(hidden)
         for_hidden, for_weight = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if for_hidden else None
         weight_grad = torch.zeros_like(weight) if for_weight else None

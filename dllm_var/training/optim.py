@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
@@ -60,10 +60,8 @@ class Schedule:
     def scheduler(self, optimizer: Optimizer, total_steps: float) -> LambdaLR:
         """Returns the scheduler, to be stepped after every optimizer step.
 
-        `total_steps` is infinite or negative when nobody knows it, as with `max_time` or an endless stream.
-
-        Raises:
-            UserError: When the shape of the schedule depends on it, and nobody knows it.
+        `total_steps` is infinite or negative when nobody knows it, as with `max_time` or an endless stream; raises
+        UserError when the shape of the schedule depends on it.
         """
         known = 0 <= total_steps < math.inf
         if not known and self.kind != "constant":
@@ -96,28 +94,16 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def check_state(optimizer: Optimizer, state_dict: dict[str, Any], option: str) -> None:
-    """Refuses a checkpoint's optimizer state that torch would take up and the first step would fail on.
+    """Raises UserError for a checkpoint's state that torch would take up and the first step would fail on.
 
     Every group has `option` if an optimizer of the same class wrote the state.
-
-    Raises:
-        UserError: When another optimizer wrote it, or the parameters are grouped in another way.
     """
-
-    def shapes(groups: list[dict[str, Any]]) -> list[tuple[str, int]]:
-        return [(group.get("role", "rest"), len(group["params"])) for group in groups]
-
-    saved = state_dict["param_groups"]
-    if not all(option in group for group in saved):
-        differs = f"is of another optimizer than {type(optimizer).__name__}"
-    elif shapes(saved) != shapes(optimizer.param_groups):
-        differs = "has its parameters in other groups"
-    else:
-        return
-    raise UserError(
-        f"the checkpoint's optimizer state {differs}: use the model and the optimizer it was trained with, or start a "
-        "new run from it with model.init_from"
-    )
+    saved = [(group.get("role"), len(group["params"]), option in group) for group in state_dict["param_groups"]]
+    if saved != [(group.get("role"), len(group["params"]), True) for group in optimizer.param_groups]:
+        raise UserError(
+            f"the checkpoint's optimizer state is of another optimizer than {type(optimizer).__name__} or of another "
+            "model: use those it was trained with, or start a new run from it with model.init_from"
+        )
 
 
 class AdamW(torch.optim.AdamW):
@@ -236,14 +222,15 @@ class Muon(Optimizer):
                 placements = parameter.placements if isinstance(parameter, DTensor) else ()
                 shapes.setdefault((parameter.shape, placements), []).append(parameter)
         for (shape, _), parameters in shapes.items():
-            gradients = torch.stack([local_part(p.grad) for p in parameters if p.grad is not None])
+            stack = torch.stack([p.grad for p in parameters if p.grad is not None])  # a DTensor if these are
+            gradients = local_part(stack)
             for parameter in parameters:
                 if "momentum_buffer" not in self.state[parameter]:
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             buffers = [local_part(self.state[p]["momentum_buffer"]) for p in parameters]
             momentum = torch.stack(buffers).lerp_(gradients, 1 - group["momentum"])
             torch._foreach_copy_(buffers, list(momentum.unbind()))
-            update = orthogonalise_as_placed(gradients.lerp(momentum, group["momentum"]), parameters[0])
+            update = orthogonalise_as_placed(gradients.lerp(momentum, group["momentum"]), stack)
             weights = [local_part(p) for p in parameters]
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             scale = max(1.0, shape[0] / shape[1]) ** 0.5  # a tall matrix has fewer singular values than rows
@@ -251,41 +238,20 @@ class Muon(Optimizer):
 
 
 def orthogonalise_as_placed(matrices: Tensor, like: Tensor) -> Tensor:
-    """Orthogonalises a stack of matrices, of which this process holds as much as it does of `like`.
+    """Orthogonalises the part of a stack of matrices [N, R, C] that this process has, divided as the stack `like` is.
 
-    Sharded matrices change places twice: each process gets its share of them whole, and gives them back; along one
-    dimension of the mesh after the other. In which order the rows are put together makes no difference to the result.
-    `matrices` is this process's part of the stack [N, R, C], and `like` one of the N parameters.
+    The processes exchange parts, so that each gets some of the matrices whole, and exchange them again afterwards.
     """
     if not isinstance(like, DTensor):
         return orthogonalise(matrices)
-    mesh, size = like.device_mesh, list(like.shape)
-    moves: list[tuple[DeviceMesh, Shard, tuple[int, ...]]] = []  # line of processes, how it divides, and what
-    for dim in reversed(range(mesh.ndim)):  # the last one has divided the matrix first, so it is joined last
-        along = getattr(like.placements[dim], "dim", None)
-        if along is None:
-            continue
-        line = mesh if mesh.ndim == 1 else mesh[mesh.mesh_dim_names[dim]]  # type: ignore[index]
-        moves.insert(0, (line, Shard(along + 1), tuple(size)))
-        each = -(-size[along] // mesh.size(dim))  # as torch.chunk deals them
-        size[along] = min(max(size[along] - mesh.get_local_rank(dim) * each, 0), each)
-    shapes = []
-    for line, divided, whole in moves:
-        shapes.append(matrices.shape)
-        matrices = _moved(matrices, line, divided, Shard(0), (len(matrices), *whole))
-    matrices = orthogonalise(matrices)
-    for (line, divided, whole), shape in zip(reversed(moves), reversed(shapes), strict=True):
-        matrices = _moved(matrices, line, Shard(0), divided, (shape[0], *whole)).view(shape)
-    return matrices
 
+    def moved(part: Tensor, source: Sequence[Placement], target: Sequence[Placement]) -> Tensor:
+        shape, stride = like.shape, like.stride()
+        placed = DTensor.from_local(part, like.device_mesh, source, run_check=False, shape=shape, stride=stride)
+        return placed.redistribute(placements=target).to_local()
 
-def _moved(part: Tensor, mesh: DeviceMesh, source: Shard, target: Shard, shape: tuple[int, ...]) -> Tensor:
-    """Returns this process's part of a stack [N, R, C] that is divided otherwise than before."""
-    if shape[0] == 0:  # other lines of processes have the matrices
-        return part.new_empty(shape)
-    stride = (shape[1] * shape[2], shape[2], 1)
-    placed = DTensor.from_local(part, mesh, [source], run_check=False, shape=torch.Size(shape), stride=stride)
-    return placed.redistribute(placements=[target]).to_local()
+    each_whole = [Shard(0)] * like.device_mesh.ndim
+    return moved(orthogonalise(moved(matrices, like.placements, each_whole)), each_whole, like.placements)
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:

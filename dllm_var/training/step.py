@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -55,21 +55,13 @@ class LossGuard:
 
 @dataclass
 class StepResult:
-    """Figures of one optimizer step, over all ranks and accumulated batches.
+    """Figures of one optimizer step, over all ranks and accumulated batches."""
 
-    Args:
-        loss: Summed loss over the normaliser, in nats.
-        masked_accuracy: Share of loss tokens whose most likely token is the right one.
-        gradient_norm: Norm of the divided gradients before clipping; None where DeepSpeed keeps them to itself.
-        batches: This rank's row numbers [B], loss positions [B, L] and weighted token losses [M], batch by batch.
-        skipped: Whether the update is skipped.
-    """
-
-    loss: float
-    masked_accuracy: float
-    gradient_norm: float | None
-    batches: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
-    skipped: bool = False
+    loss: float  # summed loss over the normaliser, in nats
+    masked_accuracy: float  # share of loss tokens whose most likely token is the right one
+    gradient_norm: float | None  # of the divided gradients before clipping; None where DeepSpeed keeps them to itself
+    batches: list[tuple[Tensor, Tensor, Tensor]]  # this rank's row numbers [B], loss mask [B, L], token losses [M]
+    skipped: bool = False  # whether the update is skipped
 
     def rows(self) -> list[tuple[int, float, int]]:
         """Gathers (row, loss per token, loss tokens) of every row of the step; every rank must call it."""
@@ -88,9 +80,8 @@ class StepResult:
 class OptimizerStep:
     """Makes one update of several batches, the same however its rows are split over ranks and accumulated batches.
 
-    `add` only sums and never waits for the device; `finish` waits once, for the figures. An update whose loss or
-    gradient is not finite is skipped on every rank; an overflow that 16-bit training expects, while its loss scale
-    comes down, is left to the scaler and not counted.
+    `add` only sums; `finish` waits for the device, once. An update whose loss or gradient is not finite is skipped on
+    every rank; an overflow that 16-bit training expects, while its loss scale comes down, is left to the scaler.
     """
 
     def __init__(self, guard: LossGuard) -> None:
@@ -100,16 +91,12 @@ class OptimizerStep:
         self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def begin(self, trainer: L.Trainer) -> None:
-        """Forgets the batches of a run that was broken off.
-
-        Raises:
-            UserError: Where batches are accumulated inside DeepSpeed, and so cannot be weighed by their loss tokens.
-        """
+        """Forgets the batches of a run that was broken off; raises UserError where DeepSpeed would accumulate them."""
         self._sums, self._batches = [], []
         if owns_gradients(trainer.strategy) and trainer.accumulate_grad_batches > 1:
             raise UserError(
-                "trainer.accumulate_grad_batches must be 1 with DeepSpeed, which keeps the gradients to itself until "
-                "they are averaged: raise data.batch_size, or use configs/strategy/fsdp2.yaml"
+                "trainer.accumulate_grad_batches must be 1 with DeepSpeed, which cannot weigh batches by their loss "
+                "tokens: raise data.batch_size, or use configs/strategy/fsdp2.yaml"
             )
 
     def add(self, trainer: L.Trainer, rows: Tensor, noised: NoisedBatch, scores: Scores) -> Tensor:
@@ -118,19 +105,14 @@ class OptimizerStep:
         scored = torch.full_like(noised.normaliser, correct.numel())
         sums = [loss_sum.detach(), noised.normaliser, correct.sum(), scored]
         self._sums = [a + b for a, b in zip(self._sums, sums, strict=True)] if self._sums else sums
-        weighted = token_loss if noised.weights is None else token_loss * noised.at_loss(noised.weights)
-        self._batches.append((rows, noised.loss_mask, weighted.detach().float()))
+        self._batches.append((rows, noised.loss_mask, noised.weighted(token_loss).detach().float()))
         if not owns_gradients(trainer.strategy):
             return loss_sum * LOSS_SCALE  # `_divide` undoes it
         normaliser = trainer.strategy.reduce(noised.normaliser.clone(), reduce_op="sum")
         return loss_sum * (trainer.world_size / normaliser.clamp_min(1))  # DeepSpeed will average over ranks
 
     def finish(self, trainer: L.Trainer, optimizer: Optimizer) -> StepResult:
-        """Divides and clips the gradients just before the optimizer's step, or makes that step do nothing.
-
-        Raises:
-            UserError: When the update must be skipped and DeepSpeed has the gradients to itself.
-        """
+        """Divides and clips the gradients just before the optimizer's step, or makes that step do nothing."""
         gradients: dict[int, list[Tensor]] = {}  # this process's parts, by the number of processes that hold the same
         if not owns_gradients(trainer.strategy):
             for gradient in _gradients(optimizer):
@@ -164,8 +146,9 @@ class OptimizerStep:
         norm = squares.sqrt() * factor / (1.0 if scaler is None else scaler.scale(torch.ones((), device=device)))
         figures = torch.stack((loss_sum / normaliser.clamp_min(1), correct / scored.clamp_min(1), norm))
         loss, accuracy, gradient_norm = figures.tolist()
-        batches, self._sums, self._batches = self._batches, [], []
-        return StepResult(loss, accuracy, gradient_norm if gradients else None, batches)
+        result = StepResult(loss, accuracy, gradient_norm if gradients else None, self._batches)
+        self._sums, self._batches = [], []
+        return result
 
     def _must_skip(self, result: StepResult, trainer: L.Trainer) -> bool:
         """Decides, the same on every rank, whether the update would do harm; says so, and when the loss jumps."""

@@ -6,15 +6,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.model.attention import (
-    LEAST_LENGTH,
-    Documents,
-    Seen,
-    attend,
-    document_rule,
-    has_varlen,
-    partly_causal_rule,
-)
+from dllm_var.model.attention import LEAST_LENGTH, Seen, attend, document_rule, has_varlen
 
 PADDING = -1
 
@@ -60,7 +52,7 @@ def test_documents_give_what_the_mask_gives_forward_and_backward(name, causal, k
     upstream = torch.randn(*segments.shape, 4, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = dense(qkv, mask_of(segments, causal))
     seen = Seen.by_document(segments, causal, torch.float64, 8)
-    assert (seen.documents is None) == (name == "short rows")
+    assert (seen.document_ends is None) == (name == "short rows")
     ours = attend(*qkv.split((4, kv_heads, kv_heads), dim=2), seen)
     torch.testing.assert_close(ours, expected)
     gradients = [torch.autograd.grad((x * upstream).sum(), qkv)[0] for x in (ours, expected)]
@@ -71,8 +63,8 @@ SHOWN = torch.rand(3, LEAST_LENGTH + 4, generator=torch.Generator().manual_seed(
 RULES = {
     "documents": lambda segments: document_rule(segments, False),
     "causal documents": lambda segments: document_rule(segments, True),
-    "partly causal": lambda segments: partly_causal_rule(SHOWN, None),
-    "partly causal documents": lambda segments: partly_causal_rule(SHOWN, segments),
+    "partly causal": lambda segments: document_rule(torch.zeros_like(segments), True, SHOWN),
+    "partly causal documents": lambda segments: document_rule(segments, True, SHOWN),
 }
 
 
@@ -122,7 +114,7 @@ def test_16_bit_types_are_rounded_once():
 
 def test_the_varlen_kernel_takes_the_arguments_it_gets():
     """Its operator has a stand-in for devices without values, which checks shapes."""
-    seen = Seen(documents=Documents(torch.zeros(9, dtype=torch.int32, device="meta"), 24, True))
+    seen = Seen(None, True, torch.zeros(9, dtype=torch.int32, device="meta"), longest=24)
     queries, keys, values = torch.empty(3, 24, 8, 8, device="meta", dtype=torch.bfloat16).split((4, 2, 2), dim=2)
     assert attend(queries.float(), keys, values, seen).shape == queries.shape
 

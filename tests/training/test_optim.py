@@ -185,7 +185,7 @@ def test_muon_on_sharded_parameters_takes_the_steps_it_takes_on_whole_ones(tmp_p
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0 and run.stdout.count("equal") == 2, run.stderr[-3000:]
 
@@ -198,6 +198,6 @@ def test_the_state_of_another_optimizer_or_of_other_groups_is_refused():
     for theirs, ours in ((muon, adamw), (adamw, muon)):
         with pytest.raises(UserError, match=r"another optimizer.*model\.init_from"):
             ours.load_state_dict(theirs.state_dict())
-    with pytest.raises(UserError, match="other groups"):
+    with pytest.raises(UserError, match="another model"):
         muon.load_state_dict(Muon(groups("rest", "hidden")).state_dict())
     muon.load_state_dict(Muon(groups("hidden", "rest")).state_dict())

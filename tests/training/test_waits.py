@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dllm_var import DiffusionLM
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.model import TransformerConfig
-from dllm_var.model.attention import document_ends
 from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule, Mdlm
 
 aten = torch.ops.aten
@@ -38,15 +37,15 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("objective", "attention", "waits"),
     [
-        (EosSchedule(), "document", 1),
+        (EosSchedule(), "document", 2),
         (EosSchedule(), "full", 1),
-        (Mdlm(), "document", 1),  # its losses have weights
-        (Autoregressive(), "document", 1),
+        (Mdlm(), "document", 2),  # its losses have weights
+        (Autoregressive(), "document", 2),
         (BlockDiffusion(block_length=4, autoregressive_weight=0.5, causal_context=True), "document", 2),
     ],
 )
-def test_a_batch_waits_for_its_loss_positions_alone(objective, attention, waits, monkeypatch):
-    """And block diffusion for the number of blocks; documents are counted on the host."""
+def test_a_batch_waits_for_its_loss_positions_and_its_documents(objective, attention, waits, monkeypatch):
+    """And block diffusion for the number of blocks; it has a rule in place of documents."""
     monkeypatch.setattr("dllm_var.model.attention.has_varlen", lambda *_: True)
     data = PackedDataModule(batch_size=4, context_length=48, packing="best_fit", overhang=4)
     module = DiffusionLM(TransformerConfig(hidden_size=16, num_layers=2, num_heads=2), objective, attention)
@@ -54,8 +53,6 @@ def test_a_batch_waits_for_its_loss_positions_alone(objective, attention, waits,
     module.configure_model()
     module._trainer = SimpleNamespace(strategy=None, global_step=0)
     batch = data.rows("train").__getitems__(range(4))
-    if attention == "document":
-        batch["document_ends"] = document_ends(batch["segment_ids"])
     module.training_step(batch, 0)  # what is made once
     with Waits() as found:
         module.training_step(batch, 0).backward()
