@@ -17,11 +17,10 @@ from dllm_var.sampling.base import sampler_from_config, sampler_to_config
 random_model = partial(tiny_models.random_model, initializer_range=0.2)
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kv_commit", ["joint_next", "alone", "last_step"])
 @pytest.mark.parametrize(("terminator_last", "causal_context"), [(False, False), (True, False), (True, True)])
-def test_equals_the_slow_reference(seed, kv_commit, terminator_last, causal_context):
-    model = random_model(seed, causal_context=causal_context)
+def test_equals_the_slow_reference(kv_commit, terminator_last, causal_context):
+    model = random_model(1, causal_context=causal_context)
     sampler = BlockDiffusionSampler(
         ConfidenceThreshold(0.2),
         block_length=5,
@@ -59,7 +58,7 @@ def test_some_rows_end_themselves_and_some_do_not():
     """The comparisons above would prove little if every row ran into the limit."""
     reasons = [
         answer.finish_reason
-        for seed in range(6)
+        for seed in range(3)
         for answer in BlockDiffusionSampler(ConfidenceThreshold(0.2), block_length=5, max_new_tokens=13).generate(
             random_model(seed), PROMPTS
         )
@@ -215,8 +214,8 @@ ALL_POLICIES = [
 def test_every_policy_decodes_a_batch_as_single_rows(policy):
     model, terminator_last = random_model(3), ALL_POLICIES.index(policy) % 2 == 0
     settings = dict(block_length=6, max_new_tokens=15, batch_size=3, terminator_last=terminator_last)
-    sampler = BlockDiffusionSampler(policy, **settings)
-    for together, prompt in zip(sampler.generate(model, PROMPTS), PROMPTS, strict=True):
+    sampler, prompts = BlockDiffusionSampler(policy, **settings), PROMPTS[:5]
+    for together, prompt in zip(sampler.generate(model, prompts), prompts, strict=True):
         alone = sampler.generate(model, [prompt])[0]
         assert (together.tokens, together.finish_reason, together.nfe) == (alone.tokens, alone.finish_reason, alone.nfe)
         assert MASK not in together.tokens and not set(ENDS) & set(together.tokens)

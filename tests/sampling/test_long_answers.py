@@ -35,7 +35,7 @@ def decode(model, sampler, length, seen):
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: f"{type(s).__name__}-{getattr(s, 'kv_commit', '')}")
 def test_thousands_of_tokens_cost_linear_memory_and_linear_forwards(sampler):
     causal = isinstance(sampler, AutoregressiveSampler)
-    short, long = (200, 800) if causal else (500, 4000)
+    short, long = (100, 400) if causal else (500, 4000)
     model = random_model(num_layers=1, causal=causal)
     decode(model, sampler, 100, [])  # what the first call allocates for good
     used, read = {}, {}

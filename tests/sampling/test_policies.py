@@ -108,7 +108,7 @@ def test_random_order_differs_between_requests_and_steps():
 
 
 @given(st.integers(1, 20), st.integers(1, 25))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_the_schedule_adds_up(width, steps):
     """The first steps take one more than the others; masking again follows the same schedule."""
     logits = 3 * torch.randn(1, width, VOCABULARY, generator=torch.Generator().manual_seed(width))
@@ -129,12 +129,12 @@ def test_sequential_takes_the_leftmost(seed):
 
 def test_first_hitting_takes_one_masked_position_each_equally_often():
     counts = torch.zeros(8)
-    for step in range(400):
+    for step in range(200):
         view, _ = make_view(0, masked=1.0, step=step)
         commit = P.FirstHitting().decide(view, {}).commit
         assert commit.sum(dim=1).tolist() == [1, 1, 1]
         counts += commit.sum(dim=0)
-    assert counts.min() > 100 and counts.max() < 200  # 150 on average, standard deviation 11
+    assert counts.min() > 45 and counts.max() < 105  # 75 on average, standard deviation 8
 
 
 def play(policy, logits_of_step, width=8, steps=40):
@@ -178,7 +178,7 @@ def test_rcr_keeps_the_most_confident_and_follows_the_schedule(seed):
     assert {j for j in range(8) if not history[2][j]} == set(recorded.argsort(descending=True)[:6].tolist())
 
 
-@seeds
+@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize(
     ("policy", "slow"),
     [
