@@ -22,7 +22,8 @@ SIZES = 8_192  # best_fit distinguishes at most this many lengths
 VERSIONS = {"concat": 1, "best_fit": 3}  # raised when rows change; checkpoints record it
 
 
-class Samples(NamedTuple):
+@dataclass(frozen=True)
+class Samples:
     """What goes into rows of each sample: tokens of the table, then terminators. Arrays are of shape [samples]."""
 
     index: NDArray[np.int64]  # which samples of the table are used

@@ -12,7 +12,13 @@ from dllm_var.text.tokenizer import ROLES
 
 FIELDS = ("prompt", "response", "instruction", "input", "output", "messages", "input_ids", "prompt_length", "text")
 # Fields that must be there, by format; a record with one of them is of the first such format.
-FORMATS = (("messages",), ("input_ids",), ("prompt", "response"), ("instruction", "output"), ("text",))
+FORMATS: list[tuple[str, ...]] = [
+    ("messages",),
+    ("input_ids",),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("text",),
+]
 LONGEST_TEXT = 10_000_000  # characters, for each of which the tokenizer takes up to 200 bytes of memory
 
 
