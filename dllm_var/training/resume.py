@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,11 @@ import lightning as L
 import numpy as np
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.utilities import rank_zero_info
 
 from dllm_var.checkpoints.archive import UnusableCheckpoint, read_state
-from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.settings import load_yaml
 
@@ -33,93 +32,80 @@ class ExactResume(Callback):
     - Whether the last step was validated. Validation that was due when the checkpoint was written, or under way, runs
       from its beginning: Lightning would leave it out, or measure only what remains of it.
 
-    A checkpoint that is saved between two batches is that of a finished optimizer step. Gradients are not saved: of
-    batches that were being accumulated it says that they are not trained yet, and the resumed run trains them again.
+    A checkpoint that is saved while a step is under way is that of the step before. Gradients are not saved: the
+    resumed run trains the batches of the unfinished step again.
     """
 
     def __init__(self) -> None:
-        self._validated_step = self._loaded_step = -1
-        self._accumulates = False
-        self._in_step = False  # a batch has begun whose step is not made yet
-        self._after_step: dict[str, Any] | None = None  # state after the last step that such batches change
-        self._torch: dict[str, Any] = {}  # torch's generators after the last step; validation draws when it begins
-        self._before_validation: dict[str, Any] | None = None  # all generators, while validation runs
-        self._loaded: dict[str, Any] = {}
-        self._epoch_is_over = False
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
-        self._accumulates = scheduled or trainer.accumulate_grad_batches > 1
-        self._loaded, self._after_step, self._before_validation, self._loaded_step = {}, None, None, -1
-        self._in_step = self._epoch_is_over = False
+        self._in_step = self._validating = False  # a batch has begun whose step is not made yet; validation runs
+        self._validated_step = -1
+        self._last_step: dict[str, Any] = {}  # the number of the last finished step, and what checkpoints say of it
+        self._random: dict[str, Any] = {}  # the generators after it; validation draws when it begins
+        self._loaded: dict[str, Any] = {}  # this callback's part of the checkpoint, until training begins
+        self._resumed = False  # and no batch has begun since
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
         self._in_step = True
-        if trainer.global_step == self._loaded_step:
+        if self._resumed:
+            self._resumed = False
             _count_as_before(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        if self._after_step is None or trainer.global_step != self._after_step["step"]:
+        if trainer.global_step != self._last_step["step"]:
             self._step_is_made(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking and not self._in_step:
-            self._before_validation = random_state() | self._torch
+        self._validating = not trainer.sanity_checking
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._before_validation = None
+        self._validating = False
         if not trainer.sanity_checking:
             self._validated_step = trainer.global_step
             if not self._in_step:  # it has drawn random numbers
                 self._step_is_made(trainer)
 
     def _step_is_made(self, trainer: L.Trainer) -> None:
-        self._in_step, self._torch = False, torch_state()
-        if self._accumulates:  # a checkpoint may be saved before the next step is made
-            self._after_step = {
-                "step": trainer.global_step,
-                "epoch": trainer.current_epoch,
-                "fit_loop": trainer.fit_loop.state_dict(),
-                "data": data_state(trainer),
-                "random": random_state(),
-            }
+        self._in_step, self._random = False, random_state()
+        self._last_step = {
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "fit_loop": trainer.fit_loop.state_dict(),
+            "data": data_state(trainer),
+        }
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds this callback's state; every rank must call it."""
-        mine, before = self._before_validation or random_state(), self._after_step
-        if self._in_step and before is not None and before["step"] == trainer.global_step:
-            mine, checkpoint["epoch"] = before["random"], before["epoch"]
-            checkpoint["loops"]["fit_loop"] = before["fit_loop"]
-            checkpoint.update(before["data"])
+        last = self._last_step
+        unfinished = self._in_step and last["step"] == trainer.global_step
+        if unfinished:
+            checkpoint["epoch"], checkpoint["loops"]["fit_loop"] = last["epoch"], last["fit_loop"]
+            checkpoint.update(last["data"])
+        mine = self._random if unfinished or self._validating else random_state()
         states: list[Any] = [mine]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(states, mine)
-        metrics = {name: value.detach().cpu().clone() for name, value in trainer.callback_metrics.items()}
-        deferred = [callback._defer_save_until_validation for callback in _savers(trainer)]
-        own = {"validated_step": self._validated_step, "random": states, "metrics": metrics, "deferred": deferred}
-        checkpoint["callbacks"][self.state_key] = own
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._validated_step, self._loaded = state_dict["validated_step"], state_dict
+        checkpoint["callbacks"][self.state_key] = {
+            "validated_step": self._validated_step,
+            "random": states,
+            "metrics": {name: value.detach().cpu().clone() for name, value in trainer.callback_metrics.items()},
+            "deferred": [callback._defer_save_until_validation for callback in _savers(trainer)],
+        }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Sets the counters of validation from which Lightning concludes what to do; runs before it reads them."""
-        saved = checkpoint.get("callbacks", {}).get(self.state_key)
-        loops = checkpoint.get("loops", {}).get("fit_loop", {})
-        progress, batches = loops.get("epoch_loop.val_loop.batch_progress"), loops.get("epoch_loop.batch_progress")
-        if saved is None or progress is None or batches is None:
+        self._loaded = checkpoint["callbacks"].get(self.state_key, {})
+        if not self._loaded:
             return
-        within_batch = batches["total"]["completed"] < batches["total"]["processed"]
-        self._epoch_is_over = within_batch and batches["is_last_batch"]
-        done = int(saved["validated_step"] == checkpoint["global_step"] or not batches["total"]["processed"])
+        loops = checkpoint["loops"]["fit_loop"]
+        batches, progress = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
+        self._validated_step = self._loaded["validated_step"]
+        done = int(self._validated_step == checkpoint["global_step"] or not batches["total"]["processed"])
         progress["total"] = {"ready": 1, "started": 1, "processed": done, "completed": done}
         progress["current"] = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
         progress["is_last_batch"] = False
-        self._loaded_step = checkpoint["global_step"]
         data = type(getattr(trainer, "datamodule", None)).__qualname__
-        self._after_step = {
+        self._last_step = {
             "step": checkpoint["global_step"],
             "epoch": checkpoint["epoch"],
             "fit_loop": loops,
@@ -127,18 +113,20 @@ class ExactResume(Callback):
         }
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        states = self._loaded.get("random", [])
+        self._resumed = bool(self._loaded)
+        if not self._resumed:
+            self._step_is_made(trainer)
+            return
+        states = self._loaded["random"]
         if len(states) == trainer.world_size:  # with another number of ranks there is no right one
             set_random_state(states[trainer.global_rank])
-        self._torch = torch_state()
-        if self._after_step is None:
-            self._step_is_made(trainer)
-        else:
-            self._after_step["random"] = random_state()
-        if len(states) == trainer.world_size and self._epoch_is_over:
+        self._random = random_state()
+        batches = self._last_step["fit_loop"]["epoch_loop.batch_progress"]
+        within_batch = batches["total"]["completed"] < batches["total"]["processed"]
+        if len(states) == trainer.world_size and within_batch and batches["is_last_batch"]:
             torch.empty((), dtype=torch.int64).random_()  # the loader of the next epoch has drawn its seed already
-        trainer.callback_metrics.update(self._loaded.get("metrics", {}))
-        for callback, deferred in zip(_savers(trainer), self._loaded.get("deferred", []), strict=False):
+        trainer.callback_metrics.update(self._loaded["metrics"])
+        for callback, deferred in zip(_savers(trainer), self._loaded["deferred"], strict=False):
             callback._defer_save_until_validation = deferred
         self._loaded = {}
 
@@ -177,13 +165,14 @@ class ResumableFitLoop(_FitLoop):
 
     @property
     def skip(self) -> bool:
-        ended = super().skip and self.trainer.ckpt_path is not None and bool(self.max_batches)
-        if ended:
-            rank_zero_info(
-                f"training had come to its end at step {self.trainer.global_step}: only what follows it is done again; "
-                "raise trainer.max_steps to train on"
-            )
-        return super().skip and not ended
+        skip = super().skip
+        if not skip or self.trainer.ckpt_path is None or not self.max_batches:
+            return skip
+        rank_zero_info(
+            f"training had come to its end at step {self.trainer.global_step}: only what follows it is done again; "
+            "raise trainer.max_steps to train on"
+        )
+        return False
 
 
 def random_state() -> dict[str, Any]:
@@ -192,15 +181,11 @@ def random_state() -> dict[str, Any]:
     state = {
         "python": random.getstate(),
         "numpy": (str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), *map(float, rest)),
+        "torch": torch.get_rng_state(),
     }
-    return state | torch_state()
-
-
-def torch_state() -> dict[str, Any]:
-    """Returns the state of torch's generators in this process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state()}
-    return {"torch": torch.get_rng_state()}
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
 def set_random_state(state: dict[str, Any]) -> None:
@@ -215,23 +200,17 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 # -- settings ----------------------------------------------------------------------------------------------------------
 
-_REFUSED, _TOLD, _BY_CONTENT, _IGNORED = "refused", "told", "compared by content", "ignored"
-# What happens when a setting has changed since the checkpoint; the longest name here that it begins with decides.
-_SETTINGS = {
-    _REFUSED: (  # they decide what is learned
-        *("model", "data", "trainer.precision", "trainer.accumulate_grad_batches", "trainer.gradient_clip_val"),
-        *("trainer.gradient_clip_algorithm", "trainer.overfit_batches", "trainer.limit_train_batches"),
-    ),
-    _TOLD: (  # they say where a run is, how long, and what is kept
-        *("trainer", "model.compile", "model.activation_checkpointing", "model.init_from", "model.loss_guard"),
-        *("data.num_workers", "data.cache_dir", "data.check_resume"),
-    ),
-    _BY_CONTENT: (  # model and data compare them when the checkpoint is loaded
-        *("model.transformer", "model.lora"),
-        *("data.source", "data.tokenizer", "data.mask_token", "data.terminators"),
-    ),
-    _IGNORED: ("trainer.callbacks", "trainer.logger", "trainer.plugins", "trainer.profiler"),
-}
+_MAY_CHANGE = (
+    "trainer",
+    *("model.compile", "model.activation_checkpointing", "model.init_from", "model.loss_guard"),
+    *("data.num_workers", "data.cache_dir", "data.check_resume"),
+    # Model and data compare these with the checkpoint by content, when it is loaded.
+    *("model.transformer", "model.lora", "data.source", "data.tokenizer", "data.mask_token", "data.terminators"),
+)
+_DECIDE_WHAT_IS_LEARNED = (
+    *("trainer.precision", "trainer.accumulate_grad_batches", "trainer.gradient_clip_val"),
+    *("trainer.gradient_clip_algorithm", "trainer.overfit_batches", "trainer.limit_train_batches"),
+)
 _ROWS = ("data.batch_size", "trainer.accumulate_grad_batches")  # compared as the rows of a step
 
 
@@ -239,10 +218,7 @@ def check_changes(path: Path, text: str, trainer: L.Trainer, datamodule: Any) ->
     """Tells which settings have changed since a checkpoint was written; refuses those that make it another run.
 
     `text` has the run's resolved settings as YAML. With `data.check_resume=false` what would be refused is only told.
-    An optimizer refuses the state of another.
-
-    Raises:
-        UserError: Names all of the settings, with both values, and the remedy.
+    An optimizer refuses the state of another. Raises UserError, which names all of the settings and the remedy.
     """
     try:
         checkpoint = read_state(path)
@@ -251,51 +227,48 @@ def check_changes(path: Path, text: str, trainer: L.Trainer, datamodule: Any) ->
         rank_zero_info(f"{path} does not hold the settings it was made with: they cannot be compared with the present")
         return
     now, rows_now = load_yaml(text), rows_per_step(trainer, datamodule)
-    rows_known = rows_then is not None and rows_now is not None
-    refused: list[tuple[str, str]] = []
-    if rows_known:
-        refused += _changes("rows of a step, over all devices", rows_then, rows_now)
+    changes: dict[str, str] = {}
     for section in ("model", "data", "trainer"):
-        for name, change in _changes(section, saved.get(section), now.get(section)):
-            rule = _rule(name)
-            if rule == _BY_CONTENT and section == "data" and not isinstance(datamodule, PackedDataModule):
-                rule = _REFUSED
-            if rule == _TOLD:
-                rank_zero_info(f"changed since the checkpoint: {change}")
-            elif rule == _REFUSED and not (rows_known and name in _ROWS):
-                refused.append((name, change))
+        changes |= _changes(section, saved.get(section), now.get(section))
+    if rows_then is not None and rows_now is not None:
+        changes = {name: change for name, change in changes.items() if name not in _ROWS}
+        changes |= _changes("rows of a step, over all devices", rows_then, rows_now)
+    refused: list[str] = []
+    for name, change in changes.items():
+        if _is_part(name, _MAY_CHANGE) and not _is_part(name, _DECIDE_WHAT_IS_LEARNED):
+            rank_zero_info(f"changed since the checkpoint: {change}")
+        else:
+            refused.append(change)
     if refused and getattr(datamodule, "check_resume", True):
         raise UserError(
-            f"changed since {path} was written: {', '.join(change for _, change in refused)}; set it back, start a new "
-            "run with model.init_from, or go on all the same with --data.check_resume=false"
+            f"changed since {path} was written: {', '.join(refused)}; set it back, start a new run with "
+            "model.init_from, or go on all the same with --data.check_resume=false"
         )
-    for name, change in refused:
-        kept = " (the optimizer keeps what the checkpoint has)" if name.startswith("model.optimizer.") else ""
-        rank_zero_info(f"changed since the checkpoint, which makes it another run: {change}{kept}")
+    for change in refused:
+        rank_zero_info(f"changed since the checkpoint, which makes it another run: {change}")
 
 
-def _rule(name: str) -> str:
-    rules = {known: rule for rule, names in _SETTINGS.items() for known in names if f"{name}.".startswith(f"{known}.")}
-    return rules[max(rules, key=len)]
+def _is_part(name: str, settings: Iterable[str]) -> bool:
+    """Whether a setting is one of these or stands below one."""
+    return any(f"{name}.".startswith(f"{setting}.") for setting in settings)
 
 
-def _changes(name: str, was: Any, now: Any) -> Iterator[tuple[str, str]]:
-    """Compares two values of a setting; yields each difference by name and as text.
-
-    Settings that only one version of the package knows are left out.
-    """
+def _changes(name: str, was: Any, now: Any) -> dict[str, str]:
+    """Returns the differences of two values of a setting, by name; what only one version knows is left out."""
     if not (isinstance(was, dict) and isinstance(now, dict)):
-        if was != now:
-            yield name, f"{name}: {_short(was)} -> {_short(now)}"
-    elif was.get("class_path") != now.get("class_path"):
-        yield from _changes(name, was.get("class_path"), now.get("class_path"))
-    else:
-        for key in (key for key in was if key in now):
-            yield from _changes(name if key == "init_args" else f"{name}.{key}", was[key], now[key])
+        return {} if was == now else {name: f"{name}: {_short(was)} -> {_short(now)}"}
+    if was.get("class_path") != now.get("class_path"):
+        return _changes(name, was.get("class_path"), now.get("class_path"))
+    changes: dict[str, str] = {}
+    for key in (key for key in was if key in now):
+        changes |= _changes(name if key == "init_args" else f"{name}.{key}", was[key], now[key])
+    return changes
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, dict) and "class_path" in value:
+    if isinstance(value, list):
+        value = f"[{', '.join(map(_short, value))}]"
+    elif isinstance(value, dict) and "class_path" in value:
         value = value["class_path"]
     text = "null" if value is None else str(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

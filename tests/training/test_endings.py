@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from tiny_data import write_words
-from tiny_run import LAST, WORDS, error_line, event, kept, notes, same, state, tiny, whole  # noqa: F401 - fixtures
+from tiny_run import LAST, WORDS, added, error_line, event, kept, notes, same, state, tiny, whole  # noqa: F401 - fixtures
 
 from dllm_var.__main__ import main
 from dllm_var.training import interrupt
@@ -154,6 +154,16 @@ def test_an_exception_in_a_callback_leaves_the_last_step(tiny):  # noqa: F811
     with pytest.raises(KeyError):
         main([*tiny, *event("error", 6), "--resume"])
     assert state()["global_step"] == 4  # in the midst of step 6
+
+
+def test_a_checkpoint_saved_in_the_midst_of_a_batch_trains_the_batch_again(tiny, whole):  # noqa: F811
+    saver = added(("lightning.pytorch.callbacks.OnExceptionCheckpoint", {"dirpath": "failed"}))
+    with pytest.raises(KeyError):
+        main([*tiny, *saver, *event("error", 5)])
+    before = notes()
+    assert main([*tiny, "--resume=failed/on_exception.ckpt"]) == 0
+    assert before[:-1] + notes() == whole[0]
+    assert same(state("runs/tiny/version_1/checkpoints/last.ckpt"), whole[1])
 
 
 def test_leftovers_of_a_kill_are_cleared(tiny):  # noqa: F811
