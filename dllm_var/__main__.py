@@ -46,8 +46,7 @@ example: python -m dllm_var fit --config configs/quickstart.yaml --trainer.max_s
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command: what follows `python -m dllm_var`, by default the command line of this process.
 
-    Returns:
-        The exit status: 0, 2 for a mistake the user can mend, 130 after Ctrl-C.
+    Returns the exit status: 0, 2 for a mistake the user can mend, 130 after Ctrl-C.
     """
     try:
         status = run(list(sys.argv[1:] if arguments is None else arguments))

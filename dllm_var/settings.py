@@ -38,8 +38,6 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def merged(base: Any, changes: dict[str, Any]) -> dict[str, Any]:
     """Returns nested dictionaries with changes put over them, value by value."""
-    if isinstance(base, Namespace):
-        base = base.as_dict()
     result = dict(base) if isinstance(base, dict) else {}
     for key, value in changes.items():
         result[key] = merged(result.get(key), value) if isinstance(value, dict) else value

@@ -180,8 +180,8 @@ def read_ckpt_path(command: str, settings: Namespace, resume: str | None) -> str
     if command != "fit" and path is None:
         raise UserError(f"{command} needs --ckpt_path FILE, or --ckpt_path last for the newest run")
     if path is not None:
-        folders = RunFolders(settings.trainer.clone())
-        found = folders.newest() if path == "last" else checkpoint_at(str(path), "--ckpt_path")
+        newest = RunFolders(settings.trainer.clone()).newest() if path == "last" else None
+        found = newest or checkpoint_at(str(path), "--ckpt_path")
         check_or_offer(found, "--ckpt_path=")
         settings.ckpt_path = str(found)
     return resume

@@ -6,23 +6,21 @@ import re
 from typing import Any
 
 import lightning as L
-import yaml
 from jsonargparse import Namespace, dict_to_namespace
 from lightning.pytorch.cli import LightningArgumentParser
-from omegaconf import OmegaConf
 
 from dllm_var import DiffusionLM, __version__
 from dllm_var.datamodules import PackedDataModule
-from dllm_var.errors import UserError, one_line
+from dllm_var.errors import UserError
 from dllm_var.sampling import Sampler
-from dllm_var.settings import SettingsParser, config_files, merged, suggestion
+from dllm_var.settings import SettingsParser, config_files, suggestion
 from dllm_var.training.run_folders import default_logger
 from dllm_var.training.strategies import check_strategy
 from dllm_var.training.trainer import Trainer
 
 DEFAULTS = {"model": DiffusionLM, "data": PackedDataModule}
 BASES = {"model": L.LightningModule, "data": L.LightningDataModule}
-PASSED = ("model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule")  # no settings of the commands
+PASSED: set[str | int] = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}  # not settings
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.\[\]]*)\}")
 
 
@@ -35,13 +33,9 @@ class TrainerParser(SettingsParser, LightningArgumentParser):
         self.command = command
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        if not self.command:
-            return super().parse_args(args, *rest, **kwargs)
-        others, values = split_vars(args)
-        config = super().parse_args(others, *rest, **kwargs)
-        config.vars = merged(config.vars, values)
-        # All files and arguments are merged now, and nothing is resolved yet.
-        qualify_references(config, config.as_dict(), self.command)
+        config = super().parse_args(args, *rest, **kwargs)
+        if self.command:  # all files and arguments are merged now, and nothing is resolved yet
+            qualify_references(config, config.as_dict(), self.command)
         return config
 
     def parse_resolved(self, arguments: list[str]) -> Namespace:
@@ -57,14 +51,11 @@ def build_parser(command: str, arguments: list[str], trainer_command: str | None
 
     The arguments of the Trainer's method `trainer_command`, by default the command's own, are settings too.
     """
-    parser = TrainerParser(
-        command,
-        description=None,
-        prog=f"python -m dllm_var {command}",
-        dump_header=[f"dllm_var=={__version__} lightning=={L.__version__}"],
-    )
+    prog = f"python -m dllm_var {command}"
+    versions = f"dllm_var=={__version__} lightning=={L.__version__}"
+    parser = TrainerParser(command, description=None, prog=prog, dump_header=[versions])
     resume = " [--resume[=auto|PATH]]" if command == "fit" else ""
-    parser.usage = f"python -m dllm_var {command}{resume} [--config FILE ...] [--key=value ...]"
+    parser.usage = f"{prog}{resume} [--config FILE ...] [--key=value ...]"
     parser.add_argument("-c", "--config", action="config", help="YAML file of settings; later files win")
     parser.add_argument(
         "--seed_everything", type=bool | int, default=0, help="Seed of all random generators; true for a random one"
@@ -74,22 +65,13 @@ def build_parser(command: str, arguments: list[str], trainer_command: str | None
     for key, base in BASES.items():
         default = {"class_path": f"{DEFAULTS[key].__module__}.{DEFAULTS[key].__name__}"}
         parser.add_subclass_arguments(base, key, as_group=False, default=default, fail_untyped=False)
-    parser.add_subclass_arguments(
-        Sampler,
-        "sampler",
-        as_group=False,
-        default={"class_path": "dllm_var.sampling.BlockDiffusionSampler"},
-        help="How prompts are decoded; callbacks refer to it as ${sampler}.",
-    )
-    parser.add_argument(
-        "--vars",
-        type=dict[str, Any],
-        default={},
-        help="Free values, to be used elsewhere as ${vars.NAME} (default: {})",
-    )
+    sampler = {"class_path": "dllm_var.sampling.BlockDiffusionSampler"}
+    decoding = "How prompts are decoded; callbacks refer to it as ${sampler}."
+    parser.add_subclass_arguments(Sampler, "sampler", as_group=False, default=sampler, help=decoding)
+    free = "Free values, to be used elsewhere as ${vars.NAME} (default: {})"
+    parser.add_argument("--vars", type=dict[str, Any], default={}, help=free)
     method = trainer_command or command
-    skipped: set[str | int] = {name for name in PASSED if name in getattr(Trainer, method).__annotations__}
-    parser.add_method_arguments(Trainer, method, skip=skipped)
+    parser.add_method_arguments(Trainer, method, skip=PASSED & set(getattr(Trainer, method).__annotations__))
     return parser
 
 
@@ -125,29 +107,6 @@ def check_settings(settings: Namespace, name: str) -> None:
     check_strategy(trainer.get("strategy"))
     if settings.get("weights_only") is False:
         raise UserError("weights_only=false would run code that a checkpoint may hold: leave it out")
-
-
-# -- references --------------------------------------------------------------------------------------------------------
-
-
-def split_vars(arguments: list[str]) -> tuple[list[str], Any]:
-    """Returns the arguments without `--vars.NAME=VALUE`, and these values, at any depth, as nested dictionaries.
-
-    The parser would replace a whole `vars.sampler` for `--vars.sampler.init_args.block_length=8`.
-    """
-    others: list[str] = []
-    values: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument.startswith("--vars."):
-            value = argument.removeprefix("--vars.")
-            values.append(value if "=" in value else f"{value}={next(rest, '')}")
-        else:
-            others.append(argument)
-    try:
-        return others, OmegaConf.to_container(OmegaConf.from_dotlist(values))
-    except yaml.YAMLError as error:
-        raise UserError(f"--vars.{' --vars.'.join(values)} is not YAML: {one_line(error)}") from error
 
 
 def qualify_references(node: Any, settings: dict[str, Any], command: str) -> Any:

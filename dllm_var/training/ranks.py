@@ -9,8 +9,6 @@ import os
 import threading
 import time
 
-from dllm_var.errors import UserError
-
 _LAUNCHER = "DLLM_VAR_LAUNCHER"  # process id of the first process, for those it starts
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 POLL = 0.25  # seconds between looks
@@ -21,15 +19,8 @@ def enter() -> None:
     """Marks this process as the launcher of those it starts. A launched process exits when its launcher dies.
 
     Runs before anything heavy is imported, so that a launcher that dies meanwhile leaves no process behind.
-
-    Raises:
-        UserError: When an environment variable that tells the process its rank is no number.
     """
     global _parent
-    for name in _RANKS:
-        value = os.environ.get(name)
-        if value and not value.isdigit():
-            raise UserError(f"the environment variable {name} must be a number, got '{value}': unset it, or mend it")
     launcher, launched = os.environ.get(_LAUNCHER), int(os.environ.get("LOCAL_RANK") or 0) > 0
     if launched and launcher == str(os.getppid()):
         _parent = int(launcher)

@@ -21,10 +21,6 @@ _VERSIONED_LOGGERS = ("TensorBoardLogger", "CSVLogger")  # both keep a run in sa
 _RESUMED = "DLLM_VAR_RESUMED"  # the checkpoint that the first process goes on from, for those it starts
 
 
-class NothingToResume(UserError):
-    """There is no checkpoint to continue from."""
-
-
 def default_logger(name: str) -> dict[str, Any]:
     """Returns the settings of the logger that makes the run folder runs/NAME/version_N in trainer.default_root_dir."""
     return {
@@ -95,21 +91,19 @@ class RunFolders:
 
     def to_resume(self, resume: str | None) -> Path | None:
         """Returns the checkpoint that `--resume` means; the loggers go on in its run if it is one of theirs."""
-        if resume is None:
+        if resume in ("newest", "auto"):
+            checkpoint = self.newest(required=resume == "newest")
+        else:
+            checkpoint = None if resume is None else checkpoint_at(resume, "--resume")
+        if checkpoint is None:
             return None
-        try:
-            checkpoint = self.newest() if resume in ("newest", "auto") else checkpoint_at(resume, "--resume")
-        except NothingToResume:
-            if resume == "auto":
-                return None
-            raise
         run = checkpoint.absolute().parent.parent
         if self.runs and run.parent == self.runs[0].absolute():
             self._set_version(run.name)
         return checkpoint
 
-    def newest(self) -> Path:
-        """Returns the newest checkpoint of the newest run that has one; raises NothingToResume when there is none."""
+    def newest(self, required: bool = True) -> Path | None:
+        """Returns the newest checkpoint of the newest run that has one; None, or UserError if `required`, without."""
         runs: list[Path] = []
         if self.loggers and self.loggers[0].version is None:
             runs = [path for _, path in sorted(_numbered(self.runs[0]).items(), reverse=True)]
@@ -119,8 +113,10 @@ class RunFolders:
             checkpoint = newest_checkpoint(folder)
             if checkpoint is not None:
                 return checkpoint
+        if not required:
+            return None
         searched = ", ".join(map(str, [*self.checkpoints, *self.runs[:1]])) or "any folder that the settings name"
-        raise NothingToResume(
+        raise UserError(
             f"--resume found no checkpoint in {searched}: start the run without --resume, or give --resume=auto, which "
             "starts one when there is nothing to resume"
         )
@@ -132,9 +128,11 @@ class RunFolders:
         """
         new = [runs for logger, runs in zip(self.loggers, self.runs, strict=True) if logger.version is None]
         number = 1 + max((found for runs in new for found in _numbered(runs)), default=-1)
-        while new and not _make(new[0] / version_name(number), held):
-            number += 1
-        self._set_version(number)
+        if new:
+            while not _make(new[0] / version_name(number)):
+                number += 1
+            held.callback(_remove_if_empty, new[0] / version_name(number))
+            self._set_version(number)
 
     def _set_version(self, version: int | str) -> None:
         for logger in self.loggers:
@@ -154,8 +152,8 @@ class RunFolders:
             clear_leftovers(folder)
 
 
-def _make(folder: Path, held: ExitStack) -> bool:
-    """Makes a folder; False when it is there already."""
+def _make(folder: Path) -> bool:
+    """Makes a folder; returns False when it is there already."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir()
@@ -164,11 +162,10 @@ def _make(folder: Path, held: ExitStack) -> bool:
     except OSError as error:
         reason = f"cannot make the run folder {folder}: {error.strerror}"
         raise UserError(f"{reason}; trainer.default_root_dir puts runs elsewhere") from error
-    held.callback(_remove_empty, folder)
     return True
 
 
-def _remove_empty(folder: Path) -> None:
+def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
 
