@@ -24,7 +24,7 @@ def one_line(error: BaseException) -> str:
 def in_one_line(error: BaseException | None) -> str | None:
     """Returns the line that tells a user's mistake, or a file or disk that cannot be used; None for a bug.
 
-    An exception that was raised from such a one counts too: the settings parser wraps what a constructor raises.
+    An exception that was raised from such a one counts, too: the settings parser wraps what a constructor raises.
     """
     notes = getattr(error, "__notes__", [])  # how to go on after a failure, from the Trainer
     while error is not None:

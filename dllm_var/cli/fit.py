@@ -95,7 +95,7 @@ def run(command: str, arguments: list[str], resume: str | None, held: ExitStack)
         float8 = getattr(built.model, "float8", None)
         if isinstance(float8, Float8):
             check_float8(float8, trainer.strategy.root_device, trainer.precision)
-        if path is not None and Path(path).exists():
+        if path is not None:
             check_changes(Path(path), text, trainer, built.data)
     options = {name: settings[name] for name in ("verbose", "return_predictions") if name in settings}
     options["weights_only"] = True  # a checkpoint is data, never code to run
@@ -124,7 +124,7 @@ def build_trainer(built: Namespace, text: str) -> Trainer:
         trainer = Trainer(**{**built.trainer, "callbacks": callbacks, "plugins": plugins})
     except (TypeError, ValueError) as error:
         raise UserError(f"trainer: {one_line(error)}") from error
-    ResumableFitLoop.take_over(trainer)
+    trainer.fit_loop = ResumableFitLoop(trainer)
     return trainer
 
 

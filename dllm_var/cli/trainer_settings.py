@@ -18,8 +18,7 @@ from dllm_var.training.run_folders import default_logger
 from dllm_var.training.strategies import check_strategy
 from dllm_var.training.trainer import Trainer
 
-DEFAULTS = {"model": DiffusionLM, "data": PackedDataModule}
-BASES = {"model": L.LightningModule, "data": L.LightningDataModule}
+CLASSES = {"model": (L.LightningModule, DiffusionLM), "data": (L.LightningDataModule, PackedDataModule)}  # and default
 PASSED: set[str | int] = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}  # not settings
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.\[\]]*)\}")
 
@@ -62,8 +61,8 @@ def build_parser(command: str, arguments: list[str], trainer_command: str | None
     )
     parser.add_class_arguments(Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True)
     parser.set_defaults({"trainer.logger": default_logger(run_name(arguments))})
-    for key, base in BASES.items():
-        default = {"class_path": f"{DEFAULTS[key].__module__}.{DEFAULTS[key].__name__}"}
+    for key, (base, kind) in CLASSES.items():
+        default = {"class_path": f"{kind.__module__}.{kind.__name__}"}
         parser.add_subclass_arguments(base, key, as_group=False, default=default, fail_untyped=False)
     sampler = {"class_path": "dllm_var.sampling.BlockDiffusionSampler"}
     decoding = "How prompts are decoded; callbacks refer to it as ${sampler}."
@@ -84,7 +83,7 @@ def run_name(arguments: list[str]) -> str:
 def full_help(parser: TrainerParser) -> str:
     """Returns --help with the settings of the default classes, which a parser of class paths does not show."""
     inner = SettingsParser(description="", usage="", add_help=False)
-    for key, default in DEFAULTS.items():
+    for key, (_, default) in CLASSES.items():
         inner.add_class_arguments(default, key, sub_configs=True, fail_untyped=False)
     return parser.format_help() + inner.format_help().split("\n", 1)[1]
 

@@ -20,8 +20,6 @@ from dllm_var.checkpoints.archive import UnusableCheckpoint, read_state
 from dllm_var.errors import UserError
 from dllm_var.settings import load_yaml
 
-# -- state -------------------------------------------------------------------------------------------------------------
-
 
 class ExactResume(Callback):
     """Adds to checkpoints what Lightning leaves out, so that a run that is killed and resumed goes on bit for bit.
@@ -156,12 +154,9 @@ class ResumableFitLoop(_FitLoop):
     Lightning leaves out whatever callbacks do at the end, such as the export of the weights.
     """
 
-    @classmethod
-    def take_over(cls, trainer: L.Trainer) -> None:
-        """Puts such a loop in the place of the trainer's own."""
-        loop = cls(trainer, min_epochs=trainer.fit_loop.min_epochs, max_epochs=trainer.fit_loop.max_epochs)
-        loop.epoch_loop = trainer.fit_loop.epoch_loop
-        trainer.fit_loop = loop
+    def __init__(self, trainer: L.Trainer) -> None:
+        super().__init__(trainer, trainer.fit_loop.min_epochs, trainer.fit_loop.max_epochs)
+        self.epoch_loop = trainer.fit_loop.epoch_loop
 
     @property
     def skip(self) -> bool:
@@ -197,8 +192,6 @@ def set_random_state(state: dict[str, Any]) -> None:
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
-
-# -- settings ----------------------------------------------------------------------------------------------------------
 
 _MAY_CHANGE = (
     "trainer",

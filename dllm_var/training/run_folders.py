@@ -62,10 +62,9 @@ class RunFolders:
         self.checkpoints = [Path(arguments["dirpath"]) for arguments in callbacks if arguments.get("dirpath")]
         if not loggers and trainer.get("enable_checkpointing") is not False:
             self.checkpoints.append(Path(root, "checkpoints"))
-        named = [("default_root_dir", root), *(("logger.save_dir", logger.save_dir) for logger in self.loggers)]
-        for setting, place in [*named, *(("callbacks.dirpath", arguments.get("dirpath")) for arguments in callbacks)]:
+        for place in [root, *(logger.save_dir for logger in self.loggers), *(c.get("dirpath") for c in callbacks)]:
             if "://" in str(place):
-                raise UserError(f"trainer.{setting}: '{place}' is no folder of this machine: give one, or mount it")
+                raise UserError(f"trainer: '{place}' is no folder of this machine: give one, or mount it")
 
     def enter(self, resume: str | None, held: ExitStack, trains: bool) -> Path | None:
         """Reserves the folder of a new run, or finds that of the run to go on with, and locks it until `held` ends.

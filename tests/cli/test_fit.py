@@ -15,7 +15,6 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback
 from tiny_data import write_tiny
 
 from dllm_var import DiffusionLM, UserError
@@ -71,21 +70,6 @@ class BrokenSource(CmudictSource):
 
     def __init__(self) -> None:
         raise KeyError("bug")
-
-
-class PressCtrlC(Callback):
-    """Sends this process the signal of Ctrl-C in the middle of a step.
-
-    Args:
-        step: The step, from 1.
-    """
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        if trainer.global_step + 1 == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.fixture
@@ -333,15 +317,6 @@ def test_resume_continues_the_newest_run_that_has_a_checkpoint(trained):
     assert again["trainer"]["max_steps"] == 5
 
 
-def test_the_last_step_is_saved_unless_checkpoints_are_off(tiny):
-    never = ["--trainer.val_check_interval=100", "--trainer.check_val_every_n_epoch=null"]
-    plain = ["--trainer.callbacks=null", "--trainer.max_steps=1", *never]
-    assert main(["fit", "--config", tiny, *plain]) == 0
-    assert steps_of(LAST) == 1
-    assert main(["fit", "--config", tiny, *plain, "--trainer.enable_checkpointing=false"]) == 0
-    assert not list(Path("runs/tiny/version_1").rglob("*.ckpt"))
-
-
 def test_resume_follows_a_folder_of_one_s_own(tiny):
     assert main(["fit", "--config", tiny, "--trainer.callbacks.dirpath=kept"]) == 0
     arguments = {"dirpath": "kept", "save_last": True, "every_n_train_steps": 2}
@@ -379,21 +354,6 @@ def test_resume_command_drops_the_first_checkpoint():
     settings = ["--config", "a b.yaml", "--ckpt_path", "x.ckpt", "--ckpt_path=y.ckpt", "--trainer.max_steps=4"]
     expected = "python -m dllm_var fit --config 'a b.yaml' --trainer.max_steps=4 --resume"
     assert resume_command(settings) == expected
-
-
-def test_ctrl_c_saves_the_finished_step_and_tells_how_to_go_on(tiny, capsys):
-    before = signal.getsignal(signal.SIGINT)
-    pressed = write(
-        "c.yaml", {"trainer": {"callbacks+": [{"class_path": f"{HERE}.PressCtrlC", "init_args": {"step": 3}}]}}
-    )
-    assert main(["fit", "--config", tiny, "--config", pressed, "--trainer.max_steps=9"]) == 130
-    assert signal.getsignal(signal.SIGINT) is before
-    assert steps_of(LAST) == 3
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert str(LAST) in line and "step 3" in line and line.endswith("--resume")
-    assert main(["fit", "--config", tiny, "--resume", "--trainer.max_steps=6"]) == 0
-    assert steps_of(LAST) == 6
-    assert len(list(LAST.parent.iterdir())) == 2  # the newest and last.ckpt, nothing left over from the stop
 
 
 @pytest.mark.slow

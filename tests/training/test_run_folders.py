@@ -107,7 +107,7 @@ def test_the_default_logger_s_runs_are_below_default_root_dir(monkeypatch):
         {"logger": logger("CSVLogger", "s3://bucket", "a")},
         {"callbacks": [{"class_path": "x.ModelCheckpoint", "init_args": {"dirpath": "s3://bucket"}}]},
     ):
-        with pytest.raises(UserError, match=r"trainer\.\w+.*'s3://bucket' is no folder of this machine"):
+        with pytest.raises(UserError, match="'s3://bucket' is no folder of this machine"):
             RunFolders(settings(**remote))
 
 
