@@ -15,6 +15,7 @@ from dllm_var.errors import UserError, in_one_line, one_line
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is several times faster
 LONGEST = 300  # characters of a reason that the parser gives
+NO_SETTING = "there is no setting"
 
 
 def load_yaml(text: str) -> Any:
@@ -87,11 +88,14 @@ class SettingsParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         unknown = _unknown(message)
         if unknown is not None:
-            message, ex = f"there is no setting '{unknown}'{suggestion(unknown, self.names())}", None
+            message, ex = f"{NO_SETTING} '{unknown}'{suggestion(unknown, self.names())}", None
         if not self.exit_on_error:  # a parser inside the parser: the outer one reports
             super().error(message, ex)
         keys = dict.fromkeys(part.partition('"')[0] for part in message.split('Parser key "')[1:])
         reason = one_line(_first_cause(ex) or UserError(message))[:LONGEST]
+        owner, _, problem = message.rpartition("given class_path '")[2].partition("':")
+        if problem.strip().startswith(NO_SETTING):
+            reason = reason.replace(NO_SETTING, f"{owner.rpartition('.')[2]} has no setting")
         raise UserError(f"{'.'.join(keys)}: {reason}" if keys else reason) from ex
 
 

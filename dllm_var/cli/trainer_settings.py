@@ -18,7 +18,8 @@ from dllm_var.training.run_folders import default_logger
 from dllm_var.training.strategies import check_strategy
 from dllm_var.training.trainer import Trainer
 
-CLASSES = {"model": (L.LightningModule, DiffusionLM), "data": (L.LightningDataModule, PackedDataModule)}  # and default
+# The base class of each section, and the class that it is of by default.
+CLASSES = {"model": (L.LightningModule, DiffusionLM), "data": (L.LightningDataModule, PackedDataModule)}
 PASSED: set[str | int] = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}  # not settings
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.\[\]]*)\}")
 

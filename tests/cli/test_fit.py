@@ -139,7 +139,7 @@ def test_every_command_has_help(command, capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ("--model.sed=1", ["model: there is no setting 'sed'; did you mean 'seed'?"]),
+        ("--model.sed=1", ["model: DiffusionLM has no setting 'sed'; did you mean 'seed'?"]),
         ("--model.transformer.hiden_size=1", ["'transformer.hiden_size'", "did you mean 'transformer.hidden_size'"]),
         ("--model.optimizer=torch.optim.AdamW --model.optimizer.lrr=1", ["model.optimizer", "'lrr'", "'lr'"]),
         ("--trainer.max_step=1", ["trainer.max_step", "trainer.max_steps"]),

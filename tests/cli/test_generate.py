@@ -253,7 +253,7 @@ def test_nobody_reads_any_more(monkeypatch, capfd):
         (["--prompt=cat", "--sampler=nowhere.yaml"], ["nowhere.yaml"]),
         (
             ["--prompt=cat", "--sampler=AutoregressiveSampler", "--block-length=2"],
-            ["sampler", "block_length"],
+            ["AutoregressiveSampler has no setting 'block_length'"],
         ),
         (["--prompt=cat", "--stop="], ["stop", "empty"]),
         (["--prompt=cat", "--suppress=XX"], ["--suppress", "XX"]),
