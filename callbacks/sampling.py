@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dllm_var.callbacks.decoding import held_out_prompts, undisturbed
+from dllm_var.callbacks.speed import SpeedMonitor
 from dllm_var.datamodules import Example
 from dllm_var.errors import UserError
 from dllm_var.metrics import AnswerMetrics, nearest_reference
@@ -76,7 +77,6 @@ class SamplingCallback(L.Callback):
             raise UserError("prompts of the sampling callback is empty: name some, or leave it out for held-out ones")
         self.sampler, self.prompts, self.split = sampler, prompts, split
         self.num_examples, self.every_n_steps, self.num_shown = num_examples, every_n_steps, num_shown
-        self.pause_seconds = 0.0  # how long training has stood still for it; SpeedMonitor leaves it out
         self._examples: list[Example] = []
         self._last_step = 0
 
@@ -97,15 +97,15 @@ class SamplingCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._last_step = trainer.global_step  # on resume, the step of the checkpoint has been sampled before
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         stepped, self._last_step = trainer.global_step != self._last_step, trainer.global_step
         due = stepped and trainer.global_step % self.every_n_steps == 0
         if due and (trainer.is_global_zero or is_sharded(trainer.strategy)):
             began = time.perf_counter()
             self.sample(trainer, pl_module)
-            self.pause_seconds += time.perf_counter() - began
+            callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            for monitor in (callback for callback in callbacks if isinstance(callback, SpeedMonitor)):
+                monitor.leave_out(time.perf_counter() - began)
 
     def sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Decodes, prints and logs once, whatever the step."""
@@ -118,23 +118,18 @@ class SamplingCallback(L.Callback):
                 pl_module.print(f"step {trainer.global_step}: no answers: {error}")
                 return
             seconds = time.perf_counter() - began
-        if trainer.is_global_zero:
-            self._show(trainer, pl_module, answers, seconds)
-
-    def _show(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, answers: list[Generation], seconds: float
-    ) -> None:
-        """Scores, prints and logs answers that were decoded in so many seconds."""
+        if not trainer.is_global_zero:
+            return
         metrics = AnswerMetrics(sync_on_compute=False)  # this process measures alone
         pairs = list(zip(self._examples, answers, strict=True))
-        known = all(example.references for example in self._examples)
         # Without references an answer is compared with itself: the other figures need none.
         metrics.update(answers, [example.references or [answer.tokens] for example, answer in pairs])
+        known = all(example.references for example in self._examples)
         result = metrics.compute()
         result["tokens_per_second"] = result["tokens"] / max(seconds, 1e-9)
         scores = {name: result[name] for name in SCORES if known or name not in NEED_REFERENCES}
         figures = ", ".join(SCORES[name].format(value) for name, value in scores.items())
-        rows = [_row(pl_module.tokenizer, example, answer) for example, answer in pairs[: self.num_shown]]
+        rows = [_row(tokenizer, example, answer) for example, answer in pairs[: self.num_shown]]
         step, table = trainer.global_step, answer_table(rows, sys.stdout.isatty())
         pl_module.print(f"\nstep {step}, {len(answers)} answers: {figures}\n{table}\n")
         for logger in trainer.loggers:

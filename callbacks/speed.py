@@ -14,8 +14,6 @@ from torch.utils.benchmark import Timer
 
 from dllm_var.errors import UserError
 
-MEASURING_SECONDS = 0.2
-
 
 class SpeedMonitor(L.Callback):
     """Logs training speed every `trainer.log_every_n_steps` optimizer steps, over the steps since the last report.
@@ -51,27 +49,24 @@ class SpeedMonitor(L.Callback):
         # Seconds and counts since the last report; counts on the device stay there.
         self._sums: defaultdict[str, Any] = defaultdict(float)
         self._step = trainer.global_step
-        self._mark = self._paused = 0.0  # when the last interval ended, and the pauses of other callbacks up to then
         self._is_first = True  # no batch has been trained yet
-        self._skip = False  # a pause of unknown length is in the interval under way
+        self._mark: float | None = None  # the time from which the next interval counts; None leaves that interval out
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._sums["data_seconds"] += self._interval(trainer) or 0.0
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._sums["data_seconds"] += self._interval() or 0.0
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         report = stepped and self._step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if report and pl_module.device.type == "cuda":
             torch.cuda.synchronize()  # within a window the host may run ahead; at its end all work must be done
-        if self._is_first and self.peak_flops == "measure":  # its time does not count
-            self._peak = measure_peak_flops(trainer.strategy.root_device, compute_dtype(str(trainer.precision)))
-        worked = self._interval(trainer)
-        self._is_first = False
-        if worked is not None:
+        if self._is_first:
+            self._is_first = False
+            if self.peak_flops == "measure":
+                self._peak = measure_peak_flops(trainer.strategy.root_device, compute_dtype(str(trainer.precision)))
+            self._mark = time.perf_counter()
+            return
+        if self._interval() is not None:
             counts: Any = pl_module.last_step_stats
             for name, count in {"steps": stepped, **counts}.items():
                 self._sums[name] = self._sums[name] + count
@@ -79,44 +74,45 @@ class SpeedMonitor(L.Callback):
             self._report(trainer, pl_module)
             self._sums, self._mark = defaultdict(float), time.perf_counter()
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._skip = True  # nothing tells where in the time up to the next batch the pause will end
+    def on_validation_start(self, *_: Any) -> None:
+        self._mark = None  # nothing tells where in the time up to the next batch the pause will end
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._skip = True
+    def on_save_checkpoint(self, *_: Any) -> None:
+        self._mark = None
 
-    def _interval(self, trainer: L.Trainer) -> float | None:
-        """Adds up and returns the seconds since the last call without other callbacks' pauses; None if not to count."""
+    def leave_out(self, seconds: float) -> None:
+        """Does not count seconds that another callback has just taken."""
+        if self._mark is not None:
+            self._mark += seconds
+
+    def _interval(self) -> float | None:
+        """Adds up and returns the seconds since the last call; None for an interval that is left out."""
         now = time.perf_counter()
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        paused = sum(getattr(callback, "pause_seconds", 0.0) for callback in callbacks)
-        seconds = None if self._is_first or self._skip else max(now - self._mark - (paused - self._paused), 0.0)
-        self._mark, self._paused, self._skip = now, paused, False
+        seconds = None if self._mark is None else now - self._mark
         self._sums["seconds"] += seconds or 0.0
+        self._mark = now
         return seconds
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        sums, transformer = self._sums, pl_module.transformer
-        flops_of: Any = transformer.flops_per_token  # type: ignore[union-attr]
-        layers = flops_of(0, 0.0)  # of a token; linear in the pairs that it attends to, and in the head's share
-        flops = float(sums["read_tokens"]) * layers + float(sums["loss_tokens"]) * (flops_of(0, 1.0) - layers)
-        flops += float(sums["attended_pairs"]) * (flops_of(1, 0.0) - layers)
-        counts = [float(sums[name]) for name in ("tokens", "supervised_tokens", "samples")]
-        totals = sum_over_processes(trainer, [*counts, flops])
-        tokens, supervised_tokens, samples, flops = (total / sums["seconds"] for total in totals)
+        seconds, transformer = self._sums["seconds"], pl_module.transformer
+        names = ("tokens", "supervised_tokens", "samples", "read_tokens", "attended_pairs", "loss_tokens")
+        counts = [float(self._sums[name]) for name in names]
+        tokens, supervised_tokens, samples, read, pairs, scored = sum_over_processes(trainer, counts)
+        flops = read * transformer.flops_per_token(pairs / read, scored / read)  # type: ignore[operator, union-attr]
+        flops_per_second = flops / seconds / trainer.world_size
         figures = {
-            "tokens_per_second": tokens,
-            "supervised_tokens_per_second": supervised_tokens,
-            "samples_per_second": samples,
-            "step_seconds": sums["seconds"] / sums["steps"],
-            "data_wait_share": sums["data_seconds"] / sums["seconds"],
-            "flops_per_second": flops / trainer.world_size,
+            "tokens_per_second": tokens / seconds,
+            "supervised_tokens_per_second": supervised_tokens / seconds,
+            "samples_per_second": samples / seconds,
+            "step_seconds": seconds / self._sums["steps"],
+            "data_wait_share": self._sums["data_seconds"] / seconds,
+            "flops_per_second": flops_per_second,
             "peak_memory_gib": peak_memory(pl_module.device) / 2**30,
         }
         if self._peak:
-            figures["mfu"] = flops / trainer.world_size / self._peak
+            figures["mfu"] = flops_per_second / self._peak
         pl_module.log_dict({f"speed/{name}": value for name, value in figures.items()})
-        pl_module.log("tokens/s", tokens, prog_bar=True, logger=False)
+        pl_module.log("tokens/s", figures["tokens_per_second"], prog_bar=True, logger=False)
 
 
 def sum_over_processes(trainer: L.Trainer, counts: list[float]) -> list[float]:
@@ -135,7 +131,7 @@ def compute_dtype(precision: str) -> torch.dtype:
     return {"16": torch.float16, "64": torch.float64}.get(precision[:2], torch.float32)
 
 
-def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = MEASURING_SECONDS) -> float:
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
     """Returns the FLOP/s of the fastest of several large matrix products, which is what training could at best reach.
 
     The factors are random: a GPU draws less power, and so runs faster, on matrices of equal numbers.
