@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
     from dllm_var.evaluation.lm import EvaluatedModel
-    from dllm_var.sampling import Sampler
 
 DESCRIPTION = """Measures a checkpoint on tasks of lm-evaluation-harness: those that ship (cmudict, gsm_symbolic), YAML
 files of your own, and its standard ones by name, whose data comes from the Hugging Face hub.
@@ -52,11 +51,19 @@ def main(command: str, arguments: list[str]) -> int:
     if find_spec("lm_eval") is None:
         raise UserError('evaluate needs lm-evaluation-harness: pip install "dllm-var[evaluate]"')
     options, sampler, model, tokenizer = load(command, arguments, build_parser)
-    check_options(options)
+    if not options.tasks:
+        raise UserError("evaluate needs --tasks NAME ..., such as cmudict")
+    if options.limit is not None and not 0 < options.limit < math.inf:
+        raise UserError(f"--limit must be a number above 0, got {options.limit:g}")
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        raise UserError(f"--num-fewshot must be at least 0, got {options.num_fewshot}")
+    if options.output is None and options.samples:
+        raise UserError("--samples needs --output FILE.json: that is where the answers go")
     if options.chat and tokenizer.chat_template is None:
         raise UserError("--chat needs a checkpoint whose tokenizer has a chat template, and this one has none")
     from dllm_var.evaluation.likelihood import Likelihood
     from dllm_var.evaluation.lm import EvaluatedModel
+    from dllm_var.sampling.base import sampler_to_config
 
     block_length = options.mc_block_length
     if block_length is None:
@@ -66,7 +73,15 @@ def main(command: str, arguments: list[str]) -> int:
     if options.output is not None:  # a mistake is told before the work
         open_output("--output", options.output).abandon()
     result = evaluate(evaluated, options)
-    result["dllm_var"] = description(evaluated, sampler, options)
+    bound = {"estimator": "Monte-Carlo bound", **vars(likelihood)}
+    result["dllm_var"] = {
+        **provenance(),
+        "checkpoint": options.checkpoint,
+        "parameters": model.num_parameters,
+        "sampler": sampler_to_config(sampler),
+        "likelihood": {"estimator": "exact"} if model.config.causal else bound,
+        "decoding": {task: decoded.figures() for task, decoded in evaluated.decoded.items()},
+    }
     print(report(result))
     if options.output is not None:
         from lm_eval.utils import handle_non_serializable
@@ -112,18 +127,6 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
     return parser
 
 
-def check_options(options: Namespace) -> None:
-    """Raises UserError for options that lack something or contradict each other."""
-    if not options.tasks:
-        raise UserError("evaluate needs --tasks NAME ..., such as cmudict")
-    if options.limit is not None and not 0 < options.limit < math.inf:
-        raise UserError(f"--limit must be a number above 0, got {options.limit:g}")
-    if options.num_fewshot is not None and options.num_fewshot < 0:
-        raise UserError(f"--num-fewshot must be at least 0, got {options.num_fewshot}")
-    if options.output is None and options.samples:
-        raise UserError("--samples needs --output FILE.json: that is where the answers go")
-
-
 def evaluate(evaluated: EvaluatedModel, options: Namespace) -> dict[str, Any]:
     """Runs the harness and returns its results; raises UserError when a task's data cannot be loaded."""
     for name in ("lm_eval", "httpx", "httpcore"):
@@ -149,10 +152,7 @@ def evaluate(evaluated: EvaluatedModel, options: Namespace) -> dict[str, Any]:
 
 
 def find_tasks(tasks: Sequence[str], include_path: str | None) -> TaskManager:
-    """Returns what loads the tasks: names, or YAML files; lm-eval's own tasks are indexed only when one is wanted.
-
-    Raises UserError when a folder, file or task does not exist.
-    """
+    """Returns what loads the tasks: names, or YAML files; lm-eval's own tasks are indexed only when one is wanted."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not Path(include_path).is_dir():
@@ -174,21 +174,6 @@ def find_tasks(tasks: Sequence[str], include_path: str | None) -> TaskManager:
         if name not in manager.task_index:
             raise UserError(f"--tasks: there is no task '{name}'{suggestion(name, manager.all_tasks)}")
     return manager
-
-
-def description(evaluated: EvaluatedModel, sampler: Sampler, options: Namespace) -> dict[str, Any]:
-    """Returns our entry in lm-eval's results: the model, its sampler and estimator, and figures of the decoding."""
-    from dllm_var.sampling.base import sampler_to_config
-
-    bound = {"estimator": "Monte-Carlo bound", **vars(evaluated.likelihood)}
-    return {
-        **provenance(),
-        "checkpoint": options.checkpoint,
-        "parameters": evaluated.model.num_parameters,
-        "sampler": sampler_to_config(sampler),
-        "likelihood": {"estimator": "exact"} if evaluated.model.config.causal else bound,
-        "decoding": {task: decoded.figures() for task, decoded in evaluated.decoded.items()},
-    }
 
 
 def report(result: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from math import comb
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from dllm_var.model.transformer import Transformer
 from dllm_var.objectives.base import KeyedNoise
 from dllm_var.sampling.base import special_ids
 
-T = TypeVar("T")
 Pair = tuple[Sequence[int], Sequence[int]]  # token ids of a context and of its continuation
 LOGITS_PER_CHUNK = 1 << 26  # 256 MiB of float32 logits at a time
 _DRAWS_LIMIT = 1 << 20  # so many draws of one pair have noise of their own
@@ -33,15 +32,12 @@ class Score(NamedTuple):
     is_greedy: bool
 
 
-@dataclass
-class Part:
-    """A continuation, or one block of it behind those before it, and its score so far."""
+class Part(NamedTuple):
+    """A continuation, or one block of it behind those before it."""
 
     pair: int  # index of the pair it belongs to
     context: list[int]
     continuation: list[int]
-    log_likelihood: float = 0.0
-    is_greedy: bool = True
 
 
 class Row(NamedTuple):
@@ -101,8 +97,7 @@ class Likelihood:
         """Returns the score of each pair; an empty continuation has probability 1.
 
         The model is in eval mode; a causal one needs contexts of at least one token. Without `decode` no score of a
-        diffusion model is greedy. `quiet` shows no progress bar. Raises UserError for a model with `causal_context`
-        and no `block_length`.
+        diffusion model is greedy.
         """
         if model.config.causal_context and not self.block_length:
             raise UserError(
@@ -110,21 +105,18 @@ class Likelihood:
                 "block length it was trained with (evaluate --mc-block-length)"
             )
         causal = model.config.causal
+        totals, greedy = [0.0] * len(pairs), [causal or decode] * len(pairs)
         parts = [part for index, pair in enumerate(pairs) for part in self._parts(index, pair, causal)]
         longest_first = sorted(parts, key=lambda part: len(part.context) + len(part.continuation), reverse=True)
         bar = tqdm(longest_first, unit=" likelihoods", disable=quiet)
         for batch in _chunks((row for part in bar for row in self._rows(part, model)), self.batch_size):
             for row, (log_probability, likeliest, _) in zip(batch, predict(model, batch), strict=True):
-                row.part.log_likelihood += row.weight * float(log_probability.double().sum())
+                totals[row.part.pair] += row.weight * float(log_probability.double().sum())
                 if causal:
-                    row.part.is_greedy &= likeliest.tolist() == row.targets
+                    greedy[row.part.pair] = likeliest.tolist() == row.targets
         if decode and not causal:
-            self._decode_greedily(model, parts)
-        totals, greedy = [0.0] * len(pairs), [causal or decode] * len(pairs)
-        for part in parts:
-            totals[part.pair] += part.log_likelihood
-            greedy[part.pair] &= part.is_greedy
-        return [Score(total, is_greedy) for total, is_greedy in zip(totals, greedy, strict=True)]
+            self._decode_greedily(model, parts, greedy)
+        return list(map(Score, totals, greedy))
 
     def _parts(self, index: int, pair: Pair, causal: bool) -> Iterator[Part]:
         context, continuation = pair
@@ -134,30 +126,25 @@ class Likelihood:
 
     def _rows(self, part: Part, model: Transformer) -> Iterator[Row]:
         """Yields the rows of a part; their weighted log-probabilities add up to its score."""
-        if model.config.causal:
-            tokens = [*part.context, *part.continuation]
-            yield Row(part, tokens[:-1], list(range(len(part.context) - 1, len(tokens) - 1)), part.continuation, 1.0)
-            return
-        for hidden, weight in self._masks(part):
-            yield self._row(part, hidden, weight, model)
-
-    def _masks(self, part: Part) -> Iterator[tuple[list[int], float]]:
-        """Yields which positions of the continuation are hidden, with the weight of what is predicted there."""
         length = len(part.continuation)
-        if length < 32 and 2**length - 1 <= self.draws:
+        if model.config.causal:
+            first = len(part.context) - 1
+            tokens = [*part.context, *part.continuation[:-1]]
+            yield Row(part, tokens, list(range(first, first + length)), part.continuation, 1.0)
+        elif 2**length - 1 <= self.draws:
             for count in range(1, length + 1):
                 for hidden in combinations(range(length), count):
-                    yield list(hidden), 1 / (count * comb(length, count))
-            return
-        noise, key = KeyedNoise(self.seed), torch.tensor([_key(part)])
-        start = float(noise.uniform(key, 1, stream=11))
-        places = noise.uniform(key + torch.arange(self.draws), length, stream=12).argsort(dim=1).tolist()
-        for number, order in enumerate(places):
-            count = min(length, int((number + start) / self.draws * length) + 1)
-            yield sorted(order[:count]), length / count / self.draws
+                    yield self._row(part, hidden, 1 / (count * comb(length, count)), model)
+        else:
+            noise, key = KeyedNoise(self.seed), torch.tensor([_key(part)])
+            start = float(noise.uniform(key, 1, stream=11))
+            places = noise.uniform(key + torch.arange(self.draws), length, stream=12).argsort(dim=1).tolist()
+            for number, order in enumerate(places):
+                count = min(length, int((number + start) / self.draws * length) + 1)
+                yield self._row(part, sorted(order[:count]), length / count / self.draws, model)
 
-    def _decode_greedily(self, model: Transformer, parts: Sequence[Part]) -> None:
-        """Notes whether one-by-one decoding gives each continuation; a part is left at its first other token."""
+    def _decode_greedily(self, model: Transformer, parts: Sequence[Part], greedy: list[bool]) -> None:
+        """Notes for each pair whether one-by-one decoding gives it; a part is left at its first other token."""
         mask, _ = special_ids(model)
         hidden = {number: list(range(len(part.continuation))) for number, part in enumerate(parts)}
         while hidden:
@@ -166,12 +153,13 @@ class Likelihood:
                 predicted = predict(model, rows, mask)
                 for number, row, (_, likeliest, confidence) in zip(batch, rows, predicted, strict=True):
                     place = int(confidence.argmax())
-                    row.part.is_greedy = int(likeliest[place]) == row.targets[place]
+                    is_right = int(likeliest[place]) == row.targets[place]
+                    greedy[row.part.pair] &= is_right
                     del hidden[number][place]
-                    if not row.part.is_greedy or not hidden[number]:
+                    if not is_right or not hidden[number]:
                         del hidden[number]
 
-    def _row(self, part: Part, hidden: list[int], weight: float, model: Transformer) -> Row:
+    def _row(self, part: Part, hidden: Sequence[int], weight: float, model: Transformer) -> Row:
         mask, _ = special_ids(model)
         tail = -len(part.continuation) % self.canvas if self.canvas else 0
         tokens = [*part.context, *part.continuation, *[mask] * tail]
@@ -203,23 +191,23 @@ def predict(model: Transformer, rows: Sequence[Row], banned: int | None = None) 
 def _hidden(model: Transformer, rows: Sequence[Row]) -> Tensor:
     """Returns the last hidden states at the scored columns [M, hidden]; rows do not see their padding."""
     device = model.embedding.weight.device
-    longest = max(len(row.tokens) for row in rows)
-    tokens = torch.tensor([row.tokens + [0] * (longest - len(row.tokens)) for row in rows])
-    padding = (torch.arange(longest) >= torch.tensor([len(row.tokens) for row in rows])[:, None]).long()
+    lengths = torch.tensor([len(row.tokens) for row in rows])
+    longest = int(lengths.max())
+    tokens = torch.tensor([row.tokens + [0] * (longest - len(row.tokens)) for row in rows], device=device)
+    padding = (torch.arange(longest) >= lengths[:, None]).long().to(device)
     places = [number * longest + column for number, row in enumerate(rows) for column in row.columns]
     asked = torch.tensor(places, device=device)
-    if model.config.causal_context:
-        starts = torch.tensor([len(row.part.context) for row in rows], device=device)
-        hidden = padding.to(device)
+    if not model.config.causal_context:
+        segments = padding if not model.config.causal and int(lengths.min()) < longest else None
+        return model.hidden_states(tokens, segment_ids=segments, asked=asked)
+    starts = torch.tensor([len(row.part.context) for row in rows], device=device)
 
-        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            """Left to right before the continuation; in it, all of the row."""
-            to_the_left = (query >= key) & (hidden[row, query] == hidden[row, key])
-            return to_the_left | ((query >= starts[row]) & (hidden[row, key] == 0))
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Left to right before the continuation; in it, all of the row."""
+        to_the_left = (query >= key) & (padding[row, query] == padding[row, key])
+        return to_the_left | ((query >= starts[row]) & (padding[row, key] == 0))
 
-        return model.hidden_states(tokens.to(device), attention_rule=AttentionRule(sees, hidden), asked=asked)
-    segments = padding.to(device) if not model.config.causal and bool(padding.any()) else None
-    return model.hidden_states(tokens.to(device), segment_ids=segments, asked=asked)
+    return model.hidden_states(tokens, attention_rule=AttentionRule(sees, padding), asked=asked)
 
 
 def _key(part: Part) -> int:
@@ -228,7 +216,7 @@ def _key(part: Part) -> int:
     return (int.from_bytes(hashlib.blake2b(tokens, digest_size=8).digest(), "little") >> 21) * _DRAWS_LIMIT
 
 
-def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     remaining = iter(items)
     while chunk := list(islice(remaining, size)):
         yield chunk

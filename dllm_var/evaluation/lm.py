@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,12 +57,8 @@ class Decoded:
 class EvaluatedModel(TemplateLM):
     """Answers the harness's requests: `generate_until` with a sampler, likelihoods as `Likelihood` says.
 
-    Args:
-        model: The transformer.
-        tokenizer: Its tokenizer.
-        sampler: How it decodes; its temperature is used, whatever a task asks for.
-        likelihood: How continuations are scored.
-        max_new_tokens: Longest answer, in place of the tasks' and the sampler's own limits.
+    The sampler's temperature is used, whatever a task asks for; `max_new_tokens` replaces the limits of tasks and
+    sampler.
     """
 
     def __init__(
@@ -76,7 +73,7 @@ class EvaluatedModel(TemplateLM):
         self.model, self.tokenizer, self.likelihood = model, tokenizer, likelihood
         self.sampler = sampler or (AutoregressiveSampler() if model.config.causal else BlockDiffusionSampler())
         self.max_new_tokens, self.quiet = max_new_tokens, not sys.stderr.isatty()
-        self.decoded: dict[str, Decoded] = {}  # by task
+        self.decoded: defaultdict[str, Decoded] = defaultdict(Decoded)  # by task
         self._told = self._renders = False
 
     @classmethod
@@ -126,9 +123,14 @@ class EvaluatedModel(TemplateLM):
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Decodes the requests, those of one task with the same stop strings and limit in one call."""
         groups: dict[tuple[str, tuple[str, ...], int | None], list[int]] = {}
+        ours = getattr(self.sampler, "temperature", 0.0)
         for index, request in enumerate(requests):
             settings = request.args[1]
-            self._check_temperature(request.task_name, settings)
+            asked = float(settings.get("temperature") or 0) if settings.get("do_sample") else 0.0
+            if asked != ours and not self._told:
+                self._told = True
+                wanted = f"{request.task_name} asks for temperature {asked:g}"
+                print(f"{wanted}, the sampler has {ours:g}, which is used", file=sys.stderr)
             stops = settings.get("until") or []
             stops = [stops] if isinstance(stops, str) else stops
             limit = self.max_new_tokens or settings.get("max_gen_toks")
@@ -147,26 +149,17 @@ class EvaluatedModel(TemplateLM):
                     stop=stop,
                     on_answer=lambda *_: progress.update() and None,
                 )
-                decoded = self.decoded.setdefault(task, Decoded())
+                decoded = self.decoded[task]
                 decoded.seconds += time.perf_counter() - began
                 decoded.answers += answers
                 for index, answer in zip(indices, answers, strict=True):
                     texts[index] = answer.text or ""
         return texts
 
-    def _check_temperature(self, task: str | None, settings: dict[str, Any]) -> None:
-        """Says once when a task asks for other draws than the sampler makes."""
-        asked = float(settings.get("temperature") or 0) if settings.get("do_sample") else 0.0
-        ours = getattr(self.sampler, "temperature", 0.0)
-        if asked != ours and not self._told:
-            self._told = True
-            print(f"{task} asks for temperature {asked:g}, the sampler has {ours:g}, which is used", file=sys.stderr)
-
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        scores = self._score([(context, continuation) for _, context, continuation in requests], disable_tqdm)
-        return [(score.log_likelihood, score.is_greedy) for score in scores]
+        return [*self._score([(context, continuation) for _, context, continuation in requests], disable_tqdm)]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Scores whole texts, the long ones window by window; for a diffusion model each window is a bound."""
