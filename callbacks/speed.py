@@ -31,8 +31,7 @@ class SpeedMonitor(L.Callback):
     FLOPs are those of the tokens that the layers read and of the pairs of tokens that attend: of documents, the sum of
     their lengths squared; of block diffusion, what its mask shows; half of the square where attention is causal.
 
-    The module must fill `last_step_stats` in every training step with the counts of `dllm_var.metrics.counts`, and its
-    `transformer` must have `flops_per_token(context_length, head_share)`.
+    The module must fill `last_step_stats` with `NoisedBatch.counts` in every training step.
 
     Args:
         peak_flops: Peak FLOP/s of one device: a number, `measure` (the fastest matrix product in a fifth of a second

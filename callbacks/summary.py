@@ -74,13 +74,10 @@ class RunSummary(L.Callback):
         """Wall time of training so far, before and after any resume."""
         return self._earlier_seconds + (0.0 if self._began is None else time.perf_counter() - self._began)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._result = None
-        held_out_prompts(trainer, self.split, 1)
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        first = held_out_prompts(trainer, self.split, 1)
         if not is_sharded(trainer.strategy):  # a sampler that does not fit the model should say so now
-            self._decode(trainer, pl_module, held_out_prompts(trainer, self.split, 1), max_new_tokens=1)
+            self._decode(trainer, pl_module, first, max_new_tokens=1)
         self._began = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -107,8 +104,7 @@ class RunSummary(L.Callback):
         metrics = AnswerMetrics(sync_on_compute=not together).to(pl_module.device)
         metrics.update(answers, [example.references for example in examples])
         scores = metrics.compute()
-        slowest: Any = pl_module.all_gather(seconds)
-        decode_seconds = float(slowest.max())
+        decode_seconds = float(pl_module.all_gather(seconds).max())  # type: ignore[union-attr]
         renamed = {"token_error_rate": self.token_error_name, "answer_error_rate": self.answer_error_name}
         transformer: Any = pl_module.transformer
         return {

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from dllm_var.checkpoints.run_checkpoint import check_identity, identity, read_identity
 from dllm_var.checkpoints.starting_from import start_from, starting_config
 from dllm_var.errors import UserError
-from dllm_var.metrics.counts import step_counts
 from dllm_var.metrics.denoising import DenoisingMetrics
 from dllm_var.model.attention import document_rule
 from dllm_var.model.build import build_transformer, can_compile
@@ -175,7 +174,7 @@ class DiffusionLM(L.LightningModule):
         noised = self.objective.corrupt(batch, self.noise)  # 1. hide tokens, with noise keyed by (seed, row)
         hidden = self.hidden_at_loss(batch, noised)  # 2. forward, to the loss positions alone [M, hidden]
         scores = self.objective.score(self._head, hidden, noised)  # 3. the head and the loss, a weighted sum over M
-        self.last_step_stats = step_counts(batch, noised, self.attention)
+        self.last_step_stats = noised.counts(batch, self.attention)
         return self.step.add(self.trainer, batch["row"], noised, scores)  # 4. `finish` divides when all batches are in
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -96,7 +96,7 @@ class StepClock:
     def end_step(self, segment_ids: Tensor, counts: dict[str, int | Tensor]) -> None:
         """Ends the last phase, `optimizer`, and the step.
 
-        Its batch has `segment_ids` [B, L], below 0 for padding, and `counts` as of `dllm_var.metrics.counts`.
+        Its batch has `segment_ids` [B, L], below 0 for padding, and `counts` as of `NoisedBatch.counts`.
         """
         self.mark("optimizer")
         work = {"loss_tokens": int(counts["loss_tokens"]), "pairs": int(counts["attended_pairs"])}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from dllm_var.benchmarking.settings import Entry
-from dllm_var.metrics import aup
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling import Generation, Request, Sampler
 from dllm_var.sampling.auxiliary import AuxiliaryModel
@@ -16,6 +17,8 @@ from dllm_var.sampling.auxiliary import AuxiliaryModel
 if TYPE_CHECKING:
     from dllm_var.benchmarking.samplers import TaskRun
 
+AUP_ALPHA = 3.0  # how much lost accuracy costs
+AUP_TOLERANCE = 5.0  # per cent below the first point's accuracy that still count
 TOLERANCE = 0.01  # accuracy that the best setting may lose against the default one
 BARS = {  # values that the ratios should reach
     "over_fixed_length": (30.1, "at least"),
@@ -252,6 +255,26 @@ def curves(run: TaskRun) -> list[dict[str, Any]]:
             area = aup(parallelism, [100 * p["accuracy"] for p in points], None if best is None else 100 * best)
         found.append({"name": name, "points": points, "best_accuracy": best, "aup": area})
     return found
+
+
+def aup(parallelism: Sequence[float], accuracy: Sequence[float], best_accuracy: float | None = None) -> float:
+    """Accuracy under parallelism: the weighted area under accuracy as a function of tokens per forward.
+
+    Points are taken from the least to the most parallel; those more than `AUP_TOLERANCE` below the first are left out.
+    The area left of the first point is a rectangle, the others are trapezoids of y W(y), where the weight
+    W(y) = min(exp(-AUP_ALPHA (1 - y / best_accuracy)), 1) makes lost accuracy cost more than the tokens it buys
+    (d3LLM, arXiv 2601.07568). There is at least one point, and parallelisms are above 0. Accuracies are in per cent;
+    `best_accuracy` is the best that any method has on the task, of these points when None.
+    """
+    points = sorted(zip(parallelism, accuracy, strict=True), key=lambda point: (point[0], -point[1]))
+    first, floor = points[0], points[0][1] - AUP_TOLERANCE
+    best = max(accuracy) if best_accuracy is None else best_accuracy
+    lost = {y: max(1 - y / best, 0) if best > 0 else 0 for _, y in points}
+    kept = [(tokens, y * math.exp(-AUP_ALPHA * lost[y])) for tokens, y in points if y >= floor]
+    area = first[0] * first[1]
+    for (left, low), (right, high) in pairwise(kept):
+        area += (right - left) * (low + high) / 2
+    return area
 
 
 def sampler_ratios(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:

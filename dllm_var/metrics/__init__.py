@@ -1,7 +1,6 @@
-"""Metrics: how answers end and what they get wrong, the losses of validation, what parallelism costs in accuracy."""
+"""Metrics: how answers end and what they get wrong, and the losses of validation."""
 
 from dllm_var.metrics.answers import AnswerMetrics, nearest_reference
 from dllm_var.metrics.denoising import DenoisingMetrics
-from dllm_var.metrics.parallelism import aup
 
-__all__ = ["AnswerMetrics", "DenoisingMetrics", "aup", "nearest_reference"]
+__all__ = ["AnswerMetrics", "DenoisingMetrics", "nearest_reference"]

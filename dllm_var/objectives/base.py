@@ -107,6 +107,30 @@ class NoisedBatch:
         """Returns losses at the scored positions [M], multiplied by their weights."""
         return token_loss if self.weights is None else token_loss * self.at_loss(self.weights)
 
+    def counts(self, batch: Batch, attention: str) -> dict[str, int | Tensor]:
+        """Counts the work on a batch, for speed and FLOPs; counts on the device stay there, so that nothing waits.
+
+        They are `tokens`, `supervised_tokens` and `samples` of the rows; `loss_tokens`; `read_tokens`, which the layers
+        read, an objective's copies included; `attended_pairs` of tokens: both halves of a causal square, and of
+        annealed attention as many as at its end.
+        """
+        rows, length = self.input_ids.shape
+        used = batch["segment_ids"] >= 0  # padding is at position 0 too
+        if self.attention_rule is not None:
+            pairs: int | Tensor = self.attention_rule.pairs()
+        elif attention == "document":
+            pairs = ((2 * batch["position_ids"] + 1) * used).sum()  # the first n odd numbers add up to n squared
+        else:
+            pairs = rows * length * length
+        return {
+            "tokens": batch["input_ids"].numel(),
+            "read_tokens": self.input_ids.numel(),
+            "attended_pairs": pairs,
+            "supervised_tokens": batch["supervised"].sum(),
+            "loss_tokens": len(self.scored),
+            "samples": ((batch["position_ids"] == 0) & used).sum(),
+        }
+
 
 class Objective(ABC):
     """Corrupts a batch and scores predictions; the module does the rest, the same for all objectives."""

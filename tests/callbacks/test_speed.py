@@ -17,7 +17,6 @@ from dllm_var import DiffusionLM
 from dllm_var.callbacks import SamplingCallback, SpeedMonitor
 from dllm_var.callbacks.speed import sum_over_processes
 from dllm_var.errors import UserError
-from dllm_var.metrics.counts import step_counts
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule, KeyedNoise
 from dllm_var.text.tokenizer import SpecialTokens
@@ -145,7 +144,7 @@ def test_flops_are_those_of_what_attends(kind: str) -> None:
     batch |= {"supervised": position >= 2, "row": torch.arange(1)}
     noised = objective.corrupt(batch, KeyedNoise(0))
     read, scored = noised.input_ids.numel(), int(noised.loss_mask.sum())
-    pairs = int(step_counts(batch, noised, model.attention)["attended_pairs"])
+    pairs = int(noised.counts(batch, model.attention)["attended_pairs"])
     flops = model.transformer.flops_per_token
     ours = read * flops(pairs / read, scored / read)  # as SpeedMonitor has it
 
