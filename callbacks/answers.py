@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from io import StringIO
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -12,7 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from dllm_var.files import OutputFile, write_text
+from dllm_var.files import open_output, write_text
 
 
 class AnswerWriter(BasePredictionWriter):
@@ -25,13 +26,14 @@ class AnswerWriter(BasePredictionWriter):
 
     def __init__(self) -> None:
         super().__init__("batch")
-        self.file: OutputFile | None = None
+        self._opened = ExitStack()
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
         folder = Path(trainer.log_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
-        self.file = OutputFile(folder / f"answers{rank}.jsonl")
+        self.path = folder / f"answers{rank}.jsonl"
+        self._file = self._opened.enter_context(open_output(self.path))
 
     def write_on_batch_end(
         self,
@@ -44,21 +46,17 @@ class AnswerWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         tokenizer: Any = pl_module.tokenizer
-        assert self.file is not None
         for prompt, answer in zip((prompt for prompt in batch if len(prompt)), prediction, strict=True):
-            self.file.stream.write(answer.as_json(tokenizer.decode(prompt)) + "\n")
-        self.file.stream.flush()
+            self._file.write(answer.as_json(tokenizer.decode(prompt)) + "\n")
+        self._file.flush()
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self.file is not None
-        self.file.complete()
-        path, self.file = self.file.target, None
+        self._opened.close()
+        path = self.path.resolve()
         pl_module.print(f"answers in {path if trainer.world_size == 1 else _put_together(trainer, path)}")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if self.file is not None:
-            self.file.abandon()
-            self.file = None
+        self._opened.__exit__(type(exception), exception, exception.__traceback__)
 
 
 def _put_together(trainer: L.Trainer, part: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -65,8 +64,7 @@ def partial_path(path: Path) -> Path:
 def publish(partial: Path, path: Path, replace: bool = True) -> None:
     """Waits until a finished file or folder is on the disk, and gives it its name.
 
-    A folder cannot take the place of another in one step: the old one is set aside under NAME.previous first, and
-    `put_back` returns it to its place when the process was killed between the two steps.
+    A folder that is replaced is set aside under NAME.previous first; `put_back` returns it after a kill in between.
     """
     for written in [*partial.rglob("*"), partial]:
         _sync(written)
@@ -108,45 +106,32 @@ def _sync(path: Path) -> None:
         os.close(opened)
 
 
-class OutputFile:
-    """A text file that is written bit by bit: NAME.partial until `complete`; a device or a pipe is written directly.
+@contextlib.contextmanager
+def open_output(name: str | Path) -> Iterator[TextIO]:
+    """Yields a text file to write bit by bit: NAME.partial until the block ends well; a device is written directly.
 
-    Raises OSError, which names the file, when it cannot be written.
+    An exception leaves the partial file there, if anything was written. Raises OSError, which names the file.
     """
-
-    def __init__(self, path: str | Path) -> None:
-        self.target = Path(os.path.realpath(Path(path).expanduser()))
-        if self.target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
-        is_device = self.target.exists() and not self.target.is_file()
-        self.partial = self.target if is_device else partial_path(self.target)
-        self.stream: TextIO = self.partial.open("w", encoding="utf-8")
-
-    def complete(self) -> None:
-        """Waits until the content is on the disk, and gives the file its name."""
-        with _whole_or_removed(self.partial, self.target):
-            self.stream.close()
-            if self.partial != self.target:
-                publish(self.partial, self.target)
-
-    def abandon(self) -> Path | None:
-        """Closes the unfinished file and returns its path; removes it and returns None when nothing was written."""
-        with contextlib.suppress(OSError):  # a full disk; the exception that led here says so
-            self.stream.close()
-        if self.partial == self.target or not self.partial.exists():
-            return None
-        if self.partial.stat().st_size:
-            return self.partial
-        self.partial.unlink()
-        return None
-
-
-def open_output(option: str, name: str) -> OutputFile:
-    """Opens the file that an option names, before the work that fills it; raises UserError when that fails."""
+    path = Path(os.path.realpath(Path(name).expanduser()))
     try:
-        return OutputFile(name)
+        is_device = path.exists() and not path.is_file()  # or a folder, which cannot be opened
+        partial = path if is_device else partial_path(path)
+        stream = partial.open("w", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{option}: cannot write '{name}': {error.strerror}") from error
+        error.filename = str(name) or "."
+        raise
+    try:
+        yield stream
+    except BaseException:
+        with contextlib.suppress(OSError):  # a full disk; the exception that led here says so
+            stream.close()
+        if not is_device and partial.stat().st_size == 0:
+            partial.unlink()
+        raise
+    with _whole_or_removed(partial, path):
+        stream.close()
+        if not is_device:
+            publish(partial, path)
 
 
 def read_text(path: Path) -> str:

@@ -40,3 +40,12 @@ def write_byte_tokenizer(folder: Path, chat_template: str | None = None, **confi
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **settings})
     )
     return folder
+
+
+def encode_chat(tokenizer, messages):
+    """Returns the token ids of a conversation, and which are supervised, as training has them."""
+    ids, supervised = [], []
+    for piece in tokenizer.chat_pieces(messages):
+        ids += tokenizer.encode(piece.text, piece.special_tokens)
+        supervised += [piece.supervised] * (len(ids) - len(supervised))
+    return ids, supervised

@@ -7,9 +7,9 @@ import resource
 
 import pytest
 
-from dllm_var import UserError, files
+from dllm_var import files
 from dllm_var.errors import in_one_line
-from dllm_var.files import OutputFile, discard, open_output, put_back, write_atomically, write_text
+from dllm_var.files import discard, open_output, put_back, write_atomically, write_text
 
 
 def names(folder):
@@ -82,9 +82,8 @@ def test_what_an_exception_cuts_short_leaves_the_old_content_and_nothing_else(na
 
 
 def write_bit_by_bit(path, text):
-    file = OutputFile(path)
-    file.stream.write(text)
-    file.complete()
+    with open_output(path) as file:
+        file.write(text)
 
 
 @pytest.mark.parametrize("action", [write_text, write_bit_by_bit])
@@ -113,20 +112,29 @@ def test_an_output_file_gets_its_name_when_it_is_complete(tmp_path):
     path = tmp_path / "answers.txt"
     path.write_text("old")
     (tmp_path / "link").symlink_to("answers.txt")
-    file = OutputFile(tmp_path / "link")
-    file.stream.write("new")
-    assert path.read_text() == "old"
-    file.complete()
+    with open_output(tmp_path / "link") as file:
+        file.write("new")
+        assert path.read_text() == "old"
     assert (path.read_text(), names(tmp_path)) == ("new", ["answers.txt", "link"])
     (tmp_path / "null").symlink_to(os.devnull)  # a device is written directly
-    OutputFile(tmp_path / "null").complete()
+    write_bit_by_bit(tmp_path / "null", "lost")
     assert names(tmp_path) == ["answers.txt", "link", "null"]
+
+
+def test_what_was_written_before_an_exception_is_kept_beside_the_old_file(tmp_path):
+    (tmp_path / "a").write_text("old")
+    for text, left in (("", ["a"]), ("half", ["a", "a.partial"])):
+        with contextlib.suppress(KeyboardInterrupt), open_output(tmp_path / "a") as file:
+            file.write(text)
+            raise KeyboardInterrupt
+        assert names(tmp_path) == left and content(tmp_path / "a") == "old"
+    assert content(tmp_path / "a.partial") == "half"
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("", "folder"),
+        ("", "Is a directory"),
         ("nowhere/a", "No such file"),
         ("file/a", "Not a directory"),
         ("x" * 300, "too long"),
@@ -135,8 +143,9 @@ def test_an_output_file_gets_its_name_when_it_is_complete(tmp_path):
 def test_an_output_that_cannot_be_written_is_told_before_the_work(name, reason, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=f"--output: cannot write '{name}': .*{reason}"):
-        open_output("--output", name)
+    with pytest.raises(OSError, match=reason) as raised, open_output(name):
+        pytest.fail("the work has begun")
+    assert in_one_line(raised.value).startswith(f"cannot use '{name or '.'}': ")
 
 
 def test_errors_without_a_file_are_no_mistakes():

@@ -19,10 +19,7 @@ MORE_THAN_LORA = ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern")
 
 
 def read_adapter_settings(folder: Path) -> tuple[float, str]:
-    """Returns alpha / r of an adapter that peft wrote, and the checkpoint it belongs to.
-
-    Raises UserError when the settings are damaged, or those of an adapter of another kind.
-    """
+    """Returns alpha / r of a plain LoRA adapter that peft wrote, and the checkpoint it belongs to."""
     config = read_object(folder / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA" or any(config.get(name) for name in MORE_THAN_LORA):
         raise UserError(f"cannot read the adapter {folder}: it is no plain LoRA adapter")
@@ -36,8 +33,7 @@ def merge_adapters(weights: Mapping[str, Callable[[], Tensor]], scaling: float) 
     """Returns readers of the weights of a transformer without adapters: W + scaling B A, computed when one is read.
 
     The given readers are of base weights, under plain names or with `base_layer`, and of adapters as peft names them in
-    a model or in a file. Raises UserError when an adapter is of a matrix that is not among them, or half of it is
-    missing.
+    a model or in a file.
     """
     names = {name: re.sub(r"\.(lora_[AB])\.weight$", r".\1.default.weight", name) for name in weights}
     weights = {names[name].removeprefix(PEFT_PREFIX): read for name, read in weights.items()}

@@ -58,8 +58,7 @@ def is_sharded(path: Path) -> bool:
 def check(path: Path) -> None:
     """Reads all of a checkpoint, compares its checksums, and makes sure that loading it runs no code.
 
-    A file that has passed is not read again by this process, unless it was written again. Raises UnusableCheckpoint
-    when the checkpoint is damaged or none.
+    A file that has passed is not read again by this process, unless it was written again.
     """
     try:
         if path.is_dir():
@@ -72,10 +71,7 @@ def check(path: Path) -> None:
 
 
 def read_state(path: Path) -> Any:
-    """Reads a file, whose tensors stay on the disk until they are used; of a folder all but weights and optimizer.
-
-    Raises UnusableCheckpoint when that fails.
-    """
+    """Reads a file, whose tensors stay on the disk until they are used; of a folder all but weights and optimizer."""
     file = path / _TRAINER_STATE if path.is_dir() else path
     return load_archive(file, file, mmap=True)
 
@@ -116,10 +112,7 @@ def _check_file(path: Path, *version: int) -> None:
 
 
 def check_archive(file: IO[bytes], path: Path) -> None:
-    """Reads an archive to its end and compares its checksum; those of its tensors if another program wrote it.
-
-    Raises UnusableCheckpoint, which names `path`, when it is damaged or no archive.
-    """
+    """Reads an archive to its end and compares its checksum; those of its tensors if another program wrote it."""
     if file.read(len(_FIRST_BYTES)) != _FIRST_BYTES:
         raise UnusableCheckpoint(f"{path} is not a checkpoint")
     size = file.seek(0, os.SEEK_END)
@@ -144,10 +137,7 @@ def check_archive(file: IO[bytes], path: Path) -> None:
 
 
 def load_archive(file: Path | IO[bytes], path: Path, **options: Any) -> Any:
-    """Loads an archive with `torch.load`: tensors, on the CPU when `options` do not say otherwise, and plain values.
-
-    Raises UnusableCheckpoint, which names `path`, when it cannot be read, or holds anything else, which could run code.
-    """
+    """Loads an archive with `torch.load`: tensors, on the CPU when `options` do not say otherwise, and plain values."""
     try:
         return torch.load(file, weights_only=True, **{"map_location": "cpu", **options})
     except Exception as error:  # torch raises many kinds

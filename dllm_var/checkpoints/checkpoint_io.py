@@ -31,10 +31,7 @@ class CheckedFiles(TorchCheckpointIO):
         write_archive(checkpoint, path.with_suffix("") if path.suffix == SAVING else path)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
-        """Loads a checkpoint that one process of each node checks: only tensors and plain values, in any case.
-
-        Raises UnusableCheckpoint when it is missing, damaged, or holds anything else.
-        """
+        """Loads a checkpoint that one process of each node checks: only tensors and plain values, in any case."""
         path = Path(path)
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             check(path)
@@ -53,11 +50,10 @@ class CheckedFiles(TorchCheckpointIO):
 
 
 class BackgroundFiles(CheckedFiles):
-    """Writes checkpoint files as `CheckedFiles` does, in a thread while training goes on.
+    """Writes checkpoint files as `CheckedFiles` does, in a thread while training goes on; folders are not.
 
     The state is copied into the CPU's memory before `save_checkpoint` returns; when two copies wait already, it waits
-    as well. Files are written and removed in the order asked for: an old checkpoint goes when the new one is whole.
-    After a failure nothing is written or removed until it is told. Folders are not written in the background.
+    as well. Files are written and removed in the order asked for, and none after a failure until it is told.
     """
 
     def __init__(self) -> None:

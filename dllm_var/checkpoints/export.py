@@ -87,8 +87,7 @@ def export_checkpoint(
     """Writes a checkpoint as a model of a published family, a shard at a time; the folder appears when it is complete.
 
     `decoding` is how the model is meant to be decoded (`block_length`, `threshold`), kept beside the weights; `dtype`
-    converts them, where None leaves their type. Returns the settings of the model that was written. Raises UserError
-    when the folder exists, or the family has no such model.
+    converts them, where None leaves their type. Returns the settings of the model that was written.
     """
     from huggingface_hub import split_torch_state_dict_into_shards  # slow to import
 

@@ -178,7 +178,7 @@ def family_of(values: dict[str, Any], file: Path) -> Family:
 def read_config(values: dict[str, Any], file: Path) -> TransformerConfig:
     """Returns our settings of the values of a `config.json`; our entry in it comes before the family's keys.
 
-    Raises UserError when a key is missing, unknown, or has a value under which the model would compute something else.
+    Raises UserError for a key that is missing or unknown, or under which the model would compute something else.
     """
     family = family_of(values, file)
     extras = values.get(EXTRAS) or {}
@@ -221,10 +221,7 @@ def read_config(values: dict[str, Any], file: Path) -> TransformerConfig:
 
 
 def read_settings(values: Any, place: Path) -> TransformerConfig:
-    """Returns the resolved settings that `TransformerConfig.to_dict` wrote into a checkpoint.
-
-    Raises UserError when a setting is unknown, of another type, not a finite number, or does not fit the others.
-    """
+    """Returns the resolved settings that `TransformerConfig.to_dict` wrote into a checkpoint, each of them checked."""
     kinds = get_type_hints(TransformerConfig)
     if not isinstance(values, dict) or not set(values) <= set(kinds):
         unknown = sorted(map(str, set(values) - set(kinds))) if isinstance(values, dict) else values
@@ -269,7 +266,7 @@ def natural_family(config: TransformerConfig) -> Family:
 def write_config(family: Family, config: TransformerConfig, dtype: str) -> dict[str, Any]:
     """Returns the `config.json` of a family for our resolved settings, and weights of a type such as `bfloat16`.
 
-    Our entry in it has what the family's keys do not say. Raises UserError when the family has no such models.
+    Our entry in it has what the family's keys do not say.
     """
     values: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
     ours = config.to_dict()

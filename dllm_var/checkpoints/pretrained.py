@@ -44,13 +44,11 @@ Readers = dict[str, Callable[[], Tensor]]  # of weights by name; each weight is 
 def load_checkpoint(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Transformer, Tokenizer, dict[str, Any]]:
-    """Loads a checkpoint to decode with.
+    """Loads a checkpoint to decode with: the transformer, its tokenizer, and what else it remembers (`sampler`, ...).
 
     `path` is a run folder, a `.ckpt`, a folder with `config.json` (our own or that of a published model, see
-    docs/checkpoints.md), or a published model's name on the hub; `dtype` converts the weights. The result is the
-    transformer in eval mode, its tokenizer, and what else the checkpoint remembers (`sampler`, ...). A published model
-    without a mask token gets one, and a row for it if none is free. Raises UserError when there is no checkpoint, or it
-    is damaged, or holds something that is not fully understood.
+    docs/checkpoints.md), or a published model's name on the hub; `dtype` converts the weights. A published model
+    without a mask token gets one. Raises UserError for what is missing, damaged or not fully understood.
     """
     checkpoint = open_checkpoint(path)
     tokenizer = checkpoint.load_tokenizer()
@@ -60,8 +58,8 @@ def load_checkpoint(
 def load_pretrained(path: str | Path, causal: bool = False) -> Transformer:
     """Loads what `load_checkpoint` loads as a bare model from token ids [B, L] to logits [B, L, V].
 
-    Of a published model, the tokenizer is not needed. With `causal` it reads left to right, as published Llama and Qwen
-    models were trained to; one of our own checkpoints that was trained causally always does.
+    With `causal` it reads left to right, as published Llama and Qwen models were trained to; one of our own checkpoints
+    that was trained causally always does.
     """
     checkpoint = open_checkpoint(path)
     causal = causal or (checkpoint.config.causal and not checkpoint.published)
@@ -94,10 +92,7 @@ def copy_weights(transformer: Transformer, checkpoint: Checkpoint) -> None:
 
 
 def decoding_config(checkpoint: Checkpoint, tokenizer: Tokenizer) -> TransformerConfig:
-    """Returns a checkpoint's settings with its tokenizer's ids, and rows for tokens that a published model lacks.
-
-    Raises UserError when the tokenizer is not the one that the model was trained with.
-    """
+    """Returns a checkpoint's settings with its tokenizer's ids, and rows for tokens that a published model lacks."""
     config, place = checkpoint.config, checkpoint.place
     ids: dict[str, Any] = {"mask_id": tokenizer.mask_id, "pad_id": tokenizer.pad_id}
     ids["terminator_ids"] = list(tokenizer.terminator_ids)
@@ -130,7 +125,6 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of its weights."""
         return self.weight("model.norm.weight", [self.config.hidden_size]).dtype
 
     def weight(self, name: str, shape: list[int]) -> Tensor:
@@ -155,14 +149,17 @@ class Checkpoint:
         return value
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, adapters: tuple[Path, ...] = ()) -> Checkpoint:
     """Looks at what `load_checkpoint` takes, and raises what it raises, without reading weights.
 
-    The folder of an adapter means the model that it was trained on with the adapter merged in.
+    The folder of an adapter means the model that it was trained on with the adapter merged in, and then with
+    `adapters`, by which it was named.
     """
     place = locate_checkpoint(path)
+    if place in adapters:
+        raise UserError(f"the adapter {place} is named as the checkpoint below itself: correct {ADAPTER_CONFIG}")
     if (place / ADAPTER_CONFIG).is_file():
-        return _open_adapter(place)
+        return _open_adapter(place, (*adapters, place))
     return _open_run_checkpoint(place) if place.is_file() or is_sharded(place) else _open_folder(place)
 
 
@@ -206,9 +203,9 @@ def _meta(ours: dict[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (ours or {}).items() if name not in ("transformer", "tokenizer", "lora")}
 
 
-def _open_adapter(folder: Path) -> Checkpoint:
+def _open_adapter(folder: Path, adapters: tuple[Path, ...]) -> Checkpoint:
     scaling, path = read_adapter_settings(folder)
-    base = open_checkpoint(path)
+    base = open_checkpoint(path, adapters)
     weights = merge_adapters({**base.weights, **_open_tensors(folder / ADAPTER_WEIGHTS)}, scaling)
     if not (folder / CONFIG).is_file():  # peft's own
         return replace(base, place=folder, weights=weights)
@@ -244,18 +241,14 @@ def _tokenizer_of(values: Any, path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_dict(values)
     except Exception as error:  # the Rust side raises a bare Exception
-        reason = one_line(error)
-        raise UserError(f"{path} holds a tokenizer that cannot be read: {type(error).__name__}: {reason}") from error
+        raise UserError(f"{path} holds a tokenizer that cannot be read: {one_line(error)}") from error
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Returns the safetensors files of a folder: those that its index names, or the only one.
-
-    Raises UserError when weights are missing or pickled: a pickle would run whatever code is in it.
-    """
+    """Returns the safetensors files of a folder: those that its index names, or the only one."""
     if (folder / INDEX).is_file():
         names: Any = read_object(folder / INDEX).get("weight_map")
         if not fits(names, dict[str, str]) or any(Path(name).name != name for name in names.values()):
@@ -270,7 +263,6 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _open_tensors(file: Path) -> Readers:
-    """Returns readers of the tensors of a safetensors file; raises UserError when it is not there or damaged."""
     try:
         opened = safe_open(file, framework="pt")
         return {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118 (no iterator)
@@ -292,8 +284,7 @@ def _matched(
 ) -> Readers:
     """Returns the weights of a model under our names; nothing of its size is made before they are known to fit.
 
-    The config is resolved; `size` is how many bytes the weights take on the disk; `theirs` gives the name that one of
-    ours has there. Raises UserError when weights are missing, or some have no use in a model of this config.
+    `size` is how many bytes the weights take on the disk; `theirs` gives the name that one of ours has there.
     """
     beside = f"and beside it are {len(weights):,} tensors of {size:,} bytes: config and weights do not belong together"
     for name in SIZES:

@@ -67,10 +67,7 @@ def newest_usable(folder: Path) -> Path | None:
 
 
 def check_or_offer(path: Path, option: str = "") -> None:
-    """Checks a checkpoint; raises UnusableCheckpoint, which offers the newest good one beside it.
-
-    `option` stands before that one's path on the command line, such as `--resume=`.
-    """
+    """Checks a checkpoint; of a damaged one the error offers the newest good one, behind an option like `--resume=`."""
     try:
         check(path)
     except UnusableCheckpoint as error:
@@ -121,20 +118,16 @@ def check_identity(
 ) -> None:
     """Compares a run with the entry of a checkpoint; raises UserError, which names the setting, when they do not fit.
 
-    The tokenizer is not compared when it is None. Some settings of the transformer may differ, and more of them unless
-    the weights are trained on.
+    The tokenizer is not compared when it is None.
     """
     changeable = _CHANGEABLE if trained_on else _CHANGEABLE_WHEN_MEASURED
-    settings = {f"transformer.{name}": value for name, value in config.to_dict().items() if name not in changeable}
-    settings["lora"] = lora_settings(lora)
-    theirs = {"lora": saved.get("lora")} | {
-        f"transformer.{name}": value for name, value in saved["transformer"].items()
-    }
-    for name, value in settings.items():
-        if theirs.get(name, value) != value:
+    theirs = saved["transformer"]
+    pairs = {f"transformer.{name}": (theirs.get(name, ours), ours) for name, ours in config.to_dict().items()}
+    for name, (known, ours) in {**pairs, "lora": (saved.get("lora"), lora_settings(lora))}.items():
+        if known != ours and name.removeprefix("transformer.") not in changeable:
             raise UserError(
-                f"the checkpoint has model.{name}={theirs[name]}, the settings say {value}: use the settings it was "
-                "trained with, or start a new run from it with model.init_from"
+                f"the checkpoint has model.{name}={known}, the settings say {ours}: use the settings it was trained "
+                "with, or start a new run from it with model.init_from"
             )
     if tokenizer is not None and Tokenizer.from_dict(saved["tokenizer"]).fingerprint != tokenizer.fingerprint:
         raise UserError(

@@ -20,17 +20,15 @@ SET_BY_OTHERS = {"vocab_size", "mask_id", "terminator_ids", "pad_id", "causal", 
 def starting_config(settings: TransformerConfig, path: str | Path) -> TransformerConfig:
     """Returns the shape of a model that starts from a checkpoint: the checkpoint's, with the settings' adjustments.
 
-    What the settings leave out (None) comes from the checkpoint; `path` is as for `load_checkpoint`. Raises UserError
-    when a setting contradicts the checkpoint.
+    What the settings leave out (None) comes from the checkpoint; `path` is as for `load_checkpoint`.
     """
     return _adjusted(open_checkpoint(path).config, settings, path)
 
 
 def start_from(transformer: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:
-    """Copies a checkpoint's weights into a transformer, sharded or not, to go on training them as another run.
+    """Copies a checkpoint's weights into a transformer of the shape that `starting_config` gives, sharded or not.
 
-    The transformer has the shape that `starting_config` gives. The tokenizer is the run's: the checkpoint's own, or a
-    published model's with further tokens, such as a mask. Raises UserError when either is not the checkpoint's.
+    The tokenizer is the run's: the checkpoint's own, or a published model's with further tokens, such as a mask.
     """
     checkpoint = open_checkpoint(path)
     _adjusted(checkpoint.config, transformer.config, path)

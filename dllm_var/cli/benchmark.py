@@ -54,11 +54,11 @@ def main(command: str, arguments: list[str]) -> int:
     if bool(tasks) == bool(cases):
         raise UserError(f"{options.config[0]} must list either tasks or trainings to measure, and not both")
     output.parent.mkdir(parents=True, exist_ok=True)
-    open_output("--output", options.output).abandon()  # a mistake is told before the work
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    result, status = measure(tasks, cases, options)
-    write_text(output, json.dumps(result, indent=1) + "\n")
+    with open_output(output) as file:  # before the work, which a mistake would lose
+        result, status = measure(tasks, cases, options)
+        file.write(json.dumps(result, indent=1) + "\n")
     title = "Samplers side by side" if tasks else "Training measured"
     write_text(output.with_suffix(".md"), report(title, result, draw_plots(result, output)))
     print(report(title, result))

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,26 +71,23 @@ def main(command: str, arguments: list[str]) -> int:
         block_length = getattr(sampler, "block_length", 0) if model.config.causal_context else 0
     likelihood = Likelihood(options.mc_draws, options.mc_batch_size, options.mc_seed, options.mc_canvas, block_length)
     evaluated = EvaluatedModel(model, tokenizer, sampler, likelihood, options.max_new_tokens)
-    if options.output is not None:  # a mistake is told before the work
-        open_output("--output", options.output).abandon()
-    result = evaluate(evaluated, options)
-    bound = {"estimator": "Monte-Carlo bound", **vars(likelihood)}
-    result["dllm_var"] = {
-        **provenance(),
-        "checkpoint": options.checkpoint,
-        "parameters": model.num_parameters,
-        "sampler": sampler_to_config(sampler),
-        "likelihood": {"estimator": "exact"} if model.config.causal else bound,
-        "decoding": {task: decoded.figures() for task, decoded in evaluated.decoded.items()},
-    }
-    print(report(result))
-    if options.output is not None:
-        from lm_eval.utils import handle_non_serializable
+    with nullcontext() if options.output is None else open_output(options.output) as file:  # before the work
+        result = evaluate(evaluated, options)
+        bound = {"estimator": "Monte-Carlo bound", **vars(likelihood)}
+        result["dllm_var"] = {
+            **provenance(),
+            "checkpoint": options.checkpoint,
+            "parameters": model.num_parameters,
+            "sampler": sampler_to_config(sampler),
+            "likelihood": {"estimator": "exact"} if model.config.causal else bound,
+            "decoding": {task: decoded.figures() for task, decoded in evaluated.decoded.items()},
+        }
+        print(report(result))
+        if file is not None:
+            from lm_eval.utils import handle_non_serializable
 
-        file = open_output("--output", options.output)
-        json.dump(result, file.stream, indent=2, default=handle_non_serializable, ensure_ascii=False)
-        file.stream.write("\n")
-        file.complete()
+            json.dump(result, file, indent=2, default=handle_non_serializable, ensure_ascii=False)
+            file.write("\n")
     return 0
 
 

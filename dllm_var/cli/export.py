@@ -63,11 +63,7 @@ def build_parser(command: str) -> SettingsParser:
 
 
 def decoding_settings(checkpoint: Checkpoint, block_length: int | None, threshold: float | None) -> tuple[Any, Any]:
-    """Returns the sampler to remember, and what other engines must know of it: `block_length` and `threshold`.
-
-    The sampler is the checkpoint's, and may be any when neither is given; a diffusion model's default is
-    BlockDiffusionSampler. Raises UserError when a number is out of range, or the sampler has no such setting.
-    """
+    """Returns the sampler to remember, and what other engines must know of it: `block_length` and `threshold`."""
     from dllm_var.sampling import BlockDiffusionSampler
     from dllm_var.sampling.base import sampler_from_config, sampler_to_config
 

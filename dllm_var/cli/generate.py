@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -66,24 +67,17 @@ def main(command: str, arguments: list[str]) -> int:
     if options.stream and len(prompts) > 1:
         raise UserError("--stream goes with a single prompt: the answers of several would mix")
     suppress = token_ids(options.suppress or [], tokenizer)
-    file = None if options.output in (None, "-") else open_output("--output", options.output)
-    printer = AnswerPrinter(sys.stdout if file is None else file.stream, prompts, tokenizer, options)
+    output = nullcontext(sys.stdout) if options.output in (None, "-") else open_output(options.output)
     began = time.perf_counter()
     try:
-        decode(sampler, model, suppress, printer)
-        if file is not None:
-            file.complete()
+        with output as file, AnswerPrinter(file, prompts, tokenizer, options) as printer:
+            decode(sampler, model, suppress, printer)
     except KeyboardInterrupt:
-        printer.interrupt()
-        where = f", in {partial}" if file is not None and (partial := file.abandon()) else ""
+        where = f", in {file.name}" if file is not sys.stdout and Path(file.name).exists() else ""
         print(f"interrupted: {len(printer.done)} of {len(prompts):,} answers finished{where}", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError as error:
         raise UserError("not enough memory for these answers: lower --max-new-tokens or the batch size") from error
-    finally:
-        printer.progress.close()
-        if file is not None:
-            file.abandon()
     print(summary(printer.done, time.perf_counter() - began), file=sys.stderr)
     return 0
 
@@ -111,10 +105,7 @@ def decode(sampler: Sampler, model: Transformer, suppress: list[int], printer: A
 def load(
     command: str, arguments: list[str], builder: Callable[[str, dict[str, Any] | None], SettingsParser]
 ) -> tuple[Namespace, Sampler, Transformer, Tokenizer]:
-    """Reads the options of a command that decodes, and loads the checkpoint and the sampler that they name.
-
-    `builder` makes the command's parser from its name and the default sampler.
-    """
+    """Reads the options of a command that decodes, and loads the checkpoint and the sampler that they name."""
     import torch
 
     from dllm_var.checkpoints.pretrained import load_checkpoint
@@ -209,8 +200,7 @@ def add_sampler_options(parser: SettingsParser, sampler: dict[str, Any] | None) 
 def spell_out(arguments: list[str]) -> list[str]:
     """Puts `--sampler FILE` and short names of its settings as the parser understands them, classes before arguments.
 
-    A file is replaced by what it says under `sampler`, under `vars.sampler` or at its top level; `--policy NAME`
-    becomes `--sampler.policy=NAME`. Raises UserError for a missing value, or a file that cannot be read.
+    A file is replaced by what it says under `sampler`, under `vars.sampler` or at its top level.
     """
     result: list[str] = []
     settings: list[str] = []  # they follow their sampler
@@ -367,10 +357,7 @@ def token_ids(names: Sequence[str], tokenizer: Tokenizer) -> list[int]:
 
 
 class AnswerPrinter:
-    """Prints answers in the order of their prompts; the answer of a single prompt may be streamed block by block.
-
-    `options` are those of `generate`: `json`, `replay`, `answers_only`, `stream`, `no_stream` and `stop`.
-    """
+    """Prints answers in the order of their prompts; the answer of a single prompt may be streamed block by block."""
 
     def __init__(self, out: TextIO, prompts: Sequence[Prompt], tokenizer: Tokenizer, options: Namespace) -> None:
         self.out, self.prompts, self.tokenizer, self.options = out, prompts, tokenizer, options
@@ -404,13 +391,16 @@ class AnswerPrinter:
             self._print(self.next, self.waiting.pop(self.next))
             self.next += 1
 
-    def interrupt(self) -> None:
-        """Prints the answers that wait for one that will not come."""
+    def __enter__(self) -> AnswerPrinter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         self.progress.close()
-        if self.streamed:
-            self._write("\n")
-        for index, answer in sorted(self.waiting.items()):
-            self._print(index, answer)
+        if kind is KeyboardInterrupt:
+            if self.streamed:
+                self._write("\n")
+            for index, answer in sorted(self.waiting.items()):  # for one that will not come
+                self._print(index, answer)
 
     def _print(self, index: int, answer: Generation) -> None:
         prompt, line = self.prompts[index], self._line(index, answer.text or "")

@@ -22,7 +22,6 @@ def split_gaps(text: str) -> list[str | int]:
     """Returns the parts of a text with gaps, `<gap:N>`: texts, and lengths of gaps.
 
     Blanks left of a gap belong to it: most tokenizers write the blank between words into the second word's token.
-    Raises UserError when there is no gap, or one without a length.
     """
     parts = re.split(r"<gap:0*([1-9]\d{0,5})>", text)  # text, length, text, length, text
     if len(parts) == 1 or any("<gap" in part for part in parts[::2]):

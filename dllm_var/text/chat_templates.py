@@ -40,9 +40,9 @@ class ChatTemplate:
             raise UserError(f"the chat template is not valid: {one_line(error)[:300]}") from None
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """Returns the text of a conversation; raises UserError when the template refuses the messages or fails on them.
+        """Returns the text of a conversation, with `add_generation_prompt` up to where the assistant answers.
 
-        With `add_generation_prompt` the text ends with what introduces the assistant's next turn.
+        Raises UserError when the template refuses the messages or fails on them.
         """
         values = {"messages": list(messages), "tools": None, "documents": None, **self.named_tokens}
         try:
@@ -54,8 +54,7 @@ class ChatTemplate:
         """Returns the text of a conversation and where in it the assistant's turns stand, terminators included.
 
         A turn begins where the template's own generation prompt ends, so that training sees the start of generation.
-        Raises UserError when an answer has a terminator inside or none at its end, or when what precedes an answer is
-        rendered differently once it follows.
+        Raises UserError when that cannot be told, or an answer has a terminator inside or none at its end.
         """
         text = self.render(messages)
         starts = []

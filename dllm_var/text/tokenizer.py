@@ -51,11 +51,10 @@ class Piece(NamedTuple):
 
 
 class Tokenizer:
-    """Text to token ids and back, knowing mask, terminators and padding.
+    """Text to token ids and back; raises UserError for special tokens or a chat template that cannot be used.
 
     `chat_template` is Jinja source that turns messages into text; `named_tokens` are what it calls ``bos_token``,
-    ``eos_token`` and so on. Raises UserError when an id is outside the vocabulary, mask and terminator are the same, or
-    the chat template or a named token is no text.
+    ``eos_token`` and so on.
     """
 
     def __init__(
@@ -88,8 +87,6 @@ class Tokenizer:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_chat"}
 
-    # -- text --------------------------------------------------------------------------------------------------------
-
     @cached_property
     def unknown_id(self) -> int | None:
         """Id that stands for what the vocabulary cannot spell; None when it can spell everything."""
@@ -97,11 +94,9 @@ class Tokenizer:
         return None if name is None else self.backend.token_to_id(name)
 
     def encode(self, text: str, special_tokens: bool = False) -> list[int]:
-        """Returns the token ids of a text, nothing added at either end.
+        """Returns the token ids of a text; a special token that it spells is text, unless `special_tokens` is set.
 
-        A special token that the text spells is text like any other, so that nobody who writes a prompt or an answer can
-        end it or speak for somebody else; with `special_tokens` it becomes that token. Raises UserError when the
-        vocabulary can write a part of a text only as a special token.
+        Raises UserError when the vocabulary can write a part of a text only as a special token.
         """
         ids = [index for index, _, _ in self.spans(text, special_tokens)]
         if not special_tokens:
@@ -130,8 +125,6 @@ class Tokenizer:
         """Returns the name of one token; ids that the vocabulary leaves free get a name too."""
         return self.backend.id_to_token(index) or f"<{index}>"
 
-    # -- conversations -----------------------------------------------------------------------------------------------
-
     @cached_property
     def _chat(self) -> ChatTemplate | None:
         if self.chat_template is None:
@@ -140,27 +133,12 @@ class Tokenizer:
 
         return ChatTemplate(self.chat_template, self.named_tokens)
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[bool]]:
-        """Returns the token ids of a conversation, and which are supervised: the assistant's turns and terminators.
-
-        The messages are turns with ``role`` and ``content``, the last one the assistant's; what follows its terminator
-        is left out. Only the template writes special tokens. Without a template turns simply follow each other. Raises
-        UserError when the template refuses the messages, or they or the template's ends of answers do not fit.
-        """
-        ids: list[int] = []
-        supervised: list[bool] = []
-        for piece in self.chat_pieces(messages):
-            piece_ids = self.encode(piece.text, piece.special_tokens)
-            if piece.supervised and self._chat is None:
-                piece_ids.append(self.terminator_id)
-            ids += piece_ids
-            supervised += [piece.supervised] * len(piece_ids)
-        return ids, supervised
-
     def chat_pieces(self, messages: Sequence[dict[str, Any]], refuse: bool = False) -> list[Piece]:
-        """Returns the texts that a conversation is encoded from; without a template answers lack their terminators.
+        """Returns the texts that a conversation of ``role`` and ``content`` is encoded from, to train on it.
 
-        Raises UserError as `encode_chat` does; with `refuse` also for a message that spells a special token.
+        What follows the last answer's terminator is left out. Without a template turns follow each other, and answers
+        lack their terminators. Raises UserError when template and messages do not fit, with `refuse` also when a
+        message spells a special token.
         """
         if self._chat is None:
             return [Piece(message["content"], message["role"] == "assistant", refuse) for message in messages]
@@ -176,15 +154,16 @@ class Tokenizer:
 
     def encode_chat_prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Returns the token ids of a conversation up to where the assistant's next turn begins."""
-        if self._chat is None:
-            return self.encode_chat(messages)[0]
-        return self.encode_rendered(self.render(self.mark(messages), add_generation_prompt=True))
+        if self._chat is not None:
+            return self.encode_rendered(self.render(self.mark(messages), add_generation_prompt=True))
+        ids = []
+        for message in messages:
+            ids += self.encode(message["content"])
+            ids += [self.terminator_id] if message["role"] == "assistant" else []
+        return ids
 
     def render(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        """Returns the text of messages that `mark` returned; `add_generation_prompt` as transformers has it.
-
-        Raises UserError when there is no chat template, or it refuses the messages.
-        """
+        """Returns the text of messages that `mark` returned; raises UserError when no template takes them."""
         if self._chat is None:
             raise UserError("the tokenizer has no chat template")
         return self._chat.render(messages, add_generation_prompt)
@@ -193,8 +172,6 @@ class Tokenizer:
         """Returns the token ids of a text that `render` has made."""
         pieces = self._split(text, supervised=False)
         return [index for piece in pieces for index in self.encode(piece.text, piece.special_tokens)]
-
-    # -- special tokens that people spell ----------------------------------------------------------------------------
 
     @cached_property
     def special_names(self) -> dict[int, str]:
@@ -221,8 +198,7 @@ class Tokenizer:
     def mark(self, messages: Sequence[dict[str, Any]], refuse: bool = False) -> list[dict[str, Any]]:
         """Returns the messages with `MARK` behind each letter of a special token that one of their texts spells.
 
-        Raises UserError when a text has `MARK` itself, or spells a token that cannot be broken up; with `refuse` when
-        it spells any.
+        Raises UserError for a special token that cannot be broken up; with `refuse` for any.
         """
         marked = []
         for number, message in enumerate(messages):
@@ -264,8 +240,6 @@ class Tokenizer:
                 done = stop
         pieces.append(Piece(text[done:].replace(MARK, ""), supervised, False))
         return [piece for piece in pieces if piece.text]
-
-    # -- keeping -----------------------------------------------------------------------------------------------------
 
     @cached_property
     def fingerprint(self) -> str:
@@ -321,10 +295,8 @@ class Tokenizer:
 
         Tokens that are not given are looked up: the mask token in ``tokenizer_config.json`` or as ``mask_token_id`` of
         ``config.json``; the terminators as ``terminators`` or ``eos_token`` of the former and ``eos_token_id`` of
-        ``generation_config.json`` and ``config.json``; padding as ``pad_token``, else the first terminator. The first
-        of the terminators is appended to answers. A tokenizer that names no mask token gets one: `mask_token`, which
-        may be a token it has no other use for, or a new one. Raises UserError when there is no tokenizer, or a token is
-        neither known nor given, or not in the vocabulary.
+        ``generation_config.json`` and ``config.json``; padding as ``pad_token``, else the first terminator. A tokenizer
+        that names no mask token gets one. Raises UserError for a token that is not found or not in the vocabulary.
         """
         folder = find_folder(path_or_name)
         backend = load_backend(folder, path_or_name)

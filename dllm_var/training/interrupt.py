@@ -35,16 +35,14 @@ class Interrupted(Exception):
 class StopOnSignal(Callback):
     """Turns signals into an orderly stop with a checkpoint, and raises Interrupted then; for our own `Trainer`.
 
-    The step under way is finished first, so that the saved weights, optimizer and counters belong together, and all
-    ranks stop at the same step, whichever of them got the signal. SIGUSR1 saves and goes on; in a SLURM job, where it
-    announces the end of the allotted time, it requeues the job and stops. When another callback or the data fail
-    between two steps, or too many updates were skipped, the last step is saved as well.
+    The step under way is finished first, on all ranks, whichever of them got the signal. SIGUSR1 saves and goes on; in
+    a SLURM job, where it announces the end of the allotted time, it requeues the job and stops. When another callback
+    or the data fail between two steps, or too many updates were skipped, the last step is saved as well.
     """
 
     def __init__(self) -> None:
         self._training_over = False
-        self._asked = 0  # the signal
-        self._last_step = 0
+        self._asked, self._last_step = 0, 0  # a signal, a step
         self._folder: Path | None = None
         self._between_steps: Any = None  # the data's state while weights and counters belong together
 
@@ -135,8 +133,7 @@ class StopOnSignal(Callback):
 class SaveAtEnd(Callback):
     """Saves the last step of a run as last.ckpt when no checkpoint of that step exists; for our own `Trainer`.
 
-    Lightning saves at intervals only. This must come before other callbacks: what they do when training ends may take
-    minutes, or change the weights. `stop` is told when the last step is safe.
+    This must come before other callbacks: what they do when training ends may take minutes, or change the weights.
     """
 
     def __init__(self, stop: StopOnSignal) -> None:

@@ -25,12 +25,11 @@ class Trainer(L.Trainer):
     """Lightning's Trainer; a checkpoint has its name when all processes have written their parts of it.
 
     Files are written whole by the plugin, `CheckedFiles` or `BackgroundFiles`. When one process cannot write, all of
-    them stop, with the reason.
+    them stop with CannotSave, which has the reason; what had the name before is untouched.
     """
 
     @property
     def keeps_checkpoints(self) -> bool:
-        """Whether the run saves any checkpoints."""
         return bool(self.checkpoint_callbacks) and not self.fast_dev_run  # type: ignore[attr-defined]
 
     def checkpoint_folder(self) -> Path:
@@ -39,10 +38,7 @@ class Trainer(L.Trainer):
         return own[0] if own else Path(self.log_dir or self.default_root_dir) / "checkpoints"
 
     def save_last(self) -> Path:
-        """Saves the present state as last.ckpt, whole when this returns, and returns its path; every rank must call it.
-
-        Raises CannotSave when it cannot be written.
-        """
+        """Saves the present state as last.ckpt, whole when this returns; every rank must call it."""
         path = self.checkpoint_folder() / "last.ckpt"
         for callback in self.checkpoint_callbacks:  # so that a resumed run replaces this file, not beside it
             if isinstance(callback, ModelCheckpoint) and callback.save_last:
@@ -52,17 +48,12 @@ class Trainer(L.Trainer):
         return path
 
     def save_checkpoint(self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None) -> None:
-        """Saves a checkpoint; every rank must call it.
-
-        Raises CannotSave when it cannot be written, as on a full disk; what had the name before is untouched.
-        """
         path = Path(filepath)
         staged = path.with_name(path.name + SAVING)  # for folders, and files of other plugins; ours writes to `path`
         if self.is_global_zero:
             discard(staged)  # what a killed process left is no part of this one
         path, staged = self.strategy.broadcast((path, staged))
-        reason: str | None = None
-        written = False
+        reason, written = None, False
         try:
             super().save_checkpoint(staged, weights_only, storage_options)
             written = True
@@ -81,16 +72,12 @@ class Trainer(L.Trainer):
         self._fail_together(reason, staged)
 
     def finish_saving(self) -> None:
-        """Waits until checkpoints that are written in the background are whole; every rank must call it.
-
-        Raises CannotSave when one could not be written.
-        """
-        last = self.checkpoint_folder() / "last.ckpt"
-        reason = None
+        """Waits until checkpoints that are written in the background are whole; every rank must call it."""
+        folder, reason = self.checkpoint_folder(), None
         try:
             self.strategy.checkpoint_io.teardown()
         except OSError as error:
-            reason = _reason(error, last)
+            reason = _reason(error, folder / "last.ckpt")
         self._fail_together(reason)
 
     def _fail_together(self, reason: str | None, unfinished: Path | None = None) -> None:

@@ -266,7 +266,7 @@ def test_nobody_reads_any_more(monkeypatch, capfd):
         (["--prompt=cat", "--prompt=dog", "--stream"], ["--stream", "a single prompt"]),
         (["--infill=K <gap:1>", "--stop=T"], ["--infill", "--stop"]),
         (["--infill=K <gap:1>", "--prompts-file=none.txt"], ["--infill", "--prompts-file"]),
-        (["--prompt=cat", "--output=nowhere/x"], ["--output", "nowhere/x"]),
+        (["--prompt=cat", "--output=nowhere/x"], ["cannot use", "nowhere/x"]),
         (["--prompt=cat", "stray"], ["stray"]),
         (["--prompt=cat", "--threshold=x"], ["sampler.policy.threshold", "float", "x"]),
     ],

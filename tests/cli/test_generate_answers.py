@@ -1,5 +1,6 @@
 """Answers as they are printed: streams that equal the whole text, the order of the prompts, replays in any width."""
 
+import contextlib
 import io
 import re
 import sys
@@ -106,13 +107,13 @@ def test_a_text_that_changes_after_all_is_shown_anew(tokenizers):
 
 def test_an_interrupted_line_ends_and_answers_that_wait_are_printed(tokenizers):
     out = io.StringIO()
-    ours = printer(out, "a", tokenizers["words"])
-    ours.on_block(0, tokenizers["words"].encode("K AE"))
-    ours.interrupt()
+    with contextlib.suppress(KeyboardInterrupt), printer(out, "a", tokenizers["words"]) as ours:
+        ours.on_block(0, tokenizers["words"].encode("K AE"))
+        raise KeyboardInterrupt
     assert out.getvalue() == "a -> K AE\n"
-    ours = printer(out, "abc")
-    ours.on_answer(2, answer("third"))
-    ours.interrupt()
+    with contextlib.suppress(KeyboardInterrupt), printer(out, "abc") as ours:
+        ours.on_answer(2, answer("third"))
+        raise KeyboardInterrupt
     assert out.getvalue() == "a -> K AE\nc -> third\n"
 
 

@@ -213,7 +213,7 @@ def test_scores_of_answers():
         (["--checkpoint", CHECKPOINT, "--tasks", "cmudict", "--limit", "0"], "--limit"),
         (
             ["--checkpoint", CHECKPOINT, "--tasks", "cmudict", "--output", "no/where.json"],
-            "--output: cannot write 'no/where.json'",
+            "cannot use 'no/where.json': No such file",
         ),
         (["--checkpoint", CHECKPOINT, "--tasks", "cmudict", "--chat"], "chat template"),
     ],

@@ -234,6 +234,10 @@ def test_adapters_that_fit_no_model_are_named(base, tmp_path):
         (tmp_path / "good" / "config.json").write_text(json.dumps(values))
         with pytest.raises(UserError, match=f"another {name} than"):
             load_checkpoint(tmp_path / "good")
+    adapter(tmp_path / "two", tmp_path / "one", **up, **down)
+    for other in ("two", "one"):  # two that name each other, and one that names itself
+        with pytest.raises(UserError, match="named as the checkpoint below itself"):
+            load_checkpoint(adapter(tmp_path / "one", tmp_path / other, **up, **down))
 
 
 def test_merging_keeps_the_type_of_the_base():

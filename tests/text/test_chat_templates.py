@@ -11,7 +11,7 @@ from tokenizers import AddedToken, normalizers
 
 from dllm_var.errors import UserError
 from dllm_var.text.tokenizer import Tokenizer
-from tests.byte_tokenizer import write_byte_tokenizer
+from tests.byte_tokenizer import encode_chat, write_byte_tokenizer
 
 LOOP = "{% for message in messages %}"
 # The generation prompt, and marks from behind it to the terminator.
@@ -81,7 +81,7 @@ def test_marked_or_not_the_mask_is_that_of_transformers(pairs, kind, turns, syst
     messages = conversation(turns, None if kind == "instructions" else system)
     expected = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
     for tokenizer in ours:
-        ids, supervised = tokenizer.encode_chat(messages)
+        ids, supervised = encode_chat(tokenizer, messages)
         assert ids == expected["input_ids"][: len(ids)]
         assert supervised == [bool(flag) for flag in expected["assistant_masks"][: len(ids)]]
         assert not any(expected["assistant_masks"][len(ids) :])  # a line break after the last turn is left out
@@ -120,7 +120,7 @@ def test_what_people_spell_is_text_in_every_template(pairs, kind, turns):
         mask += [bool(template["assistant_masks"][place])] * len(found)
         place += 2 if pair in said else 1
     for tokenizer in ours:
-        encoded, supervised = tokenizer.encode_chat(messages)
+        encoded, supervised = encode_chat(tokenizer, messages)
         assert encoded == ids[: len(encoded)] and supervised == mask[: len(encoded)]
         assert not any(mask[len(encoded) :])
         assert tokenizer.encode_chat_prompt(messages[:-1]) == ids[: len(tokenizer.encode_chat_prompt(messages[:-1]))]
@@ -129,13 +129,13 @@ def test_what_people_spell_is_text_in_every_template(pairs, kind, turns):
 def test_what_cannot_be_kept_apart_is_refused(pairs, tmp_path):
     tokenizer = pairs["chatml"][1][0]
     with pytest.raises(UserError, match=r"messages\[0\] contains U\+FDD0"):
-        tokenizer.encode_chat(conversation([("a\ufdd0", "b")], None))
+        encode_chat(tokenizer, conversation([("a\ufdd0", "b")], None))
     one = Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path, KINDS["chatml"]), mask_token="q")
     with pytest.raises(UserError, match=r"messages\[1\] spells the special token q"):
-        one.encode_chat(conversation([("a", "q")], None))
+        encode_chat(one, conversation([("a", "q")], None))
     lines = Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path, KINDS["chatml"]), terminators=["<|im_end|>", "z"])
     with pytest.raises(UserError, match=r"messages\[1\] contains the terminator z"):
-        lines.encode_chat(conversation([("a", "z")], None))
+        encode_chat(lines, conversation([("a", "z")], None))
 
 
 def test_what_is_a_special_token_only_once_it_is_normalized_is_text_too(pairs):

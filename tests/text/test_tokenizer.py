@@ -2,7 +2,7 @@ import io
 import json
 
 import pytest
-from byte_tokenizer import CHAT_TEMPLATE, MARKED_TEMPLATE, write_byte_tokenizer
+from byte_tokenizer import CHAT_TEMPLATE, MARKED_TEMPLATE, encode_chat, write_byte_tokenizer
 
 from dllm_var.datamodules import CmudictSource
 from dllm_var.errors import UserError
@@ -42,7 +42,7 @@ def test_round_trips_keep_everything(tmp_path):
     original.save(tmp_path / "b")
     for copy in (Tokenizer.from_dict(state), Tokenizer.from_pretrained(tmp_path / "b")):
         assert copy.special == original.special
-        assert copy.encode_chat(CONVERSATION) == original.encode_chat(CONVERSATION)
+        assert encode_chat(copy, CONVERSATION) == encode_chat(original, CONVERSATION)
         assert copy.encode("naïve <|im_end|>", True) == original.encode("naïve <|im_end|>", True)
         assert copy.id_to_token(copy.mask_id) == "<|mask|>"
     assert Tokenizer.from_dict(state).fingerprint == original.fingerprint
@@ -111,7 +111,7 @@ def spelled(tokenizer, ids, supervised, value):
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED_TEMPLATE])
 def test_loss_is_on_assistant_turns_with_their_terminators(tmp_path, template):
     tokenizer = Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path, template))
-    ids, supervised = tokenizer.encode_chat(CONVERSATION)
+    ids, supervised = encode_chat(tokenizer, CONVERSATION)
     assert spelled(tokenizer, ids, supervised, True) == "2<|im_end|> yes \n<|im_end|>"
     assert ids[-1] == tokenizer.terminator_id
     prompt = tokenizer.encode_chat_prompt(CONVERSATION[:4])
@@ -121,10 +121,10 @@ def test_loss_is_on_assistant_turns_with_their_terminators(tmp_path, template):
 
 def test_turns_follow_each_other_without_a_template(cmudict):
     messages = [{"role": "user", "content": "key"}, {"role": "assistant", "content": "K IY"}]
-    ids, supervised = cmudict.encode_chat(messages)
-    assert ids == [*cmudict.encode("key"), *cmudict.encode("K IY"), cmudict.terminator_id]
-    assert supervised == [False] * 3 + [True] * 3
-    assert cmudict.encode_chat_prompt(messages[:1]) == cmudict.encode("key")
+    assert encode_chat(cmudict, messages) == (cmudict.encode("key") + cmudict.encode("K IY"), [False] * 3 + [True] * 2)
+    again = [*messages, messages[0]]
+    expected = [*cmudict.encode("key"), *cmudict.encode("K IY"), cmudict.terminator_id, *cmudict.encode("key")]
+    assert cmudict.encode_chat_prompt(again) == expected
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_turns_follow_each_other_without_a_template(cmudict):
 def test_templates_that_would_train_something_else_are_refused(tmp_path, template, arguments, message):
     tokenizer = Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path, template), **arguments)
     with pytest.raises(UserError, match=message):
-        tokenizer.encode_chat(CONVERSATION)
+        encode_chat(tokenizer, CONVERSATION)
 
 
 def test_dreams_tokenizer_is_read_without_its_code(tmp_path):
