@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from io import StringIO
 from itertools import chain, zip_longest
@@ -36,14 +35,7 @@ class AnswerWriter(BasePredictionWriter):
         self._file = self._opened.enter_context(open_output(self.path))
 
     def write_on_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: Any, indices: Any, batch: Any, *_: Any
     ) -> None:
         tokenizer: Any = pl_module.tokenizer
         for prompt, answer in zip((prompt for prompt in batch if len(prompt)), prediction, strict=True):

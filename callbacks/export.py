@@ -56,7 +56,7 @@ class ExportWeights(L.Callback):
 
 
 def gathered_state(trainer: L.Trainer) -> dict[str, Tensor]:
-    """Collect the transformer's weights of all processes in the memory of the first; empty on the others."""
+    """Collects the transformer's weights of all processes in the memory of the first; empty on the others."""
     assert trainer.strategy.model is not None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

@@ -141,25 +141,24 @@ class SamplingCallback(L.Callback):
 
 def _row(tokenizer: Any, example: Example, answer: Generation) -> list[Text]:
     """Returns the cells of COLUMNS; `expected` is empty if the answer is right or no reference is known."""
-    reference = nearest_reference(answer.tokens, example.references)[0] if example.references else None
-    is_wrong = reference is not None and list(reference) != list(answer.tokens)
+    reference, edits = nearest_reference(answer.tokens, example.references or [answer.tokens])
     return [
         Text(example.prompt),
         marked(tokenizer, answer.tokens, reference),
-        Text(tokenizer.decode(reference or []) if is_wrong else "", "dim"),
+        Text(tokenizer.decode(reference) if edits else "", "dim"),
         Text(answer.finish_reason),
         Text(str(answer.nfe)),
     ]
 
 
-def marked(tokenizer: Tokenizer, answer: Sequence[int], reference: Sequence[int] | None) -> Text:
+def marked(tokenizer: Tokenizer, answer: Sequence[int], reference: Sequence[int]) -> Text:
     """Returns an answer's text as `K IY [P] AO [-] D`: wrong tokens in brackets, [-] for missing ones, both in red.
 
-    The marks follow a shortest path of edits from the answer to the reference (token ids); without one all is right.
+    The marks follow a shortest path of edits from the answer to the reference (token ids).
     """
     text = Text()
     shown, after_missing = "", False  # decoding prefixes keeps the spacing that the tokenizer gives
-    for code in Levenshtein.opcodes(answer, answer if reference is None else reference):
+    for code in Levenshtein.opcodes(answer, reference):
         if code.tag == "insert":
             text.append(" " if text else "").append("[-]", "bold red")
         elif code.src_end > code.src_start:
