@@ -16,32 +16,21 @@ from dllm_var.text.tokenizer import Tokenizer
 
 @dataclass
 class AuxiliaryModel:
-    """A checkpoint that is loaded when it is first needed, once, and must have the main model's tokens.
+    """A checkpoint that is loaded when it is first needed, once, and must have the main model's tokens."""
 
-    Args:
-        setting: The sampler's argument that names it, for messages.
-        path: A run folder, `.ckpt` file or exported folder; see `load_checkpoint`, which never runs code from it.
-        causal: Whether it must be autoregressive, or else must not be.
-    """
-
-    setting: str
-    path: str
-    causal: bool
-
+    setting: str  # the sampler's argument that names it
+    path: str  # a run folder, `.ckpt` file or exported folder
+    causal: bool  # whether it must be autoregressive; otherwise it must not be
     same: Tokenizer | None = field(init=False, default=None)  # the last one found to be the same
 
     @cached_property
     def loaded(self) -> tuple[Transformer, Tokenizer]:
-        """The checkpoint's model and tokenizer."""
         with torch.inference_mode(False):  # the weights outlive the request that first needs them
             transformer, tokenizer, _ = load_checkpoint(self.path)
         return transformer, tokenizer
 
     def beside(self, model: Transformer, request: Request) -> Transformer:
-        """Returns the model, on the device and in the type of the main `model`; raises UserError when it does not fit.
-
-        The tokenizers are compared when `request` knows the main model's.
-        """
+        """Returns it, on the device and in the type of the main `model`; raises UserError when the two do not fit."""
         transformer, tokenizer = self.loaded
         name, other = f"sampler.{self.setting} {self.path}", request.tokenizer
         if transformer.config.causal != self.causal:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -47,8 +47,20 @@ class Configurable:
         for name in names:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                bounds = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
-                raise UserError(f"{self.owner or type(self).__name__}.{name} must be {bounds}, got {value}")
+                self.refuse(name, f"at least {low}" if high == math.inf else f"in [{low}, {high}]")
+
+    def check_words(self) -> None:
+        """Raises UserError for a setting that is none of the words in its `Literal` annotation."""
+        try:
+            annotations = get_type_hints(type(self))
+        except NameError:  # a subclass elsewhere names what only type checkers import
+            return
+        for name, annotation in annotations.items():
+            if get_origin(annotation) is Literal and not fits(getattr(self, name), annotation):
+                self.refuse(name, " or ".join(get_args(annotation)))
+
+    def refuse(self, name: str, allowed: str) -> NoReturn:
+        raise UserError(f"{self.owner or type(self).__name__}.{name} must be {allowed}, got {getattr(self, name)}")
 
 
 @dataclass
@@ -65,7 +77,7 @@ class Request:
     answers: dict[int, Generation] = field(init=False, default_factory=dict)  # those that are complete
 
     def advanced(self, index: int, tokens: list[int]) -> bool:
-        """Takes the tokens of an answer so far; returns whether a stop string ends the answer."""
+        """Takes the tokens of an answer so far; returns whether a stop string ends it."""
         cut = None if self.stop is None else self.stop.find(index, tokens)
         if self.on_block is not None:
             self.check()
@@ -104,7 +116,6 @@ class Generation:
 
     @property
     def new_tokens(self) -> int:
-        """How many tokens were decoded."""
         return len(self.tokens)
 
     def as_json(self, prompt: str, **more: Any) -> str:
@@ -144,16 +155,15 @@ class Sampler(Configurable, ABC):
         on_block: OnBlock | None = None,
         on_answer: OnAnswer | None = None,
     ) -> list[Generation]:
-        """Decodes prompts to their own ends and returns the answers in the prompts' order.
+        """Decodes prompts, token ids or texts, to their own ends and returns the answers in the prompts' order.
 
         Raises UserError for a prompt or setting that cannot be, `NotFinite` when logits are NaN or infinite.
 
         Args:
             model: A `Transformer`, or a module that holds one as `.transformer` (a `DiffusionLM`).
-            prompts: Token ids or, with a tokenizer, texts.
-            tokenizer: Encodes text prompts and decodes the answers.
+            tokenizer: For text prompts, stop strings and the answers' texts; the model's own when None.
             max_new_tokens: Overrides the sampler's limit.
-            stop: Texts that an answer ends before; needs a tokenizer.
+            stop: Texts that an answer ends before.
             suppress: Token ids that are never produced. Without a terminator an answer runs into its limit.
             on_block: Called with (prompt index, the answer's tokens so far) each time a row gets further. A later call
                 may have fewer tokens: those that turn out to begin a stop string are taken back.
@@ -230,16 +240,16 @@ def finite_logits(model: Transformer) -> Iterator[Callable[[], None]]:
 
     Each forward leaves one number on the device; the function waits for it, so it is called only with an answer.
     """
-    largest: list[Tensor] = []
+    largest: Tensor | None = None
 
     def watch(head: Any, inputs: Any, logits: Tensor) -> None:
+        nonlocal largest
         if logits.numel():
-            largest.append(logits.aminmax().max)  # NaN when any is; amax is slower in 16 bits
-        if len(largest) > 1:
-            largest[:] = [torch.maximum(*largest)]
+            most = logits.aminmax().max  # NaN when any is; amax is slower in 16 bits
+            largest = most if largest is None else torch.maximum(largest, most)
 
     def check() -> None:
-        if largest and not largest[0].isfinite():
+        if largest is not None and not largest.isfinite():
             raise NotFinite(
                 "the model's predictions are not numbers (NaN or infinite): its training diverged, or its numbers are "
                 "too large for its type; take an earlier checkpoint, or weights in bfloat16 or float32"
@@ -250,9 +260,6 @@ def finite_logits(model: Transformer) -> Iterator[Callable[[], None]]:
         yield check
     finally:
         handle.remove()
-
-
-# -- what a checkpoint remembers ---------------------------------------------------------------------------------------
 
 
 def last_sampler(callbacks: Iterable[Any]) -> Sampler | None:
@@ -298,9 +305,7 @@ def sampler_from_config(config: Any) -> Sampler:
 def _build(config: Any, expected: type[Any]) -> Any:
     described = isinstance(config, dict) and "class_path" in config and set(config) <= {"class_path", "init_args"}
     if not described or not isinstance(config.get("init_args"), dict | None):
-        raise UserError(
-            "the checkpoint's sampler is not described by class_path and init_args: pass one with --sampler"
-        )
+        raise UserError("the checkpoint's sampler is not described by class_path and init_args: pass --sampler")
     path = str(config["class_path"])
     kind = _OWN.get(path.rpartition(".")[2])
     if kind is None or inspect.isabstract(kind) or not path.startswith(_PACKAGE):
@@ -309,25 +314,19 @@ def _build(config: Any, expected: type[Any]) -> Any:
         )
     if not issubclass(kind, expected):
         raise UserError(f"the checkpoint's sampler is damaged: {path} is no {expected.__name__}; pass --sampler")
-    known, types = inspect.signature(kind).parameters, get_type_hints(kind)
-    arguments = {}
-    for name, value in (config.get("init_args") or {}).items():
-        if name not in known:
-            raise UserError(f"the checkpoint's sampler is damaged: {kind.__name__} has no setting {name}")
-        arguments[name] = _argument(kind.__name__, name, value, types[name])
+    given, types = config.get("init_args") or {}, get_type_hints(kind)
+    arguments = {name: _argument(kind.__name__, name, value, types.get(name)) for name, value in given.items()}
     try:
         return kind(**arguments)
-    except TypeError as error:  # one is missing
+    except TypeError as error:  # a setting is missing, or may not be given
         raise UserError(f"cannot build the checkpoint's sampler {path}: {error}") from error
 
 
 def _argument(owner: str, name: str, value: Any, annotation: Any) -> Any:
-    """Returns the argument that a checkpoint gives for a parameter of this annotation."""
     alternatives = get_args(annotation) or (annotation,)
-    if isinstance(value, dict):
-        for one in alternatives:
-            if isinstance(one, type) and issubclass(one, Configurable):
-                return _build(value, one)
+    kinds = [one for one in alternatives if isinstance(one, type) and issubclass(one, Configurable)]
+    if isinstance(value, dict) and kinds:
+        return _build(value, kinds[0])
     if isinstance(value, str) and str in alternatives:
         raise UserError(
             f"the checkpoint's sampler {owner} names {name} {value!r}, and a checkpoint may not name other files: name "

@@ -80,7 +80,7 @@ class BlockEngine(Engine[AnyRow]):
         self.offsets = torch.arange(sampler.block_length, device=self.device)
 
     def start(self, slot: int) -> None:
-        """Opens the block behind the row's finished tokens."""
+        """Opens the block behind the row's finished tokens, after the prompt and after each block."""
         row = self.rows[slot]
         finished = int(self.cache.lengths[slot]) + row.pending
         self.canvas[slot, finished:] = self.mask_id  # drafts, and tokens behind a terminator that was edited away
@@ -88,7 +88,7 @@ class BlockEngine(Engine[AnyRow]):
         row.steps = 0
 
     def next_width(self, slot: int, finished: int) -> int:
-        """Returns how wide a row's block behind its first `finished` tokens is."""
+        """Returns the width of a row's block behind its first `finished` tokens."""
         row, length = self.rows[slot], self.sampler.block_length
         width = length - finished % length if self.sampler.grid == "absolute" else length
         width = min(width, row.prompt_length + self.limit - finished)
@@ -112,7 +112,7 @@ class BlockEngine(Engine[AnyRow]):
         return self.read(batch, batch.pending + batch.width, batch.pending)
 
     def predict(self, batch: Batch[AnyRow], hidden: Tensor) -> None:
-        """Predicts the active blocks, applies the policy, ends blocks and rows that are complete."""
+        """Takes the active blocks one denoising step further; ends blocks and rows that are complete."""
         cells, nfe, view = self.view_blocks(batch, hidden)
         decision = self.decide(batch, view)
         step = take_step(view, decision, self.mask_id, self.terminators, self.sampler.terminator_last)
@@ -177,6 +177,44 @@ class BlockEngine(Engine[AnyRow]):
         self.start(slot)
 
 
+class CopyEngine(BlockEngine[AnyRow]):
+    """Rows `prompt | finished blocks | active block | copy 1 | copy 2 ... | masks`.
+
+    In a forward the copies, versions of the block, stand where the block stands: they repeat its rotary positions.
+    """
+
+    @abstractmethod
+    def copies(self, row: AnyRow, width: int) -> int:
+        """Returns how many copies of a row's block the next forward reads."""
+
+    @abstractmethod
+    def sees(self, copy: Tensor, positions: Tensor) -> Tensor:
+        """Returns what each token of a window sees of the window [R, L, L].
+
+        `copy` [R, L] is the copy each token belongs to, 0 for the block itself and what is left of it.
+        """
+
+    def read_window(self, batch: Batch[AnyRow]) -> Tensor:
+        copies = [self.copies(row, width) for row, width in zip(batch.rows, batch.width.tolist(), strict=True)]
+        if not any(copies):
+            return super().read_window(batch)
+        counts = torch.stack((self.cache.lengths, batch.pending, batch.width, torch.tensor(copies)))
+        longest = int((batch.pending + batch.width * (1 + counts[3])).max())
+        start, pending, width, number = counts.to(self.device)[:, :, None]
+        place = torch.arange(longest, device=self.device)
+        inside = place - pending  # [R, L], below 0 for what is left of the block
+        copy = inside.div(width.clamp_min(1), rounding_mode="floor").clamp_min(0)
+        positions = start + place - copy * width
+        seen, real = self.sees(copy, positions), inside < width * (1 + number)
+        if self.model.config.causal_context:  # pending tokens see their own left alone
+            seen = seen & ~((inside < 0)[:, :, None] & (positions[:, None] > positions[:, :, None]))
+        seen = (seen & real[:, None]) | ~real[:, :, None]  # padding sees everything, so no softmax is empty
+        self.cache.open(longest, positions=positions, seen=seen)
+        hidden = self.model.hidden_states(self.canvas.gather(1, start + place), cache=self.cache)
+        self.cache.advance(batch.pending)
+        return hidden
+
+
 @dataclass(eq=False)
 class BlockDiffusionSampler(EngineSampler):
     """Decodes block by block until each row's own terminator.
@@ -209,5 +247,5 @@ class BlockDiffusionSampler(EngineSampler):
 
     @property
     def blocks_per_forward(self) -> int:
-        """How many blocks of a row a forward predicts, at most."""
+        """Most blocks of a row that a forward predicts."""
         return 1

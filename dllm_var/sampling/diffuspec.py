@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dllm_var.errors import UserError
 from dllm_var.files import read_text
 from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.transformer import Transformer
@@ -26,10 +25,10 @@ CONCENTRATION = 4.0  # how many counts the shorter context's prediction is worth
 
 
 class NGramModel:
-    """Counts of n-grams in a request's text, and in one that all requests share, as a causal language model.
+    """A causal language model: counts of n-grams in a request's text, and in one that all requests share.
 
-    Each order is smoothed with the next shorter one's prediction (Dirichlet prior, MacKay and Peto 1995), single tokens
-    with the uniform distribution, one count each.
+    Each order is smoothed with the next shorter one (Dirichlet prior, MacKay and Peto 1995), single tokens with the
+    uniform distribution, one count each.
     """
 
     def __init__(self, vocab_size: int, shared: NGramModel | None = None) -> None:
@@ -46,7 +45,6 @@ class NGramModel:
                 self.counts.update([(*behind, row[place]), (*behind, None)])
 
     def log_probability(self, context: Sequence[int], token: int) -> float:
-        """Returns the logarithm of a token's probability behind a context, of which the last two tokens count."""
         probability = 1 / self.vocab_size
         for length in range(min(len(context), ORDER - 1) + 1):
             behind = context[len(context) - length :]
@@ -93,20 +91,17 @@ def search_path(
 
 @dataclass(eq=False)
 class SpeculativeRow(Row):
-    """A row with its n-gram model, and with how its drafts have fared."""
-
     tokens: list[int] = field(default_factory=list)  # the prompt and the answer so far
     draft_length: int = 0  # most tokens of the next draft
     mean_drafted: float = 0.0  # running mean of how many tokens the drafter put before its end
     mean_accepted: float = 0.0  # running mean of how many tokens of a draft were accepted
-    proxy: NGramModel | None = None  # None in an idle slot
+    proxy: NGramModel = field(default_factory=lambda: NGramModel(1))
 
 
 class SpeculativeEngine(Engine[SpeculativeRow]):
-    """Rows with two caches; the canvas is the row, then its draft, then masks.
+    """Rows `prompt | answer | draft | masks` with two caches.
 
-    The model's cache holds all of a row but its newest token. The drafter's lacks all that came since the last draft: a
-    forward takes that and the masks behind it, and keeps the keys and values of the former.
+    The model's cache holds all of a row but its newest token; the drafter's lacks all that came since the last draft.
     """
 
     sampler: DiffuSpecSampler
@@ -131,7 +126,6 @@ class SpeculativeEngine(Engine[SpeculativeRow]):
         row.proxy.add(row.tokens)
 
     def forward(self, batch: Batch[SpeculativeRow]) -> None:
-        """Takes rows one draft and its verification further."""
         drafts, lengths = self._draft(batch)
         for slot, row, draft in zip(batch.slots, batch.rows, drafts, strict=True):
             self._write(slot, len(row.tokens), draft)
@@ -157,21 +151,20 @@ class SpeculativeEngine(Engine[SpeculativeRow]):
         # The draft's one wait for the device; a double holds any token id.
         table = torch.stack((top.indices.double(), top.values.double().masked_fill(outside, -math.inf)), dim=2).tolist()
         options = iter([[(int(token), log_p) for token, log_p in line if log_p > -math.inf] for line in table])
-        sampler, drafts, lengths = self.sampler, list[list[int]](), list[int]()
+        search = (self.sampler.beam, self.sampler.mix, self.terminators)
+        drafts, lengths = list[list[int]](), list[int]()
         for row, number in zip(batch.rows, wanted, strict=True):
             row.auxiliary_nfe += number > 0
             candidates = [next(options) for _ in range(number)]
             best = [position[0][0] for position in candidates]
             lengths.append(next((n for n, token in enumerate(best) if token in self.terminators), number))
-            search = (sampler.beam, sampler.mix, self.terminators)
-            path = [] if row.proxy is None else search_path(candidates, row.tokens[-2:], row.proxy, *search)
-            drafts.append(path)
+            drafts.append(search_path(candidates, row.tokens[-2:], row.proxy, *search))
         return drafts, lengths
 
     def _predict(
         self, batch: Batch[SpeculativeRow], model: Transformer, cache: KVCache, behind: Tensor, before: int = 0
     ) -> Tensor:
-        """Reads what a cache lacks of each row, to be kept, and the `behind` [R] tokens of the canvas behind it.
+        """Reads what a cache lacks of each row, and the `behind` [R] tokens of the canvas behind it, which it drops.
 
         Returns the logits [M, V] at the latter, and at the last `before` of the former, of all rows in use.
         """
@@ -184,8 +177,7 @@ class SpeculativeEngine(Engine[SpeculativeRow]):
         return self.score(model, hidden, places.to(self.device), where.to(self.device), int(counts.sum()))[1]
 
     def _write(self, slot: int, place: int, tokens: list[int]) -> None:
-        written = torch.tensor(tokens, dtype=torch.long, device=self.device)
-        self.canvas[slot, place : place + len(tokens)] = written
+        self.canvas[slot, place : place + len(tokens)] = torch.tensor(tokens, dtype=torch.long, device=self.device)
 
     def _accept(self, slot: int, draft: list[int], drafted: int, said: list[int]) -> None:
         """Adds what the model confirms of a draft and its own next token; ends the row when it is complete."""
@@ -194,8 +186,11 @@ class SpeculativeEngine(Engine[SpeculativeRow]):
         new = said[: accepted + 1]
         end = next((n for n, token in enumerate(new) if token in self.terminators), None)
         new = new[:end]
-        self._adapt(row, drafted, accepted)
-        assert row.proxy is not None
+        # The next draft's length, from running means of the last ones (equations 10 and 11).
+        row.mean_drafted += SMOOTHING * (drafted - row.mean_drafted)
+        row.mean_accepted += SMOOTHING * (accepted - row.mean_accepted)
+        length = int(row.mean_drafted) + (GROWTH if row.mean_accepted >= row.mean_drafted else 0)
+        row.draft_length = min(max(length, self.sampler.shortest_draft), self.sampler.longest_draft)
         row.proxy.add(new, row.tokens[-(ORDER - 1) :])
         row.tokens += new
         stop = len(row.tokens)
@@ -205,22 +200,14 @@ class SpeculativeEngine(Engine[SpeculativeRow]):
         reason = "eos" if end is not None else "length" if stop - row.prompt_length == self.limit else None
         self.tell(slot, stop, reason)
 
-    def _adapt(self, row: SpeculativeRow, drafted: int, accepted: int) -> None:
-        """Sets the length of the row's next draft from running means of the last ones (equations 10 and 11)."""
-        row.mean_drafted += SMOOTHING * (drafted - row.mean_drafted)
-        row.mean_accepted += SMOOTHING * (accepted - row.mean_accepted)
-        length = int(row.mean_drafted) + (GROWTH if row.mean_accepted >= row.mean_drafted else 0)
-        row.draft_length = min(max(length, self.sampler.shortest_draft), self.sampler.longest_draft)
-
 
 @dataclass(eq=False)
 class DiffuSpecSampler(EngineSampler):
     """Decodes an autoregressive model greedily; a diffusion model drafts for it, many tokens at once.
 
-    One forward of the drafter predicts the next tokens all at once. A beam search picks the draft that also a causal
-    n-gram model finds likely. The longest part of it that the model would have said itself is accepted, and the token
-    that the model says behind it. So the text is the model's own, token for token. When decoding starts, it raises
-    UserError if there is no such checkpoint or file, or the drafter is no diffusion model or has another tokenizer.
+    One forward of the drafter predicts the next tokens. A beam search picks the draft that also a causal n-gram model
+    finds likely. The longest part of it that the model would have said itself is accepted, and the token that the
+    model says behind it. So the text is the model's own, token for token.
 
     Args:
         drafter: Checkpoint of a diffusion model with the same tokenizer: run folder, `.ckpt` or exported folder.
@@ -257,12 +244,11 @@ class DiffuSpecSampler(EngineSampler):
         self.check_range(self.shortest_draft, math.inf, "longest_draft")
         self.check_range(0, 1, "mix")
         if not 0 < self.nucleus <= 1:
-            raise UserError(f"sampler.nucleus must be in (0, 1], got {self.nucleus}")
+            self.refuse("nucleus", "in (0, 1]")
         self.auxiliary = AuxiliaryModel("drafter", self.drafter, causal=False)
         self._shared: NGramModel | None = None
 
     def counts(self, vocab_size: int) -> NGramModel | None:
-        """Returns the n-gram model of the corpus, counted once; None without a corpus."""
         if self.corpus is not None and self._shared is None:
             lines = [line for line in read_text(Path(self.corpus)).splitlines() if line.strip()]
             tokenizer, self._shared = self.auxiliary.loaded[1], NGramModel(vocab_size)

@@ -55,8 +55,8 @@ class Batch(Generic[AnyRow]):
 class Engine(ABC, Generic[AnyRow]):
     """One call of `generate`: the rows in flight, forward after forward, until every prompt has its answer.
 
-    A subclass says what happens in a forward; it calls `tell` when a row gets further, which also ends rows. The cache
-    has room for the longest prompt, the longest answer and `slack` tokens.
+    A subclass says what happens in a forward; it calls `tell` when a row gets further, which also ends rows. Canvas and
+    caches have room for the longest prompt, the longest answer and `slack` tokens.
     """
 
     row_class: type[AnyRow] = Row  # type: ignore[assignment]
@@ -81,8 +81,8 @@ class Engine(ABC, Generic[AnyRow]):
         self.capacity = max(map(len, prompts), default=0) + self.limit + slack
         self.canvas = torch.full((slots, self.capacity), self.mask_id, device=self.device)  # tokens, then masks
         self.committed_at = torch.zeros_like(self.canvas)  # the forward that committed each token
-        self.initial: State = {}  # the policy's memory of a new block,
-        self.state: State = {}  # and that of each slot's block
+        self.initial: State = {}  # the policy's memory of a new block
+        self.state: State = {}  # the memory of each slot's blocks
         self.caches: list[KVCache] = []
 
     @abstractmethod
@@ -90,10 +90,10 @@ class Engine(ABC, Generic[AnyRow]):
         """Runs the model once over newly filled slots, or over all of them."""
 
     def start(self, slot: int) -> None:
-        """Prepares what a row decodes next; called when it is admitted."""
+        """Prepares an admitted row."""
 
     def add_cache(self, model: Transformer, capacity: int | None = None) -> KVCache:
-        """Returns a new cache for the rows' tokens in a model; its slots are freed and dropped with the rows."""
+        """Returns a new cache for a model, whose slots are freed and dropped with the rows."""
         self.caches.append(model.new_cache(len(self.rows), capacity or self.capacity))
         return self.caches[-1]
 
@@ -101,23 +101,19 @@ class Engine(ABC, Generic[AnyRow]):
 
     @property
     def active(self) -> list[int]:
-        """The slots in use."""
         return [slot for slot, row in enumerate(self.rows) if row.index >= 0]
 
     @property
     def free(self) -> list[int]:
-        """The slots not in use."""
         return [slot for slot, row in enumerate(self.rows) if row.index < 0]
 
     def batch(self, slots: list[int] | None = None) -> Batch[AnyRow]:
-        """Returns a forward's rows: those of these slots, or of all."""
         where = list(range(len(self.rows))) if slots is None else slots
         rows = [self.rows[slot] for slot in where]
         pending, width = torch.tensor([(row.pending, row.width) for row in rows]).unbind(1)
         return Batch(where, rows, None if slots is None else torch.tensor(slots), pending, width)
 
     def run(self) -> list[Generation]:
-        """Decodes all prompts and returns the answers in their order."""
         while self.waiting or self.active:
             if len(self.active) + len(self.waiting) <= KEPT_BELOW * len(self.rows):
                 self.compact(sorted([*self.active, *self.free[: len(self.waiting)]]))
@@ -133,10 +129,9 @@ class Engine(ABC, Generic[AnyRow]):
             return
         for slot in slots:
             index = self.waiting.popleft()
-            prompt = self.prompts[index]
-            length = len(prompt)
+            length = len(self.prompts[index])
             self.canvas[slot] = self.mask_id
-            self.canvas[slot, :length] = torch.tensor(prompt, device=self.device)
+            self.canvas[slot, :length] = torch.tensor(self.prompts[index], device=self.device)
             self.committed_at[slot] = 0
             self.rows[slot] = self.row_class(index, self.keys[index], length, time.perf_counter(), pending=length)
             self.start(slot)
@@ -158,13 +153,13 @@ class Engine(ABC, Generic[AnyRow]):
         if reason is None and self.request.on_block is None and self.request.stop is None:
             return False
         tokens = self.canvas[slot, row.prompt_length : stop].tolist()
-        stopped = self.request.advanced(row.index, tokens)
-        if reason is not None or stopped:
-            self.end(slot, tokens, reason or "stop")
-        return reason is not None or stopped
+        if self.request.advanced(row.index, tokens):
+            reason = reason or "stop"
+        if reason is not None:
+            self.end(slot, tokens, reason)
+        return reason is not None
 
     def end(self, slot: int, tokens: list[int], reason: str) -> None:
-        """Hands on a row's answer and frees its slot."""
         row = self.rows[slot]
         answer = self.answer(slot, tokens, reason)
         self.rows[slot] = self.row_class()
@@ -212,11 +207,11 @@ class Engine(ABC, Generic[AnyRow]):
     def score(
         self, model: Transformer, hidden: Tensor, places: Tensor, where: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
-        """Runs a model's output head at the positions `where` [R, K] of blocks, and nowhere else.
+        """Runs a model's output head at the `count` positions `where` [R, K] of blocks, and nowhere else.
 
-        They stand at `places` [R, K] of the flattened forward `hidden` [R, L, hidden]; their `count` is known
-        beforehand, so that the device need not be asked. Returns their indices in the flattened blocks [M], and their
-        logits [M, V] in float32: -inf for tokens that may not appear.
+        They stand at `places` [R, K] of the flattened forward `hidden` [R, L, hidden]. Returns their indices in the
+        flattened blocks [M], and their logits [M, V] in float32: -inf for tokens that may not appear. The device need
+        not be asked for the count, which the caller knows.
         """
         places, hidden = places.reshape(-1), hidden.flatten(0, 1)
         if count == places.numel():
@@ -237,7 +232,7 @@ class Engine(ABC, Generic[AnyRow]):
         self.state = {name: value.expand(rows, blocks, *value.shape).clone() for name, value in self.initial.items()}
 
     def memory(self, batch: Batch[AnyRow], step: Tensor) -> State:
-        """Returns the policy's memory of the batch's blocks [R, ...], a new one for blocks at their first `step`."""
+        """Returns the policy's memory of the batch's blocks [R, ...], a new one where `step` is 0."""
         found = {}
         for name, initial in self.initial.items():
             first = (step == 0).view(-1, *[1] * initial.dim())
@@ -245,12 +240,11 @@ class Engine(ABC, Generic[AnyRow]):
         return found
 
     def remember(self, batch: Batch[AnyRow], memory: State) -> None:
-        """Keeps what the policy has made of `memory`."""
         for name, value in memory.items():
             self.state[name][batch.slots] = value.view(-1, *self.state[name].shape[1:])
 
     def scored(self, row: AnyRow) -> int:
-        """Returns how many positions of a row's block the policy sees scored."""
+        """Returns how many positions of a row have logits in the policy's view."""
         return row.width if self.policy.scores_committed else row.left
 
     def view(
@@ -284,7 +278,6 @@ class Engine(ABC, Generic[AnyRow]):
         return self.sampler.draw(view.scored_logits, keys)
 
     def decide(self, batch: Batch[AnyRow], view: BlockView) -> Decision:
-        """Returns what becomes of the blocks."""
         memory = self.memory(batch, view.step)
         decision = self.policy.decide(view, memory)
         self.remember(batch, memory)
@@ -320,15 +313,16 @@ class EngineSampler(Sampler):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self.check_words()
         self.check_range(1, math.inf, "max_new_tokens", "batch_size")
         self.check_range(0, math.inf, "temperature", "top_k")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"sampler.top_p must be in (0, 1], got {self.top_p}")
+            self.refuse("top_p", "in (0, 1]")
 
     @property
     @abstractmethod
     def engine(self) -> type[Engine[Any]]:
-        """The class that decodes; subclasses set it as a class attribute."""
+        """The engine's class; subclasses set it as a class attribute."""
 
     def draw(self, logits: Tensor, keys: Tensor) -> Tensor:
         """Returns one drawn token per position [M], from its logits [M, V] and the number of its draw [M]."""

@@ -41,7 +41,6 @@ class CanvasEngine(Engine[Row]):
             super().compact(kept)
 
     def forward(self, batch: Batch[Row]) -> None:
-        """Denoises the block by one step, for all rows together; goes on to the next block when no row has masks."""
         if self.step == 0:
             self._open_block()
         batch = batch if batch.index is None else self.batch()
@@ -72,9 +71,8 @@ class CanvasEngine(Engine[Row]):
             self._end_block()
 
     def _open_block(self) -> None:
-        """Opens the block at `offset` in every row; before the first one, lays out the group."""
         prompt_lengths = torch.tensor([row.prompt_length for row in self.rows])
-        if self.offset == 0:
+        if self.offset == 0:  # a new group
             self.row_lengths = prompt_lengths + self.limit
             self.width = int(self.row_lengths.max())
             lengths = self.row_lengths.to(self.device)
@@ -101,10 +99,7 @@ class CanvasEngine(Engine[Row]):
             self.tell(slot, start + end, reason if last else None)
 
     def _read(self, done: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns hidden states [R, L, hidden] of a step's forward, and where in them the block is [R, K].
-
-        `done` says whose block is full [R]; the forward is for the others.
-        """
+        """Returns hidden states [R, L, hidden] and where in them the block is [R, K]; `done` are rows without masks."""
         kind, width, tokens = self.sampler.cache, self.place.size(1), self.canvas[:, : self.width]
         if kind == "none":
             return self.model.hidden_states(tokens, segment_ids=self.segments), self.place
@@ -132,7 +127,7 @@ class CanvasEngine(Engine[Row]):
     def _open_unsettled(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Opens a forward of what is masked or has just changed; returns its positions [R, L], and the block's [R, K].
 
-        A row with fewer such positions than the widest keeps its padding behind the canvas, where nobody looks.
+        The padding of a row with fewer such positions is stored behind the canvas, where nobody looks.
         """
         run = self.real & ~self.settled
         number = run.sum(dim=1, keepdim=True)

@@ -9,8 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dllm_var.sampling.block_copies import CopyEngine
-from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockLengthPolicy
+from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockLengthPolicy, CopyEngine
 from dllm_var.sampling.engine import Batch, Row
 from dllm_var.sampling.policies import ONE_AT_A_TIME, BlockView, FixedSteps
 from dllm_var.sampling.policies.base import State, Step, take_step
@@ -18,10 +17,8 @@ from dllm_var.sampling.policies.base import State, Step, take_step
 
 @dataclass(eq=False)
 class DraftRow(Row):
-    """A row with drafts of its block, and with masked positions in all of them."""
-
-    drafts: int = 0
-    masks_in_drafts: int = 0
+    drafts: int = 0  # of its block
+    masks_in_drafts: int = 0  # masked positions in all of them
 
 
 class FreeDaveEngine(CopyEngine[DraftRow]):
@@ -53,7 +50,7 @@ class FreeDaveEngine(CopyEngine[DraftRow]):
         return copy[:, :, None] == copy[:, None]
 
     def predict(self, batch: Batch[DraftRow], hidden: Tensor) -> None:
-        """Goes along the drafts while they are right, and drafts anew from the last right one's prediction."""
+        """Accepts the drafts that are right, and drafts anew from the last right one's prediction."""
         cells, nfe, view = self.view_blocks(batch, hidden)
         rows, depth = len(batch.rows), self.sampler.drafts
         versions, real = view.tokens.view(rows, depth, -1), view.changeable.view(rows, depth, -1)

@@ -17,10 +17,7 @@ from dllm_var.sampling.policies import BlockView, Decision, Sequential, Unmaskin
 
 
 class GuidedEngine(BlockEngine[Row]):
-    """Blocks fill from left to right.
-
-    The guide keeps in its cache all it has read of a row; the rejected part of a proposal is overwritten by the next.
-    """
+    """The guide's cache keeps all it has read of a row; the next proposal overwrites the rejected part of the last."""
 
     sampler: GuidedSampler
 
@@ -71,9 +68,7 @@ class GuidedSampler(BlockDiffusionSampler):
 
     Each step proposes the most likely token at every masked position of the block. One forward of the guide reads the
     proposal; from left to right, positions are committed while the guide's most likely token is the proposed one, the
-    leftmost masked one in any case. The tokens are always the diffusion model's own (FlashDLM, arXiv 2505.21467). When
-    decoding starts, it raises UserError if there is no such checkpoint, or it is not autoregressive or has another
-    tokenizer.
+    leftmost masked one in any case. The tokens are always the diffusion model's own (FlashDLM, arXiv 2505.21467).
 
     Args:
         guide: Checkpoint of an autoregressive model with the same tokenizer: run folder, `.ckpt` or exported folder.

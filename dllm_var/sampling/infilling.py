@@ -21,13 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Infilling(Generation):
-    """One text with its gaps filled; the finish reason is `filled`.
+    """One text with its gaps filled: `tokens` is all of it, `commit_steps` 0 where given, `finish_reason` `filled`."""
 
-    `tokens` is the whole text without its prompt; `commit_steps` is 0 for given tokens; `gaps` has the tokens of each
-    gap, from left to right.
-    """
-
-    gaps: list[list[int]] = field(default_factory=list)
+    gaps: list[list[int]] = field(default_factory=list)  # the tokens of each gap, from left to right
 
     @property
     def new_tokens(self) -> int:
@@ -46,23 +42,17 @@ def infill(
     on_answer: OnAnswer | None = None,
     **settings: Any,
 ) -> list[Infilling]:
-    """Fills the gaps of texts by denoising them alone, all gaps of a text together.
+    """Fills the gaps of texts, token ids with the mask id wherever a token is wanted, all gaps of a text together.
 
     Every forward reads prompt and text whole. Given tokens stay as they are; terminators and the mask are never put in
     a gap. Raises UserError when the model reads left to right, a text has no gap, or a setting is out of range.
 
     Args:
-        model: A `Transformer`, or a module that holds one as `.transformer` (a `DiffusionLM`).
-        texts: Token ids with the mask id wherever a token is wanted.
-        policy: Decides which gap positions become tokens at each step: it sees a text's gaps, one behind the other, as
-            its block. `ConfidenceThreshold(0.9)` when None.
+        policy: Sees a text's gaps, one behind the other, as its block; `ConfidenceThreshold(0.9)` when None.
         prompts: What stands before each text; nothing when None.
         block_length: Shows a text's end as block diffusion does, by masks behind it up to the end of its last block; at
             least one, where the terminator would be. Nothing is behind it when None.
-        tokenizer: Decodes the texts.
-        suppress: Further token ids that are never produced.
-        on_answer: Called with (index, infilling) once for each text, when it is full.
-        settings: `batch_size`, `temperature`, `top_k`, `top_p` and `seed`, as those of every sampler.
+        settings: `batch_size`, `temperature`, `top_k`, `top_p` and `seed`; the other arguments are those of `generate`.
     """
     transformer = getattr(model, "transformer", model)
     if transformer.config.causal or transformer.config.causal_context:
@@ -106,7 +96,6 @@ class GapEngine(Engine[Row]):
         row.left = row.width = len(self.places[row.index])
 
     def forward(self, batch: Batch[Row]) -> None:
-        """Reads all texts whole and denoises their gaps by one step."""
         batch = batch if batch.index is None else self.batch()
         table = []
         for row in batch.rows:

@@ -19,11 +19,9 @@ _FORWARDS_PER_BLOCK = 1 << 16  # what tells the draws of blocks in one forward a
 
 @dataclass(eq=False)
 class OpenBlock:
-    """A block that is being decoded: its width, its masked positions and the denoising steps it has had."""
-
     width: int
-    left: int
-    steps: int = 0
+    left: int  # masked positions
+    steps: int = 0  # denoising steps so far
 
 
 @dataclass(eq=False)
@@ -33,22 +31,20 @@ class MultiBlockRow(Row):
     open: list[OpenBlock] = field(default_factory=list)
 
     def add_up(self) -> None:
-        """Brings `width` and `left` up to date."""
         self.width, self.left = sum(block.width for block in self.open), sum(block.left for block in self.open)
 
 
 class MultiBlockEngine(BlockEngine[MultiBlockRow]):
-    """Rows `prompt | finished | leading block | next block | ... | masks`.
+    """Rows `prompt | finished | leading block | next block | ... | masks`, of which at most B blocks are open.
 
-    To the policy each open block is a row of its own, with a memory of its own, so every policy serves. The leading
-    block gets what the base sampler would give it; see `_commit` for those behind it. B is the most blocks open.
+    To the policy each open block is a row of its own, with a memory of its own, so every policy serves.
     """
 
     sampler: MultiBlockSampler
     row_class = MultiBlockRow
 
     def start(self, slot: int) -> None:
-        """Makes the row's first open block the leading one; opens it when there is none."""
+        """Opens a leading block when the row has no other open one."""
         row = self.rows[slot]
         if not row.open:
             super().start(slot)
@@ -63,7 +59,7 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
         return found + [(start, 0, 0, 0)] * (self.sampler.blocks - len(found))
 
     def predict(self, batch: Batch[MultiBlockRow], hidden: Tensor) -> None:
-        """Predicts all open blocks, applies the policy to each, ends blocks and rows, and opens further blocks."""
+        """Takes all open blocks one denoising step further; ends blocks and rows, and opens further blocks."""
         cells, nfe, view = self.view_blocks(batch, hidden)
         decision = self.decide(batch, view)
         tokens, masked, written, ends = self._commit(view, decision)
@@ -120,8 +116,8 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
     def _settle_row(self, slot: int, end: int, left: list[int], kept: list[int]) -> None:
         """Ends a row after a step, or its first blocks, if they are over.
 
-        `end` is where its answer ends, counted as if all blocks were of full width, or -1; `left` are the masks of each
-        block [B], and `kept` says which blocks the policy keeps open [B].
+        `end` is where its answer ends as if all blocks were of full width, or -1; `left` are the masks of each block
+        [B], and `kept` says which blocks the policy keeps open [B].
         """
         row = self.rows[slot]
         for block, masks in zip(row.open, left, strict=False):
@@ -148,7 +144,7 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
             self.end_block(slot, -1)
 
     def _open_block(self, slot: int) -> None:
-        """Opens one more block in a row whose last open one is decoded far enough."""
+        """Opens a further block when the row's last open one is decoded far enough."""
         row, last = self.rows[slot], self.rows[slot].open[-1]
         if len(row.open) == self.sampler.blocks or 1 - last.left / max(last.width, 1) < self.sampler.open_at:
             return

@@ -8,8 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dllm_var.sampling.block_copies import CopyEngine
-from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockLengthPolicy
+from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockLengthPolicy, CopyEngine
 from dllm_var.sampling.engine import Row
 from dllm_var.sampling.policies.base import UnmaskingPolicy
 from dllm_var.sampling.policies.remasking import RevokableThreshold

@@ -5,8 +5,9 @@ import sys
 import pytest
 
 from dllm_var.errors import UserError
-from dllm_var.sampling import BlockDiffusionSampler
+from dllm_var.sampling import BlockDiffusionSampler, FixedLengthSampler, FixedSteps, FreeDaveSampler, WinoSampler
 from dllm_var.sampling.base import sampler_from_config, sampler_to_config
+from dllm_var.sampling.policies import SchED
 
 SAMPLER = "dllm_var.sampling.BlockDiffusionSampler"
 
@@ -45,7 +46,7 @@ def test_a_class_is_known_by_the_longer_path_of_earlier_versions():
         ({"class_path": "dllm_var.sampling.infilling._GapFiller"}, "which is not part"),
         ({"class_path": "dllm_var.sampling_of_mine.BlockDiffusionSampler"}, "which is not part"),
         (policy(), "is no Sampler"),
-        (described(colour=3), "has no setting colour"),
+        (described(colour=3), "cannot have colour=3"),
         (described(policy={"class_path": "my.Policy"}), "my.Policy, which is not part"),
         (described(policy="planted.Policy"), "cannot have policy='planted.Policy'"),
         (described(policy="planted.yaml"), "cannot have policy='planted.yaml'"),
@@ -70,3 +71,19 @@ def test_anything_else_is_refused_and_nothing_imported(config, message, tmp_path
     with pytest.raises(UserError, match=message):
         sampler_from_config(config)
     assert "planted" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "allowed"),
+    [
+        (BlockDiffusionSampler, {"grid": "page"}, "sampler.grid must be prompt or absolute, got page"),
+        (FixedLengthSampler, {"cache": "double"}, "sampler.cache must be none or prefix or dual or dkv or free"),
+        (FreeDaveSampler, {"kv_commit": "last_step"}, "sampler.kv_commit must be joint_next or alone"),
+        (WinoSampler, {"kv_commit": "last_step"}, "sampler.kv_commit must be joint_next or alone"),
+        (FixedSteps, {"score": "luck"}, "FixedSteps.score must be confidence or margin or entropy or random"),
+        (SchED, {"shape": "round"}, "SchED.shape must be cosine or linear or exponential"),
+    ],
+)
+def test_a_word_that_a_setting_does_not_know_is_refused(kind, setting, allowed):
+    with pytest.raises(UserError, match=allowed):
+        kind(**setting)

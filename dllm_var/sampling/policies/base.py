@@ -93,15 +93,14 @@ class BlockView:
     @cached_property
     def logit_margin(self) -> Tensor:
         """Top-1 minus top-2 logit [R, K]."""
-        top = self.scored_logits.topk(2, dim=-1).values
-        return self.spread(top[:, 0] - top[:, 1])
+        first, second = self.scored_logits.topk(2, dim=-1).values.T
+        return self.spread(first - second)
 
     @cached_property
     def probability_margin(self) -> Tensor:
         """Top-1 minus top-2 probability [R, K]."""
-        top = self.scored_logits.topk(2, dim=-1).values
-        probabilities = (top - self._normaliser[:, None]).exp()
-        return self.spread(probabilities[:, 0] - probabilities[:, 1])
+        first, second = (self.scored_logits.topk(2, dim=-1).values - self._normaliser[:, None]).exp().T
+        return self.spread(first - second)
 
 
 @dataclass
@@ -125,16 +124,12 @@ State = dict[str, Tensor]
 
 
 class UnmaskingPolicy(Configurable, ABC):
-    """Decides at each denoising step what becomes of each position of the block.
-
-    The engine, not the policy, sees to it that at least one position is committed when masks remain and nothing was
-    decided, that terminators wait for what is left of them, and that the mask token is never committed.
-    """
+    """Decides at each denoising step what becomes of each position of the block; `commit` has the engine's rules."""
 
     scores_committed = False  # whether committed positions get logits, too
 
     def initial_state(self, block_length: int) -> State:
-        """Returns the policy's memory of one row's block, which every new block begins with; no row dimension."""
+        """Returns the memory with which each row's new block begins, without a row dimension."""
         return {}
 
     @abstractmethod
@@ -167,7 +162,7 @@ class ConfidenceThreshold(UnmaskingPolicy):
 
 @dataclass
 class Step:
-    """The outcome of a denoising step; R rows, K positions."""
+    """The outcome of a denoising step."""
 
     tokens: Tensor  # [R, K], the mask id where masked
     masked: Tensor  # what is still masked [R, K]

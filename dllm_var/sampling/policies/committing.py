@@ -33,7 +33,7 @@ class ConfidenceFactor(UnmaskingPolicy):
 
     def __post_init__(self) -> None:
         if self.factor <= 0:
-            raise UserError(f"ConfidenceFactor.factor must be above 0, got {self.factor}")
+            self.refuse("factor", "above 0")
 
     def decide(self, view: BlockView, state: State) -> Decision:
         ordered = view.confidence.masked_fill(~view.masked, -1.0).sort(dim=1, descending=True).values
@@ -146,6 +146,7 @@ class FixedSteps(UnmaskingPolicy):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self.check_words()
         self.check_range(1, math.inf, "steps")
 
     def decide(self, view: BlockView, state: State) -> Decision:
@@ -263,6 +264,7 @@ class SchED(_EarlyExit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_words()
         if not (0 <= self.low <= self.high and self.rate > 0):
             raise UserError(f"SchED needs 0 <= low <= high and rate > 0, got {self.low}, {self.high} and {self.rate}")
 

@@ -7,14 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dllm_var.sampling.policies.base import (
-    BlockView,
-    Decision,
-    State,
-    UnmaskingPolicy,
-    mean_where,
-    top_n,
-)
+from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy, mean_where, top_n
 
 
 @dataclass(eq=False)
@@ -52,11 +45,10 @@ class Saber(UnmaskingPolicy):
 
     As in the paper, a step commits every masked position above the mean of the confidences with which the tokens that
     are committed now were committed, and then masks those of these tokens again whose probability fell most since the
-    last step; none of its own commits, which the released code may take back.
-
-    As in the released code, at least the best n positions are committed, a block's first step commits just these, and
-    min(max(n // 2, ceil(K / 8)), K - 1) tokens are masked again unless the block is full. K is the number committed
-    now, but at least n. The paper's number, max(1, K // 8), would make no progress where K is 1.
+    last step; none of its own commits, which the released code may take back. As in the released code, at least the
+    best n positions are committed, a block's first step commits just these, and min(max(n // 2, ceil(K / 8)), K - 1)
+    tokens are masked again unless the block is full. K is the number committed now, but at least n. The paper's number,
+    max(1, K // 8), would make no progress where K is 1.
 
     Args:
         count: The number n.
@@ -95,10 +87,6 @@ class RevokableThreshold(UnmaskingPolicy):
     of the released code. A step that commits one position only takes nothing back; another takes back fewer than the
     last one committed, the least confident first. So on the whole every step fills positions, and the block ends.
     `WinoSampler` shows it committed positions as their shadows predict them.
-
-    Args:
-        threshold: Confidence above which a masked position is committed.
-        shadow_threshold: Confidence in a committed token below which it is taken back.
     """
 
     scores_committed = True
