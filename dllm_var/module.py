@@ -9,7 +9,8 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from dllm_var.checkpoints.run_checkpoint import check_identity, identity, read_identity
@@ -17,15 +18,14 @@ from dllm_var.checkpoints.starting_from import start_from, starting_config
 from dllm_var.errors import UserError
 from dllm_var.metrics.denoising import DenoisingMetrics
 from dllm_var.model.attention import document_rule
-from dllm_var.model.build import build_transformer, can_compile
 from dllm_var.model.config import TransformerConfig
-from dllm_var.model.float8 import Float8, check_float8
-from dllm_var.model.lora import Lora
-from dllm_var.model.transformer import Recompute, Transformer
+from dllm_var.model.float8 import Float8, check_float8, use_float8
+from dllm_var.model.lora import Lora, add_adapters, reset_adapters
+from dllm_var.model.sharding import DATA_PARALLEL, TENSOR_PARALLEL, shard, tensor_parallel
+from dllm_var.model.transformer import Recompute, Transformer, can_compile
 from dllm_var.objectives import EosSchedule, KeyedNoise, NoisedBatch, Objective
 from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import summed_cross_entropy
-from dllm_var.objectives.masking import EvenMasking
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
 from dllm_var.sampling.base import last_sampler, sampler_to_config
 from dllm_var.text.tokenizer import Tokenizer
@@ -101,8 +101,8 @@ class DiffusionLM(L.LightningModule):
         self.compile_blocks, self.init_from, self.lora, self.float8 = compile, init_from, lora, float8
         if lora is not None and init_from is None:
             raise UserError("model.lora needs model.init_from: adapters are trained on a model that is already there")
-        self.transformer: Transformer | None = None
-        self.tokenizer: Tokenizer | None = None
+        self.transformer: Transformer = None  # type: ignore[assignment]  # until `configure_model` builds it
+        self.tokenizer: Tokenizer = None  # type: ignore[assignment]  # until `use_tokenizer`
         self.sampler: Sampler | None = None  # the `sampler` section, set by the command line
         self.last_step_stats: dict[str, int | Tensor] = {}  # counts on the device stay there
         self.step = OptimizerStep(loss_guard)
@@ -113,14 +113,14 @@ class DiffusionLM(L.LightningModule):
 
     def configure_model(self) -> None:
         """Builds the transformer once the tokenizer is known, on the device (or meta) that the strategy asks for."""
-        if self.transformer is not None:
+        if self.transformer:
             return
-        if self.tokenizer is None:
+        if not self.tokenizer:
             data = self.trainer.datamodule  # type: ignore[attr-defined]
-            self.tokenizer = getattr(data, "tokenizer", None)
+            self.tokenizer = getattr(data, "tokenizer", None)  # type: ignore[assignment]
             if self.config.context_length is None:  # for those who will serve the model
                 self.config = replace(self.config, context_length=getattr(data, "context_length", None))
-        if self.tokenizer is None:
+        if not self.tokenizer:
             raise UserError(
                 "no tokenizer gives the vocabulary: use a data module that has one, or call use_tokenizer before"
             )
@@ -162,7 +162,6 @@ class DiffusionLM(L.LightningModule):
         self.objective.bind(tokenizer.special)
 
     def configure_optimizers(self) -> Any:
-        assert self.transformer is not None
         optimizer = self.optimizer(parameter_groups(self.transformer))
         steps = self.trainer.max_steps if self.trainer.max_steps >= 0 else self.trainer.estimated_stepping_batches
         scheduler = self.schedule.scheduler(optimizer, steps)
@@ -173,7 +172,7 @@ class DiffusionLM(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         noised = self.objective.corrupt(batch, self.noise)  # 1. hide tokens, with noise keyed by (seed, row)
         hidden = self.hidden_at_loss(batch, noised)  # 2. forward, to the loss positions alone [M, hidden]
-        scores = self.objective.score(self._head, hidden, noised)  # 3. the head and the loss, a weighted sum over M
+        scores = self.objective.score(self.transformer.lm_head, hidden, noised)  # 3. the head and the summed loss
         self.last_step_stats = noised.counts(batch, self.attention)
         return self.step.add(self.trainer, batch["row"], noised, scores)  # 4. `finish` divides when all batches are in
 
@@ -202,14 +201,8 @@ class DiffusionLM(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.step.check_skipped()
 
-    @property
-    def _head(self) -> nn.Linear:
-        assert self.transformer is not None
-        return self.transformer.lm_head
-
     def hidden_at_loss(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """Returns what the head reads at the loss positions [M, hidden]."""
-        assert self.transformer is not None
         own_layout = noised.attention_rule is not None  # the objective decides what is seen, and moves its targets
         position_ids, segment_ids = noised.position_ids, None
         if self.attention == "document" and not own_layout:
@@ -236,15 +229,14 @@ class DiffusionLM(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._measure(batch, self.objective, self.objective_metrics)
         if not self.objective.causal:
-            assert self.tokenizer is not None
-            likelihood = self.objective.likelihood() or EvenMasking().bind(self.tokenizer.special)
-            self._measure(batch, likelihood, self.bound_metrics)
+            self._measure(batch, self.objective.likelihood(), self.bound_metrics)
 
     def _measure(self, batch: Batch, objective: Objective, metrics: DenoisingMetrics) -> None:
         """Adds a batch under fixed noise to the metrics."""
         noised = objective.corrupt(batch, self.validation_noise)
         targets = noised.at_loss(noised.targets)
-        _, token_loss, correct = summed_cross_entropy(self._head, self.hidden_at_loss(batch, noised), targets)
+        hidden = self.hidden_at_loss(batch, noised)
+        _, token_loss, correct = summed_cross_entropy(self.transformer.lm_head, hidden, targets)
         metrics.update(
             token_loss,
             correct,
@@ -292,14 +284,12 @@ class DiffusionLM(L.LightningModule):
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        assert self.tokenizer is not None and self.transformer is not None
         sampler = sampler_to_config(last_sampler(self.trainer.callbacks))  # type: ignore[attr-defined]
         checkpoint["dllm_var"] = identity(self.transformer.config, self.tokenizer, self.lora, sampler)
         checkpoint["loss_guard"] = self.step.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses what the run cannot go on with, before any weight is touched."""
-        assert self.tokenizer is not None and self.transformer is not None
         checked = getattr(self.trainer.datamodule, "check_resume", True)  # type: ignore[attr-defined]
         check_identity(
             read_identity(checkpoint, str(self.trainer.ckpt_path or "")),
@@ -317,3 +307,42 @@ class DiffusionLM(L.LightningModule):
             )
         if "loss_guard" in checkpoint:
             self.step.load_state_dict(checkpoint["loss_guard"])
+
+
+def build_transformer(
+    config: TransformerConfig,
+    lora: Lora | None = None,
+    draw: bool = True,
+    mesh: DeviceMesh | None = None,
+    device: torch.device | None = None,
+    float8: Float8 | None = None,
+) -> Transformer:
+    """Builds a transformer with adapters and 8-bit products as asked; raises UserError for what does not go together.
+
+    Over Lightning's mesh of `data_parallel` and `tensor_parallel` processes it is sharded before any weight exists, so
+    that it never exists as a whole. With `draw` false its weights hold whatever the memory held, to be filled. They go
+    to torch's default device when `device` is None.
+    """
+    divided = mesh is not None and mesh[TENSOR_PARALLEL].size() > 1
+    if divided and (lora is not None or float8 is not None):
+        raise UserError(
+            f"model.{'float8' if lora is None else 'lora'} does not go with tensor parallelism: take "
+            "configs/strategy/fsdp2.yaml, which shards the weights"
+        )
+    with torch.device("meta"):
+        transformer = Transformer(config)
+    if float8 is not None:
+        use_float8(transformer, float8)
+    if lora is not None:
+        add_adapters(transformer, lora)
+    if mesh is not None and divided:
+        tensor_parallel(transformer, mesh[TENSOR_PARALLEL])
+    if mesh is not None:
+        shard(transformer, mesh[DATA_PARALLEL])
+    transformer.to_empty(device=torch.get_default_device() if device is None else device)
+    transformer.tie_weights()
+    if draw:
+        transformer.reset_parameters()
+    if lora is not None:
+        reset_adapters(transformer)
+    return transformer

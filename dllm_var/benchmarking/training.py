@@ -29,9 +29,8 @@ from dllm_var.callbacks.speed import compute_dtype, measure_peak_flops
 from dllm_var.checkpoints.families import LLAMA, write_config
 from dllm_var.datamodules import CmudictSource, PackedDataModule, Source
 from dllm_var.errors import UserError
-from dllm_var.model.build import can_compile
 from dllm_var.model.config import TransformerConfig
-from dllm_var.model.transformer import Transformer
+from dllm_var.model.transformer import Transformer, can_compile
 from dllm_var.module import DiffusionLM
 from dllm_var.objectives import EosSchedule, KeyedNoise
 from dllm_var.text.tokenizer import Tokenizer

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from contextlib import suppress
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,7 @@ from dllm_var.checkpoints.archive import UnusableCheckpoint, check, read_state
 from dllm_var.errors import UserError
 from dllm_var.files import PARTIAL, PREVIOUS, discard, put_back
 from dllm_var.model.config import TransformerConfig
-from dllm_var.model.lora import Lora, lora_settings
+from dllm_var.model.lora import Lora
 from dllm_var.text.tokenizer import Tokenizer
 
 SAVING = ".saving"  # behind the name of what a strategy is writing
@@ -94,7 +95,7 @@ def identity(
         "transformer": config.to_dict(),
         "tokenizer": tokenizer.to_dict(),
         "sampler": sampler,
-        "lora": lora_settings(lora),
+        "lora": None if lora is None else asdict(lora),
         "format": FORMAT,
         **provenance(),
     }
@@ -123,7 +124,8 @@ def check_identity(
     changeable = _CHANGEABLE if trained_on else _CHANGEABLE_WHEN_MEASURED
     theirs = saved["transformer"]
     pairs = {f"transformer.{name}": (theirs.get(name, ours), ours) for name, ours in config.to_dict().items()}
-    for name, (known, ours) in {**pairs, "lora": (saved.get("lora"), lora_settings(lora))}.items():
+    adapters = None if lora is None else asdict(lora)
+    for name, (known, ours) in {**pairs, "lora": (saved.get("lora"), adapters)}.items():
         if known != ours and name.removeprefix("transformer.") not in changeable:
             raise UserError(
                 f"the checkpoint has model.{name}={known}, the settings say {ours}: use the settings it was trained "

@@ -30,12 +30,10 @@ Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (row, head, query, 
 
 
 class AttentionRule:
-    """A function that says which token of a batch sees which, for patterns that no kernel knows.
+    """A function that says which token of a batch [B, L] sees which, for patterns that no kernel knows.
 
-    Args:
-        sees: Called with numbers of row, head, query and key, as tensors that broadcast; it returns whether the query
-            sees the key, the same for all heads. It may index tensors that it holds.
-        tokens: The batch [B, L], of which only shape and device matter.
+    `sees` is called with numbers of row, head, query and key, as tensors that broadcast; it returns whether the query
+    sees the key, the same for all heads. It may index tensors that it holds. Of `tokens` only shape and device matter.
     """
 
     def __init__(self, sees: Sees, tokens: Tensor) -> None:
@@ -87,21 +85,13 @@ def document_rule(segment_ids: Tensor, causal: bool, shown: Tensor | None = None
 
 @dataclass
 class Seen:
-    """What the tokens of a forward see, in the form that a kernel takes; everything by default.
+    """What the tokens of a forward see, in the form that a kernel takes; everything by default."""
 
-    Args:
-        mask: Boolean mask for SDPA, broadcast to [B, heads, L, keys].
-        is_causal: Whether a token sees only its left.
-        document_ends: What `document_ends` returns, when a token sees its own document.
-        longest: A length that no document exceeds.
-        block_mask: flex_attention's.
-    """
-
-    mask: Tensor | None = None
-    is_causal: bool = False
-    document_ends: Tensor | None = None
-    longest: int = 0
-    block_mask: Any = None
+    mask: Tensor | None = None  # boolean mask for SDPA, broadcast to [B, heads, L, keys]
+    is_causal: bool = False  # whether a token sees only its left
+    document_ends: Tensor | None = None  # what `document_ends` returns, when a token sees its own document
+    longest: int = 0  # a length that no document exceeds
+    block_mask: Any = None  # flex_attention's
 
     @classmethod
     def by_rule(cls, rule: AttentionRule) -> Seen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -97,8 +97,3 @@ def plain_name(name: str) -> str:
 def is_adapter(name: str) -> bool:
     """Whether a name of a state dict is that of an adapter's weight."""
     return name.endswith((DOWN, UP))
-
-
-def lora_settings(lora: Lora | None) -> dict[str, Any] | None:
-    """Returns the settings as plain types, for checkpoints."""
-    return None if lora is None else asdict(lora)

@@ -150,9 +150,9 @@ class Objective(ABC):
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
         """Returns the noised batch; a pure function of the batch, its `row` numbers and the generator's seed."""
 
-    def likelihood(self) -> Objective | None:
-        """Returns the noise under which a bound on the likelihood is measured; None for `EvenMasking`."""
-        return None
+    def likelihood(self) -> Objective:
+        """Returns the noise under which a bound on the likelihood is measured."""
+        return EvenMasking().bind(self.specials())
 
     def score(self, head: nn.Linear, hidden: Tensor, noised: NoisedBatch) -> Scores:
         """Returns the sum of the cross-entropies, weighted by `noised.weights`, given hidden states [M, hidden]."""
@@ -192,6 +192,19 @@ class Objective(ABC):
         )
 
 
+class EvenMasking(Objective):
+    """Masks every supervised token, terminators too, with a rate that walks evenly over (0, 1) from row to row.
+
+    The 1/t-weighted loss under it estimates the NELBO (MDLM, arXiv 2406.07524, equation 10), whatever the model was
+    trained with. Successive multiples of the golden ratio are about as even as a grid for any number of rows.
+    """
+
+    def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
+        supervised = batch["supervised"]
+        rate = (SMALLEST_RATE + (1 - SMALLEST_RATE) * golden_fractions(batch["row"]))[:, None].expand_as(supervised)
+        return self.mask(batch, generator, rate, weights=1.0 / rate, normaliser=supervised.sum())
+
+
 class Certainty(Objective):
     """An objective that may add the entropy of predictions that are already right to its loss (dParallel, 2509.26488).
 
@@ -199,11 +212,8 @@ class Certainty(Objective):
     predicted ones among them, as in dParallel's code, which takes one sequence at a time. Rows count by their loss
     tokens, so that the loss does not depend on how rows are split over batches and processes.
 
-    Args:
-        certainty: Weight of that entropy (2.0 in dParallel for LLaDA, 1.0 for Dream, both on a trained model); 0 leaves
-            it out. `checkpoints/cmudict_certain` was trained while the entropies' sum was divided by the number of all
-            loss tokens, with weight 2.0; with 90 % of the predictions right, that is 1.8 now.
-        certainty_temperature: Divides the logits before that entropy (0.5 in dParallel).
+    `checkpoints/cmudict_certain` was trained with weight 2.0 while the entropies' sum was divided by the number of all
+    loss tokens; with 90 % of the predictions right, that is 1.8 now.
     """
 
     def __init__(self, certainty: float, certainty_temperature: float) -> None:

@@ -26,14 +26,6 @@ from dllm_var.objectives.base import (
 CLEAN, FIRST_COPY = 0, 1  # which copy a token belongs to
 
 
-class Copy(NamedTuple):
-    """One copy of the blocks: which tokens it masks [B, N, K], the rates, and whether their predictions are scored."""
-
-    masked: Tensor
-    rate: Tensor
-    scored: bool = True
-
-
 class Blocks(NamedTuple):
     """The supervised blocks of a batch; N is the most that a row has, K their length."""
 
@@ -82,8 +74,7 @@ class BlockDiffusion(Certainty):
     """
 
     document_attention_only = True
-    masks_terminators: ClassVar[bool] = True  # always, rather than with the block's rate
-    scores_first_step: ClassVar[bool] = True  # whether the copy that is nothing but masks counts
+    even: ClassVar[bool] = False  # whether all tokens are masked alike, and nothing else is scored
 
     def __init__(
         self,
@@ -128,14 +119,14 @@ class BlockDiffusion(Certainty):
         rate = self.rates(batch, blocks, generator)[:, :, None].expand_as(blocks.column)
         masked = self._draw_masked(batch, blocks, rate, generator)
         ends = torch.zeros_like(masked)
-        if self.masks_terminators:
+        if not self.even:
             ends = is_one_of(blocks.take(batch["input_ids"]), self.specials().terminator_ids) & blocks.answer
-        copies = [Copy(masked | ends, rate)]
+        copies = [(masked | ends, rate)]
         if self.complementary:
-            copies.append(Copy((blocks.answer & ~masked) | ends, 1 - rate))
+            copies.append(((blocks.answer & ~masked) | ends, 1 - rate))
         if self.clean_sees_masks:  # the first copy is the one that clean tokens see
-            copies.insert(0, Copy(blocks.answer, torch.ones_like(rate), self.scores_first_step))
-        return self.lay_out(batch, blocks, copies)
+            copies.insert(0, (blocks.answer, torch.ones_like(rate)))
+        return self.lay_out(batch, blocks, *(torch.stack(parts, dim=1) for parts in zip(*copies, strict=True)))
 
     @property
     def clean_sees_masks(self) -> bool:
@@ -166,53 +157,46 @@ class BlockDiffusion(Certainty):
         place = keys.argsort(dim=-1, descending=True).argsort(dim=-1)
         return (place < count) & blocks.answer
 
-    def lay_out(self, batch: Batch, blocks: Blocks, copies: list[Copy]) -> NoisedBatch:
-        """Returns the batch as `[clean | copy | copy ...]`, of S = L + copies * N * K tokens."""
-        tokens = batch["input_ids"]
-        answers = blocks.take(tokens)  # [B, N, K]
-        read = [torch.where(blocks.answer & ~copy.masked, answers, self.specials().mask_id) for copy in copies]
+    def lay_out(self, batch: Batch, blocks: Blocks, masked: Tensor, rate: Tensor) -> NoisedBatch:
+        """Returns the batch as `[clean | copy | copy ...]`, of S = L + C * N * K tokens.
+
+        The C copies mask the tokens `masked`, which had the probability `rate` of it, each [B, C, N, K].
+        """
+        tokens, segments = batch["input_ids"], batch["segment_ids"]
+        answers = blocks.take(tokens)[:, None].expand_as(masked)
+        read = torch.where(blocks.answer[:, None] & ~masked, answers, self.specials().mask_id)
+        offsets = torch.arange(self.block_length, device=tokens.device)
+        positions = batch["position_ids"].gather(1, blocks.start)[:, None, :, None] + offsets
+        scored = masked.clone()
+        if self.even and self.clean_sees_masks:
+            scored[:, 0] = False  # the copy that is nothing but masks
+        next_token, clean_scored = next_token_targets(batch)
+        weight = torch.full(tokens.shape, self.autoregressive_weight, device=tokens.device)
+        if self.token_shift:  # what a block predicts moves one to the left, its first token to the clean one before it
+            answers, scored = (F.pad(values[..., 1:], (0, 1)) for values in (answers, scored))
+            before_block = clean_scored & (blocks.number != blocks.number.roll(-1, dims=1))
+            weight = weight.masked_fill(before_block, 1.0)
+        loss_mask = after(clean_scored & (weight > 0), scored)
         input_ids = after(tokens, read)
-        first = batch["position_ids"].gather(1, blocks.start)[:, :, None]
-        positions = first + torch.arange(self.block_length, device=tokens.device)
-        next_token, scored, weight = self._score_clean(batch, blocks)
-        loss_mask = after(scored, [self._moved(copy.masked & copy.scored) for copy in copies])
-        weights = None
-        if self.autoregressive_weight not in (0, 1):
-            weights = after(weight, [torch.ones_like(copy.rate) for copy in copies])
         return NoisedBatch(
             input_ids=input_ids,
-            targets=after(next_token, [self._moved(answers)] * len(copies)),
+            targets=after(next_token, answers),
             loss_mask=loss_mask,
-            mask_rate=after(torch.ones_like(weight), [copy.rate for copy in copies]),
-            weights=weights,
+            mask_rate=after(torch.ones_like(weight), rate),
+            weights=None if self.autoregressive_weight in (0, 1) else after(weight, torch.ones_like(rate)),
             normaliser=loss_mask.sum(),
-            position_ids=after(batch["position_ids"], [positions] * len(copies)),
-            attention_rule=self._attention_rule(input_ids, batch, blocks, len(copies)),
+            position_ids=after(batch["position_ids"], positions.expand_as(masked)),
+            attention_rule=self._attention_rule(input_ids, segments, blocks, masked.shape),
         )
 
-    def _moved(self, values: Tensor) -> Tensor:
-        """Moves what is predicted in blocks [B, N, K] to where it is predicted: one to the left with token shift."""
-        return F.pad(values[..., 1:], (0, 1)) if self.token_shift else values
-
-    def _score_clean(self, batch: Batch, blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns each clean token's target, whether its prediction is scored, and with which weight, each [B, L]."""
-        next_token, follows = next_token_targets(batch)
-        weight = torch.full(follows.shape, self.autoregressive_weight, device=follows.device)
-        if self.token_shift:  # the clean token before a block predicts the first of it, which it does not see
-            before_block = follows & (blocks.number != blocks.number.roll(-1, dims=1))
-            weight = weight.masked_fill(before_block, 1.0)
-        return next_token, follows & (weight > 0), weight
-
-    def _attention_rule(self, input_ids: Tensor, batch: Batch, blocks: Blocks, copies: int) -> AttentionRule:
-        """Returns which token of `[clean | copies]` sees which."""
+    def _attention_rule(self, tokens: Tensor, segments: Tensor, blocks: Blocks, copied: torch.Size) -> AttentionRule:
+        """Returns which token of `[clean | copies]` sees which; `copied` is the shape [B, C, N, K] of the copies."""
         # Tokens of blocks that do not exist see each other, so that no softmax is empty.
         number = blocks.number.gather(1, blocks.start).masked_fill(~blocks.exists, -1)
-        block = after(blocks.number, [number[:, :, None].expand_as(blocks.column)] * copies)
-        in_blocks = batch["segment_ids"].gather(1, blocks.start)[:, :, None].expand_as(blocks.column)
-        segment = after(batch["segment_ids"], [in_blocks] * copies)
-        of_copy = torch.arange(FIRST_COPY, FIRST_COPY + copies, device=block.device)
-        copy = of_copy.repeat_interleave(blocks.column[0].numel())
-        copy = torch.cat([copy.new_full((batch["input_ids"].size(1),), CLEAN), copy])
+        block = after(blocks.number, number[:, None, :, None].expand(copied))
+        segment = after(segments, segments.gather(1, blocks.start)[:, None, :, None].expand(copied))
+        copies = torch.arange(FIRST_COPY, FIRST_COPY + copied[1], device=tokens.device)
+        copy = after(torch.full_like(segments, CLEAN), copies[:, None, None].expand(copied))[0]
         sees_masks, causal_context = self.clean_sees_masks, self.causal_context
 
         def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -224,7 +208,7 @@ class BlockDiffusion(Certainty):
                 seen = torch.where((copy[query] == CLEAN) & clean, query >= key, seen)
             return seen & (segment[row, query] == segment[row, key])
 
-        return AttentionRule(sees, input_ids)
+        return AttentionRule(sees, tokens)
 
 
 class EvenBlockMasking(BlockDiffusion):
@@ -233,7 +217,7 @@ class EvenBlockMasking(BlockDiffusion):
     Losses are weighted by 1 / rate.
     """
 
-    masks_terminators = scores_first_step = False
+    even = True
 
     def __init__(self, objective: BlockDiffusion) -> None:
         super().__init__(objective.block_length, objective.kv_commit, SMALLEST_RATE)
@@ -251,9 +235,9 @@ class EvenBlockMasking(BlockDiffusion):
         return self.t_min + (1 - self.t_min) * even
 
 
-def after(clean: Tensor, copies: list[Tensor]) -> Tensor:
-    """Returns values of the clean tokens [B, L], and behind them those of each copy [B, N, K], as [B, S]."""
-    return torch.cat([clean, *(values.flatten(1) for values in copies)], dim=1)
+def after(clean: Tensor, copies: Tensor) -> Tensor:
+    """Returns values of the clean tokens [B, L], and behind them those of the copies [B, C, N, K], as [B, S]."""
+    return torch.cat([clean, copies.flatten(1)], dim=1)
 
 
 def find_blocks(batch: Batch, block_length: int) -> Blocks:

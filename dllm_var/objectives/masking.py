@@ -1,4 +1,4 @@
-"""Objectives that mask single tokens: that of dLLM-Var (arXiv 2510.24605), and those that bound the likelihood."""
+"""Objectives that mask single tokens: that of dLLM-Var (arXiv 2510.24605), and MDLM's."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from typing import Literal
 import torch
 
 from dllm_var.objectives.base import (
-    SMALLEST_RATE,
     Batch,
     Certainty,
     KeyedNoise,
     NoisedBatch,
     Objective,
     check_rates,
-    golden_fractions,
     is_one_of,
     mask_rates,
     segment_starts,
@@ -87,16 +85,3 @@ class Mdlm(Objective):
             weights = weights / answer_length.gather(1, starts).clamp_min(1)
             normaliser = (answer_length > 0).sum()
         return self.mask(batch, generator, rate, weights=weights, normaliser=normaliser)
-
-
-class EvenMasking(Objective):
-    """Masks every supervised token, terminators too, with a rate that walks evenly over (0, 1) from row to row.
-
-    The 1/t-weighted loss under it estimates the NELBO (MDLM, arXiv 2406.07524, equation 10), whatever the model was
-    trained with. Successive multiples of the golden ratio are about as even as a grid for any number of rows.
-    """
-
-    def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
-        supervised = batch["supervised"]
-        rate = (SMALLEST_RATE + (1 - SMALLEST_RATE) * golden_fractions(batch["row"]))[:, None].expand_as(supervised)
-        return self.mask(batch, generator, rate, weights=1.0 / rate, normaliser=supervised.sum())

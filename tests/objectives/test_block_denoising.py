@@ -9,7 +9,7 @@ from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.model.attention import AttentionRule
 from dllm_var.objectives import Autoregressive, BlockDiffusion, KeyedNoise
-from dllm_var.objectives.block_diffusion import Copy, find_blocks
+from dllm_var.objectives.block_diffusion import find_blocks
 from dllm_var.objectives.cross_entropy import head_loss
 from dllm_var.sampling import BlockDiffusionSampler
 from dllm_var.sampling.policies import UnmaskingPolicy
@@ -243,8 +243,8 @@ def test_the_sampler_computes_the_trained_conditionals(mode, causal, shift, answ
     objective = bound(kv_commit=mode, causal_context=causal, token_shift=shift)
     blocks = find_blocks(batch, BLOCK)
     shown = torch.isin(torch.arange(BLOCK), torch.tensor(early)) & (blocks.column != prompt + answer_length - 1)
-    rate = torch.ones(blocks.column.shape)
-    noised = objective.lay_out(batch, blocks, [Copy(blocks.answer, rate), Copy(blocks.answer & ~shown, rate)])
+    masked = torch.stack([blocks.answer, blocks.answer & ~shown], dim=1)
+    noised = objective.lay_out(batch, blocks, masked, torch.ones(masked.shape))
     with torch.no_grad():
         hidden = transformer.hidden_states(
             noised.input_ids, position_ids=noised.position_ids, attention_rule=noised.attention_rule, shift=False

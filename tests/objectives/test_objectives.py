@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dllm_var.errors import UserError
 from dllm_var.objectives import Autoregressive, EosSchedule, KeyedNoise, Mdlm
+from dllm_var.objectives.base import EvenMasking
 from dllm_var.objectives.cross_entropy import head_loss, summed_cross_entropy
-from dllm_var.objectives.masking import EvenMasking
 from dllm_var.text.tokenizer import SpecialTokens
 
 MASK, END, OTHER_END, PAD = 0, 1, 2, 3

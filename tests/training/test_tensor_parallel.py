@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from dllm_var.checkpoints.archive import read_weights
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.model.build import build_transformer
 from dllm_var.model.lora import Lora
 from dllm_var.model.sharding import tensor_parallel
+from dllm_var.module import build_transformer
 from dllm_var.training.strategies import TensorParallel
 
 ROOT = Path(__file__).parent.parent.parent
