@@ -1,7 +1,4 @@
-"""Data sources and data modules, imported as ``dllm_var.datamodules``.
-
-Sources and tables do without Lightning; the data modules are imported on first use.
-"""
+"""Data sources, and data modules, which load Lightning on first use; imported as ``dllm_var.datamodules``."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -9,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.datamodules.dataset_source import DatasetSource
 from dllm_var.datamodules.reasoning_gym import GsmSymbolicSource, ReasoningGymSource
-from dllm_var.datamodules.records import BadRecord
 from dllm_var.datamodules.sources import JsonlSource, ParquetSource, Source, SplitSource
 from dllm_var.datamodules.table import Example
 
@@ -18,7 +14,6 @@ if TYPE_CHECKING:
     from dllm_var.datamodules.streaming import StreamingDataModule
 
 __all__ = [
-    "BadRecord",
     "CmudictSource",
     "DatasetSource",
     "Example",

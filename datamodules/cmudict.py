@@ -1,8 +1,4 @@
-"""The CMU pronouncing dictionary that ships with the package: letters -> phonemes.
-
-The dictionary (BSD-2-Clause, notice in ``data/cmudict/LICENSE``) lies there compressed beside its tokenizer, whose
-vocabulary is letters in lower case and phonemes in upper case.
-"""
+"""The CMU pronouncing dictionary (BSD-2-Clause, notice in ``data/cmudict/LICENSE``): letters -> phonemes."""
 
 from __future__ import annotations
 
@@ -58,6 +54,5 @@ class CmudictSource(Source):
                 yield {"prompt": word, "response": phones}
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256((FOLDER / "cmudict.dict.xz").read_bytes())
-        digest.update(str(HELD_OUT_WORDS).encode())
-        return f"cmudict-{digest.hexdigest()}"
+        content = (FOLDER / "cmudict.dict.xz").read_bytes() + str(HELD_OUT_WORDS).encode()
+        return f"cmudict-{hashlib.sha256(content).hexdigest()}"

@@ -13,19 +13,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch.utils.data import DataLoader
 
 from dllm_var.datamodules.cmudict import CmudictSource
-from dllm_var.datamodules.encoding import RecordEncoder, load_table
 from dllm_var.datamodules.packing import VERSIONS, Packing, TooLong
 from dllm_var.datamodules.rows import HeldOutSampler, PackedRows, RowSampler
 from dllm_var.datamodules.sources import Source
-from dllm_var.datamodules.table import HELD_OUT_SEED, Example, Table
+from dllm_var.datamodules.table import HELD_OUT_SEED, Example, RecordEncoder, Table, load_table
 from dllm_var.errors import UserError
 from dllm_var.text.tokenizer import Tokenizer
 
-# Settings that decide the content of the rows, beside source and tokenizer.
-_ROW_SETTINGS = (
-    *("context_length", "packing", "overhang", "canvas", "eos_padding", "seed", "chat"),
-    *("on_bad_record", "on_too_long", "on_special_text"),
-)
 _CHANGED = {  # of values that say nothing to a reader
     "source": "data.source has other records, or other splits,",
     "tokenizer": "data.tokenizer is another one",
@@ -46,25 +40,28 @@ class PackedDataModule(L.LightningDataModule):
         overhang: After each sample stand 0 to this many unsupervised mask tokens, another random number in every
             epoch, so that the end of a sample is not where its context ends.
         canvas: Block length of the sampler, in place of `overhang`: a sample ends where the sampler's canvas would,
-            with a block of its answer that is another random one in every epoch. In its last block unsupervised mask
-            tokens fill what the answer leaves free; with an earlier one the rest of the answer is left out. So the end
-            of what the model sees tells it as little as it will when decoding. 0 for off.
+            after a block of its answer that is chosen at random in every epoch. Unsupervised mask tokens fill the
+            answer's last block; after an earlier block the rest of the answer is left out. 0 for off.
         eos_padding: Repeats the terminator, supervised, until an answer has this many tokens (the LLaDA baseline).
         on_bad_record: Records that cannot be used: ``error`` stops at the first, ``skip`` leaves out and counts them.
         on_too_long: Samples longer than a row: ``drop`` and count them; ``truncate`` them before the terminator; or
             ``cut`` them over several rows (``concat`` only).
-        on_special_text: Text of a record that spells a special token, such as ``<|im_end|>``: ``encode`` makes ordinary
-            tokens of its letters, ``refuse`` takes the record for one that cannot be used. Only chat templates
-            and records of ``input_ids`` have special tokens.
+        on_special_text: Text that spells a special token, such as ``<|im_end|>``: ``encode`` makes ordinary tokens of
+            its letters, ``refuse`` takes the record for one that cannot be used.
         seed: With the epoch, decides order and overhang.
         num_workers: Processes that prepare batches; a row takes microseconds, so 0 is mostly best.
         cache_dir: Where tokenized data is kept; ``$DLLM_VAR_CACHE``, or ``~/.cache/dllm_var``, when not given.
         mask_token: Mask token, where the tokenizer names none.
         terminators: Tokens that end an answer, where the tokenizer names none; the first is appended to answers.
         chat: Puts prompts and answers through the tokenizer's chat template, as messages always are.
-        check_resume: Refuses to go on from a checkpoint of other records, of another tokenizer, or of other settings of
-            data, model or trainer that change what is learned.
+        check_resume: Refuses a checkpoint of other data, tokenizer or settings that change what is learned.
     """
+
+    # Settings that decide the content of the rows, beside source and tokenizer.
+    row_settings: tuple[str, ...] = (
+        *("context_length", "packing", "overhang", "canvas", "eos_padding", "seed", "chat"),
+        *("on_bad_record", "on_too_long", "on_special_text"),
+    )
 
     def __init__(
         self,
@@ -89,16 +86,10 @@ class PackedDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.source = source or CmudictSource()
-        self.batch_size = batch_size
-        self.context_length = context_length
-        self.packing: Packing = packing
+        self.batch_size, self.num_workers, self.check_resume = batch_size, num_workers, check_resume
+        self.context_length, self.packing, self.seed, self.chat = context_length, packing, seed, chat
         self.overhang, self.canvas, self.eos_padding = overhang, canvas, eos_padding
-        self.on_bad_record, self.on_special_text = on_bad_record, on_special_text
-        self.on_too_long: TooLong = on_too_long
-        self.seed = seed
-        self.num_workers = num_workers
-        self.chat = chat
-        self.check_resume = check_resume
+        self.on_bad_record, self.on_too_long, self.on_special_text = on_bad_record, on_too_long, on_special_text
         self._check_settings()
         self.cache_dir = Path(cache_dir or os.environ.get("DLLM_VAR_CACHE") or "~/.cache/dllm_var").expanduser()
         self.source.cache_dir = self.cache_dir
@@ -140,7 +131,7 @@ class PackedDataModule(L.LightningDataModule):
             rank_zero_info(self.summary())
 
     def train_dataloader(self) -> DataLoader:
-        """Batches of training rows: the next rows of an endless stream, in as many batches as cover the data once."""
+        """Batches of the next rows of an endless stream, as many as cover the data once."""
         rows = self.rows("train")
         self._train_sampler = RowSampler(len(rows), self.batch_size, *self._ranks(), next_row=self._next_row)
         return self._loader(rows, self._train_sampler)
@@ -154,20 +145,16 @@ class PackedDataModule(L.LightningDataModule):
         return self._held_out_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """Batches of the test split's prompts, as lists of token ids, for `predict`; each prompt once over all ranks.
-
-        Rank r of n has prompts r, r + n, ... and as many batches as the others, filled up with an empty prompt.
-        """
-        prompts = [example.prompt_ids for example in self.held_out("test")]
-        sampler = HeldOutSampler(len(prompts), *self._ranks())
+        """Batches of the test split's prompts as lists of token ids, dealt to ranks in turn and filled up with []."""
+        prompts: Any = [example.prompt_ids for example in self.held_out("test")]
+        sampler = HeldOutSampler(prompts, *self._ranks(), shuffle=False)
         dealt: Any = [*prompts, []]  # the sampler's -1 is the last one
         return DataLoader(dealt, batch_size=self.batch_size, sampler=sampler, collate_fn=list)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Notes how far training has come; a batch that was only prefetched does not count."""
         if self.trainer is not None and self.trainer.training and self._train_sampler is not None:
-            self._train_sampler.trained(int(batch["row"][0]))
-            self._next_row = self._train_sampler.next_row
+            self._next_row = self._train_sampler.trained(int(batch["row"][0]))
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -182,7 +169,7 @@ class PackedDataModule(L.LightningDataModule):
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the content of the rows, as plain values; checkpoints record it."""
-        settings = {name: getattr(self, name) for name in _ROW_SETTINGS}
+        settings = {name: getattr(self, name) for name in self.row_settings}
         content = {"source": self.source.fingerprint(), "tokenizer": self.tokenizer.fingerprint}
         return {**content, **settings, "plan_version": VERSIONS[self.packing]}
 
@@ -201,9 +188,7 @@ class PackedDataModule(L.LightningDataModule):
     def table(self, split: str) -> Table:
         """Tokenized samples of a split; raises UserError when there is no such split, or a bad record in it."""
         if split not in self.source.splits:
-            raise UserError(
-                f"{type(self.source).__name__} has no split {split}; it has {', '.join(self.source.splits)}"
-            )
+            raise UserError(f"{type(self.source).__name__} has no split {split}, only {', '.join(self.source.splits)}")
         if split not in self._tables:
             # Checksums are compared by one process of each node; the others wait for it in `prepare_data`.
             first = self.trainer is None or self.trainer.local_rank == 0
@@ -211,7 +196,7 @@ class PackedDataModule(L.LightningDataModule):
         return self._tables[split]
 
     def encoder(self) -> RecordEncoder:
-        """A new encoder of records, with the settings that decide what becomes of them."""
+        """A new encoder of records."""
         skip_bad, refuse_special = self.on_bad_record == "skip", self.on_special_text == "refuse"
         return RecordEncoder(self.tokenizer, self.chat, skip_bad, refuse_special)
 
@@ -233,7 +218,7 @@ class PackedDataModule(L.LightningDataModule):
         return self._rows[split]
 
     def packer(self) -> partial[PackedRows]:
-        """Makes rows of a table, with the settings that decide what becomes of samples."""
+        """Makes rows of a table."""
         names = ("context_length", "packing", "on_too_long", "eos_padding", "overhang", "canvas")
         return partial(PackedRows, special=self.tokenizer.special, **{name: getattr(self, name) for name in names})
 
@@ -242,10 +227,7 @@ class PackedDataModule(L.LightningDataModule):
         return self.table(split).examples(self.tokenizer, n)
 
     def report(self, split: str = "train") -> dict[str, Any]:
-        """Counts what became of a split: ``dropped`` and ``truncated`` samples, ``skipped`` records, and so on.
-
-        ``tokens`` are without overhang; ``utilisation`` is the fraction of ``rows`` that is not padding.
-        """
+        """Counts what became of a split; ``utilisation`` is the fraction of its rows that is not padding."""
         meta = self.table(split).meta
         return {**self.rows(split).report(), **{name: meta[name] for name in ("skipped", "unknown_tokens")}}
 
@@ -270,14 +252,14 @@ class PackedDataModule(L.LightningDataModule):
         return (kwargs["num_replicas"], kwargs["rank"]) if kwargs else (1, 0)
 
     def _on_cuda(self) -> bool:
-        """Returns whether batches go to a CUDA device: from pinned memory they are copied while it works."""
+        """Whether batches go to a CUDA device: from pinned memory they are copied while it works."""
         return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _held_out_loader(self, split: str) -> DataLoader | list[Any]:
         if split not in self.source.splits or not len(self.table(split)):
             return []
         rows = self.rows(split)
-        return self._loader(rows, HeldOutSampler(len(rows), *self._ranks()))
+        return self._loader(rows, HeldOutSampler(rows, *self._ranks(), shuffle=False))
 
     def _loader(self, rows: PackedRows, sampler: RowSampler | HeldOutSampler) -> DataLoader:
         return DataLoader(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -21,9 +21,8 @@ class DatasetSource(SplitSource):
         train_split: What the dataset calls its training split.
         validation_split: What it calls its validation split; carved out of training when it has none of that name.
         test_split: What it calls its test split.
-        streaming: Reads the dataset while it is trained on, instead of downloading all of it first. Each reader has
-            shards of its own where their number is a multiple of the readers'; nothing can be carved out. A stream is
-            known by its path, name and version, not by its content.
+        streaming: Reads the dataset while it is trained on, instead of downloading all of it first; nothing can be
+            carved out. Each reader has shards of its own where their number is a multiple of the readers'.
         kwargs: As for `SplitSource`.
     """
 
@@ -38,13 +37,11 @@ class DatasetSource(SplitSource):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.path = path
-        self.name = name
-        self.streaming = streaming
+        self.path, self.name, self.streaming = path, name, streaming
         self.split_names = dict(zip(SPLITS, (train_split, validation_split, test_split), strict=True))
 
     @cached_property
-    def _datasets(self) -> dict[str, Any]:
+    def own(self) -> dict[str, Any]:  # type: ignore[override]
         import datasets
 
         folder = Path(self.path).expanduser()
@@ -56,12 +53,11 @@ class DatasetSource(SplitSource):
                 loaded = datasets.load_dataset(self.path, self.name, streaming=self.streaming)
         except Exception as error:  # offline, not found, gated, broken: many libraries raise through this one call
             raise UserError(f"data.source path: no dataset {self.path}: {one_line(error)}") from None
+        train = self.split_names["train"]
         if not isinstance(loaded, dict):
-            loaded = {self.split_names["train"]: loaded}
-        if self.split_names["train"] not in loaded:
-            raise UserError(
-                f"{self.path} has no split {self.split_names['train']!r}; set train_split to one of {', '.join(loaded)}"
-            )
+            loaded = {train: loaded}
+        if train not in loaded:
+            raise UserError(f"{self.path} has no split {train!r}; set train_split to one of {', '.join(loaded)}")
         found = {split: loaded[name] for split, name in self.split_names.items() if name in loaded}
         for split, size in (("validation", self.validation_size), ("test", self.test_size)):
             if size != 0 and split not in found and _is_stream(found["train"]):
@@ -71,14 +67,11 @@ class DatasetSource(SplitSource):
                 )
         return found
 
-    def own_splits(self) -> Collection[str]:
-        return self._datasets
-
     @cached_property
     def content(self) -> dict[str, Any]:
         """The content of the files where a dataset keeps its rows; of a stream, all that is known before it is read."""
         content: dict[str, Any] = {}
-        for split, dataset in self._datasets.items():
+        for split, dataset in self.own.items():
             content[split] = [self.path, self.name, str(dataset.info.version), str(dataset.features)]
             if not _is_stream(dataset) and dataset.cache_files:
                 files = [Path(file["filename"]) for file in dataset.cache_files]
@@ -86,12 +79,12 @@ class DatasetSource(SplitSource):
         return content
 
     def read_own(self, split: str) -> Iterator[Located]:
-        return self._located(f"{self.path} {self.split_names[split]}", self._datasets[split])
+        return self._located(f"{self.path} {self.split_names[split]}", self.own[split])
 
     def blocks(self, split: str, size: int, first: int = 0, step: int = 1) -> Iterator[tuple[int, list[Located]]]:
-        """Yields blocks as every source does; of a stream with enough shards each reader reads shards of its own."""
+        """Blocks as of every source; of a stream with enough shards each reader reads shards of its own."""
         own = self.own_split(split)
-        dataset, place = self._datasets[own], f"{self.path} {self.split_names[own]}"
+        dataset, place = self.own[own], f"{self.path} {self.split_names[own]}"
         if not _is_stream(dataset):
             for block in range(first, -(-len(dataset) // size), step):
                 rows = dataset.skip(block * size).take(size)

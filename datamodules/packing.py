@@ -1,8 +1,4 @@
-"""Packing: how much of each sample goes into rows, and the plan of which sample stands in which row.
-
-A plan needs the samples' lengths alone. It covers one epoch of one section and consists of a few flat arrays, so that
-any row is found without walking through the rows before it.
-"""
+"""Packing: how much of each sample goes into rows, and the plan, from lengths alone, of what stands in which row."""
 
 from __future__ import annotations
 
@@ -60,7 +56,7 @@ def fit_samples(
 
 
 def _truncate(table: Table, sample: int, context_length: int) -> tuple[int, int, int]:
-    """Returns tokens of a sample to keep (0 for none), terminators to add, and where its last answer begins."""
+    """Tokens of a sample to keep (0 for none), terminators to add, and where its last answer begins."""
     offset = int(table.offsets[sample])
     supervised = table.supervised[offset : offset + context_length + 1].astype(np.int8)
     edges = np.flatnonzero(np.diff(supervised[:-1], prepend=0, append=0)).tolist()
@@ -136,7 +132,7 @@ def make_plan(packing: Packing, lengths: Ints, context_length: int, generator: n
 
 
 def count_rows(packing: Packing, lengths: Ints, context_length: int) -> int:
-    """Returns the number of rows that `make_plan` makes, in a fraction of the time."""
+    """The number of rows that `make_plan` makes, in a fraction of the time."""
     if packing == "concat":
         return -(-int(lengths.sum(dtype=np.int64)) // context_length)
     sizes, capacity = _coarse(lengths, context_length)
@@ -146,9 +142,8 @@ def count_rows(packing: Packing, lengths: Ints, context_length: int) -> int:
 def best_fit(counts: Ints, capacity: int) -> list[tuple[list[int], int]]:
     """Best-fit-decreasing on a histogram of sizes (arXiv 2107.02027): its cost hardly depends on the number of samples.
 
-    From the largest size down, each sample goes into the row with the least room that is enough. `counts` has the
-    number of samples of each size, shape [capacity + 1]. Returns the sizes that share a row, and the number of such
-    rows.
+    From the largest size down, each sample goes into the row with the least room that is enough. `counts` of samples by
+    size, shape [capacity + 1], become pairs of the sizes that share a row and the number of such rows.
     """
     patterns: list[list[tuple[list[int], int]]] = [[] for _ in range(capacity + 1)]  # by the room that is left
     patterns[capacity] = [([], int(counts.sum()))]  # empty rows, more than are needed

@@ -13,15 +13,13 @@ from typing import Any
 from dllm_var.datamodules.sources import SPLITS, Source
 from dllm_var.errors import UserError
 
-# Item i of a dataset uses seed + i, so the splits' seeds must be further apart than their sizes.
-SPLIT_DISTANCE = 1 << 28
+SPLIT_DISTANCE = 1 << 28  # between the seeds of splits: item i uses seed + i, so no split may have more items
 
 
 class ReasoningGymSource(Source):
     """Question -> answer records of one reasoning-gym generator; needs ``pip install "dllm-var[reasoning-gym]"``.
 
-    No question of the validation or test split occurs in the training split: the generators repeat themselves, and
-    such training problems are left out.
+    Generators repeat themselves; training problems that occur in the validation or test split are left out.
 
     Args:
         task: Name of the generator, such as ``chain_sum`` or ``spell_backward``.

@@ -12,20 +12,8 @@ from dllm_var.text.tokenizer import ROLES
 
 FIELDS = ("prompt", "response", "instruction", "input", "output", "messages", "input_ids", "prompt_length", "text")
 # Fields that must be there, by format; a record with one of them is of the first such format.
-FORMATS: list[tuple[str, ...]] = [
-    ("messages",),
-    ("input_ids",),
-    ("prompt", "response"),
-    ("instruction", "output"),
-    ("text",),
-]
+FORMATS = [("messages",), ("input_ids",), ("prompt", "response"), ("instruction", "output"), ("text",)]
 LONGEST_TEXT = 10_000_000  # characters, for each of which the tokenizer takes up to 200 bytes of memory
-
-
-class BadRecord(NamedTuple):
-    """Stands in a stream of records for one that could not be read."""
-
-    reason: str  # what is wrong with it, to follow its place in an error
 
 
 class Turns(NamedTuple):
@@ -46,10 +34,10 @@ def parse_record(record: Any, chat: bool) -> Turns | Ids:
     """Recognises the format of a record by its fields and checks them; other fields are ignored.
 
     With `chat`, prompt and answer go through the chat template as messages do. Raises UserError, whose message follows
-    the record's place, when it has no known format, or a field is missing, empty or of the wrong type.
+    the record's place, for a record that cannot be used.
     """
-    if isinstance(record, BadRecord):
-        raise UserError(record.reason)
+    if isinstance(record, UserError):  # the source could not read it
+        raise record
     if not isinstance(record, dict):
         raise UserError(f"is {_type_name(record)}, not an object with fields")
     fields = next((fields for fields in FORMATS if any(record.get(name) is not None for name in fields)), None)
@@ -67,11 +55,14 @@ def parse_record(record: Any, chat: bool) -> Turns | Ids:
     if fields == ("input_ids",):
         return _parse_ids(record)
     if fields == ("text",):
-        return Turns([{"role": "assistant", "content": _text(record, "text")}], chat=False)
-    prompt = _text(record, fields[0], may_be_empty=True)
+        _check_text(record["text"], "'text'")
+        return Turns([{"role": "assistant", "content": record["text"]}], chat=False)
+    prompt, answer = (record[name] for name in fields)
+    _check_text(prompt, f"'{fields[0]}'", may_be_empty=True)
     if fields[0] == "instruction" and record.get("input"):
-        prompt = f"{prompt}\n\n{_text(record, 'input')}"
-    answer = _text(record, fields[1])
+        _check_text(record["input"], "'input'")
+        prompt = f"{prompt}\n\n{record['input']}"
+    _check_text(answer, f"'{fields[1]}'")
     return Turns([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], chat)
 
 
@@ -121,12 +112,7 @@ def _parse_ids(record: dict[str, Any]) -> Ids:
     return Ids(ids[:length], ids[length:])
 
 
-def _text(record: dict[str, Any], name: str, may_be_empty: bool = False) -> str:
-    _check_text(record[name], f"'{name}'", may_be_empty)
-    return record[name]
-
-
-def _check_text(value: Any, name: str, may_be_empty: bool) -> None:
+def _check_text(value: Any, name: str, may_be_empty: bool = False) -> None:
     if not isinstance(value, str):
         raise UserError(f"has {_type_name(value)} as {name}, not text")
     if not may_be_empty and not value.strip():

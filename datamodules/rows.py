@@ -18,7 +18,6 @@ from dllm_var.datamodules.table import Table
 from dllm_var.text.tokenizer import SpecialTokens
 
 SECTION = 2**21  # samples planned together: about 300 MB, however large the table
-STRETCH = 1_024  # neighbouring samples that stay in one section, so that memory-mapped files are read in pages
 PLANS_KEPT = 2  # a batch may reach from one section into the next
 
 
@@ -26,10 +25,9 @@ PLANS_KEPT = 2  # a batch may reach from one section into the next
 class PackedRows(Dataset):
     """Rows of `context_length` tokens, each a pure function of the seed and its number.
 
-    Stretches of the table are dealt in turn to sections of bounded size, so that each section is a cross-section of the
-    data whatever the order of the table, and memory does not grow with it. Rows are numbered on and on over the epochs,
-    and within an epoch over the sections. For each epoch the samples and rows of a section are shuffled and the
-    overhang is chosen anew, with a generator keyed by seed, epoch and section; the number of rows follows.
+    Stretches of the table are dealt in turn to sections of bounded size, so that memory does not grow with the table.
+    Rows are numbered on and on over the epochs, and within an epoch over the sections. For each epoch the samples and
+    rows of a section are shuffled and the overhang is chosen anew, with a generator keyed by seed, epoch and section.
     """
 
     table: Table
@@ -43,7 +41,7 @@ class PackedRows(Dataset):
     cut: bool = True  # whether a canvas may also end with an earlier block than the answer's last
     seed: tuple[int, ...] = (0,)
     section: int = SECTION  # samples in a section
-    stretch: int = STRETCH  # neighbouring samples that stay together
+    stretch: int = 1_024  # neighbouring samples in one section, so that memory-mapped files are read in pages
 
     def __post_init__(self) -> None:
         self.sections = max(-(-len(self.table) // self.section), 1)
@@ -59,18 +57,14 @@ class PackedRows(Dataset):
         return {name: value[0] for name, value in self.__getitems__([row]).items()}
 
     def __getitems__(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Builds a batch of the rows with these numbers; -1 stands for a row of nothing but padding.
-
-        A batch has ``input_ids``, ``supervised``, ``segment_ids`` and ``position_ids`` of shape [batch, context], and
-        ``row`` of shape [batch].
-        """
-        shape = (len(rows), self.context_length)
+        """Builds a batch of the rows with these numbers; -1 stands for a row of nothing but padding."""
+        shape = (len(rows), self.context_length)  # [batch, context]
         batch = {
             "input_ids": np.full(shape, self.special.pad_id, dtype=np.int64),
             "supervised": np.zeros(shape, dtype=np.bool_),
             "segment_ids": np.full(shape, -1, dtype=np.int64),
             "position_ids": np.zeros(shape, dtype=np.int64),
-            "row": np.array(rows, dtype=np.int64),
+            "row": np.array(rows, dtype=np.int64),  # [batch]
         }
         by_section: dict[tuple[int, int], list[tuple[int, int]]] = {}
         for place, row in enumerate(rows):
@@ -82,11 +76,8 @@ class PackedRows(Dataset):
             self._fill(batch, places, numbers, *self.packed(epoch, section))
         return {name: torch.from_numpy(value) for name, value in batch.items()}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_planned": {}}  # cheaper to make again than to send to a worker
-
     def report(self) -> dict[str, Any]:
-        """Returns what the first epoch consists of; see `PackedDataModule.report`."""
+        """What the first epoch consists of; its ``tokens`` are without overhang."""
         rows = len(self)
         counts = dict(self._totals)
         filled = counts.pop("filled")
@@ -136,10 +127,9 @@ class PackedRows(Dataset):
         return fit_samples(self.table, index, self.context_length, self.on_too_long, self.eos_padding)
 
     def _with_overhang(self, epoch: int, section: int) -> tuple[Samples, NDArray[np.int32], np.random.Generator]:
-        """Returns the samples of a section, their lengths with the overhang, and the generator that has chosen it.
+        """Samples of a section, their lengths with the overhang, and the generator that has chosen it.
 
-        An overhang is what follows the content of a sample: mask tokens, no more than a row has room for. A negative
-        number is that of tokens cut off the end.
+        Mask tokens follow a sample, no more than a row has room for; a negative overhang cuts tokens off its end.
         """
         generator = np.random.default_rng((*self.seed, epoch, section) if section else (*self.seed, epoch))
         samples = self.samples(section)
@@ -201,9 +191,8 @@ class PackedRows(Dataset):
 class RowSampler(DistributedSampler):
     """Deals the endless stream of training rows; Lightning leaves a `DistributedSampler` as it is.
 
-    Batch s of rank r has the rows from ``next_row + (s * ranks + r) * batch_size`` on. So what a step trains on depends
-    on the global batch size alone, and no row is left out or repeated: each epoch of as many batches as cover `rows`
-    goes on where `next_row` stands, which the data module moves with every batch that is trained.
+    Batch s of rank r has the rows from ``next_row + (s * ranks + r) * batch_size`` on, so that what a step trains on
+    depends on the global batch size alone. Each epoch has as many batches as cover `rows`, and goes on at `next_row`.
     """
 
     def __init__(self, rows: int, batch_size: int, num_replicas: int = 1, rank: int = 0, next_row: int = 0) -> None:
@@ -211,9 +200,7 @@ class RowSampler(DistributedSampler):
         self.batch_size = batch_size
         self.next_row = next_row
         self.batches = -(-rows // (batch_size * num_replicas))
-
-    def __len__(self) -> int:
-        return self.batches * self.batch_size
+        self.num_samples = self.batches * batch_size
 
     def __iter__(self) -> Iterator[int]:
         first = self.next_row
@@ -221,22 +208,15 @@ class RowSampler(DistributedSampler):
             row = first + (batch * self.num_replicas + self.rank) * self.batch_size
             yield from range(row, row + self.batch_size)
 
-    def trained(self, first_row: int) -> None:
-        """Notes that the batch of this rank that begins with `first_row` is trained."""
+    def trained(self, first_row: int) -> int:
+        """Moves `next_row` behind the step in which this rank's batch begins with `first_row`."""
         self.next_row = first_row + (self.num_replicas - self.rank) * self.batch_size
+        return self.next_row
 
 
 class HeldOutSampler(DistributedSampler):
     """Deals the rows of a held-out split, each to one rank; -1, a row of padding, to ranks that would have one less."""
 
-    def __init__(self, rows: int, num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(range(rows), num_replicas=num_replicas, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return -(-self.rows // self.num_replicas)
-
     def __iter__(self) -> Iterator[int]:
-        for index in range(len(self)):
-            row = index * self.num_replicas + self.rank
-            yield row if row < self.rows else -1
+        rows = len(self.dataset)  # type: ignore[arg-type]
+        return (row if row < rows else -1 for row in range(self.rank, self.total_size, self.num_replicas))

@@ -11,7 +11,7 @@ import lzma
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from dllm_var.datamodules.records import FIELDS, BadRecord, prompt_key
+from dllm_var.datamodules.records import FIELDS, prompt_key
 from dllm_var.errors import UserError, one_line
 from dllm_var.files import write_atomically
 
 SPLITS = ("train", "validation", "test")
 LARGE = 2**24  # bytes from which on the digest of a file is kept in the cache
 
-Located = tuple[str, Any]  # a record, or a `BadRecord`, behind its place, such as data.jsonl:12
+Located = tuple[str, Any]  # a record behind its place, such as data.jsonl:12; a UserError for one that is unreadable
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 
 
@@ -34,8 +34,7 @@ class Source(ABC):
     """A collection of records in up to three splits.
 
     A record is a dict in one of five formats: ``{prompt, response}``, ``{instruction, input, output}``, ``{messages}``,
-    ``{input_ids, prompt_length}`` or ``{text}``. A subclass implements `records` and `fingerprint`; the rest has
-    defaults.
+    ``{input_ids, prompt_length}`` or ``{text}``. A subclass implements `records` and `fingerprint`.
     """
 
     splits: tuple[str, ...] = ("train",)  # those this source has, out of ``train``, ``validation``, ``test``
@@ -51,14 +50,13 @@ class Source(ABC):
         """A string that changes whenever the records may have changed; keys the cache of tokenized data."""
 
     def located_records(self, split: str) -> Iterator[Located]:
-        """Yields each record behind its place (``data.jsonl:12``), unreadable ones as `BadRecord`."""
+        """Yields each record behind its place (``data.jsonl:12``), a UserError for one that cannot be read."""
         return self.parsed(split, self.unparsed(split))
 
     def blocks(self, split: str, size: int, first: int = 0, step: int = 1) -> Iterator[tuple[int, list[Located]]]:
         """Yields every `step`-th block of `size` records with its number, from block `first` on.
 
-        So several readers share a split, and none parses the records of the others. A block has fewer records where
-        splits are carved out of the training data.
+        So readers share a split without parsing the records of others. Blocks are smaller where splits are carved out.
         """
         records = self.unparsed(split)
         for block, chunk in enumerate(iter(lambda: list(islice(records, size)), [])):
@@ -67,29 +65,27 @@ class Source(ABC):
 
     def unparsed(self, split: str) -> Iterator[Located]:
         """Yields what `parsed` makes a record of, such as a line, behind its place."""
-        try:
-            for number, record in enumerate(self.records(split)):
-                yield f"{type(self).__name__} {split} record {number}", record
-        except OSError as error:
-            raise UserError(f"the {split} split of {type(self).__name__} cannot be read: {one_line(error)}") from error
+        for number, record in enumerate(self.records(split)):
+            yield f"{type(self).__name__} {split} record {number}", record
 
     def parsed(self, split: str, records: Iterable[Located]) -> Iterator[Located]:
-        """Yields the records of a split, some or all of them, that `unparsed` has read."""
+        """Yields the records of a split among those that `unparsed` has read."""
         return iter(records)
 
 
 class SplitSource(Source):
     """A source that comes in splits of its own and may carve missing ones out of its training records.
 
-    A fixed hash of the prompt decides into which split a record goes. Carving reads all of the training records first,
-    so a stream should bring its own splits.
+    A fixed hash of the prompt decides into which split a record goes. Carving reads all of the training records first.
 
     Args:
-        validation_size: Prompts for a validation split the data does not bring: a number, or a fraction below 1. When
+        validation_size: Prompts for a validation split the data does not bring, as a number or as a share below 1; when
             not given, 2 % of the prompts, at most 1,000.
         test_size: The same for a test split; none when not given.
         columns: Names our fields have in the data, such as ``{prompt: question, response: answer}``.
     """
+
+    own: Mapping[str, Any]  # what the data brings, by split: files, or a dataset
 
     def __init__(
         self,
@@ -102,13 +98,8 @@ class SplitSource(Source):
                 raise UserError(f"{name} is {size}; give a number of prompts, or a share between 0 and 1")
         if unknown := set(columns or {}) - set(FIELDS):
             raise UserError(f"columns names the field {min(unknown)!r}; fields are {', '.join(FIELDS)}")
-        self.validation_size = validation_size
-        self.test_size = test_size
+        self.validation_size, self.test_size = validation_size, test_size
         self.columns = columns or {}
-
-    @abstractmethod
-    def own_splits(self) -> Collection[str]:
-        """Splits the data brings."""
 
     @abstractmethod
     def read_own(self, split: str) -> Iterator[Located]:
@@ -122,39 +113,38 @@ class SplitSource(Source):
     @property
     def splits(self) -> tuple[str, ...]:  # type: ignore[override]
         sizes = dict(zip(SPLITS, (None, self.validation_size, self.test_size), strict=True))
-        return tuple(split for split in SPLITS if split in self.own_splits() or sizes[split] != 0)
+        return tuple(split for split in SPLITS if split in self.own or sizes[split] != 0)
 
     def fingerprint(self) -> str:
         settings = [self.validation_size, self.test_size, sorted(self.columns.items()), list(self.splits)]
         return f"{type(self).__name__} {json.dumps(self.content)} {json.dumps(settings)}"
 
     def records(self, split: str) -> Iterator[dict[str, Any]]:
-        return (record for _, record in self.located_records(split) if not isinstance(record, BadRecord))
+        return (record for _, record in self.located_records(split) if not isinstance(record, UserError))
 
     def own_split(self, split: str) -> str:
         """The split of the data that a split is, or is carved out of."""
-        return split if split in self.own_splits() else "train"
+        return split if split in self.own else "train"
 
     def unparsed(self, split: str) -> Iterator[Located]:
         return self.read_own(self.own_split(split))
 
     def parsed(self, split: str, records: Iterable[Located]) -> Iterator[Located]:
-        own = self.own_splits()
-        carved = split not in own or (split == "train" and not set(self.splits) <= set(own))
+        carved = split not in self.own or (split == "train" and not set(self.splits) <= set(self.own))
         for where, unparsed in records:
             record = self.parse(unparsed)
             if not carved or self._carved_into(record) == split:
                 yield where, record
 
     def parse(self, record: Any) -> Any:
-        """Returns a record of `read_own` with our names of its fields."""
+        """A record of `read_own` with our names of its fields."""
         if not self.columns or not isinstance(record, dict):
             return record
         renamed = {ours: record[theirs] for ours, theirs in self.columns.items() if theirs in record}
         return {**{name: value for name, value in record.items() if name not in self.columns}, **renamed}
 
     def _carved_into(self, record: Any) -> str:
-        if isinstance(record, BadRecord):
+        if isinstance(record, UserError):
             return "train"
         key = prompt_key(record)
         return next((split for split, limit in self._limits.items() if key <= limit), "train")
@@ -166,11 +156,11 @@ class SplitSource(Source):
 
     def _find_limits(self) -> dict[str, int]:
         records = (self.parse(record) for _, record in self.read_own("train"))
-        found = (prompt_key(record) for record in records if not isinstance(record, BadRecord))
+        found = (prompt_key(record) for record in records if not isinstance(record, UserError))
         keys = np.unique(np.fromiter(found, dtype=np.uint64))
         limits, used = {}, 0
         for split, size in (("test", self.test_size), ("validation", self.validation_size)):
-            if split not in self.own_splits():
+            if split not in self.own:
                 if size is None:
                     size = min(1_000, -(-len(keys) // 50)) if len(keys) > 1 else 0
                 used += round(size * len(keys)) if size < 1 else int(size)
@@ -201,7 +191,7 @@ class FileSource(SplitSource):
     ) -> None:
         super().__init__(**kwargs)
         paths = {"train": path, "validation": validation_path, "test": test_path}
-        self.files = {split: self._find(split, given) for split, given in paths.items() if given is not None}
+        self.own = {split: self._find(split, given) for split, given in paths.items() if given is not None}
 
     def _find(self, split: str, paths: str | list[str]) -> list[Path]:
         found: list[Path] = []
@@ -223,15 +213,12 @@ class FileSource(SplitSource):
             raise UserError(f"data.source {setting} is an empty list: name a file, or leave it out")
         return found
 
-    def own_splits(self) -> Collection[str]:
-        return self.files
-
     @cached_property
     def content(self) -> dict[str, Any]:
-        return {split: [file_digest(file, self.cache_dir) for file in files] for split, files in self.files.items()}
+        return {split: [file_digest(file, self.cache_dir) for file in files] for split, files in self.own.items()}
 
     def read_own(self, split: str) -> Iterator[Located]:
-        for file in self.files[split]:
+        for file in self.own[split]:
             yield from self.read_file(file)
 
     @abstractmethod
@@ -257,9 +244,9 @@ class JsonlSource(FileSource):
         try:
             return super().parse(json.loads(record))
         except UnicodeDecodeError:
-            return BadRecord("is not UTF-8")
+            return UserError("is not UTF-8")
         except (ValueError, RecursionError) as error:
-            return BadRecord(f"is not valid JSON ({error}); each line must be one object")
+            return UserError(f"is not valid JSON ({error}); each line must be one object")
 
 
 class ParquetSource(FileSource):
@@ -284,7 +271,7 @@ class ParquetSource(FileSource):
 
 
 def file_digest(file: Path, cache: Path | None) -> str:
-    """Returns the SHA-256 of a file; that of a large file is remembered until its path, size, time or inode changes."""
+    """The SHA-256 of a file; that of a large file is remembered until its path, size, time or inode changes."""
 
     def read() -> str:
         digest = hashlib.sha256()
@@ -299,7 +286,7 @@ def file_digest(file: Path, cache: Path | None) -> str:
 
 
 def remember(cache: Path | None, key: Any, find_out: Callable[[], Any]) -> Any:
-    """Returns the finding, a plain value, that the cache has for a key, or finds it out and keeps it if it can."""
+    """The finding, a plain value, that the cache has for a key; it is found out, and kept, when the cache has none."""
     if cache is None:
         return find_out()
     path = cache / "findings" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"

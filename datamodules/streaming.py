@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from functools import cached_property
 from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -81,16 +80,17 @@ class StreamingDataModule(PackedDataModule):
     """Packs training rows while they are needed, for corpora that are too large to tokenize beforehand.
 
     Records are read in blocks in the source's order, and shuffled and packed within a block: a source that is sorted
-    should be shuffled once. The stream has no end, so set ``trainer.max_steps``. Checkpoints hold how far every reader
-    has come, and training goes on with the very next row. A reader of JSON Lines parses its own blocks alone, but it
-    reads through all of the files; for dozens of readers use `DatasetSource`, which passes over the blocks of the
-    others. Validation and test splits are tokenized as usual; bring them as files of their own, because carving them
-    out reads the whole source once.
+    should be shuffled once. The stream has no end, so set ``trainer.max_steps``. A resumed training goes on with the
+    very next row. A reader of JSON Lines reads through all of the files; for dozens of readers use `DatasetSource`,
+    which passes over the blocks of the others. Bring validation and test splits as files of their own, because carving
+    them out reads the whole source once.
 
     Args:
         block_records: Records read, shuffled and packed at a time.
         kwargs: As for `PackedDataModule`; with ``num_workers`` at least 1 packing does not hold up training.
     """
+
+    row_settings = (*PackedDataModule.row_settings, "block_records")
 
     def __init__(self, block_records: int = 5_000, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -102,13 +102,13 @@ class StreamingDataModule(PackedDataModule):
         self._restored: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
-        """Tokenizes the held-out splits; Lightning calls it in one process per node."""
+        """Tokenizes the held-out splits."""
         for split in self.source.splits:
             if split != "train":
                 self.table(split)
 
     def train_dataloader(self) -> DataLoader:
-        """Batches of an endless stream; each time it is iterated over, it goes on from where training stands."""
+        """Batches of an endless stream, which goes on from where training stands."""
         ranks, rank = self._ranks()
         self._turns = deque(self._begin(ranks, rank))
         rows = RowStream(self, rank, ranks, self._turns)
@@ -122,11 +122,6 @@ class StreamingDataModule(PackedDataModule):
             self._turns.popleft()
             self._turns.append((reader, Position(*position)))
         return batch
-
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What decides the content of the rows."""
-        return {**super().identity, "block_records": self.block_records}
 
     def state_dict(self) -> dict[str, Any]:
         """How far every reader of every rank has come; called on all ranks."""

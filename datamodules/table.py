@@ -1,22 +1,36 @@
-"""The tokenized table: all samples of a split in a few flat arrays, on disk with checksums."""
+"""The tokenized table: records become samples, ended by a terminator, and those of a split flat arrays in a cache."""
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import json
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
+from dllm_var.datamodules.records import Ids, Turns, parse_record
+from dllm_var.datamodules.sources import Located, Source
 from dllm_var.errors import UserError, one_line
-from dllm_var.text.tokenizer import Tokenizer
+from dllm_var.files import write_atomically
+from dllm_var.text.tokenizer import Piece, Tokenizer
 
+VERSION = 5  # of a table's files and what they mean; part of the cache key
+CHUNK = 4_096  # records tokenized at a time
+BATCH = 2**20  # characters encoded at a time, for each of which the tokenizer takes up to 200 bytes
+
+Runs = list[tuple[list[int], bool]]  # token ids, and whether they carry loss; the last run is an answer that ends
+# Files of a table and the types in them; the tokens' own is in ``meta.json``.
 COLUMNS = {"tokens": None, "supervised": "bool", "offsets": "int64", "answer_start": "int64"}
-"""Files of a table and the types in them; the tokens' own is in ``meta.json``."""
-
 HELD_OUT_SEED = 0  # held-out rows and examples are the same whatever the training seed
 
 
@@ -46,10 +60,7 @@ class Table:
 
     @classmethod
     def open(cls, folder: Path, verify: bool = True) -> Table:
-        """Maps the files of a table into memory; `verify` compares their checksums, at some gigabyte per second.
-
-        Raises UserError when a file is missing or damaged.
-        """
+        """Maps the files of a table into memory; `verify` compares their checksums, at some gigabyte per second."""
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
             columns = {name: _map(folder / f"{name}.bin", dtype or meta["dtype"]) for name, dtype in COLUMNS.items()}
@@ -57,9 +68,7 @@ class Table:
                 if verify and zlib.crc32(column.data) != meta["crc32"][name]:
                     raise ValueError(f"{name}.bin is not as it was written")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"tokenized data is damaged ({one_line(error)}): delete {folder}, it is made again"
-            ) from None
+            raise UserError(f"tokenized data is damaged ({one_line(error)}): delete {folder} to make it anew") from None
         return cls(**columns, meta=meta, folder=folder)
 
     def __len__(self) -> int:
@@ -82,6 +91,165 @@ class Table:
                 by_prompt.setdefault(tuple(ids[:start]), []).append(ids[start:-1])
         first = list(by_prompt.items())[:n]
         return [Example(tokenizer.decode(prompt), list(prompt), answers) for prompt, answers in first]
+
+
+@dataclass
+class RecordEncoder:
+    """Tokenizes records, and counts in `meta` what it has seen."""
+
+    tokenizer: Tokenizer
+    chat: bool = False  # whether prompt and answer go through the tokenizer's chat template
+    skip_bad: bool = False  # whether records that cannot be used are counted; otherwise the first one is an error
+    refuse_special: bool = False  # whether a text that spells a special token cannot be used
+
+    def __post_init__(self) -> None:
+        dtype = "uint16" if self.tokenizer.vocab_size <= 2**16 else "int32"
+        self.meta: dict[str, Any] = {"records": 0, "skipped": 0, "reasons": [], "unknown_tokens": 0, "dtype": dtype}
+
+    def encode(self, records: Sequence[Located]) -> Table:
+        """Tokenizes a number of records at once; raises UserError, which names its place, for a bad one."""
+        was_enabled = gc.isenabled()
+        gc.disable()  # the collector would walk over millions of short-lived lists for 40 % of the time
+        try:
+            samples = self._samples(records)
+        finally:
+            if was_enabled:
+                gc.enable()
+        sizes = [[len(ids) for ids, _ in runs] for runs in samples]
+        ids = chain.from_iterable(ids for runs in samples for ids, _ in runs)
+        tokens = np.fromiter(ids, dtype=self.meta["dtype"])
+        flags = np.array([flag for runs in samples for _, flag in runs], dtype=np.bool_)
+        self.meta["records"] += len(records)
+        if self.tokenizer.unknown_id is not None:
+            self.meta["unknown_tokens"] += int(np.count_nonzero(tokens == self.tokenizer.unknown_id))
+        return Table(
+            tokens=tokens,
+            supervised=np.repeat(flags, np.array(list(chain.from_iterable(sizes)), dtype=np.int64)),
+            offsets=np.cumsum([0, *map(sum, sizes)], dtype=np.int64),
+            answer_start=np.array([sum(size[:-1]) for size in sizes], dtype=np.int64),
+            meta=dict(self.meta),
+        )
+
+    def _samples(self, records: Sequence[Located]) -> list[Runs]:
+        """Runs of each usable record."""
+        parsed: list[tuple[str, Turns | Ids, list[Piece]]] = []
+        for where, record in records:
+            with self._counting_bad(where):
+                form = parse_record(record, self.chat)
+                parsed.append((where, form, self._pieces(form)))
+        # All at once, so that the tokenizer's threads, one for each core, have enough to do.
+        texts: dict[bool, list[str]] = {False: [], True: []}
+        for piece in chain.from_iterable(pieces for *_, pieces in parsed):
+            texts[piece.special_tokens].append(piece.text)
+        encoded = {special: iter(self._encode(texts[special], special)) for special in texts}
+        samples: list[Runs] = []
+        for where, form, pieces in parsed:
+            ids = [next(encoded[piece.special_tokens]) for piece in pieces]  # also of a record that is skipped
+            with self._counting_bad(where):
+                runs = self._runs_of_ids(form) if isinstance(form, Ids) else self._runs_of_turns(form, pieces, ids)
+                if any(self.tokenizer.mask_id in ids for ids, _ in runs):
+                    raise UserError(f"contains the mask token {self.tokenizer.id_to_token(self.tokenizer.mask_id)}")
+                samples.append(runs)
+        return samples
+
+    def _encode(self, texts: list[str], special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text, of no more than some `BATCH` characters at a time."""
+        if len(texts) > 1 and sum(map(len, texts)) > BATCH:
+            half = len(texts) // 2
+            return self._encode(texts[:half], special_tokens) + self._encode(texts[half:], special_tokens)
+        return self.tokenizer.encode_batch(texts, special_tokens)
+
+    def _pieces(self, form: Turns | Ids) -> list[Piece]:
+        """Texts of a record that have to be encoded."""
+        if isinstance(form, Ids):
+            return []
+        if form.chat:
+            return self.tokenizer.chat_pieces(form.messages, self.refuse_special)
+        return [Piece(turn["content"], turn["role"] == "assistant", self.refuse_special) for turn in form.messages]
+
+    def _runs_of_ids(self, form: Ids) -> Runs:
+        vocab_size = self.tokenizer.vocab_size
+        wrong = next((index for index in chain(*form) if not 0 <= index < vocab_size), None)
+        if wrong is not None:
+            raise UserError(f"has token id {wrong}, outside the vocabulary of {vocab_size}")
+        end = [] if form.answer[-1] in self.tokenizer.terminator_ids else [self.tokenizer.terminator_id]
+        return [(form.prompt, False), (form.answer + end, True)]
+
+    def _runs_of_turns(self, turns: Turns, pieces: list[Piece], encoded: list[list[int]]) -> Runs:
+        templated = turns.chat and self.tokenizer.chat_template is not None
+        runs = []
+        for piece, ids in zip(pieces, encoded, strict=True):
+            if not (templated and piece.special_tokens):
+                self.tokenizer.check_plain(ids)
+                if piece.supervised and not set(self.tokenizer.terminator_ids).isdisjoint(ids):
+                    raise UserError("has an answer that spells a terminator: it would end there")
+            if piece.supervised and not templated:  # the template writes terminators itself
+                if not ids:
+                    raise UserError("has an answer of no tokens")
+                ids = [*ids, self.tokenizer.terminator_id]
+            if ids:
+                runs.append((ids, piece.supervised))
+        neighbours = groupby(runs, key=itemgetter(1))
+        return [(list(chain.from_iterable(ids for ids, _ in group)), flag) for flag, group in neighbours]
+
+    @contextmanager
+    def _counting_bad(self, where: str) -> Iterator[None]:
+        """Counts a record that cannot be used, or raises what is wrong with it behind its place."""
+        try:
+            yield
+        except UserError as error:
+            reason = f"{where} {error}"
+            if not self.skip_bad:
+                raise bad_record(reason) from None
+            self.meta["skipped"] += 1
+            self.meta["reasons"] = [*self.meta["reasons"], reason][:5]
+
+
+def bad_record(reason: str) -> UserError:
+    return UserError(f"{reason} (data.on_bad_record=skip leaves out and counts such records)")
+
+
+def load_table(source: Source, split: str, encoder: RecordEncoder, cache: Path, verify: bool = True) -> Table:
+    """Opens the tokenized table of a split, and builds it first, with a new encoder, if the cache does not have it.
+
+    Several processes may do so at once: each writes a folder of its own, and the first to finish gives it its name.
+    """
+    settings = {"version": VERSION, "source": source.fingerprint(), "tokenizer": encoder.tokenizer.fingerprint}
+    settings |= {"chat": encoder.chat, "refuse_special": encoder.refuse_special}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    folder = cache / f"{key}-{split}"
+    if not folder.is_dir():
+        try:
+            with write_atomically(folder, shared=True) as partial:
+                partial.mkdir()
+                _write(source, split, encoder, partial)
+        except OSError as error:
+            raise UserError(f"cannot keep tokenized data in {cache}: {one_line(error)}; set data.cache_dir") from None
+    table = Table.open(folder, verify)
+    if table.meta["skipped"] and not encoder.skip_bad:  # built by a run that skipped them
+        raise bad_record(table.meta["reasons"][0])
+    return table
+
+
+def _write(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> None:
+    """Writes the files of a table, chunk by chunk."""
+    records = source.located_records(split)
+    crc32 = dict.fromkeys(COLUMNS, 0)
+    tokens = 0
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in COLUMNS}
+        progress = stack.enter_context(tqdm(desc=f"tokenizing {split}", unit=" records", delay=5, leave=False))
+        # The first chunk is empty: from it `offsets` has the 0 with which it begins.
+        for chunk in chain([[]], iter(lambda: list(islice(records, CHUNK)), [])):
+            table = encoder.encode(chunk)
+            columns = {name: getattr(table, name) for name in COLUMNS}
+            columns["offsets"] = tokens + (table.offsets[1:] if chunk else table.offsets)
+            for name, column in columns.items():
+                column.tofile(files[name])
+                crc32[name] = zlib.crc32(column.data, crc32[name])
+            tokens += len(table.tokens)
+            progress.update(len(chunk))
+    (folder / "meta.json").write_text(json.dumps({**encoder.meta, "crc32": crc32}, indent=1), encoding="utf-8")
 
 
 def _map(path: Path, dtype: str) -> NDArray[Any]:

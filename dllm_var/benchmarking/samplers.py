@@ -18,7 +18,7 @@ from dllm_var.benchmarking.scorers import Scorer
 from dllm_var.benchmarking.settings import COUNTS, Task, expand
 from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.datamodules import Example, Source
-from dllm_var.datamodules.encoding import RecordEncoder
+from dllm_var.datamodules.table import RecordEncoder
 from dllm_var.errors import UserError
 from dllm_var.metrics import AnswerMetrics
 from dllm_var.model.kv_cache import KVCache

@@ -5,7 +5,7 @@ from hypothesis import settings
 from recorded_runs import ListSource
 
 from dllm_var.datamodules import CmudictSource
-from dllm_var.datamodules.encoding import RecordEncoder, load_table
+from dllm_var.datamodules.table import RecordEncoder, load_table
 from dllm_var.text.tokenizer import Tokenizer
 
 settings.register_profile("shared", deadline=None, max_examples=25, derandomize=True)

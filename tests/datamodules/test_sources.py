@@ -168,7 +168,7 @@ def test_what_is_no_file_is_told_at_once(tmp_path, write_jsonl):
             JsonlSource(str(tmp_path / path))
     with pytest.raises(UserError, match=r"data\.source path is an empty list"):
         JsonlSource([])
-    assert len(JsonlSource(str(tmp_path / "good" / "**" / "*.jsonl")).files["train"]) == 1, "links lead back"
+    assert len(JsonlSource(str(tmp_path / "good" / "**" / "*.jsonl")).own["train"]) == 1, "links lead back"
 
 
 # -- several readers share a split -------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import tokenizers
 from byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
 
 from dllm_var.datamodules import CmudictSource, JsonlSource
-from dllm_var.datamodules.encoding import RecordEncoder, load_table
+from dllm_var.datamodules.table import RecordEncoder, load_table
 from dllm_var.errors import UserError
 from dllm_var.text.tokenizer import SpecialTokens, Tokenizer
 
@@ -174,7 +174,7 @@ def test_a_word_level_vocabulary_without_other_words_refuses_the_spelling(load):
 
 def test_texts_are_encoded_a_number_of_characters_at_a_time(load, bytes_tokenizer, monkeypatch):
     whole = load(MANY, bytes_tokenizer)
-    monkeypatch.setattr("dllm_var.datamodules.encoding.BATCH", 64)
+    monkeypatch.setattr("dllm_var.datamodules.table.BATCH", 64)
     asked, encode = [], Tokenizer.encode_batch
 
     def count(self, texts, special_tokens=False):
@@ -216,7 +216,7 @@ def test_a_cache_that_cannot_be_written_is_told(load, tmp_path):
 
 
 def test_two_may_build_the_same_table_at_once(write_jsonl, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("dllm_var.datamodules.encoding.CHUNK", 8)
+    monkeypatch.setattr("dllm_var.datamodules.table.CHUNK", 8)
     tables = []
 
     class Overtaken(JsonlSource):
@@ -250,12 +250,12 @@ def test_a_damaged_table_is_told(load, name, damage):
         file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     else:
         file.write_bytes(content[:-8] if damage == "shorter" else content + bytes(8))
-    with pytest.raises(UserError, match=rf"damaged .*: delete {file.parent}, it is made again"):
+    with pytest.raises(UserError, match=rf"damaged .*: delete {file.parent} to make it anew"):
         load([GOOD] * 3)
 
 
 def test_many_chunks_are_one_table(load, tokenizer, monkeypatch):
-    monkeypatch.setattr("dllm_var.datamodules.encoding.CHUNK", 32)
+    monkeypatch.setattr("dllm_var.datamodules.table.CHUNK", 32)
     records = [{"input_ids": [4 + number % 60] * (1 + number % 7)} for number in range(100)]
     table = load(records)
     assert [table.ids(number)[:-1] for number in range(len(table))] == [record["input_ids"] for record in records]
