@@ -25,14 +25,11 @@ PHASES = ("data", "forward", "head_and_loss", "backward", "optimizer")  # of a t
 
 
 class ForwardClock:
-    """Adds up the time that transformers spend in their forwards, layers and output head.
-
-    On the CPU it reads the clock twice per call; on CUDA it records events, so that nothing waits for the device.
-    """
+    """Adds up the time that transformers spend in layers and output head; on CUDA by events, which wait for nothing."""
 
     def __init__(self, models: Sequence[Transformer]) -> None:
         self._on_cuda = models[0].embedding.weight.is_cuda
-        self._timed = [*((model, "hidden_states") for model in models), *((m.lm_head, "forward") for m in models)]
+        self._timed = [pair for m in models for pair in ((m, "hidden_states"), (m.lm_head, "forward"))]
         self._marks: list[tuple[Any, Any]] = []  # before and after each call
 
     def __enter__(self) -> ForwardClock:
@@ -72,8 +69,7 @@ class ForwardClock:
 class StepClock:
     """Cuts the time of training into phases without a gap: each mark ends one phase and begins the next.
 
-    Each mark waits for the device, so that a phase is charged with its own work. `steps` has for each optimizer step
-    the seconds of its phases and the counts that `end_step` takes.
+    Each mark waits for the device, so that a phase is charged with its own work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -94,10 +90,7 @@ class StepClock:
         self._last = now
 
     def end_step(self, segment_ids: Tensor, counts: dict[str, int | Tensor]) -> None:
-        """Ends the last phase, `optimizer`, and the step.
-
-        Its batch has `segment_ids` [B, L], below 0 for padding, and `counts` as of `NoisedBatch.counts`.
-        """
+        """Ends the last phase and the step; its batch has `segment_ids` [B, L] and `counts` of `NoisedBatch`."""
         self.mark("optimizer")
         work = {"loss_tokens": int(counts["loss_tokens"]), "pairs": int(counts["attended_pairs"])}
         tokens = {"tokens": int((segment_ids >= 0).sum()), "positions": segment_ids.numel()}
@@ -106,10 +99,9 @@ class StepClock:
 
 
 class PeakMemory:
-    """Measures how many bytes a block of code holds at its peak, beyond the bytes held when it began.
+    """Measures the `bytes` that a block of code holds at its peak, beyond those held when it began.
 
-    On CUDA these are torch's allocations. On Linux it is the process's resident memory: the C allocator first returns
-    its free memory, and the kernel forgets the old peak (`/proc/self/clear_refs`). `bytes` is None on other systems.
+    On CUDA these are torch's allocations, on Linux the process's resident memory; None on other systems.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -123,9 +115,9 @@ class PeakMemory:
             self._before = torch.cuda.memory_allocated(self.device)
             return self
         with suppress(OSError, AttributeError, TypeError):  # raised where the C library is not glibc
-            ctypes.CDLL(None).malloc_trim(0)
+            ctypes.CDLL(None).malloc_trim(0)  # the C allocator returns its free memory
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the old peak
             self._before = _resident("VmRSS")
         return self
 
@@ -156,7 +148,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Returns processor, device, threads, versions and commit: figures depend on them."""
+    """Returns processor, device, threads, versions and commit, on which figures depend."""
     versions, git = provenance()["versions"], provenance()["git"]
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None

@@ -17,6 +17,7 @@ from dllm_var.sampling.auxiliary import AuxiliaryModel
 if TYPE_CHECKING:
     from dllm_var.benchmarking.samplers import TaskRun
 
+REPORTED = ("name", "checkpoint", "autoregressive_checkpoint", "split", "selection_split", "batch_size")  # of a task
 AUP_ALPHA = 3.0  # how much lost accuracy costs
 AUP_TOLERANCE = 5.0  # per cent below the first point's accuracy that still count
 TOLERANCE = 0.01  # accuracy that the best setting may lose against the default one
@@ -131,10 +132,9 @@ def over(
 def ratios(ours: Contender, contenders: Sequence[Contender], answer_lengths: Sequence[int]) -> dict[str, float | None]:
     """Returns one setting's ratios to the task's baselines; None where a figure is missing.
 
-    `over_*` are useful tokens/s at batch 1, `forwards_over_*` useful tokens per forward: the ratio of speeds on
-    hardware whose forwards cost the same whatever their width. The fixed-length baseline is credited with at least
-    `answer_lengths` tokens, those of each prompt's longest reference, so that a bad answer does not make it look slower
-    than it is.
+    `over_*` are useful tokens/s at batch 1, `forwards_over_*` useful tokens per forward. The fixed-length baseline is
+    credited with at least `answer_lengths` tokens, those of each prompt's longest reference, so that a bad answer does
+    not make it look slower than it is.
     """
     autoregressive, fixed = with_role(contenders, "autoregressive"), with_role(contenders, "fixed_length")
     rounds = zip(ours.batched, ours.single, strict=False)
@@ -179,13 +179,8 @@ def task_result(run: TaskRun) -> dict[str, Any]:
     if default is not None:
         rule = RULE.format(split=task.selection_split, default=default.setting.name, measured=task.split)
     return {
-        "name": task.name,
-        "checkpoint": task.checkpoint,
-        "autoregressive_checkpoint": task.autoregressive_checkpoint,
+        **{name: getattr(task, name) for name in REPORTED},
         "parameters": run.model.num_parameters,
-        "split": task.split,
-        "selection_split": task.selection_split,
-        "batch_size": task.batch_size,
         "seconds": run.seconds,
         "chosen": None if best is None else best.setting.name,
         "default": None if default is None else default.setting.name,
@@ -195,10 +190,7 @@ def task_result(run: TaskRun) -> dict[str, Any]:
         "bars": {name: against_bar(values.get(name), *bar) for name, bar in BARS.items()},
         "settings": [
             {
-                "name": one.setting.name,
-                "role": one.setting.role,
-                "checkpoint": one.setting.checkpoint,
-                "sampler": one.setting.sampler,
+                **{name: getattr(one.setting, name) for name in ("name", "role", "checkpoint", "sampler")},
                 **one.scores,
                 "single": timing(one.single),
                 "batched": timing(one.batched),

@@ -36,8 +36,7 @@ ENDINGS = ("ended_by_eos", "hit_limit", "length_exact", "premature", "overrun", 
 class TaskRun:
     """All measurements of one task; an exception that ends it leaves them.
 
-    Each timing has `repeats` rounds; `limit` is the longest answer in tokens, the samplers' own when None. Raises
-    UserError when a source, scorer or sampler cannot be built, a checkpoint not be loaded, or a split has no prompts.
+    Each timing has `repeats` rounds; `limit` is the longest answer in tokens, the samplers' own when None.
     """
 
     def __init__(
@@ -153,15 +152,12 @@ class TaskRun:
             "prompts": len(run.answers),
         }
 
-    def in_turn(self, phase: str, contenders: Sequence[Contender], rounds: int = 0) -> Iterator[Contender]:
-        """Yields every contender once in each round, or once in all; a round begins further on than the one before."""
-        title = f"{self.task.name}: {phase}"
-        if not rounds:
-            yield from shown(title, contenders)
+    def in_turn(self, phase: str, contenders: Sequence[Contender], rounds: int = 1) -> Iterator[Contender]:
+        """Yields every contender once in each round; a round begins further on than the one before."""
         for number in range(rounds):
             start = number * len(contenders) // rounds
-            order = [*contenders[start:], *contenders[:start]]
-            yield from shown(f"{title}, round {number + 1} of {rounds}", order)
+            title = f"{self.task.name}: {phase}, round {number + 1} of {rounds}"
+            yield from shown(title, [*contenders[start:], *contenders[:start]])
 
     def result(self) -> dict[str, Any]:
         """Returns the measurements, complete or not, as plain data."""
@@ -169,10 +165,7 @@ class TaskRun:
 
 
 def decode(contender: Contender, examples: Sequence[Example], limit: int | None, one_by_one: bool = True) -> Run:
-    """Decodes prompts one by one, or all in one call, and takes the time of each call of `generate`.
-
-    `limit` is the longest answer in tokens; the sampler's own when None.
-    """
+    """Decodes prompts one by one, or all in one call, and takes the time of each call of `generate`."""
     gc.collect()
     prompts = [example.prompt_ids for example in examples]
     device = contender.model.embedding.weight.device
@@ -190,10 +183,7 @@ def decode(contender: Contender, examples: Sequence[Example], limit: int | None,
 
 @torch.inference_mode()
 def measure_forwards(model: Transformer, widths: Sequence[int], rounds: int) -> list[dict[str, float]]:
-    """Measures forwards (layers and head, batch 1) of several widths behind `PREFIX` cached tokens, in turn.
-
-    Returns for each width, one token included: `width`, `seconds` (median over rounds) and `relative` to one token's.
-    """
+    """Returns median seconds of forwards (layers and head, batch 1) of several widths behind `PREFIX` cached tokens."""
     weight, widths = model.embedding.weight, sorted({1, *widths})
     kv_cache = KVCache(model.config, 1, PREFIX + widths[-1], weight.device, weight.dtype)
     tokens = torch.zeros(1, max(PREFIX, widths[-1]), dtype=torch.long, device=weight.device)
@@ -206,9 +196,9 @@ def measure_forwards(model: Transformer, widths: Sequence[int], rounds: int) -> 
     kv_cache.advance(torch.tensor([PREFIX]))
     threads = torch.get_num_threads()
     calls = {width: Timer("call()", globals={"call": partial(forward, width)}, num_threads=threads) for width in widths}
-    readings = [
-        {width: call.blocked_autorange(min_run_time=READING_SECONDS).median for width, call in calls.items()}
-        for _ in range(rounds)
-    ]
-    medians = {width: median(reading[width] for reading in readings) for width in widths}
+    readings: dict[int, list[float]] = {width: [] for width in widths}
+    for _ in range(rounds):
+        for width, call in calls.items():
+            readings[width].append(call.blocked_autorange(min_run_time=READING_SECONDS).median)
+    medians = {width: median(seconds) for width, seconds in readings.items()}
     return [{"width": width, "seconds": cost, "relative": cost / medians[1]} for width, cost in medians.items()]

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -170,27 +170,25 @@ Curves = dict[str, list[tuple[Any, str]]]  # of each sweep: its values, with the
 
 
 def expand(task: Task) -> tuple[list[Entry], Curves]:
-    """Returns the settings that a task measures, with all their values filled in, and the curves that they make.
+    """Returns the settings that a task measures, and the curves that they make.
 
-    Settings are the entries, and the points of sweeps that are not entries. Raises UserError when two have one name,
-    when two share a role that only one can have, or when a sampler cannot be read.
+    Settings are the entries, and the points of sweeps that are not entries, with all their values filled in.
     """
     settings = [_filled_in(entry, task) for entry in task.entries]
     curves: Curves = {}
     for sweep in task.sweeps:
-        base, curve = _filled_in(sweep, task), curves.setdefault(sweep.name, [])
+        curve = curves.setdefault(sweep.name, [])
         for value in sweep.values:
             change = value
             for key in reversed(sweep.over.split(".")):
                 change = {key: change}
-            sampler = merged(base.sampler, change)
-            same = next((s for s in settings if (s.sampler, s.checkpoint) == (sampler, sweep.checkpoint)), None)
+            name = f"{sweep.name} {value:g}" if isinstance(value, float) else f"{sweep.name} {value}"
+            point = _filled_in(sweep, task)
+            point.name, point.sampler = name, merged(point.sampler, change)
+            same = next((s for s in settings if (s.sampler, s.checkpoint) == (point.sampler, point.checkpoint)), None)
             if same is None:
-                name = f"{sweep.name} {value:g}" if isinstance(value, float) else f"{sweep.name} {value}"
-                counts = {count: getattr(base, count) for count in COUNTS}
-                same = Entry(name, sampler, {}, sweep.checkpoint, sweep.role, **counts)
-                settings.append(same)
-            curve.append((value, same.name))
+                settings.append(point)
+            curve.append((value, (same or point).name))
     where = f"task {task.name}"
     check_names([setting.name for setting in settings], where)
     for role in ("default", "autoregressive", "fixed_length"):
@@ -203,7 +201,7 @@ def expand(task: Task) -> tuple[list[Entry], Curves]:
 
 
 def _filled_in(entry: Entry, task: Task) -> Entry:
-    """Returns the entry with its sampler's file read, its arguments put over it, and the task's numbers of prompts."""
+    """Returns an entry, or a sweep as one, with the sampler's file read and the task's numbers of prompts."""
     sampler: Any = entry.sampler
     if isinstance(sampler, str) and Path(sampler).suffix in (".yaml", ".yml", ".json"):
         sampler = read_settings(Path(sampler))
@@ -213,9 +211,9 @@ def _filled_in(entry: Entry, task: Task) -> Entry:
     if "class_path" not in sampler:
         raise UserError(f"task {task.name}, {entry.name}: the sampler has no class_path")
     sampler = merged({"init_args": {}, **sampler}, {"init_args": entry.arguments})
-    own = {name: getattr(entry, name) for name in COUNTS}
-    counts: dict[str, Any] = {name: getattr(task, name) if n is None else n for name, n in own.items()}
-    return replace(entry, sampler=sampler, arguments={}, **counts)
+    values: dict[str, Any] = {f.name: getattr(entry, f.name) for f in fields(Entry)}
+    counts = {name: getattr(task, name) for name in COUNTS if values[name] is None}
+    return Entry(**{**values, **counts, "sampler": sampler, "arguments": {}})
 
 
 def check_names(names: Sequence[str], where: str) -> None:

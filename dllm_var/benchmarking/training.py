@@ -15,12 +15,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch import Tensor, nn
+from torch import nn
 
 from dllm_var.benchmarking.instruments import PHASES, PeakMemory, StepClock, shown
 from dllm_var.benchmarking.results import against_bar
@@ -42,6 +42,7 @@ PEAK_SECONDS = 0.5  # of matrix products in each round, whose fastest is the pea
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.95), 0.1, 1.0  # of every contender
 SPREAD = 0.7  # standard deviation of the logarithm of a sample's lengths
 ENOUGH = 4  # times as many tokens in the data as one round trains on
+REPORTED = ("name", "vocab_size", "transformer", "context_length", "batch_size", "steps")  # settings in the result
 
 
 class RandomSamples(Source):
@@ -102,27 +103,8 @@ class Contender(ABC):
         return self.clock.steps[1:]
 
 
-class LightningMarks(L.Callback):
-    """Marks the clock at the seams of Lightning's training step."""
-
-    def __init__(self, clock: StepClock) -> None:
-        self.clock = clock
-
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        self.clock.mark("data")
-
-    def on_before_backward(self, trainer: Any, module: Any, loss: Tensor) -> None:
-        self.clock.mark("head_and_loss")
-
-    def on_after_backward(self, trainer: Any, module: Any) -> None:
-        self.clock.mark("backward")
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.clock.end_step(batch["segment_ids"], module.last_step_stats)
-
-
 class Ours(Contender):
-    """DiffusionLM under the Lightning Trainer, as `fit` builds them; `name` says with which settings."""
+    """DiffusionLM under the Lightning Trainer, with the settings that `name` says."""
 
     def __init__(self, name: str, case: TrainingCase, device: torch.device, cache: Path) -> None:
         super().__init__(name, case, device, cache)
@@ -136,51 +118,53 @@ class Ours(Contender):
         )
         self.module.use_tokenizer(self.data().tokenizer)
         self.module.configure_model()
-        transformer: Any = self.module.transformer
-        hidden_states = transformer.hidden_states
+        self.model: Any = self.module.transformer
+        hidden_states = self.model.hidden_states
 
         def marked(*args: Any, **kwargs: Any) -> Any:
             result = hidden_states(*args, **kwargs)
             self.clock.mark("forward")
             return result
 
-        transformer.hidden_states = marked
-        self.model = transformer
+        self.model.hidden_states = marked
 
     def train(self, steps: int) -> None:
+        marks = LambdaCallback(
+            on_train_batch_start=lambda *_: self.clock.mark("data"),
+            on_before_backward=lambda *_: self.clock.mark("head_and_loss"),
+            on_after_backward=lambda *_: self.clock.mark("backward"),
+            on_train_batch_end=lambda trainer, module, outputs, batch, _: self.clock.end_step(
+                batch["segment_ids"], module.last_step_stats
+            ),
+        )
         logging.disable(logging.INFO)  # Lightning's notes about every fit
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # and its warnings about short ones
-                self.fit(steps)
+                trainer = Trainer(
+                    accelerator="gpu" if self.mixed else "cpu",
+                    devices=1,
+                    precision="bf16-mixed" if self.mixed else "32-true",
+                    max_steps=steps,
+                    gradient_clip_val=CLIP,
+                    callbacks=[marks],
+                    logger=DummyLogger(),  # logging costs its usual time
+                    enable_checkpointing=False,
+                    enable_progress_bar=False,
+                    enable_model_summary=False,
+                    limit_val_batches=0,
+                )
+                trainer.fit(self.module, self.data())
         finally:
             logging.disable(logging.NOTSET)
         self.module.trainer = None  # and with it the optimizer
         self.module.zero_grad()
 
-    def fit(self, steps: int) -> None:
-        """Trains with a new Trainer."""
-        trainer = Trainer(
-            accelerator="gpu" if self.device.type == "cuda" else "cpu",
-            devices=1,
-            precision="bf16-mixed" if self.mixed else "32-true",
-            max_steps=steps,
-            gradient_clip_val=CLIP,
-            callbacks=[LightningMarks(self.clock)],
-            logger=DummyLogger(),  # logging costs its usual time
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-        )
-        trainer.fit(self.module, self.data())
-
 
 class PlainLoop(Contender):
-    """transformers' Llama of the same shape, reading in both directions, in a plain loop with full logits and AdamW.
+    """transformers' Llama in a plain loop with full attention and logits: the loss of dLLM-Var's released code.
 
-    Rows are packed, attention is full, and the loss is what dLLM-Var's released code computes. The objective and its
-    noise are ours: the same tokens are masked, with the same rates.
+    The objective and its noise are ours: the same tokens are masked, with the same rates.
     """
 
     def __init__(self, name: str, case: TrainingCase, device: torch.device, cache: Path) -> None:
@@ -202,10 +186,7 @@ class PlainLoop(Contender):
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
             self.clock.mark("head_and_loss")
             loss.backward()
-            counts: dict[str, Any] = {
-                "loss_tokens": noised.loss_mask.sum(),
-                "attended_pairs": labels.numel() * labels.size(1),
-            }
+            counts = {"loss_tokens": noised.loss_mask.sum(), "attended_pairs": labels.numel() * labels.size(1)}
             del logits, loss, noised, labels
             self.clock.mark("backward")
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
@@ -266,19 +247,13 @@ class TrainingRun:
     def result(self) -> Figures:
         """Returns the case's figures, ratios and bars as plain data."""
         case, base = self.case, self.measured.get(PLAIN_LOOP, [])
-        contenders = [
-            {"name": name, "rounds": rounds, **medians(rounds)} for name, rounds in self.measured.items() if rounds
-        ]
-        ratios = {contender["name"]: over(contender["rounds"], base) for contender in contenders}
+        measured = {name: rounds for name, rounds in self.measured.items() if rounds}
+        contenders = [{"name": name, "rounds": rounds, **medians(rounds)} for name, rounds in measured.items()]
+        ratios = {name: over(rounds, base) for name, rounds in measured.items()}
         ours = next((name for name in (COMPILED, OURS) if name in self.names), None)
         return {
-            "name": case.name,
-            "vocab_size": case.vocab_size,
-            "transformer": case.transformer,
+            **{name: getattr(case, name) for name in REPORTED},
             "parameters": self.shape.num_parameters,
-            "context_length": case.context_length,
-            "batch_size": case.batch_size,
-            "steps": case.steps,
             "ours": ours,
             "gemm_peak_flops": median(self.peaks) if self.peaks else None,
             "contenders": contenders,

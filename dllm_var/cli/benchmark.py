@@ -9,8 +9,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -38,14 +37,10 @@ Item = TypeVar("Item", Task, TrainingCase)
 
 
 def main(command: str, arguments: list[str]) -> int:
-    """Runs `benchmark` and returns its exit status: 0, 130 after Ctrl-C, 143 after SIGTERM.
-
-    Raises UserError for a bad config, checkpoint or output file.
-    """
+    """Runs `benchmark` and returns its exit status: 0, 130 after Ctrl-C, 143 after SIGTERM."""
     options = build_parser(command).parse_args(arguments)
-    for name, example in (("config", "FILE, such as benchmarks/samplers.yaml"), ("output", "FILE.json")):
-        if not getattr(options, name):
-            raise UserError(f"benchmark needs --{name} {example}")
+    if not options.config or not options.output:
+        raise UserError("benchmark needs --config FILE, such as benchmarks/samplers.yaml, and --output FILE.json")
     output = Path(options.output)
     if output.suffix != ".json":
         raise UserError(f"--output must end in .json, got '{output}'; the tables go into the .md file beside it")
@@ -111,10 +106,7 @@ def wanted(items: list[Item], names: Sequence[str] | None, quick: bool) -> list[
 
 
 def measure(tasks: Sequence[Task], cases: Sequence[TrainingCase], options: Any) -> tuple[dict[str, Any], int]:
-    """Measures one task or training after the other, until the end, Ctrl-C or SIGTERM.
-
-    Returns the whole result, `partial` when a signal ended it, and the exit status: 0, 130 or 143.
-    """
+    """Measures until the end, Ctrl-C or SIGTERM; returns the whole result, and the exit status: 0, 130 or 143."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     began, date, status = time.perf_counter(), time.strftime("%Y-%m-%d %H:%M:%S"), 0
     begun: list[Any] = []
@@ -127,16 +119,20 @@ def measure(tasks: Sequence[Task], cases: Sequence[TrainingCase], options: Any) 
         else:
             from dllm_var.benchmarking.training import TrainingRun, training_ratios  # imports Lightning
 
-            rounds, ratios = 2 if options.quick else options.repeats, training_ratios
+            ratios = training_ratios
+            rounds = 2 if options.quick else options.repeats
             runs = [TrainingRun(case, rounds, device, Path(cache)) for case in cases]
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with stopped_by_signals():
-                for run in runs:
-                    begun.append(run)
-                    run.run()
+            for run in runs:
+                begun.append(run)
+                run.run()
         except Stopped as stopped:
             status = 128 + stopped.args[0]  # as shells count
             say("interrupted: writing what has been measured")
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     measured = [run.result() for run in begun]
     if options.quick:  # so little is measured that no bar is judged
         for bar in (bar for part in measured for bar in part["bars"].values()):
@@ -160,19 +156,9 @@ class Stopped(BaseException):
     """A signal, whose number it has, ended the measurements; on KeyboardInterrupt Lightning would exit the process."""
 
 
-@contextmanager
-def stopped_by_signals() -> Iterator[None]:
-    """Raises `Stopped` on Ctrl-C and SIGTERM; Lightning's Trainer calls this handler of SIGTERM after its own."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def stop(number: int, frame: FrameType | None) -> None:
+    """Handles a signal; Lightning's Trainer calls this handler of SIGTERM after its own."""
+    raise Stopped(number)
 
 
 def draw_plots(result: dict[str, Any], output: Path) -> list[str]:

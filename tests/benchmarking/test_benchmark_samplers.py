@@ -111,7 +111,7 @@ def test_a_whole_task(tiny_task, built, capsys):
 def test_every_round_has_everyone_once_and_begins_elsewhere(tiny_task, built):
     run = built(tiny_task)
     assert "".join(run.in_turn("", "abcdef", 3)) == "abcdef" + "cdefab" + "efabcd"
-    assert "".join(run.in_turn("", "abc")) == "abc" and not list(run.in_turn("", "", 2))
+    assert not list(run.in_turn("", "", 2))
 
 
 @pytest.mark.parametrize(

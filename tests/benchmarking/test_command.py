@@ -88,7 +88,7 @@ def test_a_signal_saves_what_is_measured(number, status, tiny_task, write_config
     ("config", "options", "message"),
     [
         ({"tasks": []}, ["--output", "x.txt"], "--output must end in .json, got 'x.txt'"),
-        ({"tasks": []}, [], "benchmark needs --output FILE.json"),
+        ({"tasks": []}, [], "benchmark needs --config FILE"),
         ({"tasks": []}, ["--output", "x.json", "--repeats", "0"], "repeats: 0 does not conform to restriction v>0"),
         ({"tasks": []}, ["--output", "x.json"], "must list either tasks or trainings to measure"),
         (

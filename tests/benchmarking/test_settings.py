@@ -78,7 +78,7 @@ def test_a_bar_of_a_training_must_be_a_ratio():
         ({**THRESHOLD, "init_args": {"block_lenght": 3}}, "block_lenght.*block_length"),
         ({**THRESHOLD, "init_args": {"block_length": 0}}, "task t, a: sampler.block_length must be at least 1, got 0"),
         ({"class_path": "dllm_var.sampling.NoSampler"}, "NoSampler"),
-        ({**THRESHOLD, "init_args": {"nothing": {"x": 1}}}, "there is no setting '.*nothing.x'"),
+        ({**THRESHOLD, "init_args": {"nothing": {"x": 1}}}, "BlockDiffusionSampler has no setting 'nothing.x'"),
     ],
 )
 def test_samplers_that_cannot_be_built_are_named(described, message):

@@ -12,7 +12,6 @@ from dllm_var.__main__ import main
 from dllm_var.benchmarking.instruments import PHASES, StepClock
 from dllm_var.benchmarking.settings import FULL, OURS, PLAIN_LOOP
 from dllm_var.benchmarking.training import (
-    LightningMarks,
     add_up,
     bars,
     bidirectional_llama,
@@ -102,21 +101,22 @@ def test_quick_run_writes_its_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fit", "number", "status"),
-    [(1, signal.SIGTERM, 143), (3, signal.SIGINT, 130)],
+    ("step", "number", "status"),
+    [(1, signal.SIGTERM, 143), (4, signal.SIGINT, 130)],
     ids=["warm-up", "second round"],
 )
-def test_a_signal_within_fit_saves_what_is_measured(fit, number, status, tmp_path, monkeypatch):
-    fits, begin = [], LightningMarks.on_train_batch_start
+def test_a_signal_within_fit_saves_what_is_measured(step, number, status, tmp_path, monkeypatch):
+    steps, mark = [], StepClock.mark  # one to warm up; a round has two
 
-    def interrupted(self, trainer, module, batch, batch_idx):
-        begin(self, trainer, module, batch, batch_idx)
-        fits.append(batch_idx == 0)
-        if sum(fits) == fit:
-            signal.raise_signal(number)
+    def interrupted(self, phase):
+        mark(self, phase)
+        if phase == "data":
+            steps.append(phase)
+            if len(steps) == step:
+                signal.raise_signal(number)
 
-    monkeypatch.setattr(LightningMarks, "on_train_batch_start", interrupted)
+    monkeypatch.setattr(StepClock, "mark", interrupted)
     found, result, text = run_quick(tmp_path, contenders=[OURS], bars={"mfu": 0.6})
     assert (found, result["partial"]) == (status, True) and "partial and quick run" in text
     contenders = result["trainings"][0]["contenders"]
-    assert [len(ours["rounds"]) for ours in contenders] == ([] if fit == 1 else [1])
+    assert [len(ours["rounds"]) for ours in contenders] == ([] if step == 1 else [1])
