@@ -44,10 +44,7 @@ example: python -m dllm_var fit --config configs/quickstart.yaml --trainer.max_s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command: what follows `python -m dllm_var`, by default the command line of this process.
-
-    Returns the exit status: 0, 2 for a mistake the user can mend, 130 after Ctrl-C.
-    """
+    """Runs what follows `python -m dllm_var`; returns 0, 2 for a mistake the user can mend, or 130 after Ctrl-C."""
     try:
         status = run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
@@ -78,7 +75,7 @@ def run(arguments: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         raise UserError(f"no command '{command}'; commands are: {', '.join(COMMANDS)}")
-    enter()
+    enter()  # before anything heavy is imported: a launcher that dies meanwhile leaves no process behind
     try:
         return import_module(COMMANDS[command][0]).main(command, rest)
     except SystemExit as stop:  # the parser, after --help or --print_config

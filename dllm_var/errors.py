@@ -22,10 +22,7 @@ def one_line(error: BaseException) -> str:
 
 
 def in_one_line(error: BaseException | None) -> str | None:
-    """Returns the line that tells a user's mistake, or a file or disk that cannot be used; None for a bug.
-
-    An exception that was raised from such a one counts, too: the settings parser wraps what a constructor raises.
-    """
+    """Returns the line that tells a user's mistake, or a file or disk that cannot be used; None for a bug."""
     notes = getattr(error, "__notes__", [])  # how to go on after a failure, from the Trainer
     while error is not None:
         if isinstance(error, UserError):
@@ -35,7 +32,7 @@ def in_one_line(error: BaseException | None) -> str | None:
             return line
         if isinstance(error, OSError) and (failed := _file_error(error)):
             return "; ".join([failed, *notes])
-        error = error.__cause__
+        error = error.__cause__  # the settings parser wraps what a constructor raises
     return None
 
 

@@ -125,10 +125,9 @@ def suggestion(word: str, known: Sequence[str]) -> str:
 
 
 def build(kind: type, name: str, described: str | dict[str, Any], where: str) -> Any:
-    """Builds an object of a class or of one of its subclasses; raises UserError for a wrong class or argument.
+    """Builds an object of a class or a subclass from its class path, or a dictionary with `class_path` and `init_args`.
 
-    `described` is a class path, or a dictionary with `class_path` and `init_args`. Messages say that it is the setting
-    `name` of the part `where` of the settings.
+    Raises UserError for a wrong class or argument of the setting `name` in the part `where`.
     """
     parser = SettingsParser()
     parser.add_subclass_arguments(kind, name, as_group=False, required=True)

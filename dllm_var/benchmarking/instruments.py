@@ -67,10 +67,7 @@ class ForwardClock:
 
 
 class StepClock:
-    """Cuts the time of training into phases without a gap: each mark ends one phase and begins the next.
-
-    Each mark waits for the device, so that a phase is charged with its own work.
-    """
+    """Cuts the time of training into phases without a gap: each mark waits for the device and ends one phase."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

@@ -150,10 +150,7 @@ def ratios(ours: Contender, contenders: Sequence[Contender], answer_lengths: Seq
 
 
 def at_equal_accuracy(contenders: Sequence[Contender]) -> float | None:
-    """Returns the highest `over_autoregressive` of all settings that answer as well as the autoregressive twin.
-
-    A setting answers as well when it was scored on as many prompts and is at most `TOLERANCE` less accurate.
-    """
+    """Returns the highest `over_autoregressive` of settings with the twin's accuracy (less `TOLERANCE`) and prompts."""
     twin = with_role(contenders, "autoregressive")
     if twin is None or not twin.scores:
         return None
@@ -175,6 +172,21 @@ def task_result(run: TaskRun) -> dict[str, Any]:
     lengths = [max(map(len, example.references)) for example in run.examples]
     best, default = best_setting(contenders), with_role(contenders, "default")
     values = {} if best is None else ratios(best, contenders, lengths)
+    settings = [
+        {
+            **{name: getattr(one.setting, name) for name in ("name", "role", "checkpoint", "sampler")},
+            **one.scores,
+            "single": timing(one.single),
+            "batched": timing(one.batched),
+            "peak_memory_bytes": one.memory,
+            "selection": {
+                "accuracy": one.selection_scores.get("accuracy"),
+                "tokens_per_second": speed(one.selection_single) if one.selection_single else None,
+            },
+            **ratios(one, contenders, lengths),
+        }
+        for one in contenders
+    ]
     rule = None
     if default is not None:
         rule = RULE.format(split=task.selection_split, default=default.setting.name, measured=task.split)
@@ -188,22 +200,8 @@ def task_result(run: TaskRun) -> dict[str, Any]:
         "ratios": values,
         "over_autoregressive_at_equal_accuracy": at_equal_accuracy(contenders),
         "bars": {name: against_bar(values.get(name), *bar) for name, bar in BARS.items()},
-        "settings": [
-            {
-                **{name: getattr(one.setting, name) for name in ("name", "role", "checkpoint", "sampler")},
-                **one.scores,
-                "single": timing(one.single),
-                "batched": timing(one.batched),
-                "peak_memory_bytes": one.memory,
-                "selection": {
-                    "accuracy": one.selection_scores.get("accuracy"),
-                    "tokens_per_second": speed(one.selection_single) if one.selection_single else None,
-                },
-                **ratios(one, contenders, lengths),
-            }
-            for one in contenders
-        ],
-        "curves": curves(run),
+        "settings": settings,
+        "curves": curves(run, settings),
         "per_forward": run.forward_costs,
     }
 
@@ -222,24 +220,23 @@ def timing(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def curves(run: TaskRun) -> list[dict[str, Any]]:
+def curves(run: TaskRun, settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns every sweep with its area; the best accuracy is that of any setting scored on as many prompts."""
-    scored = {contender.setting.name: contender for contender in run.contenders if contender.scores}
+    scored = {one["name"]: one for one in settings if "accuracy" in one}
     most = min(run.task.prompts, len(run.examples))
-    full = [one.scores["accuracy"] for one in scored.values() if one.scores["prompts"] >= most]
-    best = max(full, default=None)
+    best = max((one["accuracy"] for one in scored.values() if one["prompts"] >= most), default=None)
     found = []
-    for name, settings in run.curves.items():
+    for name, values in run.curves.items():
         points = [
             {
                 "value": value,
                 "setting": setting,
-                "accuracy": scored[setting].scores["accuracy"],
-                "tokens_per_forward": scored[setting].scores["tokens_per_forward"],
-                "tokens_per_second": speed(scored[setting].single) if scored[setting].single else None,
+                "accuracy": scored[setting]["accuracy"],
+                "tokens_per_forward": scored[setting]["tokens_per_forward"],
+                "tokens_per_second": scored[setting]["single"].get("tokens_per_second"),
             }
-            for value, setting in settings
-            if setting in scored and scored[setting].scores["tokens_per_forward"] > 0
+            for value, setting in values
+            if setting in scored and scored[setting]["tokens_per_forward"] > 0
         ]
         area = None
         if points:

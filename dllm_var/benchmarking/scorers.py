@@ -23,10 +23,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def score(self, answers: Sequence[Generation], examples: Sequence[Example], tokenizer: Tokenizer) -> Scores:
-        """Returns `accuracy`, by which everything is ranked, and any other figure, all as shares of 1.
-
-        `examples` has the prompt and the acceptable answers of each of the `answers`.
-        """
+        """Returns `accuracy`, by which everything is ranked, and any other figure, all as shares of 1."""
 
 
 class TokenErrorScorer(Scorer):

@@ -1,8 +1,4 @@
-"""Measures training: our module under Lightning and a plain loop around transformers' Llama, round after round.
-
-All contenders train a model of the same shape on the same samples of random tokens, with the same masks, optimizer and
-clipping.
-"""
+"""Measures training: our module under Lightning and a plain loop around transformers' Llama, round after round."""
 
 from __future__ import annotations
 
@@ -73,7 +69,7 @@ class RandomSamples(Source):
 
 
 class Contender(ABC):
-    """Trains a case's model; it is kept over the rounds, its optimizer state is not."""
+    """One way to train a case's model, on the same samples and masks as the others, with the same optimizer."""
 
     model: nn.Module
 

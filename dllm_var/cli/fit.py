@@ -35,10 +35,7 @@ from dllm_var.training.trainer import SaveConfig, Trainer, default_checkpoints
 
 
 def main(command: str, arguments: list[str]) -> int:
-    """Runs `fit`, `validate`, `test` or `predict`; returns 0, or 128 and the number of the signal that stopped it.
-
-    Raises UserError for a mistake in the settings, the data or a checkpoint, and when a process or a disk fails.
-    """
+    """Runs `fit`, `validate`, `test` or `predict`; returns 0, or 128 and the number of the signal that stopped it."""
     if {"-h", "--help"} & set(arguments):
         print(full_help(build_parser(command, arguments)))
         return 0
@@ -54,9 +51,8 @@ def main(command: str, arguments: list[str]) -> int:
     except Interrupted as interrupted:
         if is_first():
             goes_on = f"continue with: {resume_command(arguments)}"
-            print(
-                f"\n{interrupted}; {'SLURM runs the job again' if interrupted.requeued else goes_on}", file=sys.stderr
-            )
+            goes_on = "SLURM runs the job again" if interrupted.requeued else goes_on
+            print(f"\n{interrupted}; {goes_on}", file=sys.stderr)
         return 0 if is_launched_child() else interrupted.status  # the first process speaks for all it has started
     except SIGTERMException:  # before our own handler was in place
         return 128 + signal.SIGTERM
@@ -73,10 +69,7 @@ def main(command: str, arguments: list[str]) -> int:
 
 
 def run(command: str, arguments: list[str], resume: str | None, held: ExitStack) -> None:
-    """Reads the settings, takes the run's folder until `held` ends, builds model, data and Trainer, and runs them.
-
-    `resume` is what `--resume` says: `newest`, `auto` or a path; None without it.
-    """
+    """Reads the settings, takes the run's folder until `held` ends, builds model, data and Trainer, and runs them."""
     parser = build_parser(command, arguments)
     settings = parser.parse_resolved(arguments)
     check_settings(settings, run_name(arguments))
@@ -151,21 +144,19 @@ def split_resume(command: str, arguments: list[str]) -> tuple[list[str], str | N
     It is `auto` also where SLURM or torchrun has started the process again.
     """
     given = [argument for argument in arguments if argument.partition("=")[0] == "--resume"]
-    others = [argument for argument in arguments if argument not in given]
     if given and command != "fit":
         raise UserError(f"--resume belongs to fit; {command} takes --ckpt_path FILE")
-    restarts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     if given:
+        others = [argument for argument in arguments if argument not in given]
         return others, given[-1].partition("=")[2] or "newest"
-    return others, "auto" if command == "fit" and any(restart not in ("", "0") for restart in restarts) else None
+    restarts = (os.environ.get(name) or "0" for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return arguments, "auto" if command == "fit" and any(restart != "0" for restart in restarts) else None
 
 
 def resume_command(arguments: list[str]) -> str:
     """Returns the command that goes on where `fit` with these arguments stopped."""
-    kept: list[str] = []
-    for previous, argument in zip(["", *arguments], arguments, strict=False):
-        if previous != "--ckpt_path" and argument.partition("=")[0] != "--ckpt_path":
-            kept.append(argument)
+    pairs = zip(["", *arguments], arguments, strict=False)
+    kept = [word for previous, word in pairs if "--ckpt_path" not in (previous, word.partition("=")[0])]
     return shlex.join(["python", "-m", "dllm_var", "fit", *kept, "--resume"])
 
 

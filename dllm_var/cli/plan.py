@@ -19,7 +19,7 @@ from dllm_var.model.config import TransformerConfig
 from dllm_var.model.lora import Lora, add_adapters
 from dllm_var.model.transformer import Transformer
 from dllm_var.objectives import EosSchedule, KeyedNoise, Objective
-from dllm_var.settings import SettingsParser, build
+from dllm_var.settings import build
 from dllm_var.text.tokenizer import SpecialTokens, Tokenizer
 
 DESCRIPTION = """Says what a training run will cost, from its config alone: parameters, tokens and FLOPs of a step, its
@@ -29,7 +29,6 @@ EXAMPLES = """examples:
   python -m dllm_var plan --config configs/cmudict.yaml --devices 1 --device-tflops 0.1 --mfu 0.5
 
 MFU leaves out what is computed again. docs/finetune.md says what the figures hold."""
-STRATEGIES = ("ddp", "fsdp2", "zero2")
 LOGITS_BYTES = 2 * 512 * 2**20  # of the head on CUDA, a chunk at a time: logits in 32 bits, and their gradient
 SAMPLE_LENGTH = 1024  # tokens of the rows on which an objective shows what it makes of them
 ASSUMED = ("device_tflops", "device_memory", "mfu", "supervised_share")
@@ -37,25 +36,8 @@ Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
 
 
 def main(command: str, arguments: list[str]) -> int:
-    """Runs `plan` with its own options and the settings of `fit`, and returns its exit status.
-
-    Raises UserError for a mistake in the settings, or when they do not say the model's vocabulary.
-    """
+    """Runs `plan` with its own options and the settings of `fit`, and returns its exit status."""
     parser = build_parser(command, arguments, trainer_command="fit")
-    add_options(parser)
-    if {"-h", "--help"} & set(arguments):
-        print(parser.format_help())
-        return 0
-    quieten()
-    settings = parser.parse_resolved(arguments)
-    check_settings(settings, run_name(arguments))
-    result = plan(settings.as_dict())
-    print(json.dumps(result, indent=2) if settings.json else report(result))
-    return 0
-
-
-def add_options(parser: SettingsParser) -> None:
-    """Adds the options of `plan` to the settings of `fit`."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.usage = "python -m dllm_var plan --config FILE ... [options] [--key=value ...]"
@@ -67,6 +49,15 @@ def add_options(parser: SettingsParser) -> None:
     add("--device-memory", type=PositiveFloat, default=80.0, metavar="GB", help="memory of one device (80)")
     add("--supervised-share", type=Share, default=0.5, metavar="X", help="share of tokens that are answers (0.5)")
     add("--json", action="store_true", help="print JSON")
+    if {"-h", "--help"} & set(arguments):
+        print(parser.format_help())
+        return 0
+    quieten()
+    settings = parser.parse_resolved(arguments)
+    check_settings(settings, run_name(arguments))
+    result = plan(settings.as_dict())
+    print(json.dumps(result, indent=2) if settings.json else report(result))
+    return 0
 
 
 def plan(settings: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +68,7 @@ def plan(settings: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"plan needs {section}.{name}, which {settings[section]['class_path']} has not")
     described = model.get("objective")
     objective = EosSchedule() if described is None else build(Objective, "objective", described, "model")
-    devices, rows, length = number_of_devices(settings["devices"], trainer), data["batch_size"], data["context_length"]
+    devices, rows, length = settings["devices"] or all_devices(trainer), data["batch_size"], data["context_length"]
     if min(rows, length) < 1:
         raise UserError(f"data.batch_size and data.context_length must be at least 1, got {rows} and {length}")
     accumulated = trainer.get("accumulate_grad_batches") or 1
@@ -106,13 +97,10 @@ def plan(settings: dict[str, Any]) -> dict[str, Any]:
     done = (2 + min(1.0, parameters["trained"] / parameters["total"])) / 3
     flops = flops_per_row * done * devices * accumulated * rows
     seconds = flops / (devices * settings["device_tflops"] * 1e12 * settings["mfu"])
-    memory = {
-        f"{strategy}{', recomputed' if again else ''}": device_memory(
-            transformer, strategy, devices, rows * read, precision, again
-        )
-        for strategy in STRATEGIES
-        for again in (False, True)
-    }
+    memory = {}
+    for strategy in ("ddp", "fsdp2", "zero2"):
+        for name, again in ((strategy, False), (f"{strategy}, recomputed", True)):
+            memory[name] = device_memory(transformer, strategy, devices, rows * read, precision, again)
     steps = trainer.get("max_steps") or -1
     return {
         "parameters": parameters,
@@ -153,10 +141,8 @@ def read_config(model: dict[str, Any], data: dict[str, Any], objective: Objectiv
     return replace(config, causal=objective.causal)
 
 
-def number_of_devices(given: int | None, trainer: dict[str, Any]) -> int:
-    """Returns the devices in all: those of `--devices`, else those of all nodes of the Trainer."""
-    if given is not None:
-        return given
+def all_devices(trainer: dict[str, Any]) -> int:
+    """Returns the devices of all nodes that the Trainer's settings name."""
     devices: Any = trainer.get("devices")
     devices = len(devices) if isinstance(devices, list) else devices
     if not str(devices).isdigit() or int(devices) < 1:
@@ -165,10 +151,7 @@ def number_of_devices(given: int | None, trainer: dict[str, Any]) -> int:
 
 
 def tokens_read(objective: Objective, length: int, supervised_share: float) -> tuple[float, float]:
-    """Returns how many tokens the layers read and the head scores, per token of a row.
-
-    They are counted on what the objective makes of eight rows of `length` tokens, each a sample with such an answer.
-    """
+    """Returns how many tokens the layers read and the head scores, per token of eight rows that the objective masks."""
     rows = 8
     answer = max(1, round(length * supervised_share))
     batch = {
@@ -209,13 +192,10 @@ def device_memory(
 ) -> dict[str, float]:
     """Returns the bytes on each device at the peak of a step with AdamW, without the allocator's waste and CUDA's own.
 
-    `weights` is this device's part of them; `gathered` is what FSDP2 holds whole, and autocast's 16-bit copies;
-    `gradients` includes the buckets in which ddp sends them; `optimizer` has the moments, and the 32-bit weights that
-    DeepSpeed keeps beside 16-bit ones; `activations` includes a chunk of logits; `total` is all of it.
-
-    The model is on the meta device and has its adapters; weights without `requires_grad` are not trained. `ddp` has
-    everything on each device. `fsdp2` shards everything; a layer and the next one are gathered, and embedding and head
-    as long as a step lasts. `zero2` (DeepSpeed) shards gradients and optimizer state.
+    `gathered` is what FSDP2 holds whole (a layer and the next one; embedding and head as long as a step lasts), and
+    autocast's 16-bit copies; `gradients` includes the buckets in which ddp sends them; `optimizer` has the moments, and
+    the 32-bit weights that DeepSpeed keeps beside 16-bit ones; `activations` includes a chunk of logits. `zero2`
+    (DeepSpeed) shards gradients and optimizer state. The model is on the meta device and has its adapters.
     """
     held, trained = model.num_parameters, sum(p.numel() for p in model.parameters() if p.requires_grad)
     layers, in_layer = len(model.layers), list(model.layers[0].parameters())

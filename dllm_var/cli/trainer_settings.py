@@ -47,10 +47,7 @@ class TrainerParser(SettingsParser, LightningArgumentParser):
 
 
 def build_parser(command: str, arguments: list[str], trainer_command: str | None = None) -> TrainerParser:
-    """Returns the parser of a command that runs a Trainer; the first `--config` of the arguments names the run.
-
-    The arguments of the Trainer's method `trainer_command`, by default the command's own, are settings too.
-    """
+    """Returns the parser of a command, with the arguments of the Trainer's method of its name or `trainer_command`."""
     prog = f"python -m dllm_var {command}"
     versions = f"dllm_var=={__version__} lightning=={L.__version__}"
     parser = TrainerParser(command, description=None, prog=prog, dump_header=[versions])
@@ -110,10 +107,9 @@ def check_settings(settings: Namespace, name: str) -> None:
 
 
 def qualify_references(node: Any, settings: dict[str, Any], command: str) -> Any:
-    """Rewrites each `${a.b}` into the full path of the value it names, for OmegaConf to resolve.
+    """Rewrites each `${a.b}` in a part of the settings into the full path of the value, for OmegaConf to resolve.
 
     Users write `${data.context_length}`; the value is kept under the command's name and in the `init_args` of a class.
-    `node`, the settings or a part of them, is changed in place; `settings` are all of them, as dictionaries.
     """
     if isinstance(node, str):
         return _REFERENCE.sub(lambda match: f"${{{command}.{_full_path(settings, match[1])}}}", node)

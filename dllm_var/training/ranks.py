@@ -1,7 +1,4 @@
-"""Processes that train together: which one this is, and that none outlives the first one.
-
-That a process which fails ends the others is Lightning's work (or torchrun's, or SLURM's): its launcher watches them.
-"""
+"""Processes that train together: which one this is, and that none outlives the first one."""
 
 from __future__ import annotations
 
@@ -16,10 +13,7 @@ _parent: int | None = None
 
 
 def enter() -> None:
-    """Marks this process as the launcher of those it starts. A launched process exits when its launcher dies.
-
-    Runs before anything heavy is imported, so that a launcher that dies meanwhile leaves no process behind.
-    """
+    """Marks this process as the launcher of those it starts. A launched process exits when its launcher dies."""
     global _parent
     launcher, launched = os.environ.get(_LAUNCHER), int(os.environ.get("LOCAL_RANK") or 0) > 0
     if launched and launcher == str(os.getppid()):

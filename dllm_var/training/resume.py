@@ -24,8 +24,7 @@ from dllm_var.settings import load_yaml
 class ExactResume(Callback):
     """Adds to checkpoints what Lightning leaves out, so that a run that is killed and resumed goes on bit for bit.
 
-    - The random generators of all ranks. The package's own rows and noise need none; samplers that draw, dropout and
-      users' code do.
+    - The random generators of all ranks, for samplers that draw, dropout and users' code.
     - The latest figures, which `ModelCheckpoint` and others may watch before the next step logs them again.
     - Whether the last step was validated. Validation that was due when the checkpoint was written, or under way, runs
       from its beginning: Lightning would leave it out, or measure only what remains of it.
@@ -211,7 +210,6 @@ def check_changes(path: Path, text: str, trainer: L.Trainer, datamodule: Any) ->
     """Tells which settings have changed since a checkpoint was written; refuses those that make it another run.
 
     `text` has the run's resolved settings as YAML. With `data.check_resume=false` what would be refused is only told.
-    An optimizer refuses the state of another. Raises UserError, which names all of the settings and the remedy.
     """
     try:
         checkpoint = read_state(path)
@@ -226,19 +224,18 @@ def check_changes(path: Path, text: str, trainer: L.Trainer, datamodule: Any) ->
     if rows_then is not None and rows_now is not None:
         changes = {name: change for name, change in changes.items() if name not in _ROWS}
         changes |= _changes("rows of a step, over all devices", rows_then, rows_now)
-    refused: list[str] = []
-    for name, change in changes.items():
-        if _is_part(name, _MAY_CHANGE) and not _is_part(name, _DECIDE_WHAT_IS_LEARNED):
-            rank_zero_info(f"changed since the checkpoint: {change}")
-        else:
-            refused.append(change)
+    for change in changes.values():
+        rank_zero_info(f"changed since the checkpoint: {change}")
+    refused = [
+        change
+        for name, change in changes.items()
+        if not _is_part(name, _MAY_CHANGE) or _is_part(name, _DECIDE_WHAT_IS_LEARNED)
+    ]
     if refused and getattr(datamodule, "check_resume", True):
         raise UserError(
             f"changed since {path} was written: {', '.join(refused)}; set it back, start a new run with "
             "model.init_from, or go on all the same with --data.check_resume=false"
         )
-    for change in refused:
-        rank_zero_info(f"changed since the checkpoint, which makes it another run: {change}")
 
 
 def _is_part(name: str, settings: Iterable[str]) -> bool:

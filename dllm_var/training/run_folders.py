@@ -36,17 +36,14 @@ def checkpoint_at(path: str, setting: str) -> Path:
         raise UserError(f"{setting}: there is no file or folder '{path}'")
     found = newest_checkpoint(place / "checkpoints") or place
     if found.is_dir() and not is_sharded(found):
-        raise UserError(
-            f"{setting}: there is no checkpoint in '{path}': give a .ckpt file or a run folder that has one"
-        )
+        raise UserError(f"{setting}: no checkpoint in '{path}': give a .ckpt file or a run folder that has one")
     return found
 
 
 class RunFolders:
     """The folders to which the `trainer` settings send a run: runs/NAME/version_N, and others for checkpoints.
 
-    The settings are completed in place: the loggers get the folder of the runs, and later the number of the run. Raises
-    UserError for a folder on another machine, on which nothing here can be locked or renamed.
+    The settings are completed in place: the loggers get the folder of the runs, and later the number of the run.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -63,15 +60,14 @@ class RunFolders:
         if not loggers and trainer.get("enable_checkpointing") is not False:
             self.checkpoints.append(Path(root, "checkpoints"))
         for place in [root, *(logger.save_dir for logger in self.loggers), *(c.get("dirpath") for c in callbacks)]:
-            if "://" in str(place):
+            if "://" in str(place):  # nothing there can be locked or renamed
                 raise UserError(f"trainer: '{place}' is no folder of this machine: give one, or mount it")
 
     def enter(self, resume: str | None, held: ExitStack, trains: bool) -> Path | None:
         """Reserves the folder of a new run, or finds that of the run to go on with, and locks it until `held` ends.
 
         `resume` is what `--resume` says: `newest`, `auto` or a path; None for a new run. Returns the checkpoint to go
-        on from. A run that does not train takes no lock. Raises UserError when there is no such checkpoint, it is
-        damaged, or another run writes to the folder.
+        on from. A run that does not train takes no lock.
         """
         if is_launched_child():
             resume = os.environ[_RESUMED] or None
@@ -90,15 +86,14 @@ class RunFolders:
 
     def to_resume(self, resume: str | None) -> Path | None:
         """Returns the checkpoint that `--resume` means; the loggers go on in its run if it is one of theirs."""
-        if resume in ("newest", "auto"):
-            checkpoint = self.newest(required=resume == "newest")
-        else:
-            checkpoint = None if resume is None else checkpoint_at(resume, "--resume")
-        if checkpoint is None:
+        if resume is None:
             return None
-        run = checkpoint.absolute().parent.parent
-        if self.runs and run.parent == self.runs[0].absolute():
-            self._set_version(run.name)
+        named = resume not in ("newest", "auto")
+        checkpoint = checkpoint_at(resume, "--resume") if named else self.newest(required=resume == "newest")
+        if checkpoint is not None and self.runs:
+            run = checkpoint.absolute().parent.parent
+            if run.parent == self.runs[0].absolute():
+                self._set_version(run.name)
         return checkpoint
 
     def newest(self, required: bool = True) -> Path | None:
@@ -108,12 +103,10 @@ class RunFolders:
             runs = [path for _, path in sorted(_numbered(self.runs[0]).items(), reverse=True)]
         elif self.loggers:
             runs = [self.runs[0] / version_name(self.loggers[0].version)]
-        for folder in [*self.checkpoints, *(run / "checkpoints" for run in runs)]:
-            checkpoint = newest_checkpoint(folder)
-            if checkpoint is not None:
-                return checkpoint
-        if not required:
-            return None
+        folders = [*self.checkpoints, *(run / "checkpoints" for run in runs)]
+        found = next(filter(None, map(newest_checkpoint, folders)), None)
+        if found or not required:
+            return found
         searched = ", ".join(map(str, [*self.checkpoints, *self.runs[:1]])) or "any folder that the settings name"
         raise UserError(
             f"--resume found no checkpoint in {searched}: start the run without --resume, or give --resume=auto, which "
@@ -121,16 +114,13 @@ class RunFolders:
         )
 
     def reserve(self, held: ExitStack) -> None:
-        """Makes the folder of a new run, which no other run then takes, and gives its number to the loggers.
-
-        When `held` ends, the folder is removed again if nothing is in there. Raises UserError when it cannot be made.
-        """
+        """Makes a new run's folder, which `held` removes if it stays empty, and gives its number to the loggers."""
         new = [runs for logger, runs in zip(self.loggers, self.runs, strict=True) if logger.version is None]
         number = 1 + max((found for runs in new for found in _numbered(runs)), default=-1)
         if new:
-            while not _make(new[0] / version_name(number)):
+            while not _make(folder := new[0] / version_name(number)):
                 number += 1
-            held.callback(_remove_if_empty, new[0] / version_name(number))
+            held.callback(_remove_if_empty, folder)
             self._set_version(number)
 
     def _set_version(self, version: int | str) -> None:
@@ -139,12 +129,8 @@ class RunFolders:
                 logger.version = version
 
     def lock(self, held: ExitStack) -> None:
-        """Locks the folders until `held` ends, and clears what a killed run has left there.
-
-        Raises UserError when another run writes to one of them.
-        """
-        numbers = [version_name(logger.version) for logger in self.loggers]
-        runs = [folder / number for folder, number in zip(self.runs, numbers, strict=True)]
+        """Locks the folders until `held` ends, and clears what a killed run has left there."""
+        runs = [run / version_name(logger.version) for run, logger in zip(self.runs, self.loggers, strict=True)]
         for folder in dict.fromkeys([*runs, *self.checkpoints]):
             held.enter_context(hold(folder))
         for folder in [*self.checkpoints, *(run / "checkpoints" for run in runs)]:
@@ -154,8 +140,7 @@ class RunFolders:
 def _make(folder: Path) -> bool:
     """Makes a folder; returns False when it is there already."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
+        folder.mkdir(parents=True)
     except FileExistsError:
         return False
     except OSError as error:
@@ -174,7 +159,7 @@ def hold(folder: Path) -> Iterator[None]:
     """Locks a folder; the system ends the lock with this process, however that ends, and on NFS as well.
 
     The lock is the process's own (`fcntl.lockf`; `flock`, which filelock uses, is inherited): forked data loading
-    processes that outlive it for a moment do not keep it. Raises UserError when another process holds it.
+    processes that outlive it for a moment do not keep it.
     """
     place = folder.resolve()  # the same for all links to it
     # Beside the folder: Lightning takes a folder with any file in it for that of an earlier run.

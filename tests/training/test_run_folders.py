@@ -71,8 +71,9 @@ def test_loggers_of_one_run_have_one_number(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "runs").touch()
-    with ExitStack() as held, pytest.raises(UserError, match=r"run folder .*version_0: .*trainer\.default_root_dir"):
-        RunFolders(settings(logger=logger("CSVLogger", tmp_path / "runs", "x"))).reserve(held)
+    for save_dir, name in ((tmp_path / "runs", "x"), (tmp_path, "runs")):
+        with ExitStack() as held, pytest.raises(UserError, match=r"folder .*version_0: .*trainer\.default_root_dir"):
+            RunFolders(settings(logger=logger("CSVLogger", save_dir, name))).reserve(held)
 
 
 def test_what_has_no_run_folder_locks_where_its_checkpoints_go(tmp_path):
