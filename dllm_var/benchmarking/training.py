@@ -114,15 +114,16 @@ class Ours(Contender):
         )
         self.module.use_tokenizer(self.data().tokenizer)
         self.module.configure_model()
-        self.model: Any = self.module.transformer
-        hidden_states = self.model.hidden_states
+        transformer: Any = self.module.transformer
+        hidden_states = transformer.hidden_states
 
         def marked(*args: Any, **kwargs: Any) -> Any:
             result = hidden_states(*args, **kwargs)
             self.clock.mark("forward")
             return result
 
-        self.model.hidden_states = marked
+        transformer.hidden_states = marked
+        self.model = transformer
 
     def train(self, steps: int) -> None:
         marks = LambdaCallback(
@@ -182,7 +183,8 @@ class PlainLoop(Contender):
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
             self.clock.mark("head_and_loss")
             loss.backward()
-            counts = {"loss_tokens": noised.loss_mask.sum(), "attended_pairs": labels.numel() * labels.size(1)}
+            pairs = labels.numel() * labels.size(1)
+            counts: dict[str, Any] = {"loss_tokens": noised.loss_mask.sum(), "attended_pairs": pairs}
             del logits, loss, noised, labels
             self.clock.mark("backward")
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
