@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 from rapidfuzz.distance import Levenshtein
@@ -22,10 +22,8 @@ from dllm_var.errors import UserError
 from dllm_var.metrics import AnswerMetrics, nearest_reference
 from dllm_var.sampling import Generation, Sampler
 from dllm_var.sampling.base import NotFinite
+from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.training.strategies import is_sharded
-
-if TYPE_CHECKING:
-    from dllm_var.text.tokenizer import Tokenizer
 
 # What is logged, and how it reads in the line above the answers.
 SCORES = {

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rapidfuzz.distance import Levenshtein
 from torchmetrics import Metric
 
-if TYPE_CHECKING:
-    from dllm_var.sampling import Generation
+from dllm_var.sampling import Generation
 
 PER_ANSWER = (  # figures that are a count over the number of answers
     "answer_error_rate", "ended_by_eos", "length_exact", "premature", "overrun", "hit_limit", "length_error",

@@ -10,19 +10,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from dllm_var.errors import UserError
 from dllm_var.files import fits
+from dllm_var.model.config import TransformerConfig
+from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.stopping import StopStrings
-
-if TYPE_CHECKING:
-    from dllm_var.model.config import TransformerConfig
-    from dllm_var.model.transformer import Transformer
-    from dllm_var.text.tokenizer import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
 
 OnBlock = Callable[[int, list[int]], None]
 OnAnswer = Callable[[int, "Generation"], None]

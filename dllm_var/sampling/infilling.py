@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,9 +14,7 @@ from dllm_var.sampling.base import Generation, OnAnswer, Request, special_ids
 from dllm_var.sampling.engine import Batch, Engine, EngineSampler, Row
 from dllm_var.sampling.policies import ConfidenceThreshold, UnmaskingPolicy
 from dllm_var.sampling.policies.base import take_step
-
-if TYPE_CHECKING:
-    from dllm_var.text.tokenizer import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
 
 
 @dataclass

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from dllm_var.errors import UserError
-
-if TYPE_CHECKING:
-    from dllm_var.text.tokenizer import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
 
 _SLACK = 8  # characters: a text decoded from its middle may begin differently
 
