@@ -1,7 +1,5 @@
 """The answers of `predict`, as JSON lines in the run folder."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from io import StringIO
 from itertools import chain, zip_longest

@@ -1,7 +1,5 @@
 """Decoding in the midst of training, without a trace in the training: prompts, processes, modes and random states."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any

@@ -1,7 +1,5 @@
 """An exponential moving average of the weights, used for everything but training."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +9,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
 from dllm_var.errors import UserError
-from dllm_var.training.strategies import is_sharded, owns_gradients
+from dllm_var.training.strategies import owns_gradients, shards_parameters
 
 
 class EmaWeights(WeightAveraging):
@@ -44,7 +42,7 @@ class EmaWeights(WeightAveraging):
         self.in_use = False
         if stage != "fit":
             return
-        if is_sharded(trainer.strategy) or owns_gradients(trainer.strategy):
+        if shards_parameters(trainer.strategy) or owns_gradients(trainer.strategy):
             strategy = type(trainer.strategy).__name__
             raise UserError(
                 f"callback EmaWeights needs the whole weights in every process, which {strategy} does not leave there: "

@@ -1,7 +1,5 @@
 """The final weights as a small folder that `generate` and others load."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from dllm_var.checkpoints.adapters import merge_adapters
 from dllm_var.checkpoints.export import save_adapter, save_checkpoint_folder, save_settings
 from dllm_var.checkpoints.pretrained import EXPORT_FOLDER, PREFIX
 from dllm_var.sampling.base import last_sampler, sampler_to_config
-from dllm_var.training.strategies import is_sharded
+from dllm_var.training.strategies import shards_parameters
 
 ADAPTER_FOLDER = "adapter"
 
@@ -37,7 +35,7 @@ class ExportWeights(L.Callback):
         if getattr(trainer.strategy, "zero_stage_3", False):
             pl_module.print("weights not exported: with DeepSpeed stage 3 take them from the checkpoint")
             return
-        state = gathered_state(trainer) if is_sharded(trainer.strategy) else None
+        state = gathered_state(trainer) if shards_parameters(trainer.strategy) else None
         self.path = Path(run) / EXPORT_FOLDER
         if trainer.is_global_zero:
             transformer: Any = pl_module.transformer

@@ -1,7 +1,5 @@
 """The progress of a run: a bar on a terminal, plain lines where output goes to a file."""
 
-from __future__ import annotations
-
 import sys
 import time
 from typing import Any

@@ -1,7 +1,5 @@
 """Answers of the model while it trains: decoded every so often, shown with their wrong tokens marked, and scored."""
 
-from __future__ import annotations
-
 import io
 import shutil
 import sys
@@ -23,7 +21,7 @@ from dllm_var.metrics import AnswerMetrics, nearest_reference
 from dllm_var.sampling import Generation, Sampler
 from dllm_var.sampling.base import NotFinite
 from dllm_var.text.tokenizer import Tokenizer
-from dllm_var.training.strategies import is_sharded
+from dllm_var.training.strategies import shards_parameters
 
 # What is logged, and how it reads in the line above the answers.
 SCORES = {
@@ -98,7 +96,7 @@ class SamplingCallback(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         stepped, self._last_step = trainer.global_step != self._last_step, trainer.global_step
         due = stepped and trainer.global_step % self.every_n_steps == 0
-        if due and (trainer.is_global_zero or is_sharded(trainer.strategy)):
+        if due and (trainer.is_global_zero or shards_parameters(trainer.strategy)):
             began = time.perf_counter()
             self.sample(trainer, pl_module)
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

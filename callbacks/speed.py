@@ -1,7 +1,5 @@
 """The speed of training, and its share of what the machine could do."""
 
-from __future__ import annotations
-
 import resource
 import sys
 import time

@@ -1,7 +1,5 @@
 """The result of a run: its answers on held-out data, as a table and as summary.json."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import time
@@ -18,7 +16,7 @@ from dllm_var.callbacks.export import ExportWeights
 from dllm_var.files import write_text
 from dllm_var.metrics import AnswerMetrics
 from dllm_var.sampling import Sampler
-from dllm_var.training.strategies import is_sharded
+from dllm_var.training.strategies import shards_parameters
 
 SUMMARY_FILE = "summary.json"
 LABEL_WIDTH = 22
@@ -76,7 +74,7 @@ class RunSummary(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         first = held_out_prompts(trainer, self.split, 1)
-        if not is_sharded(trainer.strategy):  # a sampler that does not fit the model should say so now
+        if not shards_parameters(trainer.strategy):  # a sampler that does not fit the model should say so now
             self._decode(trainer, pl_module, first, max_new_tokens=1)
         self._began = time.perf_counter()
 
@@ -95,7 +93,7 @@ class RunSummary(L.Callback):
         """Decodes the split and returns the figures of the summary."""
         examples = held_out_prompts(trainer, self.split, self.num_examples)
         pl_module.print(f"decoding {len(examples):,} prompts of the {self.split} split ...")
-        together = is_sharded(trainer.strategy)
+        together = shards_parameters(trainer.strategy)
         if not together:
             examples = examples[trainer.global_rank :: trainer.world_size]
         began = time.perf_counter()

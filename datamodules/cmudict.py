@@ -1,7 +1,5 @@
 """The CMU pronouncing dictionary (BSD-2-Clause, notice in ``data/cmudict/LICENSE``): letters -> phonemes."""
 
-from __future__ import annotations
-
 import hashlib
 import lzma
 from collections.abc import Iterator

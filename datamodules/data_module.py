@@ -1,7 +1,5 @@
 """The packing data module: records in, rows of packed tokens out."""
 
-from __future__ import annotations
-
 import os
 from functools import cached_property, partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Records from Hugging Face datasets."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import islice

@@ -1,7 +1,5 @@
 """Packing: how much of each sample goes into rows, and the plan, from lengths alone, of what stands in which row."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 

@@ -1,7 +1,5 @@
 """Problems made by reasoning-gym's generators: as many as wanted, with worked answers where the generator has them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

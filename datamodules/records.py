@@ -1,7 +1,5 @@
 """Records: the five formats a record may have, and the errors for a record that fits none of them."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Rows of packed samples by number, and the samplers that deal row numbers to ranks."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence

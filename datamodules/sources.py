@@ -1,7 +1,5 @@
 """Sources of records: the base class, splits carved out of training data, and files of JSON Lines or Parquet."""
 
-from __future__ import annotations
-
 import bz2
 import contextlib
 import gzip

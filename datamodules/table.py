@@ -28,7 +28,7 @@ VERSION = 5  # of a table's files and what they mean; part of the cache key
 CHUNK = 4_096  # records tokenized at a time
 BATCH = 2**20  # characters encoded at a time, for each of which the tokenizer takes up to 200 bytes
 
-Runs = list[tuple[list[int], bool]]  # token ids, and whether they carry loss; the last run is an answer that ends
+Parts = list[tuple[list[int], bool]]  # token ids, and whether they carry loss; the last part is an answer that ends
 # Files of a table and the types in them; the tokens' own is in ``meta.json``.
 COLUMNS = {"tokens": None, "supervised": "bool", "offsets": "int64", "answer_start": "int64"}
 HELD_OUT_SEED = 0  # held-out rows and examples are the same whatever the training seed
@@ -115,10 +115,10 @@ class RecordEncoder:
         finally:
             if was_enabled:
                 gc.enable()
-        sizes = [[len(ids) for ids, _ in runs] for runs in samples]
-        ids = chain.from_iterable(ids for runs in samples for ids, _ in runs)
+        sizes = [[len(ids) for ids, _ in parts] for parts in samples]
+        ids = chain.from_iterable(ids for parts in samples for ids, _ in parts)
         tokens = np.fromiter(ids, dtype=self.meta["dtype"])
-        flags = np.array([flag for runs in samples for _, flag in runs], dtype=np.bool_)
+        flags = np.array([flag for parts in samples for _, flag in parts], dtype=np.bool_)
         self.meta["records"] += len(records)
         if self.tokenizer.unknown_id is not None:
             self.meta["unknown_tokens"] += int(np.count_nonzero(tokens == self.tokenizer.unknown_id))
@@ -130,8 +130,7 @@ class RecordEncoder:
             meta=dict(self.meta),
         )
 
-    def _samples(self, records: Sequence[Located]) -> list[Runs]:
-        """Runs of each usable record."""
+    def _samples(self, records: Sequence[Located]) -> list[Parts]:
         parsed: list[tuple[str, Turns | Ids, list[Piece]]] = []
         for where, record in records:
             with self._counting_bad(where):
@@ -142,14 +141,14 @@ class RecordEncoder:
         for piece in chain.from_iterable(pieces for *_, pieces in parsed):
             texts[piece.special_tokens].append(piece.text)
         encoded = {special: iter(self._encode(texts[special], special)) for special in texts}
-        samples: list[Runs] = []
+        samples: list[Parts] = []
         for where, form, pieces in parsed:
             ids = [next(encoded[piece.special_tokens]) for piece in pieces]  # also of a record that is skipped
             with self._counting_bad(where):
-                runs = self._runs_of_ids(form) if isinstance(form, Ids) else self._runs_of_turns(form, pieces, ids)
-                if any(self.tokenizer.mask_id in ids for ids, _ in runs):
+                parts = self._parts_of_ids(form) if isinstance(form, Ids) else self._parts_of_turns(form, pieces, ids)
+                if any(self.tokenizer.mask_id in ids for ids, _ in parts):
                     raise UserError(f"contains the mask token {self.tokenizer.id_to_token(self.tokenizer.mask_id)}")
-                samples.append(runs)
+                samples.append(parts)
         return samples
 
     def _encode(self, texts: list[str], special_tokens: bool) -> list[list[int]]:
@@ -167,7 +166,7 @@ class RecordEncoder:
             return self.tokenizer.chat_pieces(form.messages, self.refuse_special)
         return [Piece(turn["content"], turn["role"] == "assistant", self.refuse_special) for turn in form.messages]
 
-    def _runs_of_ids(self, form: Ids) -> Runs:
+    def _parts_of_ids(self, form: Ids) -> Parts:
         vocab_size = self.tokenizer.vocab_size
         wrong = next((index for index in chain(*form) if not 0 <= index < vocab_size), None)
         if wrong is not None:
@@ -175,9 +174,9 @@ class RecordEncoder:
         end = [] if form.answer[-1] in self.tokenizer.terminator_ids else [self.tokenizer.terminator_id]
         return [(form.prompt, False), (form.answer + end, True)]
 
-    def _runs_of_turns(self, turns: Turns, pieces: list[Piece], encoded: list[list[int]]) -> Runs:
+    def _parts_of_turns(self, turns: Turns, pieces: list[Piece], encoded: list[list[int]]) -> Parts:
         templated = turns.chat and self.tokenizer.chat_template is not None
-        runs = []
+        parts = []
         for piece, ids in zip(pieces, encoded, strict=True):
             if not (templated and piece.special_tokens):
                 self.tokenizer.check_plain(ids)
@@ -188,8 +187,8 @@ class RecordEncoder:
                     raise UserError("has an answer of no tokens")
                 ids = [*ids, self.tokenizer.terminator_id]
             if ids:
-                runs.append((ids, piece.supervised))
-        neighbours = groupby(runs, key=itemgetter(1))
+                parts.append((ids, piece.supervised))
+        neighbours = groupby(parts, key=itemgetter(1))
         return [(list(chain.from_iterable(ids for ids, _ in group)), flag) for flag, group in neighbours]
 
     @contextmanager

@@ -1,7 +1,5 @@
 """python -m dllm_var: finds the command and runs it. Nothing heavy is imported here, so that --help is quick."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

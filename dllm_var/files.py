@@ -1,7 +1,5 @@
 """Files: written whole or not at all, and read as plain values that are checked before they are used."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """The LightningModule: noise the batch, predict what is hidden, learn from the predictions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -31,7 +29,7 @@ from dllm_var.sampling.base import last_sampler, sampler_to_config
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.training.optim import AdamW, Schedule, parameter_groups
 from dllm_var.training.step import LossGuard, OptimizerStep, StepResult
-from dllm_var.training.strategies import is_sharded
+from dllm_var.training.strategies import shards_parameters
 
 OptimizerCallable = Callable[[Any], Optimizer]
 
@@ -272,7 +270,7 @@ class DiffusionLM(L.LightningModule):
         if sampler is None:
             sampler = AutoregressiveSampler() if self.objective.causal else BlockDiffusionSampler()
         prompts = [prompt for prompt in batch if len(prompt)]
-        if not is_sharded(self.trainer.strategy):
+        if not shards_parameters(self.trainer.strategy):
             return sampler.generate(self, prompts) if prompts else []
         parts: list[list[list[int]]] = [[]] * self.trainer.world_size
         torch.distributed.all_gather_object(parts, prompts)

@@ -1,7 +1,5 @@
 """Reports of a benchmark, made from its JSON alone: tables and plots."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

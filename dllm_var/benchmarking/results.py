@@ -34,7 +34,7 @@ RULE = (
 
 
 @dataclass
-class Run:
+class Decoding:
     """One decode of a list of prompts."""
 
     answers: list[Generation]
@@ -60,11 +60,11 @@ class Contender:
     sampler: Sampler
     model: Transformer
     scores: dict[str, float] = field(default_factory=dict)  # figures of its answers; empty until scored
-    single: list[Run] = field(default_factory=list)  # one prompt at a time
-    batched: list[Run] = field(default_factory=list)
+    single: list[Decoding] = field(default_factory=list)  # one prompt at a time
+    batched: list[Decoding] = field(default_factory=list)
     memory: dict[str, int | None] = field(default_factory=dict)  # peak bytes beyond the models, `single` and `batched`
     selection_scores: dict[str, float] = field(default_factory=dict)  # on the split that chooses the best setting
-    selection_single: list[Run] = field(default_factory=list)
+    selection_single: list[Decoding] = field(default_factory=list)
 
     @property
     def models(self) -> list[Transformer]:
@@ -95,12 +95,12 @@ def best_setting(contenders: Sequence[Contender]) -> Contender | None:
     return max(timed, key=lambda contender: speed(contender.selection_single), default=default)
 
 
-def speed(runs: Sequence[Run]) -> float:
+def speed(runs: Sequence[Decoding]) -> float:
     """Returns useful tokens per second: the median over runs."""
     return median(run.tokens / sum(run.seconds) for run in runs)
 
 
-def overhead(runs: Sequence[Run]) -> float:
+def overhead(runs: Sequence[Decoding]) -> float:
     """Returns the share of time outside the transformers' forwards: the median over runs."""
     return median(1 - run.forward_seconds / sum(run.seconds) for run in runs)
 
@@ -206,7 +206,7 @@ def task_result(run: TaskRun) -> dict[str, Any]:
     }
 
 
-def timing(runs: Sequence[Run]) -> dict[str, Any]:
+def timing(runs: Sequence[Decoding]) -> dict[str, Any]:
     """Returns speed, seconds per request and overhead of some runs of the same prompts: medians over runs."""
     if not runs:
         return {}

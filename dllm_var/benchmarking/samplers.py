@@ -1,7 +1,5 @@
 """Measures the samplers of one task: all of them on the same prompts, in turn, in one process."""
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +11,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from dllm_var.benchmarking.instruments import ForwardClock, PeakMemory, shown, synchronise
-from dllm_var.benchmarking.results import Contender, Run, best_setting, near_default, task_result, with_role
+from dllm_var.benchmarking.results import Contender, Decoding, best_setting, near_default, task_result, with_role
 from dllm_var.benchmarking.scorers import Scorer
 from dllm_var.benchmarking.settings import COUNTS, Task, expand
 from dllm_var.checkpoints.pretrained import load_checkpoint
@@ -78,7 +76,6 @@ class TaskRun:
         return examples
 
     def run(self) -> None:
-        """Takes all measurements."""
         began = time.perf_counter()
         gc.collect()
         gc.freeze()  # the models and examples stay; collecting before each decode is then quick
@@ -139,7 +136,7 @@ class TaskRun:
         for contender in self.in_turn(f"speed, {split} split", near_default(candidates), self.repeats):
             contender.selection_single.append(decode(contender, timed, self.limit))
 
-    def score(self, run: Run, examples: Sequence[Example]) -> dict[str, float]:
+    def score(self, run: Decoding, examples: Sequence[Example]) -> dict[str, float]:
         """Returns the scorer's figures of a run's answers, how they end, and the forwards of all models per answer."""
         metrics = AnswerMetrics(sync_on_compute=False)
         metrics.update(run.answers, [example.references for example in examples])
@@ -164,7 +161,7 @@ class TaskRun:
         return task_result(self)
 
 
-def decode(contender: Contender, examples: Sequence[Example], limit: int | None, one_by_one: bool = True) -> Run:
+def decode(contender: Contender, examples: Sequence[Example], limit: int | None, one_by_one: bool = True) -> Decoding:
     """Decodes prompts one by one, or all in one call, and takes the time of each call of `generate`."""
     gc.collect()
     prompts = [example.prompt_ids for example in examples]
@@ -178,7 +175,7 @@ def decode(contender: Contender, examples: Sequence[Example], limit: int | None,
             answers += contender.sampler.generate(contender.model, call, max_new_tokens=limit)
             synchronise(device)
             seconds.append(time.perf_counter() - began)
-    return Run(answers, seconds, clock.seconds)
+    return Decoding(answers, seconds, clock.seconds)
 
 
 @torch.inference_mode()

@@ -1,19 +1,14 @@
 """Scorers decide which answers are right; a benchmark's config names one by `class_path`."""
 
-from __future__ import annotations
-
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import TYPE_CHECKING
 
+from dllm_var.datamodules import Example
 from dllm_var.metrics import AnswerMetrics
 from dllm_var.sampling import Generation
-
-if TYPE_CHECKING:
-    from dllm_var.datamodules import Example
-    from dllm_var.text.tokenizer import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer
 
 Scores = dict[str, float]
 

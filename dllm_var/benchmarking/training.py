@@ -1,7 +1,5 @@
 """Measures training: our module under Lightning and a plain loop around transformers' Llama, round after round."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import warnings
@@ -217,7 +215,6 @@ class TrainingRun:
             self.shape = Transformer(TransformerConfig(**case.transformer, vocab_size=case.vocab_size))
 
     def run(self) -> None:
-        """Measures all rounds."""
         contenders = {}
         for name in shown(f"{self.case.name}: warm-up", self.names):
             kind = PlainLoop if name == PLAIN_LOOP else Ours

@@ -1,7 +1,5 @@
 """Adapters (LoRA) as peft writes them: their settings, and the weights of a model with its adapters merged in."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -4,8 +4,6 @@ A checkpoint is a file, the archive of `torch.save`. Under FSDP2 and other strat
 each process writes its part.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os
@@ -50,7 +48,7 @@ class UnusableCheckpoint(UserError):
     """A checkpoint is damaged, of another format, or no checkpoint at all; the message says which."""
 
 
-def is_sharded(path: Path) -> bool:
+def is_shard_folder(path: Path) -> bool:
     """Whether a path is a folder of shards."""
     return any((path / name).exists() for name in (_INDEX, _TRAINER_STATE, _DEEPSPEED))
 

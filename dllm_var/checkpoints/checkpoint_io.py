@@ -1,7 +1,5 @@
 """Plugins for Lightning's Trainer that write checkpoint files: whole or not at all, at once or in the background."""
 
-from __future__ import annotations
-
 import copy
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Model folders: a trained model as config, safetensors and tokenizer, in a form that transformers and others open."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -5,8 +5,6 @@ The facts are those of the published `config.json` and safetensors files and of 
 that transformers gives them. What is not fully understood is refused by name.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dllm_var.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merge_adapters, read_adapter_settings
-from dllm_var.checkpoints.archive import is_sharded, read_state, read_weights
+from dllm_var.checkpoints.archive import is_shard_folder, read_state, read_weights
 from dllm_var.checkpoints.families import EXTRAS, family_of, read_config, read_settings
 from dllm_var.checkpoints.run_checkpoint import check_or_offer, newest_checkpoint, read_identity, step_of
 from dllm_var.errors import UserError, one_line
@@ -160,7 +160,7 @@ def open_checkpoint(path: str | Path, adapters: tuple[Path, ...] = ()) -> Checkp
         raise UserError(f"the adapter {place} is named as the checkpoint below itself: correct {ADAPTER_CONFIG}")
     if (place / ADAPTER_CONFIG).is_file():
         return _open_adapter(place, (*adapters, place))
-    return _open_run_checkpoint(place) if place.is_file() or is_sharded(place) else _open_folder(place)
+    return _open_run_checkpoint(place) if place.is_file() or is_shard_folder(place) else _open_folder(place)
 
 
 def locate_checkpoint(path: str | Path) -> Path:
@@ -170,7 +170,7 @@ def locate_checkpoint(path: str | Path) -> Path:
         if "/" in str(path) and is_hub_name(path):
             return download(str(path), "checkpoint", MODEL_FILES)
         raise UserError(f"no checkpoint at {place}: give a run folder, a .ckpt file, a model folder or a hub name")
-    if place.is_file() or is_sharded(place) or any((place / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
+    if place.is_file() or is_shard_folder(place) or any((place / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         return place
     export = place / EXPORT_FOLDER
     newest = newest_checkpoint(place / "checkpoints") or newest_checkpoint(place)

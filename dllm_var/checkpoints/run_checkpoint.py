@@ -1,7 +1,5 @@
 """Checkpoints of a run: which one is the newest, which model and tokenizer one is of, and what made it."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess

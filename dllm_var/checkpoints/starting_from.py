@@ -1,7 +1,5 @@
 """The beginning of a run that starts from a checkpoint (`model.init_from`): its shape and its weights."""
 
-from __future__ import annotations
-
 from dataclasses import fields, replace
 from pathlib import Path
 

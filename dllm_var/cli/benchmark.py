@@ -1,7 +1,5 @@
 """The command `benchmark`: measures what a config lists, side by side, and writes tables, JSON and plots."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -175,5 +173,4 @@ def draw_plots(result: dict[str, Any], output: Path) -> list[str]:
 
 
 def say(text: str) -> None:
-    """Prints a line on standard error."""
     print(text, file=sys.stderr, flush=True)

@@ -1,7 +1,5 @@
 """The commands that run a Trainer: fit, validate, test, predict."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex

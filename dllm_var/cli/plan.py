@@ -1,7 +1,5 @@
 """The command `plan`: says what a training run will cost, from its config alone."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The settings of the commands that run a Trainer: their parser, references between settings, and first checks."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

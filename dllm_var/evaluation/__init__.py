@@ -3,5 +3,3 @@
 from pathlib import Path
 
 TASKS = Path(__file__).parent / "tasks"  # the tasks that ship: YAML as lm-eval reads it, JSONL beside it
-
-__all__ = ["TASKS"]

@@ -1,7 +1,5 @@
 """Log-likelihoods of continuations: exact for causal models, Monte-Carlo bounds for diffusion models."""
 
-from __future__ import annotations
-
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence

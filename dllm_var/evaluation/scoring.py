@@ -1,7 +1,5 @@
 """Documents and scores of the shipped tasks; their YAML files name these functions."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from functools import lru_cache
@@ -53,5 +51,4 @@ def final_number_scores(document: dict[str, Any], results: Sequence[str]) -> dic
 
 @lru_cache(maxsize=1)
 def _phonemes() -> Tokenizer:
-    assert CmudictSource.default_tokenizer is not None
-    return Tokenizer.from_pretrained(CmudictSource.default_tokenizer)
+    return Tokenizer.from_pretrained(CmudictSource.default_tokenizer or "")

@@ -1,7 +1,5 @@
 """Scores of generated answers against references: what is wrong in them, and whether they ended where they should."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Validation metrics of masked diffusion: where on the noise scale the loss sits, and whether the end is recognised."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Training with matrix products in 8 bits, through torchao: weights, gradients and checkpoints stay what they are."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal

@@ -3,8 +3,6 @@
 All are drawn on the CPU: a seed then gives the same weights on every device and under every default device.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 

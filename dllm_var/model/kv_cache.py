@@ -1,7 +1,5 @@
 """Keys and values of what a row has already decoded, for rows of different lengths."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) through peft: trained beside frozen weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

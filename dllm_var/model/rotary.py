@@ -1,7 +1,5 @@
 """Rotary positions (RoFormer, arXiv 2104.09864), and how to slow them down to read beyond the trained length."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """How a transformer is divided among processes: FSDP2, tensor parallelism (arXiv 1909.08053), or both at once."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

@@ -200,10 +200,9 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        self.config = config = config.resolved()
         if config.vocab_size is None:
             raise UserError("transformer.vocab_size is not set: it comes from the tokenizer, or set it yourself")
-        self.config = config = config.resolved()
-        assert config.vocab_size is not None
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = RotaryTable(config)

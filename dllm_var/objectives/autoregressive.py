@@ -1,7 +1,5 @@
 """Next-token prediction with a causal transformer: the baseline every diffusion sampler is measured against."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

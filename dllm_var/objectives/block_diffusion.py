@@ -1,7 +1,5 @@
 """Block diffusion: blocks are denoised behind clean text, as a sampler with a cache meets them (arXiv 2503.09573)."""
 
-from __future__ import annotations
-
 from typing import ClassVar, Literal, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """The output head and the loss where, and only where, a prediction is scored."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple

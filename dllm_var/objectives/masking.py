@@ -1,7 +1,5 @@
 """Objectives that mask single tokens: that of dLLM-Var (arXiv 2510.24605), and MDLM's."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """One token per forward, left to right, with a KV cache: the baseline."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

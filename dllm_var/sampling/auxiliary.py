@@ -1,7 +1,5 @@
 """A sampler's second model: a guide or a drafter, read from its own checkpoint."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import cached_property
 

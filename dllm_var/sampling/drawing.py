@@ -1,7 +1,5 @@
 """Drawn tokens: their noise depends on the request alone, not on the batch it is decoded in."""
 
-from __future__ import annotations
-
 import hashlib
 from array import array
 

@@ -1,7 +1,5 @@
 """Stop strings: where in its text an answer ends, besides at a terminator."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Sequence
 

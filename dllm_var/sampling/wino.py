@@ -1,7 +1,5 @@
 """WINO: commit generously, and take back what a second look does not confirm (arXiv 2507.18578)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

@@ -4,8 +4,6 @@ They are rendered as transformers renders them (same environment, same globals),
 program of whoever wrote the checkpoint, so it runs in Jinja's sandbox.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from datetime import datetime

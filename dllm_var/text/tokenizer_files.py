@@ -1,7 +1,5 @@
 """Tokenizers as published models have them: folders of files, on this machine or on the Hugging Face hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The end of a run: signals, a checkpoint of the last finished step, an exit status."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """Learning-rate schedules, parameter groups and optimizers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Processes that train together: which one this is, and that none outlives the first one."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time

@@ -1,7 +1,5 @@
 """Going on with a run bit for bit: the state that Lightning does not save, and the settings that may have changed."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable
 from copy import deepcopy

@@ -1,7 +1,5 @@
 """Folders of runs: which checkpoint a run goes on from, and a folder that no other run writes to."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import socket
@@ -11,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dllm_var.checkpoints.archive import is_sharded
+from dllm_var.checkpoints.archive import is_shard_folder
 from dllm_var.checkpoints.run_checkpoint import check_or_offer, clear_leftovers, newest_checkpoint
 from dllm_var.errors import UserError
 from dllm_var.training.ranks import is_first, is_launched_child
@@ -35,7 +33,7 @@ def checkpoint_at(path: str, setting: str) -> Path:
     if not place.exists():
         raise UserError(f"{setting}: there is no file or folder '{path}'")
     found = newest_checkpoint(place / "checkpoints") or place
-    if found.is_dir() and not is_sharded(found):
+    if found.is_dir() and not is_shard_folder(found):
         raise UserError(f"{setting}: no checkpoint in '{path}': give a .ckpt file or a run folder that has one")
     return found
 

@@ -1,7 +1,5 @@
 """One optimizer step: sums the losses of its batches, divides and clips its gradients, and guards the update."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from dllm_var.errors import UserError
 from dllm_var.model.sharding import copies, local_part
 from dllm_var.objectives.base import NoisedBatch
 from dllm_var.objectives.cross_entropy import Scores
-from dllm_var.training.strategies import is_sharded, owns_gradients
+from dllm_var.training.strategies import owns_gradients, shards_parameters
 
 LOSS_SCALE = 2.0**-12  # keeps the gradients of summed losses in the range of 16-bit floats
 LEAST_HISTORY = 20  # losses before a median says anything
@@ -116,7 +114,7 @@ class OptimizerStep:
         gradients: dict[int, list[Tensor]] = {}  # this process's parts, by the number of processes that hold the same
         if not owns_gradients(trainer.strategy):
             for gradient in _gradients(optimizer):
-                held_by = copies(gradient) if is_sharded(trainer.strategy) else trainer.world_size
+                held_by = copies(gradient) if shards_parameters(trainer.strategy) else trainer.world_size
                 gradients.setdefault(held_by, []).append(local_part(gradient))
         result = self._divide(gradients, trainer, optimizer)
         result.skipped = self._must_skip(result, trainer)

@@ -1,7 +1,5 @@
 """Strategies that spread training over processes, and what each of them needs."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from typing import Any
 
@@ -49,7 +47,7 @@ class TensorParallel(FSDP2):
         super().setup_environment()
 
 
-def is_sharded(strategy: Any) -> bool:
+def shards_parameters(strategy: Any) -> bool:
     """Whether a forward pass needs every process, because each holds only a part of the parameters."""
     return isinstance(strategy, FSDPStrategy | ModelParallelStrategy) or getattr(strategy, "zero_stage_3", False)
 

@@ -1,7 +1,5 @@
 """Lightning's Trainer, whose checkpoints are whole or not there; what it saves of a run, and when."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dllm_var.benchmarking.results import Contender, Run, at_equal_accuracy, best_setting, ratios
+from dllm_var.benchmarking.results import Contender, Decoding, at_equal_accuracy, best_setting, ratios
 from dllm_var.benchmarking.settings import Entry
 from dllm_var.sampling import Generation
 
@@ -13,7 +13,7 @@ def run(tokens, nfe, seconds, forward_share=0.9, per_call=True):
         Generation(list(range(length)), "eos", forwards, 0.5, prompt_length=3)
         for length, forwards in zip(tokens, nfe, strict=True)
     ]
-    return Run(answers, list(seconds) if per_call else [sum(seconds)], forward_share * sum(seconds))
+    return Decoding(answers, list(seconds) if per_call else [sum(seconds)], forward_share * sum(seconds))
 
 
 def contender(name, role="candidate", single=(), batched=(), selection=None, accuracy=None, prompts=100):

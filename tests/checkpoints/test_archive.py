@@ -15,7 +15,7 @@ from dllm_var.checkpoints.archive import (
     UnusableCheckpoint,
     check,
     check_archive,
-    is_sharded,
+    is_shard_folder,
     load_archive,
     read_state,
     read_weights,
@@ -175,7 +175,7 @@ def test_a_link_is_replaced_and_not_followed(checkpoint):
 def test_any_damaged_part_of_a_folder_is_named(tmp_path):
     folder = write_folder(tmp_path / "last.ckpt")
     check(folder)
-    assert is_sharded(folder) and newest_checkpoint(tmp_path) == folder and read_state(folder)["global_step"] == 3
+    assert is_shard_folder(folder) and newest_checkpoint(tmp_path) == folder and read_state(folder)["global_step"] == 3
     assert read_weights(folder).keys() == WEIGHTS.keys() and is_found_or_harmless(folder)
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()

@@ -1,7 +1,5 @@
 """Policies that only commit: what the model is sure of, or a given number of positions per step."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Policies that take committed tokens back or overwrite them."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
