@@ -1,5 +1,7 @@
 """The LightningModule: noise the batch, predict what is hidden, learn from the predictions."""
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -7,6 +9,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
@@ -20,7 +23,7 @@ from dllm_var.model.config import TransformerConfig
 from dllm_var.model.float8 import Float8, check_float8, use_float8
 from dllm_var.model.lora import Lora, add_adapters, reset_adapters
 from dllm_var.model.sharding import DATA_PARALLEL, TENSOR_PARALLEL, shard, tensor_parallel
-from dllm_var.model.transformer import Recompute, Transformer, can_compile
+from dllm_var.model.transformer import Recompute, Transformer
 from dllm_var.objectives import EosSchedule, KeyedNoise, NoisedBatch, Objective
 from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import summed_cross_entropy
@@ -344,3 +347,11 @@ def build_transformer(
     if lora is not None:
         reset_adapters(transformer)
     return transformer
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has what it needs, on a CPU a C++ compiler; warns otherwise."""
+    if device.type != "cpu" or any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++", "clang++", "cl"))):
+        return True
+    rank_zero_warn("model.compile is set, but there is no C++ compiler (g++, clang++): training without it, slower")
+    return False

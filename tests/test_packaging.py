@@ -48,9 +48,9 @@ def test_import_is_cheap(tmp_path):
 
 
 def test_exports_load_on_first_use(tmp_path):
-    code = "import dllm_var; print(dllm_var.DiffusionLM.__name__, dir(dllm_var)); dllm_var.Nothing"
+    code = "import dllm_var; print(dllm_var.UserError.__name__, dir(dllm_var)); dllm_var.Nothing"
     result = run(code, tmp_path)
-    assert result.stdout.startswith("DiffusionLM")
+    assert result.stdout.startswith("UserError")
     assert result.stderr.splitlines()[-1] == "AttributeError: module 'dllm_var' has no attribute 'Nothing'"
 
 

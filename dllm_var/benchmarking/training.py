@@ -24,8 +24,8 @@ from dllm_var.checkpoints.families import LLAMA, write_config
 from dllm_var.datamodules import CmudictSource, PackedDataModule, Source
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
-from dllm_var.model.transformer import Transformer, can_compile
-from dllm_var.module import DiffusionLM
+from dllm_var.model.transformer import Transformer
+from dllm_var.module import DiffusionLM, can_compile
 from dllm_var.objectives import EosSchedule, KeyedNoise
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.training.optim import AdamW, Schedule, parameter_groups

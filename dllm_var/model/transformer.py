@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -362,11 +359,3 @@ class Transformer(nn.Module):
         head = self.lm_head.weight.numel() * head_share
         attention = config.num_layers * 12 * context_length * config.num_heads * config.head_dim
         return 6 * (in_layers + head) + attention / (2 if config.causal else 1)
-
-
-def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile has what it needs, on a CPU a C++ compiler; warns otherwise."""
-    if device.type != "cpu" or any(map(shutil.which, (os.environ.get("CXX", ""), "g++", "c++", "clang++", "cl"))):
-        return True
-    rank_zero_warn("model.compile is set, but there is no C++ compiler (g++, clang++): training without it, slower")
-    return False

@@ -84,6 +84,7 @@ def run_quick(tmp_path, **settings):
     return status, json.loads(output.read_text()), output.with_suffix(".md").read_text()
 
 
+@pytest.mark.slow
 def test_quick_run_writes_its_files(tmp_path):
     status, result, text = run_quick(tmp_path, bars={"mfu": 0.6, "tokens_per_second_256": 1.3})
     assert status == 0 and "quick run: not for comparison" in text and "not judged" in text

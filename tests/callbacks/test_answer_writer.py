@@ -19,6 +19,7 @@ TOY = [
 CALLBACKS = "--trainer.callbacks=[{class_path: SamplingCallback, init_args: {sampler: '${sampler}', num_examples: 2}}]"
 
 
+@pytest.mark.slow
 def test_predict_writes_every_test_prompt_once(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["--config", CONFIG, *TOY, CALLBACKS.replace("SamplingCallback", "dllm_var.callbacks.SamplingCallback")]

@@ -5,7 +5,7 @@ import torch
 
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.model.attention import LEAST_LENGTH
-from dllm_var.model.transformer import can_compile
+from dllm_var.module import can_compile
 
 SHAPE = dict(hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, vocab_size=50, initializer_range=0.2)
 

@@ -40,6 +40,7 @@ def flat(values, place=""):
         yield place, values
 
 
+@pytest.mark.slow
 def test_a_strategy_on_a_recipe_changes_where_it_runs_and_nothing_else(capsys):
     recipe = "quickstart"
     alone = settings(capsys, recipe)
