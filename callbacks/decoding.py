@@ -21,9 +21,7 @@ def held_out_prompts(trainer: L.Trainer, split: str, count: int | None) -> list[
     held_out = getattr(getattr(trainer, "datamodule", None), "held_out", None)
     examples = [] if held_out is None else held_out(split, count)
     if not examples:
-        raise UserError(
-            f"split '{split}' has no examples to decode: pass prompts, or give the source such a split, with prompts"
-        )
+        raise UserError(f"split '{split}' has no examples to decode: pass prompts, or give the source such a split")
     return examples
 
 

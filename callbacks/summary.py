@@ -118,7 +118,7 @@ class RunSummary(L.Callback):
         }
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        run, result = trainer.log_dir, self._result  # every process must ask for the folder
+        run, result, self._result = trainer.log_dir, self._result, None  # every process must ask for the folder
         if result is None or not trainer.is_global_zero:
             return
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

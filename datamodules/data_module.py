@@ -41,7 +41,8 @@ class PackedDataModule(L.LightningDataModule):
             after a block of its answer that is chosen at random in every epoch. Unsupervised mask tokens fill the
             answer's last block; after an earlier block the rest of the answer is left out. 0 for off.
         eos_padding: Repeats the terminator, supervised, until an answer has this many tokens (the LLaDA baseline).
-        on_bad_record: Records that cannot be used: ``error`` stops at the first, ``skip`` leaves out and counts them.
+        on_bad_record: Records that cannot be used, texts of more than ten million characters among them: ``error``
+            stops at the first, ``skip`` leaves out and counts them.
         on_too_long: Samples longer than a row: ``drop`` and count them; ``truncate`` them before the terminator; or
             ``cut`` them over several rows (``concat`` only).
         on_special_text: Text that spells a special token, such as ``<|im_end|>``: ``encode`` makes ordinary tokens of
@@ -110,9 +111,7 @@ class PackedDataModule(L.LightningDataModule):
             if value is None or value < lowest:
                 raise UserError(f"data.{name} is {value}; it must be at least {lowest}")
             if name in ends and value >= self.context_length:
-                raise UserError(
-                    f"data.{name} is {value}; it must be less than data.context_length, {self.context_length}"
-                )
+                raise UserError(f"data.{name} is {value}; it must be below data.context_length, {self.context_length}")
         if sum(getattr(self, name) > 0 for name in ends) > 1:
             raise UserError("data.overhang, canvas and eos_padding exclude each other: set one of them")
         if self.on_too_long == "cut" and self.packing != "concat":

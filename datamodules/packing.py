@@ -86,7 +86,6 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Number of rows."""
         return -(-int(self.end[-1]) // self.context_length) if len(self.end) else 0
 
     def spans(self, rows: Ints) -> Spans:

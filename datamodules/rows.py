@@ -47,6 +47,9 @@ class PackedRows(Dataset):
         self._totals = Counter(samples=0, tokens=0, dropped=0, truncated=0, filled=0)  # of the first epoch
         self._planned: dict[tuple[int, int], tuple[Samples, Plan]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_planned": {}}  # cheaper to make again than to send to a worker
+
     def __len__(self) -> int:
         """Rows of the first epoch; other epochs have a few more or less when the overhang changes."""
         return self.first_row(1)

@@ -10,7 +10,7 @@ import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Source(ABC):
     def blocks(self, split: str, size: int, first: int = 0, step: int = 1) -> Iterator[tuple[int, list[Located]]]:
         """Yields every `step`-th block of `size` records with its number, from block `first` on.
 
-        So readers share a split without parsing the records of others. Blocks are smaller where splits are carved out.
+        So readers share a split, each parsing its own records alone. Blocks are smaller where splits are carved out.
         """
         records = self.unparsed(split)
         for block, chunk in enumerate(iter(lambda: list(islice(records, size)), [])):
@@ -196,7 +196,9 @@ class FileSource(SplitSource):
         setting = "path" if split == "train" else f"{split}_path"
         for path in [paths] if isinstance(paths, str | Path) else paths:
             place = Path(os.path.expanduser(path))
-            if place.is_dir():
+            if not str(path):
+                files = []
+            elif place.is_dir():
                 files = [file for file in place.rglob("*") if set(file.suffixes) & set(self.suffixes)]
             elif place.exists():
                 files = [place]
@@ -261,11 +263,16 @@ class ParquetSource(FileSource):
             parquet = pyarrow.parquet.ParquetFile(file)
             columns = [name for name in parquet.schema_arrow.names if name in wanted]
             for batch in parquet.iter_batches(4_096, columns=columns or None):
-                for record in batch.to_pylist():
-                    yield f"{file} row {row}", record
+                decoded = cache(batch.to_pylist)
+                for number in range(len(batch)):
+                    yield f"{file} row {row}", (decoded, number)
                     row += 1
         except Exception as error:  # Arrow raises many kinds, when it opens a file and when it comes to damage
             raise UserError(f"{file} cannot be read as Parquet from row {row} on: {one_line(error)}") from None
+
+    def parse(self, record: tuple[Callable[[], list[Any]], int]) -> Any:
+        decoded, number = record  # a batch is decoded when the first of its records is wanted
+        return super().parse(decoded()[number])
 
 
 def file_digest(file: Path, cache: Path | None) -> str:

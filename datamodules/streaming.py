@@ -1,7 +1,5 @@
 """Rows from a stream of records, for corpora too large to tokenize beforehand."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from itertools import groupby, islice
@@ -36,7 +34,7 @@ class RowStream(IterableDataset):
     where each reader of this rank begins, the one whose turn is next first.
     """
 
-    def __init__(self, data: StreamingDataModule, rank: int, ranks: int, turns: deque[tuple[int, Position]]) -> None:
+    def __init__(self, data: "StreamingDataModule", rank: int, ranks: int, turns: deque[tuple[int, Position]]) -> None:
         self.source, self.encoder, self.packer = data.source, data.encoder(), data.packer()
         self.batch_size, self.block_records, self.seed = data.batch_size, data.block_records, data.seed
         self.rank, self.ranks, self.turns = rank, ranks, turns
@@ -81,9 +79,9 @@ class StreamingDataModule(PackedDataModule):
 
     Records are read in blocks in the source's order, and shuffled and packed within a block: a source that is sorted
     should be shuffled once. The stream has no end, so set ``trainer.max_steps``. A resumed training goes on with the
-    very next row. A reader of JSON Lines reads through all of the files; for dozens of readers use `DatasetSource`,
-    which passes over the blocks of the others. Bring validation and test splits as files of their own, because carving
-    them out reads the whole source once.
+    very next row. A reader reads through all of the files, and parses its own blocks alone; for dozens of readers use
+    `DatasetSource`, which passes over the blocks of the others. Bring validation and test splits as files of their own,
+    because carving them out reads the whole source once.
 
     Args:
         block_records: Records read, shuffled and packed at a time.

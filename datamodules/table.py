@@ -1,13 +1,12 @@
 """The tokenized table: records become samples, ended by a terminator, and those of a split flat arrays in a cache."""
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import json
+import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
 from operator import itemgetter
@@ -21,11 +20,12 @@ from tqdm import tqdm
 from dllm_var.datamodules.records import Ids, Turns, parse_record
 from dllm_var.datamodules.sources import Located, Source
 from dllm_var.errors import UserError, one_line
-from dllm_var.files import write_atomically
+from dllm_var.files import PARTIAL, discard, write_atomically
 from dllm_var.text.tokenizer import Piece, Tokenizer
 
 VERSION = 5  # of a table's files and what they mean; part of the cache key
 CHUNK = 4_096  # records tokenized at a time
+ABANDONED_AFTER = 86_400  # seconds without a write after which an unfinished table is removed
 BATCH = 2**20  # characters encoded at a time, for each of which the tokenizer takes up to 200 bytes
 
 Parts = list[tuple[list[int], bool]]  # token ids, and whether they carry loss; the last part is an answer that ends
@@ -59,7 +59,7 @@ class Table:
     folder: Path | None = None  # where the arrays are mapped from, if they are
 
     @classmethod
-    def open(cls, folder: Path, verify: bool = True) -> Table:
+    def open(cls, folder: Path, verify: bool = True) -> "Table":
         """Maps the files of a table into memory; `verify` compares their checksums, at some gigabyte per second."""
         try:
             meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -72,7 +72,6 @@ class Table:
         return cls(**columns, meta=meta, folder=folder)
 
     def __len__(self) -> int:
-        """Number of samples."""
         return len(self.answer_start)
 
     def __reduce__(self) -> Any:  # worker processes map the files too, instead of getting a copy
@@ -152,7 +151,7 @@ class RecordEncoder:
         return samples
 
     def _encode(self, texts: list[str], special_tokens: bool) -> list[list[int]]:
-        """Token ids of each text, of no more than some `BATCH` characters at a time."""
+        """Token ids of each text, of some `BATCH` characters at a time; a longer text goes alone."""
         if len(texts) > 1 and sum(map(len, texts)) > BATCH:
             half = len(texts) // 2
             return self._encode(texts[:half], special_tokens) + self._encode(texts[half:], special_tokens)
@@ -218,28 +217,41 @@ def load_table(source: Source, split: str, encoder: RecordEncoder, cache: Path, 
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / f"{key}-{split}"
     if not folder.is_dir():
+        for left in cache.glob(f"*{PARTIAL}"):  # by processes that were killed; not every file system has locks
+            with suppress(OSError):
+                if time.time() - (left / "tokens.bin").stat().st_mtime > ABANDONED_AFTER:
+                    discard(left)
         try:
             with write_atomically(folder, shared=True) as partial:
                 partial.mkdir()
                 _write(source, split, encoder, partial)
         except OSError as error:
-            raise UserError(f"cannot keep tokenized data in {cache}: {one_line(error)}; set data.cache_dir") from None
+            reason = error.strerror or one_line(error)
+            raise UserError(f"cannot keep tokenized data in {cache}: {reason}; set data.cache_dir") from None
     table = Table.open(folder, verify)
     if table.meta["skipped"] and not encoder.skip_bad:  # built by a run that skipped them
         raise bad_record(table.meta["reasons"][0])
     return table
 
 
+def _chunks(source: Source, split: str) -> Iterator[list[Located]]:
+    records = source.located_records(split)
+    try:
+        while chunk := list(islice(records, CHUNK)):
+            yield chunk
+    except OSError as error:  # not to be taken for one of the cache
+        raise UserError(f"the {split} split of {type(source).__name__} cannot be read: {one_line(error)}") from error
+
+
 def _write(source: Source, split: str, encoder: RecordEncoder, folder: Path) -> None:
     """Writes the files of a table, chunk by chunk."""
-    records = source.located_records(split)
     crc32 = dict.fromkeys(COLUMNS, 0)
     tokens = 0
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in COLUMNS}
         progress = stack.enter_context(tqdm(desc=f"tokenizing {split}", unit=" records", delay=5, leave=False))
         # The first chunk is empty: from it `offsets` has the 0 with which it begins.
-        for chunk in chain([[]], iter(lambda: list(islice(records, CHUNK)), [])):
+        for chunk in chain([[]], _chunks(source, split)):
             table = encoder.encode(chunk)
             columns = {name: getattr(table, name) for name in COLUMNS}
             columns["offsets"] = tokens + (table.offsets[1:] if chunk else table.offsets)

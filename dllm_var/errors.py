@@ -9,8 +9,7 @@ class UserError(ValueError):
 
 
 _REMEDIES = {
-    errno.ENOSPC: "make room, or write to another disk",
-    errno.EDQUOT: "make room, or write to another disk",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or write to another disk"),
     errno.EFBIG: "raise the limit on file sizes (ulimit -f), or write to another disk",
     errno.EROFS: "write to another place",
 }

@@ -126,7 +126,7 @@ def open_output(name: str | Path) -> Iterator[TextIO]:
         if not is_device and partial.stat().st_size == 0:
             partial.unlink()
         raise
-    with _whole_or_removed(partial, path):
+    with contextlib.nullcontext() if is_device else _whole_or_removed(partial, path):
         stream.close()
         if not is_device:
             publish(partial, path)

@@ -122,9 +122,7 @@ class DiffusionLM(L.LightningModule):
             if self.config.context_length is None:  # for those who will serve the model
                 self.config = replace(self.config, context_length=getattr(data, "context_length", None))
         if not self.tokenizer:
-            raise UserError(
-                "no tokenizer gives the vocabulary: use a data module that has one, or call use_tokenizer before"
-            )
+            raise UserError("no tokenizer gives the vocabulary: use a data module that has one, or call use_tokenizer")
         self.use_tokenizer(self.tokenizer)
         fits = self._trainer is not None and self.trainer.state.fn == "fit"
         init_from, float8 = (self.init_from, self.float8) if fits else (None, None)
@@ -204,6 +202,7 @@ class DiffusionLM(L.LightningModule):
 
     def hidden_at_loss(self, batch: Batch, noised: NoisedBatch) -> Tensor:
         """Returns what the head reads at the loss positions [M, hidden]."""
+        scored = noised.scored  # here, before any layer: a GPU is waited for
         own_layout = noised.attention_rule is not None  # the objective decides what is seen, and moves its targets
         position_ids, segment_ids = noised.position_ids, None
         if self.attention == "document" and not own_layout:
@@ -220,10 +219,10 @@ class DiffusionLM(L.LightningModule):
             position_ids,
             segment_ids,
             attention_rule=rule,
-            asked=None if everywhere else noised.scored,
+            asked=None if everywhere else scored,
             shift=not own_layout,
         )
-        return hidden.flatten(0, 1)[noised.scored] if everywhere else hidden
+        return hidden.flatten(0, 1)[scored] if everywhere else hidden
 
     # -- validation --------------------------------------------------------------------------------------------------
 
@@ -277,10 +276,11 @@ class DiffusionLM(L.LightningModule):
             return sampler.generate(self, prompts) if prompts else []
         parts: list[list[list[int]]] = [[]] * self.trainer.world_size
         torch.distributed.all_gather_object(parts, prompts)
-        together = list(dict.fromkeys(tuple(prompt) for part in parts for prompt in part))
-        answers = sampler.generate(self, [list(prompt) for prompt in together])
-        answer_of = dict(zip(together, answers, strict=True))
-        return [answer_of[tuple(prompt)] for prompt in prompts]
+        # Of equal prompts each has draws of its own; processes that share the parts of a layer have the same prompts.
+        numbered = [[(tuple(prompt), part[:at].count(prompt)) for at, prompt in enumerate(part)] for part in parts]
+        together = list(dict.fromkeys(key for part in numbered for key in part))
+        answers = dict(zip(together, sampler.generate(self, [list(prompt) for prompt, _ in together]), strict=True))
+        return [answers[key] for key in numbered[self.trainer.global_rank]]
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

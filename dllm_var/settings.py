@@ -1,7 +1,5 @@
 """Settings: YAML files, the parser of every command, and objects that settings describe by `class_path`."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 from collections.abc import Callable, Sequence
@@ -66,7 +64,7 @@ class SettingsParser(ArgumentParser):
         self.names: Callable[[], list[str]] = self._own_names  # what suggestions are taken from
 
     @classmethod
-    def of_command(cls, command: str, usage: str, description: str, examples: str = "") -> SettingsParser:
+    def of_command(cls, command: str, usage: str, description: str, examples: str = "") -> "SettingsParser":
         """Returns the parser of a command without options; `usage` follows its name."""
         parser = cls(
             prog=f"python -m dllm_var {command}",

@@ -151,3 +151,14 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(name, reason, 
 def test_errors_without_a_file_are_no_mistakes():
     assert in_one_line(OSError(errno.ECONNRESET, "reset")) is None
     assert in_one_line(KeyError("bug")) is None
+
+
+def test_a_pipe_whose_reader_has_gone_is_left_where_it_is(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    output = open_output(tmp_path / "pipe")
+    output.__enter__().write("an answer")
+    os.close(reader)
+    with pytest.raises(BrokenPipeError):
+        output.__exit__(None, None, None)
+    assert names(tmp_path) == ["pipe"]

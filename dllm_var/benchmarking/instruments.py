@@ -1,7 +1,5 @@
 """Instruments of the benchmarks: clocks for decoding and training, a gauge of peak memory, the machine's name."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform
@@ -32,7 +30,7 @@ class ForwardClock:
         self._timed = [pair for m in models for pair in ((m, "hidden_states"), (m.lm_head, "forward"))]
         self._marks: list[tuple[Any, Any]] = []  # before and after each call
 
-    def __enter__(self) -> ForwardClock:
+    def __enter__(self) -> "ForwardClock":
         for owner, name in self._timed:
             setattr(owner, name, self._marked(getattr(owner, name)))
         return self
@@ -90,7 +88,7 @@ class StepClock:
         """Ends the last phase and the step; its batch has `segment_ids` [B, L] and `counts` of `NoisedBatch`."""
         self.mark("optimizer")
         work = {"loss_tokens": int(counts["loss_tokens"]), "pairs": int(counts["attended_pairs"])}
-        tokens = {"tokens": int((segment_ids >= 0).sum()), "positions": segment_ids.numel()}
+        tokens = {"tokens": int((segment_ids >= 0).sum())}
         self.steps.append({**self._seconds, **tokens, **work})
         self._seconds = dict.fromkeys(PHASES, 0.0)
 
@@ -105,7 +103,7 @@ class PeakMemory:
         self.device = device
         self.bytes: int | None = None
 
-    def __enter__(self) -> PeakMemory:
+    def __enter__(self) -> "PeakMemory":
         self._before: int | None = None
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

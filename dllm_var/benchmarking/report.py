@@ -41,7 +41,6 @@ TRAINING: tuple[Column, ...] = (
     ("MFU", "mfu", "{:.0%}", 1),
     ("ms/step", "step_seconds", "{:,.0f}", MS),
     *((phase.replace("_", " "), f"phase_seconds.{phase}", "{:,.1f}", MS) for phase in PHASES),
-    ("padding", "padding_share", "{:.0%}", 1),
     ("MB", "peak_memory_bytes", "{:,.0f}", MB),
 )
 RATIOS = {

@@ -2,14 +2,13 @@
 # mypy: disable-error-code="valid-type"
 # jsonargparse makes the type PositiveInt when it is imported.
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
+from omegaconf import OmegaConf
 
 from dllm_var.errors import UserError
 from dllm_var.settings import merged, read_settings
@@ -97,15 +96,14 @@ class Task:
 
     @property
     def parts(self) -> list[str]:
-        """The names of its entries and sweeps."""
         return [part.name for part in (*self.entries, *self.sweeps)]
 
-    def only(self, names: Sequence[str]) -> Task:
+    def only(self, names: Sequence[str]) -> "Task":
         """Returns the task with nothing but the named entries and sweeps."""
         entries = [entry for entry in self.entries if entry.name in names]
         return replace(self, entries=entries, sweeps=[sweep for sweep in self.sweeps if sweep.name in names])
 
-    def quick(self) -> Task:
+    def quick(self) -> "Task":
         """Returns the task with so few prompts that it takes seconds."""
         no_counts: dict[str, Any] = dict.fromkeys(COUNTS)
         entries = [replace(entry, **no_counts) for entry in self.entries]
@@ -151,14 +149,13 @@ class TrainingCase:
 
     @property
     def parts(self) -> Sequence[str]:
-        """The names of its contenders."""
         return self.contenders
 
-    def only(self, names: Sequence[str]) -> TrainingCase:
+    def only(self, names: Sequence[str]) -> "TrainingCase":
         """Returns the case with nothing but the named contenders."""
         return replace(self, contenders=[name for name in self.contenders if name in names])
 
-    def quick(self) -> TrainingCase:
+    def quick(self) -> "TrainingCase":
         """Returns the case with a tiny model and nothing compiled."""
         tiny: dict[str, Any] = dict(hidden_size=32, num_layers=1, num_heads=2)
         few: dict[str, Any] = dict(context_length=64, batch_size=2, steps=1, prompt_tokens=6, answer_tokens=10)
@@ -179,12 +176,11 @@ def expand(task: Task) -> tuple[list[Entry], Curves]:
     for sweep in task.sweeps:
         curve = curves.setdefault(sweep.name, [])
         for value in sweep.values:
-            change = value
-            for key in reversed(sweep.over.split(".")):
-                change = {key: change}
             name = f"{sweep.name} {value:g}" if isinstance(value, float) else f"{sweep.name} {value}"
             point = _filled_in(sweep, task)
-            point.name, point.sampler = name, merged(point.sampler, change)
+            changed = OmegaConf.create(point.sampler)
+            OmegaConf.update(changed, sweep.over, value, merge=False)
+            point.name, point.sampler = name, OmegaConf.to_container(changed)  # type: ignore[assignment]
             same = next((s for s in settings if (s.sampler, s.checkpoint) == (point.sampler, point.checkpoint)), None)
             if same is None:
                 settings.append(point)

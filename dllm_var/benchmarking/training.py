@@ -265,14 +265,12 @@ def add_up(steps: Sequence[dict[str, float]]) -> Figures:
         "tokens_per_second": tokens / seconds,
         "step_seconds": seconds / len(steps),
         "phase_seconds": {phase: total[phase] / len(steps) for phase in PHASES},
-        "padding_share": 1 - tokens / total["positions"],
         "loss_share": total["loss_tokens"] / tokens,
         "pairs_per_token": total["pairs"] / tokens,
     }
 
 
 def medians(rounds: Sequence[Figures]) -> Figures:
-    """Returns the median over rounds of each figure."""
     result: Figures = {}
     for name, value in rounds[0].items():
         values = [figures[name] for figures in rounds]

@@ -122,12 +122,14 @@ def check_archive(file: IO[bytes], path: Path) -> None:
         while part := file.read(min(left, _CHUNK)):
             digest.update(part)
             left -= len(part)
+        length = file.read(2)
         digest.update(bytes(2))  # the comment's length before there was one
-        intact = digest.hexdigest().encode() == seal.removeprefix(_SEAL)
+        whole = length == _SEAL_BYTES.to_bytes(2, "little")
+        intact = whole and digest.hexdigest().encode() == seal.removeprefix(_SEAL)
     else:
         try:
             with zipfile.ZipFile(file) as archive:
-                intact = archive.testzip() is None
+                intact = seal.endswith(bytes(2)) and archive.testzip() is None  # torch writes no comment
         except Exception as error:  # zipfile raises many kinds
             raise _damaged(path, f"it is cut short or changed ({error})") from error
     if not intact:

@@ -106,7 +106,9 @@ def export_checkpoint(
         settings[INDEX] = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
     with write_atomically(output) as partial:
         for file, held in shards.filename_to_tensors.items():
-            weights = {theirs: checkpoint.weight(names[theirs], shapes[names[theirs]]).to(kind) for theirs in held}
+            weights = {theirs: checkpoint.weight(names[theirs], shapes[names[theirs]]) for theirs in held}
+            if dtype is not None:
+                weights = {theirs: weight.to(dtype) for theirs, weight in weights.items()}
             save_tensors(weights, partial / file)
         tokenizer.save(partial)
         for file, content in settings.items():

@@ -50,8 +50,6 @@ class Family:
         return ours
 
 
-# -- the table ---------------------------------------------------------------------------------------------------------
-
 _SETTINGS = {
     "vocab_size": ("vocab_size", REQUIRED),
     "hidden_size": ("hidden_size", REQUIRED),
@@ -170,9 +168,6 @@ def family_of(values: dict[str, Any], file: Path) -> Family:
     raise UserError(f"{file} is of model_type {values.get('model_type')!r}; dense models of {known} can be loaded")
 
 
-# -- config.json in ----------------------------------------------------------------------------------------------------
-
-
 def read_config(values: dict[str, Any], file: Path) -> TransformerConfig:
     """Returns our settings of the values of a `config.json`; our entry in it comes before the family's keys.
 
@@ -240,7 +235,10 @@ def _check_kind(name: str, value: Any, kind: Any, place: Path) -> None:
 
 def _read_rope(values: dict[str, Any], file: Path) -> dict[str, Any]:
     """Returns our rotary settings; transformers 4 has rope_theta and rope_scaling, transformers 5 rope_parameters."""
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    given = [values.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(part, dict) for part in given):
+        raise UserError(f"{file} has rope_scaling or rope_parameters that are no settings by name")
+    rope = {**given[0], **given[1]}
     if rope.get("partial_rotary_factor") == 1.0:  # all of each head turns, as it does here
         del rope["partial_rotary_factor"]
     theta = rope.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0  # transformers' default
@@ -251,9 +249,6 @@ def _read_rope(values: dict[str, Any], file: Path) -> dict[str, Any]:
             "are known"
         )
     return {"rope_theta": theta, "rope_llama3": rope if kind == "llama3" else None}
-
-
-# -- config.json out ---------------------------------------------------------------------------------------------------
 
 
 def natural_family(config: TransformerConfig) -> Family:

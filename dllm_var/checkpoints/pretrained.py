@@ -3,8 +3,6 @@
 Weights are read one at a time, when they are asked for. No code that comes with a checkpoint is run.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,19 +36,18 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Readers = dict[str, Callable[[], Tensor]]  # of weights by name; each weight is read when its reader is called
 
-# -- models ------------------------------------------------------------------------------------------------------------
-
 
 def load_checkpoint(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path: "str | Path | Checkpoint", device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Transformer, Tokenizer, dict[str, Any]]:
     """Loads a checkpoint to decode with: the transformer, its tokenizer, and what else it remembers (`sampler`, ...).
 
     `path` is a run folder, a `.ckpt`, a folder with `config.json` (our own or that of a published model, see
-    docs/checkpoints.md), or a published model's name on the hub; `dtype` converts the weights. A published model
-    without a mask token gets one. Raises UserError for what is missing, damaged or not fully understood.
+    docs/checkpoints.md), a published model's name on the hub, or what `open_checkpoint` returned. `dtype` converts the
+    weights. A published model without a mask token gets one. Raises UserError for what is missing, damaged or not fully
+    understood.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     tokenizer = checkpoint.load_tokenizer()
     return _load(checkpoint, decoding_config(checkpoint, tokenizer), device, dtype), tokenizer, checkpoint.meta
 
@@ -67,7 +64,7 @@ def load_pretrained(path: str | Path, causal: bool = False) -> Transformer:
 
 
 def _load(
-    checkpoint: Checkpoint,
+    checkpoint: "Checkpoint",
     config: TransformerConfig,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -84,14 +81,14 @@ def _load(
 
 
 @torch.no_grad()
-def copy_weights(transformer: Transformer, checkpoint: Checkpoint) -> None:
+def copy_weights(transformer: Transformer, checkpoint: "Checkpoint") -> None:
     """Fills the transformer's weights, which may be sharded, one at a time; adapters keep theirs."""
     own = {plain_name(name): value for name, value in transformer.state_dict().items()}
     for name in weight_shapes(transformer.config):
         fill(own[name], checkpoint.weight(name, list(own[name].shape)))
 
 
-def decoding_config(checkpoint: Checkpoint, tokenizer: Tokenizer) -> TransformerConfig:
+def decoding_config(checkpoint: "Checkpoint", tokenizer: Tokenizer) -> TransformerConfig:
     """Returns a checkpoint's settings with its tokenizer's ids, and rows for tokens that a published model lacks."""
     config, place = checkpoint.config, checkpoint.place
     ids: dict[str, Any] = {"mask_id": tokenizer.mask_id, "pad_id": tokenizer.pad_id}
@@ -106,9 +103,6 @@ def decoding_config(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Transformer
                 "one it was trained with"
             )
     return config
-
-
-# -- opening -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -242,9 +236,6 @@ def _tokenizer_of(values: Any, path: Path) -> Tokenizer:
         return Tokenizer.from_dict(values)
     except Exception as error:  # the Rust side raises a bare Exception
         raise UserError(f"{path} holds a tokenizer that cannot be read: {one_line(error)}") from error
-
-
-# -- weights -----------------------------------------------------------------------------------------------------------
 
 
 def _weight_files(folder: Path) -> list[Path]:

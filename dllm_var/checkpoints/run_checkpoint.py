@@ -56,12 +56,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next(iter(newest_first(folder)), None)
 
 
-def newest_usable(folder: Path) -> Path | None:
-    """Returns the newest checkpoint of a folder that passes `check`, or None."""
+def newest_usable(folder: Path, but: Path | None = None) -> Path | None:
+    """Returns the newest checkpoint of a folder that passes `check`, or None; one that is known not to is left out."""
     for path in newest_first(folder):
         with suppress(UnusableCheckpoint):
-            check(path)
-            return path
+            if path != but:
+                check(path)
+                return path
     return None
 
 
@@ -70,7 +71,7 @@ def check_or_offer(path: Path, option: str = "") -> None:
     try:
         check(path)
     except UnusableCheckpoint as error:
-        other = newest_usable(path.parent)
+        other = newest_usable(path.parent, but=path)
         offer = f"the newest good one is {option}{other}"
         if other is None:
             offer = f"no other one in {path.parent} can be used: give a checkpoint of another run, or start a new run"

@@ -37,9 +37,7 @@ def start_from(transformer: Transformer, tokenizer: Tokenizer, path: str | Path)
             ours, known = (one.backend.get_vocab(with_added_tokens=True).items() for one in (tokenizer, theirs))
             same = len(known - ours) <= 1
         if not same:
-            raise UserError(
-                f"model.init_from {path} was trained with another tokenizer than data.tokenizer: set both to the same"
-            )
+            raise UserError(f"model.init_from {path} has another tokenizer than data.tokenizer: set both to the same")
     copy_weights(transformer, checkpoint)
 
 

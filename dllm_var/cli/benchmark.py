@@ -60,7 +60,6 @@ def main(command: str, arguments: list[str]) -> int:
 
 
 def build_parser(command: str) -> SettingsParser:
-    """Returns the parser of the options."""
     usage = "--config benchmarks/samplers.yaml --output FILE.json [options]"
     parser = SettingsParser.of_command(command, usage, DESCRIPTION)
     add = parser.add_argument
@@ -100,12 +99,16 @@ def wanted(items: list[Item], names: Sequence[str] | None, quick: bool) -> list[
         with_parts = [item for item in items if set(item.parts) & set(names)]
         named = [item for item in items if item.name in names] or with_parts
         items = [item.only(names) if item in with_parts else item for item in named]
-    return [item.quick() for item in items] if quick else items
+    items = [item.quick() for item in items] if quick else items
+    if not all(item.parts for item in items):
+        raise UserError("--quick compiles nothing: name a contender that is not compiled")
+    return items
 
 
 def measure(tasks: Sequence[Task], cases: Sequence[TrainingCase], options: Any) -> tuple[dict[str, Any], int]:
     """Measures until the end, Ctrl-C or SIGTERM; returns the whole result, and the exit status: 0, 130 or 143."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = describe_machine(device)  # the commit is that of the code that is measured
     began, date, status = time.perf_counter(), time.strftime("%Y-%m-%d %H:%M:%S"), 0
     begun: list[Any] = []
     with tempfile.TemporaryDirectory() as cache:
@@ -139,7 +142,7 @@ def measure(tasks: Sequence[Task], cases: Sequence[TrainingCase], options: Any) 
         "kind": "samplers" if tasks else "training",
         "command": shlex.join(["python", "-m", "dllm_var", *sys.argv[1:]]),
         "date": date,
-        "machine": describe_machine(device),
+        "machine": machine,
         "quick": options.quick,
         "partial": status > 0,
         "repeats": rounds,

@@ -48,7 +48,6 @@ def main(command: str, arguments: list[str]) -> int:
 
 
 def build_parser(command: str) -> SettingsParser:
-    """Returns the parser of the options."""
     usage = "--checkpoint PATH --format NAME --output FOLDER [options]"
     parser = SettingsParser.of_command(command, usage, DESCRIPTION, EXAMPLES)
     parser.add_argument("--checkpoint", type=str, metavar="PATH", help="run folder, .ckpt file or model folder")

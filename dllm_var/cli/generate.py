@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from jsonargparse import Namespace
-from tqdm import tqdm
 
 from dllm_var.cli.infill_and_replay import replay, split_gaps, width_and_colour
 from dllm_var.errors import UserError
 from dllm_var.files import open_output, parse_json
 from dllm_var.settings import SettingsParser, given, read_settings
-from dllm_var.text.tokenizer import ROLES
 
 if TYPE_CHECKING:
+    from dllm_var.checkpoints.pretrained import Checkpoint
     from dllm_var.model.transformer import Transformer
     from dllm_var.sampling import Generation, Sampler
     from dllm_var.text.tokenizer import Tokenizer
@@ -41,11 +40,8 @@ EXAMPLES = """examples:
 
 docs/generate.md explains them all."""
 
-CONFLICTS = {  # an option, and those that it does not go with
-    "stream": ("json", "replay", "no_stream", "infill"),
-    "json": ("replay",),
-    "infill": ("stop", "max_new_tokens", "prompts_file"),
-}
+CONFLICTS = [("stream", "json"), ("stream", "replay"), ("stream", "no_stream"), ("json", "replay")]
+CONFLICTS += [("infill", "prompts_file")]
 
 
 def main(command: str, arguments: list[str]) -> int:
@@ -55,10 +51,13 @@ def main(command: str, arguments: list[str]) -> int:
         return 0
     import torch  # not before --help has been answered
 
-    options, sampler, model, tokenizer = load(command, arguments, build_parser)
-    for option, other in ((option, other) for option, others in CONFLICTS.items() for other in others):
+    from dllm_var.checkpoints.pretrained import load_checkpoint
+
+    options, sampler, checkpoint = read_options(command, arguments, build_parser)
+    for option, other in CONFLICTS:
         if options[option] and options[other]:
             raise UserError(f"--{option} does not go with --{other.replace('_', '-')}: leave one of them out")
+    model, tokenizer, _ = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     if options.rope_scaling is not None:
         from dllm_var.model.rotary import read_rope_scaling
 
@@ -66,17 +65,25 @@ def main(command: str, arguments: list[str]) -> int:
     prompts = read_prompts(options, tokenizer)
     if options.stream and len(prompts) > 1:
         raise UserError("--stream goes with a single prompt: the answers of several would mix")
+    unusable = next((name for name in ("stop", "max_new_tokens", "stream") if options[name]), None)
+    if prompts[0].infill is not None and unusable:
+        raise UserError(f"a text with gaps does not go with --{unusable.replace('_', '-')}: leave it out")
     suppress = token_ids(options.suppress or [], tokenizer)
     output = nullcontext(sys.stdout) if options.output in (None, "-") else open_output(options.output)
-    began = time.perf_counter()
+    began, printer = time.perf_counter(), None
     try:
         with output as file, AnswerPrinter(file, prompts, tokenizer, options) as printer:
             decode(sampler, model, suppress, printer)
     except KeyboardInterrupt:
+        if printer is None:
+            raise  # before the first answer
         where = f", in {file.name}" if file is not sys.stdout and Path(file.name).exists() else ""
         print(f"interrupted: {len(printer.done)} of {len(prompts):,} answers finished{where}", file=sys.stderr)
         return 130
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        lacks_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not lacks_memory and "can't allocate memory" not in str(error):  # torch has no class for it on a CPU
+            raise
         raise UserError("not enough memory for these answers: lower --max-new-tokens or the batch size") from error
     print(summary(printer.done, time.perf_counter() - began), file=sys.stderr)
     return 0
@@ -102,13 +109,11 @@ def decode(sampler: Sampler, model: Transformer, suppress: list[int], printer: A
     infill(model, [prompt.infill_ids for prompt in prompts], prompts=ids, block_length=block_length, **shared)
 
 
-def load(
+def read_options(
     command: str, arguments: list[str], builder: Callable[[str, dict[str, Any] | None], SettingsParser]
-) -> tuple[Namespace, Sampler, Transformer, Tokenizer]:
-    """Reads the options of a command that decodes, and loads the checkpoint and the sampler that they name."""
-    import torch
-
-    from dllm_var.checkpoints.pretrained import load_checkpoint
+) -> tuple[Namespace, Sampler, Checkpoint]:
+    """Returns the options of a command that decodes, the sampler, and the checkpoint; no weight is read yet."""
+    from dllm_var.checkpoints.pretrained import open_checkpoint
     from dllm_var.sampling.base import sampler_from_config, sampler_to_config
 
     spelled = spell_out(arguments)
@@ -118,16 +123,15 @@ def load(
     paths = given(arguments, "--checkpoint")  # read first: the checkpoint knows the default sampler
     if not paths:
         raise UserError(f"{command} needs --checkpoint PATH: a run folder, a .ckpt file or an exported folder")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, meta = load_checkpoint(paths[-1], device)
-    if not given(spelled, "--sampler") and meta.get("sampler") is not None:
+    checkpoint = open_checkpoint(paths[-1])
+    if not given(spelled, "--sampler") and checkpoint.meta.get("sampler") is not None:
         # The parser imports what its values name: it gets what our own object says of itself, not the checkpoint's text
-        default = sampler_to_config(sampler_from_config(meta["sampler"]))
-    elif model.config.causal:
+        default = sampler_to_config(sampler_from_config(checkpoint.meta["sampler"]))
+    elif checkpoint.config.causal:
         default = {"class_path": "dllm_var.sampling.AutoregressiveSampler"}
     parser = builder(command, default)
     options = parser.parse_args(spelled)
-    return options, parser.instantiate(options).sampler, model, tokenizer
+    return options, parser.instantiate(options).sampler, checkpoint
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
@@ -291,7 +295,9 @@ def _records(options: Namespace) -> Iterator[tuple[str, Any]]:
 
 def _prompt(record: Any, tokenizer: Tokenizer, chat: bool, system: str | None) -> Prompt:
     """Returns what a record asks for; raises UserError when it asks for nothing that can be decoded."""
-    if not isinstance(record, dict) or not record.keys() & {"prompt", "messages", "infill"}:
+    from dllm_var.text.tokenizer import ROLES
+
+    if not isinstance(record, dict) or all(record.get(name) is None for name in ("prompt", "messages", "infill")):
         raise UserError('expected an object with "prompt", "messages" or "infill"')
     text, messages, infill = (record.get(name) for name in ("prompt", "messages", "infill"))
     ids: list[int] = []
@@ -334,7 +340,9 @@ def _encode(text: Any, tokenizer: Tokenizer) -> list[int]:
     unknown = next((text[start:stop] for index, start, stop in spans if index == tokenizer.unknown_id), None)
     if unknown is not None:
         raise UserError(f"'{text[:80]}': the checkpoint's vocabulary has nothing for '{unknown[:80]}'")
-    return tokenizer.encode(text)
+    ids = [index for index, _, _ in spans]
+    tokenizer.check_plain(ids)
+    return ids
 
 
 def token_ids(names: Sequence[str], tokenizer: Tokenizer) -> list[int]:
@@ -367,6 +375,8 @@ class AnswerPrinter:
         self.next = 0  # the prompt whose answer is printed next
         self.waiting: dict[int, Generation] = {}
         self.done: list[Generation] = []
+        from tqdm import tqdm
+
         hidden = len(prompts) == 1 or out.isatty() or not sys.stderr.isatty()
         self.progress = tqdm(total=len(prompts), unit=" answers", leave=False, disable=hidden)
 

@@ -31,6 +31,9 @@ class TrainerParser(SettingsParser, LightningArgumentParser):
         self.command = command
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        for argument in args or []:  # the parser would replace the whole value by this part
+            if argument.startswith("--vars.") and argument.partition("=")[0].count(".") > 1:
+                raise UserError(f"{argument}: --vars.NAME takes a whole value; change a part of it in a --config file")
         config = super().parse_args(args, *rest, **kwargs)
         if self.command:  # all files and arguments are merged now, and nothing is resolved yet
             qualify_references(config, config.as_dict(), self.command)

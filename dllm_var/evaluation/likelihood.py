@@ -142,7 +142,7 @@ class Likelihood:
                 yield self._row(part, sorted(order[:count]), length / count / self.draws, model)
 
     def _decode_greedily(self, model: Transformer, parts: Sequence[Part], greedy: list[bool]) -> None:
-        """Notes for each pair whether one-by-one decoding gives it; a part is left at its first other token."""
+        """Notes for each pair whether one-by-one decoding gives it; a pair is left at its first other token."""
         mask, _ = special_ids(model)
         hidden = {number: list(range(len(part.continuation))) for number, part in enumerate(parts)}
         while hidden:
@@ -151,10 +151,9 @@ class Likelihood:
                 predicted = predict(model, rows, mask)
                 for number, row, (_, likeliest, confidence) in zip(batch, rows, predicted, strict=True):
                     place = int(confidence.argmax())
-                    is_right = int(likeliest[place]) == row.targets[place]
-                    greedy[row.part.pair] &= is_right
+                    greedy[row.part.pair] &= int(likeliest[place]) == row.targets[place]
                     del hidden[number][place]
-                    if not is_right or not hidden[number]:
+                    if not greedy[row.part.pair] or not hidden[number]:
                         del hidden[number]
 
     def _row(self, part: Part, hidden: Sequence[int], weight: float, model: Transformer) -> Row:

@@ -1,7 +1,5 @@
 """A checkpoint as a model of lm-evaluation-harness, registered there as `dllm_var`."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections import defaultdict
@@ -79,7 +77,7 @@ class EvaluatedModel(TemplateLM):
     @classmethod
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
-    ) -> EvaluatedModel:
+    ) -> "EvaluatedModel":
         """Loads a checkpoint, for `lm_eval.simple_evaluate(model="dllm_var", model_args={"checkpoint": PATH, ...})`.
 
         `arg_dict` has `checkpoint`, `max_new_tokens` and settings of `Likelihood`; `additional_config` has the
@@ -94,7 +92,7 @@ class EvaluatedModel(TemplateLM):
         return cls(model, tokenizer, sampler, Likelihood(**settings), longest)
 
     @classmethod
-    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> EvaluatedModel:
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "EvaluatedModel":
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property

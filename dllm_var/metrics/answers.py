@@ -44,6 +44,7 @@ class AnswerMetrics(Metric):
 
         References have no terminator. Raises ValueError when the two differ in number, or an answer has no reference.
         """
+        rows = []
         for generation, answers in zip(generations, references, strict=True):
             reference, edits = nearest_reference(generation.tokens, answers)
             difference = len(generation.tokens) - len(reference)
@@ -62,7 +63,8 @@ class AnswerMetrics(Metric):
                 "tokens": len(generation.tokens),
                 "forwards": generation.nfe,
             }
-            self.counts += torch.tensor([int(counts[name]) for name in COUNTS], device=self.counts.device)
+            rows.append([int(counts[name]) for name in COUNTS])
+        self.counts += torch.tensor(rows, dtype=torch.long).view(-1, len(COUNTS)).sum(0).to(self.counts.device)
 
     def compute(self) -> dict[str, float]:
         total = dict(zip(COUNTS, self.counts.tolist(), strict=True))

@@ -9,8 +9,6 @@
 Decoding with a KV cache uses SDPA everywhere, with the mask of the cache.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -94,12 +92,12 @@ class Seen:
     block_mask: Any = None  # flex_attention's
 
     @classmethod
-    def by_rule(cls, rule: AttentionRule) -> Seen:
+    def by_rule(cls, rule: AttentionRule) -> "Seen":
         """Returns what a rule lets tokens see; no [L, L] mask is made on CUDA."""
         return cls(block_mask=rule.block_mask()) if rule.device.type == "cuda" else cls(rule.mask)
 
     @classmethod
-    def by_document(cls, segment_ids: Tensor, is_causal: bool, dtype: torch.dtype, head_dim: int) -> Seen:
+    def by_document(cls, segment_ids: Tensor, is_causal: bool, dtype: torch.dtype, head_dim: int) -> "Seen":
         """Returns what tokens see that see their own document [B, L], for attention that is computed in `dtype`.
 
         The varlen kernel waits for the GPU to count the documents. A training step has just waited for its loss

@@ -1,7 +1,5 @@
 """The shape of the transformer."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -77,7 +75,7 @@ class TransformerConfig:
     causal: bool = False
     causal_context: bool = False
 
-    def resolved(self) -> TransformerConfig:
+    def resolved(self) -> "TransformerConfig":
         """Returns a copy with the defaults and derived sizes filled in; raises UserError when sizes do not fit."""
         left_out = [each for each in fields(self) if "default" in each.metadata and getattr(self, each.name) is None]
         filled = replace(self, **{each.name: each.metadata["default"] for each in left_out})

@@ -1,7 +1,5 @@
 """A Llama-family transformer that reads in both directions, or causally for the autoregressive twin."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -89,7 +87,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.fused: Fused | None = None
 
-    def forward(self, x: Tensor, context: LayerContext, layer: int) -> Tensor:
+    def forward(self, x: Tensor, context: "LayerContext", layer: int) -> Tensor:
         x = x.to(autocast_dtype(x))
         if (fused := usable(self.fused, self.q_proj)) is not None:
             queries_keys, values = fused(x).split(

@@ -3,8 +3,6 @@
 All their randomness is `KeyedNoise`: a pure function of (seed, row, position), the same on every device and rank.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -141,7 +139,7 @@ class Objective(ABC):
     document_attention_only: bool = False  # whether it decides itself which token of a sample sees which
     special: SpecialTokens | None = None
 
-    def bind(self, special: SpecialTokens) -> Objective:
+    def bind(self, special: SpecialTokens) -> "Objective":
         """Takes mask, terminator and pad ids from the tokenizer; returns itself."""
         self.special = special
         return self
@@ -150,7 +148,7 @@ class Objective(ABC):
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
         """Returns the noised batch; a pure function of the batch, its `row` numbers and the generator's seed."""
 
-    def likelihood(self) -> Objective:
+    def likelihood(self) -> "Objective":
         """Returns the noise under which a bound on the likelihood is measured."""
         return EvenMasking().bind(self.specials())
 

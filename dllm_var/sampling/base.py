@@ -1,7 +1,5 @@
 """The contract of samplers: prompts in, answers out, and what a checkpoint remembers of its sampler."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import math
@@ -9,7 +7,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
@@ -27,7 +25,7 @@ OnAnswer = Callable[[int, "Generation"], None]
 
 _PACKAGE = "dllm_var.sampling."
 _PLAIN = str | int | float | bool | None
-_OWN: dict[str, type[Configurable]] = {}  # this package's samplers and policies: all that a checkpoint may name
+_OWN: "dict[str, type[Configurable]]" = {}  # this package's samplers and policies: all that a checkpoint may name
 
 
 class Configurable:
@@ -49,13 +47,9 @@ class Configurable:
 
     def check_words(self) -> None:
         """Raises UserError for a setting that is none of the words in its `Literal` annotation."""
-        try:
-            annotations = get_type_hints(type(self))
-        except NameError:  # a subclass elsewhere names what only type checkers import
-            return
-        for name, annotation in annotations.items():
-            if get_origin(annotation) is Literal and not fits(getattr(self, name), annotation):
-                self.refuse(name, " or ".join(get_args(annotation)))
+        for one in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
+            if get_origin(one.type) is Literal and not fits(getattr(self, one.name), one.type):
+                self.refuse(one.name, " or ".join(get_args(one.type)))
 
     def refuse(self, name: str, allowed: str) -> NoReturn:
         raise UserError(f"{self.owner or type(self).__name__}.{name} must be {allowed}, got {getattr(self, name)}")
@@ -72,7 +66,7 @@ class Request:
     on_block: OnBlock | None = None
     on_answer: OnAnswer | None = None
     check: Callable[[], None] = lambda: None  # raises when the model's predictions were not numbers
-    answers: dict[int, Generation] = field(init=False, default_factory=dict)  # those that are complete
+    _told: set[int] = field(init=False, default_factory=set)  # prompts whose answer the caller has
 
     def advanced(self, index: int, tokens: list[int]) -> bool:
         """Takes the tokens of an answer so far; returns whether a stop string ends it."""
@@ -82,12 +76,12 @@ class Request:
             self.on_block(index, tokens if cut is None else tokens[: cut[0]])
         return cut is not None
 
-    def finished(self, index: int, answer: Generation) -> None:
+    def finished(self, index: int, answer: "Generation") -> None:
         """Takes a complete answer, cuts it at its stop string, adds its text and tells the caller, once a prompt."""
-        if index in self.answers:
+        if index in self._told:
             return
         self.check()
-        self.answers[index] = answer
+        self._told.add(index)
         cut = None if self.stop is None else self.stop.cut(answer.tokens)
         if cut is not None:
             kept, answer.text = cut
@@ -307,9 +301,7 @@ def _build(config: Any, expected: type[Any]) -> Any:
     path = str(config["class_path"])
     kind = _OWN.get(path.rpartition(".")[2])
     if kind is None or inspect.isabstract(kind) or not path.startswith(_PACKAGE):
-        raise UserError(
-            f"the checkpoint asks for {path}, which is not part of dllm_var: if you trust it, pass --sampler"
-        )
+        raise UserError(f"the checkpoint asks for {path}, not a part of dllm_var: if you trust it, pass --sampler")
     if not issubclass(kind, expected):
         raise UserError(f"the checkpoint's sampler is damaged: {path} is no {expected.__name__}; pass --sampler")
     given, types = config.get("init_args") or {}, get_type_hints(kind)

@@ -1,7 +1,5 @@
 """Block diffusion with a plain KV cache: decode block by block until the terminator (arXiv 2510.24605, section 4)."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from dataclasses import KW_ONLY, dataclass
@@ -67,10 +65,10 @@ class BlockEngine(Engine[AnyRow]):
     latter, whether the pending ones are a prompt (prefill), a finished block (`joint_next`) or nothing.
     """
 
-    sampler: BlockDiffusionSampler
+    sampler: "BlockDiffusionSampler"
 
     def __init__(
-        self, sampler: BlockDiffusionSampler, model: Transformer, prompts: list[list[int]], request: Request
+        self, sampler: "BlockDiffusionSampler", model: Transformer, prompts: list[list[int]], request: Request
     ) -> None:
         blocks = sampler.blocks_per_forward  # as many may be pending beside them
         super().__init__(sampler, model, prompts, request, slack=2 * blocks * sampler.block_length)

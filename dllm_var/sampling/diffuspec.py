@@ -1,7 +1,5 @@
 """Speculative decoding with a diffusion model as drafter (DiffuSpec, arXiv 2510.02358)."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -31,7 +29,7 @@ class NGramModel:
     uniform distribution, one count each.
     """
 
-    def __init__(self, vocab_size: int, shared: NGramModel | None = None) -> None:
+    def __init__(self, vocab_size: int, shared: "NGramModel | None" = None) -> None:
         self.vocab_size = vocab_size
         self.counts: Counter[tuple[int | None, ...]] = Counter()  # `(*context, None)`: of all tokens behind a context
         self.shared = Counter() if shared is None else shared.counts
@@ -104,12 +102,12 @@ class SpeculativeEngine(Engine[SpeculativeRow]):
     The model's cache holds all of a row but its newest token; the drafter's lacks all that came since the last draft.
     """
 
-    sampler: DiffuSpecSampler
+    sampler: "DiffuSpecSampler"
     row_class = SpeculativeRow
     free_share = 0.25
 
     def __init__(
-        self, sampler: DiffuSpecSampler, model: Transformer, prompts: list[list[int]], request: Request
+        self, sampler: "DiffuSpecSampler", model: Transformer, prompts: list[list[int]], request: Request
     ) -> None:
         # The slack is for padding: what the drafter has not read yet, and a draft behind it, beside rows near the end.
         super().__init__(sampler, model, prompts, request, slack=2 * sampler.longest_draft + 1)

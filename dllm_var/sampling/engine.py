@@ -1,7 +1,5 @@
 """The engine of every sampler: slots, admission, caches, answers, and the denoising step that all of them share."""
 
-from __future__ import annotations
-
 import math
 import time
 from abc import ABC, abstractmethod
@@ -65,7 +63,7 @@ class Engine(ABC, Generic[AnyRow]):
     cache: KVCache
 
     def __init__(
-        self, sampler: EngineSampler, model: Transformer, prompts: list[list[int]], request: Request, slack: int = 0
+        self, sampler: "EngineSampler", model: Transformer, prompts: list[list[int]], request: Request, slack: int = 0
     ) -> None:
         self.sampler, self.model, self.prompts, self.request = sampler, model, prompts, request
         self.limit = request.max_new_tokens or sampler.max_new_tokens
@@ -79,6 +77,7 @@ class Engine(ABC, Generic[AnyRow]):
         slots = min(sampler.batch_size, len(prompts))
         self.rows: list[AnyRow] = [self.row_class() for _ in range(slots)]
         self.capacity = max(map(len, prompts), default=0) + self.limit + slack
+        self.answers: dict[int, Generation] = {}
         self.canvas = torch.full((slots, self.capacity), self.mask_id, device=self.device)  # tokens, then masks
         self.committed_at = torch.zeros_like(self.canvas)  # the forward that committed each token
         self.initial: State = {}  # the policy's memory of a new block
@@ -120,7 +119,7 @@ class Engine(ABC, Generic[AnyRow]):
             self.admit()
             if self.active:
                 self.forward(self.batch())
-        return [self.request.answers[index] for index in range(len(self.prompts))]
+        return [self.answers[index] for index in range(len(self.prompts))]
 
     def admit(self) -> None:
         """Gives free slots to waiting prompts and prefills them together."""
@@ -161,7 +160,7 @@ class Engine(ABC, Generic[AnyRow]):
 
     def end(self, slot: int, tokens: list[int], reason: str) -> None:
         row = self.rows[slot]
-        answer = self.answer(slot, tokens, reason)
+        answer = self.answers[row.index] = self.answer(slot, tokens, reason)
         self.rows[slot] = self.row_class()
         for cache in self.caches:
             cache.free(slot)
@@ -236,12 +235,14 @@ class Engine(ABC, Generic[AnyRow]):
         found = {}
         for name, initial in self.initial.items():
             first = (step == 0).view(-1, *[1] * initial.dim())
-            found[name] = torch.where(first, initial, self.state[name][batch.slots].view(-1, *initial.shape))
+            value = self.state[name] if batch.index is None else self.state[name][batch.slots]
+            found[name] = torch.where(first, initial, value.view(-1, *initial.shape))
         return found
 
     def remember(self, batch: Batch[AnyRow], memory: State) -> None:
         for name, value in memory.items():
-            self.state[name][batch.slots] = value.view(-1, *self.state[name].shape[1:])
+            where = slice(None) if batch.index is None else batch.slots
+            self.state[name][where] = value.view(-1, *self.state[name].shape[1:])
 
     def scored(self, row: AnyRow) -> int:
         """Returns how many positions of a row have logits in the policy's view."""

@@ -1,7 +1,5 @@
 """Diffusion on a canvas of fixed length, as LLaDA decodes, with or without approximate caches: the baseline."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal
@@ -20,12 +18,12 @@ from dllm_var.sampling.policies.base import take_step
 class CanvasEngine(Engine[Row]):
     """Groups of rows `prompt | canvas`; prompts differ in length, and all rows work on the same block of the canvas."""
 
-    sampler: FixedLengthSampler
+    sampler: "FixedLengthSampler"
     place: Tensor  # the block's positions in the rows [R, K]
     free_share = 1.0  # a group enters when the last one is done
 
     def __init__(
-        self, sampler: FixedLengthSampler, model: Transformer, prompts: list[list[int]], request: Request
+        self, sampler: "FixedLengthSampler", model: Transformer, prompts: list[list[int]], request: Request
     ) -> None:
         limit = request.max_new_tokens or sampler.canvas_length
         self.block = min(sampler.block_length or limit, limit)
@@ -63,7 +61,8 @@ class CanvasEngine(Engine[Row]):
         )
         step = take_step(view, self.decide(batch, view), self.mask_id, self.terminators, terminator_last=False)
         self.write(slot * self.capacity + place, step.tokens, step.written, nfe)
-        self.settled.scatter_(1, place, self.settled.gather(1, place) & (step.tokens == tokens))
+        if self.sampler.cache == "dkv":
+            self.settled.scatter_(1, place, self.settled.gather(1, place) & (step.tokens == tokens))
         for row, left in zip(batch.rows, step.left.tolist(), strict=True):
             row.left = left
         self.step += 1

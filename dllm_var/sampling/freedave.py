@@ -1,7 +1,5 @@
 """FreeDave: several steps of a block-diffusion sampler from one forward, with the same text (arXiv 2510.00294)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -30,7 +28,7 @@ class FreeDaveEngine(CopyEngine[DraftRow]):
     only if the policy's memory is right, too: so every policy decodes the same text.
     """
 
-    sampler: FreeDaveSampler
+    sampler: "FreeDaveSampler"
     row_class = DraftRow
 
     def start(self, slot: int) -> None:

@@ -1,7 +1,5 @@
 """Guided diffusion: an autoregressive model says how much of each proposal stands (arXiv 2505.21467, section 4.2)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,9 +17,11 @@ from dllm_var.sampling.policies import BlockView, Decision, Sequential, Unmaskin
 class GuidedEngine(BlockEngine[Row]):
     """The guide's cache keeps all it has read of a row; the next proposal overwrites the rejected part of the last."""
 
-    sampler: GuidedSampler
+    sampler: "GuidedSampler"
 
-    def __init__(self, sampler: GuidedSampler, model: Transformer, prompts: list[list[int]], request: Request) -> None:
+    def __init__(
+        self, sampler: "GuidedSampler", model: Transformer, prompts: list[list[int]], request: Request
+    ) -> None:
         super().__init__(sampler, model, prompts, request)
         self.guide = sampler.auxiliary.beside(model, request)
         # A row may read its prompt beside others that are far ahead.

@@ -1,7 +1,5 @@
 """Infilling: tokens for the gaps of a text, with all the rest of it in view on both sides."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,9 +72,9 @@ def infill(
 class GapEngine(Engine[Row]):
     """Rows `prompt | text | masks` without a cache; the gaps of each, one behind the other, are its block."""
 
-    sampler: _GapFiller
+    sampler: "_GapFiller"
 
-    def __init__(self, sampler: _GapFiller, model: Transformer, prompts: list[list[int]], request: Request) -> None:
+    def __init__(self, sampler: "_GapFiller", model: Transformer, prompts: list[list[int]], request: Request) -> None:
         super().__init__(sampler, model, prompts, request)
         self.places = [
             [place for place in span if prompt[place] == self.mask_id]

@@ -1,7 +1,5 @@
 """Multi-block decoding: later blocks start before the earlier ones are finished (d3LLM, arXiv 2601.07568)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field, replace
 
@@ -40,7 +38,7 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
     To the policy each open block is a row of its own, with a memory of its own, so every policy serves.
     """
 
-    sampler: MultiBlockSampler
+    sampler: "MultiBlockSampler"
     row_class = MultiBlockRow
 
     def start(self, slot: int) -> None:
@@ -148,8 +146,10 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
         row, last = self.rows[slot], self.rows[slot].open[-1]
         if len(row.open) == self.sampler.blocks or 1 - last.left / max(last.width, 1) < self.sampler.open_at:
             return
-        width = self.next_width(slot, int(self.cache.lengths[slot]) + row.pending + row.width)
+        finished = int(self.cache.lengths[slot]) + row.pending + row.width
+        width = self.next_width(slot, finished)
         if width > 0:  # below the limit
+            self.canvas[slot, finished:] = self.mask_id  # tokens behind a terminator that was edited away
             row.open.append(OpenBlock(width, width))
             row.add_up()
 

@@ -332,7 +332,8 @@ class Tokenizer:
                 f"{path_or_name} has the mask token {named['mask_token']!r}, id {masks[0]}, and its config.json has "
                 f"mask_token_id {masks[1]}: correct the wrong one, or name the token with mask_token"
             )
-        ends = [to_id(token, "terminators") for token in terminators or config.get("terminators") or []]
+        wanted = terminators or config.get("terminators") or []
+        ends = [to_id(token, "terminators") for token in (wanted if isinstance(wanted, list | tuple) else [wanted])]
         ends = ends or known(named.get("eos_token"), generation.get("eos_token_id"), model.get("eos_token_id"))
         if not ends:
             raise UserError(f"{path_or_name} has no end-of-sequence token; name one or more with terminators")

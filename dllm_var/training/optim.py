@@ -238,7 +238,8 @@ class Muon(Optimizer):
 def orthogonalise_as_placed(matrices: Tensor, like: Tensor) -> Tensor:
     """Orthogonalises the part of a stack of matrices [N, R, C] that this process has, divided as the stack `like` is.
 
-    The processes exchange parts, so that each gets some of the matrices whole, and exchange them again afterwards.
+    The processes exchange parts, so that each gets some of the matrices whole, and exchange them again afterwards. Over
+    a mesh of two dimensions, torch gathers the whole stack on every process in between.
     """
     if not isinstance(like, DTensor):
         return orthogonalise(matrices)

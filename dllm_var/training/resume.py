@@ -15,6 +15,7 @@ from lightning.pytorch.loops import _FitLoop
 from lightning.pytorch.utilities import rank_zero_info
 
 from dllm_var.checkpoints.archive import UnusableCheckpoint, read_state
+from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.settings import load_yaml
 
@@ -194,9 +195,9 @@ _MAY_CHANGE = (
     "trainer",
     *("model.compile", "model.activation_checkpointing", "model.init_from", "model.loss_guard"),
     *("data.num_workers", "data.cache_dir", "data.check_resume"),
-    # Model and data compare these with the checkpoint by content, when it is loaded.
-    *("model.transformer", "model.lora", "data.source", "data.tokenizer", "data.mask_token", "data.terminators"),
+    *("model.transformer", "model.lora"),  # the model compares them by content, when the checkpoint is loaded
 )
+_COMPARED_BY_CONTENT = ("data.source", "data.tokenizer", "data.mask_token", "data.terminators")  # by PackedDataModule
 _DECIDE_WHAT_IS_LEARNED = (
     *("trainer.precision", "trainer.accumulate_grad_batches", "trainer.gradient_clip_val"),
     *("trainer.gradient_clip_algorithm", "trainer.overfit_batches", "trainer.limit_train_batches"),
@@ -224,10 +225,11 @@ def check_changes(path: Path, text: str, trainer: L.Trainer, datamodule: Any) ->
         changes |= _changes("rows of a step, over all devices", rows_then, rows_now)
     for change in changes.values():
         rank_zero_info(f"changed since the checkpoint: {change}")
+    may_change = _MAY_CHANGE + (_COMPARED_BY_CONTENT if isinstance(datamodule, PackedDataModule) else ())
     refused = [
         change
         for name, change in changes.items()
-        if not _is_part(name, _MAY_CHANGE) or _is_part(name, _DECIDE_WHAT_IS_LEARNED)
+        if not _is_part(name, may_change) or _is_part(name, _DECIDE_WHAT_IS_LEARNED)
     ]
     if refused and getattr(datamodule, "check_resume", True):
         raise UserError(

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from dllm_var.checkpoints.archive import is_shard_folder
 from dllm_var.checkpoints.run_checkpoint import check_or_offer, clear_leftovers, newest_checkpoint
@@ -54,7 +54,8 @@ class RunFolders:
             logger.save_dir = os.path.join(parent, os.path.expanduser(os.path.expandvars(logger.save_dir)))
         self.runs = [Path(logger.save_dir, logger.name or "") for logger in self.loggers]  # one for each logger
         callbacks = [callback.get("init_args") or {} for callback in listed(trainer.get("callbacks"))]
-        self.checkpoints = [Path(arguments["dirpath"]) for arguments in callbacks if arguments.get("dirpath")]
+        self.checkpoints = [Path(os.path.expanduser(one["dirpath"])) for one in callbacks if one.get("dirpath")]
+        self.keeps_nothing = bool(trainer.get("fast_dev_run"))
         if not loggers and trainer.get("enable_checkpointing") is not False:
             self.checkpoints.append(Path(root, "checkpoints"))
         for place in [root, *(logger.save_dir for logger in self.loggers), *(c.get("dirpath") for c in callbacks)]:
@@ -70,7 +71,7 @@ class RunFolders:
         if is_launched_child():
             resume = os.environ[_RESUMED] or None
         checkpoint = self.to_resume(resume)
-        if is_first():
+        if is_first() and not self.keeps_nothing:
             self.reserve(held)
             if trains:
                 self.lock(held)
@@ -160,33 +161,41 @@ def hold(folder: Path) -> Iterator[None]:
     processes that outlive it for a moment do not keep it.
     """
     place = folder.resolve()  # the same for all links to it
-    # Beside the folder: Lightning takes a folder with any file in it for that of an earlier run.
-    path = place.parent / f".{place.name}.lock"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+", encoding="utf-8")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the folder if possible: Lightning takes a folder with any file in it for that of an earlier run.
+        beside = os.access(place.parent, os.W_OK)
+        path = place.parent / f".{place.name}.lock" if beside else place / ".lock"
+        file = _locked(path, folder)
     except OSError as error:
-        raise UserError(f"cannot lock the folder {folder} with {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot lock the folder {folder}: {error.strerror or error}") from error
     with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):  # its holder has just ended and removed it
-                raise BlockingIOError
-        except (BlockingIOError, PermissionError, FileNotFoundError):
-            file.seek(0)
-            raise UserError(
-                f"{folder} is in use by {file.read(500) or 'another process'}: wait for it or stop it, or start a new "
-                "run without --resume"
-            ) from None
-        except OSError:  # a file system without locks is used without one
-            pass
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
+
+
+def _locked(path: Path, folder: Path) -> TextIO:
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read(500) or "another process"
+            raise UserError(
+                f"{folder} is in use by {holder}: wait for it or stop it, or start a new run without --resume"
+            ) from None
+        except OSError:  # a file system without locks is used without one
+            return file
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # its holder has just ended and removed it
 
 
 def _numbered(root: Path) -> dict[int, Path]:

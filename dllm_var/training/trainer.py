@@ -67,6 +67,10 @@ class Trainer(L.Trainer):
             reason = _reason(error, path)
             if not written:
                 self.strategy.barrier()  # the ranks that succeeded wait there
+        except BaseException:
+            if self.is_global_zero:
+                discard(staged)
+            raise
         self._fail_together(reason, staged)
 
     def finish_saving(self) -> None:

@@ -85,3 +85,10 @@ def test_samplers_that_cannot_be_built_are_named(described, message):
     with pytest.raises(UserError, match=message) as error:
         build(Sampler, "sampler", described, "task t, a")
     assert str(error.value).startswith("task t, a: ") and "\n" not in str(error.value)
+
+
+def test_a_value_of_a_sweep_takes_the_whole_place_of_the_former_one():
+    policy = {"class_path": "FixedSteps", "init_args": {"steps": 2}}
+    sweep = Sweep(name="s", sampler=THRESHOLD, over="init_args.policy", values=[policy])
+    [point], _ = expand(task(sweeps=[sweep]))
+    assert point.sampler["init_args"]["policy"] == policy

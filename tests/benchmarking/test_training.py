@@ -38,7 +38,7 @@ def test_a_steps_phases_and_counts():
     assert set(phases) == set(PHASES) and all(seconds > 0 for seconds in phases.values())
     assert figures["step_seconds"] == pytest.approx(sum(phases.values()))
     assert figures["tokens_per_second"] == pytest.approx(11 / figures["step_seconds"])
-    assert (figures["padding_share"], figures["loss_share"]) == (pytest.approx(1 / 12), pytest.approx(5 / 11))
+    assert figures["loss_share"] == pytest.approx(5 / 11)
     assert figures["pairs_per_token"] == pytest.approx((49 + 66) / 22)
 
 
@@ -92,7 +92,6 @@ def test_quick_run_writes_its_files(tmp_path):
     assert result["ratios"]["mfu"] > 0 and result["ratios"]["tokens_per_second_256"] > 0
     names = {contender["name"]: contender for contender in result["trainings"][0]["contenders"]}
     assert set(names) == {OURS, PLAIN_LOOP}
-    assert names[OURS]["padding_share"] == names[PLAIN_LOOP]["padding_share"] == 0
     assert names[OURS]["pairs_per_token"] < 40 and names[PLAIN_LOOP]["pairs_per_token"] == 64
     assert names[OURS]["loss_share"] == pytest.approx(names[PLAIN_LOOP]["loss_share"])  # the same rows and noise
     for contender in names.values():

@@ -71,7 +71,7 @@ for prompts in (5, 1):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_answer_each_prompt_once_and_in_order(strategy, tmp_path):
-    """Five prompts of unequal lengths, and one: a process that has none left helps the other to make its passes."""
+    """Five prompts of unequal lengths, and one; under FSDP2 each process decodes those of both, and keeps its own."""
     words = ["a", "bb", "ccccccc", "ddd", "eeeeeeeeeee"]
     for count in (5, 1):
         records = [json.dumps({"prompt": word, "response": "K"}) + "\n" for word in words[:count]]

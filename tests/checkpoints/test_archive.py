@@ -214,3 +214,14 @@ def test_files_outside_of_a_folder_are_not_read(tmp_path):
         (folder / ".metadata").write_bytes(pickle.dumps(index))
         write_index_checksum(folder)
         assert f"{name} is missing" in complaint(folder)
+
+
+def test_an_end_that_is_cut_off_or_changed_is_refused(checkpoint):
+    content = checkpoint.read_bytes()
+    for place in range(1, 90):
+        changed = bytearray(content)
+        changed[-place] ^= 1
+        for damaged in (content[:-place], changed):
+            checkpoint.write_bytes(damaged)
+            with pytest.raises(UnusableCheckpoint):
+                check(checkpoint)

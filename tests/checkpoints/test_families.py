@@ -119,6 +119,7 @@ REFUSED = [
     ("Llama", dict(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), "yarn"),
     ("Llama", dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "factor": 4.0}), "'factor': 4.0"),
     ("Llama", dict(rope_parameters={**LLAMA3, "beta": 1}), "needs factor, .*'beta'"),
+    ("Llama", dict(rope_parameters="yarn"), "no settings by name"),
     ("Llama", dict(rope_parameters={"rope_type": "llama3"}), r"needs factor, .* it is \{\}"),
     ("Llama", dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}), "partial_rotary_factor"),
     ("Llama", dict(vocab_size=61), "shape"),

@@ -152,6 +152,7 @@ def test_every_command_has_help(command, capsys):
         ("--ckpt_path=nowhere.ckpt", ["ckpt_path", "nowhere.ckpt"]),
         ("--model.seed=${data.sed}", ["${data.sed} names no setting", "did you mean 'seed'"]),
         ("--model.seed=${vars.x}", ["${vars.x} names no setting"]),
+        ("--vars.sampler.init_args.block_length=8", ["--vars.sampler.init_args", "whole value"]),
         ("--model.seed=${data.seed} --data.seed=${model.seed}", ["ecursive"]),
         ("--data.cache_dir=${oc.env:DLLM_VAR_NOT_THERE}", ["data.cache_dir", "DLLM_VAR_NOT_THERE"]),
         ("--model=3", ["model"]),

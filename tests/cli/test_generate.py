@@ -264,7 +264,7 @@ def test_nobody_reads_any_more(monkeypatch, capfd):
         (["--prompt=cat", "--json", "--stream"], ["--json", "--stream"]),
         (["--prompt=cat", "--json", "--replay"], ["--json", "--replay"]),
         (["--prompt=cat", "--prompt=dog", "--stream"], ["--stream", "a single prompt"]),
-        (["--infill=K <gap:1>", "--stop=T"], ["--infill", "--stop"]),
+        (["--infill=K <gap:1>", "--stop=T"], ["gaps", "--stop"]),
         (["--infill=K <gap:1>", "--prompts-file=none.txt"], ["--infill", "--prompts-file"]),
         (["--prompt=cat", "--output=nowhere/x"], ["cannot use", "nowhere/x"]),
         (["--prompt=cat", "stray"], ["stray"]),

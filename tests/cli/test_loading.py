@@ -10,7 +10,7 @@ from dllm_var.__main__ import main
 from dllm_var.checkpoints.export import save_checkpoint_folder
 from dllm_var.checkpoints.run_checkpoint import identity
 from dllm_var.cli import evaluate
-from dllm_var.cli.generate import load
+from dllm_var.cli.generate import read_options
 from dllm_var.errors import UserError
 from tests.sampling.tiny_models import TOKENIZER, random_model
 
@@ -71,7 +71,7 @@ def test_a_sampler_that_names_code_is_one_line_and_runs_nothing(named, trap, tmp
         assert line.startswith("error: ") and "sampler" in line, (command, line)
     for place in (folder, file):
         with pytest.raises(UserError, match="sampler"):
-            load("evaluate", ["--checkpoint", str(place), "--tasks", "x"], evaluate.build_parser)
+            read_options("evaluate", ["--checkpoint", str(place), "--tasks", "x"], evaluate.build_parser)
     assert not trap.exists() and "planted" not in sys.modules
 
 

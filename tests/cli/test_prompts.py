@@ -214,6 +214,7 @@ def test_tokens_by_text_name_and_number(plain, cmudict):
         ('{"prompt": 1}', ["line 1", "text", "1"]),
         ('{"infill": ["a"]}', ["line 1", "gaps"]),
         ('{"prompt": ""}', ["line 1", "empty"]),
+        ('{"prompt": null}', ["line 1", '"prompt"']),
         ('{"messages": "hi"}', ["line 1", '"messages"', "list"]),
         ('{"messages": [{"role": "user"}]}', ["line 1", "text"]),
         ('{"messages": []}', ["line 1", "turns to answer"]),

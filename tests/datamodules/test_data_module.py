@@ -151,7 +151,7 @@ def test_skipped_records_are_counted_and_shown():
         ({"batch_size": 0}, "data.batch_size is 0"),
         ({"context_length": 1}, "data.context_length is 1"),
         ({"canvas": None}, "data.canvas is None; it must be at least 0"),
-        ({"overhang": 32}, "less than data.context_length, 32"),
+        ({"overhang": 32}, "below data.context_length, 32"),
         ({"overhang": 3, "canvas": 4}, "exclude each other"),
         ({"packing": "best_fit", "on_too_long": "cut"}, "data.packing=concat"),
         ({"tokenizer": "./nowhere"}, "nowhere does not exist"),

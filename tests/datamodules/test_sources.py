@@ -113,6 +113,7 @@ def test_files_of_their_own_are_left_whole(write_jsonl):
         ({"columns": {"question": "prompt"}}, "columns"),
         ({"validation_size": 60, "test_size": 40}, "take all of the 100 prompts"),
         ({"validation_path": "/nowhere/none.jsonl"}, r"validation_path: no file .*none\.jsonl"),
+        ({"validation_path": ""}, "validation_path: no file ''"),
     ],
 )
 def test_settings_without_sense_are_refused(write_jsonl, arguments, message):

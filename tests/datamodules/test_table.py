@@ -1,3 +1,6 @@
+import os
+import time
+
 import numpy as np
 import pytest
 import tokenizers
@@ -260,3 +263,28 @@ def test_many_chunks_are_one_table(load, tokenizer, monkeypatch):
     table = load(records)
     assert [table.ids(number)[:-1] for number in range(len(table))] == [record["input_ids"] for record in records]
     assert table.meta["records"] == 100
+
+
+class Unreadable(JsonlSource):
+    def records(self, split):
+        raise PermissionError(13, "Permission denied", "/corpus/x.txt")
+
+    def located_records(self, split):
+        yield from self.records(split)
+
+
+def test_a_source_that_cannot_be_read_is_not_taken_for_the_cache(tmp_path, write_jsonl):
+    source = Unreadable(write_jsonl([{"prompt": "a", "response": "b"}]))
+    with pytest.raises(UserError, match=r"train split of Unreadable cannot be read: .*/corpus/x\.txt"):
+        load_table(source, "train", RecordEncoder(Tokenizer.from_pretrained(CmudictSource.default_tokenizer)), tmp_path)
+
+
+def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path, write_jsonl):
+    encoder = RecordEncoder(Tokenizer.from_pretrained(CmudictSource.default_tokenizer))
+    for name, age in (("old", 90_000), ("young", 60)):
+        (tmp_path / f"{name}.partial").mkdir()
+        tokens = tmp_path / f"{name}.partial" / "tokens.bin"
+        tokens.write_bytes(b"")
+        os.utime(tokens, (time.time() - age,) * 2)
+    load_table(JsonlSource(write_jsonl([{"prompt": "a", "response": "K"}])), "train", encoder, tmp_path)
+    assert [path.name for path in tmp_path.glob("*.partial")] == ["young.partial"]

@@ -1,5 +1,6 @@
 """The engine against the slow reference, and what it promises about rows, ends and counts."""
 
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -299,3 +300,22 @@ def test_nothing_is_left_behind_a_terminator_that_is_edited_away():
     sampler = BlockDiffusionSampler(Doubts(), block_length=4, max_new_tokens=8)
     [answer] = sampler.generate(Scripted([0, 0, *[7] * 8], [0.9] * 10), [[5, 6]])
     assert (answer.tokens, answer.commit_steps) == ([7] * 8, [2, 2, 3, 3, 3, 3, 4, 4])
+
+
+@dataclass(eq=False)
+class TwoDraws(BlockDiffusionSampler):
+    """Decodes twice with the same request, as one that chooses among answers does."""
+
+    def decode(self, model, prompts, request):
+        first, second = (
+            BlockDiffusionSampler(temperature=1.0, seed=seed, block_length=6, max_new_tokens=12) for seed in (1, 2)
+        )
+        self.found = [sampler.decode(model, prompts, request) for sampler in (first, second)]
+        return self.found[1]
+
+
+def test_a_sampler_may_decode_twice_with_one_request():
+    sampler = TwoDraws()
+    sampler.generate(random_model(), PROMPTS)
+    first, second = ([answer.tokens for answer in answers] for answers in sampler.found)
+    assert first != second

@@ -1,5 +1,7 @@
 """Multi-block decoding against a slow version, and what it promises about the leading block and about ends."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from slow_reference import forward as slow_forward
@@ -7,7 +9,14 @@ from test_block_diffusion import ALL_POLICIES, ENDS, MASK, PROMPTS, Scripted, ra
 from tiny_models import lookup_model
 
 from dllm_var.errors import UserError
-from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold, Decision, FixedSteps, MultiBlockSampler
+from dllm_var.sampling import (
+    BlockDiffusionSampler,
+    ConfidenceThreshold,
+    Decision,
+    FixedSteps,
+    MultiBlockSampler,
+    UnmaskingPolicy,
+)
 from dllm_var.sampling import policies as P
 from dllm_var.sampling.base import sampler_from_config, sampler_to_config
 
@@ -248,3 +257,22 @@ def test_settings():
     config = sampler_to_config(MultiBlockSampler(blocks=3, open_at=0.3))
     assert config["class_path"] == "dllm_var.sampling.MultiBlockSampler"
     assert sampler_to_config(sampler_from_config(config)) == config
+
+
+@dataclass(eq=False)
+class EditsAnEndAway(UnmaskingPolicy):
+    """Fills a block at once, with a terminator and tokens behind it, and overwrites the terminator a step later."""
+
+    def decide(self, view, state):
+        tokens = torch.full_like(view.tokens, 5)
+        tokens[view.step == 0, 2] = ENDS[0]
+        tokens[view.step == 0, 3:] = 7
+        edit = (view.tokens == ENDS[0]) & (view.step == 1)[:, None]
+        return Decision(commit=view.masked, tokens=tokens, edit=edit, keep_open=view.step < 4)
+
+
+def test_nothing_is_left_behind_a_terminator_that_was_edited_away():
+    settings = dict(block_length=6, max_new_tokens=18, terminator_last=False)
+    sampler = MultiBlockSampler(EditsAnEndAway(), blocks=2, open_at=0.0, **settings)
+    for answer in sampler.generate(random_model(), PROMPTS):
+        assert len(answer.tokens) == len(answer.commit_steps) and min(answer.commit_steps) > 0

@@ -66,6 +66,7 @@ def test_special_tokens_are_found_where_models_keep_them(tmp_path):
         ({}, {"mask_token": "<none>"}, "mask_token '<none>' is not in the vocabulary"),
         ({}, {"mask_token": "<|im_end|>"}, "same token"),
         ({"terminators": [7]}, {}, "terminators 7 is not in the vocabulary"),
+        ({"terminators": "<|end|>"}, {}, r"terminators '<\|end\|>' is not in the vocabulary"),
     ],
 )
 def test_wrong_special_tokens_are_told_in_one_line(tmp_path, config, arguments, message):

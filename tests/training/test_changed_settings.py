@@ -3,12 +3,15 @@
 import shutil
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from tiny_run import LAST, error_line, state, write_run
 
 from dllm_var.__main__ import main
-from dllm_var.checkpoints.archive import write_archive
+from dllm_var.checkpoints.archive import read_state, write_archive
+from dllm_var.errors import UserError
+from dllm_var.training.resume import check_changes
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +76,12 @@ def test_a_checkpoint_without_settings_is_taken_as_it_is(begun, caplog):
         write_archive(checkpoint, path)
     assert main([*begun, "--model.seed=5"]) == 0
     assert "cannot be compared" in caplog.text
+
+
+def test_data_that_only_our_data_module_compares_is_refused_for_another(begun):
+    text = read_state(LAST)["config"]
+    changed = text.replace("words.jsonl", "others.jsonl")
+    assert changed != text
+    trainer = L.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", devices=1)
+    with pytest.raises(UserError, match=r"data\.source\.path: .*others\.jsonl"):
+        check_changes(LAST, changed, trainer, L.LightningDataModule())

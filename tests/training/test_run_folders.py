@@ -86,9 +86,9 @@ def test_what_has_no_run_folder_locks_where_its_checkpoints_go(tmp_path):
     ):
         with another_process(tmp_path / folder), ExitStack() as held, pytest.raises(UserError, match=folder):
             RunFolders(trainer).enter(None, held, trains=True)
-    off = settings(logger=False, default_root_dir=root, enable_checkpointing=False)
-    with another_process(tmp_path / "checkpoints"), ExitStack() as held:
-        RunFolders(off).enter(None, held, trains=True)
+    for off in ({"enable_checkpointing": False}, {"fast_dev_run": 1}):
+        with another_process(tmp_path / "checkpoints"), ExitStack() as held:
+            RunFolders(settings(logger=False, default_root_dir=root, **off)).enter(None, held, trains=True)
 
 
 def test_the_default_logger_s_runs_are_below_default_root_dir(monkeypatch):

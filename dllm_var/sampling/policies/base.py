@@ -1,7 +1,5 @@
 """A denoising step: `BlockView` is what an unmasking policy sees, `Decision` its answer, `take_step` what follows."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from copy import copy
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ class BlockView:
     key: Tensor  # number of the request and forward [R], int64, for randomness that does not depend on the batch
     sampled: Tensor | None = None  # tokens drawn at the scored positions [M], when the temperature is above 0
 
-    def after(self, tokens: Tensor, masked: Tensor, sampled: Tensor | None = None) -> BlockView:
+    def after(self, tokens: Tensor, masked: Tensor, sampled: Tensor | None = None) -> "BlockView":
         """Returns the view of the next step if it had the same logits, with a block of `tokens` and `masked` [R, K].
 
         What was computed of the logits is kept. `sampled` are tokens drawn anew [M], when the temperature is above 0.
