@@ -105,6 +105,8 @@ class Generation:
     text: str | None = None  # the answer decoded, when a tokenizer was given
     commit_steps: list[int] | None = None  # for each token the forward pass, counted from 1, that committed it
     auxiliary_nfe: int = 0  # forward passes of a sampler's second model that the row took part in
+    drafted: int = 0  # tokens that were proposed to the model and verified by it; 0 for samplers without drafts
+    accepted: int = 0  # those of them that the model confirmed
 
     @property
     def new_tokens(self) -> int:
@@ -122,7 +124,8 @@ class Generation:
             "tokens_per_forward": round(self.new_tokens / max(self.nfe, 1), 4),
             "seconds": round(self.seconds, 6),
         }
-        others = {name: value for name, value in vars(self).items() if name not in {*line, "prompt_length"}}
+        left_out = {"prompt_length"} if self.drafted else {"prompt_length", "drafted", "accepted"}
+        others = {name: value for name, value in vars(self).items() if name not in {*line, *left_out}}
         return json.dumps({**line, **others, **more}, ensure_ascii=False)
 
 

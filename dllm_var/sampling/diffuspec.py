@@ -181,6 +181,7 @@ class SpeculativeEngine(Engine[SpeculativeRow]):
         """Adds what the model confirms of a draft and its own next token; ends the row when it is complete."""
         row, start = self.rows[slot], len(self.rows[slot].tokens)
         accepted = next((n for n, token in enumerate(draft) if token != said[n]), len(draft))
+        row.drafted, row.accepted = row.drafted + len(draft), row.accepted + accepted
         new = said[: accepted + 1]
         end = next((n for n, token in enumerate(new) if token in self.terminators), None)
         new = new[:end]

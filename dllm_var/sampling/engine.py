@@ -30,6 +30,8 @@ class Row:
     began: float = 0.0  # when it was admitted, by `time.perf_counter`
     nfe: int = 0  # forward passes so far
     auxiliary_nfe: int = 0  # those of a second model
+    drafted: int = 0  # tokens of drafts that the model has verified
+    accepted: int = 0  # those of them that it confirmed
     pending: int = 0  # finished tokens that are not in the cache yet; they follow those that are
     width: int = 0  # tokens of the active block, which follow the pending ones
     steps: int = 0  # denoising steps that the block has had
@@ -176,6 +178,8 @@ class Engine(ABC, Generic[AnyRow]):
             prompt_length=row.prompt_length,
             commit_steps=self.committed_at[slot, row.prompt_length : row.prompt_length + len(tokens)].tolist(),
             auxiliary_nfe=row.auxiliary_nfe,
+            drafted=row.drafted,
+            accepted=row.accepted,
         )
 
     # -- forwards ------------------------------------------------------------------------------------------------------

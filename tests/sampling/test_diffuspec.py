@@ -10,7 +10,7 @@ from dllm_var.sampling.base import sampler_from_config, sampler_to_config
 from dllm_var.text.tokenizer import SpecialTokens, Tokenizer
 
 FEW = [token for token in range(VOCABULARY) if token not in (3, 6, 7, 8)]  # leaves so few that models often agree
-FIELDS = ("tokens", "finish_reason", "nfe", "auxiliary_nfe", "commit_steps", "prompt_length")
+FIELDS = ("tokens", "finish_reason", "nfe", "auxiliary_nfe", "commit_steps", "prompt_length", "drafted", "accepted")
 SHORT = dict(shortest_draft=3, longest_draft=5)
 
 
@@ -46,6 +46,7 @@ def test_a_right_draft_is_accepted_whole_with_one_more_token(tmp_path):
     answer = sampler.generate(target, [[5, 6]])[0]
     assert (answer.tokens, answer.finish_reason) == ([7] * 24, "length")
     assert (answer.nfe, answer.auxiliary_nfe) == (4, 4)  # 5 drafted and one of its own, four times
+    assert (answer.drafted, answer.accepted) == (20, 20)
     assert answer.commit_steps == [1] * 6 + [2] * 6 + [3] * 6 + [4] * 6
 
 
@@ -76,6 +77,7 @@ def test_nothing_is_read_twice_and_the_file_is_read_once(tmp_path):
     targets, drafters = shapes_of(target), shapes_of(loaded)
     answer = sampler.generate(target, [[5, 6, 5]])[0]
     assert answer.tokens == [7] + [8] * 7
+    assert answer.drafted > answer.accepted == 1  # only the first 7
     assert drafters[:2] == [(1, 3 + 4), (1, 2 + 2)]  # what is new, and masks
     assert targets[:2] == [(1, 3 + 4), (1, 1 + 2)]  # the newest token, and the draft
 
