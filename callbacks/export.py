@@ -1,5 +1,6 @@
 """The final weights as a small folder that `generate` and others load."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -7,13 +8,12 @@ import lightning as L
 from torch import Tensor
 
 from dllm_var.callbacks.ema import averaged
-from dllm_var.checkpoints.adapters import merge_adapters
+from dllm_var.checkpoints.adapters import ADAPTER_FOLDER, merge_adapters
 from dllm_var.checkpoints.export import save_adapter, save_checkpoint_folder, save_settings
 from dllm_var.checkpoints.pretrained import EXPORT_FOLDER, PREFIX
+from dllm_var.model.lora import is_adapter, plain_name
 from dllm_var.sampling.base import last_sampler, sampler_to_config
 from dllm_var.training.strategies import shards_parameters
-
-ADAPTER_FOLDER = "adapter"
 
 
 class ExportWeights(L.Callback):
@@ -23,6 +23,7 @@ class ExportWeights(L.Callback):
     state, loadable by `dllm_var.load_pretrained`. Beside the weights it remembers the sampler of another callback
     (the last one that has any) and the step. Without a logger there is no run folder and nothing is written.
     Adapters (`model.lora`) are merged into them there, and lie by themselves in the folder `adapter`, as peft has them.
+    Those that act on masks only lie beside the weights, in `model/adapter`, instead of being merged.
     """
 
     def __init__(self) -> None:
@@ -48,8 +49,13 @@ class ExportWeights(L.Callback):
                     weights = state or transformer.state_dict()
                     save_adapter(Path(run) / ADAPTER_FOLDER, weights, lora, base)
                     save_settings(Path(run) / ADAPTER_FOLDER, transformer, tokenizer, meta)
-                    merged = merge_adapters({name: weights[name].detach for name in weights}, lora.scaling)
-                    state = {name: read() for name, read in merged.items()}
+                    if lora.on_masks_only:
+                        save_adapter(self.path / ADAPTER_FOLDER, weights, lora, base)
+                        meta["lora"] = asdict(lora)
+                        state = {plain_name(name): weights[name] for name in weights if not is_adapter(name)}
+                    else:
+                        merged = merge_adapters({name: weights[name].detach for name in weights}, lora.scaling)
+                        state = {name: read() for name, read in merged.items()}
                 save_checkpoint_folder(self.path, transformer, tokenizer, meta, state)
 
 

@@ -24,7 +24,7 @@ from dllm_var.model.float8 import Float8, check_float8, use_float8
 from dllm_var.model.lora import Lora, add_adapters, reset_adapters
 from dllm_var.model.sharding import DATA_PARALLEL, TENSOR_PARALLEL, shard, tensor_parallel
 from dllm_var.model.transformer import Recompute, Transformer
-from dllm_var.objectives import EosSchedule, KeyedNoise, NoisedBatch, Objective
+from dllm_var.objectives import Autoregressive, EosSchedule, KeyedNoise, NoisedBatch, Objective
 from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import summed_cross_entropy
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
@@ -81,7 +81,7 @@ class DiffusionLM(L.LightningModule):
         attention_annealing: int = 0,
     ) -> None:
         super().__init__()
-        self.config = transformer if init_from is None else starting_config(transformer, init_from)
+        self.config = transformer if init_from is None else starting_config(transformer, init_from, lora)
         self.objective = objective if objective is not None else EosSchedule()
         self.attention = attention
         if self.objective.document_attention_only and attention != "document":
@@ -102,6 +102,12 @@ class DiffusionLM(L.LightningModule):
         self.compile_blocks, self.init_from, self.lora, self.float8 = compile, init_from, lora, float8
         if lora is not None and init_from is None:
             raise UserError("model.lora needs model.init_from: adapters are trained on a model that is already there")
+        reads_masks = self.objective.causal and not isinstance(self.objective, Autoregressive)
+        if lora is not None and lora.on_masks_only and not reads_masks:
+            raise UserError(
+                "model.lora.on_masks_only needs an objective whose model reads masks from left to right, which "
+                f"{type(self.objective).__name__} does not: choose another, or leave model.lora.on_masks_only out"
+            )
         self.transformer: Transformer = None  # type: ignore[assignment]  # until `configure_model` builds it
         self.tokenizer: Tokenizer = None  # type: ignore[assignment]  # until `use_tokenizer`
         self.sampler: Sampler | None = None  # the `sampler` section, set by the command line

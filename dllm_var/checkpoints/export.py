@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dllm_var.checkpoints.adapters import ADAPTER_WEIGHTS, PEFT_PREFIX
+from dllm_var.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ON_MASKS, PEFT_PREFIX
 from dllm_var.checkpoints.families import EXTRAS, Family, natural_family, write_config
 from dllm_var.checkpoints.pretrained import CONFIG, INDEX, WEIGHTS, Checkpoint, decoding_config, weight_shapes
 from dllm_var.errors import UserError
@@ -55,9 +55,17 @@ def save_settings(
 
 
 def save_adapter(folder: Path, weights: Mapping[str, Tensor], lora: Lora, base: str) -> None:
-    """Writes the adapters of a state dict as peft does, without the weights of the checkpoint `base` below them."""
+    """Writes the adapters of a state dict as peft does, without the weights of the checkpoint `base` below them.
+
+    Those that act on masks only are written in the same form, under a type that peft refuses.
+    """
     adapters = {PEFT_PREFIX + name.replace(".default.", "."): weights[name] for name in weights if is_adapter(name)}
     save_tensors(adapters, folder / ADAPTER_WEIGHTS)
+    if lora.on_masks_only:
+        values = {"peft_type": ON_MASKS, "base_model_name_or_path": base, "r": lora.r, "lora_alpha": lora.alpha}
+        values |= {"lora_dropout": lora.dropout, "target_modules": lora.targets}
+        write_text(folder / ADAPTER_CONFIG, json.dumps(values, indent=2) + "\n")
+        return
     config = lora.peft_config()
     config.base_model_name_or_path, config.inference_mode = base, True
     config.target_modules = sorted(config.target_modules)  # peft's set would be written in another order each time
@@ -91,6 +99,11 @@ def export_checkpoint(
 
     if output.exists():
         raise UserError(f"--output {output} exists: give a folder that does not")
+    if checkpoint.lora is not None:
+        raise UserError(
+            f"{checkpoint.place} has adapters on masks only, which no published family holds: export the checkpoint "
+            "that they were trained on, whose text is the same, or use the folder `model` of the run"
+        )
     tokenizer = checkpoint.load_tokenizer()
     config = decoding_config(checkpoint, tokenizer)
     kind = dtype or checkpoint.dtype

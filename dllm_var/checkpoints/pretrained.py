@@ -14,7 +14,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dllm_var.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, merge_adapters, read_adapter_settings
+from dllm_var.checkpoints.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    merge_adapters,
+    named_as_in_model,
+    read_adapter_settings,
+    read_lora,
+)
 from dllm_var.checkpoints.archive import is_shard_folder, read_state, read_weights
 from dllm_var.checkpoints.families import EXTRAS, family_of, read_config, read_settings
 from dllm_var.checkpoints.run_checkpoint import check_or_offer, newest_checkpoint, read_identity, step_of
@@ -22,7 +30,7 @@ from dllm_var.errors import UserError, one_line
 from dllm_var.files import fits, read_object
 from dllm_var.model.config import SIZES, TransformerConfig
 from dllm_var.model.initialise import fill
-from dllm_var.model.lora import Lora, plain_name
+from dllm_var.model.lora import Lora, add_adapters, is_adapter, plain_name
 from dllm_var.model.transformer import Transformer
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.text.tokenizer_files import TOKENIZER_FILES, download, is_hub_name
@@ -59,7 +67,7 @@ def load_pretrained(path: str | Path, causal: bool = False) -> Transformer:
     that was trained causally always does.
     """
     checkpoint = open_checkpoint(path)
-    causal = causal or (checkpoint.config.causal and not checkpoint.published)
+    causal = causal or (checkpoint.config.causal and not checkpoint.published) or checkpoint.lora is not None
     return _load(checkpoint, replace(checkpoint.config, causal=causal))
 
 
@@ -72,6 +80,8 @@ def _load(
     """Builds a transformer without weights, fills it one weight at a time and lays them out for decoding."""
     with torch.device("meta"):
         transformer = Transformer(config)
+    if checkpoint.lora is not None:
+        add_adapters(transformer, checkpoint.lora)
     transformer.to(dtype or checkpoint.dtype)
     transformer.to_empty(device=device)
     transformer.tie_weights()
@@ -82,9 +92,9 @@ def _load(
 
 @torch.no_grad()
 def copy_weights(transformer: Transformer, checkpoint: "Checkpoint") -> None:
-    """Fills the transformer's weights, which may be sharded, one at a time; adapters keep theirs."""
+    """Fills the transformer's weights, which may be sharded, one at a time; adapters that it lacks keep theirs."""
     own = {plain_name(name): value for name, value in transformer.state_dict().items()}
-    for name in weight_shapes(transformer.config):
+    for name in weight_shapes(transformer.config, checkpoint.lora):
         fill(own[name], checkpoint.weight(name, list(own[name].shape)))
 
 
@@ -116,6 +126,7 @@ class Checkpoint:
     meta: dict[str, Any]  # what else it remembers (`sampler`, `step`, ...)
     published: bool = False  # others wrote it, so that it says nothing about how we are to read it
     rows: int | None = None  # tokens that its embedding has, when the config, an adapter's, has more
+    lora: Lora | None = None  # adapters on masks only, which are among the weights; all others are merged into them
 
     @property
     def dtype(self) -> torch.dtype:
@@ -146,8 +157,8 @@ class Checkpoint:
 def open_checkpoint(path: str | Path, adapters: tuple[Path, ...] = ()) -> Checkpoint:
     """Looks at what `load_checkpoint` takes, and raises what it raises, without reading weights.
 
-    The folder of an adapter means the model that it was trained on with the adapter merged in, and then with
-    `adapters`, by which it was named.
+    The folder of an adapter means the model that it was trained on with the adapter merged in, or beside it where it
+    acts on masks only, and then with `adapters`, by which it was named.
     """
     place = locate_checkpoint(path)
     if place in adapters:
@@ -187,10 +198,13 @@ def _open_folder(folder: Path) -> Checkpoint:
     values = read_object(folder / CONFIG)
     config, extras = read_config(values, folder / CONFIG), values.get(EXTRAS)
     family, files = family_of(values, folder / CONFIG), _weight_files(folder)
-    weights = {name: read for file in files for name, read in _open_tensors(file).items()}
-    weights = _matched(config, weights, sum(file.stat().st_size for file in files), folder, family.theirs)
+    lora = read_lora((extras or {}).get("lora"), folder / CONFIG)
+    if lora is not None:
+        files.append(folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS)
+    weights = {named_as_in_model(name): read for file in files for name, read in _open_tensors(file).items()}
+    weights = _matched(config, weights, sum(file.stat().st_size for file in files), folder, family.theirs, lora)
     tokenizer = partial(Tokenizer.from_pretrained, folder)
-    return Checkpoint(folder, config, weights, tokenizer, _meta(extras), extras is None)
+    return Checkpoint(folder, config, weights, tokenizer, _meta(extras), extras is None, lora=lora)
 
 
 def _meta(ours: dict[str, Any] | None) -> dict[str, Any]:
@@ -198,11 +212,20 @@ def _meta(ours: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _open_adapter(folder: Path, adapters: tuple[Path, ...]) -> Checkpoint:
-    scaling, path = read_adapter_settings(folder)
-    base = open_checkpoint(path, adapters)
-    weights = merge_adapters({**base.weights, **_open_tensors(folder / ADAPTER_WEIGHTS)}, scaling)
+    settings, path = read_adapter_settings(folder)
+    base, own = open_checkpoint(path, adapters), _open_tensors(folder / ADAPTER_WEIGHTS)
+    lora = settings if settings.on_masks_only else None
+    if lora is not None:
+        own = {named_as_in_model(name): read for name, read in own.items()}
+        if set(own) != set(filter(is_adapter, weight_shapes(base.config, lora))):
+            raise UserError(f"the adapter {folder} does not have the weights that its {ADAPTER_CONFIG} names")
+        weights = {**{name: read for name, read in base.weights.items() if not is_adapter(name)}, **own}
+    elif base.lora is not None:
+        raise UserError(f"the adapter {folder} cannot be merged into {path}, which has adapters on masks only")
+    else:
+        weights = merge_adapters({**base.weights, **own}, settings.scaling)
     if not (folder / CONFIG).is_file():  # peft's own
-        return replace(base, place=folder, weights=weights)
+        return replace(base, place=folder, weights=weights, lora=lora)
     values = read_object(folder / CONFIG)
     config = read_config(values, folder / CONFIG)
     rows, known = config.vocab_size or 0, base.config.vocab_size or 0
@@ -211,7 +234,7 @@ def _open_adapter(folder: Path, adapters: tuple[Path, ...]) -> Checkpoint:
         if getattr(config, name) != getattr(base.config, name) and name != more:
             raise UserError(f"{folder / CONFIG} has another {name} than {path}, which the adapter was trained on")
     tokenizer = partial(Tokenizer.from_pretrained, folder)
-    return Checkpoint(folder, config, weights, tokenizer, _meta(values.get(EXTRAS)), base.published, known)
+    return Checkpoint(folder, config, weights, tokenizer, _meta(values.get(EXTRAS)), base.published, known, lora)
 
 
 def _open_run_checkpoint(path: Path) -> Checkpoint:
@@ -222,13 +245,15 @@ def _open_run_checkpoint(path: Path) -> Checkpoint:
     ours, state = read_identity(checkpoint, path), checkpoint.get("state_dict")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no weights: its 'state_dict' is not a dictionary of tensors")
-    weights = {name.removeprefix(PREFIX): value.detach for name, value in state.items() if name.startswith(PREFIX)}
-    config = read_settings(ours.get("transformer"), path)
-    if ours.get("lora") is not None:
-        weights = merge_adapters(weights, Lora(**ours["lora"]).scaling)
+    own = {plain_name(name): value.detach for name, value in state.items() if name.startswith(PREFIX)}
+    weights = {name.removeprefix(PREFIX): read for name, read in own.items()}
+    config, lora = read_settings(ours.get("transformer"), path), read_lora(ours.get("lora"), path)
+    if lora is not None and not lora.on_masks_only:
+        weights, lora = merge_adapters(weights, lora.scaling), None
     parts = [part for part in path.rglob("*") if part.is_file()] if path.is_dir() else [path]
-    weights = _matched(config, weights, sum(part.stat().st_size for part in parts), path)
-    return Checkpoint(path, config, weights, lambda: _tokenizer_of(ours.get("tokenizer"), path), _meta(ours))
+    weights = _matched(config, weights, sum(part.stat().st_size for part in parts), path, lora=lora)
+    tokenizer = partial(_tokenizer_of, ours.get("tokenizer"), path)
+    return Checkpoint(path, config, weights, tokenizer, _meta(ours), lora=lora)
 
 
 def _tokenizer_of(values: Any, path: Path) -> Tokenizer:
@@ -261,17 +286,25 @@ def _open_tensors(file: Path) -> Readers:
         raise UserError(f"cannot read {file}: {error}") from error
 
 
-def weight_shapes(config: TransformerConfig) -> dict[str, list[int]]:
-    """Returns names and shapes of a transformer's distinct weights, in order; a tied head is none."""
+def weight_shapes(config: TransformerConfig, lora: Lora | None = None) -> dict[str, list[int]]:
+    """Returns names and shapes of the distinct weights of a transformer, adapters included; a tied head is none."""
     with torch.device("meta"):
-        weights = Transformer(config).state_dict()
+        transformer = Transformer(config)
+    if lora is not None:
+        add_adapters(transformer, lora)
+    weights = transformer.state_dict()
     if config.tie_embeddings:
         del weights["lm_head.weight"]
-    return {name: list(weight.shape) for name, weight in weights.items()}
+    return {plain_name(name): list(weight.shape) for name, weight in weights.items()}
 
 
 def _matched(
-    config: TransformerConfig, weights: Readers, size: int, place: Path, theirs: Callable[[str], str] = str
+    config: TransformerConfig,
+    weights: Readers,
+    size: int,
+    place: Path,
+    theirs: Callable[[str], str] = str,
+    lora: Lora | None = None,
 ) -> Readers:
     """Returns the weights of a model under our names; nothing of its size is made before they are known to fit.
 
@@ -281,7 +314,7 @@ def _matched(
     for name in SIZES:
         if (getattr(config, name) or 0) > (len(weights) if name == "num_layers" else size):
             raise UserError(f"{place} has {name}={getattr(config, name)}, {beside}")
-    shapes = weight_shapes(config)
+    shapes = weight_shapes(config, lora)
     needed = sum(map(math.prod, shapes.values()))
     if needed > size:  # a number takes a byte at least
         raise UserError(f"{place} describes a model of {needed:,} weights, {beside}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dllm_var import __version__
+from dllm_var.checkpoints.adapters import read_lora
 from dllm_var.checkpoints.archive import UnusableCheckpoint, check, read_state
 from dllm_var.errors import UserError
 from dllm_var.files import PARTIAL, PREVIOUS, discard, put_back
@@ -123,8 +124,7 @@ def check_identity(
     changeable = _CHANGEABLE if trained_on else _CHANGEABLE_WHEN_MEASURED
     theirs = saved["transformer"]
     pairs = {f"transformer.{name}": (theirs.get(name, ours), ours) for name, ours in config.to_dict().items()}
-    adapters = None if lora is None else asdict(lora)
-    for name, (known, ours) in {**pairs, "lora": (saved.get("lora"), adapters)}.items():
+    for name, (known, ours) in {**pairs, "lora": (read_lora(saved.get("lora"), "the checkpoint"), lora)}.items():
         if known != ours and name.removeprefix("transformer.") not in changeable:
             raise UserError(
                 f"the checkpoint has model.{name}={known}, the settings say {ours}: use the settings it was trained "

@@ -6,6 +6,7 @@ from pathlib import Path
 from dllm_var.checkpoints.pretrained import copy_weights, open_checkpoint
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
+from dllm_var.model.lora import Lora
 from dllm_var.model.transformer import Transformer
 from dllm_var.text.tokenizer import Tokenizer
 
@@ -15,12 +16,20 @@ ADJUSTABLE |= {"initializer_range", "token_shift", "context_length"}
 SET_BY_OTHERS = {"vocab_size", "mask_id", "terminator_ids", "pad_id", "causal", "causal_context"}
 
 
-def starting_config(settings: TransformerConfig, path: str | Path) -> TransformerConfig:
+def starting_config(settings: TransformerConfig, path: str | Path, lora: Lora | None = None) -> TransformerConfig:
     """Returns the shape of a model that starts from a checkpoint: the checkpoint's, with the settings' adjustments.
 
-    What the settings leave out (None) comes from the checkpoint; `path` is as for `load_checkpoint`.
+    What the settings leave out (None) comes from the checkpoint; `path` is as for `load_checkpoint`. Adapters on masks
+    only, which cannot be merged, are trained on: raises UserError when `lora` differs from them in more than dropout.
     """
-    return _adjusted(open_checkpoint(path).config, settings, path)
+    checkpoint = open_checkpoint(path)
+    theirs = checkpoint.lora
+    if theirs is not None and (lora is None or replace(lora, dropout=theirs.dropout) != theirs):
+        raise UserError(
+            f"model.init_from {path} has adapters on masks only, which cannot be merged: train them on with model.lora "
+            f"set to {theirs}, or start from the checkpoint that they were trained on"
+        )
+    return _adjusted(checkpoint.config, settings, path)
 
 
 def start_from(transformer: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:

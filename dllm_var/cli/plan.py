@@ -125,7 +125,8 @@ def read_config(model: dict[str, Any], data: dict[str, Any], objective: Objectiv
     """Returns the shape of the model; where the settings leave it open, a checkpoint's and a tokenizer's."""
     config = TransformerConfig(**model["transformer"])
     if model.get("init_from") and config.vocab_size is None:
-        config = starting_config(config, model["init_from"])
+        lora = Lora(**model["lora"]) if model.get("lora") else None
+        config = starting_config(config, model["init_from"], lora)
     if config.vocab_size is None:
         name = data.get("tokenizer")
         if name is None:

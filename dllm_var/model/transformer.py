@@ -14,6 +14,7 @@ from dllm_var.model.attention import AttentionRule, Seen, attend
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import initialise
 from dllm_var.model.kv_cache import KVCache
+from dllm_var.model.matrices import Fused, project, usable
 from dllm_var.model.rotary import RotaryTable, rotate
 
 Recompute = Literal["none", "full", "selective"]
@@ -41,35 +42,6 @@ def left_neighbours(input_ids: Tensor, segment_ids: Tensor | None) -> Tensor:
     return torch.where(first, own, own - 1)
 
 
-class Fused:
-    """Matrices that read the same input, in one memory, so that decoding multiplies by all of them at once.
-
-    The layers keep their weights, which become views of that memory. A CPU multiplies few tokens by a matrix up to 1.5
-    times faster when it is stored by columns.
-    """
-
-    def __init__(self, *layers: nn.Linear) -> None:
-        weight = torch.cat([layer.weight.data for layer in layers])
-        self.weight = weight.t().contiguous().t() if weight.device.type == "cpu" else weight
-        self.bias = None if layers[0].bias is None else torch.cat([layer.bias.data for layer in layers])
-        start = 0
-        for layer in layers:
-            own = slice(start, start := start + layer.out_features)
-            layer.weight.data = self.weight[own]
-            if self.bias is not None:
-                layer.bias.data = self.bias[own]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-def usable(fused: Fused | None, first: nn.Module) -> Fused | None:
-    """Returns the fused matrices if no gradient is wanted and `first` still has its weight there."""
-    if fused is None or torch.is_grad_enabled() or type(first) is not nn.Linear:  # an adapter stands around it
-        return None
-    return fused if first.weight.data_ptr() == fused.weight.data_ptr() else None  # else moved, as by `.to(device)`
-
-
 class Attention(nn.Module):
     """Grouped-query self-attention with rotary positions."""
 
@@ -88,13 +60,14 @@ class Attention(nn.Module):
         self.fused: Fused | None = None
 
     def forward(self, x: Tensor, context: "LayerContext", layer: int) -> Tensor:
-        x = x.to(autocast_dtype(x))
+        x, on_masks = x.to(autocast_dtype(x)), context.on_masks
         if (fused := usable(self.fused, self.q_proj)) is not None:
-            queries_keys, values = fused(x).split(
+            queries_keys, values = fused(x, on_masks).split(
                 (self.q_proj.out_features + self.k_proj.out_features, self.v_proj.out_features), dim=-1
             )
         else:
-            queries_keys, values = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1), self.v_proj(x)
+            queries_keys = torch.cat((project(self.q_proj, x, on_masks), project(self.k_proj, x, on_masks)), dim=-1)
+            values = project(self.v_proj, x, on_masks)
         queries_keys, values = (part.unflatten(-1, (-1, self.head_dim)) for part in (queries_keys, values))
         heads = (self.num_heads, self.num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
@@ -105,7 +78,8 @@ class Attention(nn.Module):
         if cache is not None:
             queries, (keys, values) = cache.pad(queries), cache.write(layer, keys, values)
         mixed = attend(queries, keys, values, context.seen).flatten(2)
-        return self.o_proj(context.asked_of(mixed) if cache is None else cache.pack(mixed))
+        mixed = context.asked_of(mixed) if cache is None else cache.pack(mixed)
+        return project(self.o_proj, mixed, context.on_asked_masks)
 
 
 class SwiGLU(nn.Module):
@@ -119,20 +93,21 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.fused: Fused | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, on_masks: Tensor | None = None) -> Tensor:
         x = x.to(autocast_dtype(x))
         if (fused := usable(self.fused, self.gate_proj)) is not None:
-            gate, up = fused(x).chunk(2, dim=-1)
+            gate, up = fused(x, on_masks).chunk(2, dim=-1)
         else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(F.silu(gate) * up)
+            gate, up = project(self.gate_proj, x, on_masks), project(self.up_proj, x, on_masks)
+        return project(self.down_proj, F.silu(gate) * up, on_masks)
 
 
 @dataclass
 class LayerContext:
     """What the layers of one forward share: rotary angles, what each token sees, and the cache.
 
-    The last layer has one of its own when only some positions are `asked` for.
+    `on_masks` [B, L, 1] says which tokens are masks, in a model with adapters that act on them only. The last layer has
+    a context of its own when only some positions are `asked` for.
     """
 
     cos: Tensor
@@ -140,6 +115,12 @@ class LayerContext:
     seen: Seen
     cache: KVCache | None = None
     asked: Tensor | None = None
+    on_masks: Tensor | None = None
+
+    @property
+    def on_asked_masks(self) -> Tensor | None:
+        """Which of the positions that are asked for are masks."""
+        return None if self.on_masks is None else self.asked_of(self.on_masks)
 
     def asked_of(self, x: Tensor) -> Tensor:
         """Returns [M, hidden] at the positions that are asked for, all of `x` [B, L, hidden] when all are."""
@@ -173,7 +154,7 @@ class Layer(nn.Module):
 
     def _compute(self, x: Tensor, context: LayerContext, layer: int) -> Tensor:
         x = context.asked_of(x) + self.self_attn(self.input_layernorm(x), context, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x), context.on_asked_masks)
 
 
 class Decoder(nn.Module):
@@ -201,7 +182,7 @@ class Transformer(nn.Module):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = RotaryTable(config)
-        self.compiled = False
+        self.compiled = self.adapts_masks = False
         self.tie_weights()
         if not self.embedding.weight.is_meta:
             self.reset_parameters()
@@ -311,7 +292,10 @@ class Transformer(nn.Module):
                 asked = left if asked is None else left[asked]
         if asked is not None and self.compiled:  # another number at each step must not compile the layer again
             torch._dynamo.maybe_mark_dynamic(asked, 0)
-        context = LayerContext(*self.rotary(positions, reach), seen, cache)
+        on_masks = None
+        if self.adapts_masks:
+            on_masks = input_ids.eq(self.config.mask_id).unsqueeze(-1)  # type: ignore[arg-type]
+        context = LayerContext(*self.rotary(positions, reach), seen, cache, on_masks=on_masks)
         x = self.embedding(input_ids)
         for number, layer in enumerate(self.layers):
             if asked is not None and number == self.config.num_layers - 1:
