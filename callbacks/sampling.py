@@ -31,6 +31,7 @@ SCORES = {
     "length_exact": "{:.0%} of the right length",
     "tokens_per_forward": "{:.2f} tokens/forward",
     "tokens_per_second": "{:,.0f} tokens/s",
+    "introspective_acceptance": "{:.0%} of drafted tokens accepted",
 }
 NEED_REFERENCES = ("token_error_rate", "answer_error_rate", "length_exact")
 COLUMNS = ("prompt", "answer", "expected", "end", "forwards")
@@ -46,7 +47,8 @@ class SamplingCallback(L.Callback):
 
     Logs the scalars `sample/token_error_rate`, `sample/answer_error_rate`, `sample/ended_by_eos`, `sample/length_exact`
     (the first two and the last only where references are known), `sample/tokens_per_forward`,
-    `sample/tokens_per_second`, and the table `sample/answers` to loggers that take text (TensorBoard).
+    `sample/tokens_per_second`, `sample/introspective_acceptance` (only where the sampler drafts), and the table
+    `sample/answers` to loggers that take text (TensorBoard).
 
     Args:
         sampler: How to decode.
@@ -123,7 +125,7 @@ class SamplingCallback(L.Callback):
         known = all(example.references for example in self._examples)
         result = metrics.compute()
         result["tokens_per_second"] = result["tokens"] / max(seconds, 1e-9)
-        scores = {name: result[name] for name in SCORES if known or name not in NEED_REFERENCES}
+        scores = {name: result[name] for name in SCORES if name in result and (known or name not in NEED_REFERENCES)}
         figures = ", ".join(SCORES[name].format(value) for name, value in scores.items())
         rows = [_row(tokenizer, example, answer) for example, answer in pairs[: self.num_shown]]
         step, table = trainer.global_step, answer_table(rows, sys.stdout.isatty())

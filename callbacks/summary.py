@@ -132,12 +132,14 @@ class RunSummary(L.Callback):
             logger.log_metrics(figures, step=result["steps"])
         names = (self.token_error_name, self.answer_error_name)
         errors = {ERROR_LABELS.get(name, name.replace("_", " ")): f"{result[name]:.1%}" for name in names}
+        acceptance = result.get("introspective_acceptance")
         lines = {
             f"{self.split} split": f"{result['answers']:,} prompts",
             **errors,
             "ended by eos": f"{result['ended_by_eos']:.1%}",
             "length exact": f"{result['length_exact']:.1%}",
             "tokens/forward": f"{result['tokens_per_forward']:.2f}",
+            "drafted tokens kept": "" if acceptance is None else f"{acceptance:.1%}",
             "useful tokens/s": f"{result['tokens_per_second']:,.0f}",
             "training time": f"{result['train_seconds']:.0f} s, validation and sampling included",
             "training": f"{result['steps']:,} steps, {result['parameters']:,} parameters",

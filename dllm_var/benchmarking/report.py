@@ -1,10 +1,10 @@
-"""Reports of a benchmark, made from its JSON alone: tables and plots."""
+"""Reports of a benchmark, made from its JSON alone: tables and findings."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from dllm_var.benchmarking.instruments import PHASES
+from dllm_var.benchmarking.results import EQUAL
 
 MISSING = "-"
 Figures = dict[str, Any]
@@ -19,6 +19,7 @@ ANSWERS: tuple[Column, ...] = (
     ("late", "overrun", "{:.1%}", 1),
     ("length error", "length_error", "{:.2f}", 1),
     ("hit limit", "hit_limit", "{:.1%}", 1),
+    ("accepted", "introspective_acceptance", "{:.1%}", 1),
     ("prompts", "prompts", "{:,}", 1),
 )
 SPEED: tuple[Column, ...] = (
@@ -34,6 +35,7 @@ SPEED: tuple[Column, ...] = (
     ("tok/s", "batched.tokens_per_second", "{:,.0f}", 1),
     ("ms/req", "batched.seconds_per_request", "{:,.1f}", MS),
     ("MB", "peak_memory_bytes.batched", "{:.1f}", MB),
+    ("x AR", "over_autoregressive_batched", "{:.2f}", 1),
 )
 TRAINING: tuple[Column, ...] = (
     ("tokens/s", "tokens_per_second", "{:,.0f}", 1),
@@ -49,10 +51,16 @@ RATIOS = {
     "batch_32_over_1": "batched throughput over batch 1",
     "sampler_overhead": "time outside the model's forwards",
 }
+AT_EQUAL_ACCURACY = {
+    "over_autoregressive": "useful tokens/s, batch 1",
+    "over_autoregressive_batched": "useful tokens/s, batches of {batch_size}",
+    "forwards_over_autoregressive": "useful tokens per forward",
+}
 SAMPLERS_NOTE = (
-    "The last three columns are for batches of {batch_size}, those before for batch 1. NFE: forwards per request, of "
-    "all models. tok: useful tokens. MB: peak memory beyond the models. x AR: tokens/s over the autoregressive twin's; "
-    "x AR fwd: the same where a forward costs the same whatever its width, which is a GPU's cost model. "
+    "The last four columns are for batches of {batch_size}, those before for batch 1. accepted: share of the drafted "
+    "tokens that the model confirmed. NFE: forwards per request, of all models. tok: useful tokens. MB: peak memory "
+    "beyond the models. x AR: tokens/s over the autoregressive twin's; x AR fwd: the same where a forward costs the "
+    "same whatever its width, which is a GPU's cost model. "
     "In ratios, an answer of fixed-length diffusion counts with at least its reference's tokens."
 )
 TRAINING_NOTE = (
@@ -89,6 +97,8 @@ def _task_lines(task: Figures) -> list[str]:
     for columns in (ANSWERS, SPEED):
         lines += [*_aligned(_rows(columns, task["settings"], task["chosen"])), ""]
     lines += [SAMPLERS_NOTE.format(**task), ""]
+    if others := _checkpoint_lines(task):
+        lines += ["Checkpoints beside the first one:", "", *others, ""]
     if costs := task["per_forward"]:
         header = ["tokens of a forward", *(str(cost["width"]) for cost in costs)]
         times = ["ms", *(f"{1000 * cost['seconds']:.2f}" for cost in costs)]
@@ -100,15 +110,47 @@ def _task_lines(task: Figures) -> list[str]:
         if curve["aup"] is not None:
             area = f"AUP {curve['aup']:.1f} (accuracy at tokens/forward: {'; '.join(points)})"
         lines.append(f"- {curve['name']}: {area}")
+    lines += _equal_accuracy_lines(task)
     if task["chosen"] is None:
         return [*lines, "- no entry has role default: no best setting is chosen and no ratio is taken"]
     lines.append(f"- * {task['chosen']}: {task['rule']}.")
     lines += [_bar_line(RATIOS[name], name, bar) for name, bar in task["bars"].items()]
-    if (equal := task.get("over_autoregressive_at_equal_accuracy")) is not None:
-        lines.append(f"- over the autoregressive twin, the fastest setting of its accuracy: {equal:.2f}x")
     if over_fixed := task["ratios"].get("forwards_over_fixed_length"):
         lines.append(f"- useful tokens per forward over fixed-length diffusion: {over_fixed:.2f}x")
     return lines
+
+
+def _equal_accuracy_lines(task: Figures) -> list[str]:
+    """Returns the best settings of the twin's accuracy, with the accuracies on which this rests."""
+    named = task.get("at_equal_accuracy")
+    if not named:
+        return []
+    settings = {setting["name"]: setting for setting in task["settings"]}
+    twin = next(setting for setting in task["settings"] if setting["role"] == "autoregressive")
+    split, other = task["split"], task["selection_split"]
+    lines = [
+        f"- over the autoregressive twin at equal accuracy (at most {100 * EQUAL:g} point below its {_shares(twin)} on "
+        f"the {split} split, {other} split in brackets; chosen by speed on the {other} split):"
+    ]
+    for ratio, name in named.items():
+        value, label = task[f"{ratio}_at_equal_accuracy"], AT_EQUAL_ACCURACY[ratio].format(**task)
+        lines.append(f"  - {label}: {value:.2f}x by {name}, {_shares(settings[name])}")
+    return lines
+
+
+def _shares(setting: Figures) -> str:
+    return f"{setting['accuracy']:.1%} ({setting['selection']['accuracy']:.1%})"
+
+
+def _checkpoint_lines(task: Figures) -> list[str]:
+    """Returns the checkpoints beside the task's own, with their sizes and the settings that decode them."""
+    paths = {"autoregressive": task["autoregressive_checkpoint"]}
+    found: dict[str, tuple[int, list[str]]] = {}
+    for setting in task["settings"]:
+        if "parameters" in setting and setting["checkpoint"] not in ("diffusion", task["checkpoint"]):
+            path = paths.get(setting["checkpoint"], setting["checkpoint"])
+            found.setdefault(path, (setting["parameters"], []))[1].append(setting["name"])
+    return [f"- {path}, {size:,} weights: {', '.join(names)}" for path, (size, names) in found.items()]
 
 
 def _training_lines(case: Figures) -> list[str]:
@@ -158,37 +200,3 @@ def _bar_line(label: str, name: str, bar: Figures) -> str:
     value = MISSING if bar["value"] is None else form.format(bar["value"])
     sign = ">=" if bar["direction"] == "at least" else "<="
     return f"- {label}: {value} ({sign} {form.format(bar['bar'])}: {verdict[bar['passed']]})"
-
-
-def plot_task(task: Figures, path: Path) -> None:
-    """Draws a task's accuracy against parallelism and against speed into a PNG file; needs matplotlib."""
-    from matplotlib.figure import Figure  # an optional extra
-
-    figure = Figure(figsize=(10.4, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _draw_accuracy(left, task, "tokens_per_forward", "tokens per forward")
-    _draw_accuracy(right, task, "tokens_per_second", "useful tokens/s, batch 1")
-    figure.suptitle(f"{task['name']}, {task['split']} split")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=7)
-    figure.savefig(path, dpi=120, format="png")
-
-
-def _draw_accuracy(axis: Any, task: Figures, speed: str, label: str) -> None:
-    on_a_curve = {point["setting"] for curve in task["curves"] for point in curve["points"]}
-    for curve in task["curves"]:
-        points = sorted((p[speed], 100 * p["accuracy"]) for p in curve["points"] if p[speed] is not None)
-        name = curve["name"] if curve["aup"] is None else f"{curve['name']} (AUP {curve['aup']:.0f})"
-        axis.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=4, label=name)
-    scored = [setting for setting in task["settings"] if "accuracy" in setting]
-    accuracies = [100 * setting["accuracy"] for setting in scored]
-    # The axis begins a little below the worst accuracy that is at least half of the best.
-    bottom = max(0.0, min((y for y in accuracies if y >= max(accuracies) / 2), default=0.0) - 3)
-    for number, setting in enumerate(s for s in scored if s["name"] not in on_a_curve):
-        x = setting["single"].get(speed) if speed == "tokens_per_second" else setting[speed]
-        y, name = 100 * setting["accuracy"], setting["name"]
-        if y < bottom:  # drawn at the edge: it would flatten all the others
-            y, name = bottom, f"{name} ({y:.0f} %)"
-        size = 60 if setting["name"] == task["chosen"] else 28
-        axis.scatter([x or 0], [y], marker="sDv^<>PXp*hd"[number % 12], s=size, label=name, clip_on=False)
-    axis.set(ylim=(bottom, None), xlabel=label, ylabel="accuracy (%)")
-    axis.grid(alpha=0.3)

@@ -21,6 +21,12 @@ REPORTED = ("name", "checkpoint", "autoregressive_checkpoint", "split", "selecti
 AUP_ALPHA = 3.0  # how much lost accuracy costs
 AUP_TOLERANCE = 5.0  # per cent below the first point's accuracy that still count
 TOLERANCE = 0.01  # accuracy that the best setting may lose against the default one
+EQUAL = 0.005  # accuracy that a setting may lose against the twin and still count as equal
+CHOSEN_BY = {  # ratios to the twin; what their best setting at equal accuracy has most of on the selection split
+    "over_autoregressive": "tokens_per_second",
+    "over_autoregressive_batched": "batched_tokens_per_second",
+    "forwards_over_autoregressive": "tokens_per_forward",
+}
 BARS = {  # values that the ratios should reach
     "over_fixed_length": (30.1, "at least"),
     "over_autoregressive": (2.4, "at least"),
@@ -52,7 +58,7 @@ class Decoding:
         return [answer.nfe + answer.auxiliary_nfe for answer in self.answers]
 
 
-@dataclass
+@dataclass(eq=False)
 class Contender:
     """A setting with its sampler and model, and its measurements so far."""
 
@@ -65,6 +71,17 @@ class Contender:
     memory: dict[str, int | None] = field(default_factory=dict)  # peak bytes beyond the models, `single` and `batched`
     selection_scores: dict[str, float] = field(default_factory=dict)  # on the split that chooses the best setting
     selection_single: list[Decoding] = field(default_factory=list)
+    selection_batched: list[Decoding] = field(default_factory=list)
+
+    @property
+    def selection(self) -> dict[str, float | None]:
+        """Accuracy and speeds on the selection split; None for what was not measured."""
+        return {
+            "accuracy": self.selection_scores.get("accuracy"),
+            "tokens_per_second": speed(self.selection_single) if self.selection_single else None,
+            "batched_tokens_per_second": speed(self.selection_batched) if self.selection_batched else None,
+            "tokens_per_forward": self.selection_scores.get("tokens_per_forward"),
+        }
 
     @property
     def models(self) -> list[Transformer]:
@@ -129,35 +146,71 @@ def over(
     return median(values)
 
 
+def over_batched(ours: Contender, baseline: Contender | None) -> float | None:
+    """Returns the same in batches: the median over rounds; None where the two did not decode the same prompts."""
+    if baseline is None:
+        return None
+    pairs = [(a, b) for a, b in zip(ours.batched, baseline.batched, strict=False) if len(a.answers) == len(b.answers)]
+    values = [speed([mine]) / speed([theirs]) for mine, theirs in pairs if theirs.tokens]
+    return median(values) if values else None
+
+
+def over_twin(ours: Contender, contenders: Sequence[Contender]) -> dict[str, float | None]:
+    """Returns a setting's ratios to the autoregressive twin, by the names in `CHOSEN_BY`."""
+    twin = with_role(contenders, "autoregressive")
+    return {
+        "over_autoregressive": over(ours, twin),
+        "over_autoregressive_batched": over_batched(ours, twin),
+        "forwards_over_autoregressive": over(ours, twin, "forwards"),
+    }
+
+
 def ratios(ours: Contender, contenders: Sequence[Contender], answer_lengths: Sequence[int]) -> dict[str, float | None]:
     """Returns one setting's ratios to the task's baselines; None where a figure is missing.
 
-    `over_*` are useful tokens/s at batch 1, `forwards_over_*` useful tokens per forward. The fixed-length baseline is
-    credited with at least `answer_lengths` tokens, those of each prompt's longest reference, so that a bad answer does
-    not make it look slower than it is.
+    `over_*` are useful tokens/s (at batch 1, or in batches where the name says so), `forwards_over_*` useful tokens per
+    forward. The fixed-length baseline is credited with at least `answer_lengths` tokens, those of each prompt's longest
+    reference, so that a bad answer does not make it look slower than it is.
     """
-    autoregressive, fixed = with_role(contenders, "autoregressive"), with_role(contenders, "fixed_length")
+    fixed = with_role(contenders, "fixed_length")
     rounds = zip(ours.batched, ours.single, strict=False)
     batched = [speed([many]) / speed([one]) for many, one in rounds if one.tokens]
     return {
         "over_fixed_length": over(ours, fixed, credit=answer_lengths),
-        "over_autoregressive": over(ours, autoregressive),
         "batch_32_over_1": median(batched) if batched else None,
         "sampler_overhead": overhead(ours.single) if ours.single else None,
         "forwards_over_fixed_length": over(ours, fixed, "forwards", answer_lengths),
-        "forwards_over_autoregressive": over(ours, autoregressive, "forwards"),
+        **over_twin(ours, contenders),
     }
 
 
-def at_equal_accuracy(contenders: Sequence[Contender]) -> float | None:
-    """Returns the highest `over_autoregressive` of settings with the twin's accuracy (less `TOLERANCE`) and prompts."""
+def equal_to_twin(contenders: Sequence[Contender]) -> list[Contender]:
+    """Returns the settings that are as accurate as the twin (less `EQUAL`) on as many prompts, the twin included."""
     twin = with_role(contenders, "autoregressive")
     if twin is None or not twin.scores:
-        return None
-    least = {"prompts": twin.scores["prompts"], "accuracy": twin.scores["accuracy"] - TOLERANCE}
-    others = [contender for contender in contenders if contender is not twin and contender.scores]
-    equal = [one for one in others if all(one.scores[name] >= value for name, value in least.items())]
-    return max((value for value in (over(one, twin) for one in equal) if value is not None), default=None)
+        return []
+    lowest = twin.scores["accuracy"] - EQUAL - 1e-9  # a loss of exactly `EQUAL` counts as equal, whatever its rounding
+    scored = [one for one in contenders if one.scores and one.scores["prompts"] == twin.scores["prompts"]]
+    return [one for one in scored if one.scores["accuracy"] >= lowest]
+
+
+def at_equal_accuracy(contenders: Sequence[Contender]) -> dict[str, tuple[Contender, float]]:
+    """Returns for each ratio in `CHOSEN_BY` the best setting of those as accurate as the twin, and its ratio.
+
+    The selection split says which setting is the fastest. Where this one turns out to be slower than the twin, and
+    where there is no other, the twin itself counts, with 1. A ratio that the twin has not been measured for is absent.
+    """
+    twin, found = with_role(contenders, "autoregressive"), {}
+    for name, figure in CHOSEN_BY.items():
+        timed = []
+        for one in equal_to_twin(contenders):
+            quickness, value = one.selection[figure], over_twin(one, contenders)[name]
+            if quickness is not None and value is not None:
+                timed.append((quickness, value, one))
+        if twin is not None and twin in (one for *_, one in timed):
+            _, value, best = max(timed, key=lambda entry: entry[0])
+            found[name] = (best, value) if value >= 1 else (twin, 1.0)
+    return found
 
 
 def against_bar(value: float | None, bar: float, direction: str) -> dict[str, Any]:
@@ -171,18 +224,17 @@ def task_result(run: TaskRun) -> dict[str, Any]:
     task, contenders = run.task, run.contenders
     lengths = [max(map(len, example.references)) for example in run.examples]
     best, default = best_setting(contenders), with_role(contenders, "default")
+    equal = at_equal_accuracy(contenders)
     values = {} if best is None else ratios(best, contenders, lengths)
     settings = [
         {
             **{name: getattr(one.setting, name) for name in ("name", "role", "checkpoint", "sampler")},
+            "parameters": one.model.num_parameters,
             **one.scores,
             "single": timing(one.single),
             "batched": timing(one.batched),
             "peak_memory_bytes": one.memory,
-            "selection": {
-                "accuracy": one.selection_scores.get("accuracy"),
-                "tokens_per_second": speed(one.selection_single) if one.selection_single else None,
-            },
+            "selection": one.selection,
             **ratios(one, contenders, lengths),
         }
         for one in contenders
@@ -198,7 +250,8 @@ def task_result(run: TaskRun) -> dict[str, Any]:
         "default": None if default is None else default.setting.name,
         "rule": rule,
         "ratios": values,
-        "over_autoregressive_at_equal_accuracy": at_equal_accuracy(contenders),
+        **{f"{name}_at_equal_accuracy": equal[name][1] if name in equal else None for name in CHOSEN_BY},
+        "at_equal_accuracy": {name: one.setting.name for name, (one, _) in equal.items()},
         "bars": {name: against_bar(values.get(name), *bar) for name, bar in BARS.items()},
         "settings": settings,
         "curves": curves(run, settings),
@@ -268,7 +321,8 @@ def aup(parallelism: Sequence[float], accuracy: Sequence[float], best_accuracy: 
 
 def sampler_ratios(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the ratios of the first task, and below `tasks` those of each, from their results."""
-    each = {task["name"]: {**task["ratios"], "chosen": task["chosen"], "bars": task["bars"]} for task in tasks}
-    equal = {task["name"]: task["over_autoregressive_at_equal_accuracy"] for task in tasks}
+    names = ("chosen", "at_equal_accuracy", "bars")
+    each = {task["name"]: {**task["ratios"], **{name: task[name] for name in names}} for task in tasks}
+    equal = [f"{name}_at_equal_accuracy" for name in CHOSEN_BY]
     first = tasks[0]["ratios"] if tasks else {}
-    return {**first, "over_autoregressive_at_equal_accuracy": equal, "tasks": each}
+    return {**first, **{name: {task["name"]: task[name] for task in tasks} for name in equal}, "tasks": each}

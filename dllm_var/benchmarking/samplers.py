@@ -11,7 +11,16 @@ import torch
 from torch.utils.benchmark import Timer
 
 from dllm_var.benchmarking.instruments import ForwardClock, PeakMemory, shown, synchronise
-from dllm_var.benchmarking.results import Contender, Decoding, best_setting, near_default, task_result, with_role
+from dllm_var.benchmarking.results import (
+    Contender,
+    Decoding,
+    at_equal_accuracy,
+    best_setting,
+    equal_to_twin,
+    near_default,
+    task_result,
+    with_role,
+)
 from dllm_var.benchmarking.scorers import Scorer
 from dllm_var.benchmarking.settings import COUNTS, Task, expand
 from dllm_var.checkpoints.pretrained import load_checkpoint
@@ -24,7 +33,7 @@ from dllm_var.model.transformer import Transformer
 from dllm_var.sampling import Generation, Sampler
 from dllm_var.settings import build
 
-FINAL_ROUNDS = 3  # times the usual number, for the two settings whose ratio is the result
+FINAL_ROUNDS = 3  # times the usual number, for the settings whose ratios are the results
 WIDTHS = (1, 2, 4, 8, 12, 16, 32, 64, 128, 256)  # tokens per forward at which the cost of a forward is measured
 PREFIX = 64  # cached tokens before these
 READING_SECONDS = 0.02  # one reading repeats a small forward until it takes this long
@@ -85,13 +94,11 @@ class TaskRun:
             for contender in self.in_turn("speed", self.contenders, self.repeats):
                 self._time(contender)
             self._select()
-            # The main result is the ratio of the best setting and its twin. These two are timed more often, side by
-            # side: on a machine with other work the rounds so far are too few.
-            best, twin = best_setting(self.contenders), with_role(self.contenders, "autoregressive")
-            if best is not None and twin is not None:
-                rounds = FINAL_ROUNDS * self.repeats
-                for contender in self.in_turn("the best setting and its twin", [best, twin], rounds):
-                    self._time(contender)
+            # The main results are ratios of the best settings and the twin. These are timed more often, side by side:
+            # on a machine with other work the rounds so far are too few.
+            finalists = self.finalists()
+            for contender in self.in_turn("the best settings and the twin", finalists, FINAL_ROUNDS * self.repeats):
+                self._time(contender)
             self.forward_costs = measure_forwards(self.model, self.widths, 5 * self.repeats)
         finally:
             gc.unfreeze()
@@ -124,17 +131,30 @@ class TaskRun:
             contender.batched.append(decode(contender, examples, self.limit, one_by_one=False))
 
     def _select(self) -> None:
-        """Scores the candidates on the other split, and times those whose accuracy is near the default's."""
-        candidates = [contender for contender in self.contenders if contender.setting.role in ("candidate", "default")]
-        if with_role(candidates, "default") is None:
-            return
+        """Scores the settings to choose from on the other split, and times those whose accuracy is near enough."""
+        equal = equal_to_twin(self.contenders)
+        roles = () if with_role(self.contenders, "default") is None else ("candidate", "default")
+        candidates = [one for one in self.contenders if one in equal or one.setting.role in roles]
         examples, split = self.selection_examples, self.task.selection_split
         for contender in self.in_turn(f"accuracy, {split} split", candidates):
             run = decode(contender, examples, self.limit, one_by_one=False)
             contender.selection_scores = self.score(run, examples)
+            contender.selection_batched.append(run)
+        near = [*near_default(candidates), *equal]
         timed = examples[: -(-self.task.single_prompts // 2)]
-        for contender in self.in_turn(f"speed, {split} split", near_default(candidates), self.repeats):
+        close = [contender for contender in candidates if contender in near]
+        for contender in self.in_turn(f"speed, {split} split", close, self.repeats):
             contender.selection_single.append(decode(contender, timed, self.limit))
+
+    def finalists(self) -> list[Contender]:
+        """Returns the twin, the best setting and the best ones of the twin's accuracy; none where there is no ratio."""
+        twin = with_role(self.contenders, "autoregressive")
+        if twin is None:
+            return []
+        equal = [contender for contender, _ in at_equal_accuracy(self.contenders).values()]
+        main = [best_setting(self.contenders), *equal, twin]
+        found = [contender for contender in self.contenders if contender in main]
+        return found if len(found) > 1 else []
 
     def score(self, run: Decoding, examples: Sequence[Example]) -> dict[str, float]:
         """Returns the scorer's figures of a run's answers, how they end, and the forwards of all models per answer."""
@@ -143,7 +163,7 @@ class TaskRun:
         figures, forwards = metrics.compute(), sum(run.forwards)
         return {
             **self.scorer.score(run.answers, examples, self.tokenizer),
-            **{name: figures[name] for name in ENDINGS},
+            **{name: figures[name] for name in (*ENDINGS, "introspective_acceptance") if name in figures},
             "nfe": forwards / max(len(run.answers), 1),
             "tokens_per_forward": run.tokens / max(forwards, 1),
             "prompts": len(run.answers),
@@ -151,7 +171,7 @@ class TaskRun:
 
     def in_turn(self, phase: str, contenders: Sequence[Contender], rounds: int = 1) -> Iterator[Contender]:
         """Yields every contender once in each round; a round begins further on than the one before."""
-        for number in range(rounds):
+        for number in range(rounds if contenders else 0):
             start = number * len(contenders) // rounds
             title = f"{self.task.name}: {phase}, round {number + 1} of {rounds}"
             yield from shown(title, [*contenders[start:], *contenders[:start]])

@@ -29,7 +29,7 @@ class Entry:
         arguments: Values put over the sampler's `init_args`.
         checkpoint: `diffusion` or `autoregressive` for the task's checkpoints, or the path of another one.
         role: A `candidate` may become the best setting, and so may the `default`, whose accuracy is the others'
-            yardstick; ratios divide by `autoregressive` and `fixed_length`; a `reference` is only reported.
+            yardstick; ratios divide by `autoregressive` and `fixed_length`; a `reference` is never the best setting.
         prompts: Prompts scored, in place of the task's number; slow entries take few.
         single_prompts: Prompts timed one at a time, in place of the task's number.
         batched_prompts: Prompts timed in batches, in place of the task's number; 0 for none.

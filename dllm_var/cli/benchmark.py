@@ -17,7 +17,8 @@ import torch
 from jsonargparse.typing import PositiveInt
 
 from dllm_var.benchmarking.instruments import describe_machine
-from dllm_var.benchmarking.report import plot_task, report
+from dllm_var.benchmarking.plot import draw_task
+from dllm_var.benchmarking.report import report
 from dllm_var.benchmarking.results import sampler_ratios
 from dllm_var.benchmarking.samplers import TaskRun
 from dllm_var.benchmarking.settings import Entry, Sweep, Task, TrainingCase, check_names
@@ -171,7 +172,7 @@ def draw_plots(result: dict[str, Any], output: Path) -> list[str]:
     for task in result.get("tasks", []):
         safe_name = re.sub(r"[^\w.-]", "_", task["name"])
         names.append(f"{output.stem}_{safe_name}.png")
-        plot_task(task, output.with_name(names[-1]))
+        draw_task(task).savefig(output.with_name(names[-1]), format="png")
     return names
 
 

@@ -12,7 +12,7 @@ from dllm_var.sampling import Generation
 PER_ANSWER = (  # figures that are a count over the number of answers
     "answer_error_rate", "ended_by_eos", "length_exact", "premature", "overrun", "hit_limit", "length_error",
 )  # fmt: skip
-COUNTS = (*PER_ANSWER, "answers", "edits", "reference_tokens", "tokens", "forwards")
+COUNTS = (*PER_ANSWER, "answers", "edits", "reference_tokens", "tokens", "forwards", "drafted", "accepted")
 
 
 class AnswerMetrics(Metric):
@@ -28,6 +28,7 @@ class AnswerMetrics(Metric):
     - `length_error`: mean absolute difference in length, in tokens.
     - `tokens_per_forward`: useful tokens (up to, excluding, the terminator) over forward passes, both summed over rows.
     - `tokens`, `answers`: totals.
+    - `introspective_acceptance`: share of drafted tokens that the model confirmed; absent where nothing was drafted.
 
     `kwargs` are torchmetrics', for example `sync_on_compute=False` where only one process measures.
     """
@@ -62,18 +63,22 @@ class AnswerMetrics(Metric):
                 "reference_tokens": len(reference),
                 "tokens": len(generation.tokens),
                 "forwards": generation.nfe,
+                "drafted": generation.drafted,
+                "accepted": generation.accepted,
             }
             rows.append([int(counts[name]) for name in COUNTS])
         self.counts += torch.tensor(rows, dtype=torch.long).view(-1, len(COUNTS)).sum(0).to(self.counts.device)
 
     def compute(self) -> dict[str, float]:
         total = dict(zip(COUNTS, self.counts.tolist(), strict=True))
+        accepted = {"introspective_acceptance": total["accepted"] / total["drafted"]} if total["drafted"] else {}
         return {
             "token_error_rate": total["edits"] / max(total["reference_tokens"], 1),
             **{name: total[name] / max(total["answers"], 1) for name in PER_ANSWER},
             "tokens_per_forward": total["tokens"] / max(total["forwards"], 1),
             "tokens": float(total["tokens"]),
             "answers": float(total["answers"]),
+            **accepted,
         }
 
 

@@ -1,14 +1,16 @@
 """Clocks, gauges and the order of turns, and one whole task."""
 
 import json
+import shutil
 import sys
 import time
 
 import pytest
 import torch
 
-from dllm_var.benchmarking.instruments import PeakMemory
-from dllm_var.benchmarking.results import Contender
+from dllm_var.benchmarking.instruments import PeakMemory, describe_machine
+from dllm_var.benchmarking.report import report
+from dllm_var.benchmarking.results import CHOSEN_BY, Contender
 from dllm_var.benchmarking.samplers import TaskRun, decode, measure_forwards
 from dllm_var.benchmarking.settings import Entry
 from dllm_var.checkpoints.pretrained import load_checkpoint
@@ -18,6 +20,7 @@ from dllm_var.errors import UserError
 from dllm_var.sampling import BlockDiffusionSampler, DiffuSpecSampler, GuidedSampler
 
 CPU = torch.device("cpu")
+MACHINE = {"machine": describe_machine(CPU), "date": "", "repeats": 1, "seconds": 1, "command": ""}
 EXAMPLES = [Example("?", ids, [[1]]) for ids in ([5, 6, 7], [8, 9], [10, 11, 12, 13], [14])]
 
 
@@ -93,19 +96,46 @@ def test_a_whole_task(tiny_task, built, capsys):
     result = json.loads(json.dumps(run.result()))
     settings = {setting["name"]: setting for setting in result["settings"]}
     assert list(settings) == ["autoregressive", "fixed length", "threshold 0.9", "threshold 0"]
-    finalists = {"autoregressive", result["chosen"]}  # timed three times as often again
+    assert result["at_equal_accuracy"].keys() == CHOSEN_BY.keys()
+    finalists = {"autoregressive", result["chosen"], *result["at_equal_accuracy"].values()}  # timed three times again
     assert [len(c.single) for c in run.contenders] == [8 if name in finalists else 2 for name in settings]
     batched = [0 if name == "fixed length" else 8 if name in finalists else 2 for name in settings]
     assert [len(c.batched) for c in run.contenders] == batched
     assert {s["prompts"] for s in settings.values()} == {6, 2}
     assert settings["fixed length"]["nfe"] == 8 and settings["fixed length"]["batched"] == {}
     assert settings["threshold 0"]["nfe"] <= settings["threshold 0.9"]["nfe"]
-    assert settings["autoregressive"]["selection"] == {"accuracy": None, "tokens_per_second": None}
+    assert set(settings["fixed length"]["selection"].values()) == {None}  # scored on fewer prompts, it cannot be chosen
+    assert settings["autoregressive"]["selection"]["tokens_per_second"] > 0
     assert result["chosen"] in settings and result["ratios"]["over_autoregressive"] > 0
     [curve] = result["curves"]
     assert [point["value"] for point in curve["points"]] == [0.0, 0.9] and curve["aup"] >= 0
     assert [cost["width"] for cost in result["per_forward"]] == [1, 2]
     assert "tiny: speed, round 2 of 2" in capsys.readouterr().err
+
+
+def test_a_third_checkpoint_is_loaded_once_and_may_be_swept(tiny_task, built, tmp_path):
+    third, twin = str(tmp_path / "third"), tiny_task["autoregressive_checkpoint"]
+    shutil.copytree(twin, third)
+    arguments = {"drafter": tiny_task["checkpoint"], "shortest_draft": 1, "max_new_tokens": 8}
+    drafting = {"class_path": "dllm_var.sampling.DiffuSpecSampler", "init_args": arguments}
+    plain = {"name": "third", "checkpoint": third, "sampler": "dllm_var.sampling.AutoregressiveSampler"}
+    sweep = {"name": "drafts of", "checkpoint": third, "sampler": drafting, "over": "init_args.longest_draft"}
+    entries = [tiny_task["entries"][0], {**plain, "arguments": {"max_new_tokens": 8}}]
+    run = built({**tiny_task, "entries": entries, "sweeps": [{**sweep, "values": [1, 3]}]}, widths=(1,))
+    models = {contender.setting.name: contender.model for contender in run.contenders}
+    assert models["third"] is models["drafts of 1"] is models["drafts of 3"] is not models["autoregressive"]
+    assert models["third"].config.causal and not run.model.config.causal
+    run.run()
+    result = json.loads(json.dumps(run.result()))
+    accuracies = {setting["name"]: setting["accuracy"] for setting in result["settings"]}
+    assert len(set(accuracies.values())) == 1  # the same weights, and drafts that change no answer
+    acceptance = {
+        s["name"]: s["introspective_acceptance"] for s in result["settings"] if "introspective_acceptance" in s
+    }
+    assert set(acceptance) == {"drafts of 1", "drafts of 3"} and all(0 <= share <= 1 for share in acceptance.values())
+    assert result["over_autoregressive_at_equal_accuracy"] >= 1  # also where no setting is the default
+    text = report("", {**MACHINE, "tasks": [result]})
+    assert "third, drafts of 1, drafts of 3" in text and "over the autoregressive twin at equal accuracy" in text
 
 
 def test_every_round_has_everyone_once_and_begins_elsewhere(tiny_task, built):

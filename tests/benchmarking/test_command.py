@@ -38,7 +38,11 @@ def test_quick_run_writes_json_markdown_and_plot(tiny_task, write_config, tmp_pa
     bars = {"over_fixed_length", "over_autoregressive", "batch_32_over_1", "sampler_overhead"}
     assert bars <= set(result["ratios"]) and all(result["ratios"][name] is not None for name in bars)
     assert bars == set(result["ratios"]["tasks"]["tiny"]["bars"])
-    assert set(result["ratios"]["over_autoregressive_at_equal_accuracy"]) == {"tiny"}
+    for name in ("over_autoregressive", "over_autoregressive_batched", "forwards_over_autoregressive"):
+        assert set(result["ratios"][f"{name}_at_equal_accuracy"]) == {"tiny"}
+        assert result["ratios"]["tasks"]["tiny"]["at_equal_accuracy"][name] in {
+            s["name"] for s in result["tasks"][0]["settings"]
+        }
     assert "![accuracy and speed](result_tiny.png)" in output.with_suffix(".md").read_text()
     assert (output.parent / "result_tiny.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,11 +1,13 @@
 """Tables, findings and plots of the results that ship."""
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
-from dllm_var.benchmarking.report import plot_task, report
+from dllm_var.benchmarking.plot import draw_task
+from dllm_var.benchmarking.report import report
 from dllm_var.benchmarking.results import BARS, against_bar
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
@@ -23,10 +25,10 @@ def cells(text, name):
 def test_samplers_have_their_figures_and_verdicts():
     text = report("Samplers", shipped("samplers_batch_1"), ["plot.png"])
     [answers, speed] = cells(text, "decaying threshold 0.5 \\*".replace("\\", ""))
-    assert answers == ["88.7%", "55.8%", "100.0%", "5.4%", "6.6%", "0.13", "0.0%", "500"]
-    expected = ["88.7%", "1.2", "5.48", "856", "6.6", "25%", "0.3", "3.74", "6.80", "3,603", "1.8", "29.7"]
+    assert answers == ["88.7%", "55.8%", "100.0%", "5.4%", "6.6%", "0.13", "0.0%", "-", "500"]
+    expected = ["88.7%", "1.2", "5.48", "856", "6.6", "25%", "0.3", "3.74", "6.80", "3,603", "1.8", "29.7", "-"]
     assert speed == expected
-    assert cells(text, "fixed length")[1][-3:] == ["-", "-", "-"]  # not measured in batches
+    assert cells(text, "fixed length")[1][-4:] == ["-", "-", "-", "-"]  # not measured in batches
     for sentence in (
         "Intel(R) Xeon(R) Processor, 2 cores, 2 threads, device cpu, torch 2.13.0+cpu, commit d1bf69bcd273",
         "useful tokens/s over fixed-length diffusion: 866.21x (>= 30.10x: pass)",
@@ -57,16 +59,51 @@ def test_tables_are_whole():
         assert len({line.count("|") for line in table}) == 1 and len(set(map(len, table))) == 1
 
 
-def test_a_task_with_nothing_measured_yet_has_a_report_and_a_plot(tmp_path):
+def test_a_task_with_nothing_measured_yet_has_a_report_and_a_plot():
     pytest.importorskip("matplotlib")
     result = shipped("samplers_batch_1")
     task = result["tasks"][0]
-    plot_task(task, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     bars = {name: against_bar(None, *bar) for name, bar in BARS.items()}
     task.update(ratios={}, bars=bars, per_forward=[], settings=[{"name": "not yet", "single": {}, "batched": {}}])
     task["curves"] = [{"name": "threshold", "points": [], "best_accuracy": None, "aup": None}]
     text = report("", result)
     assert "threshold: not measured" in text and "batched throughput over batch 1: - (>= 6.00x: not measured)" in text
     assert [set(row) for row in cells(text, "not yet")] == [{"-"}, {"-"}]
-    plot_task(task, tmp_path / "plot.png")
+    draw_task(task)
+
+
+def plotted(figure):
+    """The legend's entries, and for each panel its labels with the places that they take, in pixels."""
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    texts = [[text for text in axis.texts if text.get_text()] for axis in figure.axes]
+    return legend, [[(text.get_text(), text.get_window_extent()) for text in panel] for panel in texts]
+
+
+def test_a_plot_names_every_setting_and_no_label_hides_another():
+    pytest.importorskip("matplotlib")
+    [task, _] = shipped("samplers")["tasks"]
+    figure = draw_task(task)
+    legend, panels = plotted(figure)
+    assert any(entry.startswith("entropy threshold (AUP 498") for entry in legend)
+    assert "autoregressive (the twin)" in legend
+    on_curves = {point["setting"] for curve in task["curves"] for point in curve["points"]}
+    below = figure.axes[0].get_title().replace("\n", " ")
+    assert "joint threshold (70%)" in below
+    for axis, labels in zip(figure.axes, panels, strict=True):
+        names = [name.removesuffix(" *") for name, _ in labels]
+        missing = {setting["name"] for setting in task["settings"]} - {*names} - on_curves
+        assert len(names) > 20 and {"autoregressive", task["chosen"], task["default"]} <= set(names)
+        assert all(f"{name} (" in below for name in missing)
+        places = [place for _, place in labels]
+        assert not [pair for pair in combinations(places, 2) if pair[0].overlaps(pair[1])]
+        frame = axis.get_window_extent()
+        assert all(frame.contains(*place.min) and frame.contains(*place.max) for place in places)
+
+
+def test_a_plot_marks_the_best_setting_at_equal_accuracy():
+    pytest.importorskip("matplotlib")
+    [task] = shipped("gsm_symbolic")["tasks"]
+    task["at_equal_accuracy"] = {"over_autoregressive": "diffuspec", "forwards_over_autoregressive": "autoregressive"}
+    task["over_autoregressive_at_equal_accuracy"] = 1.47
+    _, [speed, forwards] = plotted(draw_task(task))
+    assert "diffuspec (1.47x)" in dict(speed) and {"diffuspec", "autoregressive"} <= set(dict(forwards))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dllm_var.benchmarking.results import Contender, Decoding, at_equal_accuracy, best_setting, ratios
+from dllm_var.benchmarking.results import CHOSEN_BY, Contender, Decoding, at_equal_accuracy, best_setting, ratios
 from dllm_var.benchmarking.settings import Entry
 from dllm_var.sampling import Generation
 
@@ -17,13 +17,13 @@ def run(tokens, nfe, seconds, forward_share=0.9, per_call=True):
 
 
 def contender(name, role="candidate", single=(), batched=(), selection=None, accuracy=None, prompts=100):
-    """A measured setting; `selection` is accuracy and tokens/s on the selection split."""
+    """A measured setting; `selection` is accuracy and tokens/s on the selection split, there the same in batches."""
     result = Contender(Entry(name, {}, role=role), None, None, single=list(single), batched=list(batched))
     if accuracy is not None:
         result.scores = {"accuracy": accuracy, "prompts": prompts}
     if selection is not None:
-        result.selection_scores = {"accuracy": selection[0]}
-        result.selection_single = [run([selection[1]], [1], [1.0])]
+        result.selection_scores = {"accuracy": selection[0], "tokens_per_forward": selection[1]}
+        result.selection_single = result.selection_batched = [run([60], [1], [60 / selection[1]])]
     return result
 
 
@@ -49,11 +49,17 @@ def test_ratios_by_hand():
         single=[run([6, 6, 6, 6], [2, 2, 2, 2], [0.1, 0.1, 0.1, 0.1], forward_share=0.75)],
         batched=[run([6, 6, 6, 6], [2, 2, 2, 2], [0.05], per_call=False)],
     )
-    twin = contender("ar", "autoregressive", single=[run([6, 6, 6, 6], [7, 7, 7, 7], [0.2, 0.2, 0.2, 0.2])])
+    twin = contender(
+        "ar",
+        "autoregressive",
+        single=[run([6, 6, 6, 6], [7, 7, 7, 7], [0.2, 0.2, 0.2, 0.2])],
+        batched=[run([6, 6, 6, 6], [7, 7, 7, 7], [0.15], per_call=False)],
+    )
     fixed = contender("fixed", "fixed_length", single=[run([3, 3], [256, 256], [5.0, 5.0])])
     assert ratios(ours, [ours, twin, fixed], answer_lengths=[3, 3, 3, 3]) == {
         "over_fixed_length": pytest.approx((12 / 0.2) / (6 / 10)),  # on the two prompts both have
         "over_autoregressive": pytest.approx(2),
+        "over_autoregressive_batched": pytest.approx(3),
         "batch_32_over_1": pytest.approx((24 / 0.05) / (24 / 0.4)),
         "sampler_overhead": pytest.approx(0.25),
         "forwards_over_fixed_length": pytest.approx((12 / 4) / (6 / 512)),
@@ -76,14 +82,59 @@ def test_a_fixed_length_baseline_that_answers_nothing_is_credited_with_the_refer
         assert ratios(ours, [ours, fixed], answer_lengths=[6])["over_fixed_length"] == pytest.approx(ratio)
 
 
+def fast(name, speed, accuracy=0.93, selection_speed=None, batched=None, nfe=10, **more):
+    """A setting that takes `nfe` forwards for ten tokens, with its tokens/s on both splits."""
+    selection = (0.93, speed if selection_speed is None else selection_speed)
+    rounds = [run([10], [nfe], [10 / speed])]
+    many = rounds if batched is None else [run([10], [nfe], [10 / batched])]
+    return contender(name, single=rounds, batched=many, selection=selection, accuracy=accuracy, **more)
+
+
+def named(settings):
+    """The settings at equal accuracy by their ratios to the twin."""
+    found = at_equal_accuracy(settings)
+    return {name: (one.setting.name, pytest.approx(value)) for name, (one, value) in found.items()}
+
+
 def test_at_equal_accuracy_the_fastest_counts_that_answers_as_well_as_the_twin():
-    twin = contender("ar", "autoregressive", accuracy=0.93, single=[run([10], [10], [10.0])])
+    twin = fast("ar", 1, role="autoregressive")
     settings = [
         twin,
-        contender("worse", accuracy=0.91, single=[run([10], [1], [1.0])]),
-        contender("as good", accuracy=0.921, single=[run([10], [2], [4.0])]),
-        contender("slower", "reference", accuracy=0.93, single=[run([10], [2], [8.0])]),
-        contender("few prompts", accuracy=1.0, prompts=2, single=[run([10], [1], [0.1])]),
+        fast("worse", 9, accuracy=0.9249),
+        fast("few prompts", 9, accuracy=1.0, prompts=2),
+        fast("as good", 2.5, accuracy=0.925, nfe=4),  # half a point is the limit
+        fast("slower", 1.5, role="reference", nfe=5),
     ]
-    assert at_equal_accuracy(settings) == pytest.approx(2.5)
-    assert at_equal_accuracy(settings[:2]) is None and at_equal_accuracy(settings[1:]) is None
+    assert named(settings) == {
+        "over_autoregressive": ("as good", 2.5),
+        "over_autoregressive_batched": ("as good", 2.5),
+        "forwards_over_autoregressive": ("as good", 2.5),
+    }
+    assert at_equal_accuracy(settings[1:]) == {}  # there is no twin
+
+
+def test_at_equal_accuracy_the_other_split_chooses_and_each_ratio_has_its_own_setting():
+    twin = fast("ar", 1, role="autoregressive")
+    lucky, steady = fast("lucky", 5, selection_speed=2), fast("steady", 4, selection_speed=3, batched=2)
+    wide = fast("wide", 1.1, nfe=2)
+    wide.selection_scores["tokens_per_forward"] = 5
+    assert named([twin, lucky, steady, wide]) == {
+        "over_autoregressive": ("steady", 4),
+        "over_autoregressive_batched": ("steady", 2),
+        "forwards_over_autoregressive": ("wide", 5),
+    }
+
+
+def test_at_equal_accuracy_the_twin_itself_is_the_least():
+    twin = fast("ar", 1, role="autoregressive")
+    by_itself = dict.fromkeys(CHOSEN_BY, ("ar", 1))
+    assert named([twin]) == by_itself
+    assert named([twin, fast("worse", 9, accuracy=0.5)]) == by_itself
+    assert named([twin, fast("slower after all", 0.9, selection_speed=9, nfe=20)]) == by_itself
+    assert named([contender("not measured yet", "autoregressive")]) == {}
+
+
+def test_in_batches_only_the_same_prompts_are_compared():
+    twin = contender("ar", "autoregressive", batched=[run([10, 10], [1, 1], [1.0], per_call=False)])
+    ours = contender("ours", batched=[run([10], [1], [0.1], per_call=False)])
+    assert ratios(ours, [ours, twin], [10])["over_autoregressive_batched"] is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,18 @@ def test_prompts_of_ones_own_need_no_references(fit: Any, spy: Any, capsys: Any)
     assert "2 answers: 100% ended by eos, 1.50 tokens/forward" in out
     assert "K K K K" in out
     assert "[" not in out.split("answers:")[1]
+
+
+def test_logs_how_many_drafted_tokens_were_accepted(fit: Any, spy: Any, tmp_path: Path, capsys: Any) -> None:
+    class Drafting(SamplingCallback):
+        def generate(self, *arguments: Any) -> Any:
+            return [replace(answer, drafted=4, accepted=3) for answer in super().generate(*arguments)]
+
+    fit(Drafting(spy, every_n_steps=3), logger=CSVLogger(tmp_path, name="csv"))
+    assert "75% of drafted tokens accepted" in capsys.readouterr().out
+    header, *lines = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
+    column = header.split(",").index("sample/introspective_acceptance")
+    assert {line.split(",")[column] for line in lines} >= {"0.75"}
 
 
 def test_logs_scalars_and_the_table(fit: Any, spy: Any, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = "eos"
     nfe: int = 1
+    drafted: int = 0
+    accepted: int = 0
 
 
 def slow_distance(a: list[int], b: list[int]) -> int:
@@ -83,6 +85,14 @@ def test_empty_answers_and_references_and_none_at_all() -> None:
     assert result["answer_error_rate"] == result["length_exact"] == result["overrun"] == 0.5
     metric.reset()
     assert all(value == 0 for value in metric.compute().values())
+
+
+def test_acceptance_is_that_of_all_drafted_tokens_and_absent_without_drafts() -> None:
+    metric = AnswerMetrics()
+    metric.update([Answer([1]), Answer([2])], [[[1]], [[1]]])
+    assert "introspective_acceptance" not in metric.compute()
+    metric.update([Answer([1], drafted=9, accepted=3), Answer([2], drafted=1, accepted=1)], [[[1]], [[1]]])
+    assert metric.compute()["introspective_acceptance"] == pytest.approx(0.4)
 
 
 def test_an_answer_without_reference_is_refused() -> None:
