@@ -234,8 +234,9 @@ class DiffusionLM(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._measure(batch, self.objective, self.objective_metrics)
-        if not self.objective.causal:
-            self._measure(batch, self.objective.likelihood(), self.bound_metrics)
+        likelihood = self.objective.likelihood()
+        if likelihood is not self.objective:
+            self._measure(batch, likelihood, self.bound_metrics)
 
     def _measure(self, batch: Batch, objective: Objective, metrics: DenoisingMetrics) -> None:
         """Adds a batch under fixed noise to the metrics."""
@@ -255,7 +256,8 @@ class DiffusionLM(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         stage = "test" if self.trainer.testing else "val"
         values = self.objective_metrics.compute()  # already of all ranks; sync_dist below only says so to Lightning
-        likelihood = values if self.objective.causal else self.bound_metrics.compute()
+        exact = self.objective.likelihood() is self.objective
+        likelihood = values if exact else self.bound_metrics.compute()
         for name in ("loss", "masked_accuracy", "terminator_recall"):
             if name in values:
                 self.log(f"{stage}/{name}", values[name], prog_bar=name == "loss", sync_dist=True)

@@ -9,12 +9,12 @@ import yaml
 from dllm_var.__main__ import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-RECIPES = ["quickstart", "cmudict", "cmudict_autoregressive"]
+RECIPES = ["quickstart", "cmudict", "cmudict_autoregressive", "cmudict_strided"]
 TOY = [
     *("--model.transformer.hidden_size=16", "--model.transformer.num_layers=1", "--model.transformer.num_heads=2"),
     *("--trainer.max_steps=2", "--trainer.limit_val_batches=2", "--trainer.val_check_interval=2"),
     *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.log_every_n_steps=1", "--data.batch_size=2"),
-    "--sampler.max_new_tokens=6",
+    *("--sampler.max_new_tokens=6", "--model.init_from=null"),
 ]
 
 

@@ -67,7 +67,7 @@ class KVCache:
             left_to_right: How many of each row's first tokens see nothing to the right of them [B]; none when None.
         """
         lengths = self.lengths if rows is None else self.lengths[rows]
-        assert rows is None or (seen is None and not lengths.any()), "a forward of some rows starts from empty ones"
+        assert rows is None or not lengths.any(), "a forward of some rows starts from empty ones"
         assert slots is None or visible is not None
         device, offsets = self.storage.device, torch.arange(width, device="cpu")
         self._rows = None if rows is None else rows.to(device)
@@ -113,13 +113,13 @@ class KVCache:
     def mask(self, causal: bool) -> Tensor | None:
         """Returns the boolean mask [B, 1, 1 or L, reach] of this forward, None when every token sees everything."""
         keys = torch.arange(self.reach, device=self.storage.device)
-        if causal and self._width > 1:
-            return (keys <= self.positions.unsqueeze(2)).unsqueeze(1)
         if self._seen is not None:  # each key's place in the window [B, reach] is below 0 when it is frozen
             window = keys - self._starts.to(keys.device)[:, None]
             place = window.clamp(0, self._width - 1)[:, None].expand(-1, self._width, -1)
             inside = (window < self._width)[:, None] & self._seen.gather(2, place)
             return ((window < 0)[:, None] | inside).unsqueeze(1)
+        if causal and self._width > 1:
+            return (keys <= self.positions.unsqueeze(2)).unsqueeze(1)
         # A padding query sees what the real ones see: its output is never used, and no softmax is empty.
         return None if self._last_seen is None else (keys <= self._last_seen.unsqueeze(2)).unsqueeze(1)
 

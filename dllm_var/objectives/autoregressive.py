@@ -11,6 +11,10 @@ class Autoregressive(Objective):
 
     causal = True
 
+    def likelihood(self) -> Objective:
+        """The same: its loss is the exact likelihood."""
+        return self
+
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
         tokens = batch["input_ids"]
         targets, loss_mask = next_token_targets(batch)

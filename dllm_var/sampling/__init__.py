@@ -9,6 +9,7 @@ from dllm_var.sampling.freedave import FreeDaveSampler
 from dllm_var.sampling.guided import GuidedSampler
 from dllm_var.sampling.multi_block import MultiBlockSampler
 from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, Decision, FixedSteps, UnmaskingPolicy
+from dllm_var.sampling.strided import StridedSampler
 from dllm_var.sampling.wino import WinoSampler
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "MultiBlockSampler",
     "Request",
     "Sampler",
+    "StridedSampler",
     "UnmaskingPolicy",
     "WinoSampler",
 ]

@@ -12,7 +12,7 @@ from dllm_var.checkpoints.pretrained import load_checkpoint
 ROOT = Path(__file__).parent.parent.parent
 OVERLAYS = sorted(path.stem for path in (ROOT / "configs" / "sampler").glob("*.yaml"))
 SHORTER = {"fixed_length": ["--sampler.canvas_length=24"]}  # 256 forwards of 256 tokens are for the benchmark
-AUTOREGRESSIVE = {"autoregressive", "diffuspec"}  # decode an autoregressive checkpoint
+AUTOREGRESSIVE = {"autoregressive", "diffuspec", "strided"}  # decode an autoregressive checkpoint
 
 
 @pytest.fixture(scope="module")
