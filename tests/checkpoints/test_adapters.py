@@ -118,10 +118,13 @@ def test_others_open_the_exported_model_as_the_base(base, run):
 
 def test_its_text_is_that_of_the_base(base, run, capsys):
     answers = []
+    arguments = ["--prompt", "keyboard", "--max-new-tokens", "12"]
     for place in (base, run[0] / "model", run[0] / "run.ckpt"):
-        assert main(["generate", "--checkpoint", str(place), "--prompt", "keyboard", "--max-new-tokens", "6"]) == 0
-        answers.append(capsys.readouterr().out)
-    assert answers[0] and answers[0] == answers[1] == answers[2]
+        for sampler in ("AutoregressiveSampler", "StridedSampler"):
+            sampled = ["--sampler", f"dllm_var.sampling.{sampler}"]
+            assert main(["generate", "--checkpoint", str(place), *sampled, *arguments]) == 0
+            answers.append(capsys.readouterr().out)
+    assert len(answers[0]) > len("keyboard -> ") and set(answers) == {answers[0]}
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(base, tmp_path):
