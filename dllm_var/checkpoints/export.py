@@ -77,7 +77,10 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     try:
         with write_atomically(file) as unfinished:
             plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+            unfinished.touch()
+            mode = unfinished.stat().st_mode
             save_file(plain, unfinished, metadata={"format": "pt"})
+            unfinished.chmod(mode)  # safetensors 0.8 writes files that only their owner may read
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {file}: {error}") from error
 

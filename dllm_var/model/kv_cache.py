@@ -85,7 +85,7 @@ class KVCache:
             last = torch.where(offsets < left_to_right[:, None], lengths[:, None] + offsets, last)
         self._last_seen = None if bool((last == self.reach - 1).all()) else last.to(device)
         self.packed: Tensor | None = None
-        if windows is not None and len(windows) > 1 and visible is None and seen is None:
+        if windows is not None and len(windows) > 1 and visible is None:
             self._pack(windows, rows, offsets)
 
     def _pack(self, windows: Tensor, rows: Tensor | None, offsets: Tensor) -> None:

@@ -73,16 +73,18 @@ class StridedEngine(Engine[StridedRow]):
         seen = in_group | ((group == UNREAD)[:, None] & (order <= context[:, :, None]))
         lengths = self.cache.lengths if batch.index is None else self.cache.lengths[batch.index]
         positions = lengths.to(self.device)[:, None] + places
-        self.cache.open(longest, rows=batch.index, positions=positions, seen=seen)
+        counts = torch.tensor([len(window.tokens) for window in windows])
+        self.cache.open(longest, counts, batch.index, positions=positions, seen=seen)
         hidden = self.model.hidden_states(tokens, cache=self.cache)
         for row in batch.rows:
             row.nfe += row.index >= 0
         keys = torch.tensor([row.key + row.nfe for row in batch.rows], device=self.device)
         count, following = self._verify(self._logits(hidden, where), drafts, batch, keys)
-        of_stop = first.gather(1, count[:, None]) + self.offsets  # [R, masks], also where the stop has fewer
-        new, chances = self._draft(self._logits(hidden, of_stop.clamp_max(longest - 1)), batch, keys)
-        # The one wait for the device; a double holds any token id.
-        self._take(batch, windows, torch.cat((count[:, None], following[:, None], new, chances), dim=1).tolist())
+        found = [count[:, None], following[:, None]]
+        if any(map(any, (window.masks for window in windows))):  # else nothing is drafted
+            of_stop = first.gather(1, count[:, None]) + self.offsets  # [R, masks], also where the stop has fewer
+            found += self._draft(self._logits(hidden, of_stop.clamp_max(longest - 1)), batch, keys)
+        self._take(batch, windows, torch.cat(found, dim=1).tolist())  # one wait; a double holds any token id
 
     def _window(self, row: StridedRow) -> Window:
         """Lays out what the next forward reads of a row."""
