@@ -265,6 +265,26 @@ def segment_starts(batch: Batch) -> Tensor:
     return torch.arange(position.size(1), device=position.device) - position
 
 
+def span_starts(batch: Batch) -> Tensor:
+    """Returns the column where each token's span starts [B, L]: tokens of a segment that are all supervised or none."""
+    supervised, segment = batch["supervised"], batch["segment_ids"]
+    changes = torch.ones_like(supervised)
+    changes[:, 1:] = (supervised[:, 1:] != supervised[:, :-1]) | (segment[:, 1:] != segment[:, :-1])
+    columns = torch.arange(supervised.size(1), device=supervised.device)
+    return torch.where(changes, columns, 0).cummax(dim=1).values
+
+
+def columns_where(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the columns of a row's `chosen` [B, L] places, in order, as [B, N], and which of them exist [B, N].
+
+    N is the most that a row has; a column that does not exist is the row's last one. A GPU is waited for to count them.
+    """
+    length = chosen.size(1)
+    columns = torch.where(chosen, torch.arange(length, device=chosen.device), length)
+    columns = columns.sort(dim=1).values[:, : int(chosen.sum(dim=1).max())]
+    return columns.clamp_max(length - 1), columns < length
+
+
 def check_rates(name: str, low: float, high: float) -> None:
     """Raises UserError unless 0 < low <= high <= 1."""
     if not 0 < low <= high <= 1:

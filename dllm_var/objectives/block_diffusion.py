@@ -17,8 +17,10 @@ from dllm_var.objectives.base import (
     NoisedBatch,
     Objective,
     check_rates,
+    columns_where,
     golden_fractions,
     is_one_of,
+    span_starts,
 )
 
 CLEAN, FIRST_COPY = 0, 1  # which copy a token belongs to
@@ -234,27 +236,18 @@ class EvenBlockMasking(BlockDiffusion):
 
 
 def after(clean: Tensor, copies: Tensor) -> Tensor:
-    """Returns values of the clean tokens [B, L], and behind them those of the copies [B, C, N, K], as [B, S]."""
+    """Returns values of the clean tokens [B, L], and behind them those of copies [B, ...], as [B, S]."""
     return torch.cat([clean, copies.flatten(1)], dim=1)
 
 
 def find_blocks(batch: Batch, block_length: int) -> Blocks:
     """Finds the blocks of `block_length` of every supervised span, counted from where it starts."""
-    supervised, segment = batch["supervised"], batch["segment_ids"]
+    supervised = batch["supervised"]
     length = supervised.size(1)
-    columns = torch.arange(length, device=supervised.device).expand_as(segment)
-    changes = torch.ones_like(supervised)
-    changes[:, 1:] = (supervised[:, 1:] != supervised[:, :-1]) | (segment[:, 1:] != segment[:, :-1])
-    span_start = torch.where(changes, columns, 0).cummax(dim=1).values
-    begins = changes | (supervised & ((columns - span_start) % block_length == 0))
+    place = torch.arange(length, device=supervised.device) - span_starts(batch)  # in its span
+    begins = (place == 0) | (supervised & (place % block_length == 0))
     number = begins.cumsum(dim=1)
-
-    begins = begins & supervised
-    most = int(begins.sum(dim=1).max())
-    # The columns of the blocks' starts, in order, in front of all others.
-    start = torch.where(begins, columns, length).sort(dim=1).values[:, :most]
-    exists = start < length
-    start = start.clamp_max(length - 1)
+    start, exists = columns_where(begins & supervised)
     column = start[:, :, None] + torch.arange(block_length, device=start.device)
     inside = (column < length) & exists[:, :, None]
     blocks = Blocks(number, start, exists, column.clamp_max(length - 1), inside)

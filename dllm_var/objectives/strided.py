@@ -6,7 +6,8 @@ from torch import Tensor
 from dllm_var.errors import UserError
 from dllm_var.model.attention import AttentionRule
 from dllm_var.objectives.autoregressive import Autoregressive, next_token_targets
-from dllm_var.objectives.base import Batch, KeyedNoise, NoisedBatch, Objective, segment_starts
+from dllm_var.objectives.base import Batch, KeyedNoise, NoisedBatch, Objective, columns_where, span_starts
+from dllm_var.objectives.block_diffusion import after
 
 
 class IntrospectiveStride(Objective):
@@ -51,56 +52,47 @@ class IntrospectiveStride(Objective):
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
         tokens, segments = batch["input_ids"], batch["segment_ids"]
         columns = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
-        anchor = self._anchors(batch, columns, generator)
+        begin = self._stride_starts(batch, columns, generator)
         masked = batch["supervised"]
         if self.share < 1:
             chosen = generator.uniform(batch["row"], tokens.size(1), stream=2) < self.share
-            masked = masked & chosen.gather(1, (anchor + 1).clamp_min(0))
-        # The columns of masks in front, in order; rows have different numbers of them.
-        column = torch.where(masked, columns, tokens.size(1)).sort(dim=1).values[:, : int(masked.sum(dim=1).max())]
-        exists = column < tokens.size(1)
-        column = column.clamp_max(tokens.size(1) - 1)
-
-        def both(clean: Tensor, masks: Tensor) -> Tensor:
-            """Returns values of the clean tokens [B, L], and behind them those of the masks [B, M], as [B, L + M]."""
-            return torch.cat((clean, masks), dim=1)
-
+            masked = masked & chosen.gather(1, begin)
+        column, exists = columns_where(masked)
         targets, scored = next_token_targets(batch)
-        scored_masks = scored.gather(1, column) & exists
-        input_ids = both(tokens, torch.full_like(column, self.specials().mask_id))
-        loss_mask = both(scored if self.clean_weight else torch.zeros_like(scored), scored_masks)
-        weights = both(
-            torch.full(tokens.shape, self.clean_weight, device=tokens.device), torch.ones_like(column).float()
-        )
+        read_clean = scored if self.clean_weight else torch.zeros_like(scored)
+        input_ids = after(tokens, torch.full_like(column, self.specials().mask_id))
+        loss_mask = after(read_clean, scored.gather(1, column) & exists)
+        ones = torch.ones_like(input_ids, dtype=torch.float32)
+        weights = None
+        if self.clean_weight not in (0, 1):
+            weights = torch.where(
+                torch.arange(ones.size(1), device=ones.device) < tokens.size(1), self.clean_weight, ones
+            )
         rule = stride_rule(
-            both(columns, column),
-            both(columns, anchor.gather(1, column)),
-            both(segments, segments.gather(1, column).masked_fill(~exists, -2)),  # no segment: seen by none that exists
+            after(columns, column),
+            after(columns, begin.gather(1, column) - 1),
+            after(segments, segments.gather(1, column).masked_fill(~exists, -2)),  # seen by no token that exists
             input_ids,
             tokens.size(1),
         )
         return NoisedBatch(
             input_ids=input_ids,
-            targets=both(targets, targets.gather(1, column)),
+            targets=after(targets, targets.gather(1, column)),
             loss_mask=loss_mask,
-            mask_rate=torch.ones_like(weights),
-            weights=None if self.clean_weight in (0, 1) else weights,
+            mask_rate=ones,
+            weights=weights,
             normaliser=loss_mask.sum(),
-            position_ids=both(batch["position_ids"], batch["position_ids"].gather(1, column)),
+            position_ids=after(batch["position_ids"], batch["position_ids"].gather(1, column)),
             attention_rule=rule,
         )
 
-    def _anchors(self, batch: Batch, columns: Tensor, generator: KeyedNoise) -> Tensor:
-        """Draws where strides begin; returns for each supervised token the column left of its stride's first [B, L]."""
+    def _stride_starts(self, batch: Batch, columns: Tensor, generator: KeyedNoise) -> Tensor:
+        """Draws where strides begin; returns the column of the first mask of each supervised token's stride [B, L]."""
         masks = self.strides(batch["row"])[:, None] - 1  # masks of a stride in each row [B, 1]
-        first = torch.ones_like(batch["supervised"])
-        first[:, 1:] = (batch["supervised"] & ~batch["supervised"].roll(1, dims=1))[:, 1:]
-        first |= columns == segment_starts(batch)
-        start = torch.where(first, columns, 0).cummax(dim=1).values  # of the supervised span
+        start = span_starts(batch)
         uniform = generator.uniform(batch["row"], columns.size(1), stream=1).gather(1, start)
         phase = ((2 * uniform - 1).clamp_min(0) * masks).long()  # 0 for half of the spans
-        offset = (columns - start + phase) % masks
-        return torch.maximum(columns - offset, start) - 1
+        return torch.maximum(columns - (columns - start + phase) % masks, start)
 
     def strides(self, rows: Tensor) -> Tensor:
         """Returns the stride at which rows of these numbers are trained [B]."""

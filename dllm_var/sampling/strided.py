@@ -65,26 +65,26 @@ class StridedEngine(Engine[StridedRow]):
         windows = [self._window(row) for row in batch.rows]
         longest, most = (max(map(len, parts)) for parts in zip(*((w.tokens, w.stops) for w in windows), strict=True))
         padding = [(self.mask_id, 0, 0, -1)]
-        table = torch.tensor([w.tokens + padding * (longest - len(w.tokens)) for w in windows]).to(self.device)
+        lengths = self.cache.lengths if batch.index is None else self.cache.lengths[batch.index]
+        table = torch.tensor([w.tokens + padding * (longest - len(w.tokens)) for w in windows])
+        table[:, :, 1] += lengths[:, None]  # places become rotary positions
+        table = table.to(self.device)
         stops = torch.tensor([w.stops + [(0, NO_DRAFT, 0)] * (most - len(w.stops)) for w in windows]).to(self.device)
-        (tokens, places, context, group), (where, drafts, first) = table.unbind(2), stops.unbind(2)  # [R, L], [R, K]
+        (tokens, positions, context, group), (where, drafts, first) = table.unbind(2), stops.unbind(2)  # [R, L], [R, K]
         order = torch.arange(longest, device=self.device)
         in_group = (group[:, None] == group[:, :, None]) & (order <= order[:, None])
         seen = in_group | ((group == UNREAD)[:, None] & (order <= context[:, :, None]))
-        lengths = self.cache.lengths if batch.index is None else self.cache.lengths[batch.index]
-        positions = lengths.to(self.device)[:, None] + places
         counts = torch.tensor([len(window.tokens) for window in windows])
         self.cache.open(longest, counts, batch.index, positions=positions, seen=seen)
         hidden = self.model.hidden_states(tokens, cache=self.cache)
         for row in batch.rows:
             row.nfe += row.index >= 0
-        keys = torch.tensor([row.key + row.nfe for row in batch.rows], device=self.device)
-        count, following = self._verify(self._logits(hidden, where), drafts, batch, keys)
+        count, following = self._verify(self._logits(hidden, where), drafts, batch)
         found = [count[:, None], following[:, None]]
         if any(map(any, (window.masks for window in windows))):  # else nothing is drafted
             of_stop = first.gather(1, count[:, None]) + self.offsets  # [R, masks], also where the stop has fewer
-            found += self._draft(self._logits(hidden, of_stop.clamp_max(longest - 1)), batch, keys)
-        self._take(batch, windows, torch.cat(found, dim=1).tolist())  # one wait; a double holds any token id
+            found += self._draft(self._logits(hidden, of_stop.clamp_max(longest - 1)), batch)
+        self._take(batch, windows, torch.cat(found, dim=1).tolist())  # the one wait for the device
 
     def _window(self, row: StridedRow) -> Window:
         """Lays out what the next forward reads of a row."""
@@ -113,13 +113,17 @@ class StridedEngine(Engine[StridedRow]):
         chosen = hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.size(2)))
         return self.model.lm_head(chosen).float().index_fill_(2, self.banned, -torch.inf)
 
+    def _keys(self, batch: Batch[StridedRow]) -> Tensor:
+        """Returns the numbers of this forward's draws [R]."""
+        return torch.tensor([row.key + row.nfe for row in batch.rows], device=self.device)
+
     def _probabilities(self, logits: Tensor) -> Tensor:
         """Returns what tokens are drawn from, of the same shape as their logits."""
         settings = self.sampler
         likely = keep_likely(logits.flatten(0, 1), settings.temperature, settings.top_k, settings.top_p)
         return (likely / settings.temperature).softmax(dim=-1).view_as(logits)
 
-    def _verify(self, logits: Tensor, drafts: Tensor, batch: Batch[StridedRow], keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _verify(self, logits: Tensor, drafts: Tensor, batch: Batch[StridedRow]) -> tuple[Tensor, Tensor]:
         """Returns how many `drafts` [R, K] of each row are accepted [R], and the token behind them [R].
 
         The logits [R, K, V] say what the model itself puts where the drafts are. Drawn drafts are accepted such that
@@ -137,6 +141,7 @@ class StridedEngine(Engine[StridedRow]):
         offered.masked_fill_((drafts == NO_DRAFT)[:, :, None], 0)
         of_draft = drafts.clamp_min(0)[:, :, None]
         chance, offer = wanted.gather(2, of_draft)[..., 0], offered.gather(2, of_draft)[..., 0]
+        keys = self._keys(batch)
         uniform = KeyedNoise(settings.seed).uniform(keys, drafts.size(1), stream=6)
         accepted = (uniform * offer < chance) & (drafts != NO_DRAFT)
         count = accepted.long().cumprod(dim=1).sum(dim=1)
@@ -146,21 +151,22 @@ class StridedEngine(Engine[StridedRow]):
         rest = torch.where(rest.sum(dim=1, keepdim=True) > 0, rest, wanted)  # equal but for rounding
         return count, draw(rest.log(), keys * settings.stride + self.masks, 1.0, 0, 1.0, settings.seed)
 
-    def _draft(self, logits: Tensor, batch: Batch[StridedRow], keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _draft(self, logits: Tensor, batch: Batch[StridedRow]) -> tuple[Tensor, Tensor]:
         """Returns drafts [R, masks] from the masks' logits, and the chance of each that all up to it are accepted.
 
+        Chances are doubles, beside which any token id keeps its value.
         The chance is guessed from the largest probabilities alone. If it depended on the tokens that were drawn, those
         that are verified because of it would not be distributed as drawn.
         """
         settings = self.sampler
         if settings.temperature == 0:
             top, tokens = logits.max(dim=-1)
-            return tokens, (top - logits.logsumexp(dim=-1)).exp().cumprod(dim=1)
+            return tokens, (top - logits.logsumexp(dim=-1)).exp().double().cumprod(dim=1)
         probabilities = self._probabilities(logits)
         self.state[DRAFTED][slice(None) if batch.index is None else batch.slots] = probabilities
-        numbers = (keys * settings.stride)[:, None] + self.offsets
+        numbers = (self._keys(batch) * settings.stride)[:, None] + self.offsets
         tokens = settings.draw(logits.flatten(0, 1), numbers.flatten()).view_as(numbers)
-        return tokens, probabilities.amax(dim=-1).cumprod(dim=1)
+        return tokens, probabilities.amax(dim=-1).double().cumprod(dim=1)
 
     def _take(self, batch: Batch[StridedRow], windows: list[Window], said: list[list[float]]) -> None:
         """Adds to each row what is accepted, takes its new drafts, and ends it when it is complete."""
@@ -216,7 +222,7 @@ class StridedSampler(EngineSampler):
     forward without drafts follows each rejection.)
 
     Args:
-        stride: Most tokens that a forward adds; a draft has one less.
+        stride: Most tokens that a forward verifies and adds; a draft has one less.
         least_chance: A draft is verified, and masks are put behind a place, only where the chance that this helps is
             at least this, judged by the model's own probabilities. 0 verifies and drafts everywhere, which is best
             where `stride` squared tokens cost no more than one, as on a GPU at batch 1.

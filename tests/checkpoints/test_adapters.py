@@ -19,24 +19,10 @@ from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.model.lora import Lora, is_adapter
-from dllm_var.objectives import Autoregressive, EosSchedule, NoisedBatch, Objective
-from dllm_var.objectives.autoregressive import next_token_targets
+from dllm_var.objectives import Autoregressive, EosSchedule, IntrospectiveStride
 from dllm_var.training.optim import AdamW, Schedule
 
 LORA = dict(r=4, alpha=8.0, targets=["q_proj", "v_proj", "down_proj"], on_masks_only=True)
-
-
-class MaskedAnswers(Objective):
-    """Reads answers as nothing but masks, from left to right."""
-
-    causal = True
-
-    def corrupt(self, batch, generator):
-        tokens, supervised = batch["input_ids"], batch["supervised"]
-        targets, follows = next_token_targets(batch)
-        scored = follows & supervised
-        read = torch.where(supervised, self.specials().mask_id, tokens)
-        return NoisedBatch(read, targets, scored, torch.ones(tokens.shape), None, scored.sum())
 
 
 def data():
@@ -59,7 +45,7 @@ def base(tmp_path_factory):
 def fit(base, folder, steps=3, lora=LORA, ckpt_path=None, lr=0.05, **settings):
     L.seed_everything(0, verbose=False)
     model = DiffusionLM(
-        objective=MaskedAnswers(),
+        objective=IntrospectiveStride(4, clean_weight=0.0),
         init_from=str(base),
         lora=None if lora is None else Lora(**lora),
         optimizer=lambda params: AdamW(params, lr=lr, weight_decay=0.0),
