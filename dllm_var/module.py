@@ -233,7 +233,7 @@ class DiffusionLM(L.LightningModule):
     # -- validation --------------------------------------------------------------------------------------------------
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._measure(batch, self.objective, self.objective_metrics)
+        self._measure(batch, self.objective.grown(), self.objective_metrics)
         likelihood = self.objective.likelihood()
         if likelihood is not self.objective:
             self._measure(batch, likelihood, self.bound_metrics)

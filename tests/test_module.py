@@ -9,7 +9,7 @@ from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model import TransformerConfig
-from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule, Mdlm
+from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule, Mdlm, MultiBlockDiffusion
 from dllm_var.training.optim import Muon, Schedule
 
 SMALL = TransformerConfig(hidden_size=16, num_layers=1, num_heads=2)
@@ -84,7 +84,7 @@ def test_training_is_reproducible_and_seed_and_attention_matter(tmp_path):
     assert [torch.equal(weights[0], other) for other in weights[1:]] == [True, False, False]
 
 
-@pytest.mark.parametrize("objective", [EosSchedule, Autoregressive, BlockDiffusion])
+@pytest.mark.parametrize("objective", [EosSchedule, Autoregressive, BlockDiffusion, MultiBlockDiffusion])
 def test_validation_logs_loss_accuracy_terminators_and_likelihood(objective, tmp_path):
     model, run = fit(tmp_path, objective=objective(), limit_val_batches=2, val_check_interval=2)
     logged = run.callback_metrics

@@ -4,6 +4,7 @@ All their randomness is `KeyedNoise`: a pure function of (seed, row, position), 
 """
 
 from abc import ABC, abstractmethod
+from copy import copy
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -137,6 +138,7 @@ class Objective(ABC):
     causal_context: bool = False  # whether it reads prompts and finished blocks left to right
     token_shift: bool = False  # whether it predicts each token at the position left of it, although not `causal`
     document_attention_only: bool = False  # whether it decides itself which token of a sample sees which
+    growth_rows: int = 0  # rows of the training over which it grows, where it can
     special: SpecialTokens | None = None
 
     def bind(self, special: SpecialTokens) -> "Objective":
@@ -151,6 +153,14 @@ class Objective(ABC):
     def likelihood(self) -> "Objective":
         """Returns the noise under which a bound on the likelihood is measured."""
         return EvenMasking().bind(self.specials())
+
+    def grown(self) -> "Objective":
+        """Returns the objective as it is when it has grown, for validation, whose rows are counted from 0."""
+        if not self.growth_rows:
+            return self
+        grown = copy(self)
+        grown.growth_rows = 0
+        return grown
 
     def score(self, head: nn.Linear, hidden: Tensor, noised: NoisedBatch) -> Scores:
         """Returns the sum of the cross-entropies, weighted by `noised.weights`, given hidden states [M, hidden]."""

@@ -30,8 +30,10 @@ class Blocks(NamedTuple):
     """The supervised blocks of a batch; N is the most that a row has, K their length."""
 
     number: Tensor  # block of each clean token [B, L]: counts up along the row, an unsupervised span being one block
+    group: Tensor  # number of the block that begins each clean token's group [B, L]: of blocks that see each other
     start: Tensor  # column where each supervised block starts [B, N]
     exists: Tensor  # which of them exist, as rows have different numbers [B, N]
+    inside: Tensor  # which of the K places they have, as rows may have shorter blocks [B, N, K]
     column: Tensor  # column of each of their tokens [B, N, K]; a column inside the row also where there is no token
     answer: Tensor  # which of these tokens belong to the answer; those behind its end do not [B, N, K]
 
@@ -71,6 +73,9 @@ class BlockDiffusion(Certainty):
         exact_count: Masks round(t * K) of a block's K answer tokens (Efficient-DLM), not each with probability t.
         certainty: Weight of the entropy of predictions that are already right (dParallel, arXiv 2509.26488, section 3).
         certainty_temperature: Divides the logits before that entropy.
+        start_length: Block length of the first row when it grows.
+        growth_rows: Rows of the training over which the block length grows evenly from `start_length` to `block_length`
+            (1 to 32 in NBDiff, 16 to 32 in d3LLM); 0 for none. Validation has the full length.
     """
 
     document_attention_only = True
@@ -91,17 +96,20 @@ class BlockDiffusion(Certainty):
         exact_count: bool = False,
         certainty: float = 0.0,
         certainty_temperature: float = 0.5,
+        start_length: int = 1,
+        growth_rows: int = 0,
     ) -> None:
         super().__init__(certainty, certainty_temperature)
-        check_rates("BlockDiffusion", t_min, t_max)
-        if block_length < 1 or right_heavy < 0 or not 0 <= whole_share < 1:
+        name = type(self).__name__
+        check_rates(name, t_min, t_max)
+        if not 1 <= start_length <= block_length or growth_rows < 0 or right_heavy < 0 or not 0 <= whole_share < 1:
             raise UserError(
-                "objective BlockDiffusion needs block_length >= 1, right_heavy >= 0 and 0 <= whole_share < 1, got "
-                f"{block_length}, {right_heavy} and {whole_share}"
+                f"objective {name} needs 1 <= start_length <= block_length, growth_rows >= 0, right_heavy >= 0 and "
+                f"0 <= whole_share < 1, got {start_length}, {block_length}, {growth_rows}, {right_heavy}, {whole_share}"
             )
         if autoregressive_weight < 0 or (autoregressive_weight > 0 and not causal_context):
             raise UserError(
-                f"objective BlockDiffusion autoregressive_weight {autoregressive_weight} must not be below 0; above "
+                f"objective {name} autoregressive_weight {autoregressive_weight} must not be below 0; above "
                 "0 it needs causal_context: what sees the next token cannot learn to predict it"
             )
         self.block_length, self.kv_commit = block_length, kv_commit
@@ -109,24 +117,32 @@ class BlockDiffusion(Certainty):
         self.causal_context, self.autoregressive_weight = causal_context, autoregressive_weight
         self.token_shift, self.complementary = token_shift, complementary
         self.right_heavy, self.exact_count = right_heavy, exact_count
+        self.start_length, self.growth_rows = start_length, growth_rows
 
     def likelihood(self) -> Objective:
         """The same blocks and contexts, with rates and weights that bound the likelihood (BD3-LM, equation 8)."""
         return EvenBlockMasking(self).bind(self.specials())
 
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
-        blocks = find_blocks(batch, self.block_length)
+        blocks = find_blocks(batch, self.block_lengths(batch["row"]) if self.growth_rows else self.block_length)
         rate = self.rates(batch, blocks, generator)[:, :, None].expand_as(blocks.column)
         masked = self._draw_masked(batch, blocks, rate, generator)
-        ends = torch.zeros_like(masked)
-        if not self.even:
-            ends = is_one_of(blocks.take(batch["input_ids"]), self.specials().terminator_ids) & blocks.answer
+        ends = torch.zeros_like(masked) if self.even else self.terminators(batch, blocks)
         copies = [(masked | ends, rate)]
         if self.complementary:
             copies.append(((blocks.answer & ~masked) | ends, 1 - rate))
         if self.clean_sees_masks:  # the first copy is the one that clean tokens see
             copies.insert(0, (blocks.answer, torch.ones_like(rate)))
         return self.lay_out(batch, blocks, *(torch.stack(parts, dim=1) for parts in zip(*copies, strict=True)))
+
+    def block_lengths(self, rows: Tensor) -> Tensor:
+        """Returns the block length at which rows of these numbers are trained while it grows [B]."""
+        grown = rows * (self.block_length - self.start_length + 1) // self.growth_rows
+        return (self.start_length + grown).clamp_max(self.block_length)
+
+    def terminators(self, batch: Batch, blocks: Blocks) -> Tensor:
+        """Returns which of the blocks' tokens end an answer [B, N, K]."""
+        return is_one_of(blocks.take(batch["input_ids"]), self.specials().terminator_ids) & blocks.answer
 
     @property
     def clean_sees_masks(self) -> bool:
@@ -151,7 +167,7 @@ class BlockDiffusion(Certainty):
             count = masked.sum(dim=-1, keepdim=True)
         # The tokens with the largest log weight + Gumbel noise are a draw without replacement.
         uniform = blocks.take(generator.uniform(rows, length, stream=3)).clamp_min(1e-7)
-        offset = torch.arange(self.block_length, device=rate.device)
+        offset = torch.arange(rate.size(-1), device=rate.device)
         keys = self.right_heavy * (1 - rate) * offset - (-uniform.log()).log()
         keys = keys.masked_fill(~blocks.answer, -torch.inf)
         place = keys.argsort(dim=-1, descending=True).argsort(dim=-1)
@@ -165,17 +181,22 @@ class BlockDiffusion(Certainty):
         tokens, segments = batch["input_ids"], batch["segment_ids"]
         answers = blocks.take(tokens)[:, None].expand_as(masked)
         read = torch.where(blocks.answer[:, None] & ~masked, answers, self.specials().mask_id)
-        offsets = torch.arange(self.block_length, device=tokens.device)
+        offsets = torch.arange(masked.size(-1), device=tokens.device)
         positions = batch["position_ids"].gather(1, blocks.start)[:, None, :, None] + offsets
         scored = masked.clone()
         if self.even and self.clean_sees_masks:
             scored[:, 0] = False  # the copy that is nothing but masks
         next_token, clean_scored = next_token_targets(batch)
         weight = torch.full(tokens.shape, self.autoregressive_weight, device=tokens.device)
-        if self.token_shift:  # what a block predicts moves one to the left, its first token to the clean one before it
-            answers, scored = (F.pad(values[..., 1:], (0, 1)) for values in (answers, scored))
-            before_block = clean_scored & (blocks.number != blocks.number.roll(-1, dims=1))
-            weight = weight.masked_fill(before_block, 1.0)
+        if self.token_shift:  # what a group predicts moves one to the left, its first token to the clean one before it
+            group = blocks.group.gather(1, blocks.start)
+            goes_on = F.pad(group[:, 1:] == group[:, :-1], (0, 1))[:, None, :, None]
+            answers, scored, rate = (
+                torch.cat((values[..., 1:], F.pad(values[:, :, 1:, :1], (0, 0, 0, 1)) * goes_on), dim=-1)
+                for values in (answers, scored, rate)
+            )
+            before_group = clean_scored & (blocks.group != blocks.group.roll(-1, dims=1))
+            weight = weight.masked_fill(before_group, 1.0)
         loss_mask = after(clean_scored & (weight > 0), scored)
         input_ids = after(tokens, read)
         return NoisedBatch(
@@ -191,9 +212,12 @@ class BlockDiffusion(Certainty):
 
     def _attention_rule(self, tokens: Tensor, segments: Tensor, blocks: Blocks, copied: torch.Size) -> AttentionRule:
         """Returns which token of `[clean | copies]` sees which; `copied` is the shape [B, C, N, K] of the copies."""
-        # Tokens of blocks that do not exist see each other, so that no softmax is empty.
-        number = blocks.number.gather(1, blocks.start).masked_fill(~blocks.exists, -1)
-        block = after(blocks.number, number[:, None, :, None].expand(copied))
+        # Places without a block see each other, so that no softmax is empty.
+        number, group = (
+            values.gather(1, blocks.start)[:, :, None].masked_fill(~blocks.inside, -1)[:, None].expand(copied)
+            for values in (blocks.number, blocks.group)
+        )
+        block, first = after(blocks.number, number), after(blocks.number, group)
         segment = after(segments, segments.gather(1, blocks.start)[:, None, :, None].expand(copied))
         copies = torch.arange(FIRST_COPY, FIRST_COPY + copied[1], device=tokens.device)
         copy = after(torch.full_like(segments, CLEAN), copies[:, None, None].expand(copied))[0]
@@ -201,7 +225,8 @@ class BlockDiffusion(Certainty):
 
         def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             own, its, clean = block[row, query], block[row, key], copy[key] == CLEAN
-            seen = ((own == its) & (copy[query] == copy[key])) | ((own > its) & clean)
+            begin = first[row, query]  # its own block for a clean token
+            seen = ((begin <= its) & (its <= own) & (copy[query] == copy[key])) | ((its < begin) & clean)
             if sees_masks:
                 seen = seen | ((own + 1 == its) & (copy[query] == CLEAN) & (copy[key] == FIRST_COPY))
             if causal_context:
@@ -240,15 +265,20 @@ def after(clean: Tensor, copies: Tensor) -> Tensor:
     return torch.cat([clean, copies.flatten(1)], dim=1)
 
 
-def find_blocks(batch: Batch, block_length: int) -> Blocks:
-    """Finds the blocks of `block_length` of every supervised span, counted from where it starts."""
+def find_blocks(batch: Batch, block_length: int | Tensor) -> Blocks:
+    """Finds the blocks of every supervised span, counted from where it starts, each a group of its own.
+
+    `block_length` is that of all rows, or of each [B]; a GPU is then waited for to find the longest.
+    """
     supervised = batch["supervised"]
-    length = supervised.size(1)
+    length, longest = supervised.size(1), block_length if isinstance(block_length, int) else int(block_length.max())
+    lengths = block_length if isinstance(block_length, int) else block_length[:, None]
     place = torch.arange(length, device=supervised.device) - span_starts(batch)  # in its span
-    begins = (place == 0) | (supervised & (place % block_length == 0))
+    begins = (place == 0) | (supervised & (place % lengths == 0))
     number = begins.cumsum(dim=1)
     start, exists = columns_where(begins & supervised)
-    column = start[:, :, None] + torch.arange(block_length, device=start.device)
-    inside = (column < length) & exists[:, :, None]
-    blocks = Blocks(number, start, exists, column.clamp_max(length - 1), inside)
-    return blocks._replace(answer=inside & (blocks.take(number) == number.gather(1, start)[:, :, None]))
+    offsets = torch.arange(longest, device=start.device)
+    inside = exists[:, :, None] & (offsets < lengths).view(-1, 1, len(offsets))
+    column = start[:, :, None] + offsets
+    blocks = Blocks(number, number, start, exists, inside, column.clamp_max(length - 1), inside & (column < length))
+    return blocks._replace(answer=blocks.answer & (blocks.take(number) == number.gather(1, start)[:, :, None]))

@@ -191,16 +191,17 @@ class Engine(ABC, Generic[AnyRow]):
         kept: Tensor,
         model: Transformer | None = None,
         cache: KVCache | None = None,
+        seen: Tensor | None = None,
     ) -> Tensor:
         """Reads each row's next `counts` [R] tokens of the canvas; returns their hidden states [R, L, hidden].
 
-        The cache keeps the first `kept` [R] of them.
+        The cache keeps the first `kept` [R] of them. `seen` says which of them each sees [R, L, L]; all when None.
         """
         model, cache = model or self.model, cache or self.cache
         longest = int(counts.max())
         text = kept if model.config.causal_context and bool(kept.any()) else None
         # An idle slot reads one token: anything but an empty softmax.
-        cache.open(longest, None if longest == 1 else counts.clamp_min(1), batch.index, left_to_right=text)
+        cache.open(longest, None if longest == 1 else counts.clamp_min(1), batch.index, seen=seen, left_to_right=text)
         canvas = self.canvas if batch.index is None else self.canvas[batch.slots]
         positions = cache.positions if cache.capacity == self.capacity else cache.positions.clamp(max=self.capacity - 1)
         hidden = model.hidden_states(canvas.gather(1, positions), cache=cache)

@@ -56,6 +56,21 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
             start += block.width
         return found + [(start, 0, 0, 0)] * (self.sampler.blocks - len(found))
 
+    def read_window(self, batch: Batch[MultiBlockRow]) -> Tensor:
+        if self.sampler.sees_ahead:
+            return super().read_window(batch)
+        counts, pending = batch.pending + batch.width, batch.pending[:, None, None]
+        prompt = torch.tensor([row.prompt_length for row in batch.rows], device="cpu")[:, None]
+        place = torch.arange(int(counts.max()), device="cpu")
+        position = self.cache.lengths[batch.slots][:, None] + place  # [R, L]
+        first = prompt if self.sampler.grid == "prompt" else 0
+        block = torch.where(position < prompt, -1, (position - first) // self.sampler.block_length)
+        seen = block[:, None] <= block[:, :, None]
+        if self.model.config.causal_context:  # pending tokens see their own left alone
+            seen = seen & ((place <= place[:, None]) | (place[:, None] >= pending))
+        padding = (place >= counts[:, None])[:, :, None]  # it sees everything, so that no softmax is empty
+        return self.read(batch, counts, batch.pending, seen=(seen | padding).to(self.device))
+
     def predict(self, batch: Batch[MultiBlockRow], hidden: Tensor) -> None:
         """Takes all open blocks one denoising step further; ends blocks and rows, and opens further blocks."""
         cells, nfe, view = self.view_blocks(batch, hidden)
@@ -161,13 +176,16 @@ class MultiBlockSampler(BlockDiffusionSampler):
     A forward takes all open blocks. A further one opens when the last is decoded to some share; it commits what the
     policy is sure of, while only the leading block is made to fill a position at each step. Once the leading block is
     full it enters the cache as the base sampler's do. d3LLM's own policy is `EntropyThreshold`, and its model is
-    trained for it: one that is not sees more masks behind a block than it was trained with.
+    trained for it: one that is not sees more masks behind a block than it was trained with. A model that
+    `objectives.MultiBlockDiffusion` has trained needs `sees_ahead: false`.
 
     Args:
         blocks: Most blocks open at a time; 1 is the base sampler.
         open_at: Share of the last open block that must be decoded before the next one opens, in [0, 1].
         settled_at: Share of a block that must be decoded before the one right of it is decoded like any, in [0, 1].
         ahead_threshold: Confidence that a position must exceed before that, whatever the policy says, in [0, 1].
+        sees_ahead: Whether open and finished blocks see the open ones behind them in a forward. If not, `joint_next`
+            and `alone` remember the same of a finished block.
     """
 
     engine = MultiBlockEngine
@@ -176,6 +194,7 @@ class MultiBlockSampler(BlockDiffusionSampler):
     open_at: float = field(default=0.1, kw_only=True)
     settled_at: float = field(default=0.95, kw_only=True)
     ahead_threshold: float = field(default=0.9, kw_only=True)
+    sees_ahead: bool = field(default=True, kw_only=True)
     block_length_policy: BlockLengthPolicy | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:

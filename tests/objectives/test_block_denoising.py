@@ -356,6 +356,47 @@ def test_the_likelihood_weights_count_every_supervised_token_once(mode, shift):
     assert rates.min() < 0.1 and rates.max() > 0.98
 
 
+def test_the_block_length_grows_with_the_row_s_number():
+    rows = torch.tensor([0, 74, 75, 300, 599, 600, 10_000])
+    assert BlockDiffusion(8, growth_rows=600).block_lengths(rows).tolist() == [1, 1, 2, 5, 8, 8, 8]
+    assert BlockDiffusion(32, start_length=16, growth_rows=1700).block_lengths(rows).tolist()[:3] == [16, 16, 16]
+    batch, grown = make_batch(first_row=600), bound(growth_rows=600)
+    for ours, plain in (
+        (grown.corrupt(batch, KeyedNoise(0)), bound().corrupt(batch, KeyedNoise(0))),
+        (grown.grown().corrupt(make_batch(), KeyedNoise(0)), bound().corrupt(make_batch(), KeyedNoise(0))),
+        (
+            grown.likelihood().corrupt(make_batch(), KeyedNoise(0)),
+            bound().likelihood().corrupt(make_batch(), KeyedNoise(0)),
+        ),
+    ):
+        assert torch.equal(ours.input_ids, plain.input_ids) and torch.equal(ours.mask_rate, plain.mask_rate)
+        assert torch.equal(ours.attention_rule.mask, plain.attention_rule.mask)
+
+
+@pytest.mark.parametrize(("mode", "causal"), CONTEXTS)
+@pytest.mark.parametrize("shift", [False, True])
+def test_rows_of_one_batch_may_have_blocks_of_other_lengths(mode, causal, shift):
+    """Each is read and scored as in a batch of its own, whose blocks have that length throughout."""
+    batch, transformer = make_batch(first_row=1), model()
+    settings = dict(kv_commit=mode, causal_context=causal, token_shift=shift, right_heavy=0.5)
+    growing = bound(growth_rows=4, **settings)
+    assert growing.block_lengths(batch["row"]).tolist() == [2, 3, 4]
+
+    def read(batch, objective):
+        noised = objective.corrupt(batch, KeyedNoise(3))
+        return noised, transformer.hidden_states(
+            noised.input_ids, noised.position_ids, None, None, noised.attention_rule
+        )
+
+    together, hidden = read(batch, growing)
+    for i, length in enumerate((2, 3, 4)):
+        single = {name: values[i : i + 1] for name, values in batch.items()}
+        alone, expected = read(single, BlockDiffusion(length, **settings).bind(SPECIAL))
+        scored = together.loss_mask[i]
+        assert torch.equal(together.targets[i][scored], alone.targets[alone.loss_mask])
+        torch.testing.assert_close(hidden[i][scored], expected[alone.loss_mask], atol=1e-4, rtol=0)
+
+
 def test_a_batch_without_supervision_has_no_loss():
     batch = make_batch([[[(False, 9)]]], 12)
     noised = bound().corrupt(batch, KeyedNoise(0))
@@ -375,6 +416,9 @@ def test_bad_settings_are_named():
         BlockDiffusion(4, certainty=-1.0)
     with pytest.raises(UserError, match="whole_share"):
         BlockDiffusion(4, whole_share=1.0)
+    for wrong in ({"start_length": 0}, {"start_length": 5}, {"growth_rows": -1}):
+        with pytest.raises(UserError, match="1 <= start_length <= block_length, growth_rows"):
+            BlockDiffusion(4, **wrong)
     with pytest.raises(UserError, match="needs causal_context"):
         BlockDiffusion(4, autoregressive_weight=0.5)
     with pytest.raises(UserError, match=r"model\.attention full"):

@@ -115,6 +115,7 @@ def test_the_stride_grows_with_the_row_s_number():
     early, late = (make_batch([[[(True, 33)]]] * 4, 33, first_row=first) for first in (0, 600))
     assert depths(bound(8, growth_rows=600).corrupt(early, KeyedNoise(0)), 33).max() == 1
     assert depths(bound(8, growth_rows=600).corrupt(late, KeyedNoise(0)), 33).max() == 7
+    assert depths(bound(8, growth_rows=600).grown().corrupt(early, KeyedNoise(0)), 33).max() == 7  # in validation
 
 
 def test_the_noise_of_a_row_does_not_depend_on_its_batch_and_the_seed_matters():

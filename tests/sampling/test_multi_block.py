@@ -29,6 +29,7 @@ SETTINGS = [
     {"kv_commit": "last_step"},
 ]
 EACH = [(policy, SETTINGS[n % 4]) for n, policy in enumerate(POLICIES)] + [(POLICIES[0], SETTINGS[1])]
+LEFT_ALONE = [(POLICIES[0], {"sees_ahead": False, **SETTINGS[n]}) for n in (0, 1)]
 EAGER = dict(open_at=0.0, settled_at=0.5, ahead_threshold=0.2)
 
 
@@ -121,7 +122,7 @@ def test_with_one_block_it_is_the_base_sampler(policy, settings):
     assert everything(ours) == everything(base)
 
 
-@pytest.mark.parametrize(("policy", "settings"), EACH, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("policy", "settings"), EACH + LEFT_ALONE, ids=lambda value: type(value).__name__)
 def test_a_row_in_a_batch_equals_the_row_alone(policy, settings):
     model = random_model(1)
     settings = dict(blocks=3, block_length=4, max_new_tokens=14, batch_size=3, **EAGER, **settings)
@@ -131,6 +132,19 @@ def test_a_row_in_a_batch_equals_the_row_alone(policy, settings):
     for answer in together:
         assert MASK not in answer.tokens and not set(ENDS) & set(answer.tokens)
         assert answer.finish_reason == "eos" or len(answer.tokens) == 14
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_block_that_does_not_see_ahead_is_remembered_alike_beside_others_and_alone(causal):
+    model = random_model(2)
+    model.config.causal_context = causal
+    settings = dict(blocks=3, block_length=4, max_new_tokens=14, sees_ahead=False, **EAGER)
+    joint, alone = (
+        MultiBlockSampler(ConfidenceThreshold(0.3), kv_commit=kind, **settings).generate(model, PROMPTS[:5])
+        for kind in ("joint_next", "alone")
+    )
+    assert [answer.tokens for answer in joint] == [answer.tokens for answer in alone]
+    assert all(ours.nfe < theirs.nfe for ours, theirs in zip(joint, alone, strict=True))
 
 
 def scripted(script, sure, **settings):

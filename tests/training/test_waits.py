@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dllm_var import DiffusionLM
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.model import TransformerConfig
-from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule, Mdlm
+from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule, Mdlm, MultiBlockDiffusion
 
 aten = torch.ops.aten
 
@@ -42,6 +42,7 @@ class Waits(TorchDispatchMode):
         (Mdlm(), "document", 2),  # its losses have weights
         (Autoregressive(), "document", 2),
         (BlockDiffusion(block_length=4, autoregressive_weight=0.5, causal_context=True), "document", 2),
+        (MultiBlockDiffusion(block_length=4, autoregressive_weight=0.5, causal_context=True), "document", 2),
     ],
 )
 def test_a_batch_waits_for_its_loss_positions_and_its_documents(objective, attention, waits, monkeypatch):
