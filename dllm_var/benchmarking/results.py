@@ -122,27 +122,21 @@ def overhead(runs: Sequence[Decoding]) -> float:
     return median(1 - run.forward_seconds / sum(run.seconds) for run in runs)
 
 
-def over(
-    ours: Contender, baseline: Contender | None, cost: str = "seconds", credit: Sequence[int] | None = None
-) -> float | None:
+def over(ours: Contender, baseline: Contender | None, cost: str = "seconds") -> float | None:
     """Returns our useful tokens per `cost` (`seconds` or `forwards`) over a baseline's, at batch 1; None unmeasured.
 
-    It is the median over rounds, each ratio taken within a round over the prompts that both have timed. An answer of
-    the baseline counts with at least as many tokens as `credit` has for its prompt.
+    It is the median over rounds, each ratio taken within a round over the prompts that both have timed.
     """
     if baseline is None or not ours.single or not baseline.single:
         return None
     values = []
     for mine, theirs in zip(ours.single, baseline.single, strict=False):  # an interrupted round may lack one of them
         count = min(len(mine.answers), len(theirs.answers))
-        tokens = sum(len(answer.tokens) for answer in mine.answers[:count])
-        lengths = [len(answer.tokens) for answer in theirs.answers[:count]]
-        if credit is not None:
-            lengths = [max(pair) for pair in zip(lengths, credit[:count], strict=True)]
-        if not sum(lengths):
+        tokens, their_tokens = (sum(len(answer.tokens) for answer in run.answers[:count]) for run in (mine, theirs))
+        if not their_tokens:
             return None
         our_cost, their_cost = (sum(getattr(run, cost)[:count]) for run in (mine, theirs))
-        values.append(tokens / our_cost / (sum(lengths) / their_cost))
+        values.append(tokens / our_cost / (their_tokens / their_cost))
     return median(values)
 
 
@@ -165,21 +159,20 @@ def over_twin(ours: Contender, contenders: Sequence[Contender]) -> dict[str, flo
     }
 
 
-def ratios(ours: Contender, contenders: Sequence[Contender], answer_lengths: Sequence[int]) -> dict[str, float | None]:
+def ratios(ours: Contender, contenders: Sequence[Contender]) -> dict[str, float | None]:
     """Returns one setting's ratios to the task's baselines; None where a figure is missing.
 
     `over_*` are useful tokens/s (at batch 1, or in batches where the name says so), `forwards_over_*` useful tokens per
-    forward. The fixed-length baseline is credited with at least `answer_lengths` tokens, those of each prompt's longest
-    reference, so that a bad answer does not make it look slower than it is.
+    forward.
     """
     fixed = with_role(contenders, "fixed_length")
     rounds = zip(ours.batched, ours.single, strict=False)
     batched = [speed([many]) / speed([one]) for many, one in rounds if one.tokens]
     return {
-        "over_fixed_length": over(ours, fixed, credit=answer_lengths),
+        "over_fixed_length": over(ours, fixed),
         "batch_32_over_1": median(batched) if batched else None,
         "sampler_overhead": overhead(ours.single) if ours.single else None,
-        "forwards_over_fixed_length": over(ours, fixed, "forwards", answer_lengths),
+        "forwards_over_fixed_length": over(ours, fixed, "forwards"),
         **over_twin(ours, contenders),
     }
 
@@ -222,10 +215,9 @@ def against_bar(value: float | None, bar: float, direction: str) -> dict[str, An
 def task_result(run: TaskRun) -> dict[str, Any]:
     """Returns the measurements of one task, complete or not, as plain data."""
     task, contenders = run.task, run.contenders
-    lengths = [max(map(len, example.references)) for example in run.examples]
     best, default = best_setting(contenders), with_role(contenders, "default")
     equal = at_equal_accuracy(contenders)
-    values = {} if best is None else ratios(best, contenders, lengths)
+    values = {} if best is None else ratios(best, contenders)
     settings = [
         {
             **{name: getattr(one.setting, name) for name in ("name", "role", "checkpoint", "sampler")},
@@ -235,7 +227,7 @@ def task_result(run: TaskRun) -> dict[str, Any]:
             "batched": timing(one.batched),
             "peak_memory_bytes": one.memory,
             "selection": one.selection,
-            **ratios(one, contenders, lengths),
+            **ratios(one, contenders),
         }
         for one in contenders
     ]

@@ -1,0 +1,186 @@
+"""Error rate against epochs on few words: does diffusion gain where its autoregressive twin overfits?
+
+    python benchmarks/accuracy.py             # trains what results/accuracy.json lacks: hours on one core
+    python benchmarks/accuracy.py --report    # only prints the table and draws docs/accuracy.png
+
+Every run is the quickstart's transformer (0.87M parameters) on the same 6,000 words of CMUdict, with a cosine schedule
+of its own that ends with its last epoch. Each model is decoded on the same words that training never sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import LambdaCallback
+
+from dllm_var import DiffusionLM
+from dllm_var.datamodules import CmudictSource, PackedDataModule
+from dllm_var.metrics import AnswerMetrics
+from dllm_var.model import TransformerConfig
+from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule, IntrospectiveStride
+from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, ConfidenceThreshold, StridedSampler
+from dllm_var.training.optim import Muon, Schedule
+
+RESULTS = Path(__file__).parent / "results" / "accuracy.json"
+PICTURE = Path(__file__).parents[1] / "docs" / "accuracy.png"
+WORDS = 6_000
+EPOCHS = (4, 12, 36)
+HELD_OUT = {"validation": 500, "test": 2_000}
+FIGURES = ("token_error_rate", "length_exact", "tokens_per_forward")
+BLOCK = 12
+RECIPES = ("autoregressive", "autoregressive, dropout 0.1", "EOS schedule", "block diffusion", "strided")
+
+
+class FewWords(CmudictSource):
+    """CMUdict with the first of its training words; held-out words are the same."""
+
+    def records(self, split: str) -> Iterator[dict[str, Any]]:
+        words = self._words["train"]
+        kept = set(words[:: len(words) // WORDS][:WORDS])
+        yield from (record for record in super().records(split) if split != "train" or record["prompt"] in kept)
+
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint()}-{WORDS}"
+
+
+def recipe(name: str) -> tuple[Any, Any, int]:
+    """Returns the objective of a recipe, the sampler that it is for, and the canvas of the data."""
+    blocks = BlockDiffusionSampler(ConfidenceThreshold(0.9), block_length=BLOCK, max_new_tokens=48, batch_size=128)
+    if name == "EOS schedule":
+        return EosSchedule(0.1, 1.0, rate_per="segment"), blocks, BLOCK
+    if name == "block diffusion":
+        how: dict[str, Any] = dict(causal_context=True, autoregressive_weight=0.5, token_shift=True)
+        return BlockDiffusion(BLOCK, whole_share=0.3, right_heavy=0.5, **how), blocks, 0
+    if name == "strided":
+        return IntrospectiveStride(8, share=0.5), StridedSampler(8, max_new_tokens=48, batch_size=128), 0
+    return Autoregressive(), AutoregressiveSampler(max_new_tokens=48, batch_size=128), 0
+
+
+def dropout(share: float) -> L.Callback:
+    """Returns a callback that drops this share of what attention and feed-forward layers add."""
+
+    def drop(module: torch.nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        return F.dropout(output, share, module.training)
+
+    def attach(trainer: L.Trainer, model: L.LightningModule) -> None:
+        for layer in model.transformer.layers:
+            layer.self_attn.register_forward_hook(drop)
+            layer.mlp.register_forward_hook(drop)
+
+    return LambdaCallback(on_fit_start=attach)
+
+
+def run(name: str, epochs: int, seed: int) -> dict[str, Any]:
+    """Trains one model and decodes the held-out words."""
+    objective, sampler, canvas = recipe(name)
+    L.seed_everything(seed, verbose=False)
+    data = PackedDataModule(
+        FewWords(), batch_size=16, context_length=128, packing="best_fit", canvas=canvas, seed=seed, num_workers=0
+    )
+    model = DiffusionLM(
+        transformer=TransformerConfig(hidden_size=128, num_layers=4, num_heads=4, initializer_range=0.01),
+        objective=objective,
+        attention="document",
+        optimizer=lambda parameters: Muon(parameters, lr=0.015, adamw_lr=6e-3, weight_decay=0.1),
+        schedule=Schedule("cosine", warmup_steps=50),
+        seed=seed,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            accelerator="cpu", max_epochs=epochs, gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, default_root_dir=folder,
+            callbacks=[dropout(0.1)] if "dropout" in name else [],
+        )  # fmt: skip
+        began = time.perf_counter()
+        trainer.fit(model, data)
+    result = {
+        "steps": trainer.global_step,
+        "train_seconds": round(time.perf_counter() - began, 1),
+        "train_loss": round(float(trainer.callback_metrics["train/loss"]), 4),
+    }
+    for split, count in HELD_OUT.items():
+        examples = data.held_out(split, count)
+        answers = sampler.generate(model, [example.prompt_ids for example in examples])
+        metrics = AnswerMetrics()
+        metrics.update(answers, [example.references for example in examples])
+        found = metrics.compute()
+        result[split] = {
+            key: round(found[key], 4) for key in ("token_error_rate", "length_exact", "tokens_per_forward")
+        }
+    return result
+
+
+def table(done: list[dict[str, Any]]) -> str:
+    """Returns the medians over seeds as a table: error rates on the test words, and which length validation chooses."""
+    lines = [
+        "| recipe | " + " | ".join(f"{epochs} epochs" for epochs in EPOCHS) + " | stopped early | range over seeds |",
+        "|---|" + "--:|" * (len(EPOCHS) + 2),
+    ]
+    for name in RECIPES:
+        runs = [entry for entry in done if entry["recipe"] == name]
+        cells = []
+        for epochs in EPOCHS:
+            errors = [entry["test"]["token_error_rate"] for entry in runs if entry["epochs"] == epochs]
+            cells.append(f"{statistics.median(errors):.1%}" if errors else "")
+        chosen = []
+        for seed in sorted({entry["seed"] for entry in runs}):
+            own = [entry for entry in runs if entry["seed"] == seed]
+            chosen.append(min(own, key=lambda entry: entry["validation"]["token_error_rate"]))
+        errors = [entry["test"]["token_error_rate"] for entry in chosen]
+        if errors:
+            cells += [f"{statistics.median(errors):.1%}", f"{min(errors):.1%} to {max(errors):.1%} ({len(errors)})"]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(done: list[dict[str, Any]]) -> None:
+    """Draws the error rates against epochs, one line for each recipe and one point for each run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for colour, name in zip(("C0", "C9", "C1", "C3", "C2"), RECIPES, strict=True):
+        runs = [entry for entry in done if entry["recipe"] == name]
+        lengths = sorted({entry["epochs"] for entry in runs})
+        errors = [[100 * run["test"]["token_error_rate"] for run in runs if run["epochs"] == some] for some in lengths]
+        axes.plot(lengths, [statistics.median(values) for values in errors], color=colour, label=name)
+        for length, values in zip(lengths, errors, strict=True):
+            axes.plot([length] * len(values), values, "o", color=colour, markersize=4)
+    axes.set(xscale="log", xlabel="epochs", ylabel="phoneme error rate on 2,000 unseen words, %")
+    axes.set_xticks(EPOCHS, [str(epochs) for epochs in EPOCHS])
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(PICTURE, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
+    parser.add_argument("--report", action="store_true", help="only print the table and draw the picture")
+    options = parser.parse_args()
+    done = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    for seed, name, epochs in [] if options.report else itertools.product(options.seeds, options.recipes, EPOCHS):
+        wanted = {"recipe": name, "epochs": epochs, "seed": seed}
+        if all(entry | wanted != entry for entry in done):
+            done.append(wanted | run(name, epochs, seed))
+            RESULTS.write_text(json.dumps(done, indent=1) + "\n")
+            print(done[-1], flush=True)
+    print(table(done))
+    draw(done)
+
+
+if __name__ == "__main__":
+    main()
