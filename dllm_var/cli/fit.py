@@ -91,6 +91,8 @@ def run(command: str, arguments: list[str], resume: str | None, held: ExitStack)
     options = {name: settings[name] for name in ("verbose", "return_predictions") if name in settings}
     options["weights_only"] = True  # a checkpoint is data, never code to run
     getattr(trainer, command)(built.model, datamodule=built.data, ckpt_path=path, **options)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # gloo's threads may abort a process that exits with them
 
 
 def build_trainer(built: Namespace, text: str) -> Trainer:
