@@ -15,6 +15,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,6 @@ def run(attention: str, end: str, mask_terminators: bool, steps: int, seed: int)
 
     from dllm_var import DiffusionLM
     from dllm_var.datamodules import PackedDataModule
-    from dllm_var.metrics import AnswerMetrics
     from dllm_var.model import TransformerConfig
     from dllm_var.objectives import EosSchedule
     from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold
@@ -66,24 +66,42 @@ def run(attention: str, end: str, mask_terminators: bool, steps: int, seed: int)
         schedule=Schedule(warmup_steps=50),
         seed=seed,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = L.Trainer(
-            accelerator="cpu", max_steps=steps, gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, default_root_dir=folder,
-        )  # fmt: skip
-        began = time.perf_counter()
-        trainer.fit(model, data)
-        result: dict[str, Any] = {"train_seconds": round(time.perf_counter() - began, 1)}
-    examples = data.held_out("validation", 300)
+    result = {"train_seconds": train(model, data, max_steps=steps)["train_seconds"]}
     for order, last in ORDERS.items():
         sampler = BlockDiffusionSampler(
             ConfidenceThreshold(0.9), block_length=BLOCK, max_new_tokens=40, batch_size=100, terminator_last=last
         )
-        metrics = AnswerMetrics()
-        answers = sampler.generate(model, [example.prompt_ids for example in examples])
-        metrics.update(answers, [example.references for example in examples])
-        result[order] = {name: round(metrics.compute()[name], 4) for name in METRICS}
+        result[order] = decode(model, data.held_out("validation", 300), sampler, METRICS)
     return result
+
+
+def train(model: Any, data: Any, **settings: Any) -> dict[str, Any]:
+    """Trains a model on the CPU and keeps nothing of the run but the model and these figures."""
+    import lightning as L
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            accelerator="cpu", gradient_clip_val=1.0, logger=False, enable_checkpointing=False, limit_val_batches=0,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, **settings,
+        )  # fmt: skip
+        began = time.perf_counter()
+        trainer.fit(model, data)
+    return {
+        "steps": trainer.global_step,
+        "train_seconds": round(time.perf_counter() - began, 1),
+        "train_loss": round(float(trainer.callback_metrics["train/loss"]), 4),
+    }
+
+
+def decode(model: Any, examples: Sequence[Any], sampler: Any, figures: Sequence[str]) -> dict[str, float]:
+    """Decodes held-out prompts; returns these figures of the answers."""
+    from dllm_var.metrics import AnswerMetrics
+
+    metrics = AnswerMetrics()
+    answers = sampler.generate(model, [example.prompt_ids for example in examples])
+    metrics.update(answers, [example.references for example in examples])
+    found = metrics.compute()
+    return {name: round(found[name], 4) for name in figures}
 
 
 def report(done: list[dict[str, Any]]) -> str:

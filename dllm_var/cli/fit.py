@@ -51,6 +51,7 @@ def main(command: str, arguments: list[str]) -> int:
             goes_on = f"continue with: {resume_command(arguments)}"
             goes_on = "SLURM runs the job again" if interrupted.requeued else goes_on
             print(f"\n{interrupted}; {goes_on}", file=sys.stderr)
+        leave_group()
         return 0 if is_launched_child() else interrupted.status  # the first process speaks for all it has started
     except SIGTERMException:  # before our own handler was in place
         return 128 + signal.SIGTERM
@@ -63,7 +64,14 @@ def main(command: str, arguments: list[str]) -> int:
         if message is None:
             raise
         raise UserError("; ".join([message, *getattr(error, "__notes__", [])])) from error
+    leave_group()
     return 0
+
+
+def leave_group() -> None:
+    """Leaves the process group, if there is one: gloo's threads may abort a process that exits with them."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def run(command: str, arguments: list[str], resume: str | None, held: ExitStack) -> None:
@@ -91,8 +99,6 @@ def run(command: str, arguments: list[str], resume: str | None, held: ExitStack)
     options = {name: settings[name] for name in ("verbose", "return_predictions") if name in settings}
     options["weights_only"] = True  # a checkpoint is data, never code to run
     getattr(trainer, command)(built.model, datamodule=built.data, ckpt_path=path, **options)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # gloo's threads may abort a process that exits with them
 
 
 def build_trainer(built: Namespace, text: str) -> Trainer:

@@ -32,8 +32,7 @@ class Blocks(NamedTuple):
     number: Tensor  # block of each clean token [B, L]: counts up along the row, an unsupervised span being one block
     group: Tensor  # number of the block that begins each clean token's group [B, L]: of blocks that see each other
     start: Tensor  # column where each supervised block starts [B, N]
-    exists: Tensor  # which of them exist, as rows have different numbers [B, N]
-    inside: Tensor  # which of the K places they have, as rows may have shorter blocks [B, N, K]
+    inside: Tensor  # which of the K places they have, as rows have fewer blocks or shorter ones [B, N, K]
     column: Tensor  # column of each of their tokens [B, N, K]; a column inside the row also where there is no token
     answer: Tensor  # which of these tokens belong to the answer; those behind its end do not [B, N, K]
 
@@ -280,5 +279,5 @@ def find_blocks(batch: Batch, block_length: int | Tensor) -> Blocks:
     offsets = torch.arange(longest, device=start.device)
     inside = exists[:, :, None] & (offsets < lengths).view(-1, 1, len(offsets))
     column = start[:, :, None] + offsets
-    blocks = Blocks(number, number, start, exists, inside, column.clamp_max(length - 1), inside & (column < length))
+    blocks = Blocks(number, number, start, inside, column.clamp_max(length - 1), inside & (column < length))
     return blocks._replace(answer=blocks.answer & (blocks.take(number) == number.gather(1, start)[:, :, None]))

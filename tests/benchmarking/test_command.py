@@ -131,12 +131,19 @@ def test_only_takes_entries_sweeps_and_tasks(tiny_task, write_config):
         names("a")
 
 
-@pytest.mark.parametrize("name", ["samplers", "gsm_symbolic"])
-def test_the_shipped_configs_are_whole(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "baselines"),
+    [
+        ("samplers", {"autoregressive", "fixed_length"}),
+        ("claim", {"autoregressive", "fixed_length"}),
+        ("gsm_symbolic", {"autoregressive"}),  # nothing is trained for a canvas of this length
+    ],
+)
+def test_the_shipped_configs_are_whole(name, baselines, monkeypatch):
     monkeypatch.chdir(ROOT)
     for task in tasks_of(f"benchmarks/{name}.yaml"):
         settings = expand(task)[0]
-        assert {"default", "autoregressive"} <= {setting.role for setting in settings}, "ratios need them"
+        assert {"default", *baselines} <= {setting.role for setting in settings}, "ratios need them"
         for setting in settings:
             assert setting.checkpoint in ("diffusion", "autoregressive") or Path(setting.checkpoint).is_dir()
             if setting.role == "fixed_length":  # LLaDA: one token per step, a model that was trained for it

@@ -96,7 +96,7 @@ def copies_of(noised, batch):
         ]
         for i in range(blocks.start.size(0))
         for n in range(blocks.start.size(1))
-        if blocks.exists[i, n]
+        if blocks.inside[i, n, 0]
     }
 
 

@@ -56,9 +56,7 @@ def test_packed_rows_give_the_logits_loss_and_gradients_of_one_group_at_a_time(c
     transformer.zero_grad()
 
     found = find_blocks(batch, BLOCK)
-    index = {
-        (i, int(found.start[i, n])): n for i in range(len(ROWS)) for n in found.exists[i].nonzero().flatten().tolist()
-    }
+    index = {(i, int(found.start[i, n])): n for i, n in found.inside[..., 0].nonzero().tolist()}
     group = objective.groups(batch, found, noise)
     rates = objective.rates(batch, found._replace(group=group), noise)
     transformer.rotary(torch.zeros(1, 1, dtype=torch.long), 64)  # short rows have positions beyond their length
@@ -207,7 +205,7 @@ def test_groups_rates_and_counts(answers, blocks, width, whole, seed):
     shape, length = found.column.shape, batch["input_ids"].size(1)
     masked, weights = (values[:, length:].view(shape) for values in (noised.loss_mask, noised.weights))
     number, group = (values.gather(1, found.start) for values in (found.number, found.group))
-    for i, n in found.exists.nonzero().tolist():
+    for i, n in found.inside[..., 0].nonzero().tolist():
         own = float(rate[i, n])
         assert 0.1 <= own <= 0.8 - 0.007 + 1e-6 or (whole and own == 1)
         if group[i, n] < number[i, n]:
