@@ -137,6 +137,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, seen: Seen) -> Tensor:
         return _attend_documents(queries, keys, values, seen, seen.document_ends)
     grouped = queries.size(2) != keys.size(2)
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+    if seen.block_mask is None and grouped and seen.mask is not None and queries.is_cuda:
+        return attend_by_group(queries, keys, values, seen.mask).transpose(1, 2)
     if seen.block_mask is None:
         settings: Any = {"attn_mask": seen.mask, "is_causal": seen.is_causal, "enable_gqa": grouped}
         return F.scaled_dot_product_attention(queries, keys, values, **settings).transpose(1, 2)
@@ -145,6 +147,20 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, seen: Seen) -> Tensor:
     queries, keys = queries.to(values.dtype), keys.to(values.dtype)  # norms of heads leave them in float32
     mixed = compiled(flex_attention)(queries, keys, values, block_mask=seen.block_mask, enable_gqa=grouped)
     return mixed.transpose(1, 2)
+
+
+def attend_by_group(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Returns attention under a mask [B, 1, 1 or L, keys], all of [B, heads, L, D], with fewer heads of keys.
+
+    The queries that share a head of keys become one longer row of queries: no kernel that takes masks on a GPU takes
+    groups in every version of torch, and what falls back to products of whole matrices is slow.
+    """
+    rows, heads, length, width = queries.shape
+    group = heads // keys.size(1)
+    if mask.size(2) > 1:
+        mask = mask.repeat(1, 1, group, 1)
+    mixed = F.scaled_dot_product_attention(queries.reshape(rows, -1, group * length, width), keys, values, mask)
+    return mixed.view(rows, heads, length, width)
 
 
 @torch.compiler.disable

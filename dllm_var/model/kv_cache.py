@@ -88,6 +88,29 @@ class KVCache:
         if windows is not None and len(windows) > 1 and visible is None:
             self._pack(windows, rows, offsets)
 
+    def open_constant(
+        self,
+        slots: Tensor,
+        last_seen: Tensor | None,
+        reach: int,
+        positions: Tensor | None = None,
+        seen: Tensor | None = None,
+    ) -> None:
+        """Prepares a forward whose numbers are all on the device: of all rows, in which only shapes are fixed.
+
+        Args:
+            slots: Where each token is stored [B, L].
+            last_seen: The last stored token that each row's tokens see [B, 1], or that each of them sees [B, L].
+            reach: Keys that the forward reads of each row, whether they are seen or not.
+            positions: Rotary position of each token [B, L], when that is not where it is stored.
+            seen: Which of the window's tokens each of them sees [B, L, L], beside the frozen ones, when `last_seen` is
+                None.
+        """
+        self._rows, self.packed, self._uniform = None, None, False
+        self._width, self.reach, self._slots = slots.size(1), reach, slots
+        self.positions = slots if positions is None else positions
+        self._starts, self._seen, self._last_seen = slots[:, 0], seen, last_seen
+
     def _pack(self, windows: Tensor, rows: Tensor | None, offsets: Tensor) -> None:
         """Finds the real tokens of a forward when much of it is padding."""
         real = offsets < windows[:, None]  # [B, L]
@@ -164,9 +187,15 @@ class KVCache:
         """Empties a row for another prompt."""
         self.lengths[row] = 0
 
-    def keep(self, rows: Tensor) -> None:
-        """Drops every row but `rows`."""
+    def keep(self, rows: Tensor, in_place: bool = False) -> None:
+        """Drops every row but `rows`; `in_place` they become the first ones where they are, in the same memory."""
         index = rows.to(self.storage.device)
-        self.storage = self.storage[:, :, index]
-        self.hidden = None if self.hidden is None else self.hidden[index]
+        self.storage = kept_rows(self.storage, index, in_place, dim=2)
+        self.hidden = None if self.hidden is None else kept_rows(self.hidden, index, in_place)
         self.lengths = self.lengths[rows]
+
+
+def kept_rows(values: Tensor, rows: Tensor, in_place: bool, dim: int = 0) -> Tensor:
+    """Returns the `rows` of a tensor along `dim`; `in_place` as a view of it, into whose first rows they are moved."""
+    kept = values.index_select(dim, rows)
+    return values.narrow(dim, 0, len(rows)).copy_(kept) if in_place else kept

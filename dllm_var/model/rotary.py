@@ -20,9 +20,13 @@ class RotaryTable:
 
     def __call__(self, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Returns cos and signed sin, each [B, L, 1, head_dim], for `position_ids` [B, L], all below `length`."""
-        if self.cos.size(0) < length or self.cos.device != position_ids.device:
-            self._grow(max(length, 2 * self.cos.size(0)), position_ids.device)
+        self.reserve(length, position_ids.device)
         return self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)
+
+    def reserve(self, length: int, device: torch.device) -> None:
+        """Makes sure that the angles of all positions below `length` are there."""
+        if self.cos.size(0) < length or self.cos.device != device:
+            self._grow(max(length, 2 * self.cos.size(0)), device)
 
     def _grow(self, length: int, device: torch.device) -> None:
         with torch.inference_mode(False):  # the table outlives the request that first needs it

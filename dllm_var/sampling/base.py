@@ -12,16 +12,20 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dllm_var.errors import UserError
 from dllm_var.files import fits
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.transformer import Transformer
+from dllm_var.sampling.captured import release
 from dllm_var.sampling.stopping import StopStrings
 from dllm_var.text.tokenizer import Tokenizer
 
 OnBlock = Callable[[int, list[int]], None]
 OnAnswer = Callable[[int, "Generation"], None]
+
+DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # attention on a GPU
 
 _PACKAGE = "dllm_var.sampling."
 _PLAIN = str | int | float | bool | None
@@ -208,21 +212,23 @@ def special_ids(model: Transformer) -> tuple[int, tuple[int, ...]]:
 
 @contextmanager
 def without_training_modes(transformer: Transformer) -> Iterator[None]:
-    """Switches off what is for training only: the training mode, mixed precision and compiled blocks.
+    """Switches off what is for training only: the training mode, mixed precision, compiled blocks, cuDNN's attention.
 
-    Decoding runs in the type of the weights, which is also the cache's; compiled blocks would be compiled again for
-    every shape that decoding meets.
+    Decoding runs in the type of the weights, which is also the cache's. Compiled blocks would be compiled again for
+    every shape that decoding meets, and cuDNN makes a plan for each, in tens of milliseconds.
     """
+    kind = transformer.embedding.weight.device.type
     was_training = transformer.training
     if was_training:  # visiting every module takes a noticeable part of a short answer's time
         transformer.eval()
     try:
         eager = torch.compiler.set_stance("force_eager") if transformer.compiled else nullcontext()
-        with torch.autocast(transformer.embedding.weight.device.type, enabled=False), eager:
+        with torch.autocast(kind, enabled=False), eager, sdpa_kernel(DECODING) if kind == "cuda" else nullcontext():
             yield
     finally:
         if was_training:
             transformer.train()
+            release(transformer)
 
 
 class NotFinite(UserError):
@@ -233,18 +239,22 @@ class NotFinite(UserError):
 def finite_logits(model: Transformer) -> Iterator[Callable[[], None]]:
     """Watches a model's output head; yields a function that raises `NotFinite` when a logit was NaN or infinite.
 
-    Each forward leaves one number on the device; the function waits for it, so it is called only with an answer.
+    Each forward leaves one number on the device; the function waits for it, so it is called only with an answer. The
+    number stays where it is from call to call, as captured forwards write to it.
     """
-    largest: Tensor | None = None
+    device = model.embedding.weight.device
+    if model.largest_logit is None or model.largest_logit.device != device:
+        with torch.inference_mode(False):  # it outlives this request
+            model.largest_logit = torch.zeros((), device=device)
+    largest = model.largest_logit.zero_()
 
     def watch(head: Any, inputs: Any, logits: Tensor) -> None:
-        nonlocal largest
         if logits.numel():
             most = logits.aminmax().max  # NaN when any is; amax is slower in 16 bits
-            largest = most if largest is None else torch.maximum(largest, most)
+            torch.maximum(largest, most.detach().float(), out=largest)
 
     def check() -> None:
-        if largest is not None and not largest.isfinite():
+        if not largest.isfinite():
             raise NotFinite(
                 "the model's predictions are not numbers (NaN or infinite): its training diverged, or its numbers are "
                 "too large for its type; take an earlier checkpoint, or weights in bfloat16 or float32"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import Configurable, Request
+from dllm_var.sampling.captured import Arena, reach_of
 from dllm_var.sampling.engine import AnyRow, Batch, Engine, EngineSampler
 from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, UnmaskingPolicy
 from dllm_var.sampling.policies.base import take_step
@@ -66,6 +67,7 @@ class BlockEngine(Engine[AnyRow]):
     """
 
     sampler: "BlockDiffusionSampler"
+    constant_shape = True
 
     def __init__(
         self, sampler: "BlockDiffusionSampler", model: Transformer, prompts: list[list[int]], request: Request
@@ -75,7 +77,8 @@ class BlockEngine(Engine[AnyRow]):
         self.cache = self.add_cache(model)
         assert sampler.policy is not None  # set by its `__post_init__`
         self.use_policy(sampler.policy, sampler.block_length, blocks)
-        self.offsets = torch.arange(sampler.block_length, device=self.device)
+        length = sampler.block_length
+        self.offsets = self.lasting("offsets", lambda: torch.arange(length, device=self.device))
 
     def start(self, slot: int) -> None:
         """Opens the block behind the row's finished tokens, after the prompt and after each block."""
@@ -99,6 +102,9 @@ class BlockEngine(Engine[AnyRow]):
     def forward(self, batch: Batch[AnyRow]) -> None:
         if self.sampler.kv_commit == "alone":  # a finished block (or prompt) has a forward of its own
             batch.width = batch.width.masked_fill(batch.pending > 0, 0)
+        if self.arena is not None and batch.index is None and int(batch.pending.max()) <= self.sampler.block_length:
+            self.forward_of_constant_shape(batch, self.arena)
+            return
         hidden = self.read_window(batch)
         for row in batch.rows:
             row.pending, row.nfe = 0, row.nfe + 1
@@ -112,11 +118,53 @@ class BlockEngine(Engine[AnyRow]):
     def predict(self, batch: Batch[AnyRow], hidden: Tensor) -> None:
         """Takes the active blocks one denoising step further; ends blocks and rows that are complete."""
         cells, nfe, view = self.view_blocks(batch, hidden)
+        self.settle(batch, self.take_step(batch, cells, nfe, view).tolist())  # the one wait for the device
+
+    def take_step(self, batch: Batch[AnyRow], cells: Tensor, nfe: Tensor, view: BlockView) -> Tensor:
+        """Writes what the policy decides; returns what `settle` takes, [R, 3]."""
         decision = self.decide(batch, view)
         step = take_step(view, decision, self.mask_id, self.terminators, self.sampler.terminator_last)
         self.write(cells, step.tokens, step.written, nfe)
-        status = torch.stack((step.left, step.end, step.over)).T.tolist()  # the one wait for the device
+        return torch.stack((step.left, step.end, step.over), dim=1)
+
+    def forward_of_constant_shape(self, batch: Batch[AnyRow], arena: Arena) -> None:
+        """Does what `forward` does for all rows, in shapes that depend on their number and the block length alone."""
+        lengths, length = self.cache.lengths, self.sampler.block_length
+        wide = 2 * length if batch.pending.any() else length
+        numbers = [(row.steps, row.key + row.nfe + 1, row.prompt_length, row.nfe + 1) for row in batch.rows]
+        table = torch.cat((torch.stack((lengths, batch.pending, batch.width), dim=1), torch.tensor(numbers)), dim=1)
+        reach = reach_of(int(lengths.max()) + wide, self.capacity)
+
+        def step(numbers: Tensor) -> Tensor:
+            return self.denoise(batch, numbers, wide, reach)
+
+        status = arena.run(step, table, self.device, len(batch.rows), wide, reach)
+        self.cache.advance(batch.pending)
+        for row in batch.rows:
+            row.pending, row.nfe = 0, row.nfe + 1
         self.settle(batch, status)
+
+    def denoise(self, batch: Batch[AnyRow], numbers: Tensor, wide: int, reach: int) -> Tensor:
+        """Reads all rows' pending tokens and blocks, and takes the blocks a step further.
+
+        All that differs from step to step is on the device: `numbers` [R, 7] are each row's cached tokens, pending
+        ones, width and steps of its block, number of its draws, length of its prompt, and number of its forwards.
+        """
+        start, pending, width, steps, key, prompt, nfe = numbers.unbind(1)
+        slots = start[:, None] + torch.arange(wide, device=self.device)
+        last_seen = (start + (pending + width).clamp_min(1) - 1)[:, None]  # an idle row reads one token
+        if self.model.config.causal_context:  # pending tokens see their own left alone
+            last_seen = torch.where(slots < (start + pending)[:, None], slots, last_seen)
+        self.cache.open_constant(slots, last_seen, reach)
+        hidden = self.model.hidden_states(self.canvas.gather(1, slots), cache=self.cache)
+        begin = start + pending
+        row = torch.arange(len(numbers), device=self.device)
+        inside = self.offsets < width[:, None]
+        cells = torch.where(inside, (row * self.capacity + begin)[:, None] + self.offsets, self.canvas.numel() - 1)
+        places = (row * wide + pending)[:, None] + self.offsets
+        progress = (begin - prompt) / self.limit
+        view = self.view(hidden, places, self.canvas.take(cells), inside, None, step=steps, progress=progress, key=key)
+        return self.take_step(batch, cells, nfe, view)
 
     def blocks(self, row: AnyRow, width: int) -> list[tuple[int, int, int, int]]:
         """Returns the blocks that a forward predicts of a row; as many for every row, without positions where not real.

@@ -4,6 +4,8 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -11,9 +13,10 @@ import torch
 from torch import Tensor
 
 from dllm_var.errors import UserError
-from dllm_var.model.kv_cache import KVCache
+from dllm_var.model.kv_cache import KVCache, kept_rows
 from dllm_var.model.transformer import Transformer
-from dllm_var.sampling.base import Generation, Request, Sampler, special_ids
+from dllm_var.sampling import captured
+from dllm_var.sampling.base import Generation, Request, Sampler, sampler_to_config, special_ids
 from dllm_var.sampling.drawing import draw, request_keys
 from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy
 
@@ -39,6 +42,7 @@ class Row:
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)
+T = TypeVar("T")
 
 
 @dataclass
@@ -61,6 +65,7 @@ class Engine(ABC, Generic[AnyRow]):
 
     row_class: type[AnyRow] = Row  # type: ignore[assignment]
     free_share: ClassVar[float] = 0.0  # share of the slots that must be free before waiting prompts enter
+    constant_shape: ClassVar[bool] = False  # whether this very class has a step of constant shape, to be captured
     policy: UnmaskingPolicy
     cache: KVCache
 
@@ -73,15 +78,27 @@ class Engine(ABC, Generic[AnyRow]):
         self.mask_id = -1 if config.mask_id is None else config.mask_id
         self.terminators = tuple(config.terminator_ids or ())
         banned = [token for token in (*request.suppressed, config.mask_id) if token is not None]
-        self.banned = torch.tensor(banned, dtype=torch.long, device=self.device)
         self.waiting = deque(range(len(prompts)))
         self.keys = request_keys(prompts)
         slots = min(sampler.batch_size, len(prompts))
         self.rows: list[AnyRow] = [self.row_class() for _ in range(slots)]
         self.capacity = max(map(len, prompts), default=0) + self.limit + slack
         self.answers: dict[int, Generation] = {}
-        self.canvas = torch.full((slots, self.capacity), self.mask_id, device=self.device)  # tokens, then masks
-        self.committed_at = torch.zeros_like(self.canvas)  # the forward that committed each token
+        self.arena: captured.Arena | None = None  # where steps are captured
+        if vars(type(self)).get("constant_shape", False) and captured.can_capture(model):
+            self.capacity = -(-self.capacity // captured.CAPACITY_MULTIPLE) * captured.CAPACITY_MULTIPLE
+            settings: Any = sampler_to_config(sampler)
+            settings = object() if settings is None else repr(settings)  # of what cannot be described, no two are equal
+            self.arena_key = (type(self), settings, slots, self.capacity, self.limit, tuple(banned))
+            self.arena = captured.take_arena(model, self.arena_key)
+            model.rotary.reserve(self.capacity, self.device)
+            self.lasting("rotary", lambda: (model.rotary.cos, model.rotary.sin))  # a longer table may replace it
+        self.banned = self.lasting("banned", lambda: torch.tensor(banned, dtype=torch.long, device=self.device))
+        shape = (slots, self.capacity)
+        # Tokens, then masks; and the forward that committed each token.
+        self.canvas = self.lasting("canvas", lambda: torch.empty(shape, dtype=torch.long, device=self.device))
+        self.canvas.fill_(self.mask_id)
+        self.committed_at = self.lasting("committed_at", lambda: torch.empty_like(self.canvas)).zero_()
         self.initial: State = {}  # the policy's memory of a new block
         self.state: State = {}  # the memory of each slot's blocks
         self.caches: list[KVCache] = []
@@ -95,8 +112,21 @@ class Engine(ABC, Generic[AnyRow]):
 
     def add_cache(self, model: Transformer, capacity: int | None = None) -> KVCache:
         """Returns a new cache for a model, whose slots are freed and dropped with the rows."""
-        self.caches.append(model.new_cache(len(self.rows), capacity or self.capacity))
-        return self.caches[-1]
+
+        def make() -> KVCache:
+            cache = model.new_cache(len(self.rows), capacity or self.capacity)
+            if self.arena is not None:
+                cache.storage.zero_()  # what is read under a mask must at least be numbers
+            return cache
+
+        cache = copy(self.lasting(f"cache {len(self.caches)}", make))
+        cache.lengths = torch.zeros_like(cache.lengths)
+        self.caches.append(cache)
+        return cache
+
+    def lasting(self, name: str, make: Callable[[], T]) -> T:
+        """Returns a new tensor or cache, or the one that the last engine of the same settings had by this name."""
+        return make() if self.arena is None else self.arena.lasting(name, make)
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
@@ -116,11 +146,16 @@ class Engine(ABC, Generic[AnyRow]):
 
     def run(self) -> list[Generation]:
         while self.waiting or self.active:
-            if len(self.active) + len(self.waiting) <= KEPT_BELOW * len(self.rows):
-                self.compact(sorted([*self.active, *self.free[: len(self.waiting)]]))
+            needed = len(self.active) + len(self.waiting)
+            if self.arena is not None:
+                needed = captured.rows_kept(len(self.rows), needed)
+            if needed <= KEPT_BELOW * len(self.rows):
+                self.compact(sorted([*self.active, *self.free[: needed - len(self.active)]]))
             self.admit()
             if self.active:
                 self.forward(self.batch())
+        if self.arena is not None:
+            captured.give_back(self.model, self.arena_key, self.arena)
         return [self.answers[index] for index in range(len(self.prompts))]
 
     def admit(self) -> None:
@@ -140,12 +175,13 @@ class Engine(ABC, Generic[AnyRow]):
 
     def compact(self, kept: list[int]) -> None:
         """Drops all slots but these."""
-        slots = torch.tensor(kept)
+        slots, in_place = torch.tensor(kept), self.arena is not None
         for cache in self.caches:
-            cache.keep(slots)
+            cache.keep(slots, in_place)
         slots = slots.to(self.device)
-        self.canvas, self.committed_at = self.canvas[slots], self.committed_at[slots]
-        self.state = {name: value[slots] for name, value in self.state.items()}
+        self.canvas = kept_rows(self.canvas, slots, in_place)
+        self.committed_at = kept_rows(self.committed_at, slots, in_place)
+        self.state = {name: kept_rows(value, slots, in_place) for name, value in self.state.items()}
         self.rows = [self.rows[slot] for slot in kept]
 
     def tell(self, slot: int, stop: int, reason: str | None) -> bool:
@@ -231,9 +267,11 @@ class Engine(ABC, Generic[AnyRow]):
     def use_policy(self, policy: UnmaskingPolicy, width: int, blocks: int = 1) -> None:
         """Takes a policy for blocks of this width, with a memory for each of the `blocks` that a slot has at a time."""
         self.policy = policy
-        self.initial = {name: value.to(self.device) for name, value in policy.initial_state(width).items()}
+        initial = policy.initial_state(width)
+        self.initial = self.lasting("initial", lambda: {name: value.to(self.device) for name, value in initial.items()})
         rows = len(self.rows)
-        self.state = {name: value.expand(rows, blocks, *value.shape).clone() for name, value in self.initial.items()}
+        state = {name: value.expand(rows, blocks, *value.shape).clone() for name, value in self.initial.items()}
+        self.state |= self.lasting("state", lambda: state)
 
     def memory(self, batch: Batch[AnyRow], step: Tensor) -> State:
         """Returns the policy's memory of the batch's blocks [R, ...], a new one where `step` is 0."""
@@ -259,18 +297,19 @@ class Engine(ABC, Generic[AnyRow]):
         places: Tensor,
         tokens: Tensor,
         inside: Tensor,
-        count: int,
+        count: int | None,
         spacing: Tensor | None = None,
         **state: Tensor,
     ) -> BlockView:
         """Returns what a policy sees of blocks [R, K], scored at `count` of their `places` (see `score`).
 
-        `spacing` is how many keys each row's draws take [R], K when None; `state` are its step, progress and key.
+        With a `count` of None all are scored, and the policy does not see what need not be. `spacing` is how many keys
+        each row's draws take [R], K when None; `state` are its step, progress and key.
         """
         masked = (tokens == self.mask_id) & inside
         where = inside if self.policy.scores_committed else masked
-        scored, logits = self.score(self.model, hidden, places, where, count)
-        view = BlockView(logits, scored, tokens, masked, inside, **state)
+        scored, logits = self.score(self.model, hidden, places, where, where.numel() if count is None else count)
+        view = BlockView(logits, scored, tokens, masked, inside, unscored=~where if count is None else None, **state)
         view.sampled = self.sample(view, spacing)
         return view
 

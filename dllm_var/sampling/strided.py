@@ -9,11 +9,13 @@ from torch import Tensor
 from dllm_var.model.transformer import Transformer
 from dllm_var.objectives.base import KeyedNoise
 from dllm_var.sampling.base import Request, special_ids
+from dllm_var.sampling.captured import reach_of
 from dllm_var.sampling.drawing import draw, keep_likely
 from dllm_var.sampling.engine import Batch, Engine, EngineSampler, Row
 
 DRAFTED = "draft_probabilities"  # in the engine's state: what the drafts of each slot were drawn from [slots, masks, V]
 NO_DRAFT = -1
+WIDTH_MULTIPLE = 16  # of the tokens of a step that is captured
 UNREAD = 0  # group of a window's text: its unread tokens and its drafts; those of masks are 1, 2, ..., of padding -1
 
 
@@ -44,47 +46,81 @@ class StridedEngine(Engine[StridedRow]):
     sampler: "StridedSampler"
     row_class = StridedRow
     free_share = 0.25  # prompts enter several at a time: a prefill costs as much as a step
+    constant_shape = True
 
     def __init__(
         self, sampler: "StridedSampler", model: Transformer, prompts: list[list[int]], request: Request
     ) -> None:
         special_ids(model)
-        super().__init__(sampler, model, prompts, request, slack=sampler.stride * (sampler.stride + 1))
+        slack = sampler.stride * (sampler.stride + 1) + WIDTH_MULTIPLE
+        super().__init__(sampler, model, prompts, request, slack)
         self.cache = self.add_cache(model)
         self.masks = sampler.stride - 1  # most of a group
-        self.offsets = torch.arange(self.masks, device=self.device)
+        self.offsets = self.lasting("offsets", lambda: torch.arange(self.masks, device=self.device))
         if sampler.temperature > 0:
             shape = (len(self.rows), self.masks, model.lm_head.out_features)
-            self.state[DRAFTED] = torch.zeros(shape, device=self.device)
+            self.state[DRAFTED] = self.lasting("drafted", lambda: torch.zeros(shape, device=self.device))
 
     def start(self, slot: int) -> None:
         self.rows[slot].tokens = [*self.prompts[self.rows[slot].index]]
 
     def forward(self, batch: Batch[StridedRow]) -> None:
         """Verifies each row's drafts, adds what is accepted and one token more, and drafts anew."""
+        for row in batch.rows:
+            row.nfe += row.index >= 0
         windows = [self._window(row) for row in batch.rows]
         longest, most = (max(map(len, parts)) for parts in zip(*((w.tokens, w.stops) for w in windows), strict=True))
-        padding = [(self.mask_id, 0, 0, -1)]
+        whole = batch.index is None and int(batch.pending.max()) <= self.sampler.stride
+        arena = self.arena if whole else None
+        if arena is not None:
+            longest, most = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.sampler.stride
         lengths = self.cache.lengths if batch.index is None else self.cache.lengths[batch.index]
-        table = torch.tensor([w.tokens + padding * (longest - len(w.tokens)) for w in windows])
+        table = torch.tensor([w.tokens + [(self.mask_id, 0, 0, -1)] * (longest - len(w.tokens)) for w in windows])
         table[:, :, 1] += lengths[:, None]  # places become rotary positions
-        table = table.to(self.device)
-        stops = torch.tensor([w.stops + [(0, NO_DRAFT, 0)] * (most - len(w.stops)) for w in windows]).to(self.device)
-        (tokens, positions, context, group), (where, drafts, first) = table.unbind(2), stops.unbind(2)  # [R, L], [R, K]
+        stops = torch.tensor([w.stops + [(0, NO_DRAFT, 0)] * (most - len(w.stops)) for w in windows])
+        keys = torch.tensor([row.key + row.nfe for row in batch.rows])
+        numbers = torch.cat((keys[:, None], lengths[:, None], stops.flatten(1), table.flatten(1)), dim=1)
+        drafting = any(map(any, (window.masks for window in windows)))
+        if arena is not None:
+            reach = reach_of(int(lengths.max()) + longest, self.capacity)
+
+            def step(given: Tensor) -> Tensor:
+                return self._step(batch, given, most, reach)
+
+            said = arena.run(step, numbers, self.device, len(windows), longest, reach)
+        else:
+            counts = torch.tensor([len(window.tokens) for window in windows])
+            said = self._step(batch, numbers.to(self.device), most, counts, drafting).tolist()  # the one wait
+        self._take(batch, windows, said)
+
+    def _step(
+        self, batch: Batch[StridedRow], numbers: Tensor, most: int, opens: int | Tensor, drafting: bool = True
+    ) -> Tensor:
+        """Reads every row's window, of at most `most` stops, verifies its drafts and drafts anew.
+
+        `numbers` [R, 2 + 3 * most + 4 * L] are the number of a row's draws, its cached tokens, its window's stops and
+        tokens. `opens` are the real tokens of each window [R], on the host; or the keys that a step of constant shape
+        reads. Returns how many drafts are accepted, the token behind them, the new drafts and their chances, all in one
+        row of numbers.
+        """
+        heads, stops, table = numbers.split((2, 3 * most, numbers.size(1) - 2 - 3 * most), dim=1)
+        (keys, start), (where, drafts, first) = heads.unbind(1), stops.unflatten(1, (-1, 3)).unbind(2)  # [R], [R, K]
+        tokens, positions, context, group = table.unflatten(1, (-1, 4)).unbind(2)  # [R, L]
+        longest = tokens.size(1)
         order = torch.arange(longest, device=self.device)
         in_group = (group[:, None] == group[:, :, None]) & (order <= order[:, None])
         seen = in_group | ((group == UNREAD)[:, None] & (order <= context[:, :, None]))
-        counts = torch.tensor([len(window.tokens) for window in windows])
-        self.cache.open(longest, counts, batch.index, positions=positions, seen=seen)
+        if isinstance(opens, int):
+            self.cache.open_constant(start[:, None] + order, None, opens, positions, seen)
+        else:
+            self.cache.open(longest, opens, batch.index, positions=positions, seen=seen)
         hidden = self.model.hidden_states(tokens, cache=self.cache)
-        for row in batch.rows:
-            row.nfe += row.index >= 0
-        count, following = self._verify(self._logits(hidden, where), drafts, batch)
+        count, following = self._verify(self._logits(hidden, where), drafts, keys, batch)
         found = [count[:, None], following[:, None]]
-        if any(map(any, (window.masks for window in windows))):  # else nothing is drafted
+        if drafting:
             of_stop = first.gather(1, count[:, None]) + self.offsets  # [R, masks], also where the stop has fewer
-            found += self._draft(self._logits(hidden, of_stop.clamp_max(longest - 1)), batch)
-        self._take(batch, windows, torch.cat(found, dim=1).tolist())  # the one wait for the device
+            found += self._draft(self._logits(hidden, of_stop.clamp_max(longest - 1)), keys, batch)
+        return torch.cat(found, dim=1)
 
     def _window(self, row: StridedRow) -> Window:
         """Lays out what the next forward reads of a row."""
@@ -113,17 +149,13 @@ class StridedEngine(Engine[StridedRow]):
         chosen = hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.size(2)))
         return self.model.lm_head(chosen).float().index_fill_(2, self.banned, -torch.inf)
 
-    def _keys(self, batch: Batch[StridedRow]) -> Tensor:
-        """Returns the numbers of this forward's draws [R]."""
-        return torch.tensor([row.key + row.nfe for row in batch.rows], device=self.device)
-
     def _probabilities(self, logits: Tensor) -> Tensor:
         """Returns what tokens are drawn from, of the same shape as their logits."""
         settings = self.sampler
         likely = keep_likely(logits.flatten(0, 1), settings.temperature, settings.top_k, settings.top_p)
         return (likely / settings.temperature).softmax(dim=-1).view_as(logits)
 
-    def _verify(self, logits: Tensor, drafts: Tensor, batch: Batch[StridedRow]) -> tuple[Tensor, Tensor]:
+    def _verify(self, logits: Tensor, drafts: Tensor, keys: Tensor, batch: Batch[StridedRow]) -> tuple[Tensor, Tensor]:
         """Returns how many `drafts` [R, K] of each row are accepted [R], and the token behind them [R].
 
         The logits [R, K, V] say what the model itself puts where the drafts are. Drawn drafts are accepted such that
@@ -141,7 +173,6 @@ class StridedEngine(Engine[StridedRow]):
         offered.masked_fill_((drafts == NO_DRAFT)[:, :, None], 0)
         of_draft = drafts.clamp_min(0)[:, :, None]
         chance, offer = wanted.gather(2, of_draft)[..., 0], offered.gather(2, of_draft)[..., 0]
-        keys = self._keys(batch)
         uniform = KeyedNoise(settings.seed).uniform(keys, drafts.size(1), stream=6)
         accepted = (uniform * offer < chance) & (drafts != NO_DRAFT)
         count = accepted.long().cumprod(dim=1).sum(dim=1)
@@ -151,7 +182,7 @@ class StridedEngine(Engine[StridedRow]):
         rest = torch.where(rest.sum(dim=1, keepdim=True) > 0, rest, wanted)  # equal but for rounding
         return count, draw(rest.log(), keys * settings.stride + self.masks, 1.0, 0, 1.0, settings.seed)
 
-    def _draft(self, logits: Tensor, batch: Batch[StridedRow]) -> tuple[Tensor, Tensor]:
+    def _draft(self, logits: Tensor, keys: Tensor, batch: Batch[StridedRow]) -> tuple[Tensor, Tensor]:
         """Returns drafts [R, masks] from the masks' logits, and the chance of each that all up to it are accepted.
 
         Chances are doubles, beside which any token id keeps its value.
@@ -164,7 +195,7 @@ class StridedEngine(Engine[StridedRow]):
             return tokens, (top - logits.logsumexp(dim=-1)).exp().double().cumprod(dim=1)
         probabilities = self._probabilities(logits)
         self.state[DRAFTED][slice(None) if batch.index is None else batch.slots] = probabilities
-        numbers = (self._keys(batch) * settings.stride)[:, None] + self.offsets
+        numbers = (keys * settings.stride)[:, None] + self.offsets
         tokens = settings.draw(logits.flatten(0, 1), numbers.flatten()).view_as(numbers)
         return tokens, probabilities.amax(dim=-1).double().cumprod(dim=1)
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.model.attention import LEAST_LENGTH, Seen, attend, document_rule, has_varlen
+from dllm_var.model.attention import LEAST_LENGTH, Seen, attend, attend_by_group, document_rule, has_varlen
 
 PADDING = -1
 
@@ -57,6 +57,16 @@ def test_documents_give_what_the_mask_gives_forward_and_backward(name, causal, k
     torch.testing.assert_close(ours, expected)
     gradients = [torch.autograd.grad((x * upstream).sum(), qkv)[0] for x in (ours, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["queries see different keys", "and the same"])
+def test_queries_that_share_keys_may_be_one_longer_row(own):
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, values = (torch.randn(3, n, m, 8, generator=generator) for n, m in ((6, 5), (2, 7), (2, 7)))
+    mask = torch.rand(3, 1, 5 if own else 1, 7, generator=generator) < 0.6
+    mask[..., 0] = True
+    expected = F.scaled_dot_product_attention(queries, *(x.repeat_interleave(3, dim=1) for x in (keys, values)), mask)
+    torch.testing.assert_close(attend_by_group(queries, keys, values, mask), expected)
 
 
 SHOWN = torch.rand(3, LEAST_LENGTH + 4, generator=torch.Generator().manual_seed(2)) < 0.3

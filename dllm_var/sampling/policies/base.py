@@ -31,6 +31,7 @@ class BlockView:
     progress: Tensor  # share of the row's length limit already decoded, in [0, 1) [R]
     key: Tensor  # number of the request and forward [R], int64, for randomness that does not depend on the batch
     sampled: Tensor | None = None  # tokens drawn at the scored positions [M], when the temperature is above 0
+    unscored: Tensor | None = None  # positions that count as not scored [R, K] although all have logits
 
     def after(self, tokens: Tensor, masked: Tensor, sampled: Tensor | None = None) -> "BlockView":
         """Returns the view of the next step if it had the same logits, with a block of `tokens` and `masked` [R, K].
@@ -49,7 +50,10 @@ class BlockView:
         """Returns per-position values [M, ...] at their places in a block of zeros [R, K, ...]."""
         rows, width = self.tokens.shape
         if values.size(0) == rows * width:  # every position is scored
-            return values.view(rows, width, *values.shape[1:])
+            values = values.view(rows, width, *values.shape[1:])
+            if self.unscored is None:
+                return values
+            return values.masked_fill(self.unscored.view(rows, width, *[1] * (values.dim() - 2)), 0)
         block = values.new_zeros((rows * width, *values.shape[1:]))
         return block.index_copy_(0, self.scored, values).view(rows, width, *values.shape[1:])
 

@@ -1,0 +1,166 @@
+"""Steps of constant shape: captured once, and replayed with other numbers in the same memory.
+
+No GPU is needed to see that: here a step is captured as the list of tensor operations that it ran (torch.fx). A replay
+runs them again, so that whatever came from the host while it was captured is as it was then, as in a CUDA graph, and
+an operation that waits for a number raises.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from tiny_models import PROMPTS
+from tiny_models import random_model as bigger_model
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from dllm_var.errors import UserError
+from dllm_var.sampling import (
+    AutoregressiveSampler,
+    BlockDiffusionSampler,
+    ConstantSteps,
+    StridedSampler,
+    WinoSampler,
+    captured,
+    policies,
+)
+
+FIELDS = ("tokens", "finish_reason", "nfe", "commit_steps", "drafted", "accepted")
+BASE = policies.UnmaskingPolicy
+POLICIES = [kind for kind in vars(policies).values() if isinstance(kind, type) and issubclass(kind, BASE)]
+POLICIES.remove(BASE)
+
+
+@pytest.fixture
+def counts(monkeypatch):
+    """Lets steps be captured on the CPU; counts captures and replays."""
+    counts = {"captures": 0, "replays": 0}
+
+    def capture(function, numbers):
+        counts["captures"] += 1
+        found = []
+
+        def remembered(given):
+            found.append(function(given))
+            return found[-1]
+
+        graph = make_fx(remembered)(numbers)  # which ran it once
+
+        def replay():
+            counts["replays"] += 1
+            return found.pop() if found else graph(numbers)
+
+        return replay
+
+    monkeypatch.setitem(captured.CAPTURES, "cpu", capture)
+    monkeypatch.setattr(captured, "EAGER_USES", 1)
+    return counts
+
+
+def answers_of(sampler, model, **wishes):
+    return [[getattr(answer, name) for name in FIELDS] for answer in sampler.generate(model, PROMPTS[:3], **wishes)]
+
+
+def check(sampler, model, counts, monkeypatch, **wishes):
+    """Compares answers with those of steps that are not captured, twice: a second call replays from its start."""
+    found = [answers_of(sampler, model, **wishes) for _ in range(2)]
+    assert counts["replays"] > counts["captures"] > 0
+    before = dict(counts)
+    monkeypatch.delitem(captured.CAPTURES, "cpu")
+    expected = answers_of(sampler, model, **wishes)
+    assert found == [expected, expected]
+    assert counts == before
+
+
+random_model = partial(bigger_model, num_layers=1)
+blocks = partial(BlockDiffusionSampler, block_length=4, max_new_tokens=14, batch_size=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.__name__)
+def test_every_policy(policy, counts, monkeypatch):
+    check(blocks(policy()), random_model(), counts, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kv_commit": "alone"},
+        {"kv_commit": "last_step"},
+        {"grid": "absolute"},
+        {"terminator_last": False},
+        {"block_length_policy": ConstantSteps(2, min_length=1)},
+        {"temperature": 1.0, "top_k": 5, "top_p": 0.8},
+        {"batch_size": 1},
+        {"batch_size": 3},
+    ],
+    ids=str,
+)
+def test_settings_of_block_diffusion(settings, counts, monkeypatch):
+    check(blocks(**settings), random_model(1), counts, monkeypatch)
+
+
+@pytest.mark.parametrize("changes", [{"token_shift": True}, {"causal_context": True}, {"qk_norm": True}], ids=str)
+def test_kinds_of_model(changes, counts, monkeypatch):
+    check(blocks(), random_model(2, **changes), counts, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        AutoregressiveSampler(max_new_tokens=17, batch_size=2),
+        AutoregressiveSampler(max_new_tokens=17, batch_size=3, temperature=0.9),
+        StridedSampler(4, max_new_tokens=17, batch_size=2),
+        StridedSampler(4, max_new_tokens=17, batch_size=3, least_chance=0.3, trust=0.5),
+        StridedSampler(4, max_new_tokens=17, batch_size=2, temperature=0.8, top_k=6),
+    ],
+    ids=lambda sampler: type(sampler).__name__,
+)
+def test_causal_samplers(sampler, counts, monkeypatch):
+    few = [token for token in range(20) if token not in (3, 6, 7, 8)]  # leaves so few that drafts are often right
+    left_out = few if isinstance(sampler, StridedSampler) else [3, 4]  # no terminators
+    check(sampler, random_model(3, causal=True), counts, monkeypatch, suppress=left_out)
+
+
+def test_other_settings_or_weights_have_captures_of_their_own(counts, monkeypatch):
+    model, sampler = random_model(), blocks(policies.ConfidenceThreshold(0.9))
+    answers_of(sampler, model)
+    first = counts["captures"]
+    sampler.policy.threshold = 0.2  # is baked into the step
+    changed = [answers_of(sampler, model) for _ in range(3)][-1]
+    assert counts["captures"] > first
+    with torch.no_grad():
+        model.lm_head.weight.neg_()  # in place: the captured step reads them where they are
+    first = counts["captures"]
+    negated = answers_of(sampler, model)
+    assert counts["captures"] == first and negated != changed
+    model.lm_head.weight.data = model.lm_head.weight.data.neg()  # moved
+    moved = [answers_of(sampler, model) for _ in range(3)][-1]
+    assert counts["captures"] > first and moved == changed
+    monkeypatch.delitem(captured.CAPTURES, "cpu")
+    assert moved == answers_of(sampler, model)
+
+
+def test_samplers_with_steps_of_their_own_are_not_captured(counts):
+    answers_of(WinoSampler(block_length=4, max_new_tokens=17), random_model())
+    assert counts == {"captures": 0, "replays": 0}
+
+
+def test_arenas_are_few_and_go_with_training(counts):
+    model = random_model()
+    for length in (2, 3, 4):
+        answers_of(BlockDiffusionSampler(block_length=length, max_new_tokens=5), model)
+    assert len(captured._ARENAS[model]) == captured.ARENAS_KEPT
+    answers_of(blocks(), model.train())
+    assert model not in captured._ARENAS
+
+
+def test_a_replay_notices_numbers_that_are_not_finite(counts):
+    model, sampler = random_model(), blocks()
+    answers_of(sampler, model)
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    with pytest.raises(UserError, match="not numbers"):
+        answers_of(sampler, model)
+    with torch.no_grad():
+        model.lm_head.weight[5] = 0.0
+    answers_of(sampler, model)
