@@ -34,7 +34,13 @@ from dllm_var.benchmarking.settings import COMPILED, OURS, TrainingCase
 from dllm_var.benchmarking.training import TrainingRun
 from dllm_var.callbacks.speed import measure_peak_flops
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, ConfidenceThreshold
+from dllm_var.sampling import (
+    AutoregressiveSampler,
+    BlockDiffusionSampler,
+    ConfidenceThreshold,
+    StridedSampler,
+    captured,
+)
 
 VOCABULARY = 126_464
 SPECIAL: dict[str, Any] = dict(mask_id=126_336, terminator_ids=[126_081, 126_348], pad_id=126_081)
@@ -82,7 +88,10 @@ def machine(device: torch.device, tiny: bool, folder: Path) -> dict[str, Any]:
 
 
 def decode(device: torch.device, tiny: bool, folder: Path) -> dict[str, Any]:
-    """Times single forwards and whole samplers on models with random weights, in bf16."""
+    """Times forwards, whole samplers and transformers' `generate` on models with random weights, in bf16.
+
+    A forward is timed as Python launches it, and replayed as a CUDA graph: what a sampler's forward can at best take.
+    """
     found: dict[str, Any] = {}
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, SPECIAL["pad_id"], (16, PROMPT), generator=generator).tolist()
@@ -99,27 +108,69 @@ def decode(device: torch.device, tiny: bool, folder: Path) -> dict[str, Any]:
                     return model.lm_head(model.hidden_states(tokens, cache=cache))
 
                 found[f"{name}, forward of {width}, ms"] = timed(forward, device)
+                if device.type == "cuda":
+                    replay = captured.cuda_graph(lambda _, forward=forward: forward(), tokens)
+                    found[f"{name}, the same as a graph, ms"] = timed(replay, device)
         for batch in (1, 16):
             block = BlockDiffusionSampler(ConfidenceThreshold(0.9), block_length=32, batch_size=batch)
-            taken = per_forward(block, model, prompts[:batch], limit, device)
-            found[f"{name}, block diffusion per forward, batch {batch}, ms"] = taken
+            found |= per_forward(f"{name}, block diffusion, batch {batch}", block, model, prompts[:batch], limit)
+        captured.release(model)
         del model, cache, forward  # the next model takes their memory
         model = random_model(shape, device, causal=True)
-        taken = per_forward(AutoregressiveSampler(), model, prompts[:1], min(limit, 48), device)
-        found[f"{name}, autoregressive per token, ms"] = taken
+        found |= per_forward(f"{name}, autoregressive", AutoregressiveSampler(), model, prompts[:1], min(limit, 48))
+        strided = StridedSampler(8, least_chance=0.2)
+        found |= per_forward(f"{name}, strided", strided, model, prompts[:1], min(limit, 48))
+        captured.release(model)
         del model
+        found[f"{name}, transformers' generate per token, ms"] = transformers_per_token(shape, prompts[0], device)
     return found
 
 
-def per_forward(sampler: Any, model: Transformer, prompts: Any, limit: int, device: torch.device) -> float:
-    """Returns the milliseconds of a forward, with all that the sampler does around it; nothing ends an answer early."""
-    suppressed = SPECIAL["terminator_ids"]
-    sampler.generate(model, prompts, suppress=suppressed, max_new_tokens=4)
+def per_forward(name: str, sampler: Any, model: Transformer, prompts: Any, limit: int) -> dict[str, float]:
+    """Returns the milliseconds of a forward, with all around it, and in how many calls its tokens differ.
+
+    Nothing ends an answer early. The steps are captured and replayed where they can be, and then not captured at all.
+    """
+    found, answers, captures = dict[str, float](), [], dict(captured.CAPTURES)
+    device = model.embedding.weight.device
+    for how in ("", ", not captured"):
+        for _ in range(2):  # the second call finds its steps captured
+            synchronise(device)
+            began = time.perf_counter()
+            answers.append(sampler.generate(model, prompts, suppress=SPECIAL["terminator_ids"], max_new_tokens=limit))
+            synchronise(device)
+        seconds = time.perf_counter() - began
+        found[f"{name}, per forward{how}, ms"] = 1e3 * seconds / max(answer.nfe for answer in answers[-1])
+        captured.CAPTURES.clear()
+    captured.CAPTURES.update(captures)
+    tokens = [[answer.tokens for answer in call] for call in answers]
+    found[f"{name}, calls with other tokens"] = sum(call != tokens[-1] for call in tokens)
+    return found
+
+
+def transformers_per_token(shape: dict[str, Any], prompt: list[int], device: torch.device) -> float:
+    """Returns the milliseconds of a token of transformers' Llama of the same shape, decoded greedily."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {key: shape[key] for key in ("hidden_size", "intermediate_size") if key in shape}
+    layers, heads = shape["num_layers"], shape["num_heads"]
+    config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=layers, num_attention_heads=heads, **sizes)
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    llama.to_empty(device=device)
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            parameter.normal_(std=0.02)
+    rotary = llama.model.rotary_emb  # its frequencies are no parameters
+    llama.model.rotary_emb = type(rotary)(config).to(device)
+    settings: Any = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    ids = torch.tensor([prompt], device=device)
+    llama.generate(ids, max_new_tokens=4, **settings)
     synchronise(device)
     began = time.perf_counter()
-    answers = sampler.generate(model, prompts, suppress=suppressed, max_new_tokens=limit)
+    llama.generate(ids, max_new_tokens=24, **settings)
     synchronise(device)
-    return 1e3 * (time.perf_counter() - began) / max(answer.nfe for answer in answers)
+    return 1e3 * (time.perf_counter() - began) / 24
 
 
 def train(device: torch.device, tiny: bool, folder: Path) -> dict[str, Any]:
@@ -175,7 +226,7 @@ def main() -> None:
         print(f"\n{name}")
         for figure, value in results[name].items():
             shown = f"{value:>14,.2f}" if isinstance(value, float) else value
-            print(f"  {figure:<50}{shown}", flush=True)
+            print(f"  {figure:<64}{shown}", flush=True)
 
 
 if __name__ == "__main__":

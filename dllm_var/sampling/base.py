@@ -39,8 +39,13 @@ class Configurable:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if cls.__module__.startswith(_PACKAGE) and not cls.__name__.startswith("_"):
+        if cls.is_own() and not cls.__name__.startswith("_"):
             _OWN[cls.__name__] = cls
+
+    @classmethod
+    def is_own(cls) -> bool:
+        """Whether the class is this package's."""
+        return cls.__module__.startswith(_PACKAGE)
 
     def check_range(self, low: float, high: float, *names: str) -> None:
         """Raises UserError for a setting outside [low, high]; None passes."""

@@ -8,6 +8,7 @@ step to step reaches the graph in one table of numbers, and what the host has to
 The memory and the graphs of an engine are kept for the next call of `generate` with the same settings and sizes.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dllm_var.errors import one_line
 from dllm_var.model.transformer import Transformer
 
 EAGER_USES = 2  # of a step before it is captured: a short answer should not pay for it
@@ -59,6 +61,7 @@ class Arena:
 
     memory: dict[str, Any] = field(default_factory=dict)
     steps: dict[Any, Step] = field(default_factory=dict)
+    refused: bool = False  # whether a step could not be captured
 
     def lasting(self, name: str, make: Callable[[], T]) -> T:
         """Returns what has this name, made when there is none yet."""
@@ -76,8 +79,12 @@ class Arena:
         if step is None:
             step = self.steps[shape] = Step(torch.empty_like(numbers, device=device))
         step.numbers.copy_(numbers.pin_memory() if device.type == "cuda" else numbers, non_blocking=True)
-        if step.replay is None and step.uses >= EAGER_USES:
-            step.replay = CAPTURES[device.type](function, step.numbers)
+        if step.replay is None and step.uses >= EAGER_USES and not self.refused:
+            try:
+                step.replay = CAPTURES[device.type](function, step.numbers)
+            except RuntimeError as error:  # nothing is lost: what a step has computed it computes again
+                self.refused = True
+                warnings.warn(f"decoding steps cannot be captured, and are slower: {one_line(error)}", stacklevel=2)
         step.uses += 1
         return (function(step.numbers) if step.replay is None else step.replay()).tolist()
 

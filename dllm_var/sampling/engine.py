@@ -85,7 +85,7 @@ class Engine(ABC, Generic[AnyRow]):
         self.capacity = max(map(len, prompts), default=0) + self.limit + slack
         self.answers: dict[int, Generation] = {}
         self.arena: captured.Arena | None = None  # where steps are captured
-        if vars(type(self)).get("constant_shape", False) and captured.can_capture(model):
+        if vars(type(self)).get("constant_shape", False) and sampler.can_be_captured and captured.can_capture(model):
             self.capacity = -(-self.capacity // captured.CAPACITY_MULTIPLE) * captured.CAPACITY_MULTIPLE
             settings: Any = sampler_to_config(sampler)
             settings = object() if settings is None else repr(settings)  # of what cannot be described, no two are equal
@@ -368,6 +368,12 @@ class EngineSampler(Sampler):
     @abstractmethod
     def engine(self) -> type[Engine[Any]]:
         """The engine's class; subclasses set it as a class attribute."""
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Whether a step of its engine may be replayed without running any Python; what others wrote may need it."""
+        policy = getattr(self, "policy", None)
+        return self.is_own() and (policy is None or policy.is_own() or policy.can_be_captured)
 
     def draw(self, logits: Tensor, keys: Tensor) -> Tensor:
         """Returns one drawn token per position [M], from its logits [M, V] and the number of its draw [M]."""

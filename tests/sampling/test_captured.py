@@ -140,6 +140,33 @@ def test_other_settings_or_weights_have_captures_of_their_own(counts, monkeypatc
     assert moved == answers_of(sampler, model)
 
 
+class Reading(policies.ConfidenceThreshold):
+    """A policy of a user's own, which waits for a number."""
+
+    def decide(self, view, state):
+        decision = super().decide(view, state)
+        decision.commit &= view.confidence > view.confidence.min().item() / 2
+        return decision
+
+
+class Willing(Reading):
+    can_be_captured = True
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot be captured")
+@pytest.mark.parametrize("policy", [Reading, Willing])
+def test_what_cannot_be_captured_decodes_all_the_same(policy, counts, monkeypatch):
+    sampler, model = blocks(policy(0.3)), random_model()
+    if policy is Willing:
+        with pytest.warns(UserWarning, match="cannot be captured"):
+            found = answers_of(sampler, model)
+    else:
+        found = answers_of(sampler, model)
+    assert counts["replays"] == 0
+    monkeypatch.delitem(captured.CAPTURES, "cpu")
+    assert found == answers_of(sampler, model)
+
+
 def test_samplers_with_steps_of_their_own_are_not_captured(counts):
     answers_of(WinoSampler(block_length=4, max_new_tokens=17), random_model())
     assert counts == {"captures": 0, "replays": 0}

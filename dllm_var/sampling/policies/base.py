@@ -129,6 +129,7 @@ class UnmaskingPolicy(Configurable, ABC):
     """Decides at each denoising step what becomes of each position of the block; `commit` has the engine's rules."""
 
     scores_committed = False  # whether committed positions get logits, too
+    can_be_captured = False  # whether `decide` uses nothing but tensors, of constant shapes; this package's all do
 
     def initial_state(self, block_length: int) -> State:
         """Returns the memory with which each row's new block begins, without a row dimension."""
