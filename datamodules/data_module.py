@@ -16,7 +16,7 @@ from dllm_var.datamodules.rows import HeldOutSampler, PackedRows, RowSampler
 from dllm_var.datamodules.sources import Source
 from dllm_var.datamodules.table import HELD_OUT_SEED, Example, RecordEncoder, Table, load_table
 from dllm_var.errors import UserError
-from dllm_var.text.tokenizer import Tokenizer
+from dllm_var.text.tokenizer import TRAIN_TOKENIZER, Tokenizer
 
 _CHANGED = {  # of values that say nothing to a reader
     "source": "data.source has other records, or other splits,",
@@ -94,10 +94,16 @@ class PackedDataModule(L.LightningDataModule):
         self.source.cache_dir = self.cache_dir
         name_or_path = tokenizer or self.source.default_tokenizer
         if name_or_path is None:
-            raise UserError(f"data.tokenizer is not set, and {type(self.source).__name__} has none of its own")
+            raise UserError(
+                f"data.tokenizer is not set, and {type(self.source).__name__} has none of its own: name a folder or a "
+                f"model of the hub, or train one with {TRAIN_TOKENIZER}"
+            )
         self.tokenizer = Tokenizer.from_pretrained(name_or_path, mask_token, terminators)
         if chat and self.tokenizer.chat_template is None:
-            raise UserError(f"data.chat is set, but the tokenizer {name_or_path} has no chat template")
+            raise UserError(
+                f"data.chat is set, but the tokenizer {name_or_path} has no chat template; {TRAIN_TOKENIZER} trains "
+                "one that has"
+            )
         self._next_row = 0
         self._train_sampler: RowSampler | None = None
         self._tables: dict[str, Table] = {}

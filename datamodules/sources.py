@@ -79,7 +79,7 @@ class SplitSource(Source):
     Args:
         validation_size: Prompts for a validation split the data does not bring, as a number or as a share below 1; when
             not given, 2 % of the prompts, at most 1,000.
-        test_size: The same for a test split; none when not given.
+        test_size: The same for a test split; None for a size as that of validation.
         columns: Names our fields have in the data, such as ``{prompt: question, response: answer}``.
     """
 
@@ -88,7 +88,7 @@ class SplitSource(Source):
     def __init__(
         self,
         validation_size: int | float | None = None,
-        test_size: int | float = 0,
+        test_size: int | float | None = 0,
         columns: dict[str, str] | None = None,
     ) -> None:
         for name, size in (("validation_size", validation_size), ("test_size", test_size)):
@@ -149,7 +149,10 @@ class SplitSource(Source):
 
     @cached_property
     def _limits(self) -> dict[str, int]:
-        """Largest prompt key of each carved split: test takes the smallest keys, validation the next."""
+        """Largest prompt key of each carved split, in the order in which they take the smallest keys.
+
+        A test split that was not asked for comes behind validation, which is therefore the same with and without it.
+        """
         return remember(self.cache_dir, self.fingerprint(), self._find_limits)
 
     def _find_limits(self) -> dict[str, int]:
@@ -157,10 +160,12 @@ class SplitSource(Source):
         found = (prompt_key(record) for record in records if not isinstance(record, UserError))
         keys = np.unique(np.fromiter(found, dtype=np.uint64))
         limits, used = {}, 0
-        for split, size in (("test", self.test_size), ("validation", self.validation_size)):
+        sizes = {"test": self.test_size, "validation": self.validation_size}
+        for split in sorted(sizes, key=lambda split: split == "test" and self.test_size is None):
+            size = sizes[split]
             if split not in self.own:
-                if size is None:
-                    size = min(1_000, -(-len(keys) // 50)) if len(keys) > 1 else 0
+                if size is None:  # and a prompt is left for training
+                    size = max(0, min(1_000, -(-len(keys) // 50), len(keys) - used - 1))
                 used += round(size * len(keys)) if size < 1 else int(size)
             limits[split] = int(keys[used - 1]) if 0 < used <= len(keys) else -1
         if used >= len(keys) > 0:
@@ -175,6 +180,8 @@ class FileSource(SplitSource):
         path: File, folder or pattern (``data/*.jsonl``) of training records; several in a list.
         validation_path: The same for validation; carved out of training when not given.
         test_path: The same for test.
+        test_size: As for `SplitSource`; when not given, 2 % of the prompts, at most 1,000, and none with
+            `validation_size` 0, which says that nothing is to be held out.
         kwargs: As for `SplitSource`.
     """
 
@@ -185,9 +192,12 @@ class FileSource(SplitSource):
         path: str | list[str],
         validation_path: str | list[str] | None = None,
         test_path: str | list[str] | None = None,
+        test_size: int | float | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        if test_size is None and kwargs.get("validation_size") == 0:
+            test_size = 0
+        super().__init__(test_size=test_size, **kwargs)
         paths = {"train": path, "validation": validation_path, "test": test_path}
         self.own = {split: self._find(split, given) for split, given in paths.items() if given is not None}
 

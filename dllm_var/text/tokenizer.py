@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 ROLES = ("system", "user", "assistant", "tool")  # that a message may have
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")  # that a chat template may ask for
 ADDED_MASK = "<|mask|>"  # what a tokenizer without a mask token gets
+TRAIN_TOKENIZER = "`python -m dllm_var tokenizer --data FILE.jsonl --vocab-size N --output DIR`"  # for messages
 MARK = "\ufdd0"  # put behind each letter of what spells a special token; Unicode keeps it for internal use
 _ENCODING = threading.Lock()  # whether a backend reads special tokens is a flag of the whole backend
 
@@ -336,7 +337,10 @@ class Tokenizer:
         ends = [to_id(token, "terminators") for token in (wanted if isinstance(wanted, list | tuple) else [wanted])]
         ends = ends or known(named.get("eos_token"), generation.get("eos_token_id"), model.get("eos_token_id"))
         if not ends:
-            raise UserError(f"{path_or_name} has no end-of-sequence token; name one or more with terminators")
+            raise UserError(
+                f"{path_or_name} has no end-of-sequence token; name one or more with terminators, or train a tokenizer "
+                f"that has all special tokens with {TRAIN_TOKENIZER}"
+            )
         pads = [to_id(pad_token, "pad_token")] if pad_token else known(named.get("pad_token"), ends[0])
         special = SpecialTokens(masks[0], tuple(dict.fromkeys(ends)), pads[0])
         return cls(backend, special, read_chat_template(folder, config), named)

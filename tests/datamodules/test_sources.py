@@ -81,13 +81,32 @@ def test_files_that_cannot_be_read_are_told(tmp_path):
 
 @pytest.mark.parametrize(("size", "held_out"), [(0, 0), (7, 7), (0.1, 10), (None, 2)])
 def test_a_missing_validation_split_is_carved_out(write_jsonl, size, held_out):
-    source = JsonlSource(write_jsonl(RECORDS), validation_size=size)
+    source = JsonlSource(write_jsonl(RECORDS), validation_size=size, test_size=0)
     assert source.splits == (("train", "validation") if held_out else ("train",))
     validation = list(source.records("validation")) if held_out else []
     assert len(validation) == held_out
     rest = list(source.records("train"))
     assert sorted(map(str, validation + rest)) == sorted(map(str, RECORDS))
     assert list(source.records("train")) == rest
+
+
+def test_a_test_split_is_carved_out_of_files_unless_it_is_declined(write_jsonl):
+    path = write_jsonl(RECORDS)
+    with_test, without = JsonlSource(path), JsonlSource(path, test_size=0)
+    found = {split: list(with_test.records(split)) for split in with_test.splits}
+    assert {split: len(records) for split, records in found.items()} == {"train": 96, "validation": 2, "test": 2}
+    assert sorted(str(record) for records in found.values() for record in records) == sorted(map(str, RECORDS))
+    assert found["validation"] == list(without.records("validation"))  # it does not move
+    shuffled = JsonlSource(write_jsonl(RECORDS[::-1], "other.jsonl"))
+    assert sorted(map(str, shuffled.records("test"))) == sorted(map(str, found["test"]))  # of the prompt alone
+    assert DatasetSource("nowhere").test_size == 0  # a hub's data is left as it comes
+
+
+@pytest.mark.parametrize(("count", "held_out"), [(1, (0, 0)), (2, (1, 0)), (3, (1, 1)), (60, (2, 2))])
+def test_few_prompts_leave_some_for_training(write_jsonl, count, held_out):
+    source = JsonlSource(write_jsonl(RECORDS[:count]))
+    sizes = tuple(len(list(source.records(split))) for split in ("validation", "test"))
+    assert sizes == held_out and len(list(source.records("train"))) == count - sum(held_out)
 
 
 def test_the_same_prompt_never_stands_in_two_splits(write_jsonl):
