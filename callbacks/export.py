@@ -21,7 +21,8 @@ class ExportWeights(L.Callback):
 
     The weights are the averaged ones where the run keeps such. It is a few megabytes of safetensors without optimizer
     state, loadable by `dllm_var.load_pretrained`. Beside the weights it remembers the sampler of another callback
-    (the last one that has any) and the step. Without a logger there is no run folder and nothing is written.
+    (the last one that has any), the step, and whether the data was conversations. Without a logger there is no run
+    folder and nothing is written.
     Adapters (`model.lora`) are merged into them there, and lie by themselves in the folder `adapter`, as peft has them.
     Those that act on masks only lie beside the weights, in `model/adapter`, instead of being merged.
     """
@@ -43,6 +44,7 @@ class ExportWeights(L.Callback):
             tokenizer: Any = pl_module.tokenizer
             callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
             meta = {"sampler": sampler_to_config(last_sampler(callbacks)), "step": trainer.global_step}
+            meta["chat"] = bool(getattr(trainer.datamodule, "chats", False))  # type: ignore[attr-defined]
             lora, base = getattr(pl_module, "lora", None), str(getattr(pl_module, "init_from", None))
             with averaged(trainer, pl_module):
                 if lora is not None:

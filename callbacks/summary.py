@@ -20,6 +20,7 @@ from dllm_var.training.strategies import shards_parameters
 
 SUMMARY_FILE = "summary.json"
 LABEL_WIDTH = 22
+LOOKED_AT = 100  # held-out prompts among which one is sought to be tried
 ERROR_LABELS = {"per": "phoneme error rate", "wer": "word error rate", "cer": "character error rate"}
 
 
@@ -147,9 +148,24 @@ class RunSummary(L.Callback):
             "weights": result["weights"],
         }
         if loadable := result["weights"] or result["checkpoint"]:
-            text = self.prompt if self.prompt is not None else held_out_prompts(trainer, self.split, 1)[0].prompt
-            lines["try"] = f"python -m dllm_var generate --checkpoint {shlex.join([loadable, '--prompt', text])}"
+            text = self.prompt if self.prompt is not None else self._prompt_to_try(trainer, pl_module)
+            words = [f"--prompt={text}"] if text.startswith("-") else ["--prompt", text]
+            lines["try"] = f"python -m dllm_var generate --checkpoint {shlex.join([loadable, *words])}"
         pl_module.print("\n" + "\n".join(f"{name:<{LABEL_WIDTH}}{text}" for name, text in lines.items() if text))
+
+    def _prompt_to_try(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
+        """Returns the text of a held-out prompt, where there is one that `generate` reads as it was held out.
+
+        One of several turns has no such text.
+        """
+        tokenizer: Any = pl_module.tokenizer
+        chats = getattr(trainer.datamodule, "chats", False)  # type: ignore[attr-defined]
+        examples = held_out_prompts(trainer, self.split, LOOKED_AT if chats else 1)
+        for example in examples if chats else []:
+            turn = {"role": "user", "content": example.prompt}
+            if tokenizer.encode_chat_prompt([turn]) == example.prompt_ids:
+                return example.prompt
+        return examples[0].prompt
 
 
 def shown_path(paths: Iterable[str | Path | None]) -> str | None:

@@ -1,7 +1,9 @@
 """The packing data module: records in, rows of packed tokens out."""
 
 import os
+from contextlib import suppress
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +14,14 @@ from torch.utils.data import DataLoader
 
 from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.datamodules.packing import VERSIONS, Packing, TooLong
+from dllm_var.datamodules.records import Turns, parse_record
 from dllm_var.datamodules.rows import HeldOutSampler, PackedRows, RowSampler
 from dllm_var.datamodules.sources import Source
 from dllm_var.datamodules.table import HELD_OUT_SEED, Example, RecordEncoder, Table, load_table
 from dllm_var.errors import UserError
 from dllm_var.text.tokenizer import TRAIN_TOKENIZER, Tokenizer
 
+LOOKED_AT = 100  # records that tell whether the data is conversations
 _CHANGED = {  # of values that say nothing to a reader
     "source": "data.source has other records, or other splits,",
     "tokenizer": "data.tokenizer is another one",
@@ -130,8 +134,10 @@ class PackedDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Maps the tokenized data and tells what became of it; Lightning calls it in every process."""
-        if stage == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
-            rank_zero_info(self.summary())
+        if stage == "fit":
+            _ = self.chats  # checkpoints tell it, when the data may be out of reach
+            if getattr(rank_zero_only, "rank", 0) == 0:
+                rank_zero_info(self.summary())
 
     def train_dataloader(self) -> DataLoader:
         """Batches of the next rows of an endless stream, as many as cover the data once."""
@@ -197,6 +203,18 @@ class PackedDataModule(L.LightningDataModule):
             first = self.trainer is None or self.trainer.local_rank == 0
             self._tables[split] = load_table(self.source, split, self.encoder(), self.cache_dir, verify=first)
         return self._tables[split]
+
+    @cached_property
+    def chats(self) -> bool:
+        """Whether training records, one of the first hundred at least, go through the tokenizer's chat template."""
+        if self.tokenizer.chat_template is None:
+            return False
+        for record in islice(self.source.records("train"), LOOKED_AT):
+            with suppress(UserError):  # the table tells of it
+                form = parse_record(record, self.chat)
+                if isinstance(form, Turns) and form.chat:
+                    return True
+        return False
 
     def encoder(self) -> RecordEncoder:
         """A new encoder of records."""

@@ -294,7 +294,8 @@ class DiffusionLM(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         sampler = sampler_to_config(last_sampler(self.trainer.callbacks))  # type: ignore[attr-defined]
-        checkpoint["dllm_var"] = identity(self.transformer.config, self.tokenizer, self.lora, sampler)
+        chat = bool(getattr(self.trainer.datamodule, "chats", False))  # type: ignore[attr-defined]
+        checkpoint["dllm_var"] = identity(self.transformer.config, self.tokenizer, self.lora, sampler, chat)
         checkpoint["loss_guard"] = self.step.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

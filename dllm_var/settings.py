@@ -45,7 +45,7 @@ def merged(base: Any, changes: dict[str, Any]) -> dict[str, Any]:
 
 def given(arguments: Sequence[str], *options: str) -> list[str]:
     """Returns the values that options have among the arguments, as `--option=value` or in two words."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    pairs = zip(arguments, [*arguments, ""][1:], strict=True)
     split = [(*argument.partition("="), following) for argument, following in pairs]
     return [value if equals else after for option, equals, value, after in split if option in options]
 

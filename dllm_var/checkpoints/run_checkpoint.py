@@ -88,13 +88,21 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def identity(
-    config: TransformerConfig, tokenizer: Tokenizer, lora: Lora | None, sampler: dict[str, Any] | None
+    config: TransformerConfig,
+    tokenizer: Tokenizer,
+    lora: Lora | None,
+    sampler: dict[str, Any] | None,
+    chat: bool = False,
 ) -> dict[str, Any]:
-    """Returns the `dllm_var` entry of a checkpoint: what builds the model without its config, as plain values."""
+    """Returns the `dllm_var` entry of a checkpoint: what builds the model without its config, as plain values.
+
+    `chat` says that it was trained on conversations in the tokenizer's chat template, which prompts then need, too.
+    """
     return {
         "transformer": config.to_dict(),
         "tokenizer": tokenizer.to_dict(),
         "sampler": sampler,
+        "chat": chat,
         "lora": None if lora is None else asdict(lora),
         "format": FORMAT,
         **provenance(),

@@ -41,7 +41,7 @@ EXAMPLES = """examples:
 docs/generate.md explains them all."""
 
 CONFLICTS = [("stream", "json"), ("stream", "replay"), ("stream", "no_stream"), ("json", "replay")]
-CONFLICTS += [("infill", "prompts_file")]
+CONFLICTS += [("infill", "prompts_file"), ("chat", "no_chat")]
 
 
 def main(command: str, arguments: list[str]) -> int:
@@ -57,7 +57,9 @@ def main(command: str, arguments: list[str]) -> int:
     for option, other in CONFLICTS:
         if options[option] and options[other]:
             raise UserError(f"--{option} does not go with --{other.replace('_', '-')}: leave one of them out")
-    model, tokenizer, _ = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, meta = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    if meta.get("chat") is True and tokenizer.chat_template is not None and not options.no_chat:
+        options.chat = True
     if options.rope_scaling is not None:
         from dllm_var.model.rotary import read_rope_scaling
 
@@ -151,7 +153,9 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
     prompts.add_argument("--prompt", **repeatable, metavar="TEXT", help="text to answer; repeatable")
     lines = 'one prompt per line; in a .jsonl file {"prompt": ...} or {"messages": [...]}; - is standard input'
     prompts.add_argument("--prompts-file", type=str, metavar="FILE", help=lines)
-    prompts.add_argument("--chat", action="store_true", help="put prompts through the checkpoint's chat template")
+    chat = "put prompts through the checkpoint's chat template, as is done where it was trained on conversations"
+    prompts.add_argument("--chat", action="store_true", help=chat)
+    prompts.add_argument("--no-chat", action="store_true", help="give prompts to any checkpoint as they are")
     prompts.add_argument("--system", type=str, metavar="TEXT", help="system message of every prompt, with --chat")
     gaps = "text whose gaps are filled, such as <gap:3> for three tokens; repeatable, with a --prompt for each"
     prompts.add_argument("--infill", **repeatable, metavar="TEXT", help=gaps)
@@ -315,19 +319,19 @@ def _prompt(record: Any, tokenizer: Tokenizer, chat: bool, system: str | None) -
         if system is not None and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": system}, *turns]
         for turn in turns:
-            _encode(turn.get("content"), tokenizer)
+            encode_text(turn.get("content"), tokenizer)
         text, ids = turns[-1]["content"], tokenizer.encode_chat_prompt(turns)
     elif text is not None:
-        ids = _encode(text, tokenizer)
+        ids = encode_text(text, tokenizer)
     if infill is None:
         return Prompt(text or "", ids)
     infill_ids: list[int] = []
     for part in split_gaps(str(infill)):
-        infill_ids += [tokenizer.mask_id] * part if isinstance(part, int) else _encode(part, tokenizer)
+        infill_ids += [tokenizer.mask_id] * part if isinstance(part, int) else encode_text(part, tokenizer)
     return Prompt(text or "", ids, infill, infill_ids)
 
 
-def _encode(text: Any, tokenizer: Tokenizer) -> list[int]:
+def encode_text(text: Any, tokenizer: Tokenizer) -> list[int]:
     """Returns the token ids of a text; raises UserError when it is empty or the vocabulary cannot spell it."""
     if not isinstance(text, str):
         raise UserError(f"it must be text, got {json.dumps(text)}")

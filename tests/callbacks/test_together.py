@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from dllm_var.__main__ import main
 from dllm_var.callbacks import ExportWeights, ProgressBar, RunSummary, SamplingCallback, SpeedMonitor
 from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.datamodules import JsonlSource, PackedDataModule
 from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.metrics import AnswerMetrics
 from dllm_var.sampling import BlockDiffusionSampler
+from dllm_var.text.train_tokenizer import train_tokenizer
 
 SOUNDS = {"a": "AA", "b": "B", "d": "D", "e": "EH", "k": "K"}
 
@@ -63,3 +66,31 @@ def test_the_exported_weights_score_what_the_summary_says(
     assert "step 40/40  loss" in out
     assert "validation: loss" in out
     assert "step 20, 5 answers:" in out
+
+
+def test_a_run_on_conversations_ends_with_a_command_that_works(fit: Any, tmp_path: Path, capsys: Any) -> None:
+    turns = [("user", "{}?"), ("assistant", "it is {}."), ("user", "-{}"), ("assistant", "not {}.")]
+    chats = [
+        [{"role": role, "content": text.format(number)} for role, text in turns[:length]]
+        for number in range(60)
+        for length in (2, 4)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    train_tokenizer((turn["content"] for chat in chats for turn in chat), 300).save(tmp_path / "tokenizer")
+    source = JsonlSource(str(tmp_path / "chats.jsonl"))
+    data = PackedDataModule(source, str(tmp_path / "tokenizer"), 2, context_length=64, packing="best_fit")
+    sampler = BlockDiffusionSampler(block_length=4, max_new_tokens=8)
+    callbacks = [ExportWeights(), RunSummary(sampler), SamplingCallback(sampler), ModelCheckpoint(save_last=True)]
+    logger = TensorBoardLogger(tmp_path, name="run")
+    fit(*callbacks, data=data, logger=logger, enable_checkpointing=True, max_steps=1)
+    run = Path(logger.log_dir)
+    for place in (run / "model", run / "checkpoints" / "last.ckpt"):
+        assert load_checkpoint(place)[2]["chat"] is True
+
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("try ")]
+    words = shlex.split(line)[4:]
+    assert main([*words, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    [asked] = [example for example in data.held_out("test") if example.prompt == answer["prompt"]]
+    assert answer["prompt_tokens"] == len(asked.prompt_ids)
+    assert asked.prompt.endswith("?")  # of one turn: that of several cannot be given as a text

@@ -1,0 +1,126 @@
+"""The command `chat`: a conversation in the terminal, answered as `generate` answers a single prompt."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import Namespace
+
+from dllm_var.cli.generate import (
+    AnswerPrinter,
+    Prompt,
+    add_sampler_options,
+    decode,
+    encode_text,
+    read_options,
+    token_ids,
+)
+from dllm_var.errors import UserError
+from dllm_var.settings import SettingsParser
+
+if TYPE_CHECKING:
+    from dllm_var.model.transformer import Transformer
+    from dllm_var.sampling import Sampler
+    from dllm_var.text.tokenizer import Tokenizer
+
+DESCRIPTION = """A conversation with a checkpoint that was trained on conversations. Each answer appears block by block.
+Every line is a message; /reset forgets the conversation, and Ctrl-D or Ctrl-C ends it."""
+
+EXAMPLES = """examples:
+  python -m dllm_var chat --checkpoint runs/chat/version_0
+  python -m dllm_var chat --checkpoint runs/chat/version_0 --system "Be brief." --temperature 0.7 --seed 1"""
+
+RESET = "/reset"
+# What `generate` can be told besides: the answer alone, streamed.
+PRINTED = {"answers_only": True, "stream": True, "no_stream": False, "json": False, "replay": False, "infill": None}
+
+
+def main(command: str, arguments: list[str]) -> int:
+    """Runs `chat`; returns 0 when its input ends, 130 after Ctrl-C."""
+    if {"-h", "--help"} & set(arguments):
+        build_parser(command, None).print_help()
+        return 0
+    import torch
+
+    from dllm_var.checkpoints.pretrained import load_checkpoint
+
+    options, sampler, checkpoint = read_options(command, arguments, build_parser)
+    model, tokenizer, _ = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    if tokenizer.chat_template is None:
+        raise UserError(f"{command} needs a tokenizer with a chat template, which {options.checkpoint} has not")
+    for name, value in PRINTED.items():
+        options[name] = value
+    try:
+        converse(sampler, model, tokenizer, options)
+    except KeyboardInterrupt:
+        print("ended", file=sys.stderr)
+        return 130
+    return 0
+
+
+def converse(sampler: Sampler, model: Transformer, tokenizer: Tokenizer, options: Namespace) -> None:
+    """Answers lines of standard input until they end; each is read together with all turns before it."""
+    suppressed = token_ids(options.suppress or [], tokenizer)
+    start = [] if options.system is None else [{"role": "system", "content": options.system}]
+    tokenizer.encode_chat_prompt([*start, user("hello")])  # a template may refuse a system message
+    longest = model.config.context_length
+    turns = list(start)
+    for text in lines():
+        if text == RESET:
+            turns = list(start)
+            continue
+        asked = [*turns, user(text)]
+        try:
+            encode_text(text, tokenizer)
+            prompt = Prompt(text, tokenizer.encode_chat_prompt(asked))
+        except UserError as error:  # a character that the vocabulary has not
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        with AnswerPrinter(sys.stdout, [prompt], tokenizer, options) as printer:
+            decode(sampler, model, suppressed, printer)
+        [answer] = printer.done
+        turns = [*asked, {"role": "assistant", "content": answer.text}]
+        if longest is not None and len(prompt.ids) + answer.new_tokens > longest:
+            print(f"this is longer than the {longest:,} tokens of training: {RESET} begins anew", file=sys.stderr)
+
+
+def user(text: str) -> dict[str, Any]:
+    """Returns a turn of the user."""
+    return {"role": "user", "content": text}
+
+
+def lines() -> Iterator[str]:
+    """Yields the lines of standard input that are not empty; a terminal shows where to write."""
+    in_terminal = sys.stdin.isatty()
+    if in_terminal:
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401  (arrow keys edit the line)
+        print(f"{RESET} forgets the conversation, Ctrl-D ends it", file=sys.stderr)
+    while True:
+        try:
+            text = input("> " if in_terminal else "").strip()
+        except (EOFError, KeyboardInterrupt) as end:
+            if in_terminal:
+                print()  # behind "> "
+            if isinstance(end, KeyboardInterrupt):
+                raise
+            return
+        if text:
+            yield text
+
+
+def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser:
+    """Returns the parser of the options; `sampler` is the default one, None for a parser that only shows help."""
+    parser = SettingsParser.of_command(command, "--checkpoint PATH [options]", DESCRIPTION, EXAMPLES)
+    repeatable: dict[str, Any] = {"action": "append", "type": str}
+    parser.add_argument("--checkpoint", type=str, metavar="PATH", help="run folder, .ckpt file or exported folder")
+    parser.add_argument("--system", type=str, metavar="TEXT", help="system message of the conversation")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer in tokens")
+    parser.add_argument("--stop", **repeatable, metavar="TEXT", help="end an answer before this text; repeatable")
+    parser.add_argument("--suppress", **repeatable, metavar="TOKEN", help="text or id:N never produced; repeatable")
+    add_sampler_options(parser, sampler)
+    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of options by their full names")
+    return parser
