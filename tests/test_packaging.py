@@ -61,6 +61,7 @@ def test_every_package_is_listed():
         for top, package in folders.items()
         for path in (ROOT / top).rglob("__init__.py")
     }
+    found.add("dllm_var.configs.sampler")  # YAML files alone
     assert sorted(found) == sorted(PROJECT["tool"]["setuptools"]["packages"])
 
 
@@ -93,13 +94,17 @@ def test_the_wheel_holds_code_and_data(wheel):
         or {"data", "tasks"} & set(path.relative_to(ROOT).parts[1:-1])
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert inside == source
+    overlays = {path.name for path in (ROOT / "configs" / "sampler").glob("*.yaml")}
+    assert inside == source | {f"dllm_var/configs/sampler/{name}" for name in overlays}
     assert "dllm_var/datamodules/data/cmudict/LICENSE" in inside
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
 def test_the_unpacked_wheel_runs(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "import dllm_var.datamodules as d; print(d.__file__, len(list(d.CmudictSource().records('test'))) > 1900)"
+    code = "import dllm_var.datamodules as d; print(d.__file__, len(list(d.CmudictSource().records('test'))) > 1900)\n"
+    code += "from dllm_var.cli.generate import overlays; print(overlays()['wino'])"
     result = run(code, tmp_path, path=tmp_path / "site")
-    assert result.stdout.split() == [str(tmp_path / "site/dllm_var/datamodules/__init__.py"), "True"], result.stderr
+    package = str(tmp_path / "site/dllm_var")
+    shown = [f"{package}/datamodules/__init__.py", "True", f"{package}/configs/sampler/wino.yaml"]
+    assert result.stdout.split() == shown, result.stderr

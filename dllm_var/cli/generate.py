@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from jsonargparse import Namespace
 
+import dllm_var
 from dllm_var.cli.infill_and_replay import replay, split_gaps, width_and_colour
 from dllm_var.errors import UserError
 from dllm_var.files import open_output, parse_json
@@ -192,7 +193,8 @@ SHORTCUTS = {
 
 def add_sampler_options(parser: SettingsParser, sampler: dict[str, Any] | None) -> None:
     """Adds --sampler with all settings of its class; only help, without a `sampler`, lists the short names too."""
-    about = "a class, or a YAML file such as configs/sampler/*.yaml; --sampler.NAME VALUE sets one argument of it, "
+    about = "an overlay of configs/sampler/ by its name, such as wino, a YAML file, or a class; --sampler.NAME VALUE "
+    about += "sets one argument of it, "
     about += "--sampler.help NAME lists them"
     if sampler is not None:
         from dllm_var.sampling import Sampler
@@ -208,7 +210,8 @@ def add_sampler_options(parser: SettingsParser, sampler: dict[str, Any] | None) 
 def spell_out(arguments: list[str]) -> list[str]:
     """Puts `--sampler FILE` and short names of its settings as the parser understands them, classes before arguments.
 
-    A file is replaced by what it says under `sampler`, under `vars.sampler` or at its top level.
+    A file, or the name of an overlay that ships, is replaced by what the file says under `sampler`, under
+    `vars.sampler` or at its top level.
     """
     result: list[str] = []
     settings: list[str] = []  # they follow their sampler
@@ -222,8 +225,11 @@ def spell_out(arguments: list[str]) -> list[str]:
         if not value:
             raise UserError(f"{option} needs a value")
         if option == "--sampler":
-            if Path(value).suffix in (".yaml", ".yml", ".json"):
-                file = read_settings(Path(value))
+            named = overlays() if value.isidentifier() and value.islower() else {}
+            if named and value not in named:
+                raise UserError(f"--sampler: there is no '{value}'; there are {', '.join(named)}")
+            if value in named or Path(value).suffix in (".yaml", ".yml", ".json"):
+                file = read_settings(named.get(value) or Path(value))
                 value = json.dumps(file.get("sampler") or (file.get("vars") or {}).get("sampler") or file)
             result.append(f"--sampler={value}")
             continue
@@ -240,6 +246,12 @@ def spell_out(arguments: list[str]) -> list[str]:
         name = SHORTCUTS[option][0] if option in SHORTCUTS else option.removeprefix("--")
         settings.append(f"--sampler.{name}={value}")
     return result + sorted(settings, key=lambda setting: setting.partition("=")[0].count("."))
+
+
+def overlays() -> dict[str, Path]:
+    """Returns the sampler overlays that ship, by name: those of configs/sampler/, which the wheel has, too."""
+    folders = [Path(folder) / "configs" / "sampler" for folder in dllm_var.__path__]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------

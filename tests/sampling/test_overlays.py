@@ -8,6 +8,8 @@ import pytest
 from dllm_var.__main__ import main
 from dllm_var.checkpoints.export import save_checkpoint_folder
 from dllm_var.checkpoints.pretrained import load_checkpoint
+from dllm_var.cli.generate import spell_out
+from dllm_var.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 OVERLAYS = sorted(path.stem for path in (ROOT / "configs" / "sampler").glob("*.yaml"))
@@ -34,10 +36,16 @@ def test_overlay_decodes(name, checkpoints, capsys):
         "diffuspec": [f"--sampler.drafter={checkpoints['diffusion']}"],
     }
     options = [*SHORTER.get(name, []), *second.get(name, [])]
-    overlay = str(ROOT / "configs" / "sampler" / f"{name}.yaml")
-    arguments = ["--sampler", overlay, *options, "--prompt", "keyboard", "--prompt", "ink", "--json"]
+    arguments = ["--sampler", name, *options, "--prompt", "keyboard", "--prompt", "ink", "--json"]
     assert main(["generate", "--checkpoint", str(checkpoint), *arguments]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["prompt"] for answer in answers] == ["keyboard", "ink"]
     if name not in AUTOREGRESSIVE:
         assert all(answer["finish_reason"] == "eos" and answer["tokens"] for answer in answers)
+
+
+def test_a_file_says_the_same_as_its_name_and_others_are_named():
+    file = ROOT / "configs" / "sampler" / "wino.yaml"
+    assert spell_out(["--sampler", "wino"]) == spell_out([f"--sampler={file}"])
+    with pytest.raises(UserError, match=r"--sampler: there is no 'winno'; there are .*wino"):
+        spell_out(["--sampler", "winno"])
