@@ -16,11 +16,12 @@ from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.datamodules.packing import VERSIONS, Packing, TooLong
 from dllm_var.datamodules.records import Turns, parse_record
 from dllm_var.datamodules.rows import HeldOutSampler, PackedRows, RowSampler
-from dllm_var.datamodules.sources import Source
+from dllm_var.datamodules.sources import Source, SplitSource
 from dllm_var.datamodules.table import HELD_OUT_SEED, Example, RecordEncoder, Table, load_table
-from dllm_var.errors import UserError
+from dllm_var.errors import UserError, warn
 from dllm_var.text.tokenizer import TRAIN_TOKENIZER, Tokenizer
 
+MANY = 0.01  # share of tokens that are unknown, or of samples that are dropped, from which on a warning says so
 LOOKED_AT = 100  # records that tell whether the data is conversations
 _CHANGED = {  # of values that say nothing to a reader
     "source": "data.source has other records, or other splits,",
@@ -138,6 +139,8 @@ class PackedDataModule(L.LightningDataModule):
             _ = self.chats  # checkpoints tell it, when the data may be out of reach
             if getattr(rank_zero_only, "rank", 0) == 0:
                 rank_zero_info(self.summary())
+                for warning in self.warnings():
+                    warn(warning)
 
     def train_dataloader(self) -> DataLoader:
         """Batches of the next rows of an endless stream, as many as cover the data once."""
@@ -204,17 +207,46 @@ class PackedDataModule(L.LightningDataModule):
             self._tables[split] = load_table(self.source, split, self.encoder(), self.cache_dir, verify=first)
         return self._tables[split]
 
-    @cached_property
+    @property
     def chats(self) -> bool:
         """Whether training records, one of the first hundred at least, go through the tokenizer's chat template."""
-        if self.tokenizer.chat_template is None:
-            return False
+        return self.tokenizer.chat_template is not None and self._has_conversations
+
+    @cached_property
+    def _has_conversations(self) -> bool:
         for record in islice(self.source.records("train"), LOOKED_AT):
             with suppress(UserError):  # the table tells of it
                 form = parse_record(record, self.chat)
                 if isinstance(form, Turns) and form.chat:
                     return True
         return False
+
+    def warnings(self) -> list[str]:
+        """What is probably a mistake in data, tokenizer and settings, a sentence each; none for most data."""
+        found = self._missing_template()
+        report, tokens = self.report(), len(self.table("train").tokens)
+        if report["unknown_tokens"] > MANY * tokens:
+            found.append(
+                f"{report['unknown_tokens'] / tokens:.1%} of the tokens are unknown: data.tokenizer does not fit the "
+                f"data; take another one, or train one with {TRAIN_TOKENIZER}"
+            )
+        if report["dropped"] > MANY * len(self.table("train")):
+            found.append(
+                f"{report['dropped']:,} of {len(self.table('train')):,} samples are longer than data.context_length="
+                f"{self.context_length} and dropped; the longest has {np.diff(self.table('train').offsets).max():,} "
+                "tokens: raise data.context_length"
+                + (", or cut long answers with data.on_too_long=truncate" if self.on_too_long == "drop" else "")
+            )
+        return found
+
+    def _missing_template(self) -> list[str]:
+        # Other sources than files and data sets make their records themselves, some of them slowly.
+        if self.tokenizer.chat_template or not isinstance(self.source, SplitSource) or not self._has_conversations:
+            return []
+        return [
+            "the data has messages, but the tokenizer has no chat template: nothing will tell the model who speaks; "
+            f"take a tokenizer that has one, or train one with {TRAIN_TOKENIZER}"
+        ]
 
     def encoder(self) -> RecordEncoder:
         """A new encoder of records."""

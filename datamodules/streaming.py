@@ -143,6 +143,10 @@ class StreamingDataModule(PackedDataModule):
         blocks = f"data: streaming from {type(self.source).__name__}, {self.block_records:,} records at a time"
         return f"{blocks}, into rows of {self.context_length} ({self.packing})"
 
+    def warnings(self) -> list[str]:
+        """What can be known to be a mistake before the stream is read."""
+        return self._missing_template()
+
     def _begin(self, ranks: int, rank: int) -> list[tuple[int, Position]]:
         """Where each reader of this rank begins."""
         readers = range(max(self.num_workers, 1))

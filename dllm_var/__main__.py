@@ -17,6 +17,7 @@ COMMANDS = {
     "predict": ("dllm_var.cli.fit", "answer the test split's prompts, into answers.jsonl (--ckpt_path FILE)"),
     "generate": ("dllm_var.cli.generate", "answer prompts with a trained checkpoint"),
     "tokenizer": ("dllm_var.cli.tokenizer", "train a tokenizer on your own data (--data FILE.jsonl)"),
+    "inspect": ("dllm_var.cli.inspect", "show what becomes of the data before training on it (--config FILE)"),
     "chat": ("dllm_var.cli.chat", "talk with a checkpoint that was trained on conversations"),
     "plan": ("dllm_var.cli.plan", "say what a training run will cost: parameters, memory, time per step"),
     "evaluate": ("dllm_var.cli.evaluate", "measure a checkpoint on standard tasks (--tasks NAME ...)"),

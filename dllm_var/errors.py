@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 
 
 class UserError(ValueError):
@@ -42,3 +43,9 @@ def _file_error(error: OSError) -> str | None:
     if error.errno is not None and name is not None:
         return f"cannot use '{name}': {error.strerror}"
     return f"cannot read or write a file: {error.strerror}" if error.errno == errno.EIO else None
+
+
+def warn(message: str) -> None:
+    """Prints what is probably a mistake to standard error; in a terminal in red."""
+    red, plain = ("\033[1;31m", "\033[0m") if sys.stderr.isatty() and "NO_COLOR" not in os.environ else ("", "")
+    print(f"{red}warning: {message}{plain}", file=sys.stderr)

@@ -22,8 +22,8 @@ from dllm_var.callbacks import AnswerWriter
 from dllm_var.checkpoints.archive import CannotSave
 from dllm_var.checkpoints.checkpoint_io import BackgroundFiles, CheckedFiles
 from dllm_var.checkpoints.run_checkpoint import check_or_offer
-from dllm_var.cli.trainer_settings import build_parser, check_settings, full_help, run_name
-from dllm_var.errors import UserError, in_one_line, one_line
+from dllm_var.cli.trainer_settings import build_parser, canvas_warning, check_settings, full_help, run_name
+from dllm_var.errors import UserError, in_one_line, one_line, warn
 from dllm_var.model.float8 import Float8, check_float8
 from dllm_var.training.interrupt import Interrupted, SaveAtEnd, StopOnSignal
 from dllm_var.training.ranks import is_first, is_launched_child
@@ -91,6 +91,9 @@ def run(command: str, arguments: list[str], resume: str | None, held: ExitStack)
         built.model.sampler = built.sampler  # what predict decodes with
     trainer = build_trainer(built, text)
     if command == "fit":  # before any data is read
+        mismatch = canvas_warning(built.data, built.sampler)
+        if mismatch and is_first():
+            warn(mismatch)
         float8 = getattr(built.model, "float8", None)
         if isinstance(float8, Float8):
             check_float8(float8, trainer.strategy.root_device, trainer.precision)

@@ -134,3 +134,14 @@ def _full_path(node: Any, reference: str) -> str:
             node = node[name]
         path.append(word)
     return ".".join(path)
+
+
+def canvas_warning(data: Any, sampler: Any) -> str | None:
+    """Returns what is wrong when answers are shown in training with other blocks than the sampler decodes."""
+    canvas, block_length = getattr(data, "canvas", 0), getattr(sampler, "block_length", None)
+    if not canvas or not isinstance(block_length, int) or canvas == block_length:
+        return None
+    return (
+        f"data.canvas is {canvas}, and the sampler decodes blocks of {block_length}: answers will end at other places "
+        f"than in training; set data.canvas={block_length}"
+    )
