@@ -101,6 +101,7 @@ def test_an_optimizer_that_cannot_be_copied_is_no_hindrance(fit: Any) -> None:
     fit(Build(), EmaWeights(), max_steps=1)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_weights_and_the_same_average(fit: Any, tmp_path: Path) -> None:
     def run(*callbacks: L.Callback, **settings: Any) -> tuple[Any, Any]:
         record = Record()
