@@ -78,7 +78,7 @@ class KVCache:
         self._uniform = slots is None and bool((lengths == lengths[0]).all())
         self._slots = (lengths[:, None] + offsets).to(device) if slots is None else slots
         self.positions = self._slots if positions is None else positions
-        self._starts, self._seen = lengths, seen
+        self._starts, self._seen, self._constant = lengths, seen, False
         ends = lengths + (width if windows is None else windows) if visible is None else visible
         last = ends[:, None] - 1  # the last token that is seen, in each row [B, 1] or by each of its tokens [B, L]
         if left_to_right is not None:
@@ -109,7 +109,7 @@ class KVCache:
         self._rows, self.packed, self._uniform = None, None, False
         self._width, self.reach, self._slots = slots.size(1), reach, slots
         self.positions = slots if positions is None else positions
-        self._starts, self._seen, self._last_seen = slots[:, 0], seen, last_seen
+        self._starts, self._seen, self._last_seen, self._constant = slots[:, 0], seen, last_seen, True
 
     def _pack(self, windows: Tensor, rows: Tensor | None, offsets: Tensor) -> None:
         """Finds the real tokens of a forward when much of it is padding."""
@@ -134,7 +134,17 @@ class KVCache:
         return values.squeeze(0).index_select(0, self._padded).view(-1, self._width, *values.shape[2:])
 
     def mask(self, causal: bool) -> Tensor | None:
-        """Returns the boolean mask [B, 1, 1 or L, reach] of this forward, None when every token sees everything."""
+        """Returns the mask [B, 1, 1 or L, reach] of this forward, None when every token sees everything.
+
+        It is boolean, or in a forward of constant shape what is added to the scores: kernels on a GPU want that, and
+        would make it of booleans in each layer.
+        """
+        seen = self._visible(causal)
+        if seen is None or not self._constant:
+            return seen
+        return self.storage.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+
+    def _visible(self, causal: bool) -> Tensor | None:
         keys = torch.arange(self.reach, device=self.storage.device)
         if self._seen is not None:  # each key's place in the window [B, reach] is below 0 when it is frozen
             window = keys - self._starts.to(keys.device)[:, None]
