@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from dllm_var import DiffusionLM
 from dllm_var.datamodules import CmudictSource, PackedDataModule
 from dllm_var.model import TransformerConfig
-from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule, IntrospectiveStride
+from dllm_var.objectives import Autoregressive, EosSchedule, IntrospectiveStride
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, ConfidenceThreshold, StridedSampler
 from dllm_var.training.optim import Muon, Schedule
 
@@ -37,7 +37,7 @@ EPOCHS = (8, 24, 72)
 HELD_OUT = {"validation": 500, "test": 2_000}
 FIGURES = ("token_error_rate", "length_exact", "tokens_per_forward")
 BLOCK = 12
-RECIPES = ("autoregressive", "autoregressive, dropout 0.1", "EOS schedule", "block diffusion", "strided")
+RECIPES = ("autoregressive", "autoregressive, dropout 0.1", "EOS schedule", "EOS schedule, dropout 0.1", "strided")
 
 
 class FewWords(CmudictSource):
@@ -54,12 +54,9 @@ class FewWords(CmudictSource):
 
 def recipe(name: str) -> tuple[Any, Any, int]:
     """Returns the objective of a recipe, the sampler that it is for, and the canvas of the data."""
-    blocks = BlockDiffusionSampler(ConfidenceThreshold(0.9), block_length=BLOCK, max_new_tokens=48, batch_size=128)
-    if name == "EOS schedule":
+    if name.startswith("EOS schedule"):
+        blocks = BlockDiffusionSampler(ConfidenceThreshold(0.9), block_length=BLOCK, max_new_tokens=48, batch_size=128)
         return EosSchedule(0.1, 1.0, rate_per="segment"), blocks, BLOCK
-    if name == "block diffusion":
-        how: dict[str, Any] = dict(causal_context=True, autoregressive_weight=0.5, token_shift=True)
-        return BlockDiffusion(BLOCK, whole_share=0.3, right_heavy=0.5, **how), blocks, 0
     if name == "strided":
         return IntrospectiveStride(8, share=0.5), StridedSampler(8, max_new_tokens=48, batch_size=128), 0
     return Autoregressive(), AutoregressiveSampler(max_new_tokens=48, batch_size=128), 0
