@@ -19,6 +19,7 @@ COMMANDS = {
     "tokenizer": ("dllm_var.cli.tokenizer", "train a tokenizer on your own data (--data FILE.jsonl)"),
     "inspect": ("dllm_var.cli.inspect", "show what becomes of the data before training on it (--config FILE)"),
     "chat": ("dllm_var.cli.chat", "talk with a checkpoint that was trained on conversations"),
+    "serve": ("dllm_var.cli.serve", "answer requests over HTTP, as OpenAI's API (--checkpoint PATH)"),
     "plan": ("dllm_var.cli.plan", "say what a training run will cost: parameters, memory, time per step"),
     "evaluate": ("dllm_var.cli.evaluate", "measure a checkpoint on standard tasks (--tasks NAME ...)"),
     "export": ("dllm_var.cli.export", "write a checkpoint as a folder that transformers and others open"),

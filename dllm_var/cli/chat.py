@@ -14,7 +14,7 @@ from dllm_var.cli.generate import (
     Prompt,
     add_sampler_options,
     decode,
-    encode_text,
+    load_model,
     read_options,
     token_ids,
 )
@@ -43,12 +43,8 @@ def main(command: str, arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         build_parser(command, None).print_help()
         return 0
-    import torch
-
-    from dllm_var.checkpoints.pretrained import load_checkpoint
-
     options, sampler, checkpoint = read_options(command, arguments, build_parser)
-    model, tokenizer, _ = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_model(options, checkpoint)
     if tokenizer.chat_template is None:
         raise UserError(f"{command} needs a tokenizer with a chat template, which {options.checkpoint} has not")
     for name, value in PRINTED.items():
@@ -63,6 +59,8 @@ def main(command: str, arguments: list[str]) -> int:
 
 def converse(sampler: Sampler, model: Transformer, tokenizer: Tokenizer, options: Namespace) -> None:
     """Answers lines of standard input until they end; each is read together with all turns before it."""
+    from dllm_var.text.prompts import encode_prompt
+
     suppressed = token_ids(options.suppress or [], tokenizer)
     start = [] if options.system is None else [{"role": "system", "content": options.system}]
     tokenizer.encode_chat_prompt([*start, user("hello")])  # a template may refuse a system message
@@ -74,7 +72,7 @@ def converse(sampler: Sampler, model: Transformer, tokenizer: Tokenizer, options
             continue
         asked = [*turns, user(text)]
         try:
-            encode_text(text, tokenizer)
+            encode_prompt(text, tokenizer)
             prompt = Prompt(text, tokenizer.encode_chat_prompt(asked))
         except UserError as error:  # a character that the vocabulary has not
             print(f"error: {error}", file=sys.stderr)

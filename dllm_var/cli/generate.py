@@ -50,21 +50,15 @@ def main(command: str, arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         build_parser(command, None).print_help()
         return 0
-    import torch  # not before --help has been answered
-
-    from dllm_var.checkpoints.pretrained import load_checkpoint
+    from dllm_var.sampling.base import lacks_memory
 
     options, sampler, checkpoint = read_options(command, arguments, build_parser)
     for option, other in CONFLICTS:
         if options[option] and options[other]:
             raise UserError(f"--{option} does not go with --{other.replace('_', '-')}: leave one of them out")
-    model, tokenizer, meta = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
-    if meta.get("chat") is True and tokenizer.chat_template is not None and not options.no_chat:
+    model, tokenizer = load_model(options, checkpoint)
+    if checkpoint.meta.get("chat") is True and tokenizer.chat_template is not None and not options.no_chat:
         options.chat = True
-    if options.rope_scaling is not None:
-        from dllm_var.model.rotary import read_rope_scaling
-
-        model.scale_rope(read_rope_scaling(options.rope_scaling, model.config))
     prompts = read_prompts(options, tokenizer)
     if options.stream and len(prompts) > 1:
         raise UserError("--stream goes with a single prompt: the answers of several would mix")
@@ -84,8 +78,7 @@ def main(command: str, arguments: list[str]) -> int:
         print(f"interrupted: {len(printer.done)} of {len(prompts):,} answers finished{where}", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
-        lacks_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not lacks_memory and "can't allocate memory" not in str(error):  # torch has no class for it on a CPU
+        if not lacks_memory(error):
             raise
         raise UserError("not enough memory for these answers: lower --max-new-tokens or the batch size") from error
     print(summary(printer.done, time.perf_counter() - began), file=sys.stderr)
@@ -137,6 +130,20 @@ def read_options(
     return options, parser.instantiate(options).sampler, checkpoint
 
 
+def load_model(options: Namespace, checkpoint: Checkpoint) -> tuple[Transformer, Tokenizer]:
+    """Returns the model, on a GPU when there is one, and its tokenizer."""
+    import torch
+
+    from dllm_var.checkpoints.pretrained import load_checkpoint
+
+    model, tokenizer, _ = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    if options.get("rope_scaling") is not None:
+        from dllm_var.model.rotary import read_rope_scaling
+
+        model.scale_rope(read_rope_scaling(options.rope_scaling, model.config))
+    return model, tokenizer
+
+
 # -- options -----------------------------------------------------------------------------------------------------------
 
 
@@ -144,10 +151,7 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
     """Returns the parser of the options; `sampler` is the default one, None for a parser that only shows help."""
     usage = "--checkpoint PATH [--prompt TEXT ...] [options]"
     parser = SettingsParser.of_command(command, usage, DESCRIPTION, EXAMPLES)
-    model = parser.add_argument_group("model")
-    model.add_argument("--checkpoint", type=str, metavar="PATH", help="run folder, .ckpt file or exported folder")
-    rope = "read longer contexts: a factor on rope_theta (4), or trained and wanted length (4096:8192)"
-    model.add_argument("--rope-scaling", type=str, metavar="X", help=rope)
+    add_model_options(parser)
 
     prompts = parser.add_argument_group("prompts")
     repeatable: dict[str, Any] = {"action": "append", "type": str}
@@ -176,6 +180,13 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
     output.add_argument("--replay", action="store_true", help="show in which forward pass each token appeared")
     output.add_argument("--config", action="config", metavar="FILE", help="YAML file of options by their full names")
     return parser
+
+
+def add_model_options(parser: SettingsParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--checkpoint", type=str, metavar="PATH", help="run folder, .ckpt file or exported folder")
+    rope = "read longer contexts: a factor on rope_theta (4), or trained and wanted length (4096:8192)"
+    model.add_argument("--rope-scaling", type=str, metavar="X", help=rope)
 
 
 # Short names of settings of the sampler: the setting, a letter for its value, help.
@@ -311,7 +322,7 @@ def _records(options: Namespace) -> Iterator[tuple[str, Any]]:
 
 def _prompt(record: Any, tokenizer: Tokenizer, chat: bool, system: str | None) -> Prompt:
     """Returns what a record asks for; raises UserError when it asks for nothing that can be decoded."""
-    from dllm_var.text.tokenizer import ROLES
+    from dllm_var.text.prompts import encode_conversation, encode_prompt
 
     if not isinstance(record, dict) or all(record.get(name) is None for name in ("prompt", "messages", "infill")):
         raise UserError('expected an object with "prompt", "messages" or "infill"')
@@ -320,45 +331,21 @@ def _prompt(record: Any, tokenizer: Tokenizer, chat: bool, system: str | None) -
     if chat and messages is None and text is not None:
         messages = [{"role": "user", "content": text}]
     if messages is not None:
-        turns = messages if isinstance(messages, list) else []
-        if not all(isinstance(turn, dict) and turn.get("role") in ROLES for turn in turns):
-            turns = []
-        if turns and turns[-1]["role"] == "assistant":  # a record of training data: that turn is asked for
+        turns = messages if isinstance(messages, list) and all(isinstance(turn, dict) for turn in messages) else []
+        if turns and turns[-1].get("role") == "assistant":  # a record of training data: that turn is asked for
             turns = turns[:-1]
-        if not turns:
-            roles = ", ".join(ROLES)
-            raise UserError(f'"messages" must be a list of turns to answer, with content and role, one of {roles}')
-        if system is not None and turns[0]["role"] != "system":
+        if turns and system is not None and turns[0].get("role") != "system":
             turns = [{"role": "system", "content": system}, *turns]
-        for turn in turns:
-            encode_text(turn.get("content"), tokenizer)
-        text, ids = turns[-1]["content"], tokenizer.encode_chat_prompt(turns)
+        ids = encode_conversation(turns, tokenizer)
+        text = turns[-1]["content"]
     elif text is not None:
-        ids = encode_text(text, tokenizer)
+        ids = encode_prompt(text, tokenizer)
     if infill is None:
         return Prompt(text or "", ids)
     infill_ids: list[int] = []
     for part in split_gaps(str(infill)):
-        infill_ids += [tokenizer.mask_id] * part if isinstance(part, int) else encode_text(part, tokenizer)
+        infill_ids += [tokenizer.mask_id] * part if isinstance(part, int) else encode_prompt(part, tokenizer)
     return Prompt(text or "", ids, infill, infill_ids)
-
-
-def encode_text(text: Any, tokenizer: Tokenizer) -> list[int]:
-    """Returns the token ids of a text; raises UserError when it is empty or the vocabulary cannot spell it."""
-    if not isinstance(text, str):
-        raise UserError(f"it must be text, got {json.dumps(text)}")
-    if not text.strip():
-        raise UserError("it is empty: give at least one token")
-    try:
-        spans = tokenizer.spans(text)
-    except (TypeError, UnicodeEncodeError) as error:  # half a character, from a terminal that is not set to UTF-8
-        raise UserError(f"it is not valid Unicode: {text!r}") from error
-    unknown = next((text[start:stop] for index, start, stop in spans if index == tokenizer.unknown_id), None)
-    if unknown is not None:
-        raise UserError(f"'{text[:80]}': the checkpoint's vocabulary has nothing for '{unknown[:80]}'")
-    ids = [index for index, _, _ in spans]
-    tokenizer.check_plain(ids)
-    return ids
 
 
 def token_ids(names: Sequence[str], tokenizer: Tokenizer) -> list[int]:
@@ -398,12 +385,10 @@ class AnswerPrinter:
 
     def on_block(self, index: int, tokens: list[int]) -> None:
         """Shows what is new in the only answer, but for what later tokens may change."""
-        text = self.tokenizer.decode(tokens).rstrip("\ufffd")  # half a character
-        if self.options.stop:
-            from dllm_var.sampling.stopping import StopStrings
+        from dllm_var.sampling.stopping import StopStrings, settled_text
 
-            text = StopStrings(self.options.stop, self.tokenizer).settled(text)
-        line = self._line(index, text)
+        stop = StopStrings(self.options.stop, self.tokenizer) if self.options.stop else None
+        line = self._line(index, settled_text(tokens, self.tokenizer, stop))
         if line.startswith(self.streamed):
             self._write(line[len(self.streamed) :])
             self.streamed = line

@@ -45,7 +45,7 @@ class AutoregressiveEngine(Engine[Row]):
             if token in self.terminators:  # the answer is as it was last streamed
                 self.end(slot, self.canvas[slot, row.prompt_length : stop - 1].tolist(), "eos")
             else:
-                self.tell(slot, stop, "length" if row.nfe == self.limit else None)
+                self.tell(slot, stop, "length" if row.nfe == row.limit else None)
 
     def read_one(self, numbers: Tensor, reach: int) -> Tensor:
         """Reads every row's newest token; `numbers` [R, 4] are those of `put_next` and how many are in the cache."""

@@ -75,7 +75,13 @@ class Request:
     on_block: OnBlock | None = None
     on_answer: OnAnswer | None = None
     check: Callable[[], None] = lambda: None  # raises when the model's predictions were not numbers
+    context: int | None = None  # tokens of the longest prompt and its answer, when prompts enter a running engine
     _told: set[int] = field(init=False, default_factory=set)  # prompts whose answer the caller has
+
+    @property
+    def follows(self) -> bool:
+        """Whether answers matter before they are complete."""
+        return self.on_block is not None or self.stop is not None
 
     def advanced(self, index: int, tokens: list[int]) -> bool:
         """Takes the tokens of an answer so far; returns whether a stop string ends it."""
@@ -270,6 +276,11 @@ def finite_logits(model: Transformer) -> Iterator[Callable[[], None]]:
         yield check
     finally:
         handle.remove()
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had; torch has no class for it on a CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def last_sampler(callbacks: Iterable[Any]) -> Sampler | None:

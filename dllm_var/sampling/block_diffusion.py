@@ -92,10 +92,10 @@ class BlockEngine(Engine[AnyRow]):
         """Returns the width of a row's block behind its first `finished` tokens."""
         row, length = self.rows[slot], self.sampler.block_length
         width = length - finished % length if self.sampler.grid == "absolute" else length
-        width = min(width, row.prompt_length + self.limit - finished)
+        width = min(width, row.prompt_length + row.limit - finished)
         if self.sampler.block_length_policy is not None:
             done = finished - row.prompt_length
-            wanted = self.sampler.block_length_policy(BlockStart(done, self.limit, length, row.width, row.steps))
+            wanted = self.sampler.block_length_policy(BlockStart(done, row.limit, length, row.width, row.steps))
             width = min(width, max(1, wanted))
         return width
 
@@ -131,7 +131,7 @@ class BlockEngine(Engine[AnyRow]):
         """Does what `forward` does for all rows, in shapes that depend on their number and the block length alone."""
         lengths, length = self.cache.lengths, self.sampler.block_length
         wide = 2 * length if batch.pending.any() else length
-        numbers = [(row.steps, row.key + row.nfe + 1, row.prompt_length, row.nfe + 1) for row in batch.rows]
+        numbers = [(r.steps, r.key + r.nfe + 1, r.prompt_length, r.limit, r.nfe + 1) for r in batch.rows]
         table = torch.cat((torch.stack((lengths, batch.pending, batch.width), dim=1), torch.tensor(numbers)), dim=1)
         reach = reach_of(int(lengths.max()) + wide, self.capacity)
 
@@ -147,10 +147,10 @@ class BlockEngine(Engine[AnyRow]):
     def denoise(self, batch: Batch[AnyRow], numbers: Tensor, wide: int, reach: int) -> Tensor:
         """Reads all rows' pending tokens and blocks, and takes the blocks a step further.
 
-        All that differs from step to step is on the device: `numbers` [R, 7] are each row's cached tokens, pending
-        ones, width and steps of its block, number of its draws, length of its prompt, and number of its forwards.
+        All that differs from step to step is on the device: `numbers` [R, 8] are each row's cached tokens, pending
+        ones, width and steps of its block, number of its draws, length of its prompt, limit and number of its forwards.
         """
-        start, pending, width, steps, key, prompt, nfe = numbers.unbind(1)
+        start, pending, width, steps, key, prompt, limit, nfe = numbers.unbind(1)
         slots = start[:, None] + torch.arange(wide, device=self.device)
         last_seen = (start + (pending + width).clamp_min(1) - 1)[:, None]  # an idle row reads one token
         if self.model.config.causal_context:  # pending tokens see their own left alone
@@ -162,7 +162,7 @@ class BlockEngine(Engine[AnyRow]):
         inside = self.offsets < width[:, None]
         cells = torch.where(inside, (row * self.capacity + begin)[:, None] + self.offsets, self.canvas.numel() - 1)
         places = (row * wide + pending)[:, None] + self.offsets
-        progress = (begin - prompt) / self.limit
+        progress = (begin - prompt) / limit
         view = self.view(hidden, places, self.canvas.take(cells), inside, None, step=steps, progress=progress, key=key)
         return self.take_step(batch, cells, nfe, view)
 
@@ -182,14 +182,16 @@ class BlockEngine(Engine[AnyRow]):
             cached, window = lengths[slot], number * hidden.size(1) + pending
             done, base = cached - row.prompt_length, slot * self.capacity + cached
             for start, own, steps, apart in self.blocks(row, wide):
-                found.append((base + start, window + start, own, steps, row.key + row.nfe + apart, done, row.nfe))
-        cell, place, width, step, key, decoded, nfe = torch.tensor(found).T.contiguous().to(self.device).unbind()
+                draw = row.key + row.nfe + apart
+                found.append((base + start, window + start, own, steps, draw, done, row.limit, row.nfe))
+        table = torch.tensor(found).T.contiguous().to(self.device)
+        cell, place, width, step, key, decoded, limit, nfe = table.unbind()
         inside = self.offsets < width[:, None]
         # Positions behind a block's end stand in the canvas's last cell, which no row reaches.
         cells = torch.where(inside, cell[:, None] + self.offsets, self.canvas.numel() - 1)
         tokens = self.canvas.take(cells)
         places = self.places(place[:, None] + self.offsets, tokens, width)
-        view = self.view(hidden, places, tokens, inside, count, step=step, progress=decoded / self.limit, key=key)
+        view = self.view(hidden, places, tokens, inside, count, step=step, progress=decoded / limit, key=key)
         return cells, nfe, view
 
     def places(self, places: Tensor, tokens: Tensor, width: Tensor) -> Tensor:
@@ -213,7 +215,7 @@ class BlockEngine(Engine[AnyRow]):
         """Ends a row whose answer is complete, at `end` in its block unless that is -1; or begins its next block."""
         row, cached = self.rows[slot], int(self.cache.lengths[slot])
         finished = cached + row.width
-        reason = "eos" if end >= 0 else "length" if finished - row.prompt_length >= self.limit else None
+        reason = "eos" if end >= 0 else "length" if finished - row.prompt_length >= row.limit else None
         if self.tell(slot, cached + end if end >= 0 else finished, reason):
             return
         if self.sampler.kv_commit == "last_step":  # what the last forward wrote is where it belongs

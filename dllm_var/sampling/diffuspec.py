@@ -138,7 +138,7 @@ class SpeculativeEngine(Engine[SpeculativeRow]):
     def _draft(self, batch: Batch[SpeculativeRow]) -> tuple[list[list[int]], list[int]]:
         """Returns a draft for each row, and how many tokens the drafter put before its end."""
         # One token comes from the model itself, so the last one is never drafted.
-        left = [self.limit - (len(row.tokens) - row.prompt_length) - 1 for row in batch.rows]
+        left = [row.limit - (len(row.tokens) - row.prompt_length) - 1 for row in batch.rows]
         wanted = [min(row.draft_length, most) for row, most in zip(batch.rows, left, strict=True)]
         if not any(wanted):
             return [[] for _ in wanted], wanted
@@ -196,7 +196,7 @@ class SpeculativeEngine(Engine[SpeculativeRow]):
         self._write(slot, start, [*new, *[self.mask_id] * (len(draft) + 1 - len(new))])
         self.committed_at[slot, start:stop] = row.nfe
         self.cache.lengths[slot] = start + accepted
-        reason = "eos" if end is not None else "length" if stop - row.prompt_length == self.limit else None
+        reason = "eos" if end is not None else "length" if stop - row.prompt_length == row.limit else None
         self.tell(slot, stop, reason)
 
 

@@ -1,6 +1,7 @@
 """Drawn tokens: their noise depends on the request alone, not on the batch it is decoded in."""
 
 import hashlib
+import random
 from array import array
 
 import torch
@@ -22,6 +23,11 @@ def request_keys(prompts: list[list[int]]) -> list[int]:
         digest = hashlib.blake2b(tokens, digest_size=8, salt=occurrence.to_bytes(8, "little")).digest()
         keys.append((int.from_bytes(digest, "little") >> 21) * _FORWARDS)
     return keys
+
+
+def random_key() -> int:
+    """Returns the number of a request that is to be drawn anew each time."""
+    return random.SystemRandom().getrandbits(43) * _FORWARDS
 
 
 def draw(logits: Tensor, keys: Tensor, temperature: float, top_k: int, top_p: float, seed: int) -> Tensor:

@@ -30,6 +30,7 @@ class Row:
     index: int = -1  # of its prompt
     key: int = 0  # number of its request, for draws
     prompt_length: int = 0
+    limit: int = 1  # tokens of its longest answer
     began: float = 0.0  # when it was admitted, by `time.perf_counter`
     nfe: int = 0  # forward passes so far
     auxiliary_nfe: int = 0  # those of a second model
@@ -57,35 +58,46 @@ class Batch(Generic[AnyRow]):
 
 
 class Engine(ABC, Generic[AnyRow]):
-    """One call of `generate`: the rows in flight, forward after forward, until every prompt has its answer.
+    """The rows in flight, forward after forward, until every prompt has its answer.
 
     A subclass says what happens in a forward; it calls `tell` when a row gets further, which also ends rows. Canvas and
-    caches have room for the longest prompt, the longest answer and `slack` tokens.
+    caches have room for the longest prompt, the longest answer and `slack` tokens; when further prompts may `enter`
+    while the engine runs, for `request.context` tokens and the slack.
     """
 
     row_class: type[AnyRow] = Row  # type: ignore[assignment]
     free_share: ClassVar[float] = 0.0  # share of the slots that must be free before waiting prompts enter
     constant_shape: ClassVar[bool] = False  # whether this very class has a step of constant shape, to be captured
+    has_limits: ClassVar[bool] = True  # whether each row may have a limit of its own
     policy: UnmaskingPolicy
     cache: KVCache
 
     def __init__(
         self, sampler: "EngineSampler", model: Transformer, prompts: list[list[int]], request: Request, slack: int = 0
     ) -> None:
-        self.sampler, self.model, self.prompts, self.request = sampler, model, prompts, request
+        self.sampler, self.model, self.request = sampler, model, request
         self.limit = request.max_new_tokens or sampler.max_new_tokens
         config, self.device = model.config, model.embedding.weight.device
         self.mask_id = -1 if config.mask_id is None else config.mask_id
         self.terminators = tuple(config.terminator_ids or ())
         banned = [token for token in (*request.suppressed, config.mask_id) if token is not None]
-        self.waiting = deque(range(len(prompts)))
-        self.keys = request_keys(prompts)
-        slots = min(sampler.batch_size, len(prompts))
-        self.rows: list[AnyRow] = [self.row_class() for _ in range(slots)]
-        self.capacity = max(map(len, prompts), default=0) + self.limit + slack
+        self.waiting: deque[int] = deque()
+        self.prompts: dict[int, list[int]] = {}
+        self.keys: dict[int, int] = {}
+        self.limits: dict[int, int] = {}
+        for index, (prompt, key) in enumerate(zip(prompts, request_keys(prompts), strict=True)):
+            self.enter(index, prompt, key)
+        self.longest_prompt = request.context or max(map(len, prompts), default=0)
+        self.capacity = (request.context or self.longest_prompt + self.limit) + slack
         self.answers: dict[int, Generation] = {}
         self.arena: captured.Arena | None = None  # where steps are captured
-        if vars(type(self)).get("constant_shape", False) and sampler.can_be_captured and captured.can_capture(model):
+        captures = vars(type(self)).get("constant_shape", False) and sampler.can_be_captured
+        captures = captures and captured.can_capture(model)
+        slots = min(sampler.batch_size, len(prompts))
+        if request.context is not None:  # `fit_rows` adds more, but not to captured steps
+            slots = sampler.batch_size if captures else 1
+        self.rows: list[AnyRow] = [self.row_class() for _ in range(slots)]
+        if captures:
             self.capacity = -(-self.capacity // captured.CAPACITY_MULTIPLE) * captured.CAPACITY_MULTIPLE
             settings: Any = sampler_to_config(sampler)
             settings = object() if settings is None else repr(settings)  # of what cannot be described, no two are equal
@@ -115,7 +127,7 @@ class Engine(ABC, Generic[AnyRow]):
 
         def make() -> KVCache:
             cache = model.new_cache(len(self.rows), capacity or self.capacity)
-            if self.arena is not None:
+            if self.arena is not None or self.request.context is not None:
                 cache.storage.zero_()  # what is read under a mask must at least be numbers
             return cache
 
@@ -150,13 +162,58 @@ class Engine(ABC, Generic[AnyRow]):
             if self.arena is not None:
                 needed = captured.rows_kept(len(self.rows), needed)
             if needed <= KEPT_BELOW * len(self.rows):
-                self.compact(sorted([*self.active, *self.free[: needed - len(self.active)]]))
-            self.admit()
-            if self.active:
-                self.forward(self.batch())
+                self.keep_rows(needed)
+            self.advance()
+        self.close()
+        return [self.answers[index] for index in sorted(self.answers)]
+
+    def advance(self) -> None:
+        """Admits waiting prompts, and takes all rows one forward further."""
+        self.admit()
+        if self.active:
+            self.forward(self.batch())
+
+    def close(self) -> None:
+        """Keeps what is captured for the next engine."""
         if self.arena is not None:
             captured.give_back(self.model, self.arena_key, self.arena)
-        return [self.answers[index] for index in range(len(self.prompts))]
+
+    def enter(self, index: int, prompt: list[int], key: int, limit: int | None = None) -> None:
+        """Adds a prompt to those that wait; `key` is the number of its draws, `limit` its longest answer."""
+        self.prompts[index], self.keys[index], self.limits[index] = prompt, key, limit or self.limit
+        self.waiting.append(index)
+
+    def leave(self, index: int) -> None:
+        """Drops a prompt that waits or is in flight, and forgets one that has its answer."""
+        if index in self.waiting:
+            self.waiting.remove(index)
+        for slot, row in enumerate(self.rows):
+            if row.index == index:
+                self.free_slot(slot)
+        for known in (self.prompts, self.keys, self.limits, self.answers):
+            known.pop(index, None)
+
+    def fit_rows(self) -> None:
+        """Adds or drops slots, by powers of two, so that all rows in flight and those that wait have one."""
+        if self.arena is not None:
+            return
+        before, needed = len(self.rows), len(self.active) + len(self.waiting)
+        wanted = min(self.sampler.batch_size, 1 << max(needed - 1, 0).bit_length())
+        if wanted > before:
+            self.compact([*range(before), *[0] * (wanted - before)])
+            for slot in range(before, len(self.rows)):
+                self.free_slot(slot)
+        elif 2 * wanted < before:
+            self.keep_rows(wanted)
+
+    def keep_rows(self, count: int) -> None:
+        """Drops free slots until `count` are left."""
+        self.compact(sorted([*self.active, *self.free[: count - len(self.active)]]))
+
+    def free_slot(self, slot: int) -> None:
+        self.rows[slot] = self.row_class()
+        for cache in self.caches:
+            cache.free(slot)
 
     def admit(self) -> None:
         """Gives free slots to waiting prompts and prefills them together."""
@@ -169,12 +226,13 @@ class Engine(ABC, Generic[AnyRow]):
             self.canvas[slot] = self.mask_id
             self.canvas[slot, :length] = torch.tensor(self.prompts[index], device=self.device)
             self.committed_at[slot] = 0
-            self.rows[slot] = self.row_class(index, self.keys[index], length, time.perf_counter(), pending=length)
+            told = (index, self.keys[index], length, self.limits[index], time.perf_counter())
+            self.rows[slot] = self.row_class(*told, pending=length)
             self.start(slot)
         self.forward(self.batch(slots if len(slots) < len(self.rows) else None))
 
     def compact(self, kept: list[int]) -> None:
-        """Drops all slots but these."""
+        """Drops all slots but these, of which one may be copied."""
         slots, in_place = torch.tensor(kept), self.arena is not None
         for cache in self.caches:
             cache.keep(slots, in_place)
@@ -187,7 +245,7 @@ class Engine(ABC, Generic[AnyRow]):
     def tell(self, slot: int, stop: int, reason: str | None) -> bool:
         """Streams a row's answer up to its place `stop`; returns whether a reason or a stop string ended the row."""
         row = self.rows[slot]
-        if reason is None and self.request.on_block is None and self.request.stop is None:
+        if reason is None and not self.request.follows:
             return False
         tokens = self.canvas[slot, row.prompt_length : stop].tolist()
         if self.request.advanced(row.index, tokens):
@@ -199,9 +257,7 @@ class Engine(ABC, Generic[AnyRow]):
     def end(self, slot: int, tokens: list[int], reason: str) -> None:
         row = self.rows[slot]
         answer = self.answers[row.index] = self.answer(slot, tokens, reason)
-        self.rows[slot] = self.row_class()
-        for cache in self.caches:
-            cache.free(slot)
+        self.free_slot(slot)
         self.request.finished(row.index, answer)
 
     def answer(self, slot: int, tokens: list[int], reason: str) -> Generation:
@@ -380,10 +436,14 @@ class EngineSampler(Sampler):
         return draw(logits, keys, self.temperature, self.top_k, self.top_p, self.seed)
 
     def decode(self, model: Transformer, prompts: list[list[int]], request: Request) -> list[Generation]:
+        self.check_model(model)
+        return self.engine(self, model, prompts, request).run()
+
+    def check_model(self, model: Transformer) -> None:
+        """Raises UserError for a model of the wrong kind."""
         if model.config.causal and not self.causal:
             raise UserError("this checkpoint is autoregressive: decode it with dllm_var.sampling.AutoregressiveSampler")
         if self.causal and not model.config.causal:
             raise UserError("this checkpoint is bidirectional: decode it with dllm_var.sampling.BlockDiffusionSampler")
         if not self.causal:
             special_ids(model)
-        return self.engine(self, model, prompts, request).run()

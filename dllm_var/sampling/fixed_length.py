@@ -21,6 +21,7 @@ class CanvasEngine(Engine[Row]):
     sampler: "FixedLengthSampler"
     place: Tensor  # the block's positions in the rows [R, K]
     free_share = 1.0  # a group enters when the last one is done
+    has_limits = False  # all rows of a group have the same canvas
 
     def __init__(
         self, sampler: "FixedLengthSampler", model: Transformer, prompts: list[list[int]], request: Request
@@ -33,6 +34,11 @@ class CanvasEngine(Engine[Row]):
 
     def start(self, slot: int) -> None:
         self.offset = self.step = 0  # where in the canvas the block begins, and the steps it has had
+
+    def leave(self, index: int) -> None:
+        """Drops a waiting prompt; in a group a row stays until the group is done, and the caller ignores its answer."""
+        if all(row.index != index for row in self.rows):
+            super().leave(index)
 
     def compact(self, kept: list[int]) -> None:
         if not self.active:  # a group keeps its places

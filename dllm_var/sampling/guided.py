@@ -25,7 +25,7 @@ class GuidedEngine(BlockEngine[Row]):
         super().__init__(sampler, model, prompts, request)
         self.guide = sampler.auxiliary.beside(model, request)
         # A row may read its prompt beside others that are far ahead.
-        self.guide_cache = self.add_cache(self.guide, self.capacity + max(map(len, prompts), default=0))
+        self.guide_cache = self.add_cache(self.guide, self.capacity + self.longest_prompt)
 
     def decide(self, batch: Batch[Row], view: BlockView) -> Decision:
         """Commits the masks up to the first one where the guide expects another token; the first one in any case."""

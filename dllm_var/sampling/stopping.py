@@ -9,6 +9,12 @@ from dllm_var.text.tokenizer import Tokenizer
 _SLACK = 8  # characters: a text decoded from its middle may begin differently
 
 
+def settled_text(tokens: Sequence[int], tokenizer: Tokenizer, stop: "StopStrings | None") -> str:
+    """Returns the part of an unfinished answer's text that no later token can change."""
+    text = tokenizer.decode(tokens).rstrip("\ufffd")  # half a character
+    return text if stop is None else stop.settled(text)
+
+
 class StopStrings:
     """Finds the first of the strings in answers that grow; raises UserError when one is empty."""
 

@@ -128,7 +128,7 @@ class StridedEngine(Engine[StridedRow]):
             return Window([(self.mask_id, 0, 0, UNREAD)], [(0, NO_DRAFT, 0)], [0])
         text = [*row.tokens[len(row.tokens) - row.pending :], *row.drafts]
         window = Window([(token, place, place, UNREAD) for place, token in enumerate(text)], [], [])
-        left = self.limit - (len(row.tokens) - row.prompt_length)
+        left = row.limit - (len(row.tokens) - row.prompt_length)
         at_least = [1.0, *row.chances, 0.0]
         exactly = [now - then for now, then in zip(at_least[:-1], at_least[1:], strict=True)]  # n drafts are accepted
         needed = min(self.sampler.least_chance, max(exactly))
@@ -221,7 +221,7 @@ class StridedEngine(Engine[StridedRow]):
             cells += range(slot * self.capacity + start, slot * self.capacity + stop)
             written += row.tokens[start:]
             nfe += [row.nfe] * (stop - start)
-            done = stop - row.prompt_length == self.limit
+            done = stop - row.prompt_length == row.limit
             told.append((slot, stop, "eos" if end is not None else "length" if done else None))
         self.cache.advance(torch.tensor(kept), batch.index)
         where, what, when = torch.tensor((cells, written, nfe), dtype=torch.long, device=self.device)

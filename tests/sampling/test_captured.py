@@ -23,6 +23,7 @@ from dllm_var.sampling import (
     captured,
     policies,
 )
+from dllm_var.sampling.base import Request
 
 FIELDS = ("tokens", "finish_reason", "nfe", "commit_steps", "drafted", "accepted")
 BASE = policies.UnmaskingPolicy
@@ -191,3 +192,26 @@ def test_a_replay_notices_numbers_that_are_not_finite(counts):
     with torch.no_grad():
         model.lm_head.weight[5] = 0.0
     answers_of(sampler, model)
+
+
+def test_prompts_enter_an_engine_whose_steps_are_captured(counts):
+    sampler = BlockDiffusionSampler(policies.FixedSteps(4), block_length=4, batch_size=3, max_new_tokens=12)
+    limits, model, told = [12, 5, 9], bigger_model(), {}
+    expected = [
+        sampler.generate(model, [prompt], max_new_tokens=n)[0] for prompt, n in zip(PROMPTS, limits, strict=False)
+    ]
+    before = counts["replays"]
+    request = Request(context=64, on_answer=lambda index, answer: told.setdefault(index, answer))
+    with torch.inference_mode():
+        engine = sampler.engine(sampler, model, [], request)
+        assert len(engine.rows) == 3  # memory of constant shape has all of them from the start
+        for index, limit in enumerate(limits):
+            engine.enter(index, PROMPTS[index], 0, limit)
+            engine.fit_rows()
+            engine.advance()
+        while engine.active:
+            engine.fit_rows()
+            engine.advance()
+    assert counts["replays"] > before
+    for index, answer in enumerate(expected):
+        assert [getattr(told[index], name) for name in FIELDS] == [getattr(answer, name) for name in FIELDS]

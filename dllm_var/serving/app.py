@@ -1,0 +1,329 @@
+"""The server's pages: OpenAI's API, health and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from dllm_var.errors import UserError
+from dllm_var.sampling.base import Generation, check_request
+from dllm_var.sampling.drawing import random_key, request_keys
+from dllm_var.sampling.stopping import StopStrings
+from dllm_var.serving.decoder import Busy, Decoder, Drawing, Failed, Job, Stopped
+from dllm_var.serving.gate import Gate
+from dllm_var.serving.protocol import ApiError, ChatWishes, CompletionWishes, Reply, Wishes, event, usage_of
+from dllm_var.text.prompts import encode_conversation, encode_prompt
+
+PATHS = ("/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
+RETRY_AFTER = 1  # seconds
+
+Event = tuple[int, "str | Generation | Exception"]  # of which choice, and what its job tells
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server is set up.
+
+    Args:
+        name: The model's name.
+        key: API key that clients must have; none when None.
+        timeout: Seconds that a request may take in all.
+        max_body: Bytes of the largest request.
+    """
+
+    name: str
+    key: str | None = None
+    timeout: float = 600.0
+    max_body: int = 1 << 20
+
+
+def build_app(decoder: Decoder, settings: Settings) -> FastAPI:
+    """Returns the application; it starts the decoder, and ends it after the last request."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        decoder.start()
+        yield
+        await run_in_threadpool(decoder.close)
+
+    app = FastAPI(title="dllm-var", lifespan=lifespan, openapi_url=None)
+    metrics = decoder.metrics
+    gate = dict(key=settings.key, max_body=settings.max_body, timeout=settings.timeout, paths=PATHS, metrics=metrics)
+    app.add_middleware(Gate, **gate)  # type: ignore[arg-type]
+
+    @app.exception_handler(RequestValidationError)
+    async def not_valid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]  # what was sent is not repeated
+        place = [str(part) for part in first["loc"] if part != "body"]
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "json_invalid":
+            return error_response(ApiError(f"the request is not valid JSON: {message}"))
+        return error_response(ApiError(": ".join([*place[:1], message]), param=place[0] if place else None))
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> Response:
+        return error_response(ApiError(str(error.detail), error.status_code))
+
+    @app.exception_handler(ApiError)
+    async def failed(_: Request, error: ApiError) -> Response:
+        return error_response(error)
+
+    @app.get("/health")
+    async def health() -> Response:
+        if decoder.closing or not decoder.is_alive():
+            return JSONResponse({"status": "stopping" if decoder.closing else "failed"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    async def figures() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+
+    model = {"id": settings.name, "object": "model", "created": int(time.time()), "owned_by": "dllm-var"}
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        check_name(name, settings)
+        return JSONResponse(model)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request, wishes: CompletionWishes) -> Response:
+        return await Answering(decoder, settings, request, wishes).reply()
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request, wishes: ChatWishes) -> Response:
+        return await Answering(decoder, settings, request, wishes).reply()
+
+    return app
+
+
+def error_response(error: ApiError) -> Response:
+    return Response(error.body(), error.status, error.headers, "application/json")
+
+
+def check_name(name: str, settings: Settings) -> None:
+    """Raises ApiError for a model that the server does not have."""
+    if name != settings.name:
+        message = f"there is no model '{name[:100]}'; there is '{settings.name}'"
+        raise ApiError(message, 404, param="model", code="model_not_found")
+
+
+class Answering:
+    """One request for answers: its jobs, and what they tell."""
+
+    def __init__(self, decoder: Decoder, settings: Settings, request: Request, wishes: Wishes) -> None:
+        self.decoder, self.settings, self.request, self.wishes = decoder, settings, request, wishes
+        self.began = time.monotonic()
+        self.chat = isinstance(wishes, ChatWishes)
+        self.choices = wishes.n or 1
+        self.written = Reply(settings.name, self.chat)
+        self.loop = asyncio.get_running_loop()
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.answers: dict[int, Generation] = {}
+        self.jobs: list[Job] = []
+
+    async def reply(self) -> Response:
+        """Returns the reply, whole or as a stream; raises ApiError for a request that cannot be answered."""
+        check_name(self.wishes.model, self.settings)
+        try:
+            self.jobs = await run_in_threadpool(self._make_jobs)
+        except UserError as error:
+            raise ApiError(str(error), param="messages" if self.chat else "prompt") from None
+        try:
+            self.decoder.submit(self.jobs)
+        except Busy:
+            retry = {"retry-after": str(RETRY_AFTER)}
+            raise ApiError("the server is busy: try again later", 429, "server_error", headers=retry) from None
+        except Stopped:
+            raise ApiError("the server is shutting down", 503, "server_error") from None
+        if self.wishes.stream:
+            return EventStream(self._stream(), self._end)
+        try:
+            return await self._whole()
+        finally:
+            self._end()
+
+    # -- jobs ----------------------------------------------------------------------------------------------------------
+
+    def _make_jobs(self) -> list[Job]:
+        """Returns a job for each choice of each prompt, in their order."""
+        prompts, choices = self._prompts(), self.choices
+        if len(prompts) * choices > self.decoder.max_queue:
+            raise ApiError(f"one request may ask for at most {self.decoder.max_queue:,} answers", param="n")
+        check_request(prompts, None, (), self.decoder.model.config)
+        limits = [self._limit(prompt) for prompt in prompts]
+        drawing = self._drawing()
+        repeated = [prompt for prompt in prompts for _ in range(choices)]
+        keys = request_keys(repeated)
+        if self.wishes.seed is None and drawing.temperature > 0:
+            keys = [random_key() for _ in repeated]
+        stops, tokenizer = self.wishes.stops, self.decoder.tokenizer
+        return [
+            Job(
+                prompt=prompt,
+                limit=limits[index // choices],
+                key=keys[index],
+                drawing=drawing,
+                tell=self._teller(index),
+                stop=StopStrings(stops, tokenizer) if stops else None,
+                streams=bool(self.wishes.stream),
+            )
+            for index, prompt in enumerate(repeated)
+        ]
+
+    def _prompts(self) -> list[list[int]]:
+        wishes, tokenizer = self.wishes, self.decoder.tokenizer
+        if isinstance(wishes, ChatWishes):
+            if tokenizer.chat_template is None:
+                raise UserError("this model's tokenizer has no chat template: use /v1/completions")
+            turns = [message.turn() for message in wishes.messages]
+            if turns and turns[-1]["role"] == "assistant":
+                raise UserError("the last message is the assistant's: end with the one to answer")
+            return [encode_conversation(turns, tokenizer)]
+        assert isinstance(wishes, CompletionWishes)
+        prompts = [encode_prompt(one, tokenizer) if isinstance(one, str) else one for one in wishes.prompts]
+        if not prompts:
+            raise UserError("there is no prompt: give at least one")
+        return prompts
+
+    def _limit(self, prompt: list[int]) -> int:
+        """Returns how long a prompt's answer may be."""
+        wishes, context, own = self.wishes, self.decoder.context, self.decoder.sampler.max_new_tokens
+        asked = wishes.max_tokens
+        if isinstance(wishes, ChatWishes) and wishes.max_completion_tokens is not None:
+            asked = wishes.max_completion_tokens
+        room = context - len(prompt)
+        if room < (asked or 1):
+            taken = f"the prompt has {len(prompt):,} tokens"
+            wanted = taken if asked is None else f"{taken}, and max_tokens is {asked:,}"
+            message = f"{wanted}: this server takes {context:,} together, of which the answer needs one at least"
+            raise ApiError(message, param="max_tokens" if room > 0 else "prompt", code="context_length_exceeded")
+        return asked or min(own, room)
+
+    def _drawing(self) -> Drawing:
+        """Returns the sampler's way to draw, with what the request changes."""
+        wishes, sampler = self.wishes, self.decoder.sampler
+        given = {name: getattr(wishes, name) for name in Drawing._fields}
+        if given["temperature"] and not self.decoder.draws:
+            raise ApiError(
+                "this server's sampler does not draw: leave out temperature, or set it to 0", param="temperature"
+            )
+        drawing = Drawing(**{n: getattr(sampler, n) if value is None else value for n, value in given.items()})
+        if drawing.temperature == 0:  # nothing is drawn: all such requests share an engine
+            return Drawing(0.0, sampler.top_k, sampler.top_p, sampler.seed)
+        return drawing
+
+    def _teller(self, index: int) -> Callable[[str | Generation | Exception], None]:
+        def tell(what: str | Generation | Exception) -> None:
+            with suppress(RuntimeError):  # the loop is closed: the server was stopped at once
+                self.loop.call_soon_threadsafe(self.events.put_nowait, (index, what))
+
+        return tell
+
+    def _end(self) -> None:
+        """Frees the rows of what is not finished."""
+        self.decoder.cancel([job for index, job in enumerate(self.jobs) if index not in self.answers])
+
+    # -- what the jobs tell --------------------------------------------------------------------------------------------
+
+    async def _next(self) -> Event:
+        """Returns the next event; raises ApiError when there is none in time, or a job has failed."""
+        left = self.began + self.settings.timeout - time.monotonic()
+        try:
+            index, what = await asyncio.wait_for(self.events.get(), left)
+        except asyncio.TimeoutError:
+            took = f"the request took more than {self.settings.timeout:g} seconds"
+            raise ApiError(took, 504, "server_error", code="timeout") from None
+        if isinstance(what, Failed):
+            raise ApiError(str(what), 500, "server_error")
+        if isinstance(what, Exception):
+            raise ApiError("the server is shutting down", 503, "server_error")
+        if isinstance(what, Generation):
+            self.answers[index] = what
+        return index, what
+
+    async def _all(self) -> Response:
+        while len(self.answers) < len(self.jobs):
+            await self._next()
+        answers = [self.answers[index] for index in range(len(self.jobs))]
+        self._measure()
+        return JSONResponse(self.written.whole(answers, usage_of(answers, self.choices)))
+
+    async def _whole(self) -> Response:
+        """Returns the reply, or an empty one that nobody reads when the client has gone."""
+        answering, leaving = asyncio.ensure_future(self._all()), asyncio.ensure_future(self._gone())
+        try:
+            done, _ = await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if answering in done:
+                return answering.result()
+            self.decoder.metrics.disconnected.inc()
+            return Response(status_code=499)
+        finally:
+            answering.cancel()
+            leaving.cancel()
+
+    async def _gone(self) -> None:
+        """Waits until the client goes away; the body has been read."""
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+
+    async def _stream(self) -> AsyncIterator[bytes]:
+        """Yields events: each choice's text as it grows, its end, and what it took when that is asked for."""
+        shown = dict.fromkeys(range(len(self.jobs)), "")
+        try:
+            if self.chat:
+                for index in shown:
+                    yield self.written.piece(index, None, first=True)
+            while len(self.answers) < len(self.jobs):
+                index, what = await self._next()
+                if not any(shown.values()):
+                    self.decoder.metrics.first_text.observe(time.monotonic() - self.began)
+                if isinstance(what, str):
+                    shown[index] += what
+                    yield self.written.piece(index, what)
+                    continue
+                assert isinstance(what, Generation)
+                text = what.text or ""
+                if not text.startswith(shown[index]):  # by a tokenizer whose later tokens change earlier text
+                    raise ApiError("the text changed after it was sent: ask again, without stream", 500, "server_error")
+                if rest := text[len(shown[index]) :]:
+                    yield self.written.piece(index, rest)
+                yield self.written.piece(index, None, what)
+            if self.wishes.stream_options is not None and self.wishes.stream_options.include_usage:
+                answers = [self.answers[index] for index in shown]
+                yield self.written.usage(usage_of(answers, self.choices))
+            self._measure()
+            yield event("[DONE]")
+        except ApiError as error:
+            yield event(error.body())
+
+    def _measure(self) -> None:
+        self.decoder.metrics.latency.observe(time.monotonic() - self.began)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; calls `end` when all are sent, or the client is gone."""
+
+    def __init__(self, content: AsyncIterator[bytes], end: Callable[[], None]) -> None:
+        super().__init__(content, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        self.end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.end()

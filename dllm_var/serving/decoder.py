@@ -1,0 +1,300 @@
+"""The one thread that owns the model. Answers enter and leave its engines between two forwards."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass, field, fields
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+
+from dllm_var.errors import UserError
+from dllm_var.model.transformer import Transformer
+from dllm_var.sampling.base import (
+    Generation,
+    Request,
+    Sampler,
+    finite_logits,
+    lacks_memory,
+    without_training_modes,
+)
+from dllm_var.sampling.engine import Engine, EngineSampler
+from dllm_var.sampling.stopping import StopStrings, settled_text
+from dllm_var.serving.metrics import Metrics
+from dllm_var.text.tokenizer import Tokenizer
+
+LOG = logging.getLogger("dllm_var.serving")
+
+
+class Busy(Exception):
+    """The queue is full."""
+
+
+class Stopped(Exception):
+    """The server is shutting down, or its decoding thread has died."""
+
+
+class Failed(Exception):
+    """An answer could not be decoded, for a reason that is not the client's."""
+
+
+class Drawing(NamedTuple):
+    """How tokens are drawn. Answers share an engine, and so a batch, when they draw in the same way."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+
+@dataclass(eq=False)
+class Job:
+    """One answer that is asked for.
+
+    `tell` is called in the decoding thread, with each new piece of text when the job `streams`, and at the end with the
+    answer or with what went wrong.
+    """
+
+    prompt: list[int]
+    limit: int  # tokens of the longest answer
+    key: int  # number of its draws
+    drawing: Drawing
+    tell: Callable[[str | Generation | Exception], None]
+    stop: StopStrings | None = None
+    streams: bool = False
+    shown: str = ""  # what was told of the text
+    gone: bool = False  # nobody waits for it any more
+    request: Request = field(default_factory=Request)
+
+    def begin(self, tokenizer: Tokenizer, metrics: Metrics, check: Callable[[], None]) -> None:
+        """Prepares a job for its engine: from then on what its `request` learns of the answer is told."""
+
+        def on_block(_: int, tokens: list[int]) -> None:
+            text = settled_text(tokens, tokenizer, self.stop)
+            if len(text) > len(self.shown) and text.startswith(self.shown):
+                self.tell(text[len(self.shown) :])
+                self.shown = text
+
+        def on_answer(_: int, answer: Generation) -> None:
+            metrics.count(answer)
+            self.tell(answer)
+
+        following = on_block if self.streams else None
+        self.request = Request(
+            tokenizer=tokenizer, stop=self.stop, on_block=following, on_answer=on_answer, check=check
+        )
+
+
+@dataclass
+class Jobs(Request):
+    """Takes what an engine says of its rows to the jobs they belong to; nobody hears of rows without one."""
+
+    jobs: dict[int, Job] = field(default_factory=dict)
+    over: list[int] = field(default_factory=list)  # rows that have ended, for the engine to forget
+
+    @property
+    def follows(self) -> bool:
+        return any(job.request.follows for job in self.jobs.values())
+
+    def advanced(self, index: int, tokens: list[int]) -> bool:
+        job = self.jobs.get(index)
+        return job is not None and job.request.advanced(0, tokens)
+
+    def finished(self, index: int, answer: Generation) -> None:
+        job = self.jobs.get(index)
+        if job is not None:
+            job.request.finished(0, answer)
+            del self.jobs[index]
+        self.over.append(index)
+
+
+class Decoder(threading.Thread):
+    """Decodes jobs in the order in which they come, many at a time.
+
+    A running engine takes jobs that draw as its others do. For other jobs there are further engines, which take a
+    forward each in turn; a job for which there may be no further one waits, and no later job passes it.
+
+    Args:
+        context: Tokens that a prompt and its answer may have together.
+        max_queue: Jobs that may wait.
+        max_engines: Engines at a time; each has caches of `batch_size` x `context` tokens when all its rows are in use.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        sampler: Sampler,
+        context: int,
+        max_queue: int,
+        max_engines: int,
+        metrics: Metrics,
+    ) -> None:
+        super().__init__(name="decoder", daemon=True)
+        if not isinstance(sampler, EngineSampler):
+            raise UserError(f"serve cannot use {type(sampler).__name__}: it decodes with a subclass of EngineSampler")
+        sampler.check_model(model)
+        self.model, self.tokenizer, self.sampler, self.metrics = model, tokenizer, sampler, metrics
+        self.context, self.max_queue, self.max_engines = context, max_queue, max_engines
+        self.draws = next(one.init for one in fields(sampler) if one.name == "temperature")  # whether it can
+        self.engines: dict[Any, Engine[Any]] = {}
+        self.queue: deque[Job] = deque()
+        self.changed = threading.Condition()  # guards the queue; held for a moment only
+        self.closing = False
+        self.indices = count()
+        metrics.queue_length.set_function(lambda: len(self.queue))
+        metrics.rows.set_function(lambda: sum(len(wanted(engine).jobs) for engine in [*self.engines.values()]))
+
+    # -- from any thread -----------------------------------------------------------------------------------------------
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Adds jobs to the queue, all or none; raises Busy or Stopped."""
+        with self.changed:
+            if self.closing or not self.is_alive():
+                raise Stopped
+            if len(self.queue) + len(jobs) > self.max_queue:
+                raise Busy
+            self.queue.extend(jobs)
+            self.changed.notify()
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Drops jobs before the next forward; those that are done are no matter."""
+        with self.changed:
+            for job in jobs:
+                job.gone = True
+            self.changed.notify()
+
+    def close(self) -> None:
+        """Lets the thread finish what it has, and waits for its end."""
+        with self.changed:
+            self.closing = True
+            self.changed.notify()
+        if self.is_alive():
+            self.join()
+
+    # -- the thread ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        try:
+            with (
+                torch.inference_mode(),
+                without_training_modes(self.model),
+                finite_logits(self.model) as self.check,
+            ):
+                while self._wait():
+                    self._admit()
+                    for key in [*self.engines]:
+                        self._step(key)
+        except BaseException as error:
+            log_failure("the decoding thread has died", error)
+            with self.changed:
+                self.closing = True
+                left = [*self.queue, *(job for engine in self.engines.values() for job in wanted(engine).jobs.values())]
+                self.queue.clear()
+            for job in left:
+                job.tell(Stopped())
+
+    def _wait(self) -> bool:
+        """Waits for something to do; returns whether there is."""
+        with self.changed:
+            while not (self.engines or self.queue or self.closing):
+                self.changed.wait()
+            return bool(self.engines or self.queue)
+
+    def _admit(self) -> None:
+        """Drops what nobody waits for, and moves jobs from the queue to engines."""
+        for engine in self.engines.values():
+            for index, job in [*wanted(engine).jobs.items()]:
+                if job.gone:
+                    del wanted(engine).jobs[index]
+                    engine.leave(index)
+        while True:
+            with self.changed:
+                for job in [job for job in self.queue if job.gone]:
+                    self.queue.remove(job)
+                next_one = self._next()
+                if next_one is None:
+                    return
+                self.queue.remove(next_one)
+            self._enter(next_one)
+
+    def _next(self) -> Job | None:
+        for job in self.queue:
+            engine = self.engines.get(self._key(job))
+            if engine is None:
+                return job if len(self.engines) < self.max_engines else None
+            if len(engine.active) + len(engine.waiting) < self.sampler.batch_size:
+                return job
+        return None
+
+    def _key(self, job: Job) -> Any:
+        """Returns what jobs of one engine have in common."""
+        return job.drawing, None if self.sampler.engine.has_limits else job.limit
+
+    def _enter(self, job: Job) -> None:
+        key = self._key(job)
+        try:
+            if key not in self.engines:
+                sampler = copy(self.sampler)
+                for name, value in job.drawing._asdict().items():
+                    setattr(sampler, name, value)
+                shared = Jobs(max_new_tokens=job.limit, tokenizer=self.tokenizer, context=self.context)
+                self.engines[key] = sampler.engine(sampler, self.model, [], shared)
+        except Exception as error:
+            job.tell(failure(error))
+            return
+        engine, index = self.engines[key], next(self.indices)
+        job.begin(self.tokenizer, self.metrics, self.check)
+        wanted(engine).jobs[index] = job
+        engine.enter(index, job.prompt, job.key, job.limit)
+
+    def _step(self, key: Any) -> None:
+        """Takes the rows of an engine one forward further, and ends the engine when it has none."""
+        engine = self.engines[key]
+        told = wanted(engine)
+        try:
+            if told.jobs:
+                engine.fit_rows()
+                engine.advance()
+                self.metrics.steps.inc()
+            for index in told.over:
+                engine.leave(index)
+            told.over.clear()
+            if not told.jobs:
+                engine.close()
+        except Exception as error:
+            reason = failure(error)
+            for job in told.jobs.values():
+                job.tell(reason)
+            told.jobs.clear()
+            if self.model.largest_logit is not None:
+                self.model.largest_logit.zero_()  # the next answers may be numbers
+        if not told.jobs:
+            del self.engines[key]
+
+
+def wanted(engine: Engine[Any]) -> Jobs:
+    """Returns the jobs of an engine of this file."""
+    assert isinstance(engine.request, Jobs)
+    return engine.request
+
+
+def failure(error: Exception) -> Exception:
+    """Returns what the client is told of an error."""
+    if isinstance(error, UserError):
+        return Failed(str(error))
+    if lacks_memory(error):
+        return Failed("not enough memory: start the server with a smaller --max-tokens or --batch-size")
+    log_failure("decoding failed", error)
+    return Failed("decoding failed; the server's log says where")
+
+
+def log_failure(what: str, error: BaseException) -> None:
+    """Logs where an error was raised, without its message: it may hold text of a prompt."""
+    LOG.error("%s: %s\n%s", what, type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
