@@ -82,7 +82,7 @@ def build_app(decoder: Decoder, settings: Settings) -> FastAPI:
     @app.get("/health")
     async def health() -> Response:
         if decoder.closing or not decoder.is_alive():
-            return JSONResponse({"status": "stopping" if decoder.closing else "failed"}, 503)
+            return JSONResponse({"status": "stopping" if decoder.is_alive() else "failed"}, 503)
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")

@@ -244,7 +244,9 @@ class Decoder(threading.Thread):
                 sampler = copy(self.sampler)
                 for name, value in job.drawing._asdict().items():
                     setattr(sampler, name, value)
-                shared = Jobs(max_new_tokens=job.limit, tokenizer=self.tokenizer, context=self.context)
+                # Where rows have limits of their own, all engines shall be alike: captured steps are found again.
+                limit = None if sampler.engine.has_limits else job.limit
+                shared = Jobs(max_new_tokens=limit, tokenizer=self.tokenizer, context=self.context)
                 self.engines[key] = sampler.engine(sampler, self.model, [], shared)
         except Exception as error:
             job.tell(failure(error))

@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 
 import httpx
 import openai
@@ -214,7 +215,7 @@ def test_requests_join_a_running_batch():
         turnstile.let(2)
         wait_until(lambda: len(turnstile.shapes) == 2)
         others = [pool.submit(ask, server, "w9", max_tokens=n) for n in (3, 12)]
-        wait_until(lambda: len(server.decoder.queue) == 2)
+        wait_until(lambda: server.in_flight() + len(server.decoder.queue) == 3)
         turnstile.open_up()
         texts = [future.result().choices[0].text for future in (first, *others)]
     assert texts == [" ".join(["w8"] * n) for n in (12, 3, 12)]
@@ -227,14 +228,15 @@ def test_requests_join_a_running_batch():
 def test_a_client_that_goes_away_frees_its_row(streams, sampler):
     model, turnstile = tiny()
     with running(model, TOKENIZER, sampler) as server:
-        body = {"model": "tiny", "prompt": ["w5", "w6"], "stream": streams}
-        with httpx.Client() as http, pytest.raises(httpx.ReadTimeout):
-            http.post(server.url + "/v1/completions", json=body, timeout=0.3)
+        body = json.dumps({"model": "tiny", "prompt": ["w5", "w6"], "stream": streams})
+        connection = HTTPConnection(*server.address)
+        connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+        wait_until(lambda: server.in_flight() == 2)
         jobs = [job for engine in server.decoder.engines.values() for job in engine.request.jobs.values()]
-        assert len(jobs) + len(server.decoder.queue) in (1, 2)
+        connection.close()
         wait_until(lambda: all(job.gone for job in jobs))
         turnstile.let(4)
-        wait_until(lambda: not server.decoder.engines and not server.decoder.queue)
+        wait_until(lambda: not server.decoder.engines)
         assert len(turnstile.shapes) <= 4, "the answers were not decoded to their ends"
         turnstile.open_up()
         assert ask(server, "w5").choices[0].text.startswith("w8 w8")
@@ -273,11 +275,11 @@ def test_requests_that_draw_differently_have_engines_in_turn():
 
 def test_a_request_has_a_limit_of_time():
     model, turnstile = tiny()
-    with running(model, TOKENIZER, SLOW_BLOCKS, timeout=0.2) as server:
-        with pytest.raises(openai.InternalServerError, match=r"more than 0\.2 seconds") as late:
+    with running(model, TOKENIZER, SLOW_BLOCKS, timeout=0.5) as server:
+        with pytest.raises(openai.InternalServerError, match=r"more than 0\.5 seconds") as late:
             ask(server, "w5")
         assert late.value.status_code == 504
-        with pytest.raises(openai.APIError, match=r"more than 0\.2 seconds"):
+        with pytest.raises(openai.APIError, match=r"more than 0\.5 seconds"):
             joined(ask(server, "w5", stream=True))
         turnstile.open_up()
         wait_until(lambda: not server.decoder.engines)
