@@ -112,7 +112,8 @@ def training(folder: Path, changes: dict[str, dict[str, Any]]) -> dict[str, Any]
     settings = copy.deepcopy(TABLES["base"])
     for section, values in changes.items():
         settings[section].update(values)
-    records = {"class_path": "dllm_var.datamodules.JsonlSource", "init_args": {"path": f"{folder}/cmudict.jsonl"}}
+    arguments = {"path": f"{folder}/cmudict.jsonl", "test_size": 0}
+    records = {"class_path": "dllm_var.datamodules.JsonlSource", "init_args": arguments}
     settings["data"] |= {"source": records, "cache_dir": f"{folder}/cache"}
     logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": f"{folder}/runs"}}
     settings["trainer"]["logger"] = logger
@@ -134,7 +135,8 @@ def rows(folder: Path, settings: dict[str, Any]) -> dict[str, list[str]]:
     defaults = {"records": "cmudict", "batch_size": 4, "context_length": 128, "cache_dir": f"{folder}/cache"}
     settings = {**defaults, **settings}
     records = settings.pop("records")
-    data = PackedDataModule(JsonlSource(f"{folder}/{records}.jsonl"), f"checkpoints/{records}", **settings)
+    source = JsonlSource(f"{folder}/{records}.jsonl", test_size=0)
+    data = PackedDataModule(source, f"checkpoints/{records}", **settings)
     data.prepare_data()
     found: dict[str, list[str]] = {}
     for batch in islice(data.train_dataloader(), 50):

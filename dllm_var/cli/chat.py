@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from dllm_var.cli.generate import (
     AnswerPrinter,
     Prompt,
+    add_model_options,
     add_sampler_options,
     decode,
     load_model,
@@ -114,7 +115,7 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
     """Returns the parser of the options; `sampler` is the default one, None for a parser that only shows help."""
     parser = SettingsParser.of_command(command, "--checkpoint PATH [options]", DESCRIPTION, EXAMPLES)
     repeatable: dict[str, Any] = {"action": "append", "type": str}
-    parser.add_argument("--checkpoint", type=str, metavar="PATH", help="run folder, .ckpt file or exported folder")
+    add_model_options(parser)
     parser.add_argument("--system", type=str, metavar="TEXT", help="system message of the conversation")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer in tokens")
     parser.add_argument("--stop", **repeatable, metavar="TEXT", help="end an answer before this text; repeatable")

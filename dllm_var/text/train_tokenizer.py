@@ -42,6 +42,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool =
         show_progress=show_progress,
     )
     backend.train_from_iterator(texts, trainer)
-    pad, mask, end = (backend.token_to_id(token) for token in (PAD, ADDED_MASK, END))
+    pad, mask, end = map(SPECIAL_TOKENS.index, (PAD, ADDED_MASK, END))
     named = {"pad_token": PAD, "mask_token": ADDED_MASK, "eos_token": END}
     return Tokenizer(backend, SpecialTokens(mask, (end,), pad), CHAT_TEMPLATE, named)
