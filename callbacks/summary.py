@@ -4,6 +4,7 @@ import json
 import shlex
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dllm_var.callbacks.decoding import held_out_prompts, undisturbed
 from dllm_var.callbacks.export import ExportWeights
+from dllm_var.errors import UserError
 from dllm_var.files import write_text
 from dllm_var.metrics import AnswerMetrics
 from dllm_var.sampling import Sampler
@@ -163,8 +165,9 @@ class RunSummary(L.Callback):
         examples = held_out_prompts(trainer, self.split, LOOKED_AT if chats else 1)
         for example in examples if chats else []:
             turn = {"role": "user", "content": example.prompt}
-            if tokenizer.encode_chat_prompt([turn]) == example.prompt_ids:
-                return example.prompt
+            with suppress(UserError):  # of a template that wants a system message, for one
+                if tokenizer.encode_chat_prompt([turn]) == example.prompt_ids:
+                    return example.prompt
         return examples[0].prompt
 
 

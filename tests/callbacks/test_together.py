@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from dllm_var.datamodules import JsonlSource, PackedDataModule
 from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.metrics import AnswerMetrics
 from dllm_var.sampling import BlockDiffusionSampler
+from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.text.train_tokenizer import train_tokenizer
 
 SOUNDS = {"a": "AA", "b": "B", "d": "D", "e": "EH", "k": "K"}
@@ -94,3 +96,12 @@ def test_a_run_on_conversations_ends_with_a_command_that_works(fit: Any, tmp_pat
     [asked] = [example for example in data.held_out("test") if example.prompt == answer["prompt"]]
     assert answer["prompt_tokens"] == len(asked.prompt_ids)
     assert asked.prompt.endswith("?")  # of one turn: that of several cannot be given as a text
+
+
+def test_a_template_that_refuses_the_prompt_does_not_lose_the_summary(spelling: PackedDataModule) -> None:
+    refusing = Tokenizer(spelling.tokenizer.backend, spelling.tokenizer.special, "{{ raise_exception('no') }}")
+    data = SimpleNamespace(chats=True, held_out=spelling.held_out)
+    trainer: Any = SimpleNamespace(datamodule=data)
+    summary = RunSummary(BlockDiffusionSampler())
+    tried = summary._prompt_to_try(trainer, SimpleNamespace(tokenizer=refusing))  # type: ignore[arg-type]
+    assert tried == spelling.held_out("test", 1)[0].prompt
