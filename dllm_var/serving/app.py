@@ -135,6 +135,7 @@ class Answering:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.answers: dict[int, Generation] = {}
         self.jobs: list[Job] = []
+        self.complete = False  # whether the reply was written to its end
 
     async def reply(self) -> Response:
         """Returns the reply, whole or as a stream; raises ApiError for a request that cannot be answered."""
@@ -235,7 +236,9 @@ class Answering:
         return tell
 
     def _end(self) -> None:
-        """Frees the rows of what is not finished."""
+        """Frees the rows of what is not finished, and counts a client that has gone."""
+        if not self.complete:
+            self.decoder.metrics.disconnected.inc()
         self.decoder.cancel([job for index, job in enumerate(self.jobs) if index not in self.answers])
 
     # -- what the jobs tell --------------------------------------------------------------------------------------------
@@ -268,10 +271,8 @@ class Answering:
         answering, leaving = asyncio.ensure_future(self._all()), asyncio.ensure_future(self._gone())
         try:
             done, _ = await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if answering in done:
-                return answering.result()
-            self.decoder.metrics.disconnected.inc()
-            return Response(status_code=499)
+            self.complete = answering in done
+            return answering.result() if self.complete else Response(status_code=499)
         finally:
             answering.cancel()
             leaving.cancel()
@@ -283,15 +284,16 @@ class Answering:
 
     async def _stream(self) -> AsyncIterator[bytes]:
         """Yields events: each choice's text as it grows, its end, and what it took when that is asked for."""
-        shown = dict.fromkeys(range(len(self.jobs)), "")
+        shown, first = dict.fromkeys(range(len(self.jobs)), ""), True
         try:
             if self.chat:
                 for index in shown:
                     yield self.written.piece(index, None, first=True)
             while len(self.answers) < len(self.jobs):
                 index, what = await self._next()
-                if not any(shown.values()):
+                if first:
                     self.decoder.metrics.first_text.observe(time.monotonic() - self.began)
+                    first = False
                 if isinstance(what, str):
                     shown[index] += what
                     yield self.written.piece(index, what)
@@ -307,8 +309,10 @@ class Answering:
                 answers = [self.answers[index] for index in shown]
                 yield self.written.usage(usage_of(answers, self.choices))
             self._measure()
+            self.complete = True
             yield event("[DONE]")
         except ApiError as error:
+            self.complete = True
             yield event(error.body())
 
     def _measure(self) -> None:

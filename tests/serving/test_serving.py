@@ -238,6 +238,7 @@ def test_a_client_that_goes_away_frees_its_row(streams, sampler):
         turnstile.let(4)
         wait_until(lambda: not server.decoder.engines)
         assert len(turnstile.shapes) <= 4, "the answers were not decoded to their ends"
+        wait_until(lambda: "dllm_var_disconnected_total 1.0" in server.http.get(server.url + "/metrics").text)
         turnstile.open_up()
         assert ask(server, "w5").choices[0].text.startswith("w8 w8")
 
@@ -342,6 +343,7 @@ def test_metrics_and_health(words):
     assert float(lines["dllm_var_tokens_total"]) == sum(answer.new_tokens for answer in answers)
     assert float(lines["dllm_var_forwards_total"]) == sum(answer.nfe for answer in answers)
     assert float(lines["dllm_var_prompt_tokens_total"]) == len("".join(WORDS) + "cat")
+    assert lines["dllm_var_disconnected_total"] == "0.0"
     assert lines["dllm_var_latency_seconds_count"] == "2.0"
     assert lines["dllm_var_first_text_seconds_count"] == "1.0"
     assert lines["dllm_var_queue_length"] == lines["dllm_var_rows"] == "0.0"
