@@ -86,6 +86,7 @@ def test_a_run_goes_on_the_same_from_each_of_its_checkpoints(tmp_path, monkeypat
         assert losses(run).items() <= figures.items()
 
 
+@pytest.mark.slow
 def test_resuming_after_the_last_step_does_the_export_that_was_missed(tmp_path):
     from short_runs import recipe
 

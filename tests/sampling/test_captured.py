@@ -90,9 +90,9 @@ def test_every_policy(policy, counts, monkeypatch):
         pytest.param({"grid": "absolute"}, marks=pytest.mark.slow),
         pytest.param({"terminator_last": False}, marks=pytest.mark.slow),
         pytest.param({"block_length_policy": ConstantSteps(2, min_length=1)}, marks=pytest.mark.slow),
-        {"temperature": 1.0, "top_k": 5, "top_p": 0.8},
+        pytest.param({"temperature": 1.0, "top_k": 5, "top_p": 0.8}, marks=pytest.mark.slow),
         {"batch_size": 1},
-        {"batch_size": 3},
+        pytest.param({"batch_size": 3}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -100,6 +100,7 @@ def test_settings_of_block_diffusion(settings, counts, monkeypatch):
     check(blocks(**settings), random_model(1), counts, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"token_shift": True}, {"causal_context": True}, {"qk_norm": True}], ids=str)
 def test_kinds_of_model(changes, counts, monkeypatch):
     check(blocks(), random_model(2, **changes), counts, monkeypatch)
@@ -122,6 +123,7 @@ def test_causal_samplers(sampler, counts, monkeypatch):
     check(sampler, random_model(3, causal=True), counts, monkeypatch, suppress=left_out)
 
 
+@pytest.mark.slow
 def test_other_settings_or_weights_have_captures_of_their_own(counts, monkeypatch):
     model, sampler = random_model(), blocks(policies.ConfidenceThreshold(0.9))
     answers_of(sampler, model)
@@ -173,6 +175,7 @@ def test_samplers_with_steps_of_their_own_are_not_captured(counts):
     assert counts == {"captures": 0, "replays": 0}
 
 
+@pytest.mark.slow
 def test_arenas_are_few_and_go_with_training(counts):
     model = random_model()
     for length in (2, 3, 4):
@@ -182,6 +185,7 @@ def test_arenas_are_few_and_go_with_training(counts):
     assert model not in captured._ARENAS
 
 
+@pytest.mark.slow
 def test_a_replay_notices_numbers_that_are_not_finite(counts):
     model, sampler = random_model(), blocks()
     answers_of(sampler, model)
@@ -194,6 +198,7 @@ def test_a_replay_notices_numbers_that_are_not_finite(counts):
     answers_of(sampler, model)
 
 
+@pytest.mark.slow
 def test_prompts_enter_an_engine_whose_steps_are_captured(counts):
     sampler = BlockDiffusionSampler(policies.FixedSteps(4), block_length=4, batch_size=3, max_new_tokens=12)
     limits, model, told = [12, 5, 9], bigger_model(), {}

@@ -54,6 +54,7 @@ def test_a_checkpoint_of_any_batch_and_any_saver_is_one_to_go_on_from(batches, a
             assert not list(kept.glob("*-v1.ckpt")), path  # a loaded step counts as saved
 
 
+@pytest.mark.slow
 def test_a_signal_among_accumulated_batches(accumulating, capsys):
     """Validation after the second batch of a step is cut short: the step is made anew. Nothing is saved at step 0."""
     assert main(accumulating) == 0
