@@ -182,6 +182,7 @@ def test_the_average_of_half_precision_weights_is_kept_in_full(fit: Any) -> None
     torch.testing.assert_close(weights(model).float(), average(record, 6), atol=0, rtol=2**-7)
 
 
+@pytest.mark.slow
 def test_the_overlay_trains_and_what_cannot_be_averaged_is_said_before(
     fit: Any, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:

@@ -85,7 +85,7 @@ def test_every_policy(policy, counts, monkeypatch):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"kv_commit": "alone"},
+        pytest.param({"kv_commit": "alone"}, marks=pytest.mark.slow),
         pytest.param({"kv_commit": "last_step"}, marks=pytest.mark.slow),
         pytest.param({"grid": "absolute"}, marks=pytest.mark.slow),
         pytest.param({"terminator_last": False}, marks=pytest.mark.slow),
@@ -113,7 +113,9 @@ def test_kinds_of_model(changes, counts, monkeypatch):
         AutoregressiveSampler(max_new_tokens=17, batch_size=3, temperature=0.9),
         StridedSampler(4, max_new_tokens=17, batch_size=2),
         StridedSampler(4, max_new_tokens=17, batch_size=3, least_chance=0.3, trust=0.5),
-        StridedSampler(4, max_new_tokens=17, batch_size=2, temperature=0.8, top_k=6),
+        pytest.param(
+            StridedSampler(4, max_new_tokens=17, batch_size=2, temperature=0.8, top_k=6), marks=pytest.mark.slow
+        ),
     ],
     ids=lambda sampler: type(sampler).__name__,
 )

@@ -65,6 +65,7 @@ def test_any_step_and_any_validation_is_one_to_go_on_from(validation, tiny):  # 
         assert same(state(f"runs/tiny/version_{number}/checkpoints/last.ckpt"), expected[1]), (step, where)
 
 
+@pytest.mark.slow
 def test_validation_that_was_cut_short_is_done_again_as_a_whole(tiny, whole):  # noqa: F811
     assert main([*tiny, *event("SIGTERM", 3, "validation")]) == 143
     assert state()["global_step"] == 3
@@ -215,6 +216,7 @@ def test_what_is_no_checkpoint_of_ours(tiny, capsys):  # noqa: F811
     assert "kept/last.ckpt is not a checkpoint" in error_line(capsys)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_records_what_made_it_and_other_data_is_refused(tiny, capsys):  # noqa: F811
     assert main([*tiny, "--trainer.max_steps=2"]) == 0
     checkpoint = torch.load(LAST, weights_only=True)

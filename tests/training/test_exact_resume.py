@@ -72,6 +72,7 @@ def test_a_signal_among_accumulated_batches(accumulating, capsys):
     assert not list(Path("runs/tiny/version_2").rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("accumulate", "interval"), [pytest.param(1, 3, marks=pytest.mark.slow), (3, 4)])
 def test_a_figure_that_is_watched_is_there_after_a_resume(accumulate, interval, tiny):  # noqa: F811
     """Validation comes first after the resume, before the monitored loss of the step is logged again."""
