@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from dllm_var.cli.generate import (
-    AnswerPrinter,
-    Prompt,
-    add_model_options,
-    add_sampler_options,
-    decode,
-    load_model,
-    read_options,
-    token_ids,
-)
+from dllm_var.cli.decoding_options import add_decoding_options, add_model_options, load_model, read_options
+from dllm_var.cli.generate import AnswerPrinter, Prompt, decode, token_ids
 from dllm_var.errors import UserError
 from dllm_var.settings import SettingsParser
 
@@ -114,12 +106,8 @@ def lines() -> Iterator[str]:
 def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser:
     """Returns the parser of the options; `sampler` is the default one, None for a parser that only shows help."""
     parser = SettingsParser.of_command(command, "--checkpoint PATH [options]", DESCRIPTION, EXAMPLES)
-    repeatable: dict[str, Any] = {"action": "append", "type": str}
     add_model_options(parser)
     parser.add_argument("--system", type=str, metavar="TEXT", help="system message of the conversation")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer in tokens")
-    parser.add_argument("--stop", **repeatable, metavar="TEXT", help="end an answer before this text; repeatable")
-    parser.add_argument("--suppress", **repeatable, metavar="TOKEN", help="text or id:N never produced; repeatable")
-    add_sampler_options(parser, sampler)
+    add_decoding_options(parser, sampler)
     parser.add_argument("--config", action="config", metavar="FILE", help="YAML file of options by their full names")
     return parser

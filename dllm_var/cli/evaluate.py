@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import Namespace
 
 from dllm_var.checkpoints.run_checkpoint import provenance
-from dllm_var.cli.generate import add_sampler_options, read_options
+from dllm_var.cli.decoding_options import add_sampler_options, load_model, read_options
 from dllm_var.errors import UserError, one_line
 from dllm_var.evaluation import TASKS
 from dllm_var.files import open_output
@@ -51,10 +51,6 @@ def main(command: str, arguments: list[str]) -> int:
         os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars are for terminals
     if find_spec("lm_eval") is None:
         raise UserError('evaluate needs lm-evaluation-harness: pip install "dllm-var[evaluate]"')
-    import torch
-
-    from dllm_var.checkpoints.pretrained import load_checkpoint
-
     options, sampler, checkpoint = read_options(command, arguments, build_parser)
     if not options.tasks:
         raise UserError("evaluate needs --tasks NAME ..., such as cmudict")
@@ -64,7 +60,7 @@ def main(command: str, arguments: list[str]) -> int:
         raise UserError(f"--num-fewshot must be at least 0, got {options.num_fewshot}")
     if options.output is None and options.samples:
         raise UserError("--samples needs --output FILE.json: that is where the answers go")
-    model, tokenizer, _ = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_model(options, checkpoint)
     if options.chat and tokenizer.chat_template is None:
         raise UserError("--chat needs a checkpoint whose tokenizer has a chat template, and this one has none")
     from dllm_var.evaluation.likelihood import Likelihood

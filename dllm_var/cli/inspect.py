@@ -1,6 +1,5 @@
 """The command `inspect`: what the data module makes of the data, before a model is trained on it."""
 
-import argparse
 import sys
 from typing import Any
 
@@ -9,7 +8,7 @@ from jsonargparse.typing import NonNegativeInt
 
 from dllm_var.cli.fit import quieten
 from dllm_var.cli.infill_and_replay import width_and_colour
-from dllm_var.cli.trainer_settings import build_parser, canvas_warning, check_settings, run_name
+from dllm_var.cli.trainer_settings import build_reader, canvas_warning, check_settings, run_name
 from dllm_var.datamodules import PackedDataModule, StreamingDataModule
 from dllm_var.errors import UserError, warn
 from dllm_var.text.tokenizer import Tokenizer
@@ -26,10 +25,7 @@ COUNTS = ("samples", "tokens", "with loss", "unknown", "dropped", "truncated", "
 
 def main(command: str, arguments: list[str]) -> int:
     """Runs `inspect` with the settings of `fit`, and returns its exit status; raises UserError for a wrong setting."""
-    parser = build_parser(command, arguments, trainer_command="fit")
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.usage = "python -m dllm_var inspect --config FILE ... [--sample N] [--key=value ...]"
+    parser = build_reader(command, arguments, "[--sample N]", DESCRIPTION, EXAMPLES)
     number = "the training sample and the packed row to show (0)"
     parser.add_argument("--sample", type=NonNegativeInt, default=0, metavar="N", help=number)
     if {"-h", "--help"} & set(arguments):

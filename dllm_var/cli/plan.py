@@ -1,6 +1,5 @@
 """The command `plan`: says what a training run will cost, from its config alone."""
 
-import argparse
 import json
 from dataclasses import replace
 from importlib import import_module
@@ -11,7 +10,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_ty
 
 from dllm_var.checkpoints.starting_from import starting_config
 from dllm_var.cli.fit import quieten
-from dllm_var.cli.trainer_settings import build_parser, check_settings, run_name
+from dllm_var.cli.trainer_settings import build_reader, check_settings, run_name
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.lora import Lora, add_adapters
@@ -35,10 +34,7 @@ Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
 
 def main(command: str, arguments: list[str]) -> int:
     """Runs `plan` with its own options and the settings of `fit`, and returns its exit status."""
-    parser = build_parser(command, arguments, trainer_command="fit")
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.usage = "python -m dllm_var plan --config FILE ... [options] [--key=value ...]"
+    parser = build_reader(command, arguments, "[options]", DESCRIPTION, EXAMPLES)
     add = parser.add_argument_group("plan").add_argument
     add("--devices", type=PositiveInt, metavar="N", help="devices in all; what trainer says when not given")
     add("--mfu", type=Share, default=0.4, metavar="X", help="model FLOPs over peak FLOPs (0.4)")

@@ -1,5 +1,6 @@
 """The settings of the commands that run a Trainer: their parser, references between settings, and first checks."""
 
+import argparse
 import re
 from typing import Any
 
@@ -70,6 +71,15 @@ def build_parser(command: str, arguments: list[str], trainer_command: str | None
     parser.add_argument("--vars", type=dict[str, Any], default={}, help=free)
     method = trainer_command or command
     parser.add_method_arguments(Trainer, method, skip=PASSED & set(getattr(Trainer, method).__annotations__))
+    return parser
+
+
+def build_reader(command: str, arguments: list[str], usage: str, description: str, examples: str) -> TrainerParser:
+    """Returns the parser of a command that reads the settings of `fit`, and options of its own, but trains nothing."""
+    parser = build_parser(command, arguments, trainer_command="fit")
+    parser.description, parser.epilog = description, examples
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = f"python -m dllm_var {command} --config FILE ... {usage} [--key=value ...]"
     return parser
 
 

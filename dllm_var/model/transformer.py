@@ -183,7 +183,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = RotaryTable(config)
         self.compiled = self.adapts_masks = False
-        self.largest_logit: Tensor | None = None  # of the last decoding
+        self.not_finite: Tensor | None = None  # NaN when a logit of the last decoding was NaN or infinite, else 0
         self.tie_weights()
         if not self.embedding.weight.is_meta:
             self.reset_parameters()

@@ -23,15 +23,16 @@ class AutoregressiveEngine(Engine[Row]):
 
     def forward(self, batch: Batch[Row]) -> None:
         """Gives rows their next token, and ends those that are complete."""
-        lengths, table = self.cache.lengths, []
+        table = []
         for slot, row in zip(batch.slots, batch.rows, strict=True):
             row.nfe += row.index >= 0
             cell = slot * self.capacity + max(row.prompt_length + row.nfe - 1, 0)
             table.append((cell, row.nfe, row.key + row.nfe))
-        if self.arena is not None and batch.index is None and int(batch.pending.max()) == 1:
-            reach = reach_of(int(lengths.max()) + 1, self.capacity)
-            numbers = torch.cat((torch.tensor(table), lengths[:, None]), dim=1)
-            tokens = self.arena.run(lambda given: self.read_one(given, reach), numbers, self.device, len(table), reach)
+        arena = self.arena_for(batch, most=1)
+        if arena is not None:
+            reach = reach_of(int(self.cache.lengths.max()) + 1, self.capacity)
+            numbers = torch.cat((torch.tensor(table), self.cache.lengths[:, None]), dim=1)
+            tokens = arena.run(lambda given: self.read_one(given, reach), numbers, reach)
             self.cache.advance(batch.pending)
         else:
             hidden = self.read(batch, batch.pending, batch.pending)

@@ -254,18 +254,18 @@ def finite_logits(model: Transformer) -> Iterator[Callable[[], None]]:
     number stays where it is from call to call, as captured forwards write to it.
     """
     device = model.embedding.weight.device
-    if model.largest_logit is None or model.largest_logit.device != device:
+    if model.not_finite is None or model.not_finite.device != device:
         with torch.inference_mode(False):  # it outlives this request
-            model.largest_logit = torch.zeros((), device=device)
-    largest = model.largest_logit.zero_()
+            model.not_finite = torch.zeros((), device=device)
+    nothing = model.not_finite.zero_()
 
     def watch(head: Any, inputs: Any, logits: Tensor) -> None:
         if logits.numel():
-            most = logits.aminmax().max  # NaN when any is; amax is slower in 16 bits
-            torch.maximum(largest, most.detach().float(), out=largest)
+            most = logits.detach().aminmax().max  # NaN when any is; amax is slower in 16 bits
+            nothing.add_(most - most)  # NaN when it is infinite, too
 
     def check() -> None:
-        if not largest.isfinite():
+        if nothing.isnan():
             raise NotFinite(
                 "the model's predictions are not numbers (NaN or infinite): its training diverged, or its numbers are "
                 "too large for its type; take an earlier checkpoint, or weights in bfloat16 or float32"

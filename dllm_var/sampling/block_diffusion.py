@@ -11,6 +11,7 @@ from torch import Tensor
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import Configurable, Request
 from dllm_var.sampling.captured import Arena, reach_of
+from dllm_var.sampling.denoising import DenoisingEngine
 from dllm_var.sampling.engine import AnyRow, Batch, Engine, EngineSampler
 from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, UnmaskingPolicy
 from dllm_var.sampling.policies.base import take_step
@@ -58,7 +59,7 @@ class ConstantSteps(BlockLengthPolicy):
         return max(self.min_length, round(self.steps * state.last_length / state.last_steps))
 
 
-class BlockEngine(Engine[AnyRow]):
+class BlockEngine(DenoisingEngine[AnyRow]):
     """Rows `prompt | finished blocks | active block | masks`.
 
     The cache holds the first `cache.lengths` tokens of a row; its `pending` tokens are finished but not cached yet. One
@@ -102,14 +103,18 @@ class BlockEngine(Engine[AnyRow]):
     def forward(self, batch: Batch[AnyRow]) -> None:
         if self.sampler.kv_commit == "alone":  # a finished block (or prompt) has a forward of its own
             batch.width = batch.width.masked_fill(batch.pending > 0, 0)
-        if self.arena is not None and batch.index is None and int(batch.pending.max()) <= self.sampler.block_length:
-            self.forward_of_constant_shape(batch, self.arena)
+        arena = self.arena_for(batch, self.sampler.block_length)
+        if arena is not None:
+            self.settle(batch, self.step_of_constant_shape(batch, arena))
             return
         hidden = self.read_window(batch)
-        for row in batch.rows:
-            row.pending, row.nfe = 0, row.nfe + 1
+        self.has_read(batch)
         if batch.width.any():
             self.predict(batch, hidden)
+
+    def has_read(self, batch: Batch[AnyRow]) -> None:
+        for row in batch.rows:
+            row.pending, row.nfe = 0, row.nfe + 1
 
     def read_window(self, batch: Batch[AnyRow]) -> Tensor:
         """Reads pending tokens and active blocks, and returns their hidden states [R, L, hidden]."""
@@ -127,44 +132,31 @@ class BlockEngine(Engine[AnyRow]):
         self.write(cells, step.tokens, step.written, nfe)
         return torch.stack((step.left, step.end, step.over), dim=1)
 
-    def forward_of_constant_shape(self, batch: Batch[AnyRow], arena: Arena) -> None:
-        """Does what `forward` does for all rows, in shapes that depend on their number and the block length alone."""
-        lengths, length = self.cache.lengths, self.sampler.block_length
+    def step_of_constant_shape(self, batch: Batch[AnyRow], arena: Arena) -> list[Any]:
+        """Takes all rows a step further, in shapes that depend on their number and the block length alone."""
+        start, length = self.cache.lengths.clone(), self.sampler.block_length
         wide = 2 * length if batch.pending.any() else length
-        numbers = [(r.steps, r.key + r.nfe + 1, r.prompt_length, r.limit, r.nfe + 1) for r in batch.rows]
-        table = torch.cat((torch.stack((lengths, batch.pending, batch.width), dim=1), torch.tensor(numbers)), dim=1)
-        reach = reach_of(int(lengths.max()) + wide, self.capacity)
-
-        def step(numbers: Tensor) -> Tensor:
-            return self.denoise(batch, numbers, wide, reach)
-
-        status = arena.run(step, table, self.device, len(batch.rows), wide, reach)
         self.cache.advance(batch.pending)
-        for row in batch.rows:
-            row.pending, row.nfe = 0, row.nfe + 1
-        self.settle(batch, status)
+        self.has_read(batch)
+        numbers, _ = self.number_blocks(batch, wide)
+        table = torch.cat((start[:, None], batch.pending[:, None], numbers), dim=1)
+        reach = reach_of(int(start.max()) + wide, self.capacity)
+        return arena.run(lambda given: self.denoise(batch, given, wide, reach), table, wide, reach)
 
     def denoise(self, batch: Batch[AnyRow], numbers: Tensor, wide: int, reach: int) -> Tensor:
         """Reads all rows' pending tokens and blocks, and takes the blocks a step further.
 
-        All that differs from step to step is on the device: `numbers` [R, 8] are each row's cached tokens, pending
-        ones, width and steps of its block, number of its draws, length of its prompt, limit and number of its forwards.
+        All that differs from step to step is on the device: `numbers` [R, 10] are each row's cached tokens, its pending
+        ones, and what `number_blocks` says of its block.
         """
-        start, pending, width, steps, key, prompt, limit, nfe = numbers.unbind(1)
-        slots = start[:, None] + torch.arange(wide, device=self.device)
-        last_seen = (start + (pending + width).clamp_min(1) - 1)[:, None]  # an idle row reads one token
+        start, pending, width = numbers[:, :1], numbers[:, 1:2], numbers[:, 4:5]
+        slots = start + torch.arange(wide, device=self.device)
+        last_seen = start + (pending + width).clamp_min(1) - 1  # an idle row reads one token
         if self.model.config.causal_context:  # pending tokens see their own left alone
-            last_seen = torch.where(slots < (start + pending)[:, None], slots, last_seen)
+            last_seen = torch.where(slots < start + pending, slots, last_seen)
         self.cache.open_constant(slots, last_seen, reach)
         hidden = self.model.hidden_states(self.canvas.gather(1, slots), cache=self.cache)
-        begin = start + pending
-        row = torch.arange(len(numbers), device=self.device)
-        inside = self.offsets < width[:, None]
-        cells = torch.where(inside, (row * self.capacity + begin)[:, None] + self.offsets, self.canvas.numel() - 1)
-        places = (row * wide + pending)[:, None] + self.offsets
-        progress = (begin - prompt) / limit
-        view = self.view(hidden, places, self.canvas.take(cells), inside, None, step=steps, progress=progress, key=key)
-        return self.take_step(batch, cells, nfe, view)
+        return self.take_step(batch, *self.view_at(hidden, numbers[:, 2:], None))
 
     def blocks(self, row: AnyRow, width: int) -> list[tuple[int, int, int, int]]:
         """Returns the blocks that a forward predicts of a row; as many for every row, without positions where not real.
@@ -175,17 +167,29 @@ class BlockEngine(Engine[AnyRow]):
 
     def view_blocks(self, batch: Batch[AnyRow], hidden: Tensor) -> tuple[Tensor, Tensor, BlockView]:
         """Returns where N blocks are in the flat canvas [N, K], their rows' forwards [N], and what a policy sees."""
+        numbers, count = self.number_blocks(batch, hidden.size(1))
+        return self.view_at(hidden, numbers.to(self.device), count)
+
+    def number_blocks(self, batch: Batch[AnyRow], wide: int) -> tuple[Tensor, int]:
+        """Returns eight numbers of each block in a forward of `wide` tokens a row [N, 8], and how many are scored.
+
+        The numbers are where the block begins in the flat canvas and in the flattened forward, its width and steps, the
+        number of its draws, and its row's decoded tokens, limit and forwards.
+        """
         lengths, found, count = self.cache.lengths.tolist(), [], 0
         counts = zip(batch.slots, batch.rows, batch.pending.tolist(), batch.width.tolist(), strict=True)
-        for number, (slot, row, pending, wide) in enumerate(counts):
-            count += self.scored(row) if wide else 0
-            cached, window = lengths[slot], number * hidden.size(1) + pending
+        for number, (slot, row, pending, width) in enumerate(counts):
+            count += self.scored(row) if width else 0
+            cached, window = lengths[slot], number * wide + pending
             done, base = cached - row.prompt_length, slot * self.capacity + cached
-            for start, own, steps, apart in self.blocks(row, wide):
+            for start, own, steps, apart in self.blocks(row, width):
                 draw = row.key + row.nfe + apart
                 found.append((base + start, window + start, own, steps, draw, done, row.limit, row.nfe))
-        table = torch.tensor(found).T.contiguous().to(self.device)
-        cell, place, width, step, key, decoded, limit, nfe = table.unbind()
+        return torch.tensor(found), count
+
+    def view_at(self, hidden: Tensor, numbers: Tensor, count: int | None) -> tuple[Tensor, Tensor, BlockView]:
+        """Returns what `view_blocks` does, from the `numbers` of blocks; without a `count` all positions are scored."""
+        cell, place, width, step, key, decoded, limit, nfe = numbers.T.contiguous().unbind()
         inside = self.offsets < width[:, None]
         # Positions behind a block's end stand in the canvas's last cell, which no row reaches.
         cells = torch.where(inside, cell[:, None] + self.offsets, self.canvas.numel() - 1)

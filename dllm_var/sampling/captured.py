@@ -48,7 +48,7 @@ CAPTURES: dict[str, Callable[[Function, Tensor], Callable[[], Tensor]]] = {"cuda
 
 @dataclass(eq=False)
 class Step:
-    """One step at one shape."""
+    """One step with one set of constants."""
 
     numbers: Tensor  # what differs from use to use, on the device
     uses: int = 0
@@ -59,6 +59,7 @@ class Step:
 class Arena:
     """The memory of an engine, by names, and the steps that work in it."""
 
+    device: torch.device
     memory: dict[str, Any] = field(default_factory=dict)
     steps: dict[Any, Step] = field(default_factory=dict)
     refused: bool = False  # whether a step could not be captured
@@ -69,19 +70,20 @@ class Arena:
             self.memory[name] = make()
         return self.memory[name]
 
-    def run(self, function: Function, numbers: Tensor, device: torch.device, *shape: int) -> list[Any]:
-        """Returns `function(numbers)` as a list, from its third use at a `shape` on by a replay.
+    def run(self, function: Function, numbers: Tensor, *constants: int) -> list[Any]:
+        """Returns `function(numbers)` as a list, from its third use with the same constants on by a replay.
 
-        The shape decides all shapes in the function, and all else that is not in the memory or in the numbers. These
-        are on the host. To fetch the result is the one wait for the device.
+        The constants and the shape of the numbers, which are on the host, decide all shapes in the function, and all
+        else that is not in the memory or in the numbers. To fetch the result is the one wait for the device.
         """
-        step = self.steps.get(shape)
+        key, kind = (*numbers.shape, *constants), self.device.type
+        step = self.steps.get(key)
         if step is None:
-            step = self.steps[shape] = Step(torch.empty_like(numbers, device=device))
-        step.numbers.copy_(numbers.pin_memory() if device.type == "cuda" else numbers, non_blocking=True)
+            step = self.steps[key] = Step(torch.empty_like(numbers, device=self.device))
+        step.numbers.copy_(numbers.pin_memory() if kind == "cuda" else numbers, non_blocking=True)
         if step.replay is None and step.uses >= EAGER_USES and not self.refused:
             try:
-                step.replay = CAPTURES[device.type](function, step.numbers)
+                step.replay = CAPTURES[kind](function, step.numbers)
             except RuntimeError as error:  # nothing is lost: what a step has computed it computes again
                 self.refused = True
                 warnings.warn(f"decoding steps cannot be captured, and are slower: {one_line(error)}", stacklevel=2)
@@ -101,7 +103,7 @@ def can_capture(model: Transformer) -> bool:
 
 def take_arena(model: Transformer, settings: Any) -> Arena:
     """Returns the arena that was given back with these settings, or a new one."""
-    return _ARENAS.get(model, {}).pop((settings, _addresses(model)), None) or Arena()
+    return _ARENAS.get(model, {}).pop((settings, _addresses(model)), None) or Arena(model.embedding.weight.device)
 
 
 def give_back(model: Transformer, settings: Any, arena: Arena) -> None:

@@ -1,4 +1,4 @@
-"""The engine of every sampler: slots, admission, caches, answers, and the denoising step that all of them share."""
+"""The engine of every sampler: slots, admission, caches, forwards and answers."""
 
 import math
 import time
@@ -18,7 +18,7 @@ from dllm_var.model.transformer import Transformer
 from dllm_var.sampling import captured
 from dllm_var.sampling.base import Generation, Request, Sampler, sampler_to_config, special_ids
 from dllm_var.sampling.drawing import draw, request_keys
-from dllm_var.sampling.policies.base import BlockView, Decision, State, UnmaskingPolicy
+from dllm_var.sampling.policies.base import State
 
 KEPT_BELOW = 0.75  # share of used slots under which the free ones are dropped, so that the copies cost little in all
 
@@ -69,7 +69,6 @@ class Engine(ABC, Generic[AnyRow]):
     free_share: ClassVar[float] = 0.0  # share of the slots that must be free before waiting prompts enter
     constant_shape: ClassVar[bool] = False  # whether this very class has a step of constant shape, to be captured
     has_limits: ClassVar[bool] = True  # whether each row may have a limit of its own
-    policy: UnmaskingPolicy
     cache: KVCache
 
     def __init__(
@@ -91,8 +90,9 @@ class Engine(ABC, Generic[AnyRow]):
         self.capacity = (request.context or self.longest_prompt + self.limit) + slack
         self.answers: dict[int, Generation] = {}
         self.arena: captured.Arena | None = None  # where steps are captured
-        captures = vars(type(self)).get("constant_shape", False) and sampler.can_be_captured
-        captures = captures and captured.can_capture(model)
+        captures = (
+            vars(type(self)).get("constant_shape", False) and sampler.can_be_captured and captured.can_capture(model)
+        )
         slots = min(sampler.batch_size, len(prompts))
         if request.context is not None:  # `fit_rows` adds more, but not to captured steps
             slots = sampler.batch_size if captures else 1
@@ -111,8 +111,7 @@ class Engine(ABC, Generic[AnyRow]):
         self.canvas = self.lasting("canvas", lambda: torch.empty(shape, dtype=torch.long, device=self.device))
         self.canvas.fill_(self.mask_id)
         self.committed_at = self.lasting("committed_at", lambda: torch.empty_like(self.canvas)).zero_()
-        self.initial: State = {}  # the policy's memory of a new block
-        self.state: State = {}  # the memory of each slot's blocks
+        self.state: State = {}  # what is remembered for each slot, beside its tokens
         self.caches: list[KVCache] = []
 
     @abstractmethod
@@ -276,6 +275,10 @@ class Engine(ABC, Generic[AnyRow]):
 
     # -- forwards ------------------------------------------------------------------------------------------------------
 
+    def arena_for(self, batch: Batch[AnyRow], most: int) -> captured.Arena | None:
+        """Returns the arena if a batch is for a step of constant shape: of all rows, of `most` pending tokens each."""
+        return self.arena if batch.index is None and int(batch.pending.max()) <= most else None
+
     def read(
         self,
         batch: Batch[AnyRow],
@@ -317,77 +320,6 @@ class Engine(ABC, Generic[AnyRow]):
             places = places.index_select(0, scored)
         logits = model.lm_head(hidden.index_select(0, places)).float()
         return scored, logits.index_fill_(1, self.banned, -torch.inf)
-
-    # -- denoising -----------------------------------------------------------------------------------------------------
-
-    def use_policy(self, policy: UnmaskingPolicy, width: int, blocks: int = 1) -> None:
-        """Takes a policy for blocks of this width, with a memory for each of the `blocks` that a slot has at a time."""
-        self.policy = policy
-        initial = policy.initial_state(width)
-        self.initial = self.lasting("initial", lambda: {name: value.to(self.device) for name, value in initial.items()})
-        rows = len(self.rows)
-        state = {name: value.expand(rows, blocks, *value.shape).clone() for name, value in self.initial.items()}
-        self.state |= self.lasting("state", lambda: state)
-
-    def memory(self, batch: Batch[AnyRow], step: Tensor) -> State:
-        """Returns the policy's memory of the batch's blocks [R, ...], a new one where `step` is 0."""
-        found = {}
-        for name, initial in self.initial.items():
-            first = (step == 0).view(-1, *[1] * initial.dim())
-            value = self.state[name] if batch.index is None else self.state[name][batch.slots]
-            found[name] = torch.where(first, initial, value.view(-1, *initial.shape))
-        return found
-
-    def remember(self, batch: Batch[AnyRow], memory: State) -> None:
-        for name, value in memory.items():
-            where = slice(None) if batch.index is None else batch.slots
-            self.state[name][where] = value.view(-1, *self.state[name].shape[1:])
-
-    def scored(self, row: AnyRow) -> int:
-        """Returns how many positions of a row have logits in the policy's view."""
-        return row.width if self.policy.scores_committed else row.left
-
-    def view(
-        self,
-        hidden: Tensor,
-        places: Tensor,
-        tokens: Tensor,
-        inside: Tensor,
-        count: int | None,
-        spacing: Tensor | None = None,
-        **state: Tensor,
-    ) -> BlockView:
-        """Returns what a policy sees of blocks [R, K], scored at `count` of their `places` (see `score`).
-
-        With a `count` of None all are scored, and the policy does not see what need not be. `spacing` is how many keys
-        each row's draws take [R], K when None; `state` are its step, progress and key.
-        """
-        masked = (tokens == self.mask_id) & inside
-        where = inside if self.policy.scores_committed else masked
-        scored, logits = self.score(self.model, hidden, places, where, where.numel() if count is None else count)
-        view = BlockView(logits, scored, tokens, masked, inside, unscored=~where if count is None else None, **state)
-        view.sampled = self.sample(view, spacing)
-        return view
-
-    def sample(self, view: BlockView, spacing: Tensor | None = None) -> Tensor | None:
-        """Returns a drawn token for each scored position [M]; None at temperature 0."""
-        if self.sampler.temperature == 0:
-            return None
-        width = view.tokens.size(1)
-        owner, offset = view.scored // width, view.scored % width
-        keys = view.key[owner] * (width if spacing is None else spacing[owner]) + offset
-        return self.sampler.draw(view.scored_logits, keys)
-
-    def decide(self, batch: Batch[AnyRow], view: BlockView) -> Decision:
-        memory = self.memory(batch, view.step)
-        decision = self.policy.decide(view, memory)
-        self.remember(batch, memory)
-        return decision
-
-    def write(self, cells: Tensor, tokens: Tensor, written: Tensor, nfe: Tensor) -> None:
-        """Writes blocks [R, K] at `cells` of the flat canvas, and the number of the forward [R] where `written`."""
-        self.canvas.put_(cells, tokens)
-        self.committed_at.put_(cells, torch.where(written, nfe[:, None], self.committed_at.take(cells)))
 
 
 @dataclass(eq=False, kw_only=True)

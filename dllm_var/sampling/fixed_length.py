@@ -10,12 +10,13 @@ from torch import Tensor
 from dllm_var.errors import UserError
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import Request
-from dllm_var.sampling.engine import Batch, Engine, EngineSampler, Row
+from dllm_var.sampling.denoising import DenoisingEngine
+from dllm_var.sampling.engine import Batch, EngineSampler, Row
 from dllm_var.sampling.policies import ONE_AT_A_TIME, FixedSteps, UnmaskingPolicy
 from dllm_var.sampling.policies.base import take_step
 
 
-class CanvasEngine(Engine[Row]):
+class CanvasEngine(DenoisingEngine[Row]):
     """Groups of rows `prompt | canvas`; prompts differ in length, and all rows work on the same block of the canvas."""
 
     sampler: "FixedLengthSampler"

@@ -9,7 +9,8 @@ import torch
 from dllm_var.errors import UserError
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import Generation, OnAnswer, Request, special_ids
-from dllm_var.sampling.engine import Batch, Engine, EngineSampler, Row
+from dllm_var.sampling.denoising import DenoisingEngine
+from dllm_var.sampling.engine import Batch, EngineSampler, Row
 from dllm_var.sampling.policies import ConfidenceThreshold, UnmaskingPolicy
 from dllm_var.sampling.policies.base import take_step
 from dllm_var.text.tokenizer import Tokenizer
@@ -69,7 +70,7 @@ def infill(
     return [answer for answer in filled if isinstance(answer, Infilling)]
 
 
-class GapEngine(Engine[Row]):
+class GapEngine(DenoisingEngine[Row]):
     """Rows `prompt | text | masks` without a cache; the gaps of each, one behind the other, are its block."""
 
     sampler: "_GapFiller"

@@ -70,8 +70,7 @@ class StridedEngine(Engine[StridedRow]):
             row.nfe += row.index >= 0
         windows = [self._window(row) for row in batch.rows]
         longest, most = (max(map(len, parts)) for parts in zip(*((w.tokens, w.stops) for w in windows), strict=True))
-        whole = batch.index is None and int(batch.pending.max()) <= self.sampler.stride
-        arena = self.arena if whole else None
+        arena = self.arena_for(batch, self.sampler.stride)
         if arena is not None:
             longest, most = -(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.sampler.stride
         lengths = self.cache.lengths if batch.index is None else self.cache.lengths[batch.index]
@@ -83,11 +82,7 @@ class StridedEngine(Engine[StridedRow]):
         drafting = any(map(any, (window.masks for window in windows)))
         if arena is not None:
             reach = reach_of(int(lengths.max()) + longest, self.capacity)
-
-            def step(given: Tensor) -> Tensor:
-                return self._step(batch, given, most, reach)
-
-            said = arena.run(step, numbers, self.device, len(windows), longest, reach)
+            said = arena.run(lambda given: self._step(batch, given, most, reach), numbers, reach)
         else:
             counts = torch.tensor([len(window.tokens) for window in windows])
             said = self._step(batch, numbers.to(self.device), most, counts, drafting).tolist()  # the one wait

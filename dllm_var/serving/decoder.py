@@ -275,8 +275,8 @@ class Decoder(threading.Thread):
             for job in told.jobs.values():
                 job.tell(reason)
             told.jobs.clear()
-            if self.model.largest_logit is not None:
-                self.model.largest_logit.zero_()  # the next answers may be numbers
+            if self.model.not_finite is not None:
+                self.model.not_finite.zero_()  # the next answers may be numbers
         if not told.jobs:
             del self.engines[key]
 

@@ -1,4 +1,4 @@
-"""What every request passes first: the API key, limits of size and time, counts, and errors in one form."""
+"""The gate that every request passes first: API key, limits of size and time, counts, and errors in one form."""
 
 from __future__ import annotations
 

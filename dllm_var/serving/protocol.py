@@ -1,4 +1,4 @@
-"""What clients of OpenAI's API send and get: requests as they are checked, replies as they are written."""
+"""The protocol of OpenAI's API: requests as they are checked, replies as they are written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users write, as the token ids that a model reads before it answers."""
+"""Prompts and conversations of users, as the token ids that a model reads before it answers."""
 
 import json
 from collections.abc import Sequence

@@ -10,7 +10,7 @@ from dllm_var.__main__ import main
 from dllm_var.checkpoints.export import save_checkpoint_folder
 from dllm_var.checkpoints.run_checkpoint import identity
 from dllm_var.cli import evaluate
-from dllm_var.cli.generate import read_options
+from dllm_var.cli.decoding_options import read_options
 from dllm_var.errors import UserError
 from tests.sampling.tiny_models import TOKENIZER, random_model
 

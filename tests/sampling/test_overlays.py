@@ -8,7 +8,7 @@ import pytest
 from dllm_var.__main__ import main
 from dllm_var.checkpoints.export import save_checkpoint_folder
 from dllm_var.checkpoints.pretrained import load_checkpoint
-from dllm_var.cli.generate import spell_out
+from dllm_var.cli.decoding_options import spell_out
 from dllm_var.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent

@@ -1,0 +1,151 @@
+"""Options of the commands that decode with a checkpoint: the model, the sampler and its settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import Namespace
+
+import dllm_var
+from dllm_var.errors import UserError
+from dllm_var.settings import SettingsParser, given, read_settings
+
+if TYPE_CHECKING:
+    from dllm_var.checkpoints.pretrained import Checkpoint
+    from dllm_var.model.transformer import Transformer
+    from dllm_var.sampling import Sampler
+    from dllm_var.text.tokenizer import Tokenizer
+
+
+def read_options(
+    command: str, arguments: list[str], builder: Callable[[str, dict[str, Any] | None], SettingsParser]
+) -> tuple[Namespace, Sampler, Checkpoint]:
+    """Returns the options of a command that decodes, the sampler, and the checkpoint; no weight is read yet."""
+    from dllm_var.checkpoints.pretrained import open_checkpoint
+    from dllm_var.sampling.base import sampler_from_config, sampler_to_config
+
+    spelled = spell_out(arguments)
+    default: dict[str, Any] | None = {"class_path": "dllm_var.sampling.BlockDiffusionSampler"}
+    if given(arguments, "--sampler.help"):
+        builder(command, default).parse_args(spelled)  # shows and exits
+    paths = given(arguments, "--checkpoint")  # read first: the checkpoint knows the default sampler
+    if not paths:
+        raise UserError(f"{command} needs --checkpoint PATH: a run folder, a .ckpt file or an exported folder")
+    checkpoint = open_checkpoint(paths[-1])
+    if not given(spelled, "--sampler") and checkpoint.meta.get("sampler") is not None:
+        # The parser imports what its values name: it gets what our own object says of itself, not the checkpoint's text
+        default = sampler_to_config(sampler_from_config(checkpoint.meta["sampler"]))
+    elif checkpoint.config.causal:
+        default = {"class_path": "dllm_var.sampling.AutoregressiveSampler"}
+    parser = builder(command, default)
+    options = parser.parse_args(spelled)
+    return options, parser.instantiate(options).sampler, checkpoint
+
+
+def load_model(options: Namespace, checkpoint: Checkpoint) -> tuple[Transformer, Tokenizer]:
+    """Returns the model, on a GPU when there is one, and its tokenizer."""
+    import torch
+
+    from dllm_var.checkpoints.pretrained import load_checkpoint
+
+    model, tokenizer, _ = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    if options.get("rope_scaling") is not None:
+        from dllm_var.model.rotary import read_rope_scaling
+
+        model.scale_rope(read_rope_scaling(options.rope_scaling, model.config))
+    return model, tokenizer
+
+
+def add_model_options(parser: SettingsParser) -> None:
+    model = parser.add_argument_group("model")
+    model.add_argument("--checkpoint", type=str, metavar="PATH", help="run folder, .ckpt file or exported folder")
+    rope = "read longer contexts: a factor on rope_theta (4), or trained and wanted length (4096:8192)"
+    model.add_argument("--rope-scaling", type=str, metavar="X", help=rope)
+
+
+def add_decoding_options(parser: SettingsParser, sampler: dict[str, Any] | None) -> None:
+    """Adds how answers are decoded, and what they may be."""
+    decoding = parser.add_argument_group("decoding")
+    repeatable: dict[str, Any] = {"action": "append", "type": str}
+    decoding.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer in tokens")
+    decoding.add_argument("--stop", **repeatable, metavar="TEXT", help="end an answer before this text; repeatable")
+    decoding.add_argument("--suppress", **repeatable, metavar="TOKEN", help="text or id:N never produced; repeatable")
+    add_sampler_options(parser, sampler)
+
+
+# Short names of settings of the sampler: the setting, a letter for its value, help.
+SHORTCUTS = {
+    "--policy": ("policy", "NAME", "which positions become tokens at each step; --policy.NAME VALUE sets an argument"),
+    "--threshold": ("policy.threshold", "P", "commit tokens above this confidence (policy ConfidenceThreshold)"),
+    "--block-length": ("block_length", "N", "tokens decoded together"),
+    "--batch-size": ("batch_size", "N", "prompts decoded at a time"),
+    "--temperature": ("temperature", "T", "0: the most likely token; above: draw"),
+    "--top-k": ("top_k", "K", "draw among the K most likely tokens; all when 0"),
+    "--top-p": ("top_p", "P", "draw among the most likely tokens that together have this probability"),
+    "--seed": ("seed", "N", "seed of the draws; a row's do not depend on its batch"),
+}
+
+
+def add_sampler_options(parser: SettingsParser, sampler: dict[str, Any] | None) -> None:
+    """Adds --sampler with all settings of its class; only help, without a `sampler`, lists the short names too."""
+    about = "an overlay of configs/sampler/ by its name, such as wino, a YAML file, or a class; --sampler.NAME VALUE "
+    about += "sets one argument of it, --sampler.help NAME lists them"
+    if sampler is not None:
+        from dllm_var.sampling import Sampler
+
+        parser.add_subclass_arguments(Sampler, "sampler", default=sampler, as_group=False, help=about)
+        return
+    group = parser.add_argument_group("sampler")
+    group.add_argument("--sampler", type=str, metavar="NAME", help=about)
+    for option, (_, metavar, text) in SHORTCUTS.items():
+        group.add_argument(option, type=str, metavar=metavar, help=text)
+
+
+def spell_out(arguments: list[str]) -> list[str]:
+    """Puts `--sampler FILE` and short names of its settings as the parser understands them, classes before arguments.
+
+    A file, or the name of an overlay that ships, is replaced by what the file says under `sampler`, under
+    `vars.sampler` or at its top level.
+    """
+    result: list[str] = []
+    settings: list[str] = []  # they follow their sampler
+    rest = iter(arguments)
+    for argument in rest:
+        option, equals, value = argument.partition("=")
+        if option != "--sampler" and option not in SHORTCUTS and not option.startswith("--policy."):
+            result.append(argument)
+            continue
+        value = value if equals else next(rest, "")
+        if not value:
+            raise UserError(f"{option} needs a value")
+        if option == "--sampler":
+            named = overlays() if value.isidentifier() and value.islower() else {}
+            if named and value not in named:
+                raise UserError(f"--sampler: there is no '{value}'; there are {', '.join(named)}")
+            if value in named or Path(value).suffix in (".yaml", ".yml", ".json"):
+                file = read_settings(named.get(value) or Path(value))
+                value = json.dumps(file.get("sampler") or (file.get("vars") or {}).get("sampler") or file)
+            result.append(f"--sampler={value}")
+            continue
+        if option == "--threshold":
+            if given(arguments, "--policy", "--sampler.policy"):
+                raise UserError("--threshold chooses the policy ConfidenceThreshold: leave out --policy or --threshold")
+            settings.append("--sampler.policy=ConfidenceThreshold")
+        if option == "--policy" and "." not in value:
+            from dllm_var.sampling import policies
+
+            known = [name for name in policies.__all__ if hasattr(getattr(policies, name), "decide")]
+            if value not in known:
+                raise UserError(f"--policy: there is no policy '{value}'; there are {', '.join(known)}")
+        name = SHORTCUTS[option][0] if option in SHORTCUTS else option.removeprefix("--")
+        settings.append(f"--sampler.{name}={value}")
+    return result + sorted(settings, key=lambda setting: setting.partition("=")[0].count("."))
+
+
+def overlays() -> dict[str, Path]:
+    """Returns the sampler overlays that ship, by name: those of configs/sampler/, which the wheel has, too."""
+    folders = [Path(folder) / "configs" / "sampler" for folder in dllm_var.__path__]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
