@@ -10,7 +10,7 @@ import pytest
 
 from dllm_var.__main__ import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "first_model.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^\$ (.*)\n((?:(?!\$ |```).*\n)*)", PAGE, flags=re.MULTILINE)
 SHORTER = [
