@@ -43,11 +43,18 @@ ENDINGS = ("ended_by_eos", "hit_limit", "length_exact", "premature", "overrun", 
 class TaskRun:
     """All measurements of one task; an exception that ends it leaves them.
 
-    Each timing has `repeats` rounds; `limit` is the longest answer in tokens, the samplers' own when None.
+    Each timing has `repeats` rounds. The models are of `dtype`, their own when None; `limit` is the longest answer in
+    tokens, the samplers' own when None.
     """
 
     def __init__(
-        self, task: Task, repeats: int, device: torch.device, limit: int | None = None, widths: Sequence[int] = WIDTHS
+        self,
+        task: Task,
+        repeats: int,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        limit: int | None = None,
+        widths: Sequence[int] = WIDTHS,
     ) -> None:
         self.task, self.repeats, self.device, self.limit, self.widths = task, repeats, device, limit, widths
         where = f"task {task.name}"
@@ -55,7 +62,7 @@ class TaskRun:
         samplers = [build(Sampler, "sampler", one.sampler, f"{where}, {one.name}") for one in settings]
         self.source: Source = build(Source, "source", task.source, where)
         self.scorer: Scorer = build(Scorer, "scorer", task.scorer, where)
-        load = cache(lambda path: load_checkpoint(path, device)[:2])
+        load = cache(lambda path: load_checkpoint(path, device, dtype)[:2])
         self.model, self.tokenizer = load(task.checkpoint)
         paths = {"diffusion": task.checkpoint, "autoregressive": task.autoregressive_checkpoint}
         self.contenders = []

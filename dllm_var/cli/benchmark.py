@@ -22,6 +22,7 @@ from dllm_var.benchmarking.report import report
 from dllm_var.benchmarking.results import sampler_ratios
 from dllm_var.benchmarking.samplers import TaskRun
 from dllm_var.benchmarking.settings import Entry, Sweep, Task, TrainingCase, check_names
+from dllm_var.cli.decoding_options import add_device_options, device_and_dtype
 from dllm_var.errors import UserError
 from dllm_var.files import open_output, write_text
 from dllm_var.settings import SettingsParser
@@ -47,6 +48,8 @@ def main(command: str, arguments: list[str]) -> int:
     cases = wanted([TrainingCase(**case.as_dict()) for case in options.trainings], options.only, options.quick)
     if bool(tasks) == bool(cases):
         raise UserError(f"{options.config[0]} must list either tasks or trainings to measure, and not both")
+    if cases and options.dtype:
+        raise UserError("--dtype is for tasks: a training has bf16-mixed precision on a GPU and float32 on a CPU")
     output.parent.mkdir(parents=True, exist_ok=True)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -70,6 +73,7 @@ def build_parser(command: str) -> SettingsParser:
     add("--output", type=str, help="JSON file to write; tables and plots go beside it")
     add("--repeats", type=PositiveInt, default=3, help="rounds of each timing")
     add("--threads", type=PositiveInt, help="torch's threads; its own choice when not given")
+    add_device_options(parser)
     add("--only", nargs="+", type=str, metavar="NAME", help="tasks or trainings, and parts of them")
     add("--quick", action="store_true", help="a smoke test in seconds: little data, tiny models")
     return parser
@@ -108,7 +112,7 @@ def wanted(items: list[Item], names: Sequence[str] | None, quick: bool) -> list[
 
 def measure(tasks: Sequence[Task], cases: Sequence[TrainingCase], options: Any) -> tuple[dict[str, Any], int]:
     """Measures until the end, Ctrl-C or SIGTERM; returns the whole result, and the exit status: 0, 130 or 143."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = device_and_dtype(options)
     machine = describe_machine(device)  # the commit is that of the code that is measured
     began, date, status = time.perf_counter(), time.strftime("%Y-%m-%d %H:%M:%S"), 0
     begun: list[Any] = []
@@ -117,7 +121,7 @@ def measure(tasks: Sequence[Task], cases: Sequence[TrainingCase], options: Any) 
             ratios: Any = sampler_ratios
             rounds = 1 if options.quick else options.repeats
             smaller: dict[str, Any] = dict(limit=8, widths=(1, 8, 32)) if options.quick else {}
-            runs: list[Any] = [TaskRun(task, rounds, device, **smaller) for task in tasks]
+            runs: list[Any] = [TaskRun(task, rounds, device, dtype, **smaller) for task in tasks]
         else:
             from dllm_var.benchmarking.training import TrainingRun, training_ratios  # imports Lightning
 

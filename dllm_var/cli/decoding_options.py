@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import Namespace
 
@@ -14,6 +14,8 @@ from dllm_var.errors import UserError
 from dllm_var.settings import SettingsParser, given, read_settings
 
 if TYPE_CHECKING:
+    import torch
+
     from dllm_var.checkpoints.pretrained import Checkpoint
     from dllm_var.model.transformer import Transformer
     from dllm_var.sampling import Sampler
@@ -46,12 +48,10 @@ def read_options(
 
 
 def load_model(options: Namespace, checkpoint: Checkpoint) -> tuple[Transformer, Tokenizer]:
-    """Returns the model, on a GPU when there is one, and its tokenizer."""
-    import torch
-
+    """Returns the model, where and in the type that the options say, and its tokenizer."""
     from dllm_var.checkpoints.pretrained import load_checkpoint
 
-    model, tokenizer, _ = load_checkpoint(checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, _ = load_checkpoint(checkpoint, *device_and_dtype(options))
     if options.get("rope_scaling") is not None:
         from dllm_var.model.rotary import read_rope_scaling
 
@@ -59,11 +59,50 @@ def load_model(options: Namespace, checkpoint: Checkpoint) -> tuple[Transformer,
     return model, tokenizer
 
 
+def device_and_dtype(options: Namespace) -> tuple[torch.device, torch.dtype | None]:
+    """Returns the device that `--device` names, else a GPU when there is one, and the type of `--dtype`."""
+    import torch
+
+    here = ["cpu"]
+    if accelerator := torch.accelerator.current_accelerator(check_available=True):
+        here += [accelerator.type, *(f"{accelerator.type}:{n}" for n in range(torch.accelerator.device_count()))]
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in here:
+        raise UserError(f"--device {device} is not here: this machine has {', '.join(here)}")
+    return torch.device(device), getattr(torch, options.dtype) if options.dtype else None
+
+
 def add_model_options(parser: SettingsParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--checkpoint", type=str, metavar="PATH", help="run folder, .ckpt file or exported folder")
+    add_device_options(model)
     rope = "read longer contexts: a factor on rope_theta (4), or trained and wanted length (4096:8192)"
     model.add_argument("--rope-scaling", type=str, metavar="X", help=rope)
+
+
+def add_device_options(group: Any) -> None:
+    """Adds --device and --dtype to a parser or a group of its options."""
+    device = "where to compute: cpu, cuda, cuda:1, mps; a CUDA GPU when there is one"
+    group.add_argument("--device", type=str, metavar="NAME", help=device)
+    dtype = "type of the weights and of the computation; the checkpoint's when not given"
+    group.add_argument("--dtype", type=Literal["float32", "bfloat16", "float16"], help=dtype)
+
+
+def add_chat_options(group: Any) -> None:
+    """Adds --chat and --no-chat, for `settle_chat`."""
+    chat = "put prompts through the checkpoint's chat template, as is done where it was trained on conversations"
+    group.add_argument("--chat", action="store_true", help=chat)
+    group.add_argument("--no-chat", action="store_true", help="give prompts to any checkpoint as they are")
+
+
+def settle_chat(options: Namespace, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    """Sets `options.chat` for a checkpoint that was trained on conversations, unless --no-chat is given."""
+    if options.chat and options.no_chat:
+        raise UserError("--chat does not go with --no-chat: leave one of them out")
+    if options.chat and tokenizer.chat_template is None:
+        raise UserError("--chat: the checkpoint's tokenizer has no chat template; leave out --chat")
+    if checkpoint.meta.get("chat") is True and tokenizer.chat_template is not None and not options.no_chat:
+        options.chat = True
 
 
 def add_decoding_options(parser: SettingsParser, sampler: dict[str, Any] | None) -> None:

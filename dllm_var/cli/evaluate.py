@@ -17,7 +17,14 @@ import yaml
 from jsonargparse import Namespace
 
 from dllm_var.checkpoints.run_checkpoint import provenance
-from dllm_var.cli.decoding_options import add_sampler_options, load_model, read_options
+from dllm_var.cli.decoding_options import (
+    add_chat_options,
+    add_device_options,
+    add_sampler_options,
+    load_model,
+    read_options,
+    settle_chat,
+)
 from dllm_var.errors import UserError, one_line
 from dllm_var.evaluation import TASKS
 from dllm_var.files import open_output
@@ -61,8 +68,7 @@ def main(command: str, arguments: list[str]) -> int:
     if options.output is None and options.samples:
         raise UserError("--samples needs --output FILE.json: that is where the answers go")
     model, tokenizer = load_model(options, checkpoint)
-    if options.chat and tokenizer.chat_template is None:
-        raise UserError("--chat needs a checkpoint whose tokenizer has a chat template, and this one has none")
+    settle_chat(options, checkpoint, tokenizer)
     from dllm_var.evaluation.likelihood import Likelihood
     from dllm_var.evaluation.lm import EvaluatedModel
     from dllm_var.sampling.base import sampler_to_config
@@ -79,6 +85,7 @@ def main(command: str, arguments: list[str]) -> int:
             **provenance(),
             "checkpoint": options.checkpoint,
             "parameters": model.num_parameters,
+            "chat": options.chat,
             "sampler": sampler_to_config(sampler),
             "likelihood": {"estimator": "exact"} if model.config.causal else bound,
             "decoding": {task: decoded.figures() for task, decoded in evaluated.decoded.items()},
@@ -98,11 +105,12 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
     parser = SettingsParser.of_command(command, usage, DESCRIPTION, EXAMPLES)
     what = parser.add_argument_group("what to measure")
     what.add_argument("--checkpoint", type=str, metavar="PATH", help="run folder, .ckpt file or model folder")
+    add_device_options(what)
     what.add_argument("--tasks", nargs="+", type=str, metavar="NAME", help="names of tasks, or YAML files of tasks")
     what.add_argument("--include-path", type=str, metavar="FOLDER", help="folder with YAML files of further tasks")
     what.add_argument("--limit", type=float, metavar="N", help="documents per task; below 1 the share of them")
     what.add_argument("--num-fewshot", type=int, metavar="N", help="worked examples before each question")
-    what.add_argument("--chat", action="store_true", help="put prompts through the checkpoint's chat template")
+    add_chat_options(what)
     longest = "longest answer; the task's when not given"
     what.add_argument("--max-new-tokens", type=int, metavar="N", help=longest)
     add_sampler_options(parser, sampler)

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from jsonargparse import Namespace
 
-from dllm_var.cli.decoding_options import add_decoding_options, add_model_options, load_model, read_options
+from dllm_var.cli.decoding_options import (
+    add_chat_options,
+    add_decoding_options,
+    add_model_options,
+    load_model,
+    read_options,
+    settle_chat,
+)
 from dllm_var.cli.infill_and_replay import replay, split_gaps, width_and_colour
 from dllm_var.errors import UserError
 from dllm_var.files import open_output, parse_json
@@ -40,7 +47,7 @@ EXAMPLES = """examples:
 docs/generate.md explains them all."""
 
 CONFLICTS = [("stream", "json"), ("stream", "replay"), ("stream", "no_stream"), ("json", "replay")]
-CONFLICTS += [("infill", "prompts_file"), ("chat", "no_chat")]
+CONFLICTS += [("infill", "prompts_file")]
 
 
 def main(command: str, arguments: list[str]) -> int:
@@ -55,8 +62,7 @@ def main(command: str, arguments: list[str]) -> int:
         if options[option] and options[other]:
             raise UserError(f"--{option} does not go with --{other.replace('_', '-')}: leave one of them out")
     model, tokenizer = load_model(options, checkpoint)
-    if checkpoint.meta.get("chat") is True and tokenizer.chat_template is not None and not options.no_chat:
-        options.chat = True
+    settle_chat(options, checkpoint, tokenizer)
     prompts = read_prompts(options, tokenizer)
     if options.stream and len(prompts) > 1:
         raise UserError("--stream goes with a single prompt: the answers of several would mix")
@@ -117,9 +123,7 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
     prompts.add_argument("--prompt", **repeatable, metavar="TEXT", help="text to answer; repeatable")
     lines = 'one prompt per line; in a .jsonl file {"prompt": ...} or {"messages": [...]}; - is standard input'
     prompts.add_argument("--prompts-file", type=str, metavar="FILE", help=lines)
-    chat = "put prompts through the checkpoint's chat template, as is done where it was trained on conversations"
-    prompts.add_argument("--chat", action="store_true", help=chat)
-    prompts.add_argument("--no-chat", action="store_true", help="give prompts to any checkpoint as they are")
+    add_chat_options(prompts)
     prompts.add_argument("--system", type=str, metavar="TEXT", help="system message of every prompt, with --chat")
     gaps = "text whose gaps are filled, such as <gap:3> for three tokens; repeatable, with a --prompt for each"
     prompts.add_argument("--infill", **repeatable, metavar="TEXT", help=gaps)
@@ -152,8 +156,6 @@ class Prompt:
 
 def read_prompts(options: Namespace, tokenizer: Tokenizer) -> list[Prompt]:
     """Returns the prompts of the options, in order; raises UserError, which names the place of a prompt it refuses."""
-    if options.chat and tokenizer.chat_template is None:
-        raise UserError("--chat: the checkpoint's tokenizer has no chat template; leave out --chat")
     if options.system is not None and not options.chat:
         raise UserError("--system needs --chat: a system message is part of a conversation")
     prompts: list[Prompt] = []

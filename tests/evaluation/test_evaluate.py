@@ -13,6 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 
 from dllm_var.__main__ import main
+from dllm_var.checkpoints.export import save_checkpoint_folder
 from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.datamodules import CmudictSource
 from dllm_var.errors import UserError
@@ -176,6 +177,23 @@ def test_chat_prompts_go_through_the_template(folder):
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nWell,"
     with pytest.raises(UserError, match="chat template"):
         EvaluatedModel(random_model(), TOKENIZER).apply_chat_template(turns)
+
+
+def test_a_checkpoint_that_was_trained_on_conversations_is_evaluated_on_conversations(folder):
+    tokenizer = Tokenizer.from_pretrained(write_byte_tokenizer(folder / "tokenizer", CHAT_TEMPLATE))
+    ids = dict(mask_id=tokenizer.mask_id, terminator_ids=list(tokenizer.terminator_ids), pad_id=tokenizer.pad_id)
+    model = random_model(vocab_size=tokenizer.vocab_size, **ids)
+    chats = save_checkpoint_folder(folder / "chats", model, tokenizer, {"chat": True})
+    texts = save_checkpoint_folder(folder / "texts", model, tokenizer)
+    asked = {}
+    for checkpoint, option in ((chats, None), (chats, "--no-chat"), (texts, "--chat")):
+        options = ["--tasks", "cmudict", "--limit=1", "--max-new-tokens=2", "--output=result.json", "--samples"]
+        assert main(["evaluate", "--checkpoint", str(checkpoint), *options, *([option] if option else [])]) == 0
+        result = json.loads(Path("result.json").read_text())
+        [sample] = result["samples"]["cmudict"]
+        asked[checkpoint.name, option] = sample["arguments"][0][0]  # the prompt
+        assert result["dllm_var"]["chat"] is asked[checkpoint.name, option].startswith("<|im_start|>user")
+    assert asked["chats", None] == asked["texts", "--chat"] != asked["chats", "--no-chat"]
 
 
 def test_shipped_documents_are_the_sources_test_split():
