@@ -8,6 +8,7 @@ from torch import Tensor
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import Request
 from dllm_var.sampling.captured import reach_of
+from dllm_var.sampling.drawing import log_probabilities
 from dllm_var.sampling.engine import Batch, Engine, EngineSampler, Row
 
 
@@ -32,7 +33,8 @@ class AutoregressiveEngine(Engine[Row]):
         if arena is not None:
             reach = reach_of(int(self.cache.lengths.max()) + 1, self.capacity)
             numbers = torch.cat((torch.tensor(table), self.cache.lengths[:, None]), dim=1)
-            tokens = arena.run(lambda given: self.read_one(given, reach), numbers, reach)
+            constants = reach, self.request.log_probabilities
+            tokens = arena.run(lambda given: self.read_one(given, reach), numbers, *constants)
             self.cache.advance(batch.pending)
         else:
             hidden = self.read(batch, batch.pending, batch.pending)
@@ -65,6 +67,8 @@ class AutoregressiveEngine(Engine[Row]):
         tokens = logits.argmax(dim=-1) if self.sampler.temperature == 0 else self.sampler.draw(logits, keys)
         self.canvas.put_(cells, tokens)
         self.committed_at.put_(cells, nfe)
+        if self.request.log_probabilities:
+            self.log_probabilities.put_(cells, log_probabilities(logits, tokens))
         return tokens
 
 

@@ -76,6 +76,7 @@ class Request:
     on_answer: OnAnswer | None = None
     check: Callable[[], None] = lambda: None  # raises when the model's predictions were not numbers
     context: int | None = None  # tokens of the longest prompt and its answer, when prompts enter a running engine
+    log_probabilities: bool = False  # whether answers get those of their tokens
     _told: set[int] = field(init=False, default_factory=set)  # prompts whose answer the caller has
 
     @property
@@ -83,8 +84,11 @@ class Request:
         """Whether answers matter before they are complete."""
         return self.on_block is not None or self.stop is not None
 
-    def advanced(self, index: int, tokens: list[int]) -> bool:
-        """Takes the tokens of an answer so far; returns whether a stop string ends it."""
+    def advanced(self, index: int, tokens: list[int], log_probabilities: list[float] | None) -> bool:
+        """Takes the tokens of an answer so far, with their log-probabilities if these are wanted.
+
+        Returns whether a stop string ends the answer.
+        """
         cut = None if self.stop is None else self.stop.find(index, tokens)
         if self.on_block is not None:
             self.check()
@@ -97,11 +101,15 @@ class Request:
             return
         self.check()
         self._told.add(index)
+        if not self.log_probabilities:  # another request in the batch may have wanted them
+            answer.log_probabilities = None
         cut = None if self.stop is None else self.stop.cut(answer.tokens)
         if cut is not None:
             kept, answer.text = cut
             answer.tokens, answer.finish_reason = answer.tokens[:kept], "stop"
             answer.commit_steps = None if answer.commit_steps is None else answer.commit_steps[:kept]
+            if answer.log_probabilities is not None:
+                answer.log_probabilities = answer.log_probabilities[:kept]
         elif self.tokenizer is not None:
             answer.text = self.tokenizer.decode(answer.tokens)
         if self.on_answer is not None:
@@ -122,6 +130,9 @@ class Generation:
     auxiliary_nfe: int = 0  # forward passes of a sampler's second model that the row took part in
     drafted: int = 0  # tokens that were proposed to the model and verified by it; 0 for samplers without drafts
     accepted: int = 0  # those of them that the model confirmed
+    # For each token the natural logarithm of the probability that the model gave it in the forward pass that committed
+    # it, whatever the temperature; None unless `generate` was asked for them.
+    log_probabilities: list[float] | None = None
 
     @property
     def new_tokens(self) -> int:
@@ -140,6 +151,8 @@ class Generation:
             "seconds": round(self.seconds, 6),
         }
         left_out = {"prompt_length"} if self.drafted else {"prompt_length", "drafted", "accepted"}
+        if self.log_probabilities is None:
+            left_out.add("log_probabilities")
         others = {name: value for name, value in vars(self).items() if name not in {*line, *left_out}}
         return json.dumps({**line, **others, **more}, ensure_ascii=False)
 
@@ -164,6 +177,7 @@ class Sampler(Configurable, ABC):
         suppress: Sequence[int] = (),
         on_block: OnBlock | None = None,
         on_answer: OnAnswer | None = None,
+        log_probabilities: bool = False,
     ) -> list[Generation]:
         """Decodes prompts, token ids or texts, to their own ends and returns the answers in the prompts' order.
 
@@ -178,6 +192,7 @@ class Sampler(Configurable, ABC):
             on_block: Called with (prompt index, the answer's tokens so far) each time a row gets further. A later call
                 may have fewer tokens: those that turn out to begin a stop string are taken back.
             on_answer: Called with (prompt index, answer) once for each prompt, as soon as the answer is complete.
+            log_probabilities: Whether answers get the log-probabilities of their tokens.
         """
         transformer = getattr(model, "transformer", model)
         known: Any = tokenizer or getattr(model, "tokenizer", None)
@@ -187,7 +202,8 @@ class Sampler(Configurable, ABC):
         check_request(ids, max_new_tokens, suppress, transformer.config)
         strings = StopStrings([stop] if isinstance(stop, str) else stop, known) if stop else None
         with torch.inference_mode(), without_training_modes(transformer), finite_logits(transformer) as check:
-            request = Request(max_new_tokens, tuple(suppress), known, strings, on_block, on_answer, check)
+            wishes = (max_new_tokens, tuple(suppress), known, strings, on_block, on_answer, check)
+            request = Request(*wishes, log_probabilities=log_probabilities)
             answers = self.decode(transformer, ids, request)
             for index, answer in enumerate(answers):
                 request.finished(index, answer)

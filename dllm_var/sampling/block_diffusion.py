@@ -129,7 +129,7 @@ class BlockEngine(DenoisingEngine[AnyRow]):
         """Writes what the policy decides; returns what `settle` takes, [R, 3]."""
         decision = self.decide(batch, view)
         step = take_step(view, decision, self.mask_id, self.terminators, self.sampler.terminator_last)
-        self.write(cells, step.tokens, step.written, nfe)
+        self.write(cells, step.tokens, step.written, nfe, self.wanted_log_probabilities(view, step.tokens))
         return torch.stack((step.left, step.end, step.over), dim=1)
 
     def step_of_constant_shape(self, batch: Batch[AnyRow], arena: Arena) -> list[Any]:
@@ -141,7 +141,8 @@ class BlockEngine(DenoisingEngine[AnyRow]):
         numbers, _ = self.number_blocks(batch, wide)
         table = torch.cat((start[:, None], batch.pending[:, None], numbers), dim=1)
         reach = reach_of(int(start.max()) + wide, self.capacity)
-        return arena.run(lambda given: self.denoise(batch, given, wide, reach), table, wide, reach)
+        constants = wide, reach, self.request.log_probabilities
+        return arena.run(lambda given: self.denoise(batch, given, wide, reach), table, *constants)
 
     def denoise(self, batch: Batch[AnyRow], numbers: Tensor, wide: int, reach: int) -> Tensor:
         """Reads all rows' pending tokens and blocks, and takes the blocks a step further.

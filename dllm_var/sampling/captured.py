@@ -70,7 +70,7 @@ class Arena:
             self.memory[name] = make()
         return self.memory[name]
 
-    def run(self, function: Function, numbers: Tensor, *constants: int) -> list[Any]:
+    def run(self, function: Function, numbers: Tensor, *constants: int | bool) -> list[Any]:
         """Returns `function(numbers)` as a list, from its third use with the same constants on by a replay.
 
         The constants and the shape of the numbers, which are on the host, decide all shapes in the function, and all

@@ -81,7 +81,19 @@ class DenoisingEngine(Engine[AnyRow]):
         self.remember(batch, memory)
         return decision
 
-    def write(self, cells: Tensor, tokens: Tensor, written: Tensor, nfe: Tensor) -> None:
-        """Writes blocks [R, K] at `cells` of the flat canvas, and the number of the forward [R] where `written`."""
+    def write(
+        self, cells: Tensor, tokens: Tensor, written: Tensor, nfe: Tensor, log_probabilities: Tensor | None
+    ) -> None:
+        """Writes blocks [R, K] at `cells` of the flat canvas.
+
+        Where they are `written` it keeps the number of the forward [R], and log-probabilities [R, K] if they are given.
+        """
         self.canvas.put_(cells, tokens)
         self.committed_at.put_(cells, torch.where(written, nfe[:, None], self.committed_at.take(cells)))
+        if log_probabilities is not None:
+            known = self.log_probabilities
+            known.put_(cells, torch.where(written, log_probabilities, known.take(cells)))
+
+    def wanted_log_probabilities(self, view: BlockView, tokens: Tensor) -> Tensor | None:
+        """Returns the log-probabilities of tokens [R, K] at the scored positions; None when nobody wants any."""
+        return view.log_probability_of(tokens) if self.request.log_probabilities else None

@@ -14,6 +14,7 @@ from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.auxiliary import AuxiliaryModel
 from dllm_var.sampling.base import Request
+from dllm_var.sampling.drawing import log_probabilities
 from dllm_var.sampling.engine import Batch, Engine, EngineSampler, Row
 
 GROWTH = 10  # delta of equation 11: how much longer the next draft is while everything is accepted
@@ -130,10 +131,14 @@ class SpeculativeEngine(Engine[SpeculativeRow]):
             row.nfe += row.index >= 0
         # What the model says at each place of each draft, and behind it.
         logits = self._predict(batch, self.model, self.cache, torch.tensor([len(draft) for draft in drafts]), before=1)
-        said = iter(logits.argmax(dim=-1).tolist())  # the verification's one wait for the device
+        best = logits.argmax(dim=-1)
+        known = log_probabilities(logits, best) if self.request.log_probabilities else torch.zeros(len(best))
+        said, place = best.tolist(), 0  # the verification's one wait for the device
         for slot, row, draft, length in zip(batch.slots, batch.rows, drafts, lengths, strict=True):
             if row.index >= 0:
-                self._accept(slot, draft, length, [next(said) for _ in range(len(draft) + 1)])
+                own = slice(place, place + len(draft) + 1)
+                self._accept(slot, draft, length, said[own], known[own])
+                place = own.stop
 
     def _draft(self, batch: Batch[SpeculativeRow]) -> tuple[list[list[int]], list[int]]:
         """Returns a draft for each row, and how many tokens the drafter put before its end."""
@@ -177,8 +182,11 @@ class SpeculativeEngine(Engine[SpeculativeRow]):
     def _write(self, slot: int, place: int, tokens: list[int]) -> None:
         self.canvas[slot, place : place + len(tokens)] = torch.tensor(tokens, dtype=torch.long, device=self.device)
 
-    def _accept(self, slot: int, draft: list[int], drafted: int, said: list[int]) -> None:
-        """Adds what the model confirms of a draft and its own next token; ends the row when it is complete."""
+    def _accept(self, slot: int, draft: list[int], drafted: int, said: list[int], known: Tensor) -> None:
+        """Adds what the model confirms of a draft and its own next token; ends the row when it is complete.
+
+        `said` is what the model says at each place of the draft and behind it, `known` the log-probabilities of that.
+        """
         row, start = self.rows[slot], len(self.rows[slot].tokens)
         accepted = next((n for n, token in enumerate(draft) if token != said[n]), len(draft))
         row.drafted, row.accepted = row.drafted + len(draft), row.accepted + accepted
@@ -195,6 +203,8 @@ class SpeculativeEngine(Engine[SpeculativeRow]):
         stop = len(row.tokens)
         self._write(slot, start, [*new, *[self.mask_id] * (len(draft) + 1 - len(new))])
         self.committed_at[slot, start:stop] = row.nfe
+        if self.request.log_probabilities:
+            self.log_probabilities[slot, start:stop] = known[: stop - start]
         self.cache.lengths[slot] = start + accepted
         reason = "eos" if end is not None else "length" if stop - row.prompt_length == row.limit else None
         self.tell(slot, stop, reason)

@@ -43,6 +43,11 @@ def draw(logits: Tensor, keys: Tensor, temperature: float, top_k: int, top_p: fl
     return torch.cat(drawn)
 
 
+def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Returns the natural logarithms of the probabilities of tokens [...] by their logits [..., V]."""
+    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(dim=-1)
+
+
 def keep_likely(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """Sets the logits [M, V] of unlikely tokens to -inf; the most likely one always stays."""
     if 0 < top_k < logits.size(1):

@@ -107,10 +107,13 @@ class Engine(ABC, Generic[AnyRow]):
             self.lasting("rotary", lambda: (model.rotary.cos, model.rotary.sin))  # a longer table may replace it
         self.banned = self.lasting("banned", lambda: torch.tensor(banned, dtype=torch.long, device=self.device))
         shape = (slots, self.capacity)
-        # Tokens, then masks; and the forward that committed each token.
+        # Tokens, then masks; the forward that committed each token; and its log-probability there, if that is wanted.
         self.canvas = self.lasting("canvas", lambda: torch.empty(shape, dtype=torch.long, device=self.device))
         self.canvas.fill_(self.mask_id)
         self.committed_at = self.lasting("committed_at", lambda: torch.empty_like(self.canvas)).zero_()
+        self.log_probabilities = self.lasting(
+            "log_probabilities", lambda: torch.empty(shape, dtype=torch.float, device=self.device)
+        ).zero_()
         self.state: State = {}  # what is remembered for each slot, beside its tokens
         self.caches: list[KVCache] = []
 
@@ -224,7 +227,7 @@ class Engine(ABC, Generic[AnyRow]):
             length = len(self.prompts[index])
             self.canvas[slot] = self.mask_id
             self.canvas[slot, :length] = torch.tensor(self.prompts[index], device=self.device)
-            self.committed_at[slot] = 0
+            self.committed_at[slot] = self.log_probabilities[slot] = 0
             told = (index, self.keys[index], length, self.limits[index], time.perf_counter())
             self.rows[slot] = self.row_class(*told, pending=length)
             self.start(slot)
@@ -238,6 +241,7 @@ class Engine(ABC, Generic[AnyRow]):
         slots = slots.to(self.device)
         self.canvas = kept_rows(self.canvas, slots, in_place)
         self.committed_at = kept_rows(self.committed_at, slots, in_place)
+        self.log_probabilities = kept_rows(self.log_probabilities, slots, in_place)
         self.state = {name: kept_rows(value, slots, in_place) for name, value in self.state.items()}
         self.rows = [self.rows[slot] for slot in kept]
 
@@ -247,7 +251,7 @@ class Engine(ABC, Generic[AnyRow]):
         if reason is None and not self.request.follows:
             return False
         tokens = self.canvas[slot, row.prompt_length : stop].tolist()
-        if self.request.advanced(row.index, tokens):
+        if self.request.advanced(row.index, tokens, self.log_probabilities_of(slot, len(tokens))):
             reason = reason or "stop"
         if reason is not None:
             self.end(slot, tokens, reason)
@@ -271,7 +275,15 @@ class Engine(ABC, Generic[AnyRow]):
             auxiliary_nfe=row.auxiliary_nfe,
             drafted=row.drafted,
             accepted=row.accepted,
+            log_probabilities=self.log_probabilities_of(slot, len(tokens)),
         )
+
+    def log_probabilities_of(self, slot: int, count: int) -> list[float] | None:
+        """Returns those of the first `count` tokens of a row's answer; None when nobody wants any."""
+        if not self.request.log_probabilities:
+            return None
+        start = self.rows[slot].prompt_length
+        return self.log_probabilities[slot, start : start + count].tolist()
 
     # -- forwards ------------------------------------------------------------------------------------------------------
 

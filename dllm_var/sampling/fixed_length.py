@@ -67,7 +67,8 @@ class CanvasEngine(DenoisingEngine[Row]):
             key=key,
         )
         step = take_step(view, self.decide(batch, view), self.mask_id, self.terminators, terminator_last=False)
-        self.write(slot * self.capacity + place, step.tokens, step.written, nfe)
+        cells, known = slot * self.capacity + place, self.wanted_log_probabilities(view, step.tokens)
+        self.write(cells, step.tokens, step.written, nfe, known)
         if self.sampler.cache == "dkv":
             self.settled.scatter_(1, place, self.settled.gather(1, place) & (step.tokens == tokens))
         for row, left in zip(batch.rows, step.left.tolist(), strict=True):

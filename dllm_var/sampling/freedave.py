@@ -63,9 +63,18 @@ class FreeDaveEngine(CopyEngine[DraftRow]):
             right = right & same.all(2)
         accepted = right.long().cumprod(1).sum(1)  # [R] drafts that were right
         last = torch.arange(rows, device=self.device) * depth + accepted  # among R * D versions
+        number = torch.arange(depth, device=self.device)  # of each version
 
         first, inside = cells[::depth], real[:, 0]
-        self.write(first, step.tokens[last], (step.tokens[last] != versions[:, 0]) & inside, nfe[::depth])
+        written, known = (
+            (step.tokens[last] != versions[:, 0]) & inside,
+            self.wanted_log_probabilities(view, step.tokens),
+        )
+        if known is not None:
+            by_step = step.written.view_as(versions) & (number <= accepted[:, None])[:, :, None]
+            last_step = (by_step * (1 + number[:, None])).argmax(1, keepdim=True)  # that wrote each position
+            known = known.view_as(versions).gather(1, last_step)[:, 0]
+        self.write(first, step.tokens[last], written, nfe[::depth], known)
         status = [step.left[last], step.end[last], step.over[last], accepted]
         remembered = [{name: value[last] for name, value in memory.items()}]
         goes_on = goes_on[last]

@@ -37,6 +37,7 @@ def infill(
     tokenizer: Tokenizer | None = None,
     suppress: Sequence[int] = (),
     on_answer: OnAnswer | None = None,
+    log_probabilities: bool = False,
     **settings: Any,
 ) -> list[Infilling]:
     """Fills the gaps of texts, token ids with the mask id wherever a token is wanted, all gaps of a text together.
@@ -66,7 +67,14 @@ def infill(
         spans.append(range(len(prompt), len(prompt) + len(text)))
         rows.append([*prompt, *text, *[mask_id] * behind])
     filler = _GapFiller(spans=spans, policy=policy or ConfidenceThreshold(), **settings)
-    filled = filler.generate(model, rows, tokenizer=tokenizer, suppress=[*suppress, *terminators], on_answer=on_answer)
+    filled = filler.generate(
+        model,
+        rows,
+        tokenizer=tokenizer,
+        suppress=[*suppress, *terminators],
+        on_answer=on_answer,
+        log_probabilities=log_probabilities,
+    )
     return [answer for answer in filled if isinstance(answer, Infilling)]
 
 
@@ -121,7 +129,7 @@ class GapEngine(DenoisingEngine[Row]):
         decision = self.decide(batch, view)
         decision.finish_row = None  # a gap is filled whole
         step = take_step(view, decision, self.mask_id, self.terminators, terminator_last=False)
-        self.write(cells, step.tokens, step.written, nfe)
+        self.write(cells, step.tokens, step.written, nfe, self.wanted_log_probabilities(view, step.tokens))
         for slot, (left, over) in enumerate(torch.stack((step.left, step.over)).T.tolist()):
             row = self.rows[slot]
             row.left = left

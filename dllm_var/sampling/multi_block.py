@@ -76,7 +76,7 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
         cells, nfe, view = self.view_blocks(batch, hidden)
         decision = self.decide(batch, view)
         tokens, masked, written, ends = self._commit(view, decision)
-        self.write(cells, tokens, written, nfe)
+        self.write(cells, tokens, written, nfe, self.wanted_log_probabilities(view, tokens))
         whole, blocks = (len(batch.rows), -1), self.sampler.blocks
         finish_row = None if decision.finish_row is None else decision.finish_row[::blocks]
         after, masks, inside = (each.view(whole) for each in (tokens, masked, view.changeable))

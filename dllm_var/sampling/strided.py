@@ -10,12 +10,13 @@ from dllm_var.model.transformer import Transformer
 from dllm_var.objectives.base import KeyedNoise
 from dllm_var.sampling.base import Request, special_ids
 from dllm_var.sampling.captured import reach_of
-from dllm_var.sampling.drawing import draw, keep_likely
+from dllm_var.sampling.drawing import draw, keep_likely, log_probabilities
 from dllm_var.sampling.engine import Batch, Engine, EngineSampler, Row
 
 DRAFTED = "draft_probabilities"  # in the engine's state: what the drafts of each slot were drawn from [slots, masks, V]
 NO_DRAFT = -1
 WIDTH_MULTIPLE = 16  # of the tokens of a step that is captured
+TINY = 1e-300  # a chance below which its logarithm is that of this
 UNREAD = 0  # group of a window's text: its unread tokens and its drafts; those of masks are 1, 2, ..., of padding -1
 
 
@@ -82,11 +83,12 @@ class StridedEngine(Engine[StridedRow]):
         drafting = any(map(any, (window.masks for window in windows)))
         if arena is not None:
             reach = reach_of(int(lengths.max()) + longest, self.capacity)
-            said = arena.run(lambda given: self._step(batch, given, most, reach), numbers, reach)
+            constants = reach, self.request.log_probabilities
+            said = arena.run(lambda given: self._step(batch, given, most, reach), numbers, *constants)
         else:
             counts = torch.tensor([len(window.tokens) for window in windows])
             said = self._step(batch, numbers.to(self.device), most, counts, drafting).tolist()  # the one wait
-        self._take(batch, windows, said)
+        self._take(batch, windows, most, said)
 
     def _step(
         self, batch: Batch[StridedRow], numbers: Tensor, most: int, opens: int | Tensor, drafting: bool = True
@@ -95,8 +97,8 @@ class StridedEngine(Engine[StridedRow]):
 
         `numbers` [R, 2 + 3 * most + 4 * L] are the number of a row's draws, its cached tokens, its window's stops and
         tokens. `opens` are the real tokens of each window [R], on the host; or the keys that a step of constant shape
-        reads. Returns how many drafts are accepted, the token behind them, the new drafts and their chances, all in one
-        row of numbers.
+        reads. Returns how many drafts are accepted, the token behind them, the new drafts and their chances, and if
+        they are wanted the log-probabilities of the accepted tokens [R, most], all in one row of numbers.
         """
         heads, stops, table = numbers.split((2, 3 * most, numbers.size(1) - 2 - 3 * most), dim=1)
         (keys, start), (where, drafts, first) = heads.unbind(1), stops.unflatten(1, (-1, 3)).unbind(2)  # [R], [R, K]
@@ -110,11 +112,17 @@ class StridedEngine(Engine[StridedRow]):
         else:
             self.cache.open(longest, opens, batch.index, positions=positions, seen=seen)
         hidden = self.model.hidden_states(tokens, cache=self.cache)
-        count, following = self._verify(self._logits(hidden, where), drafts, keys, batch)
+        logits = self._logits(hidden, where)
+        count, following = self._verify(logits, drafts, keys, batch)
         found = [count[:, None], following[:, None]]
         if drafting:
             of_stop = first.gather(1, count[:, None]) + self.offsets  # [R, masks], also where the stop has fewer
             found += self._draft(self._logits(hidden, of_stop.clamp_max(longest - 1)), keys, batch)
+        if self.request.log_probabilities:
+            added = torch.where(
+                torch.arange(drafts.size(1), device=self.device) < count[:, None], drafts, following[:, None]
+            )
+            found.append(log_probabilities(logits, added).double())
         return torch.cat(found, dim=1)
 
     def _window(self, row: StridedRow) -> Window:
@@ -194,9 +202,9 @@ class StridedEngine(Engine[StridedRow]):
         tokens = settings.draw(logits.flatten(0, 1), numbers.flatten()).view_as(numbers)
         return tokens, probabilities.amax(dim=-1).double().cumprod(dim=1)
 
-    def _take(self, batch: Batch[StridedRow], windows: list[Window], said: list[list[float]]) -> None:
+    def _take(self, batch: Batch[StridedRow], windows: list[Window], most: int, said: list[list[float]]) -> None:
         """Adds to each row what is accepted, takes its new drafts, and ends it when it is complete."""
-        kept, cells, written, nfe = [], list[int](), list[int](), list[int]()
+        kept, cells, written, nfe, known = [], list[int](), list[int](), list[int](), list[float]()
         told: list[tuple[int, int, str | None]] = []
         for slot, row, window, numbers in zip(batch.slots, batch.rows, windows, said, strict=True):
             count, following, *rest = map(int, numbers[: 2 + self.masks])
@@ -207,7 +215,8 @@ class StridedEngine(Engine[StridedRow]):
             row.accepted += count
             new = [*row.drafts[:count], following]
             row.drafts, row.chances = rest[: window.masks[count]], numbers[2 + self.masks :][: window.masks[count]]
-            new += self._sure_drafts(row)
+            sure, of_sure = self._sure_drafts(row)
+            new += sure
             row.pending = len(new) - count
             end = next((n for n, token in enumerate(new) if token in self.terminators), None)
             start = len(row.tokens)
@@ -216,26 +225,36 @@ class StridedEngine(Engine[StridedRow]):
             cells += range(slot * self.capacity + start, slot * self.capacity + stop)
             written += row.tokens[start:]
             nfe += [row.nfe] * (stop - start)
+            if self.request.log_probabilities:
+                of_verified = numbers[len(numbers) - most :][: count + 1]
+                known += [*of_verified, *of_sure][: stop - start]
             done = stop - row.prompt_length == row.limit
             told.append((slot, stop, "eos" if end is not None else "length" if done else None))
         self.cache.advance(torch.tensor(kept), batch.index)
         where, what, when = torch.tensor((cells, written, nfe), dtype=torch.long, device=self.device)
         self.canvas.put_(where, what)
         self.committed_at.put_(where, when)
+        if self.request.log_probabilities:
+            self.log_probabilities.put_(where, torch.tensor(known, dtype=torch.float, device=self.device))
         for slot, stop, reason in told:
             self.tell(slot, stop, reason)
 
-    def _sure_drafts(self, row: StridedRow) -> list[int]:
-        """Drops drafts that are not worth verifying; takes out and returns those that need not be verified."""
+    def _sure_drafts(self, row: StridedRow) -> tuple[list[int], list[float]]:
+        """Drops drafts that are not worth verifying; takes out those that need not be verified.
+
+        Returns the latter and their log-probabilities.
+        """
         worth = sum(chance >= self.sampler.least_chance for chance in row.chances)
         worth = next((n + 1 for n, token in enumerate(row.drafts[:worth]) if token in self.terminators), worth)
         trust = math.inf if self.sampler.trust is None or self.sampler.temperature else self.sampler.trust
         sure = sum(chance >= trust for chance in row.chances[:worth])
         taken, row.drafts = row.drafts[:sure], row.drafts[sure:worth]
+        logarithms = [math.log(max(chance, TINY)) for chance in row.chances[:sure]]  # of each draft and all before it
+        of_taken = [now - before for now, before in zip(logarithms, [0.0, *logarithms], strict=False)]
         row.chances = [
             chance / max(row.chances[sure - 1], 1e-9) if sure else chance for chance in row.chances[sure:worth]
         ]
-        return taken
+        return taken, of_taken
 
 
 @dataclass(eq=False)

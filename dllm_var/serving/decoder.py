@@ -102,9 +102,9 @@ class Jobs(Request):
     def follows(self) -> bool:
         return any(job.request.follows for job in self.jobs.values())
 
-    def advanced(self, index: int, tokens: list[int]) -> bool:
+    def advanced(self, index: int, tokens: list[int], log_probabilities: list[float] | None) -> bool:
         job = self.jobs.get(index)
-        return job is not None and job.request.advanced(0, tokens)
+        return job is not None and job.request.advanced(0, tokens, log_probabilities)
 
     def finished(self, index: int, answer: Generation) -> None:
         job = self.jobs.get(index)

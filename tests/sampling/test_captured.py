@@ -125,6 +125,27 @@ def test_causal_samplers(sampler, counts, monkeypatch):
     check(sampler, random_model(3, causal=True), counts, monkeypatch, suppress=left_out)
 
 
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        AutoregressiveSampler(),
+        pytest.param(blocks(), marks=pytest.mark.slow),
+        pytest.param(StridedSampler(4), marks=pytest.mark.slow),
+    ],
+    ids=lambda sampler: type(sampler).__name__,
+)
+def test_log_probabilities(sampler, counts, monkeypatch):
+    model, wishes = random_model(3, causal=sampler.causal), dict(max_new_tokens=8, suppress=[3, 4])
+
+    def known(**asked):
+        return [answer.log_probabilities for answer in sampler.generate(model, PROMPTS[:1], **wishes, **asked)]
+
+    assert known() == [None] and counts["replays"] > 0
+    found = [known(log_probabilities=True) for _ in range(2)][-1]
+    monkeypatch.delitem(captured.CAPTURES, "cpu")
+    assert sum(found, []) == pytest.approx(sum(known(log_probabilities=True), []), abs=1e-4)
+
+
 @pytest.mark.slow
 def test_other_settings_or_weights_have_captures_of_their_own(counts, monkeypatch):
     model, sampler = random_model(), blocks(policies.ConfidenceThreshold(0.9))

@@ -84,8 +84,16 @@ class BlockView:
 
     def probability_of(self, tokens: Tensor) -> Tensor:
         """Probability of given tokens [R, K] at the scored positions."""
+        return self.spread(self._log_probabilities(tokens).exp())
+
+    def log_probability_of(self, tokens: Tensor) -> Tensor:
+        """Natural logarithm of the probability of given tokens [R, K] at the scored positions."""
+        return self.spread(self._log_probabilities(tokens))
+
+    def _log_probabilities(self, tokens: Tensor) -> Tensor:
+        """Returns what `log_probability_of` does, [M]."""
         chosen = self.scored_logits.gather(1, tokens.reshape(-1)[self.scored, None]).squeeze(1)
-        return self.spread((chosen - self._normaliser).exp())
+        return chosen - self._normaliser
 
     @cached_property
     def entropy(self) -> Tensor:
