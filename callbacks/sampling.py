@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dllm_var.callbacks.board import boards, markdown_table, replay_picture
 from dllm_var.callbacks.decoding import held_out_prompts, undisturbed
 from dllm_var.callbacks.speed import SpeedMonitor
 from dllm_var.datamodules import Example
@@ -34,8 +36,9 @@ SCORES = {
     "introspective_acceptance": "{:.0%} of drafted tokens accepted",
 }
 NEED_REFERENCES = ("token_error_rate", "answer_error_rate", "length_exact")
-COLUMNS = ("prompt", "answer", "expected", "end", "forwards")
+COLUMNS = ("prompt", "answer", "expected", "end", "forwards")  # of the cells that a terminal shows
 PLAIN_WIDTH = 120
+Rows = Sequence[dict[str, Text]]  # an answer's cells, by name
 
 
 class SamplingCallback(L.Callback):
@@ -47,8 +50,10 @@ class SamplingCallback(L.Callback):
 
     Logs the scalars `sample/token_error_rate`, `sample/answer_error_rate`, `sample/ended_by_eos`, `sample/length_exact`
     (the first two and the last only where references are known), `sample/tokens_per_forward`,
-    `sample/tokens_per_second`, `sample/introspective_acceptance` (only where the sampler drafts), and the table
-    `sample/answers` to loggers that take text (TensorBoard).
+    `sample/tokens_per_second` and `sample/introspective_acceptance` (only where the sampler drafts). TensorBoard also
+    gets the table `sample/answers`, which marks each answer, the histograms `sample/length` and, where references are
+    known, `sample/length_difference` (tokens more than its reference has), and the picture `sample/replay`: the
+    first answer, with the forward pass that committed each token.
 
     Args:
         sampler: How to decode.
@@ -132,21 +137,34 @@ class SamplingCallback(L.Callback):
         pl_module.print(f"\nstep {step}, {len(answers)} answers: {figures}\n{table}\n")
         for logger in trainer.loggers:
             logger.log_metrics({f"sample/{name}": value for name, value in scores.items()}, step=step)
-            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
-            if add_text is not None:
-                add_text("sample/answers", f"```\n{answer_table(rows)}\n```", global_step=step)
+        for board in boards(trainer.loggers):
+            self._show(board, pairs, rows, tokenizer, step)
+
+    def _show(self, board: Any, pairs: list[tuple[Example, Generation]], rows: Rows, tokenizer: Any, step: int) -> None:
+        """Writes the table, the lengths and the first answer's picture to TensorBoard."""
+        board.add_text("sample/answers", markdown_table(rows), step)
+        board.add_histogram("sample/length", np.array([len(answer.tokens) for _, answer in pairs]), step)
+        known = [(answer.tokens, example.references) for example, answer in pairs if example.references]
+        if known:
+            more = [len(tokens) - len(nearest_reference(tokens, references)[0]) for tokens, references in known]
+            board.add_histogram("sample/length_difference", np.array(more), step)
+        picture = replay_picture(pairs[0][0].prompt, pairs[0][1], tokenizer)
+        board.add_image("sample/replay", picture, step, dataformats="HWC")
 
 
-def _row(tokenizer: Any, example: Example, answer: Generation) -> list[Text]:
-    """Returns the cells of COLUMNS; `expected` is empty if the answer is right or no reference is known."""
+def _row(tokenizer: Any, example: Example, answer: Generation) -> dict[str, Text]:
+    """Returns an answer's cells; `expected` is empty if it is right, and no mark is set if no reference is known."""
     reference, edits = nearest_reference(answer.tokens, example.references or [answer.tokens])
-    return [
-        Text(example.prompt),
-        marked(tokenizer, answer.tokens, reference),
-        Text(tokenizer.decode(reference) if edits else "", "dim"),
-        Text(answer.finish_reason),
-        Text(str(answer.nfe)),
-    ]
+    length = f"{len(answer.tokens)} of {len(reference)}" if example.references else str(len(answer.tokens))
+    return {
+        "prompt": Text(example.prompt),
+        "answer": marked(tokenizer, answer.tokens, reference),
+        "expected": Text(tokenizer.decode(reference) if edits else "", "dim"),
+        "right": Text(("✗" if edits else "✓") if example.references else ""),
+        "end": Text(answer.finish_reason),
+        "length": Text(length),
+        "forwards": Text(str(answer.nfe)),
+    }
 
 
 def marked(tokenizer: Tokenizer, answer: Sequence[int], reference: Sequence[int]) -> Text:
@@ -171,13 +189,13 @@ def marked(tokenizer: Tokenizer, answer: Sequence[int], reference: Sequence[int]
     return text
 
 
-def answer_table(rows: Sequence[Sequence[Text]], colour: bool = False) -> str:
-    """Draws rows of COLUMNS: as wide as the terminal with colour, PLAIN_WIDTH wide without."""
+def answer_table(rows: Rows, colour: bool = False) -> str:
+    """Draws the COLUMNS of rows: as wide as the terminal with colour, PLAIN_WIDTH wide without."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in COLUMNS:
         table.add_column(name, overflow="fold", justify="right" if name == "forwards" else "left", header_style="dim")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[name] for name in COLUMNS))
     width = shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns if colour else PLAIN_WIDTH
     text = io.StringIO()
     Console(file=text, force_terminal=colour, width=width, legacy_windows=False).print(table)

@@ -11,7 +11,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 
+from dllm_var.callbacks.board import boards, markdown_table
 from dllm_var.callbacks.decoding import held_out_prompts, undisturbed
 from dllm_var.callbacks.export import ExportWeights
 from dllm_var.errors import UserError
@@ -38,7 +40,7 @@ class RunSummary(L.Callback):
       any resume; without this evaluation; `decode_seconds`: the time of this evaluation;
     - `parameters`, `steps`, `split`, `checkpoint` and `weights` (the folder of `ExportWeights`).
 
-    The figures are also logged as `test/...` (the split's name).
+    The figures are also logged as `test/...` (the split's name), in TensorBoard as the text `summary`.
 
     Args:
         sampler: How to decode.
@@ -132,7 +134,8 @@ class RunSummary(L.Callback):
             write_text(Path(run) / SUMMARY_FILE, json.dumps(result, indent=2) + "\n")
         figures = {f"{self.split}/{name}": value for name, value in result.items() if isinstance(value, float | int)}
         for logger in trainer.loggers:
-            logger.log_metrics(figures, step=result["steps"])
+            if not isinstance(logger, TensorBoardLogger):  # there each would be a chart with one point
+                logger.log_metrics(figures, step=result["steps"])
         names = (self.token_error_name, self.answer_error_name)
         errors = {ERROR_LABELS.get(name, name.replace("_", " ")): f"{result[name]:.1%}" for name in names}
         acceptance = result.get("introspective_acceptance")
@@ -153,7 +156,11 @@ class RunSummary(L.Callback):
             text = self.prompt if self.prompt is not None else self._prompt_to_try(trainer, pl_module)
             words = [f"--prompt={text}"] if text.startswith("-") else ["--prompt", text]
             lines["try"] = f"python -m dllm_var generate --checkpoint {shlex.join([loadable, *words])}"
-        pl_module.print("\n" + "\n".join(f"{name:<{LABEL_WIDTH}}{text}" for name, text in lines.items() if text))
+        lines = {name: text for name, text in lines.items() if text}
+        pl_module.print("\n" + "\n".join(f"{name:<{LABEL_WIDTH}}{text}" for name, text in lines.items()))
+        for board in boards(trainer.loggers):
+            rows = [{"figure": name, "value": text} for name, text in lines.items()]
+            board.add_text("summary", markdown_table(rows), result["steps"])
 
     def _prompt_to_try(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
         """Returns the text of a held-out prompt, where there is one that `generate` reads as it was held out.

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.distributed.tensor import DTensor
 
 from dllm_var.callbacks import SamplingCallback
-from dllm_var.callbacks.sampling import answer_table, marked
+from dllm_var.callbacks.board import WIDTH
+from dllm_var.callbacks.sampling import COLUMNS, answer_table, marked
 from dllm_var.datamodules.cmudict import CmudictSource
 from dllm_var.errors import UserError
 from dllm_var.text.tokenizer import Tokenizer
@@ -172,12 +174,10 @@ def test_logs_how_many_drafted_tokens_were_accepted(fit: Any, spy: Any, tmp_path
     assert {line.split(",")[column] for line in lines} >= {"0.75"}
 
 
-def test_logs_scalars_and_the_table(fit: Any, spy: Any, tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+def test_logs_scalars_and_shows_the_answers_in_tensorboard(fit: Any, spy: Any, tmp_path: Path) -> None:
     board = TensorBoardLogger(tmp_path, name="board")
     fit(SamplingCallback(spy, every_n_steps=3), logger=[board, CSVLogger(tmp_path, name="csv")])
-    events = EventAccumulator(board.log_dir)
+    events = EventAccumulator(board.log_dir, size_guidance=dict.fromkeys(("tensors", "histograms", "images"), 0))
     events.Reload()
     scalars = {tag for tag in events.Tags()["scalars"] if tag.startswith("sample/")}
     assert scalars == {
@@ -190,8 +190,12 @@ def test_logs_scalars_and_the_table(fit: Any, spy: Any, tmp_path: Path) -> None:
     }
     assert [event.step for event in events.Scalars("sample/length_exact")] == [3, 6]
     text = events.Tensors("sample/answers/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert text.startswith("```\nprompt ")  # Markdown leaves the columns alone
-    assert "K [-]" in text
+    assert text.startswith("| prompt | answer | expected | right | end | length | forwards |\n")
+    assert r"| bb | K \[\-\] | K K | ✗ | eos | 1 of 2 | 2 |" in text.splitlines()
+    lengths, missing = (events.Histograms(f"sample/{name}") for name in ("length", "length_difference"))
+    assert [(one.step, one.histogram_value.num) for one in lengths] == [(3, 8), (6, 8)]
+    assert missing[0].histogram_value.min == missing[0].histogram_value.max == -1
+    assert [image.width for image in events.Images("sample/replay")] == [WIDTH, WIDTH]
     assert "sample/token_error_rate" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
 
 
@@ -243,5 +247,5 @@ def test_a_special_token_in_an_answer_is_visible_and_wrong_tokens_are_red_on_a_t
     assert answer.plain == f"K [{tokenizer.id_to_token(tokenizer.pad_id)}]"
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    rows = [[answer] * 5]
+    rows = [dict.fromkeys(COLUMNS, answer)]
     assert "\x1b[" in answer_table(rows, colour=True) and "\x1b" not in answer_table(rows)

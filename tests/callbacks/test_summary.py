@@ -12,7 +12,8 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dllm_var.callbacks import ExportWeights, RunSummary, SamplingCallback
 from dllm_var.checkpoints.pretrained import load_checkpoint
@@ -25,7 +26,8 @@ def read(folder: Path) -> dict[str, Any]:
 
 def test_summary_has_the_figures_of_the_split(fit: Any, spy: Any, tmp_path: Path, capsys: Any) -> None:
     names = {"token_error_name": "per", "answer_error_name": "wer"}
-    _, model = fit(RunSummary(spy, **names), logger=CSVLogger(tmp_path, name="csv"))
+    board = TensorBoardLogger(tmp_path, name="board")
+    _, model = fit(RunSummary(spy, **names), logger=[CSVLogger(tmp_path, name="csv"), board])
     summary = read(tmp_path)
     # Twelve words of one, two and three letters in turn; the spy leaves out one token of each.
     assert summary["per"] == pytest.approx(12 / 24)
@@ -45,6 +47,11 @@ def test_summary_has_the_figures_of_the_split(fit: Any, spy: Any, tmp_path: Path
     assert "generate" not in out  # there is nothing to generate from
     metrics = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
     assert "test/per" in metrics
+    events = EventAccumulator(board.log_dir)
+    events.Reload()
+    assert not [tag for tag in events.Tags()["scalars"] if tag.startswith("test/")]  # a chart with one point each
+    text = events.Tensors("summary/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert r"| word error rate | 100\.0% |" in text.splitlines()
 
 
 def test_names_the_weights_and_a_command_that_loads_them(
