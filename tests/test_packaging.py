@@ -89,7 +89,7 @@ def test_the_wheel_holds_code_and_data(wheel):
         f"dllm_var/{'' if top == 'dllm_var' else top + '/'}{path.relative_to(ROOT / top)}"
         for top in ("dllm_var", "callbacks", "datamodules")
         for path in (ROOT / top).rglob("*")
-        if path.suffix == ".py"
+        if path.suffix in {".py", ".html", ".css", ".js"}
         or path.name == "py.typed"
         or {"data", "tasks"} & set(path.relative_to(ROOT).parts[1:-1])
         if path.is_file() and "__pycache__" not in path.parts

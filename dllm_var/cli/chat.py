@@ -28,7 +28,7 @@ EXAMPLES = """examples:
 
 RESET = "/reset"
 # What `generate` can be told besides: the answer alone, streamed.
-PRINTED = {"answers_only": True, "stream": True, "no_stream": False, "json": False, "replay": False, "infill": None}
+PRINTED = {"answers_only": True, "stream": True, "no_stream": False, "json": False, "replay": None, "infill": None}
 
 
 def main(command: str, arguments: list[str]) -> int:
@@ -72,7 +72,7 @@ def converse(sampler: Sampler, model: Transformer, tokenizer: Tokenizer, options
             continue
         with AnswerPrinter(sys.stdout, [prompt], tokenizer, options) as printer:
             decode(sampler, model, suppressed, printer)
-        [answer] = printer.done
+        [answer] = printer.done.values()
         turns = [*asked, {"role": "assistant", "content": answer.text}]
         if longest is not None and len(prompt.ids) + answer.new_tokens > longest:
             print(f"this is longer than the {longest:,} tokens of training: {RESET} begins anew", file=sys.stderr)

@@ -46,6 +46,7 @@ EXAMPLES = """examples:
 
 docs/generate.md explains them all."""
 
+IN_TERMINAL = "-"  # value of --replay without a file
 CONFLICTS = [("stream", "json"), ("stream", "replay"), ("stream", "no_stream"), ("json", "replay")]
 CONFLICTS += [("infill", "prompts_file")]
 
@@ -58,6 +59,11 @@ def main(command: str, arguments: list[str]) -> int:
     from dllm_var.sampling.base import lacks_memory
 
     options, sampler, checkpoint = read_options(command, arguments, build_parser)
+    page = None
+    if options.replay not in (None, IN_TERMINAL):
+        page, options.replay = options.replay, None
+        if not page.endswith((".html", ".htm")):
+            raise UserError(f"--replay {page}: the name of the page must end in .html; without a name, it is printed")
     for option, other in CONFLICTS:
         if options[option] and options[other]:
             raise UserError(f"--{option} does not go with --{other.replace('_', '-')}: leave one of them out")
@@ -73,8 +79,14 @@ def main(command: str, arguments: list[str]) -> int:
     output = nullcontext(sys.stdout) if options.output in (None, "-") else open_output(options.output)
     began, printer = time.perf_counter(), None
     try:
-        with output as file, AnswerPrinter(file, prompts, tokenizer, options) as printer:
-            decode(sampler, model, suppress, printer)
+        with (
+            nullcontext() if page is None else open_output(page) as shown,
+            output as file,
+            AnswerPrinter(file, prompts, tokenizer, options) as printer,
+        ):
+            decode(sampler, model, suppress, printer, record=page is not None)
+            if shown is not None:
+                shown.write(replay_page(printer, sampler))
     except KeyboardInterrupt:
         if printer is None:
             raise  # before the first answer
@@ -85,15 +97,18 @@ def main(command: str, arguments: list[str]) -> int:
         if not lacks_memory(error):
             raise
         raise UserError("not enough memory for these answers: lower --max-new-tokens or the batch size") from error
-    print(summary(printer.done, time.perf_counter() - began), file=sys.stderr)
+    print(summary([*printer.done.values()], time.perf_counter() - began), file=sys.stderr)
     return 0
 
 
-def decode(sampler: Sampler, model: Transformer, suppress: list[int], printer: AnswerPrinter) -> None:
+def decode(
+    sampler: Sampler, model: Transformer, suppress: list[int], printer: AnswerPrinter, record: bool = False
+) -> None:
     """Decodes the prompts of a printer, or fills their gaps, and has every answer printed."""
     prompts, options = printer.prompts, printer.options
     ids = [prompt.ids for prompt in prompts]
     shared: dict[str, Any] = dict(tokenizer=printer.tokenizer, suppress=suppress, on_answer=printer.on_answer)
+    shared["record"] = record
     if prompts[0].infill is None:
         on_block = printer.on_block if printer.streams else None
         limits = dict(max_new_tokens=options.max_new_tokens, stop=options.stop or [])
@@ -136,7 +151,8 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
     output.add_argument("--answers-only", action="store_true", help="print answers without their prompts")
     output.add_argument("--stream", action="store_true", help="print a single answer block by block, as in a terminal")
     output.add_argument("--no-stream", action="store_true", help="print answers whole")
-    output.add_argument("--replay", action="store_true", help="show in which forward pass each token appeared")
+    replay_help = "show in which forward pass each token appeared: below the answers, or on a page, FILE.html"
+    output.add_argument("--replay", nargs="?", const=IN_TERMINAL, type=str, metavar="FILE", help=replay_help)
     output.add_argument("--config", action="config", metavar="FILE", help="YAML file of options by their full names")
     return parser
 
@@ -251,7 +267,7 @@ class AnswerPrinter:
         self.streamed = ""  # what a stream has shown of the answer's line
         self.next = 0  # the prompt whose answer is printed next
         self.waiting: dict[int, Generation] = {}
-        self.done: list[Generation] = []
+        self.done: dict[int, Generation] = {}  # by the numbers of their prompts
         from tqdm import tqdm
 
         hidden = len(prompts) == 1 or out.isatty() or not sys.stderr.isatty()
@@ -270,7 +286,7 @@ class AnswerPrinter:
     def on_answer(self, index: int, answer: Generation) -> None:
         """Prints an answer, or keeps it until those before it are there."""
         self.waiting[index] = answer
-        self.done.append(answer)
+        self.done[index] = answer
         self.progress.update()
         while self.next in self.waiting:
             self._print(self.next, self.waiting.pop(self.next))
@@ -304,6 +320,17 @@ class AnswerPrinter:
     def _write(self, text: str) -> None:
         self.out.write(text)
         self.out.flush()
+
+
+def replay_page(printer: AnswerPrinter, sampler: Sampler) -> str:
+    """Returns a page that replays the answers, recorded ones, of a printer."""
+    from dllm_var.sampling.recording import label_of, replay_of
+    from dllm_var.view import page
+
+    prompts = [printer.prompts[index] for index in sorted(printer.done)]
+    answers = [printer.done[index] for index in sorted(printer.done)]
+    texts = [prompt.text or prompt.infill for prompt in prompts]
+    return page([replay_of(answer, text, label_of(sampler)) for answer, text in zip(answers, texts, strict=True)])
 
 
 def summary(answers: Sequence[Generation], seconds: float) -> str:

@@ -7,15 +7,26 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from dllm_var.cli.decoding_options import add_model_options, add_sampler_options, load_model, read_options
+from dllm_var.cli.decoding_options import (
+    add_model_options,
+    add_sampler_options,
+    load_model,
+    overlays,
+    read_options,
+)
 from dllm_var.errors import UserError
-from dllm_var.settings import SettingsParser
+from dllm_var.settings import SettingsParser, read_settings
+
+if TYPE_CHECKING:
+    from dllm_var.model.transformer import Transformer
+    from dllm_var.sampling import Sampler
 
 DESCRIPTION = """Answers requests over HTTP with a trained checkpoint: OpenAI's /v1/completions, /v1/chat/completions
 and /v1/models, /health, and /metrics for Prometheus. Needs pip install "dllm-var[serve]".
@@ -52,10 +63,12 @@ def main(command: str, arguments: list[str]) -> int:
     check_options(options)
     listening = listen(options.host, options.port)
     model, tokenizer = load_model(options, checkpoint)
-    decoder = Decoder(model, tokenizer, sampler, options.max_tokens, options.max_queue, options.max_engines, Metrics())
+    limits = (options.max_tokens, options.max_queue, options.max_engines)
+    decoder = Decoder(model, tokenizer, sampler, *limits, Metrics(), others_for(sampler, model))
+    chat = checkpoint.meta.get("chat") is True and tokenizer.chat_template is not None
     path, key = Path(options.checkpoint), os.environ.get(KEY) or None
     name = options.name or path.name or path.resolve().name
-    settings = Settings(name, key, options.timeout, options.max_body)
+    settings = Settings(name, key, options.timeout, options.max_body, chat)
     server = uvicorn.Server(uvicorn.Config(build_app(decoder, settings), log_level="info", server_header=False))
     host, port = listening.getsockname()[:2]
     kind, rows = type(sampler).__name__, decoder.sampler.batch_size
@@ -69,6 +82,32 @@ def main(command: str, arguments: list[str]) -> int:
         if server.force_exit:
             raise
     return 0 if server.started else 1
+
+
+def others_for(own: Sampler, model: Transformer) -> dict[str, Any]:
+    """Returns the overlays of configs/sampler/ that a request may name: those that suit a model, by name.
+
+    All have the limits of the server's `own` sampler. Those that need a second model are not among them.
+    """
+    from dllm_var.sampling.base import sampler_from_config
+
+    found: dict[str, Any] = {}
+    for name, path in overlays().items():
+        try:
+            sampler: Any = sampler_from_config(read_settings(path)["sampler"])
+            sampler.check_model(model)
+        except UserError:  # it is for models of another kind, or names a second model
+            continue
+        canvas = hasattr(sampler, "canvas_length")
+        shared = {"batch_size": "batch_size", "block_length": "block_length"}
+        shared["canvas_length" if canvas else "max_new_tokens"] = "max_new_tokens"
+        changes = {
+            setting: getattr(own, source)
+            for setting, source in shared.items()
+            if getattr(own, source, None) is not None and getattr(sampler, setting, None) is not None
+        }
+        found[name] = replace(sampler, **changes)
+    return found
 
 
 def listen(host: str, port: int) -> socket.socket:

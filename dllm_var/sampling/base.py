@@ -19,11 +19,14 @@ from dllm_var.files import fits
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.captured import release
+from dllm_var.sampling.recording import Recording, Step, replay_of
 from dllm_var.sampling.stopping import StopStrings
 from dllm_var.text.tokenizer import Tokenizer
+from dllm_var.view import frame
 
 OnBlock = Callable[[int, list[int]], None]
 OnAnswer = Callable[[int, "Generation"], None]
+OnStep = Callable[[int, Step], None]
 
 DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # attention on a GPU
 
@@ -77,6 +80,9 @@ class Request:
     check: Callable[[], None] = lambda: None  # raises when the model's predictions were not numbers
     context: int | None = None  # tokens of the longest prompt and its answer, when prompts enter a running engine
     log_probabilities: bool = False  # whether answers get those of their tokens
+    records: bool = False  # whether answers get the steps that led to them
+    on_step: OnStep | None = None  # called with each of these, too
+    _recordings: dict[int, Recording] = field(init=False, default_factory=dict)
     _told: set[int] = field(init=False, default_factory=set)  # prompts whose answer the caller has
 
     @property
@@ -95,6 +101,21 @@ class Request:
             self.on_block(index, tokens if cut is None else tokens[: cut[0]])
         return cut is not None
 
+    def stepped(
+        self,
+        index: int,
+        forward: int,
+        tokens: list[int | None],
+        log_probabilities: list[float] | None,
+        starts: Sequence[int] = (),
+    ) -> None:
+        """Takes an answer as a forward has left it, with None for masks, and where its open blocks begin."""
+        recording = self._recordings.setdefault(index, Recording())
+        step = recording.add(forward, tokens, log_probabilities, starts)
+        if self.on_step is not None and step is not None:
+            self.check()
+            self.on_step(index, step)
+
     def finished(self, index: int, answer: "Generation") -> None:
         """Takes a complete answer, cuts it at its stop string, adds its text and tells the caller, once a prompt."""
         if index in self._told:
@@ -112,6 +133,10 @@ class Request:
                 answer.log_probabilities = answer.log_probabilities[:kept]
         elif self.tokenizer is not None:
             answer.text = self.tokenizer.decode(answer.tokens)
+        answer.tokenizer = self.tokenizer
+        if self.records and (index in self._recordings or answer.nfe == 1):  # not every sampler has an engine
+            self.stepped(index, answer.nfe, [*answer.tokens], answer.log_probabilities)
+            answer.steps = self._recordings.pop(index).steps
         if self.on_answer is not None:
             self.on_answer(index, answer)
 
@@ -134,9 +159,18 @@ class Generation:
     # it, whatever the temperature; None unless `generate` was asked for them.
     log_probabilities: list[float] | None = None
 
+    steps: list[Step] | None = field(default=None, repr=False)  # what each forward did, if it was recorded
+    # For a notebook, which shows texts.
+    prompt: list[int] | None = field(default=None, repr=False)
+    tokenizer: Tokenizer | None = field(default=None, repr=False, compare=False)
+
     @property
     def new_tokens(self) -> int:
         return len(self.tokens)
+
+    def _repr_html_(self) -> str:
+        """Shows in a notebook how the answer was decoded."""
+        return frame([replay_of(self)])
 
     def as_json(self, prompt: str, **more: Any) -> str:
         """Returns the answer, the prompt's text and `more` entries as a line of JSON, for `generate --json`."""
@@ -153,6 +187,7 @@ class Generation:
         left_out = {"prompt_length"} if self.drafted else {"prompt_length", "drafted", "accepted"}
         if self.log_probabilities is None:
             left_out.add("log_probabilities")
+        left_out |= {"steps", "prompt", "tokenizer"}
         others = {name: value for name, value in vars(self).items() if name not in {*line, *left_out}}
         return json.dumps({**line, **others, **more}, ensure_ascii=False)
 
@@ -178,6 +213,7 @@ class Sampler(Configurable, ABC):
         on_block: OnBlock | None = None,
         on_answer: OnAnswer | None = None,
         log_probabilities: bool = False,
+        record: bool = False,
     ) -> list[Generation]:
         """Decodes prompts, token ids or texts, to their own ends and returns the answers in the prompts' order.
 
@@ -193,6 +229,8 @@ class Sampler(Configurable, ABC):
                 may have fewer tokens: those that turn out to begin a stop string are taken back.
             on_answer: Called with (prompt index, answer) once for each prompt, as soon as the answer is complete.
             log_probabilities: Whether answers get the log-probabilities of their tokens.
+            record: Whether answers get these and the steps that led to them, masks and tokens that were taken back
+                included; every forward then waits for the device.
         """
         transformer = getattr(model, "transformer", model)
         known: Any = tokenizer or getattr(model, "tokenizer", None)
@@ -203,7 +241,7 @@ class Sampler(Configurable, ABC):
         strings = StopStrings([stop] if isinstance(stop, str) else stop, known) if stop else None
         with torch.inference_mode(), without_training_modes(transformer), finite_logits(transformer) as check:
             wishes = (max_new_tokens, tuple(suppress), known, strings, on_block, on_answer, check)
-            request = Request(*wishes, log_probabilities=log_probabilities)
+            request = Request(*wishes, log_probabilities=log_probabilities or record, records=record)
             answers = self.decode(transformer, ids, request)
             for index, answer in enumerate(answers):
                 request.finished(index, answer)

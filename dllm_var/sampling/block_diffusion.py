@@ -100,6 +100,10 @@ class BlockEngine(DenoisingEngine[AnyRow]):
             width = min(width, max(1, wanted))
         return width
 
+    def in_sight(self, slot: int) -> tuple[int, list[int]]:
+        row, finished = self.rows[slot], int(self.cache.lengths[slot]) + self.rows[slot].pending
+        return finished + row.width, [finished]
+
     def forward(self, batch: Batch[AnyRow]) -> None:
         if self.sampler.kv_commit == "alone":  # a finished block (or prompt) has a forward of its own
             batch.width = batch.width.masked_fill(batch.pending > 0, 0)

@@ -173,7 +173,7 @@ class Engine(ABC, Generic[AnyRow]):
         """Admits waiting prompts, and takes all rows one forward further."""
         self.admit()
         if self.active:
-            self.forward(self.batch())
+            self.run_forward(self.batch())
 
     def close(self) -> None:
         """Keeps what is captured for the next engine."""
@@ -231,7 +231,25 @@ class Engine(ABC, Generic[AnyRow]):
             told = (index, self.keys[index], length, self.limits[index], time.perf_counter())
             self.rows[slot] = self.row_class(*told, pending=length)
             self.start(slot)
-        self.forward(self.batch(slots if len(slots) < len(self.rows) else None))
+        self.run_forward(self.batch(slots if len(slots) < len(self.rows) else None))
+
+    def run_forward(self, batch: Batch[AnyRow]) -> None:
+        """Runs a forward, and records what it did to the answers whose requests want to know."""
+        self.forward(batch)
+        if not self.request.records:
+            return
+        for slot in batch.slots:
+            row = self.rows[slot]
+            if row.index >= 0:  # it goes on
+                start, (stop, blocks) = row.prompt_length, self.in_sight(slot)
+                tokens = [None if token == self.mask_id else token for token in self.canvas[slot, start:stop].tolist()]
+                known = self.log_probabilities_of(slot, len(tokens))
+                self.request.stepped(row.index, row.nfe, tokens, known, [place - start for place in blocks])
+
+    def in_sight(self, slot: int) -> tuple[int, list[int]]:
+        """Returns where what the model reads or predicts of a row ends, and where its open blocks begin."""
+        start = self.rows[slot].prompt_length
+        return start + int((self.committed_at[slot, start:] > 0).sum()), []
 
     def compact(self, kept: list[int]) -> None:
         """Drops all slots but these, of which one may be copied."""
@@ -275,6 +293,7 @@ class Engine(ABC, Generic[AnyRow]):
             auxiliary_nfe=row.auxiliary_nfe,
             drafted=row.drafted,
             accepted=row.accepted,
+            prompt=self.prompts[row.index][: row.prompt_length],
             log_probabilities=self.log_probabilities_of(slot, len(tokens)),
         )
 

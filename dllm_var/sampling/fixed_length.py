@@ -36,6 +36,10 @@ class CanvasEngine(DenoisingEngine[Row]):
     def start(self, slot: int) -> None:
         self.offset = self.step = 0  # where in the canvas the block begins, and the steps it has had
 
+    def in_sight(self, slot: int) -> tuple[int, list[int]]:
+        start = self.rows[slot].prompt_length
+        return start + self.limit, [start + self.offset]
+
     def leave(self, index: int) -> None:
         """Drops a waiting prompt; in a group a row stays until the group is done, and the caller ignores its answer."""
         if all(row.index != index for row in self.rows):

@@ -38,6 +38,7 @@ def infill(
     suppress: Sequence[int] = (),
     on_answer: OnAnswer | None = None,
     log_probabilities: bool = False,
+    record: bool = False,
     **settings: Any,
 ) -> list[Infilling]:
     """Fills the gaps of texts, token ids with the mask id wherever a token is wanted, all gaps of a text together.
@@ -74,6 +75,7 @@ def infill(
         suppress=[*suppress, *terminators],
         on_answer=on_answer,
         log_probabilities=log_probabilities,
+        record=record,
     )
     return [answer for answer in filled if isinstance(answer, Infilling)]
 
@@ -99,6 +101,9 @@ class GapEngine(DenoisingEngine[Row]):
         row = self.rows[slot]
         row.prompt_length = self.sampler.spans[row.index].start
         row.left = row.width = len(self.places[row.index])
+
+    def in_sight(self, slot: int) -> tuple[int, list[int]]:
+        return self.sampler.spans[self.rows[slot].index].stop, []
 
     def forward(self, batch: Batch[Row]) -> None:
         batch = batch if batch.index is None else self.batch()

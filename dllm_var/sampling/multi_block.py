@@ -49,6 +49,10 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
             row.open = [OpenBlock(row.width, row.width)]
         row.add_up()
 
+    def in_sight(self, slot: int) -> tuple[int, list[int]]:
+        stop, [finished] = super().in_sight(slot)
+        return stop, [finished + start for start, *_ in self.blocks(self.rows[slot], 1)[: len(self.rows[slot].open)]]
+
     def blocks(self, row: MultiBlockRow, width: int) -> list[tuple[int, int, int, int]]:
         start, found = 0, list[tuple[int, int, int, int]]()
         for block in row.open if width else []:

@@ -13,22 +13,25 @@ from fastapi.exceptions import RequestValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from dllm_var.errors import UserError
 from dllm_var.sampling.base import Generation, check_request
 from dllm_var.sampling.drawing import random_key, request_keys
+from dllm_var.sampling.engine import EngineSampler
+from dllm_var.sampling.recording import Step, label_of, summary_of
 from dllm_var.sampling.stopping import StopStrings
-from dllm_var.serving.decoder import Busy, Decoder, Drawing, Failed, Job, Stopped
+from dllm_var.serving.decoder import OWN, Busy, Decoder, Drawing, Failed, Job, Stopped, can_draw
 from dllm_var.serving.gate import Gate
 from dllm_var.serving.protocol import ApiError, ChatWishes, CompletionWishes, Reply, Wishes, event, usage_of
 from dllm_var.text.prompts import encode_conversation, encode_prompt
+from dllm_var.view import page
 
-PATHS = ("/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
+PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 RETRY_AFTER = 1  # seconds
 
-Event = tuple[int, "str | Generation | Exception"]  # of which choice, and what its job tells
+Event = tuple[int, "str | Step | Generation | Exception"]  # of which choice, and what its job tells
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,14 @@ class Settings:
         key: API key that clients must have; none when None.
         timeout: Seconds that a request may take in all.
         max_body: Bytes of the largest request.
+        chat: Whether the page asks as in a conversation.
     """
 
     name: str
     key: str | None = None
     timeout: float = 600.0
     max_body: int = 1 << 20
+    chat: bool = False
 
 
 def build_app(decoder: Decoder, settings: Settings) -> FastAPI:
@@ -78,6 +83,14 @@ def build_app(decoder: Decoder, settings: Settings) -> FastAPI:
     @app.exception_handler(ApiError)
     async def failed(_: Request, error: ApiError) -> Response:
         return error_response(error)
+
+    samplers = {name: label_of(sampler) for name, sampler in decoder.samplers.items()}
+    live = {"model": settings.name, "chat": settings.chat, "samplers": samplers}
+    document = page([], live, settings.name)
+
+    @app.get("/")
+    async def root() -> Response:
+        return HTMLResponse(document, headers={"cache-control": "no-cache"})
 
     @app.get("/health")
     async def health() -> Response:
@@ -130,6 +143,7 @@ class Answering:
         self.began = time.monotonic()
         self.chat = isinstance(wishes, ChatWishes)
         self.choices = wishes.n or 1
+        self.sampler = self._sampler()
         self.written = Reply(settings.name, self.chat)
         self.loop = asyncio.get_running_loop()
         self.events: asyncio.Queue[Event] = asyncio.Queue()
@@ -178,13 +192,21 @@ class Answering:
                 prompt=prompt,
                 limit=limits[index // choices],
                 key=keys[index],
+                sampler=self.sampler,
                 drawing=drawing,
                 tell=self._teller(index),
                 stop=StopStrings(stops, tokenizer) if stops else None,
                 streams=bool(self.wishes.stream),
+                records=bool(self.wishes.steps),
             )
             for index, prompt in enumerate(repeated)
         ]
+
+    def _sampler(self) -> EngineSampler:
+        name, known = self.wishes.sampler or OWN, self.decoder.samplers
+        if name not in known:
+            raise ApiError(f"there is no sampler '{name[:100]}'; there are {', '.join(known)}", param="sampler")
+        return known[name]
 
     def _prompts(self) -> list[list[int]]:
         wishes, tokenizer = self.wishes, self.decoder.tokenizer
@@ -203,7 +225,7 @@ class Answering:
 
     def _limit(self, prompt: list[int]) -> int:
         """Returns how long a prompt's answer may be."""
-        wishes, context, own = self.wishes, self.decoder.context, self.decoder.sampler.max_new_tokens
+        wishes, context, own = self.wishes, self.decoder.context, self.sampler.max_new_tokens
         asked = wishes.max_tokens
         if isinstance(wishes, ChatWishes) and wishes.max_completion_tokens is not None:
             asked = wishes.max_completion_tokens
@@ -217,9 +239,9 @@ class Answering:
 
     def _drawing(self) -> Drawing:
         """Returns the sampler's way to draw, with what the request changes."""
-        wishes, sampler = self.wishes, self.decoder.sampler
+        wishes, sampler = self.wishes, self.sampler
         given = {name: getattr(wishes, name) for name in Drawing._fields}
-        if given["temperature"] and not self.decoder.draws:
+        if given["temperature"] and not can_draw(sampler):
             raise ApiError(
                 "this server's sampler does not draw: leave out temperature, or set it to 0", param="temperature"
             )
@@ -228,8 +250,8 @@ class Answering:
             return Drawing(0.0, sampler.top_k, sampler.top_p, sampler.seed)
         return drawing
 
-    def _teller(self, index: int) -> Callable[[str | Generation | Exception], None]:
-        def tell(what: str | Generation | Exception) -> None:
+    def _teller(self, index: int) -> Callable[[str | Step | Generation | Exception], None]:
+        def tell(what: str | Step | Generation | Exception) -> None:
             with suppress(RuntimeError):  # the loop is closed: the server was stopped at once
                 self.loop.call_soon_threadsafe(self.events.put_nowait, (index, what))
 
@@ -298,13 +320,18 @@ class Answering:
                     shown[index] += what
                     yield self.written.piece(index, what)
                     continue
+                if isinstance(what, Step):
+                    yield self.written.piece(index, None, step=what.as_json(self.decoder.tokenizer))
+                    continue
                 assert isinstance(what, Generation)
                 text = what.text or ""
                 if not text.startswith(shown[index]):  # by a tokenizer whose later tokens change earlier text
                     raise ApiError("the text changed after it was sent: ask again, without stream", 500, "server_error")
                 if rest := text[len(shown[index]) :]:
                     yield self.written.piece(index, rest)
-                yield self.written.piece(index, None, what)
+                yield self.written.piece(
+                    index, None, what, **({"answer": summary_of(what)} if self.wishes.steps else {})
+                )
             if self.wishes.stream_options is not None and self.wishes.stream_options.include_usage:
                 answers = [self.answers[index] for index in shown]
                 yield self.written.usage(usage_of(answers, self.choices))

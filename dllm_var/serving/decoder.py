@@ -6,7 +6,7 @@ import logging
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields
 from itertools import count
@@ -25,11 +25,15 @@ from dllm_var.sampling.base import (
     without_training_modes,
 )
 from dllm_var.sampling.engine import Engine, EngineSampler
+from dllm_var.sampling.recording import Step
 from dllm_var.sampling.stopping import StopStrings, settled_text
 from dllm_var.serving.metrics import Metrics
 from dllm_var.text.tokenizer import Tokenizer
 
 LOG = logging.getLogger("dllm_var.serving")
+
+
+OWN = "default"  # name of the sampler that answers when none is named
 
 
 class Busy(Exception):
@@ -57,17 +61,19 @@ class Drawing(NamedTuple):
 class Job:
     """One answer that is asked for.
 
-    `tell` is called in the decoding thread, with each new piece of text when the job `streams`, and at the end with the
-    answer or with what went wrong.
+    `tell` is called in the decoding thread, with each new piece of text when the job `streams`, with each step when it
+    `records`, and at the end with the answer or with what went wrong.
     """
 
     prompt: list[int]
     limit: int  # tokens of the longest answer
     key: int  # number of its draws
+    sampler: EngineSampler
     drawing: Drawing
-    tell: Callable[[str | Generation | Exception], None]
+    tell: Callable[[str | Step | Generation | Exception], None]
     stop: StopStrings | None = None
     streams: bool = False
+    records: bool = False  # whether each step is told, too
     shown: str = ""  # what was told of the text
     gone: bool = False  # nobody waits for it any more
     request: Request = field(default_factory=Request)
@@ -87,7 +93,14 @@ class Job:
 
         following = on_block if self.streams else None
         self.request = Request(
-            tokenizer=tokenizer, stop=self.stop, on_block=following, on_answer=on_answer, check=check
+            tokenizer=tokenizer,
+            stop=self.stop,
+            on_block=following,
+            on_answer=on_answer,
+            on_step=lambda _, step: self.tell(step),
+            check=check,
+            log_probabilities=self.records,
+            records=self.records,
         )
 
 
@@ -105,6 +118,11 @@ class Jobs(Request):
     def advanced(self, index: int, tokens: list[int], log_probabilities: list[float] | None) -> bool:
         job = self.jobs.get(index)
         return job is not None and job.request.advanced(0, tokens, log_probabilities)
+
+    def stepped(self, index: int, *what: Any) -> None:
+        job = self.jobs.get(index)
+        if job is not None and job.records:
+            job.request.stepped(0, *what)
 
     def finished(self, index: int, answer: Generation) -> None:
         job = self.jobs.get(index)
@@ -124,6 +142,7 @@ class Decoder(threading.Thread):
         context: Tokens that a prompt and its answer may have together.
         max_queue: Jobs that may wait.
         max_engines: Engines at a time; each has caches of `batch_size` x `context` tokens when all its rows are in use.
+        others: Further samplers that a job may have, by name.
     """
 
     def __init__(
@@ -135,6 +154,7 @@ class Decoder(threading.Thread):
         max_queue: int,
         max_engines: int,
         metrics: Metrics,
+        others: Mapping[str, EngineSampler] = {},  # noqa: B006  (nobody changes it)
     ) -> None:
         super().__init__(name="decoder", daemon=True)
         if not isinstance(sampler, EngineSampler):
@@ -142,7 +162,7 @@ class Decoder(threading.Thread):
         sampler.check_model(model)
         self.model, self.tokenizer, self.sampler, self.metrics = model, tokenizer, sampler, metrics
         self.context, self.max_queue, self.max_engines = context, max_queue, max_engines
-        self.draws = next(one.init for one in fields(sampler) if one.name == "temperature")  # whether it can
+        self.samplers: dict[str, EngineSampler] = {OWN: sampler, **others}
         self.engines: dict[Any, Engine[Any]] = {}
         self.queue: deque[Job] = deque()
         self.changed = threading.Condition()  # guards the queue; held for a moment only
@@ -229,19 +249,19 @@ class Decoder(threading.Thread):
             engine = self.engines.get(self._key(job))
             if engine is None:
                 return job if len(self.engines) < self.max_engines else None
-            if len(engine.active) + len(engine.waiting) < self.sampler.batch_size:
+            if len(engine.active) + len(engine.waiting) < job.sampler.batch_size:
                 return job
         return None
 
     def _key(self, job: Job) -> Any:
         """Returns what jobs of one engine have in common."""
-        return job.drawing, None if self.sampler.engine.has_limits else job.limit
+        return job.sampler, job.drawing, None if job.sampler.engine.has_limits else job.limit
 
     def _enter(self, job: Job) -> None:
         key = self._key(job)
         try:
             if key not in self.engines:
-                sampler = copy(self.sampler)
+                sampler = copy(job.sampler)
                 for name, value in job.drawing._asdict().items():
                     setattr(sampler, name, value)
                 # Where rows have limits of their own, all engines shall be alike: captured steps are found again.
@@ -262,6 +282,8 @@ class Decoder(threading.Thread):
         told = wanted(engine)
         try:
             if told.jobs:
+                told.records = any(job.records for job in told.jobs.values())
+                told.log_probabilities = any(job.request.log_probabilities for job in told.jobs.values())
                 engine.fit_rows()
                 engine.advance()
                 self.metrics.steps.inc()
@@ -279,6 +301,11 @@ class Decoder(threading.Thread):
                 self.model.not_finite.zero_()  # the next answers may be numbers
         if not told.jobs:
             del self.engines[key]
+
+
+def can_draw(sampler: EngineSampler) -> bool:
+    """Whether a sampler has a temperature above 0."""
+    return next(one.init for one in fields(sampler) if one.name == "temperature")
 
 
 def wanted(engine: Engine[Any]) -> Jobs:

@@ -14,7 +14,7 @@ from dllm_var.serving.decoder import log_failure
 from dllm_var.serving.metrics import Metrics
 from dllm_var.serving.protocol import ApiError
 
-OPEN = ("/health", "/metrics")  # without a key
+OPEN = ("/", "/health", "/metrics")  # without a key
 
 
 @dataclass

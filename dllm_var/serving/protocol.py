@@ -67,6 +67,8 @@ class Wishes(BaseModel):
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    sampler: str | None = None  # not in OpenAI's API: one of those that the server has
+    steps: bool | None = None  # nor is this: whether a stream tells what each forward does
 
     @model_validator(mode="after")
     def check(self) -> Wishes:
@@ -74,6 +76,8 @@ class Wishes(BaseModel):
             asks = value is not None and value is not False and value not in ([], {}, "")
             if asks and name not in IGNORED and not (name in NEUTRAL and value == NEUTRAL[name]):
                 raise ValueError(f"this server does not support '{name}': leave it out")
+        if self.steps and not self.stream:
+            raise ValueError("'steps' goes with 'stream': set both, or leave it out")
         stops = self.stops
         if len(stops) > MOST_STOPS or not all(0 < len(text) <= LONGEST_STOP for text in stops):
             raise ValueError(f"'stop' takes at most {MOST_STOPS} texts of 1 to {LONGEST_STOP:,} characters")
@@ -145,13 +149,18 @@ class Reply:
             choices.append({"index": index, **said, "logprobs": None, "finish_reason": finish_reason(answer)})
         return {**self.head, "choices": choices, "usage": usage}
 
-    def piece(self, index: int, text: str | None, answer: Generation | None = None, first: bool = False) -> bytes:
-        """Returns an event with a piece of one choice's text; the last one says why the answer ended."""
+    def piece(
+        self, index: int, text: str | None, answer: Generation | None = None, first: bool = False, **more: Any
+    ) -> bytes:
+        """Returns an event with a piece of one choice's text, and `more` about the choice.
+
+        The last one says why the answer ended.
+        """
         role = {"role": "assistant"} if first else {}
         delta = role if text is None else {**role, "content": text}
         said: dict[str, Any] = {"delta": delta} if self.chat else {"text": text or ""}
         reason = None if answer is None else finish_reason(answer)
-        return self._event([{"index": index, **said, "logprobs": None, "finish_reason": reason}])
+        return self._event([{"index": index, **said, "logprobs": None, "finish_reason": reason, **more}])
 
     def usage(self, usage: dict[str, int]) -> bytes:
         """Returns the event behind the last piece."""
