@@ -67,7 +67,7 @@ def steps_of(answer: Generation) -> list[Step]:
     """Returns what each forward did to an answer: as recorded, or else as far as its commit steps tell."""
     if answer.steps is not None or answer.commit_steps is None:
         return answer.steps or []
-    known = answer.log_probabilities or [None] * len(answer.tokens)
+    known: Sequence[float | None] = answer.log_probabilities or [None] * len(answer.tokens)
     steps = [Step(forward, len(answer.tokens), [], []) for forward in range(1, answer.nfe + 1)]
     for place, (token, forward, log_p) in enumerate(zip(answer.tokens, answer.commit_steps, known, strict=True)):
         if forward:
@@ -86,7 +86,8 @@ def replay_of(answer: Generation, prompt: str | None = None, label: str = "") ->
     if prompt is None:
         prompt = "" if tokenizer is None or answer.prompt is None else tokenizer.decode(answer.prompt)
     steps = [step.as_json(tokenizer) for step in steps_of(answer)]
-    known = enumerate(zip(answer.tokens, answer.commit_steps or [], strict=False))
+    decided = answer.commit_steps or [int(bool(steps))] * len(answer.tokens)  # nothing known: all tokens from the start
+    known = enumerate(zip(answer.tokens, decided, strict=True))
     given = {place: piece(token, tokenizer) for place, (token, forward) in known if not forward}
     for step in steps:  # the first of a recording brings what no forward has decided
         step["changes"] = [change for change in step["changes"] if change[0] not in given]

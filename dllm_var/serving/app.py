@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -329,9 +330,8 @@ class Answering:
                     raise ApiError("the text changed after it was sent: ask again, without stream", 500, "server_error")
                 if rest := text[len(shown[index]) :]:
                     yield self.written.piece(index, rest)
-                yield self.written.piece(
-                    index, None, what, **({"answer": summary_of(what)} if self.wishes.steps else {})
-                )
+                more: dict[str, Any] = {"answer": summary_of(what)} if self.wishes.steps else {}
+                yield self.written.piece(index, None, what, **more)
             if self.wishes.stream_options is not None and self.wishes.stream_options.include_usage:
                 answers = [self.answers[index] for index in shown]
                 yield self.written.usage(usage_of(answers, self.choices))

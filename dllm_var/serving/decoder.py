@@ -154,7 +154,7 @@ class Decoder(threading.Thread):
         max_queue: int,
         max_engines: int,
         metrics: Metrics,
-        others: Mapping[str, EngineSampler] = {},  # noqa: B006  (nobody changes it)
+        others: Mapping[str, EngineSampler] | None = None,
     ) -> None:
         super().__init__(name="decoder", daemon=True)
         if not isinstance(sampler, EngineSampler):
@@ -162,7 +162,7 @@ class Decoder(threading.Thread):
         sampler.check_model(model)
         self.model, self.tokenizer, self.sampler, self.metrics = model, tokenizer, sampler, metrics
         self.context, self.max_queue, self.max_engines = context, max_queue, max_engines
-        self.samplers: dict[str, EngineSampler] = {OWN: sampler, **others}
+        self.samplers: dict[str, EngineSampler] = {OWN: sampler, **(others or {})}
         self.engines: dict[Any, Engine[Any]] = {}
         self.queue: deque[Job] = deque()
         self.changed = threading.Condition()  # guards the queue; held for a moment only

@@ -130,7 +130,7 @@ function show(where) {
   at("slider").max = last;
   at("slider").value = position;
   at("where").textContent = `step ${position} of ${last}`;
-  at("controls").hidden = panes.length === 0;
+  at("controls").hidden = last === 0;
   fit();
 }
 

@@ -63,7 +63,8 @@ def test_a_generation_shows_itself_in_a_notebook():
     ]
     [bare] = data_of(html.unescape(answer(commit_steps=[1, 1])._repr_html_()))["replays"]
     assert [change[1] for change in bare["steps"][0]["changes"]] == ["5", "6"], "without a tokenizer: token ids"
-    assert not data_of(html.unescape(answer()._repr_html_()))["replays"][0]["steps"], "no commit steps are known"
+    [plain] = data_of(html.unescape(answer(text="K AE")._repr_html_()))["replays"]
+    assert (plain["steps"], plain["given"], plain["text"]) == ([], [[0, "5"], [1, "6"]], "K AE"), "no steps are known"
 
 
 def test_generate_writes_the_page(tmp_path, capsys):
