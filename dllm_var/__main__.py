@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": ("dllm_var.cli.plan", "say what a training run will cost: parameters, memory, time per step"),
     "evaluate": ("dllm_var.cli.evaluate", "measure a checkpoint on standard tasks (--tasks NAME ...)"),
     "export": ("dllm_var.cli.export", "write a checkpoint as a folder that transformers and others open"),
+    "plot": ("dllm_var.cli.plot", "draw the training curves of runs as a PNG (RUN ...)"),
     "benchmark": ("dllm_var.cli.benchmark", "measure samplers side by side (--config benchmarks/samplers.yaml)"),
 }
 
