@@ -1,9 +1,13 @@
 """What every test gets: one torch thread, and a cache of its own for tokenized data."""
 
 import os
+import signal
 
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job that a shell has put in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes of the tests inherit it, and get Ctrl-C
 
 torch.set_num_threads(1)  # toy shapes: more threads only get in each other's way
 

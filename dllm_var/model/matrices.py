@@ -39,30 +39,55 @@ def project(matrix: nn.Module, x: Tensor, on_masks: Tensor | None) -> Tensor:
 class Fused:
     """Matrices that read the same input, in one memory, so that decoding multiplies by all of them at once.
 
-    The layers keep their weights, which become views of that memory. A CPU multiplies few tokens by a matrix up to 1.5
-    times faster when it is stored by columns.
+    The layers keep their weights, which become views of that memory. Adapters are fused likewise: all their first
+    matrices in one, and all their second ones as the blocks of a matrix that is zero elsewhere.
     """
 
     def __init__(self, *layers: nn.Linear | AdaptedLinear) -> None:
         bases = [layer.base_layer if isinstance(layer, AdaptedLinear) else layer for layer in layers]
-        weight = torch.cat([base.weight.data for base in bases])
-        self.layers, self.sizes = layers, [base.out_features for base in bases]
-        self.weight = weight.t().contiguous().t() if weight.device.type == "cpu" else weight
-        self.bias = None if bases[0].bias is None else torch.cat([base.bias.data for base in bases])
-        start = 0
-        for base in bases:
-            own = slice(start, start := start + base.out_features)
-            base.weight.data = self.weight[own]
-            if self.bias is not None:
-                base.bias.data = self.bias[own]
+        self.layers, self.weight = layers, _joined([base.weight for base in bases])
+        biases = [base.bias for base in bases]
+        self.bias = None if biases[0] is None else _joined(biases)
+        adapted = [layer for layer in layers if isinstance(layer, AdaptedLinear)]
+        if not adapted:
+            self.down = None
+            return
+        self.scaling = adapted[0].scaling
+        self.down = _joined([layer.lora_A["default"].weight for layer in adapted])
+        self.up = self.down.new_zeros(self.weight.size(0), self.down.size(0))
+        row = column = 0
+        for layer in layers:
+            if isinstance(layer, AdaptedLinear):
+                up = layer.lora_B["default"].weight
+                block = self.up[row : row + up.size(0), column : column + up.size(1)]
+                up.data = block.copy_(up.data)
+                column += up.size(1)
+            row += layer.out_features
 
     def __call__(self, x: Tensor, on_masks: Tensor | None) -> Tensor:
         product = F.linear(x, self.weight, self.bias)
-        if on_masks is not None:
-            for layer, part in zip(self.layers, product.split(self.sizes, dim=-1), strict=True):
-                if isinstance(layer, AdaptedLinear):
-                    part += layer.added(x, on_masks)
-        return product
+        if on_masks is None or self.down is None:
+            return product
+        low = torch.where(on_masks, F.linear(x, self.down), 0.0)
+        added = torch.addmm(product.flatten(0, -2), low.flatten(0, -2), self.up.t(), alpha=self.scaling)
+        return added.view_as(product)
+
+
+def by_columns(weight: Tensor) -> Tensor:
+    """Returns a matrix with the memory layout in which few tokens are multiplied by it fastest.
+
+    A CPU takes up to 1.7 times less time for a matrix that is stored by columns.
+    """
+    return weight.t().contiguous().t() if weight.device.type == "cpu" and weight.dim() == 2 else weight
+
+
+@torch.no_grad()
+def _joined(parameters: list[nn.Parameter]) -> Tensor:
+    """Returns parameters one below the other in one memory, of which each becomes a view."""
+    joined = by_columns(torch.cat([parameter.data for parameter in parameters]))
+    for parameter, part in zip(parameters, joined.split([len(one) for one in parameters]), strict=True):
+        parameter.data = part
+    return joined
 
 
 def usable(fused: Fused | None, first: nn.Module) -> Fused | None:

@@ -14,7 +14,7 @@ from dllm_var.model.attention import AttentionRule, Seen, attend
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import initialise
 from dllm_var.model.kv_cache import KVCache
-from dllm_var.model.matrices import Fused, project, usable
+from dllm_var.model.matrices import Fused, by_columns, project, usable
 from dllm_var.model.rotary import RotaryTable, rotate
 
 Recompute = Literal["none", "full", "selective"]
@@ -204,12 +204,15 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embedding.weight
 
     def fuse_projections(self) -> None:
-        """Makes forwards without gradients multiply by q, k and v at once, and by gate and up; for decoding."""
+        """Lays out the weights for decoding: without gradients, q, k and v are one product, gate and up another."""
         for layer in self.layers:
             attention: Any = layer.self_attn
             mlp: Any = layer.mlp
             attention.fused = Fused(attention.q_proj, attention.k_proj, attention.v_proj)
             mlp.fused = Fused(mlp.gate_proj, mlp.up_proj)
+            for matrix in (attention.o_proj, mlp.down_proj):
+                weight = getattr(matrix, "base_layer", matrix).weight
+                weight.data = by_columns(weight.data)
 
     def compile_layers(self) -> None:
         """Compiles the layers with torch.compile: one compilation serves all, and the state dict's keys stay."""

@@ -37,7 +37,8 @@ random_model = partial(tiny_models.random_model, initializer_range=0.2)
 MODEL = random_model()
 GIVEN = st.sampled_from([0, 3, 5, 6, 7, 8, 15])  # terminators and suppressed tokens may well be given
 TEXT = st.lists(st.one_of(GIVEN, st.just(MASK)), min_size=1, max_size=12).filter(lambda text: MASK in text)
-ROW = st.tuples(st.lists(GIVEN, max_size=5), TEXT)
+# Among masks alone all places are alike, and rounding decides which comes first.
+ROW = st.tuples(st.lists(GIVEN, max_size=5), TEXT).filter(lambda row: row[0] or {*row[1]} != {MASK})
 
 
 @settings(max_examples=12, deadline=None)
