@@ -44,7 +44,7 @@ class DiffusionLM(L.LightningModule):
     """A diffusion language model that decides its own length (dLLM-Var, arXiv 2510.24605).
 
     Args:
-        transformer: Shape of the transformer.
+        transformer: Shape of the transformer; None for the checkpoint's with `init_from`, and for the defaults without.
         objective: What is masked and what the loss is; the paper's schedule when None.
         attention: Each token sees the whole row (`full`, the paper) or its own sample (`document`).
         optimizer: Builds the optimizer from parameter groups.
@@ -66,7 +66,7 @@ class DiffusionLM(L.LightningModule):
 
     def __init__(
         self,
-        transformer: TransformerConfig = TransformerConfig(),  # noqa: B008
+        transformer: TransformerConfig | None = None,
         objective: Objective | None = None,
         attention: Literal["document", "full"] = "document",
         optimizer: OptimizerCallable = lambda params: AdamW(params),
@@ -81,7 +81,8 @@ class DiffusionLM(L.LightningModule):
         attention_annealing: int = 0,
     ) -> None:
         super().__init__()
-        self.config = transformer if init_from is None else starting_config(transformer, init_from, lora)
+        shape = transformer or TransformerConfig()
+        self.config = shape if init_from is None else starting_config(shape, init_from, lora)
         self.objective = objective if objective is not None else EosSchedule()
         self.attention = attention
         if self.objective.document_attention_only and attention != "document":

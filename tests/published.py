@@ -93,6 +93,53 @@ DREAM_CONFIG = dict(  # the keys of Dream-org/Dream-v0-Base-7B/config.json
     use_sliding_window=False,
     **SIZES,
 )
+QWEN3_1_7B = dict(  # the keys of Qwen/Qwen3-1.7B-Base/config.json
+    architectures=["Qwen3ForCausalLM"],
+    attention_bias=False,
+    attention_dropout=0.0,
+    bos_token_id=151643,
+    eos_token_id=151643,
+    head_dim=128,
+    hidden_act="silu",
+    hidden_size=2048,
+    initializer_range=0.02,
+    intermediate_size=6144,
+    max_position_embeddings=32768,
+    max_window_layers=28,
+    model_type="qwen3",
+    num_attention_heads=16,
+    num_hidden_layers=28,
+    num_key_value_heads=8,
+    rms_norm_eps=1e-6,
+    rope_scaling=None,
+    rope_theta=1000000,
+    sliding_window=None,
+    tie_word_embeddings=True,
+    torch_dtype="bfloat16",
+    transformers_version="4.51.0",
+    use_cache=True,
+    use_sliding_window=False,
+    vocab_size=151936,
+)
+# What the config.json of published models says, where it is not as above.
+REAL_SIZES = {
+    "GSAI-ML/LLaDA-8B-Base": dict(
+        LLADA_CONFIG,
+        **dict(d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, mlp_hidden_size=12288),
+        **dict(embedding_size=126464, vocab_size=126464, mask_token_id=126336),
+    ),
+    "Dream-org/Dream-v0-Base-7B": dict(
+        DREAM_CONFIG,
+        **dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4),
+        **dict(intermediate_size=18944, vocab_size=152064, rope_theta=1e6, mask_token_id=151666),
+    ),
+    "Qwen/Qwen3-1.7B-Base": dict(QWEN3_1_7B),
+    "Qwen/Qwen3-8B-Base": dict(
+        QWEN3_1_7B,
+        **dict(hidden_size=4096, num_hidden_layers=36, num_attention_heads=32, intermediate_size=12288),
+        tie_word_embeddings=False,
+    ),
+}
 
 
 def transformers_model(kind: str, **changes):

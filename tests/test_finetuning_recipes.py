@@ -48,9 +48,7 @@ def test_recipe_trains_two_steps_and_answers(names, tmp_path, monkeypatch, capfd
     records = [{"messages": chat * 2}, {"prompt": "2 + 2 =", "response": " 4, of course"}] * 20
     (tmp_path / "sft.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     configs = [argument for name in names for argument in ("--config", str(CONFIGS / f"{name}.yaml"))]
-    settings = {"num_kv_heads": 4, "head_dim": 8, **shape, "vocab_size": tokenizer.vocab_size}
     toy = [
-        *(f"--model.transformer.{name}={value}".replace("True", "true") for name, value in settings.items()),
         *("--model.init_from=base", "--data.context_length=192", "--data.batch_size=2", "--sampler.block_length=4"),
         *("--data.terminators=[<|im_end|>,<|endoftext|>]", "--sampler.max_new_tokens=8", "--trainer.strategy=auto"),
         *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32", "--trainer.max_steps=2"),

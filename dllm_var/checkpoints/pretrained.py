@@ -168,12 +168,15 @@ def open_checkpoint(path: str | Path, adapters: tuple[Path, ...] = ()) -> Checkp
     return _open_run_checkpoint(place) if place.is_file() or is_shard_folder(place) else _open_folder(place)
 
 
-def locate_checkpoint(path: str | Path) -> Path:
-    """Returns the model folder or the `.ckpt` that `path` means; the newest when a run has several."""
+def locate_checkpoint(path: str | Path, files: list[str] = MODEL_FILES) -> Path:
+    """Returns the model folder or the `.ckpt` that `path` means; the newest when a run has several.
+
+    A hub name means a folder that has these files of the model.
+    """
     place = Path(path).expanduser()
     if not place.exists():
         if "/" in str(path) and is_hub_name(path):
-            return download(str(path), "checkpoint", MODEL_FILES)
+            return download(str(path), "checkpoint", files)
         raise UserError(f"no checkpoint at {place}: give a run folder, a .ckpt file, a model folder or a hub name")
     if place.is_file() or is_shard_folder(place) or any((place / name).is_file() for name in (CONFIG, ADAPTER_CONFIG)):
         return place

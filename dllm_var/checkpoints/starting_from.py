@@ -3,8 +3,11 @@
 from dataclasses import fields, replace
 from pathlib import Path
 
-from dllm_var.checkpoints.pretrained import copy_weights, open_checkpoint
+from dllm_var.checkpoints.adapters import ADAPTER_CONFIG
+from dllm_var.checkpoints.families import read_config
+from dllm_var.checkpoints.pretrained import CONFIG, copy_weights, locate_checkpoint, open_checkpoint
 from dllm_var.errors import UserError
+from dllm_var.files import read_object
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.lora import Lora
 from dllm_var.model.transformer import Transformer
@@ -30,6 +33,18 @@ def starting_config(settings: TransformerConfig, path: str | Path, lora: Lora | 
             f"set to {theirs}, or start from the checkpoint that they were trained on"
         )
     return _adjusted(checkpoint.config, settings, path)
+
+
+def planned_config(settings: TransformerConfig, path: str | Path) -> TransformerConfig:
+    """Returns what `starting_config` does, from `config.json` alone where there is one: the weights may be missing.
+
+    Of a model on the hub, this file alone is downloaded.
+    """
+    place = locate_checkpoint(path, [CONFIG])
+    file = place / CONFIG
+    described = file.is_file() and not (place / ADAPTER_CONFIG).is_file()
+    saved = read_config(read_object(file), file) if described else open_checkpoint(path).config
+    return _adjusted(saved, settings, path)
 
 
 def start_from(transformer: Transformer, tokenizer: Tokenizer, path: str | Path) -> None:

@@ -29,6 +29,7 @@ from dllm_var.training.interrupt import Interrupted, SaveAtEnd, StopOnSignal
 from dllm_var.training.ranks import is_first, is_launched_child
 from dllm_var.training.resume import ExactResume, ResumableFitLoop, check_changes
 from dllm_var.training.run_folders import RunFolders, checkpoint_at, listed
+from dllm_var.training.strategies import check_strategy
 from dllm_var.training.trainer import SaveConfig, Trainer, default_checkpoints
 
 
@@ -79,6 +80,7 @@ def run(command: str, arguments: list[str], resume: str | None, held: ExitStack)
     parser = build_parser(command, arguments)
     settings = parser.parse_resolved(arguments)
     check_settings(settings, run_name(arguments))
+    check_strategy(settings.trainer.get("strategy"))
     resume = read_ckpt_path(command, settings, resume)
     if settings.seed_everything is not False:
         chosen = None if settings.seed_everything is True else settings.seed_everything

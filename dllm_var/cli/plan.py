@@ -1,15 +1,20 @@
 """The command `plan`: says what a training run will cost, from its config alone."""
 
 import json
+import math
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
 
-from dllm_var.checkpoints.starting_from import starting_config
+from dllm_var.checkpoints.starting_from import planned_config
 from dllm_var.cli.fit import quieten
+from dllm_var.cli.plan_memory import MOST_DEVICES, ONE_DEVICE, Placed, device_memory, planned_strategy, what_fits
 from dllm_var.cli.trainer_settings import build_reader, check_settings, run_name
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
@@ -20,13 +25,16 @@ from dllm_var.settings import build
 from dllm_var.text.tokenizer import SpecialTokens, Tokenizer
 
 DESCRIPTION = """Says what a training run will cost, from its config alone: parameters, tokens and FLOPs of a step, its
-time at a given MFU, and the memory of each device under ddp, fsdp2 and zero2. Reads neither weights nor data."""
+time at a given MFU, the memory of each device under ddp, fsdp2 and zero2, and whether the run fits. Of model.init_from
+it reads config.json (of a model on the hub it downloads this file), and neither weights nor data."""
 EXAMPLES = """examples:
   python -m dllm_var plan --config configs/llada_8b_sft.yaml --devices 8
+  python -m dllm_var plan --config configs/qwen3_to_diffusion.yaml --model.init_from=Qwen/Qwen3-8B-Base --devices 8 \\
+    --device-memory 48GB
   python -m dllm_var plan --config configs/cmudict.yaml --devices 1 --device-tflops 0.1 --mfu 0.5
 
 MFU leaves out what is computed again. docs/finetune.md says what the figures hold."""
-LOGITS_BYTES = 2 * 512 * 2**20  # of the head on CUDA, a chunk at a time: logits in 32 bits, and their gradient
+DEVICE_MEMORY = 80.0  # GB, of an H100
 SAMPLE_LENGTH = 1024  # tokens of the rows on which an objective shows what it makes of them
 ASSUMED = ("device_tflops", "device_memory", "mfu", "supervised_share")
 Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
@@ -40,7 +48,8 @@ def main(command: str, arguments: list[str]) -> int:
     add("--mfu", type=Share, default=0.4, metavar="X", help="model FLOPs over peak FLOPs (0.4)")
     peak = "peak of one device (989: an H100 in bf16)"
     add("--device-tflops", type=PositiveFloat, default=989.0, metavar="X", help=peak)
-    add("--device-memory", type=PositiveFloat, default=80.0, metavar="GB", help="memory of one device (80)")
+    memory = "memory of one device, such as 24GB (that of the GPU of this machine, or 80GB)"
+    add("--device-memory", type=gigabytes, default=None, metavar="GB", help=memory)
     add("--supervised-share", type=Share, default=0.5, metavar="X", help="share of tokens that are answers (0.5)")
     add("--json", action="store_true", help="print JSON")
     if {"-h", "--help"} & set(arguments):
@@ -49,6 +58,7 @@ def main(command: str, arguments: list[str]) -> int:
     quieten()
     settings = parser.parse_resolved(arguments)
     check_settings(settings, run_name(arguments))
+    settings.device_memory = settings.device_memory or present_memory() or DEVICE_MEMORY
     result = plan(settings.as_dict())
     print(json.dumps(result, indent=2) if settings.json else report(result))
     return 0
@@ -72,8 +82,9 @@ def plan(settings: dict[str, Any]) -> dict[str, Any]:
     bits = str(trainer.get("precision") or "32")
     precision = "32" if bits.startswith("32") else "16-true" if bits.endswith("true") else "16-mixed"
 
+    config, shape_from = read_config(model, data, objective)
     with torch.device("meta"):
-        transformer = Transformer(read_config(model, data, objective))
+        transformer = Transformer(config)
     embedding, head = transformer.embedding.weight, transformer.lm_head.weight
     parameters = {
         "embedding": embedding.numel(),
@@ -91,12 +102,34 @@ def plan(settings: dict[str, Any]) -> dict[str, Any]:
     done = (2 + min(1.0, parameters["trained"] / parameters["total"])) / 3
     flops = flops_per_row * done * devices * accumulated * rows
     seconds = flops / (devices * settings["device_tflops"] * 1e12 * settings["mfu"])
-    memory = {}
-    for strategy in ("ddp", "fsdp2", "zero2"):
-        for name, again in ((strategy, False), (f"{strategy}, recomputed", True)):
-            memory[name] = device_memory(transformer, strategy, devices, rows * read, precision, again)
+
+    def place(run: Placed, model: Transformer = transformer) -> dict[str, float]:
+        return device_memory(model, run.strategy, run.devices, run.rows * read, precision, run.recompute)
+
+    placed = {
+        strategy + ", recomputed" * again: Placed(strategy, again, rows, devices)
+        for strategy in (("ddp", "fsdp2", "zero2") if devices > 1 else (ONE_DEVICE,))
+        for again in (False, True)
+    }
+    memory = {name: place(run) for name, run in placed.items()}
+    strategy = planned_strategy(trainer.get("strategy"), devices)
+    own = strategy and strategy + ", recomputed" * (model.get("activation_checkpointing") == "full")
+    room, fits, remedy = settings["device_memory"] * 1e9, None, None
+    if own is not None:
+        fits = memory[own]["total"] <= room
+        if not fits:
+            adapted = adapted_model(transformer) if model.get("init_from") and not model.get("lora") else None
+
+            def needed(run: Placed) -> float:
+                return place(run, adapted if run.adapters and adapted is not None else transformer)["total"]
+
+            remedy = what_fits(placed[own], needed, room, accumulated, adaptable=adapted is not None)
     steps = trainer.get("max_steps") or -1
     return {
+        "model": {
+            "from": shape_from,
+            **{name: getattr(config, name) for name in ("num_layers", "hidden_size", "num_heads", "vocab_size")},
+        },
         "parameters": parameters,
         "step": {
             "devices": devices,
@@ -114,34 +147,71 @@ def plan(settings: dict[str, Any]) -> dict[str, Any]:
         "run": {"steps": steps, "hours": steps * seconds / 3600, "tokens": steps * tokens} if steps > 0 else None,
         "assumed": {name: settings[name] for name in ASSUMED},
         "memory": memory,
+        "this_config": {"strategy": own, "fits": fits, "remedy": remedy},
     }
 
 
-def read_config(model: dict[str, Any], data: dict[str, Any], objective: Objective) -> TransformerConfig:
-    """Returns the shape of the model; where the settings leave it open, a checkpoint's and a tokenizer's."""
-    config = TransformerConfig(**model["transformer"])
-    if model.get("init_from") and config.vocab_size is None:
-        lora = Lora(**model["lora"]) if model.get("lora") else None
-        config = starting_config(config, model["init_from"], lora)
+def read_config(model: dict[str, Any], data: dict[str, Any], objective: Objective) -> tuple[TransformerConfig, str]:
+    """Returns the shape of the model and what says it: the settings, or `model.init_from`, which they must agree with.
+
+    Where the hub does not give that model, settings with the vocabulary's size are enough.
+    """
+    config, path = TransformerConfig(**(model["transformer"] or {})), model.get("init_from")
+    said_by = "as the settings say"
+    if path:
+        try:
+            config, said_by = planned_config(config, path), str(path)
+        except UserError:
+            if config.vocab_size is None or Path(path).expanduser().exists():
+                raise
+            said_by = f"as the settings say (the hub does not give {path})"
     if config.vocab_size is None:
         name = data.get("tokenizer")
         if name is None:
-            path = (data.get("source") or {}).get("class_path", "dllm_var.datamodules.CmudictSource")
-            module, _, kind = path.rpartition(".")
+            source = (data.get("source") or {}).get("class_path", "dllm_var.datamodules.CmudictSource")
+            module, _, kind = source.rpartition(".")
             name = getattr(getattr(import_module(module), kind), "default_tokenizer", None)
         if name is None:
             raise UserError("the vocabulary's size is not known: set model.transformer.vocab_size or data.tokenizer")
         tokenizer = Tokenizer.from_pretrained(name, data.get("mask_token"), data.get("terminators"))
         config = replace(config, vocab_size=tokenizer.vocab_size)
-    return replace(config, causal=objective.causal)
+    return replace(config, causal=objective.causal).resolved(), said_by
+
+
+def adapted_model(transformer: Transformer) -> Transformer | None:
+    """Returns a model of the same shape with the adapters that configs/lora.yaml gives it; None without peft."""
+    if find_spec("peft") is None:
+        return None
+    with torch.device("meta"):
+        adapted = Transformer(transformer.config)
+    add_adapters(adapted, Lora())
+    return adapted
+
+
+def gigabytes(text: str) -> float:
+    """Reads a memory size such as `24` or `24GB`; raises UserError for anything else."""
+    number = str(text).upper().removesuffix("GB")
+    with suppress(ValueError):
+        if 0 < float(number) < math.inf:
+            return float(number)
+    raise UserError(f"--device-memory takes GB, such as 24 or 24GB, not {text!r}")
+
+
+def present_memory() -> float | None:
+    """Returns the memory of the first GPU of this machine in GB; None without one."""
+    return torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else None
 
 
 def all_devices(trainer: dict[str, Any]) -> int:
-    """Returns the devices of all nodes that the Trainer's settings name."""
+    """Returns the devices of all nodes that the Trainer's settings name, or those of this machine that they mean."""
     devices: Any = trainer.get("devices")
     devices = len(devices) if isinstance(devices, list) else devices
+    if devices in ("auto", "-1", -1) and trainer.get("accelerator") == "cpu":
+        devices = 1
+    elif devices in ("auto", "-1", -1) and torch.cuda.is_available():
+        devices = torch.cuda.device_count()
     if not str(devices).isdigit() or int(devices) < 1:
-        raise UserError(f"trainer.devices {devices} says no number: give plan --devices N")
+        raise UserError(f"trainer.devices {devices} says no number on a machine without a GPU: give plan --devices N")
     return int(devices) * int(trainer.get("num_nodes") or 1)
 
 
@@ -161,63 +231,14 @@ def tokens_read(objective: Objective, length: int, supervised_share: float) -> t
     return noised.input_ids.size(1) / length, float(noised.loss_mask.sum()) / rows / length
 
 
-def activation_bytes(config: TransformerConfig, tokens: int, precision: str, recompute: bool = False) -> int:
-    """Returns the bytes that autograd keeps of the layers between forward and backward; attention's matrix never.
-
-    The layers read `tokens` of a batch. `precision` is `32`, `16-mixed` (autocast: weights and residual stream have 32
-    bits) or `16-true`. With `recompute`, the input of each layer is kept, and all of one layer at a time.
-    """
-    sizes: Any = config  # none of them is None
-    hidden, heads, kv_heads = sizes.hidden_size, sizes.num_heads, sizes.num_kv_heads
-    queries_keys, width = (heads + kv_heads) * sizes.head_dim, 4 if precision == "32" else 2
-    before_norms = queries_keys if sizes.qk_norm and precision == "32" else 0
-    kept = width * (2 * queries_keys + before_norms + 4 * sizes.intermediate_size + 2 * hidden)
-    kept += 4 * heads  # the logarithms of attention's sums
-    kept += 16 * hidden + 8  # norms: the input and the normalised one, in 32 bits
-    if sizes.qk_norm:
-        kept += (4 if width == 4 else 8) * queries_keys + 4 * (heads + kv_heads)
-    if not recompute:
-        return tokens * kept * sizes.num_layers
-    residual = 2 if precision == "16-true" else 4
-    return tokens * (kept + residual * hidden * sizes.num_layers)
-
-
-def device_memory(
-    model: Transformer, strategy: str, devices: int, tokens: int, precision: str, recompute: bool = False
-) -> dict[str, float]:
-    """Returns the bytes on each device at the peak of a step with AdamW, without the allocator's waste and CUDA's own.
-
-    `gathered` is what FSDP2 holds whole (a layer and the next one; embedding and head as long as a step lasts), and
-    autocast's 16-bit copies; `gradients` includes the buckets in which ddp sends them; `optimizer` has the moments, and
-    the 32-bit weights that DeepSpeed keeps beside 16-bit ones; `activations` includes a chunk of logits. `zero2`
-    (DeepSpeed) shards gradients and optimizer state. The model is on the meta device and has its adapters.
-    """
-    held, trained = model.num_parameters, sum(p.numel() for p in model.parameters() if p.requires_grad)
-    layers, in_layer = len(model.layers), list(model.layers[0].parameters())
-    layer, matrices = sum(p.numel() for p in in_layer), sum(p.numel() for p in in_layer if p.dim() == 2)
-    width = 2 if precision == "16-true" else 4
-    # Autocast multiplies by 16-bit copies, which autograd keeps: of all layers, or of the one that is computed again.
-    gathered = 2.0 * matrices * (1 if recompute else layers) if precision == "16-mixed" else 0
-    weights, gradients, optimizer = float(width * held), float(width * trained), 2.0 * width * trained
-    if strategy == "ddp":
-        gradients *= 2
-    elif strategy == "fsdp2":
-        gathered += width * (held - layers * layer + 2 * layer) if devices > 1 else 0
-        weights, gradients, optimizer = weights / devices, gradients / devices, optimizer / devices
-    else:
-        width, master = (4, 0) if precision == "32" else (2, 4)
-        weights, gathered = width * held, 0
-        gradients, optimizer = width * trained / devices, (8 + master) * trained / devices
-    parts = {"weights": weights, "gathered": gathered, "gradients": gradients, "optimizer": optimizer}
-    parts["activations"] = activation_bytes(model.config, tokens, precision, recompute) + LOGITS_BYTES
-    return {**parts, "total": sum(parts.values())}
-
-
 def report(result: dict[str, Any]) -> str:
     """Returns the figures as a table for people."""
     parameters, step, assumed, run = (result[part] for part in ("parameters", "step", "assumed", "run"))
+    model, config = result["model"], result["this_config"]
     trained = "" if parameters["trained"] == parameters["total"] else f"; trained {parameters['trained']:,}"
     lines = [
+        f"model        {model['from']}: {model['num_layers']} layers of width {model['hidden_size']:,}, "
+        f"{model['num_heads']} heads, {model['vocab_size']:,} tokens in the vocabulary",
         f"parameters   {parameters['total']:,}: embedding {parameters['embedding']:,}, "
         f"blocks {parameters['blocks']:,}, head {parameters['head']:,}, norm {parameters['norm']:,}{trained}",
         f"step         devices {step['devices']} x batches {step['accumulated']} x rows {step['rows']} x "
@@ -231,10 +252,25 @@ def report(result: dict[str, Any]) -> str:
     if run is not None:
         lines.append(f"run          {run['steps']:,} steps, {run['tokens']:,} tokens, {run['hours']:,.3g} hours")
     width = max(map(len, result["memory"])) + 2
-    names = "".join(f"{name:>13}" for name in result["memory"]["ddp"])
+    names = "".join(f"{name:>13}" for name in next(iter(result["memory"].values())))
     lines += ["", f"{'GiB per device':<{width}}{names}"]
     for name, memory in result["memory"].items():
         cells = "".join(f"{part / 2**30:>13.2f}" for part in memory.values())
-        fits = "" if memory["total"] <= assumed["device_memory"] * 1e9 else f"  over {assumed['device_memory']:g} GB"
-        lines.append(f"{name:<{width}}{cells}{fits}")
-    return "\n".join(lines)
+        over = "" if memory["total"] <= assumed["device_memory"] * 1e9 else f"  over {assumed['device_memory']:g} GB"
+        lines.append(f"{name:<{width}}{cells}{over}{'  <- this config' if name == config['strategy'] else ''}")
+    return "\n".join([*lines, "", verdict(result)])
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """Returns whether the run of the config fits, and what to try where it does not."""
+    config, room = result["this_config"], result["assumed"]["device_memory"] * 1e9
+    if config["fits"] is None:
+        return "this config's trainer.strategy is none of the table's: compare its memory yourself"
+    needed = result["memory"][config["strategy"]]["total"] / 2**30
+    compared = f"{needed:.2f} of the {room / 2**30:.2f} GiB of a device of {room / 1e9:g} GB"
+    if config["fits"]:
+        return f"this config fits: {compared}, without the allocator's waste and CUDA's own memory (some GiB)"
+    remedy = config["remedy"] or (
+        f"a shorter data.context_length, a smaller model or a larger device: up to {MOST_DEVICES} devices are not enough"
+    )
+    return f"this config does not fit: {compared}; try {remedy}"

@@ -14,7 +14,6 @@ from dllm_var.errors import UserError
 from dllm_var.sampling import Sampler
 from dllm_var.settings import SettingsParser, config_files, suggestion
 from dllm_var.training.run_folders import default_logger
-from dllm_var.training.strategies import check_strategy
 from dllm_var.training.trainer import Trainer
 
 # The base class of each section, and the class that it is of by default.
@@ -112,7 +111,6 @@ def check_settings(settings: Namespace, name: str) -> None:
         value = trainer.get(setting)
         if isinstance(value, int | float) and not value >= least:
             raise UserError(f"trainer.{setting} must be at least {least}, got {value}")
-    check_strategy(trainer.get("strategy"))
     if settings.get("weights_only") is False:
         raise UserError("weights_only=false would run code that a checkpoint may hold: leave it out")
 

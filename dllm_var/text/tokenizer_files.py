@@ -36,11 +36,15 @@ def is_hub_name(path_or_name: str | Path) -> bool:
 def download(name: str, what: str, patterns: list[str]) -> Path:
     """Returns the folder with a hub repository's files of these patterns; raises UserError when it cannot be had."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # offline, not found, gated: the hub has many ways to say no
-        raise UserError(f"{what} {name} is no folder, and the hub does not give it: {one_line(error)[:200]}") from None
+    except Exception as error:  # not found, gated: the hub has many ways to say no
+        offline = isinstance(error, LocalEntryNotFoundError)
+        reason = "it cannot be reached" if offline else one_line(error)[:200]
+        where = f"download it elsewhere (hf download {name} --local-dir DIR) and name DIR" if "/" in name else "name one"
+        raise UserError(f"{what} {name} is no folder, and the hub does not give it: {reason}; {where}") from None
 
 
 def load_backend(folder: Path, name: str | Path) -> tokenizers.Tokenizer:

@@ -1,15 +1,24 @@
-"""`plan` on the recipes for published models: their real shapes, no weights, no data, no network."""
+"""`plan` on the recipes for published models: their real config.json alone, no weights, no data, no network."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
+from published import REAL_SIZES
 
 from dllm_var.__main__ import main
 from dllm_var.cli.plan import tokens_read
 from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
+
+
+def write_config(folder, name):
+    """A folder of a published model with its config.json and nothing else."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(REAL_SIZES[name]))
+    return str(folder)
 
 
 def plan(capsys, *names, arguments=()):
@@ -19,39 +28,93 @@ def plan(capsys, *names, arguments=()):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "billions", "tokens"),
+    ("recipe", "model", "billions", "tokens"),
     [
-        ("llada_8b_sft", 8.0156, 8 * 2 * 4 * 8192),  # as the model cards have them
-        ("dream_7b_sft", 7.6156, 8 * 4 * 2 * 4096),
-        ("qwen3_to_diffusion", 1.7206, 8 * 8 * 2 * 2048),
+        ("llada_8b_sft", "GSAI-ML/LLaDA-8B-Base", 8.0156, 8 * 2 * 4 * 8192),  # as the model cards have them
+        ("dream_7b_sft", "Dream-org/Dream-v0-Base-7B", 7.6156, 8 * 4 * 2 * 4096),
+        ("qwen3_to_diffusion", "Qwen/Qwen3-1.7B-Base", 1.7206, 8 * 8 * 2 * 2048),
+        ("qwen3_to_diffusion", "Qwen/Qwen3-8B-Base", 8.1907, 8 * 8 * 2 * 2048),
     ],
 )
-def test_recipes_at_their_real_size(recipe, billions, tokens, capsys):
-    result = plan(capsys, recipe)
+def test_recipes_at_the_size_of_the_model_that_is_named(recipe, model, billions, tokens, tmp_path, capsys):
+    result = plan(capsys, recipe, arguments=[f"--model.init_from={write_config(tmp_path, model)}"])
     assert result["parameters"]["total"] == pytest.approx(billions * 1e9, rel=1e-4)
     assert result["step"]["tokens"] == tokens
     assert result["step"]["precision"] == "16-mixed"
     assert result["memory"]["fsdp2, recomputed"]["total"] < 80e9 < result["memory"]["ddp"]["total"]
+    assert result["this_config"] == {"strategy": "fsdp2, recomputed", "fits": True, "remedy": None}
     matrices = result["parameters"]["blocks"] * result["step"]["read"] / result["step"]["context_length"]
     assert 1.1 < result["step"]["flops"] / (6 * matrices * tokens) < 1.5  # and head and attention
     assert result["tokens_per_second"] == pytest.approx(tokens / result["step"]["seconds"])
 
 
-def test_options_and_settings(capsys):
+def test_options_and_settings(tmp_path, capsys):
     result = plan(capsys, "cmudict", arguments=["--mfu", "0.8", "--device-tflops", "0.1", "--data.batch_size=32"])
     assert result["step"]["tokens"] == 8 * 32 * 128
     assert result["step"]["seconds"] == pytest.approx(result["step"]["flops"] / (8 * 0.1e12 * 0.8))
     assert result["parameters"]["total"] == 1_798_080  # the vocabulary is the source's tokenizer's
-    adapters = plan(capsys, "llada_8b_sft", "lora")
+    llada = f"--model.init_from={write_config(tmp_path, 'GSAI-ML/LLaDA-8B-Base')}"
+    adapters = plan(capsys, "llada_8b_sft", "lora", arguments=[llada])
     assert adapters["parameters"]["trained"] == 16 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 12288))
 
 
-def test_the_table(capsys):
-    arguments = ["--config", str(CONFIGS / "cmudict.yaml"), "--devices", "1", "--device-memory", "0.1"]
+def test_the_table_marks_the_line_of_the_config(capsys):
+    arguments = ["--config", str(CONFIGS / "cmudict_strided.yaml"), "--trainer.devices=2", "--device-memory", "1.2GB"]
     assert main(["plan", *arguments]) == 0
     out = capsys.readouterr().out
-    assert "parameters   1,798,080" in out and "devices 1 x batches 1 x rows 16 x 128 tokens = 2,048 tokens" in out
-    assert out.count("over 0.1 GB") >= 1 and "fsdp2, recomputed" in out
+    assert "model        checkpoints/cmudict_autoregressive: 4 layers" in out and "parameters   1,798,080" in out
+    assert "devices 2 x batches 1 x rows 16 x 128 tokens = 4,096 tokens" in out
+    [own] = [line for line in out.splitlines() if line.endswith("<- this config")]
+    assert own.startswith("ddp ") and "over 1.2 GB" in own
+    assert out.splitlines()[-1].startswith("this config does not fit: ")
+    assert main(["plan", *arguments, "--devices", "1", "--device-memory", "8"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split("  ")[0] for line in out.splitlines()[-4:-2]] == ["one device", "one device, recomputed"]
+    assert out.splitlines()[-1].startswith("this config fits: ")
+
+
+@pytest.mark.parametrize(
+    ("model", "memory", "devices", "settings", "remedy"),
+    [
+        ("Qwen/Qwen3-1.7B-Base", 24, 8, ["--trainer.strategy=ddp"], "FSDP2"),
+        ("Qwen/Qwen3-1.7B-Base", 80, 8, ["--model.activation_checkpointing=none"], "activation_checkpointing=full"),
+        ("Qwen/Qwen3-1.7B-Base", 24, 1, ["--trainer.strategy=auto"], "configs/lora.yaml"),
+        ("Qwen/Qwen3-8B-Base", 24, 8, [], "--data.batch_size=2 --trainer.accumulate_grad_batches=8 --devices 16"),
+        ("Qwen/Qwen3-8B-Base", 4, 8, [], None),
+    ],
+)
+def test_what_does_not_fit_fits_with_what_is_suggested(
+    model, memory, devices, settings, remedy, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(CONFIGS.parent)
+    asked = [f"--model.init_from={write_config(tmp_path, model)}", "--devices", str(devices), *settings]
+    asked += ["--device-memory", str(memory)]
+    before = plan(capsys, "qwen3_to_diffusion", arguments=asked)
+    assert before["this_config"]["fits"] is False
+    if remedy is None:
+        assert before["this_config"]["remedy"] is None
+        return
+    assert remedy in before["this_config"]["remedy"]
+    after = plan(capsys, "qwen3_to_diffusion", arguments=[*asked, *shlex.split(before["this_config"]["remedy"])])
+    assert after["this_config"]["fits"]
+    assert after["step"]["tokens"] // after["step"]["devices"] == before["step"]["tokens"] // before["step"]["devices"]
+
+
+def test_a_model_on_a_hub_that_cannot_be_reached(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    recipe = ["--config", str(CONFIGS / "qwen3_to_diffusion.yaml"), "--devices", "8"]
+    absent = "--model.init_from=nobody/Qwen3-9B"
+    assert main(["plan", *recipe, absent]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "nobody/Qwen3-9B" in line and "hf download nobody/Qwen3-9B --local-dir DIR" in line
+    sizes = [f"--model.transformer.{size}" for size in ("vocab_size=1000", "hidden_size=64", "tie_embeddings=true")]
+    assert main(["plan", *recipe, absent, *sizes]) == 0  # as configs said it earlier
+    assert "model        as the settings say (the hub does not give nobody/Qwen3-9B): 4 layers" in capsys.readouterr().out
+    named = f"--model.init_from={write_config(tmp_path, 'Qwen/Qwen3-8B-Base')}"
+    assert main(["plan", *recipe, named, *sizes]) == 2
+    [line] = capsys.readouterr().err.strip().splitlines()
+    assert "transformer.hidden_size=4096, the settings say 64: leave it out" in line
 
 
 def test_what_objectives_read():
@@ -69,10 +132,11 @@ def test_what_objectives_read():
         (["--devices", "0"], "devices: 0 does not conform"),
         (["--data.batch_sise=3"], "batch_sise"),
         ([], "give plan --devices N"),
+        (["--devices=8", "--device-memory=lots"], "--device-memory takes GB, such as 24 or 24GB, not 'lots'"),
     ],
 )
 def test_mistakes(arguments, says, capsys):
-    settings = ["--trainer.devices=auto", "--config", str(CONFIGS / "cmudict.yaml"), "--trainer.devices=auto"]
+    settings = ["--config", str(CONFIGS / "cmudict.yaml"), "--trainer.devices=auto", "--trainer.accelerator=auto"]
     assert main(["plan", *settings, *arguments]) == 2
     [line] = capsys.readouterr().err.strip().splitlines()
     assert says in line

@@ -1,14 +1,18 @@
 """The memory that `plan` foresees, held to what autograd keeps and to the ZeRO paper."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
-from dllm_var.cli.plan import activation_bytes, device_memory
+from dllm_var.cli.plan_memory import activation_bytes, device_memory, planned_strategy
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.model.attention import Seen
 from dllm_var.model.lora import Lora, add_adapters
 from dllm_var.model.transformer import LayerContext
 
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
 SMALL = dict(hidden_size=64, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=24, vocab_size=50)
 LLADA = dict(hidden_size=4096, num_layers=32, num_heads=32, intermediate_size=12288, vocab_size=126464)
 
@@ -88,3 +92,12 @@ def test_adapters_have_no_state_but_their_own():
     parts = [memory[part] for part in ("weights", "gradients", "optimizer")]
     assert parts == [2 * (weights + trained), 2 * trained, 4 * trained]
     assert memory["gathered"] == 0  # one device has nothing to gather
+
+
+def test_the_strategies_of_the_overlays_have_their_lines():
+    expected = dict(ddp="ddp", fsdp="fsdp2", fsdp2="fsdp2", deepspeed_zero2="zero2", tensor_parallel=None)
+    for name, line in expected.items():
+        strategy = yaml.safe_load((CONFIGS / "strategy" / f"{name}.yaml").read_text())["trainer"]["strategy"]
+        assert planned_strategy(strategy, 8) == line
+        assert planned_strategy(strategy, 1) == ("one device" if line in ("ddp", "fsdp2") else None)
+    assert (planned_strategy("auto", 8), planned_strategy(None, 1)) == ("ddp", "one device")

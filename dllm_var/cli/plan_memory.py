@@ -1,0 +1,121 @@
+"""The memory of each device in training: what `plan` foresees, and what a run needs that does not fit."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from dllm_var.model.config import TransformerConfig
+from dllm_var.model.transformer import Transformer
+
+LOGITS_BYTES = 2 * 512 * 2**20  # of the head on CUDA, a chunk at a time: logits in 32 bits, and their gradient
+ONE_DEVICE = "one device"  # Lightning's strategy without others
+MOST_DEVICES = 64  # that are suggested
+
+
+def activation_bytes(config: TransformerConfig, tokens: int, precision: str, recompute: bool = False) -> int:
+    """Returns the bytes that autograd keeps of the layers between forward and backward; attention's matrix never.
+
+    The layers read `tokens` of a batch. `precision` is `32`, `16-mixed` (autocast: weights and residual stream have 32
+    bits) or `16-true`. With `recompute`, the input of each layer is kept, and all of one layer at a time.
+    """
+    sizes: Any = config  # none of them is None
+    hidden, heads, kv_heads = sizes.hidden_size, sizes.num_heads, sizes.num_kv_heads
+    queries_keys, width = (heads + kv_heads) * sizes.head_dim, 4 if precision == "32" else 2
+    before_norms = queries_keys if sizes.qk_norm and precision == "32" else 0
+    kept = width * (2 * queries_keys + before_norms + 4 * sizes.intermediate_size + 2 * hidden)
+    kept += 4 * heads  # the logarithms of attention's sums
+    kept += 16 * hidden + 8  # norms: the input and the normalised one, in 32 bits
+    if sizes.qk_norm:
+        kept += (4 if width == 4 else 8) * queries_keys + 4 * (heads + kv_heads)
+    if not recompute:
+        return tokens * kept * sizes.num_layers
+    residual = 2 if precision == "16-true" else 4
+    return tokens * (kept + residual * hidden * sizes.num_layers)
+
+
+def device_memory(
+    model: Transformer, strategy: str, devices: int, tokens: int, precision: str, recompute: bool = False
+) -> dict[str, float]:
+    """Returns the bytes on each device at the peak of a step with AdamW, without the allocator's waste and CUDA's own.
+
+    `gathered` is what FSDP2 holds whole (a layer and the next one; embedding and head as long as a step lasts), and
+    autocast's 16-bit copies; `gradients` includes the buckets in which ddp sends them; `optimizer` has the moments, and
+    the 32-bit weights that DeepSpeed keeps beside 16-bit ones; `activations` includes a chunk of logits. `zero2`
+    (DeepSpeed) shards gradients and optimizer state. The model is on the meta device and has its adapters.
+    """
+    held, trained = model.num_parameters, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layers, in_layer = len(model.layers), list(model.layers[0].parameters())
+    layer, matrices = sum(p.numel() for p in in_layer), sum(p.numel() for p in in_layer if p.dim() == 2)
+    width = 2 if precision == "16-true" else 4
+    # Autocast multiplies by 16-bit copies, which autograd keeps: of all layers, or of the one that is computed again.
+    gathered = 2.0 * matrices * (1 if recompute else layers) if precision == "16-mixed" else 0
+    weights, gradients, optimizer = float(width * held), float(width * trained), 2.0 * width * trained
+    if strategy == "ddp":
+        gradients *= 2
+    elif strategy == ONE_DEVICE:
+        pass
+    elif strategy == "fsdp2":
+        gathered += width * (held - layers * layer + 2 * layer) if devices > 1 else 0
+        weights, gradients, optimizer = weights / devices, gradients / devices, optimizer / devices
+    else:
+        width, master = (4, 0) if precision == "32" else (2, 4)
+        weights, gathered = width * held, 0
+        gradients, optimizer = width * trained / devices, (8 + master) * trained / devices
+    parts = {"weights": weights, "gathered": gathered, "gradients": gradients, "optimizer": optimizer}
+    parts["activations"] = activation_bytes(model.config, tokens, precision, recompute) + LOGITS_BYTES
+    return {**parts, "total": sum(parts.values())}
+
+
+def planned_strategy(strategy: Any, devices: int) -> str | None:
+    """Returns which strategy of the plan a Trainer's setting is, a name or a `class_path`; None when it is none."""
+    name = strategy.get("class_path") if isinstance(strategy, dict) else strategy
+    name = str(name or "auto").rpartition(".")[2].lower()
+    known = {"auto": "ddp", "ddp": "ddp", "fsdp": "fsdp2", "modelparallel": "fsdp2", "deepspeed": "zero2"}
+    planned = next((planned for beginning, planned in known.items() if name.startswith(beginning)), None)
+    return planned if devices > 1 or planned is None else None if planned == "zero2" else ONE_DEVICE
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What decides the memory of a device, besides the model and its rows' length."""
+
+    strategy: str  # `ddp`, `fsdp2`, `zero2` or ONE_DEVICE
+    recompute: bool
+    rows: int  # of a batch on one device
+    devices: int
+    adapters: bool = False
+
+
+def what_fits(
+    run: Placed, needed: Callable[[Placed], float], memory: float, accumulated: int, adaptable: bool
+) -> str | None:
+    """Returns the arguments of the smallest change with which a run fits in the memory; None when none is found.
+
+    `needed` gives the bytes of a device, `accumulated` the batches of a step. What costs time alone comes before more
+    devices, and before adapters, which are tried only where the model is `adaptable`.
+    """
+    kinds: list[list[tuple[int, dict[str, Any], str]]] = [[(0, {}, "")] for _ in range(5)]  # the nearest ones are last
+    adapters, devices, rows, recompute, strategy = kinds
+    if adaptable:
+        adapters.append((4, {"adapters": True}, "--config configs/lora.yaml"))
+    devices += [(4, {"devices": n}, f"--devices {n}") for n in _doubled(run.devices)]
+    for n in (run.rows >> halvings for halvings in range(1, run.rows.bit_length())):
+        if run.rows % n == 0:
+            again = f"--data.batch_size={n} --trainer.accumulate_grad_batches={accumulated * run.rows // n}"
+            rows.append((1, {"rows": n}, again))
+    if not run.recompute:
+        recompute.append((1, {"recompute": True}, "--model.activation_checkpointing=full"))
+    if run.strategy in ("ddp", ONE_DEVICE):
+        strategy.append((1, {"strategy": "fsdp2"}, "--trainer.strategy=dllm_var.training.strategies.FSDP2"))
+    for changes in sorted(product(*kinds), key=lambda changes: sum(cost for cost, _, _ in changes)):
+        changed = replace(run, **{name: value for _, values, _ in changes for name, value in values.items()})
+        if changed.strategy == ONE_DEVICE and changed.devices > 1:
+            changed = replace(changed, strategy="ddp")
+        if needed(changed) <= memory:
+            return " ".join(argument for _, _, argument in reversed(changes) if argument)
+    return None
+
+
+def _doubled(devices: int) -> list[int]:
+    return [devices << times for times in range(1, MOST_DEVICES.bit_length()) if devices << times <= MOST_DEVICES]
