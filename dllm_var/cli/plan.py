@@ -6,7 +6,6 @@ from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,16 +113,15 @@ def plan(settings: dict[str, Any]) -> dict[str, Any]:
     memory = {name: place(run) for name, run in placed.items()}
     strategy = planned_strategy(trainer.get("strategy"), devices)
     own = strategy and strategy + ", recomputed" * (model.get("activation_checkpointing") == "full")
-    room, fits, remedy = settings["device_memory"] * 1e9, None, None
-    if own is not None:
-        fits = memory[own]["total"] <= room
-        if not fits:
-            adapted = adapted_model(transformer) if model.get("init_from") and not model.get("lora") else None
+    room, remedy = settings["device_memory"] * 1e9, None
+    fits = memory[own]["total"] <= room if own else None
+    if own and not fits:
+        adapted = adapted_model(transformer) if model.get("init_from") and not model.get("lora") else None
 
-            def needed(run: Placed) -> float:
-                return place(run, adapted if run.adapters and adapted is not None else transformer)["total"]
+        def needed(run: Placed) -> float:
+            return place(run, adapted if run.adapters and adapted is not None else transformer)["total"]
 
-            remedy = what_fits(placed[own], needed, room, accumulated, adaptable=adapted is not None)
+        remedy = what_fits(placed[own], needed, room, accumulated, adaptable=adapted is not None)
     steps = trainer.get("max_steps") or -1
     return {
         "model": {
@@ -152,19 +150,11 @@ def plan(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_config(model: dict[str, Any], data: dict[str, Any], objective: Objective) -> tuple[TransformerConfig, str]:
-    """Returns the shape of the model and what says it: the settings, or `model.init_from`, which they must agree with.
-
-    Where the hub does not give that model, settings with the vocabulary's size are enough.
-    """
+    """Returns the shape of the model and what says it: `model.init_from`, or the settings alone."""
     config, path = TransformerConfig(**(model["transformer"] or {})), model.get("init_from")
-    said_by = "as the settings say"
+    said_by = str(path) if path else "as the settings say"
     if path:
-        try:
-            config, said_by = planned_config(config, path), str(path)
-        except UserError:
-            if config.vocab_size is None or Path(path).expanduser().exists():
-                raise
-            said_by = f"as the settings say (the hub does not give {path})"
+        config = planned_config(config, path)
     if config.vocab_size is None:
         name = data.get("tokenizer")
         if name is None:
@@ -270,7 +260,6 @@ def verdict(result: dict[str, Any]) -> str:
     compared = f"{needed:.2f} of the {room / 2**30:.2f} GiB of a device of {room / 1e9:g} GB"
     if config["fits"]:
         return f"this config fits: {compared}, without the allocator's waste and CUDA's own memory (some GiB)"
-    remedy = config["remedy"] or (
-        f"a shorter data.context_length, a smaller model or a larger device: up to {MOST_DEVICES} devices are not enough"
-    )
+    too_large = f"a shorter data.context_length or a smaller model ({MOST_DEVICES} such devices are not enough)"
+    remedy = config["remedy"] or too_large
     return f"this config does not fit: {compared}; try {remedy}"

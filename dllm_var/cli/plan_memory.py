@@ -1,7 +1,7 @@
 """The memory of each device in training: what `plan` foresees, and what a run needs that does not fit."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -90,32 +90,27 @@ class Placed:
 def what_fits(
     run: Placed, needed: Callable[[Placed], float], memory: float, accumulated: int, adaptable: bool
 ) -> str | None:
-    """Returns the arguments of the smallest change with which a run fits in the memory; None when none is found.
+    """Returns the arguments with which a run fits in the memory; None when none of those tried is enough.
 
-    `needed` gives the bytes of a device, `accumulated` the batches of a step. What costs time alone comes before more
-    devices, and before adapters, which are tried only where the model is `adaptable`.
+    `needed` gives the bytes of a device, `accumulated` the batches of a step. What costs time alone is tried first,
+    then adapters where the model is `adaptable`, then more devices.
     """
-    kinds: list[list[tuple[int, dict[str, Any], str]]] = [[(0, {}, "")] for _ in range(5)]  # the nearest ones are last
-    adapters, devices, rows, recompute, strategy = kinds
-    if adaptable:
-        adapters.append((4, {"adapters": True}, "--config configs/lora.yaml"))
-    devices += [(4, {"devices": n}, f"--devices {n}") for n in _doubled(run.devices)]
-    for n in (run.rows >> halvings for halvings in range(1, run.rows.bit_length())):
-        if run.rows % n == 0:
-            again = f"--data.batch_size={n} --trainer.accumulate_grad_batches={accumulated * run.rows // n}"
-            rows.append((1, {"rows": n}, again))
-    if not run.recompute:
-        recompute.append((1, {"recompute": True}, "--model.activation_checkpointing=full"))
-    if run.strategy in ("ddp", ONE_DEVICE):
-        strategy.append((1, {"strategy": "fsdp2"}, "--trainer.strategy=dllm_var.training.strategies.FSDP2"))
-    for changes in sorted(product(*kinds), key=lambda changes: sum(cost for cost, _, _ in changes)):
-        changed = replace(run, **{name: value for _, values, _ in changes for name, value in values.items()})
-        if changed.strategy == ONE_DEVICE and changed.devices > 1:
-            changed = replace(changed, strategy="ddp")
-        if needed(changed) <= memory:
-            return " ".join(argument for _, _, argument in reversed(changes) if argument)
+    devices = [run.devices << n for n in range(MOST_DEVICES) if n == 0 or run.devices << n <= MOST_DEVICES]
+    rows = [run.rows // n for n in range(1, run.rows + 1) if run.rows % n == 0]
+    strategies = [run.strategy] if run.strategy in ("fsdp2", "zero2") else [run.strategy, "fsdp2"]
+    adapted = [False, True] if adaptable else [False]
+    recomputed = [run.recompute] if run.recompute else [False, True]
+    for n, adapters, fewer, recompute, strategy in product(devices, adapted, rows, recomputed, strategies):
+        spread = "ddp" if strategy == ONE_DEVICE and n > 1 else strategy
+        if needed(Placed(spread, recompute, fewer, n, adapters)) > memory:
+            continue
+        changes = {
+            "--trainer.strategy=dllm_var.training.strategies.FSDP2": strategy != run.strategy,
+            "--model.activation_checkpointing=full": recompute != run.recompute,
+            f"--data.batch_size={fewer}": fewer != run.rows,
+            f"--trainer.accumulate_grad_batches={accumulated * run.rows // fewer}": fewer != run.rows,
+            "--config configs/lora.yaml": adapters,
+            f"--devices {n}": n != run.devices,
+        }
+        return " ".join(argument for argument, changed in changes.items() if changed)
     return None
-
-
-def _doubled(devices: int) -> list[int]:
-    return [devices << times for times in range(1, MOST_DEVICES.bit_length()) if devices << times <= MOST_DEVICES]

@@ -43,8 +43,11 @@ def download(name: str, what: str, patterns: list[str]) -> Path:
     except Exception as error:  # not found, gated: the hub has many ways to say no
         offline = isinstance(error, LocalEntryNotFoundError)
         reason = "it cannot be reached" if offline else one_line(error)[:200]
-        where = f"download it elsewhere (hf download {name} --local-dir DIR) and name DIR" if "/" in name else "name one"
-        raise UserError(f"{what} {name} is no folder, and the hub does not give it: {reason}; {where}") from None
+        files = " ".join([name, *(patterns if len(patterns) == 1 else [])])
+        raise UserError(
+            f"{what} {name} is no folder, and the hub does not give it: {reason}; where the hub can be reached, run "
+            f"hf download {files} --local-dir DIR, and give DIR instead of the name"
+        ) from None
 
 
 def load_backend(folder: Path, name: str | Path) -> tokenizers.Tokenizer:

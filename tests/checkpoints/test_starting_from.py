@@ -105,7 +105,11 @@ def test_what_is_set_wins_also_at_its_default_and_what_is_left_out_comes_from_th
     for name, default in (("hidden_size", 256), ("num_layers", 4)):
         with pytest.raises(UserError, match=f"transformer.{name}=.*, the settings say {default}"):
             starting_config(TransformerConfig(**{name: default}), tmp_path)
-    for given, expected in (([], 4.0), (["--model.transformer.rope_scaling=1.0"], 1.0), (["--model.transformer=null"], 4.0)):
+    for given, expected in (
+        ([], 4.0),
+        (["--model.transformer.rope_scaling=1.0"], 1.0),
+        (["--model.transformer=null"], 4.0),
+    ):
         parser = SettingsParser()
         parser.add_class_arguments(DiffusionLM, "model")
         settings = parser.parse_args([f"--model.init_from={tmp_path}", *given])
