@@ -48,7 +48,7 @@ class RunSummary(L.Callback):
         num_examples: How many of its prompts; None for all.
         token_error_name: Name of the token error rate, for example `per` where tokens are phonemes.
         answer_error_name: Name of the answer error rate, for example `wer` where answers are words.
-        prompt: Prompt in the command shown at the end; None for the first of the split.
+        prompt: Prompt in the command shown at the end; None for one of the split.
     """
 
     def __init__(
@@ -154,28 +154,33 @@ class RunSummary(L.Callback):
         }
         if loadable := result["weights"] or result["checkpoint"]:
             text = self.prompt if self.prompt is not None else self._prompt_to_try(trainer, pl_module)
-            words = [f"--prompt={text}"] if text.startswith("-") else ["--prompt", text]
-            lines["try"] = f"python -m dllm_var generate --checkpoint {shlex.join([loadable, *words])}"
+            words = ["chat", "--checkpoint", loadable]
+            if text is not None:
+                words = [
+                    "generate",
+                    *words[1:],
+                    *([f"--prompt={text}"] if text.startswith("-") else ["--prompt", text]),
+                ]
+            lines["try"] = f"python -m dllm_var {shlex.join(words)}"
         lines = {name: text for name, text in lines.items() if text}
         pl_module.print("\n" + "\n".join(f"{name:<{LABEL_WIDTH}}{text}" for name, text in lines.items()))
         for board in boards(trainer.loggers):
             rows = [{"figure": name, "value": text} for name, text in lines.items()]
             board.add_text("summary", markdown_table(rows), result["steps"])
 
-    def _prompt_to_try(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str:
-        """Returns the text of a held-out prompt, where there is one that `generate` reads as it was held out.
-
-        One of several turns has no such text.
-        """
+    def _prompt_to_try(self, trainer: L.Trainer, pl_module: L.LightningModule) -> str | None:
+        """Returns a held-out prompt that `generate` reads as it was held out; None for chats of several turns each."""
         tokenizer: Any = pl_module.tokenizer
         chats = getattr(trainer.datamodule, "chats", False)  # type: ignore[attr-defined]
         examples = held_out_prompts(trainer, self.split, LOOKED_AT if chats else 1)
-        for example in examples if chats else []:
+        if not chats:
+            return examples[0].prompt
+        for example in examples:
             turn = {"role": "user", "content": example.prompt}
             with suppress(UserError):  # of a template that wants a system message, for one
                 if tokenizer.encode_chat_prompt([turn]) == example.prompt_ids:
                     return example.prompt
-        return examples[0].prompt
+        return None
 
 
 def shown_path(paths: Iterable[str | Path | None]) -> str | None:

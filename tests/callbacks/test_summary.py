@@ -76,6 +76,16 @@ def test_names_the_weights_and_a_command_that_loads_them(
     assert meta["sampler"]["init_args"]["block_length"] == 4
 
 
+def test_chats_of_several_turns_are_to_be_tried_in_a_chat(fit: Any, data: Any, spy: Any, tmp_path: Path, capsys: Any):
+    data.chats = True  # and no prompt is that of a single turn
+    fit(ExportWeights(), RunSummary(spy), logger=CSVLogger(tmp_path, name="csv"))
+    weights = read(tmp_path)["weights"]
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == f"try                   python -m dllm_var chat --checkpoint {weights}"
+    )
+
+
 def test_without_a_logger_it_prints_but_writes_nothing(fit: Any, spy: Any, tmp_path: Path, capsys: Any) -> None:
     fit(ExportWeights(), RunSummary(spy, num_examples=3))
     assert "3 prompts" in capsys.readouterr().out
