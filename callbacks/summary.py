@@ -154,13 +154,9 @@ class RunSummary(L.Callback):
         }
         if loadable := result["weights"] or result["checkpoint"]:
             text = self.prompt if self.prompt is not None else self._prompt_to_try(trainer, pl_module)
-            words = ["chat", "--checkpoint", loadable]
+            words = ["chat" if text is None else "generate", "--checkpoint", loadable]
             if text is not None:
-                words = [
-                    "generate",
-                    *words[1:],
-                    *([f"--prompt={text}"] if text.startswith("-") else ["--prompt", text]),
-                ]
+                words += [f"--prompt={text}"] if text.startswith("-") else ["--prompt", text]
             lines["try"] = f"python -m dllm_var {shlex.join(words)}"
         lines = {name: text for name, text in lines.items() if text}
         pl_module.print("\n" + "\n".join(f"{name:<{LABEL_WIDTH}}{text}" for name, text in lines.items()))

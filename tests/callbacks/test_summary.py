@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,14 +77,19 @@ def test_names_the_weights_and_a_command_that_loads_them(
     assert meta["sampler"]["init_args"]["block_length"] == 4
 
 
-def test_chats_of_several_turns_are_to_be_tried_in_a_chat(fit: Any, data: Any, spy: Any, tmp_path: Path, capsys: Any):
-    data.chats = True  # and no prompt is that of a single turn
+def test_chats_of_several_turns_are_to_be_tried_in_a_chat(
+    fit: Any, data: Any, spy: Any, tmp_path: Path, capsys: Any
+) -> None:
+    held_out = data.held_out
+
+    def after_a_turn(split: str, count: int | None = None) -> list[Any]:
+        examples = held_out(split, count)
+        return [replace(one, prompt_ids=[*one.prompt_ids, data.tokenizer.terminator_id]) for one in examples]
+
+    data.chats, data.held_out = True, after_a_turn
     fit(ExportWeights(), RunSummary(spy), logger=CSVLogger(tmp_path, name="csv"))
-    weights = read(tmp_path)["weights"]
-    assert (
-        capsys.readouterr().out.splitlines()[-1]
-        == f"try                   python -m dllm_var chat --checkpoint {weights}"
-    )
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command == ["try", "python", "-m", "dllm_var", "chat", "--checkpoint", read(tmp_path)["weights"]]
 
 
 def test_without_a_logger_it_prints_but_writes_nothing(fit: Any, spy: Any, tmp_path: Path, capsys: Any) -> None:
