@@ -1,7 +1,7 @@
 """Does EOS really lead? Attention x end of a sample x terminator mask rate x terminator_last, measured on CMUdict.
 
     python benchmarks/eos_ablation.py             # trains what results/eos_ablation.json lacks: 45 minutes on one core
-    python benchmarks/eos_ablation.py --report    # only prints the medians over seeds that docs/eos.md has
+    python benchmarks/eos_ablation.py --report    # only prints the medians over seeds, and draws docs/eos_ablation.png
 
 Every model is the quickstart's (0.87M parameters) trained on the same words with the same number of tokens; only these
 settings differ. Each is decoded with and without `terminator_last` on the same 300 validation words.
@@ -20,11 +20,22 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "eos_ablation.json"
+PICTURE = Path(__file__).parents[1] / "docs" / "eos_ablation.png"
 SHORT, LONG = 300, 1200  # optimizer steps
 BLOCK = 8
 ATTENTIONS = ("full", "document")
 METRICS = ("token_error_rate", "length_exact", "ended_by_eos", "premature", "overrun", "tokens_per_forward")
 ORDERS = {"any_order": False, "terminator_last": True}  # of decoding
+IN_WORDS = {  # values of the settings
+    "full": "a sample sees the whole row",
+    "document": "a sample sees only itself",
+    "none": "nothing after the terminator",
+    "overhang": "0 to 8 masks after the terminator",
+    "canvas": "masks after the terminator, to the block's end",
+    "any_order": "most certain token first",
+    "terminator_last": "terminator only after all to its left (terminator_last)",
+}
+WHOSE = {("full", "none"): "the paper:\n", ("document", "canvas"): "the recipes here:\n"}
 
 
 def settings(seeds: list[int]) -> list[dict[str, Any]]:
@@ -119,6 +130,38 @@ def report(done: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(done: list[dict[str, Any]]) -> None:
+    """Draws how many answers of the short budget have the right length: medians as dots, ranges over seeds as lines."""
+    from matplotlib.figure import Figure
+
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for entry in done:
+        chosen = entry["settings"]
+        if chosen["steps"] == SHORT:
+            masked = "" if chosen["mask_terminators"] else ",\nwhich is masked only as often as other tokens"
+            whose = "" if masked else WHOSE.get((chosen["attention"], chosen["end"]), "")
+            words = f"{whose}{IN_WORDS[chosen['attention']]}; {IN_WORDS[chosen['end']]}{masked}"
+            rows.setdefault(words, []).append(entry)
+    names = sorted(
+        rows, key=lambda name: statistics.median(one["terminator_last"]["length_exact"] for one in rows[name])
+    )
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    for order, colour, shift in zip(ORDERS, ("tab:gray", "tab:blue"), (-0.12, 0.12), strict=True):
+        for place, name in enumerate(names):
+            shares = [100 * entry[order]["length_exact"] for entry in rows[name]]
+            axes.plot([min(shares), max(shares)], [place + shift] * 2, color=colour, alpha=0.6)
+            label = f"decoding: {IN_WORDS[order]}" if place == 0 else None
+            axes.plot(statistics.median(shares), place + shift, "o", color=colour, markersize=7, label=label)
+    axes.set_yticks(range(len(names)), names, fontsize=9)
+    axes.set(xlim=(0, 60), xlabel="answers of exactly the right length, %")
+    axes.grid(alpha=0.25, axis="x")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Which training lets a model end its answers? CMUdict, {SHORT} steps each")
+    figure.legend(loc="outside lower center", frameon=False, title="dot: median, line: range of three seeds")
+    figure.savefig(PICTURE, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -131,6 +174,7 @@ def main() -> None:
             RESULTS.write_text(json.dumps(done, indent=1) + "\n")
             print(done[-1], flush=True)
     print(report(done))
+    draw(done)
 
 
 if __name__ == "__main__":

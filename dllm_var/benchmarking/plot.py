@@ -1,10 +1,10 @@
-"""The plot of a benchmark's task, made from its JSON alone: every setting's accuracy against its speed."""
+"""The picture of a benchmark's task, made from its JSON alone: every setting's accuracy over its speed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import cycle, pairwise
-from statistics import median
+from itertools import pairwise
+from pathlib import Path
 from textwrap import fill
 from typing import Any
 
@@ -15,16 +15,12 @@ from dllm_var.benchmarking.results import EQUAL
 
 Figures = dict[str, Any]
 
-PANELS = {  # a figure of a setting, what its axis is called, and the ratio to the twin that belongs to it
-    "tokens_per_second": ("useful tokens/s at batch 1", "over_autoregressive"),
-    "tokens_per_forward": ("useful tokens per forward", "forwards_over_autoregressive"),
-}
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
-MARKERS = "osDv^Pph"  # one for each checkpoint
-POINT: Figures = dict(facecolor="white", edgecolor="0.2", zorder=3, s=30)
-RING: Figures = dict(facecolor="none", edgecolor="black", zorder=3, s=130)
-TWIN_COLOUR = "crimson"
-FONT_SIZE = 8.5
+TWIN_COLOUR = "crimson"  # of all that its model decodes
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:cyan")  # of the other models
+OTHERS = "0.5"  # of models for which no colour is left
+FONT_SIZE = 9.5
+ALL_NAMED = 8  # settings up to which each is named
+STEP = 1.1  # times the speed of the last named setting of the frontier that the next one has at least
 RADII = (0, 4, 9, 15, 23, 33, 45, 60, 76, 95, 120, 150)  # tried distances of a label from its point, in pixels
 DIRECTIONS = np.array([(math.cos(angle), math.sin(angle)) for angle in np.linspace(0, 2 * math.pi, 24, endpoint=False)])
 LEADER: Figures = dict(arrowstyle="-", linewidth=0.6, color="0.4", shrinkA=0, shrinkB=3)  # from a label to its point
@@ -33,100 +29,106 @@ Array = npt.NDArray[np.float64]
 
 @dataclass
 class Label:
-    """A text that belongs to a point of the plot."""
+    """A text that belongs to a point of the picture."""
 
     text: str
     x: float
     y: float
-    colour: str = "0.2"
+    colour: str
     bold: bool = False
-    radius: int = 5  # of the point's marker, in pixels
+    radius: int = 8  # of the point's marker, in pixels
 
 
 def draw_task(task: Figures) -> Any:
-    """Returns a matplotlib figure of a task's accuracy against speed and against parallelism."""
+    """Returns a matplotlib figure of a task: a point for each timed setting, names for those that matter."""
     from matplotlib.figure import Figure  # an optional extra
 
-    figure = Figure(figsize=(9, 10.5), dpi=120, layout="constrained")
-    panels = figure.subplots(2, 1)
-    labels = [_draw(axis, task, speed) for axis, speed in zip(panels, PANELS, strict=True)]
-    figure.suptitle(f"{task['name']}, {task['split']} split")
-    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    scored = [setting for setting in task["settings"] if "accuracy" in setting]
-    low = [f"{one['name']} ({one['accuracy']:.0%})" for one in scored if 100 * one["accuracy"] < _limits(scored)[0]]
-    if low:
-        panels[0].set_title(fill(f"below the axis: {'; '.join(low)}", 115), fontsize=FONT_SIZE)
-    figure.draw_without_rendering()  # from here on the layout is final: labels are placed in pixels
-    figure.set_layout_engine("none")
-    for axis, its_labels in zip(panels, labels, strict=True):
-        _place(axis, its_labels)
+    figure = Figure(figsize=(9, 6.5), dpi=120, layout="constrained")
+    axis = figure.add_subplot()
+    figure.suptitle(f"{task['name']}: accuracy over speed, {task['split']} split")
+    axis.set(xlabel="useful tokens/s at batch 1 (equal distances are equal ratios)", ylabel="accuracy (%)")
+    timed = [one for one in task["settings"] if "accuracy" in one and one["single"].get("tokens_per_second")]
+    if timed:
+        labels = _draw(axis, task, timed)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+        figure.draw_without_rendering()  # from here on the layout is final: labels are placed in pixels
+        figure.set_layout_engine("none")
+        _place(axis, labels)
     return figure
 
 
-def _draw(axis: Any, task: Figures, speed: str) -> list[Label]:
-    """Draws the curves and points of a panel; returns its labels, the most important ones first."""
-    label, ratio = PANELS[speed]
-    scored = [setting for setting in task["settings"] if "accuracy" in setting]
-    bottom, top = _limits(scored)
-    axis.set(ylim=(bottom, top), xlabel=label, ylabel="accuracy (%)")
+def frontier(settings: Sequence[Figures]) -> list[Figures]:
+    """Returns the settings for which no other is both faster and at least as accurate, from the slowest."""
+    found: list[Figures] = []
+    for one in sorted(settings, key=lambda one: (-one["single"]["tokens_per_second"], -one["accuracy"])):
+        if not found or one["accuracy"] > found[-1]["accuracy"]:
+            found.append(one)
+    return found[::-1]
+
+
+def named(task: Figures, timed: Sequence[Figures]) -> set[str]:
+    """Returns the settings whose names the picture shows: baselines, best ones, and the frontier in steps."""
+    if len(timed) <= ALL_NAMED:
+        return {one["name"] for one in timed}
+    shown = {task["chosen"], task["default"], task.get("at_equal_accuracy", {}).get("over_autoregressive")}
+    shown |= {one["name"] for one in timed if one["role"] in ("autoregressive", "fixed_length")}
+    last = 0.0
+    for one in frontier(timed):
+        if one["single"]["tokens_per_second"] >= STEP * last:
+            last = one["single"]["tokens_per_second"]
+            shown.add(one["name"])
+    return shown
+
+
+def _draw(axis: Any, task: Figures, timed: Sequence[Figures]) -> list[Label]:
+    """Draws the points; returns the labels of those that are named."""
+    place = {one["name"]: (one["single"]["tokens_per_second"], 100 * one["accuracy"]) for one in timed}
     axis.set_xscale("log", subs=(1.5, 2, 3, 4, 5, 7))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter("{x:g}")
-    axis.grid(alpha=0.25, which="both")
-    speeds = {one["name"]: one["single"].get(speed) if speed == "tokens_per_second" else one[speed] for one in scored}
-    shown = [one for one in scored if speeds[one["name"]] and 100 * one["accuracy"] >= bottom]
-    if shown:
-        slowest, fastest = (end(speeds[one["name"]] for one in shown) for end in (min, max))
-        room = 1.1 * (fastest / slowest) ** 0.1
-        axis.set_xlim(slowest / room, fastest * room)
-
-    important, labels = list[Label](), list[Label]()
-    colours = {}  # of the settings that are points of a curve
-    for curve, colour in zip(task["curves"], cycle(COLOURS), strict=False):
-        colours.update({point["setting"]: colour for point in curve["points"]})
-        points = [(p[speed], 100 * p["accuracy"], str(p["value"])) for p in curve["points"] if p[speed]]
-        name = curve["name"] if curve["aup"] is None else f"{curve['name']} (AUP {curve['aup']:.0f})"
-        axis.plot([x for x, *_ in points], [y for _, y, _ in points], ".-", color=colour, label=name)
-        labels += [Label(value, x, y, colour) for x, y, value in (points[:1] + points[1:][-1:]) if y >= bottom]
-
-    markers: dict[str, str] = {}  # of the checkpoints
-    equal = task.get("at_equal_accuracy", {}).get(ratio)
-    for setting in shown:
-        name, x, y = setting["name"], speeds[setting["name"]], 100 * setting["accuracy"]
-        if setting["role"] == "autoregressive":
-            axis.scatter([x], [y], marker="*", s=300, color=TWIN_COLOUR, zorder=4, label=f"{name} (the twin)")
-            axis.axhline(y, color=TWIN_COLOUR, linestyle="--", linewidth=1, label="its accuracy, and half a point less")
-            axis.axhspan(y - 100 * EQUAL, y, color=TWIN_COLOUR, alpha=0.1, linewidth=0)
-            axis.axvline(x, color=TWIN_COLOUR, linestyle=":", linewidth=1, label="its speed")
-            important.append(Label(name, x, y, TWIN_COLOUR, True, 12))
-            continue
-        if name not in colours:
-            marker = markers.setdefault(setting["checkpoint"], MARKERS[len(markers) % len(MARKERS)])
-            axis.scatter([x], [y], marker=marker, **POINT)
-        text = f"{name} *" if name == task["chosen"] else name
-        if name == equal:
-            text = f"{text} ({task[f'{ratio}_at_equal_accuracy']:.2f}x)"
-        if name in (equal, task["chosen"]):
-            axis.scatter([x], [y], **RING)
-            important.append(Label(text, x, y, colours.get(name, "black"), True, 10))
-        elif name not in colours or name == task["default"]:
-            labels.append(Label(text, x, y, colours.get(name, "0.2")))
-    for checkpoint, marker in markers.items():
-        axis.scatter([], [], marker=marker, **POINT, label=f"model: {checkpoint}")
-    if task["chosen"] is not None:
-        axis.scatter([], [], **RING, label="best setting *, and best at the twin's accuracy")
-    return important + labels
+    axis.grid(alpha=0.2, which="both")
+    axis.spines[["top", "right"]].set_visible(False)
+    models = dict.fromkeys(one["checkpoint"] for one in timed if one["checkpoint"] != "autoregressive")
+    colours = dict(zip(models, [*COLOURS, *[OTHERS] * len(models)], strict=False)) | {"autoregressive": TWIN_COLOUR}
+    best = [place[one["name"]] for one in frontier(timed)]
+    axis.plot(*zip(*best, strict=True), color="0.6", linewidth=1, zorder=1, label="no other is faster and as accurate")
+    equal, shown, labels = task.get("at_equal_accuracy", {}).get("over_autoregressive"), named(task, timed), []
+    for one in timed:
+        name, colour = one["name"], colours[one["checkpoint"]]
+        x, y = place[name]
+        if one["role"] == "autoregressive":
+            axis.scatter([x], [y], marker="*", s=300, color=colour, zorder=4, label=f"{name}: the twin")
+            band: Figures = dict(color=colour, alpha=0.12, linewidth=0)
+            axis.axhspan(y - 100 * EQUAL, y, **band, label="as accurate as the twin: half a point less at most")
+            axis.axvline(x, color=colour, linestyle=":", linewidth=1)
+            labels.insert(0, Label(f"{name} (the twin)", x, y, colour, bold=True, radius=14))
+        elif name in shown:
+            axis.scatter([x], [y], s=45, color=colour, zorder=3)
+            gain = f": {task['over_autoregressive_at_equal_accuracy']:.1f}x the twin" if name == equal else ""
+            labels.append(Label(name + gain, x, y, colour, bold=bool(gain)))
+        else:
+            axis.scatter([x], [y], s=18, color=colour, alpha=0.35, linewidth=0, zorder=2)
+    paths = {"diffusion": task["checkpoint"], "autoregressive": task["autoregressive_checkpoint"]}
+    for model, colour in colours.items():
+        if any(one["checkpoint"] == model and one["role"] != "autoregressive" for one in timed):
+            axis.scatter([], [], s=45, color=colour, label=f"model {Path(paths.get(model) or model).name}")
+    if len(shown) < len(timed):
+        axis.scatter([], [], s=18, color="0.5", alpha=0.5, label="small: other settings, named in the tables")
+    _limit(axis, place, shown)
+    return labels
 
 
-def _limits(scored: Sequence[Figures]) -> tuple[float, float]:
-    """Returns the ends of the accuracy axis in per cent; it leaves out what lies far below most settings."""
-    accuracies = [100 * setting["accuracy"] for setting in scored]
-    if not accuracies:
-        return 0, 100
-    best, middle = max(accuracies), median(accuracies)
-    lowest = min(y for y in accuracies if y >= middle - 2 * (best - middle) - 1)
-    room = max(0.12 * (best - lowest), 0.5)
-    return max(lowest - room, 0), best + room
+def _limit(axis: Any, place: dict[str, tuple[float, float]], shown: Iterable[str]) -> None:
+    """Sets the accuracy axis to the named settings; the title names what lies below it."""
+    accuracies = [y for name, (_, y) in place.items() if name in shown]
+    room = max(0.12 * (max(accuracies) - min(accuracies)), 1)
+    bottom = min(accuracies) - room
+    axis.set_ylim(bottom, max(max(y for _, y in place.values()), max(accuracies)) + room)
+    slowest, fastest = (end(x for x, _ in place.values()) for end in (min, max))
+    margin = 1.1 * (fastest / slowest) ** 0.08
+    axis.set_xlim(slowest / margin, fastest * margin)
+    if below := [f"{name} ({y:.0f}%)" for name, (_, y) in place.items() if y < bottom]:
+        axis.set_title(fill(f"below the picture: {'; '.join(below)}", 115), fontsize=FONT_SIZE)
 
 
 def _place(axis: Any, labels: Sequence[Label]) -> None:

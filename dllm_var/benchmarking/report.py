@@ -63,6 +63,10 @@ SAMPLERS_NOTE = (
     "same whatever its width, which is a GPU's cost model. "
     "In ratios, an answer of fixed-length diffusion counts with at least its reference's tokens."
 )
+AUP_NOTE = (
+    "AUP, accuracy under parallelism: the area under a curve of accuracy (in %) over tokens per forward, with less "
+    "weight for lost accuracy. One token per forward without a mistake is 100; more is better."
+)
 TRAINING_NOTE = (
     "tokens/s counts tokens of samples, not padding. x plain: over the plain loop, within each round. Phases in ms per "
     "step. MFU: FLOPs the task needs (forward and backward, pairs of tokens that attend, head where a loss is, nothing "
@@ -110,11 +114,16 @@ def _task_lines(task: Figures) -> list[str]:
         if curve["aup"] is not None:
             area = f"AUP {curve['aup']:.1f} (accuracy at tokens/forward: {'; '.join(points)})"
         lines.append(f"- {curve['name']}: {area}")
+    lines += ["", AUP_NOTE, ""] if task["curves"] else []
     lines += _equal_accuracy_lines(task)
     if task["chosen"] is None:
         return [*lines, "- no entry has role default: no best setting is chosen and no ratio is taken"]
     lines.append(f"- * {task['chosen']}: {task['rule']}.")
-    lines += [_bar_line(RATIOS[name], name, bar) for name, bar in task["bars"].items()]
+    for name, label in RATIOS.items():
+        if name in task["bars"]:
+            lines.append(_bar_line(label, name, task["bars"][name]))
+        elif (value := task["ratios"].get(name)) is not None:
+            lines.append(f"- {label}: {_ratio(name, value)}")
     if over_fixed := task["ratios"].get("forwards_over_fixed_length"):
         lines.append(f"- useful tokens per forward over fixed-length diffusion: {over_fixed:.2f}x")
     return lines
@@ -195,8 +204,11 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _bar_line(label: str, name: str, bar: Figures) -> str:
-    form = "{:.0%}" if name.startswith(("mfu", "sampler_overhead")) else "{:.2f}x"
     verdict = {True: "pass", False: "FAIL", None: "not measured" if bar["value"] is None else "not judged"}
-    value = MISSING if bar["value"] is None else form.format(bar["value"])
+    value = MISSING if bar["value"] is None else _ratio(name, bar["value"])
     sign = ">=" if bar["direction"] == "at least" else "<="
-    return f"- {label}: {value} ({sign} {form.format(bar['bar'])}: {verdict[bar['passed']]})"
+    return f"- {label}: {value} ({sign} {_ratio(name, bar['bar'])}: {verdict[bar['passed']]})"
+
+
+def _ratio(name: str, value: float) -> str:
+    return f"{value:.0%}" if name.startswith(("mfu", "sampler_overhead")) else f"{value:.2f}x"

@@ -9,7 +9,7 @@ from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from dllm_var.benchmarking.settings import Entry
+from dllm_var.benchmarking.settings import BARS, Entry
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling import Generation, Request, Sampler
 from dllm_var.sampling.auxiliary import AuxiliaryModel
@@ -26,12 +26,6 @@ CHOSEN_BY = {  # ratios to the twin; what their best setting at equal accuracy h
     "over_autoregressive": "tokens_per_second",
     "over_autoregressive_batched": "batched_tokens_per_second",
     "forwards_over_autoregressive": "tokens_per_forward",
-}
-BARS = {  # values that the ratios should reach
-    "over_fixed_length": (30.1, "at least"),
-    "over_autoregressive": (2.4, "at least"),
-    "batch_32_over_1": (6.0, "at least"),
-    "sampler_overhead": (0.20, "at most"),
 }
 RULE = (
     "the candidate with the most useful tokens/s at batch 1 on the {split} split, among those whose accuracy there is "
@@ -244,7 +238,7 @@ def task_result(run: TaskRun) -> dict[str, Any]:
         "ratios": values,
         **{f"{name}_at_equal_accuracy": equal[name][1] if name in equal else None for name in CHOSEN_BY},
         "at_equal_accuracy": {name: one.setting.name for name, (one, _) in equal.items()},
-        "bars": {name: against_bar(values.get(name), *bar) for name, bar in BARS.items()},
+        "bars": {name: against_bar(values.get(name), bar, BARS[name]) for name, bar in task.bars.items()},
         "settings": settings,
         "curves": curves(run, settings),
         "per_forward": run.forward_costs,

@@ -16,6 +16,12 @@ from dllm_var.settings import merged, read_settings
 COUNTS = ("prompts", "single_prompts", "batched_prompts")
 TrainingContender = Literal["ours", "ours, compiled", "ours, compiled, full attention", "full logits, plain loop"]
 OURS, COMPILED, FULL, PLAIN_LOOP = CONTENDERS = get_args(TrainingContender)
+BARS = {  # ratios of a task that can have a bar, and on which side of it they should be
+    "over_fixed_length": "at least",
+    "over_autoregressive": "at least",
+    "batch_32_over_1": "at least",
+    "sampler_overhead": "at most",
+}
 TRAINING_BARS = ("tokens_per_second", "peak_memory", "mfu")  # beginnings of the names of a training's bars
 
 
@@ -77,6 +83,8 @@ class Task:
         batch_size: Rows of a batch.
         entries: Samplers.
         sweeps: Samplers with several values of one argument.
+        bars: Names of ratios, with the values that those of the best setting should reach: `over_fixed_length`,
+            `over_autoregressive`, `batch_32_over_1` at least, `sampler_overhead` at most.
     """
 
     name: str
@@ -93,6 +101,12 @@ class Task:
     batch_size: PositiveInt = 32
     entries: list[Entry] = field(default_factory=list)
     sweeps: list[Sweep] = field(default_factory=list)
+    bars: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for bar in self.bars:
+            if bar not in BARS:
+                raise UserError(f"task {self.name}: a bar is one of {', '.join(BARS)}, got '{bar}'")
 
     @property
     def parts(self) -> list[str]:

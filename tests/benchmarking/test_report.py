@@ -4,11 +4,13 @@ import json
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dllm_var.benchmarking.plot import draw_task
+from dllm_var.benchmarking.plot import draw_task, frontier
 from dllm_var.benchmarking.report import report
-from dllm_var.benchmarking.results import BARS, against_bar
+from dllm_var.benchmarking.results import against_bar
+from dllm_var.benchmarking.settings import BARS
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results"
 
@@ -70,7 +72,7 @@ def test_a_task_with_nothing_measured_yet_has_a_report_and_a_plot():
     pytest.importorskip("matplotlib")
     result = samplers()
     task = result["tasks"][0]
-    bars = {name: against_bar(None, *bar) for name, bar in BARS.items()}
+    bars = {name: against_bar(None, 6.0, side) for name, side in BARS.items()}
     task.update(
         ratios={},
         at_equal_accuracy={},
@@ -85,38 +87,38 @@ def test_a_task_with_nothing_measured_yet_has_a_report_and_a_plot():
     draw_task(task)
 
 
-def plotted(figure):
-    """The legend's entries, and for each panel its labels with the places that they take, in pixels."""
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    texts = [[text for text in axis.texts if text.get_text()] for axis in figure.axes]
-    return legend, [[(text.get_text(), text.get_window_extent()) for text in panel] for panel in texts]
+def labels(figure):
+    """The names that a picture shows, with the places that they take, in pixels."""
+    return [(text.get_text(), text.get_window_extent()) for text in figure.axes[0].texts if text.get_text()]
 
 
-def test_a_plot_names_every_setting_and_no_label_hides_another():
+def test_a_picture_names_what_no_other_setting_beats_and_no_label_hides_another():
     pytest.importorskip("matplotlib")
     [task] = samplers()["tasks"]
     figure = draw_task(task)
-    legend, panels = plotted(figure)
-    assert any(entry.startswith("entropy threshold (AUP 490") for entry in legend)
-    assert "autoregressive (the twin)" in legend
-    on_curves = {point["setting"] for curve in task["curves"] for point in curve["points"]}
-    below = figure.axes[0].get_title().replace("\n", " ")
-    assert "joint threshold (69%)" in below
-    for axis, labels in zip(figure.axes, panels, strict=True):
-        names = [name.removesuffix(" *") for name, _ in labels]
-        missing = {setting["name"] for setting in task["settings"]} - {*names} - on_curves
-        assert len(names) > 20 and {"autoregressive", task["chosen"], task["default"]} <= set(names)
-        assert all(f"{name} (" in below for name in missing)
-        places = [place for _, place in labels]
-        assert not [pair for pair in combinations(places, 2) if pair[0].overlaps(pair[1])]
-        frame = axis.get_window_extent()
-        assert all(frame.contains(*place.min) and frame.contains(*place.max) for place in places)
+    [axis] = figure.axes
+    found = dict(labels(figure))
+    assert {"autoregressive (the twin)", "fixed length", task["chosen"], task["default"], "diffuspec"} <= set(found)
+    assert "strided 8, trust 0.7: 2.3x the twin" in found and len(found) <= 12
+    assert "joint threshold (69%)" in axis.get_title()  # far below the others
+    assert not [pair for pair in combinations(found.values(), 2) if pair[0].overlaps(pair[1])]
+    frame = axis.get_window_extent()
+    assert all(frame.contains(*place.min) and frame.contains(*place.max) for place in found.values())
+    colours = {tuple(colour[:3]) for points in axis.collections for colour in points.get_facecolor()}
+    assert 3 < len(colours) <= 8
 
 
-def test_a_plot_marks_the_best_setting_at_equal_accuracy():
+def test_the_frontier_is_what_no_other_setting_beats_in_both():
+    settings = samplers()["tasks"][0]["settings"]
+    place = {one["name"]: (one["single"]["tokens_per_second"], one["accuracy"]) for one in settings}
+    unbeaten = [a for a in place if not any(b != a and min(np.subtract(place[b], place[a])) >= 0 for b in place)]
+    assert [one["name"] for one in frontier(settings)] == sorted(unbeaten, key=place.get)
+
+
+def test_few_settings_are_all_named_and_the_best_at_equal_accuracy_has_its_ratio():
     pytest.importorskip("matplotlib")
     [task] = shipped("gsm_symbolic")["tasks"]
-    task["at_equal_accuracy"] = {"over_autoregressive": "diffuspec", "forwards_over_autoregressive": "autoregressive"}
-    task["over_autoregressive_at_equal_accuracy"] = 1.47
-    _, [speed, forwards] = plotted(draw_task(task))
-    assert "diffuspec (1.47x)" in dict(speed) and {"diffuspec", "autoregressive"} <= set(dict(forwards))
+    names = {name for name, _ in labels(draw_task(task))}
+    assert names == {
+        "autoregressive (the twin)", "strided 8", "strided 8, everywhere", "threshold 0.9", "diffuspec: 1.8x the twin"
+    }  # fmt: skip

@@ -55,6 +55,7 @@ def test_an_overlay_with_arguments_over_it(tmp_path):
     [
         (dict(entries=[Entry("a", THRESHOLD), Entry("a", THRESHOLD)]), "task t: two are called 'a'"),
         (dict(), "task t: nothing to measure"),
+        (dict(bars={"speed": 2.0}), "task t: a bar is one of over_fixed_length"),
         (dict(entries=[Entry("a", {"init_args": {}})]), "task t, a: the sampler has no class_path"),
         (
             dict(entries=[Entry("a", THRESHOLD, role="default"), Entry("b", THRESHOLD, role="default")]),
