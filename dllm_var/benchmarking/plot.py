@@ -92,7 +92,8 @@ def _draw(axis: Any, task: Figures, timed: Sequence[Figures]) -> list[Label]:
     colours = dict(zip(models, [*COLOURS, *[OTHERS] * len(models)], strict=False)) | {"autoregressive": TWIN_COLOUR}
     best = [place[one["name"]] for one in frontier(timed)]
     axis.plot(*zip(*best, strict=True), color="0.6", linewidth=1, zorder=1, label="no other is faster and as accurate")
-    equal, shown, labels = task.get("at_equal_accuracy", {}).get("over_autoregressive"), named(task, timed), []
+    equal, shown = task.get("at_equal_accuracy", {}).get("over_autoregressive"), named(task, timed)
+    labels: list[Label] = []
     for one in timed:
         name, colour = one["name"], colours[one["checkpoint"]]
         x, y = place[name]
