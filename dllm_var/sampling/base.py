@@ -101,6 +101,10 @@ class Request:
             self.on_block(index, tokens if cut is None else tokens[: cut[0]])
         return cut is not None
 
+    def wants_steps(self, index: int) -> bool:
+        """Whether a prompt's answer is recorded."""
+        return self.records
+
     def stepped(
         self,
         index: int,

@@ -236,11 +236,9 @@ class Engine(ABC, Generic[AnyRow]):
     def run_forward(self, batch: Batch[AnyRow]) -> None:
         """Runs a forward, and records what it did to the answers whose requests want to know."""
         self.forward(batch)
-        if not self.request.records:
-            return
-        for slot in batch.slots:
+        for slot in batch.slots if self.request.records else ():
             row = self.rows[slot]
-            if row.index >= 0:  # it goes on
+            if row.index >= 0 and self.request.wants_steps(row.index):  # it goes on
                 start, (stop, blocks) = row.prompt_length, self.in_sight(slot)
                 tokens = [None if token == self.mask_id else token for token in self.canvas[slot, start:stop].tolist()]
                 known = self.log_probabilities_of(slot, len(tokens))

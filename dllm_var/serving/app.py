@@ -86,7 +86,7 @@ def build_app(decoder: Decoder, settings: Settings) -> FastAPI:
         return error_response(error)
 
     samplers = {name: label_of(sampler) for name, sampler in decoder.samplers.items()}
-    live = {"model": settings.name, "chat": settings.chat, "samplers": samplers}
+    live = {"model": settings.name, "chat": settings.chat, "locked": settings.key is not None, "samplers": samplers}
     document = page([], live, settings.name)
 
     @app.get("/")
@@ -330,7 +330,7 @@ class Answering:
                     raise ApiError("the text changed after it was sent: ask again, without stream", 500, "server_error")
                 if rest := text[len(shown[index]) :]:
                     yield self.written.piece(index, rest)
-                more: dict[str, Any] = {"answer": summary_of(what)} if self.wishes.steps else {}
+                more: dict[str, Any] = {"took": summary_of(what)} if self.wishes.steps else {}
                 yield self.written.piece(index, None, what, **more)
             if self.wishes.stream_options is not None and self.wishes.stream_options.include_usage:
                 answers = [self.answers[index] for index in shown]

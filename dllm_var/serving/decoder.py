@@ -119,10 +119,11 @@ class Jobs(Request):
         job = self.jobs.get(index)
         return job is not None and job.request.advanced(0, tokens, log_probabilities)
 
+    def wants_steps(self, index: int) -> bool:
+        return self.records and index in self.jobs and self.jobs[index].records
+
     def stepped(self, index: int, *what: Any) -> None:
-        job = self.jobs.get(index)
-        if job is not None and job.records:
-            job.request.stepped(0, *what)
+        self.jobs[index].request.stepped(0, *what)
 
     def finished(self, index: int, answer: Generation) -> None:
         job = self.jobs.get(index)

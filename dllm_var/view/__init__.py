@@ -19,8 +19,8 @@ def page(replays: Sequence[dict[str, Any]], live: dict[str, Any] | None = None, 
     It loads nothing, and all that it shows is text: neither prompts nor tokens can become markup or script.
 
     Args:
-        live: The server that the page asks for further answers: its `model` and `samplers`, and whether it has a `chat`
-            template. A file has none.
+        live: The server that the page asks for further answers: its `model` and `samplers`, whether it is asked in a
+            `chat`, and whether it is `locked` with an API key. A file has none.
     """
     style, script, document = (_part(name) for name in ("replay.css", "replay.js", "page.html"))
     # Escaped so that nothing in it ends the element it stands in.

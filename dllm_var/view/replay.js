@@ -30,7 +30,8 @@ class Pane {
     this.facts = make("p", "facts");
     if (named) this.root.append(make("h2", "", replay.label));
     if (replay.about) this.root.firstChild.append(make("small", "", replay.about));
-    this.root.append(make("p", "asked", replay.prompt), this.blocks, this.facts);
+    if (!given.live) this.root.append(make("p", "asked", replay.prompt)); // a live page has it in its form
+    this.root.append(this.blocks, this.facts);
   }
 
   get steps() {
@@ -109,7 +110,7 @@ class Pane {
     } else if (newest) {
       this.facts.append("forward ", make("b", "", newest.forward));
     } else {
-      this.facts.append(this.replay.waits ? "waits" : "before the first forward");
+      this.facts.append(this.replay.waits ? "waits for its turn" : "before the first forward");
     }
   }
 }
@@ -211,7 +212,7 @@ async function* ask(body, path) {
   if (at("key").value) headers.authorization = `Bearer ${at("key").value}`;
   const reply = await fetch(path, {method: "POST", headers, body: JSON.stringify(body), signal: running.signal});
   if (!reply.ok) {
-    if (reply.status === 401) at("locked").hidden = false;
+    if (reply.status === 401) at("key").focus();
     throw new Error((await reply.json()).error.message);
   }
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -237,9 +238,9 @@ async function decode(pane, follows) {
   pane.replay.waits = false;
   for await (const event of ask(body, chat ? "/v1/chat/completions" : "/v1/completions")) {
     if (event.error) throw new Error(event.error.message);
-    for (const {step, answer} of event.choices) {
+    for (const {step, took} of event.choices) {
       if (step) pane.steps.push(step);
-      if (answer) Object.assign(pane.replay, answer);
+      if (took) Object.assign(pane.replay, took);
     }
     show(follows() ? longest() : position);
   }
@@ -270,6 +271,7 @@ async function generate() {
 
 if (given.live) {
   at("ask").hidden = false;
+  at("locked").hidden = !given.live.locked;
   at("prompt").focus();
   for (const name of Object.keys(given.live.samplers)) {
     at("sampler").append(new Option(name, name));

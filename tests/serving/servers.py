@@ -31,8 +31,8 @@ def shared_http():
 class Server:
     """A running server; `stop` ends it as a signal would."""
 
-    def __init__(self, model, tokenizer, sampler, context=256, max_queue=64, max_engines=2, **settings):
-        self.decoder = Decoder(model, tokenizer, sampler, context, max_queue, max_engines, Metrics())
+    def __init__(self, model, tokenizer, sampler, context=256, max_queue=64, max_engines=2, others=None, **settings):
+        self.decoder = Decoder(model, tokenizer, sampler, context, max_queue, max_engines, Metrics(), others)
         app = build_app(self.decoder, Settings("tiny", **settings))
         listening = socket.create_server(("127.0.0.1", 0))
         self.address = listening.getsockname()
