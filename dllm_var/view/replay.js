@@ -47,7 +47,8 @@ class Pane {
   show(number, scale) {
     const done = Math.min(number, this.steps.length);
     const cells = [], starts = new Set();
-    let length = this.replay.length ?? 0, newest = null;
+    // Before the first forward there are the masks that it reads.
+    let length = (this.steps[0] ?? this.replay).length ?? 0, newest = null;
     for (const [place, text] of this.replay.given ?? []) cells[place] = {text};
     for (newest of this.steps.slice(0, done)) {
       cells.length = length = newest.length;
@@ -273,6 +274,7 @@ if (given.live) {
   at("ask").hidden = false;
   at("locked").hidden = !given.live.locked;
   at("prompt").focus();
+  at("panes").append(make("p", "hint", "Generate (Ctrl-Enter) shows here how the answer is decoded, forward by forward."));
   for (const name of Object.keys(given.live.samplers)) {
     at("sampler").append(new Option(name, name));
     at("other").append(new Option(name, name));
@@ -312,7 +314,7 @@ document.addEventListener("keydown", (event) => {
     return;
   }
   if (event.key === "Escape" && running) return running.abort();
-  const field = event.target.closest("textarea, select, button, input");
+  const field = event.target.closest("textarea, select, input" + (event.key === " " ? ", button" : ""));
   const types = field && field.id !== "slider";
   const upOrDown = event.key === "ArrowUp" || event.key === "ArrowDown";
   if (types || event.ctrlKey || event.metaKey || event.altKey || (upOrDown && given.replays.length < 2)) return;
