@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from dllm_var.model.transformer import Transformer
     from dllm_var.sampling import Sampler
 
-DESCRIPTION = """Answers requests over HTTP with a trained checkpoint: OpenAI's /v1/completions, /v1/chat/completions
-and /v1/models, /health, and /metrics for Prometheus. Needs pip install "dllm-var[serve]".
+DESCRIPTION = """Answers requests over HTTP with a trained checkpoint: a page at / that shows answers being decoded,
+OpenAI's /v1/completions, /v1/chat/completions and /v1/models, /health, and /metrics for Prometheus. Needs pip install
+"dllm-var[serve]".
 
 Requests are decoded together; they join and leave the batch between two forward passes. SIGTERM or Ctrl-C ends the
 server after the requests it has; Ctrl-C again ends it at once. If DLLM_VAR_API_KEY is set, clients must send that
