@@ -19,14 +19,14 @@ from dllm_var.files import fits
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.captured import release
-from dllm_var.sampling.recording import Recording, Step, replay_of
+from dllm_var.sampling.recording import RecordedStep, Recording, replay_of
 from dllm_var.sampling.stopping import StopStrings
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.view import frame
 
 OnBlock = Callable[[int, list[int]], None]
 OnAnswer = Callable[[int, "Generation"], None]
-OnStep = Callable[[int, Step], None]
+OnStep = Callable[[int, RecordedStep], None]
 
 DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # attention on a GPU
 
@@ -163,7 +163,7 @@ class Generation:
     # it, whatever the temperature; None unless `generate` was asked for them.
     log_probabilities: list[float] | None = None
 
-    steps: list[Step] | None = field(default=None, repr=False)  # what each forward did, if it was recorded
+    steps: list[RecordedStep] | None = field(default=None, repr=False)  # what each forward did, if it was recorded
     # For a notebook, which shows texts.
     prompt: list[int] | None = field(default=None, repr=False)
     tokenizer: Tokenizer | None = field(default=None, repr=False, compare=False)

@@ -15,7 +15,7 @@ Change = tuple[int, int | None, float | None]
 
 
 @dataclass
-class Step:
+class RecordedStep:
     """What a forward did to an answer."""
 
     forward: int  # its number, counted from 1
@@ -36,7 +36,7 @@ class Step:
 class Recording:
     """The steps of one answer, from what its row holds after each forward."""
 
-    steps: list[Step] = field(default_factory=list)
+    steps: list[RecordedStep] = field(default_factory=list)
     _tokens: dict[int, int] = field(default_factory=dict)  # by their places
     _starts: set[int] = field(default_factory=set)
 
@@ -46,7 +46,7 @@ class Recording:
         tokens: Sequence[int | None],
         log_probabilities: Sequence[float] | None,
         starts: Sequence[int] = (),
-    ) -> Step | None:
+    ) -> RecordedStep | None:
         """Adds the answer as a forward left it, with None for masks; returns what is new, None if nothing is."""
         changes: list[Change] = []
         for place, token in enumerate(tokens):
@@ -59,16 +59,16 @@ class Recording:
         self._tokens = {place: token for place, token in enumerate(tokens) if token is not None}
         new = [place for place in starts if place not in self._starts]
         self._starts.update(new)
-        self.steps.append(Step(forward, len(tokens), new, changes))
+        self.steps.append(RecordedStep(forward, len(tokens), new, changes))
         return self.steps[-1]
 
 
-def steps_of(answer: Generation) -> list[Step]:
+def steps_of(answer: Generation) -> list[RecordedStep]:
     """Returns what each forward did to an answer: as recorded, or else as far as its commit steps tell."""
     if answer.steps is not None or answer.commit_steps is None:
         return answer.steps or []
     known: Sequence[float | None] = answer.log_probabilities or [None] * len(answer.tokens)
-    steps = [Step(forward, len(answer.tokens), [], []) for forward in range(1, answer.nfe + 1)]
+    steps = [RecordedStep(forward, len(answer.tokens), [], []) for forward in range(1, answer.nfe + 1)]
     for place, (token, forward, log_p) in enumerate(zip(answer.tokens, answer.commit_steps, known, strict=True)):
         if forward:
             steps[forward - 1].changes.append((place, token, log_p))

@@ -21,7 +21,7 @@ from dllm_var.errors import UserError
 from dllm_var.sampling.base import Generation, check_request
 from dllm_var.sampling.drawing import random_key, request_keys
 from dllm_var.sampling.engine import EngineSampler
-from dllm_var.sampling.recording import Step, label_of, summary_of
+from dllm_var.sampling.recording import RecordedStep, label_of, summary_of
 from dllm_var.sampling.stopping import StopStrings
 from dllm_var.serving.decoder import OWN, Busy, Decoder, Drawing, Failed, Job, Stopped, can_draw
 from dllm_var.serving.gate import Gate
@@ -32,7 +32,7 @@ from dllm_var.view import page
 PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 RETRY_AFTER = 1  # seconds
 
-Event = tuple[int, "str | Step | Generation | Exception"]  # of which choice, and what its job tells
+Event = tuple[int, "str | RecordedStep | Generation | Exception"]  # of which choice, and what its job tells
 
 
 @dataclass(frozen=True)
@@ -251,8 +251,8 @@ class Answering:
             return Drawing(0.0, sampler.top_k, sampler.top_p, sampler.seed)
         return drawing
 
-    def _teller(self, index: int) -> Callable[[str | Step | Generation | Exception], None]:
-        def tell(what: str | Step | Generation | Exception) -> None:
+    def _teller(self, index: int) -> Callable[[str | RecordedStep | Generation | Exception], None]:
+        def tell(what: str | RecordedStep | Generation | Exception) -> None:
             with suppress(RuntimeError):  # the loop is closed: the server was stopped at once
                 self.loop.call_soon_threadsafe(self.events.put_nowait, (index, what))
 
@@ -321,7 +321,7 @@ class Answering:
                     shown[index] += what
                     yield self.written.piece(index, what)
                     continue
-                if isinstance(what, Step):
+                if isinstance(what, RecordedStep):
                     yield self.written.piece(index, None, step=what.as_json(self.decoder.tokenizer))
                     continue
                 assert isinstance(what, Generation)

@@ -25,7 +25,7 @@ from dllm_var.sampling.base import (
     without_training_modes,
 )
 from dllm_var.sampling.engine import Engine, EngineSampler
-from dllm_var.sampling.recording import Step
+from dllm_var.sampling.recording import RecordedStep
 from dllm_var.sampling.stopping import StopStrings, settled_text
 from dllm_var.serving.metrics import Metrics
 from dllm_var.text.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ class Job:
     key: int  # number of its draws
     sampler: EngineSampler
     drawing: Drawing
-    tell: Callable[[str | Step | Generation | Exception], None]
+    tell: Callable[[str | RecordedStep | Generation | Exception], None]
     stop: StopStrings | None = None
     streams: bool = False
     records: bool = False  # whether each step is told, too
