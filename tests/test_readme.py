@@ -1,6 +1,7 @@
 """What the README and docs/extending.md show is run, not read."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from dllm_var.__main__ import main
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+
+TOY = ["--model.transformer.hidden_size=16", "--model.transformer.num_layers=1", "--model.transformer.num_heads=2"]
+TOY += ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=2"]
+TOY += ["--sampler.max_new_tokens=4", "--data.batch_size=2"]
 
 
 def block(language: str, word: str) -> str:
@@ -29,10 +34,7 @@ def policy(tmp_path, monkeypatch):
 
 def test_the_policy_of_the_readme_samples_during_training(policy, capfd):
     config = str(ROOT / "configs" / "quickstart.yaml")
-    toy = ["--model.transformer.hidden_size=16", "--model.transformer.num_layers=1", "--model.transformer.num_heads=2"]
-    toy += ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=2"]
-    toy += ["--sampler.max_new_tokens=4", "--data.batch_size=2"]
-    assert main(["fit", "--config", config, "--config", policy, *toy]) == 0
+    assert main(["fit", "--config", config, "--config", policy, *TOY]) == 0
     [saved] = Path("runs").glob("*/version_0/config.yaml")
     assert "my_policy.LeftToRight" in saved.read_text()
 
@@ -63,6 +65,17 @@ def test_the_source_of_the_extending_page_reverses_words(monkeypatch):
     source = names["Backwards"]()
     records = list(source.records("test"))
     assert len(records) == 2_000 and all(record["response"] == record["prompt"][::-1] for record in records)
+
+
+def test_the_callback_of_the_extending_page_asks_at_each_validation(tmp_path, monkeypatch, capfd):
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8").partition("## A callback")[2]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("configs").symlink_to(ROOT / "configs")
+    Path("ask.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    command = shlex.split(re.search(r"^\$ python -m dllm_var (.*)", page, re.MULTILINE)[1])
+    assert main([*command, *TOY]) == 0
+    assert "step 2: keyboard -> " in capfd.readouterr().out
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,6 +13,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
@@ -36,7 +37,7 @@ from dllm_var.training.trainer import SaveConfig, Trainer, default_checkpoints
 def main(command: str, arguments: list[str]) -> int:
     """Runs `fit`, `validate`, `test` or `predict`; returns 0, or 128 and the number of the signal that stopped it."""
     if {"-h", "--help"} & set(arguments):
-        print(full_help(build_parser(command, arguments)))
+        print(full_help(command, arguments))
         return 0
     quieten()
     arguments, resume = split_resume(command, arguments)
@@ -92,6 +93,12 @@ def run(command: str, arguments: list[str], resume: str | None, held: ExitStack)
     if isinstance(built.model, DiffusionLM):
         built.model.sampler = built.sampler  # what predict decodes with
     trainer = build_trainer(built, text)
+    if trainer.world_size > 1 and isinstance(trainer.accelerator, CPUAccelerator) and is_first():
+        print(
+            f"{command} runs in {trainer.world_size} processes on CPUs, and this machine has {os.cpu_count()} cores; "
+            "each process has its own batches; --trainer.devices=1 runs in one process",
+            file=sys.stderr,
+        )
     if command == "fit":  # before any data is read
         mismatch = canvas_warning(built.data, built.sampler)
         if mismatch and is_first():

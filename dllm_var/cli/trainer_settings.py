@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from dllm_var import DiffusionLM, __version__
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
+from dllm_var.model.config import TransformerConfig
 from dllm_var.sampling import Sampler
 from dllm_var.settings import SettingsParser, config_files, suggestion
 from dllm_var.training.run_folders import default_logger
@@ -18,6 +19,13 @@ from dllm_var.training.trainer import Trainer
 
 # The base class of each section, and the class that it is of by default.
 CLASSES = {"model": (L.LightningModule, DiffusionLM), "data": (L.LightningDataModule, PackedDataModule)}
+EXAMPLES = """examples:
+  python -m dllm_var fit --config configs/quickstart.yaml --trainer.max_steps=500
+  python -m dllm_var fit --config configs/qwen3_to_diffusion.yaml --model.init_from=FOLDER --trainer.devices=8
+  python -m dllm_var fit --resume --config configs/quickstart.yaml
+
+Settings of other classes: --model.objective.help=CLASS, --data.source.help=CLASS, --sampler.help=CLASS.
+"""
 PASSED: set[str | int] = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}  # not settings
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.\[\]]*)\}")
 
@@ -74,8 +82,13 @@ def build_parser(command: str, arguments: list[str], trainer_command: str | None
 
 
 def build_reader(command: str, arguments: list[str], usage: str, description: str, examples: str) -> TrainerParser:
-    """Returns the parser of a command that reads the settings of `fit`, and options of its own, but trains nothing."""
-    parser = build_parser(command, arguments, trainer_command="fit")
+    """Returns the parser of a command that reads the settings of `fit`, and options of its own, which --help shows."""
+    if {"-h", "--help"} & set(arguments):
+        parser = TrainerParser(command)
+        parser.add_argument("-c", "--config", action="config", help="YAML file of settings; later files win")
+        examples += "\n\nIt takes all settings of fit, too: python -m dllm_var fit --help"
+    else:
+        parser = build_parser(command, arguments, trainer_command="fit")
     parser.description, parser.epilog = description, examples
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.usage = f"python -m dllm_var {command} --config FILE ... {usage} [--key=value ...]"
@@ -88,12 +101,15 @@ def run_name(arguments: list[str]) -> str:
     return configs[0].stem if configs else "default"
 
 
-def full_help(parser: TrainerParser) -> str:
-    """Returns --help with the settings of the default classes, which a parser of class paths does not show."""
+def full_help(command: str, arguments: list[str]) -> str:
+    """Returns --help: examples, the settings of the default model and data, then all others, the Trainer's last."""
+    parser = build_parser(command, arguments)
     inner = SettingsParser(description="", usage="", add_help=False)
     for key, (_, default) in CLASSES.items():
-        inner.add_class_arguments(default, key, sub_configs=True, fail_untyped=False)
-    return parser.format_help() + inner.format_help().split("\n", 1)[1]
+        inner.add_class_arguments(default, key, sub_configs=True, fail_untyped=False, skip={"transformer"})
+    inner.add_class_arguments(TransformerConfig, "model.transformer")
+    first, last = (shown.format_help().split("\n", 1)[1] for shown in (inner, parser))
+    return f"usage: {parser.usage}\n\n{EXAMPLES if command == 'fit' else ''}{first}{last}"
 
 
 def check_settings(settings: Namespace, name: str) -> None:

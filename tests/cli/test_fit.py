@@ -130,7 +130,10 @@ def test_every_command_has_help(command, capsys):
     text = capsys.readouterr().out
     assert f"python -m dllm_var {command}" in text
     if command == "fit":
-        assert "--model.objective" in text and "--data.context_length" in text and "--trainer.max_steps" in text
+        assert text.count("  python -m dllm_var fit ") == 3
+        inner = ("--model.objective ", "--data.context_length ", "--model.transformer.hidden_size ")
+        places = [text.index(setting) for setting in (*inner, "--trainer.max_steps ")]
+        assert max(places) == places[-1]
 
 
 # -- mistakes ----------------------------------------------------------------------------------------------------------
@@ -140,7 +143,10 @@ def test_every_command_has_help(command, capsys):
     ("changes", "words"),
     [
         ("--model.sed=1", ["model: DiffusionLM has no setting 'sed'; did you mean 'seed'?"]),
-        ("--model.transformer.hiden_size=1", ["'transformer.hiden_size'", "did you mean 'transformer.hidden_size'"]),
+        (
+            "--model.transformer.hiden_size=1",
+            ["model.transformer: ", "no setting 'hiden_size'; did you mean 'hidden_size'?"],
+        ),
         ("--model.optimizer=torch.optim.AdamW --model.optimizer.lrr=1", ["model.optimizer", "'lrr'", "'lr'"]),
         ("--trainer.max_step=1", ["trainer.max_step", "trainer.max_steps"]),
         ("--data.batch_size=many", ["data.batch_size", "int", "many"]),
@@ -337,6 +343,15 @@ def test_a_foreign_checkpoint_and_one_of_another_shape_are_told_in_one_line(trai
     assert "foreign.ckpt" in complaint(capsys, "validate", "--config", trained, "--ckpt_path=foreign.ckpt")
     wider = ["--model.transformer.hidden_size=32", f"--ckpt_path={LAST}"]
     assert "hidden_size=16" in complaint(capsys, "validate", "--config", trained, *wider)
+
+
+def test_processes_on_a_cpu_are_announced_before_they_start(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(L.Trainer, "fit", lambda *args, **kwargs: None)
+    for devices in (1, 8):
+        assert main(["fit", "--config", tiny, f"--trainer.devices={devices}"]) == 0
+        said = [line for line in capsys.readouterr().err.splitlines() if "processes on CPUs" in line]
+        assert len(said) == (devices > 1)
+    assert said[0].startswith("fit runs in 8 processes on CPUs") and "--trainer.devices=1" in said[0]
 
 
 def test_resume_command_drops_the_first_checkpoint():
