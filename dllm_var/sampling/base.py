@@ -332,6 +332,9 @@ def finite_logits(model: Transformer) -> Iterator[Callable[[], None]]:
     handle = model.lm_head.register_forward_hook(watch)
     try:
         yield check
+    except Exception:
+        check()  # whatever was raised came of it
+        raise
     finally:
         handle.remove()
 

@@ -23,16 +23,25 @@ from dllm_var.sampling.drawing import random_key, request_keys
 from dllm_var.sampling.engine import EngineSampler
 from dllm_var.sampling.recording import RecordedStep, label_of, summary_of
 from dllm_var.sampling.stopping import StopStrings
-from dllm_var.serving.decoder import OWN, Busy, Decoder, Drawing, Failed, Job, Stopped, can_draw
+from dllm_var.serving.decoder import OWN, Busy, Decoder, Drawing, Failed, Job, Part, Stopped, Told, can_draw
 from dllm_var.serving.gate import Gate
-from dllm_var.serving.protocol import ApiError, ChatWishes, CompletionWishes, Reply, Wishes, event, usage_of
+from dllm_var.serving.protocol import (
+    ApiError,
+    ChatWishes,
+    CompletionWishes,
+    LogProbabilities,
+    Reply,
+    Wishes,
+    event,
+    usage_of,
+)
 from dllm_var.text.prompts import encode_conversation, encode_prompt
 from dllm_var.view import page
 
 PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 RETRY_AFTER = 1  # seconds
 
-Event = tuple[int, "str | RecordedStep | Generation | Exception"]  # of which choice, and what its job tells
+Event = tuple[int, Told]  # of which choice, and what its job tells
 
 
 @dataclass(frozen=True)
@@ -199,6 +208,7 @@ class Answering:
                 stop=StopStrings(stops, tokenizer) if stops else None,
                 streams=bool(self.wishes.stream),
                 records=bool(self.wishes.steps),
+                log_probabilities=self.wishes.log_probabilities,
             )
             for index, prompt in enumerate(repeated)
         ]
@@ -251,12 +261,15 @@ class Answering:
             return Drawing(0.0, sampler.top_k, sampler.top_p, sampler.seed)
         return drawing
 
-    def _teller(self, index: int) -> Callable[[str | RecordedStep | Generation | Exception], None]:
-        def tell(what: str | RecordedStep | Generation | Exception) -> None:
+    def _teller(self, index: int) -> Callable[[Told], None]:
+        def tell(what: Told) -> None:
             with suppress(RuntimeError):  # the loop is closed: the server was stopped at once
                 self.loop.call_soon_threadsafe(self.events.put_nowait, (index, what))
 
         return tell
+
+    def _known(self) -> list[LogProbabilities]:
+        return [LogProbabilities(self.decoder.tokenizer, self.chat, self.wishes.log_probabilities) for _ in self.jobs]
 
     def _end(self) -> None:
         """Frees the rows of what is not finished, and counts a client that has gone."""
@@ -287,7 +300,8 @@ class Answering:
             await self._next()
         answers = [self.answers[index] for index in range(len(self.jobs))]
         self._measure()
-        return JSONResponse(self.written.whole(answers, usage_of(answers, self.choices)))
+        known = [one.of(answer) for one, answer in zip(self._known(), answers, strict=True)]
+        return JSONResponse(self.written.whole(answers, known, usage_of(answers, self.choices)))
 
     async def _whole(self) -> Response:
         """Returns the reply, or an empty one that nobody reads when the client has gone."""
@@ -307,7 +321,7 @@ class Answering:
 
     async def _stream(self) -> AsyncIterator[bytes]:
         """Yields events: each choice's text as it grows, its end, and what it took when that is asked for."""
-        shown, first = dict.fromkeys(range(len(self.jobs)), ""), True
+        shown, first, known = dict.fromkeys(range(len(self.jobs)), ""), True, self._known()
         try:
             if self.chat:
                 for index in shown:
@@ -317,9 +331,9 @@ class Answering:
                 if first:
                     self.decoder.metrics.first_text.observe(time.monotonic() - self.began)
                     first = False
-                if isinstance(what, str):
-                    shown[index] += what
-                    yield self.written.piece(index, what)
+                if isinstance(what, Part):
+                    shown[index] += what.text
+                    yield self.written.piece(index, what.text, logprobs=known[index].of(what, len(shown[index])))
                     continue
                 if isinstance(what, RecordedStep):
                     yield self.written.piece(index, None, step=what.as_json(self.decoder.tokenizer))
@@ -328,8 +342,9 @@ class Answering:
                 text = what.text or ""
                 if not text.startswith(shown[index]):  # by a tokenizer whose later tokens change earlier text
                     raise ApiError("the text changed after it was sent: ask again, without stream", 500, "server_error")
-                if rest := text[len(shown[index]) :]:
-                    yield self.written.piece(index, rest)
+                rest, own = text[len(shown[index]) :], known[index].of(what)
+                if rest or own:
+                    yield self.written.piece(index, rest, logprobs=own)
                 more: dict[str, Any] = {"took": summary_of(what)} if self.wishes.steps else {}
                 yield self.written.piece(index, None, what, **more)
             if self.wishes.stream_options is not None and self.wishes.stream_options.include_usage:

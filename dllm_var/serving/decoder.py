@@ -18,6 +18,7 @@ from dllm_var.errors import UserError
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import (
     Generation,
+    NotFinite,
     Request,
     Sampler,
     finite_logits,
@@ -48,6 +49,17 @@ class Failed(Exception):
     """An answer could not be decoded, for a reason that is not the client's."""
 
 
+class Part(NamedTuple):
+    """How far a streamed answer is."""
+
+    text: str  # what is new of it
+    tokens: list[int]  # all so far, also those whose text is held back
+    log_probabilities: list[float] | None  # of the tokens, if they are wanted
+
+
+Told = Part | RecordedStep | Generation | Exception  # what a job's owner gets to know
+
+
 class Drawing(NamedTuple):
     """How tokens are drawn. Answers share an engine, and so a batch, when they draw in the same way."""
 
@@ -61,7 +73,7 @@ class Drawing(NamedTuple):
 class Job:
     """One answer that is asked for.
 
-    `tell` is called in the decoding thread, with each new piece of text when the job `streams`, with each step when it
+    `tell` is called in the decoding thread, with each new part when the job `streams`, with each step when it
     `records`, and at the end with the answer or with what went wrong.
     """
 
@@ -70,10 +82,14 @@ class Job:
     key: int  # number of its draws
     sampler: EngineSampler
     drawing: Drawing
-    tell: Callable[[str | RecordedStep | Generation | Exception], None]
+    tell: Callable[[Told], None]
     stop: StopStrings | None = None
     streams: bool = False
     records: bool = False  # whether each step is told, too
+    log_probabilities: bool = False  # whether those of the tokens are wanted
+    known: list[float] | None = None  # those of the answer so far
+    group: int = 0  # after a failure, the number of those that it is decoded with
+    heard: int = 0  # steps that were told
     shown: str = ""  # what was told of the text
     gone: bool = False  # nobody waits for it any more
     request: Request = field(default_factory=Request)
@@ -81,11 +97,19 @@ class Job:
     def begin(self, tokenizer: Tokenizer, metrics: Metrics, check: Callable[[], None]) -> None:
         """Prepares a job for its engine: from then on what its `request` learns of the answer is told."""
 
+        numbers = count(1)
+
         def on_block(_: int, tokens: list[int]) -> None:
             text = settled_text(tokens, tokenizer, self.stop)
             if len(text) > len(self.shown) and text.startswith(self.shown):
-                self.tell(text[len(self.shown) :])
+                self.tell(Part(text[len(self.shown) :], tokens, self.known))
                 self.shown = text
+
+        def on_step(_: int, step: RecordedStep) -> None:
+            number = next(numbers)
+            if number > self.heard:  # after a failure the answer begins again
+                self.heard = number
+                self.tell(step)
 
         def on_answer(_: int, answer: Generation) -> None:
             metrics.count(answer)
@@ -97,9 +121,9 @@ class Job:
             stop=self.stop,
             on_block=following,
             on_answer=on_answer,
-            on_step=lambda _, step: self.tell(step),
+            on_step=on_step,
             check=check,
-            log_probabilities=self.records,
+            log_probabilities=self.log_probabilities or self.records,
             records=self.records,
         )
 
@@ -109,6 +133,7 @@ class Jobs(Request):
     """Takes what an engine says of its rows to the jobs they belong to; nobody hears of rows without one."""
 
     jobs: dict[int, Job] = field(default_factory=dict)
+    entered: int = 0  # jobs so far
     over: list[int] = field(default_factory=list)  # rows that have ended, for the engine to forget
 
     @property
@@ -117,7 +142,10 @@ class Jobs(Request):
 
     def advanced(self, index: int, tokens: list[int], log_probabilities: list[float] | None) -> bool:
         job = self.jobs.get(index)
-        return job is not None and job.request.advanced(0, tokens, log_probabilities)
+        if job is None:
+            return False
+        job.known = log_probabilities
+        return job.request.advanced(0, tokens, log_probabilities)
 
     def wants_steps(self, index: int) -> bool:
         return self.records and index in self.jobs and self.jobs[index].records
@@ -256,7 +284,7 @@ class Decoder(threading.Thread):
 
     def _key(self, job: Job) -> Any:
         """Returns what jobs of one engine have in common."""
-        return job.sampler, job.drawing, None if job.sampler.engine.has_limits else job.limit
+        return job.group, job.sampler, job.drawing, None if job.sampler.engine.has_limits else job.limit
 
     def _enter(self, job: Job) -> None:
         key = self._key(job)
@@ -275,6 +303,7 @@ class Decoder(threading.Thread):
         engine, index = self.engines[key], next(self.indices)
         job.begin(self.tokenizer, self.metrics, self.check)
         wanted(engine).jobs[index] = job
+        wanted(engine).entered += 1
         engine.enter(index, job.prompt, job.key, job.limit)
 
     def _step(self, key: Any) -> None:
@@ -287,6 +316,7 @@ class Decoder(threading.Thread):
                 told.log_probabilities = any(job.request.log_probabilities for job in told.jobs.values())
                 engine.fit_rows()
                 engine.advance()
+                self.check()  # now, while it is known whose forward it was
                 self.metrics.steps.inc()
             for index in told.over:
                 engine.leave(index)
@@ -294,14 +324,37 @@ class Decoder(threading.Thread):
             if not told.jobs:
                 engine.close()
         except Exception as error:
-            reason = failure(error)
-            for job in told.jobs.values():
-                job.tell(reason)
+            self._divide(told, self._reason(error))
             told.jobs.clear()
-            if self.model.not_finite is not None:
-                self.model.not_finite.zero_()  # the next answers may be numbers
         if not told.jobs:
             del self.engines[key]
+
+    def _reason(self, error: Exception) -> Exception:
+        """Returns an error, or that of predictions that were not numbers: whatever was raised came of it."""
+        try:
+            self.check()
+        except NotFinite as reason:
+            assert self.model.not_finite is not None
+            self.model.not_finite.zero_()  # the next answers may be numbers
+            return reason
+        return error
+
+    def _divide(self, told: Jobs, error: Exception) -> None:
+        """Tells the job of a failed engine; of several, each half is decoded anew, to find whose fault it was.
+
+        So a request that fails takes nobody with it. A job that has had neighbours is decoded once more alone.
+        """
+        jobs = [*told.jobs.values()]
+        if len(jobs) == told.entered == 1:
+            jobs[0].tell(failure(error))
+            return
+        LOG.warning("%d answers failed together (%s): decoding each half again", len(jobs), type(error).__name__)
+        for part in jobs[::2], jobs[1::2]:
+            group = next(self.indices) + 1
+            for job in part:
+                job.group = group
+        with self.changed:
+            self.queue.extendleft(jobs)
 
 
 def can_draw(sampler: EngineSampler) -> bool:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import uuid
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from dllm_var.sampling.base import Generation
+from dllm_var.serving.decoder import Part
+from dllm_var.text.tokenizer import Tokenizer
 
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"}
 NEUTRAL: dict[str, Any] = {  # values that ask for nothing
@@ -48,6 +51,15 @@ class ApiError(Exception):
         return json.dumps({"error": error})
 
 
+def own_alone(value: int | None) -> int | None:
+    if value:
+        raise ValueError("this server tells how likely an answer's own tokens were, not others: set it to 0")
+    return value
+
+
+OwnAlone = Annotated[int | None, AfterValidator(own_alone)]
+
+
 class StreamOptions(BaseModel):
     include_usage: bool = False
 
@@ -65,6 +77,7 @@ class Wishes(BaseModel):
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     seed: int | None = Field(None, ge=-SEED, lt=SEED)
     stop: str | list[str] | None = None
+    logprobs: int | bool | None = None  # the legacy API has a number of other tokens here
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     sampler: str | None = None  # not in OpenAI's API: one of those that the server has
@@ -84,6 +97,11 @@ class Wishes(BaseModel):
         return self
 
     @property
+    def log_probabilities(self) -> bool:
+        """Whether those of the answers' tokens are wanted."""
+        return self.logprobs is not None and self.logprobs is not False
+
+    @property
     def stops(self) -> list[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
@@ -92,6 +110,7 @@ class CompletionWishes(Wishes):
     """The body of `/v1/completions`."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: OwnAlone = None
 
     @property
     def prompts(self) -> list[Any]:
@@ -126,6 +145,41 @@ class ChatWishes(Wishes):
 
     messages: list[Message]
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: OwnAlone = None
+
+
+class LogProbabilities:
+    """Writes the log-probabilities of one choice's tokens in OpenAI's form, in a stream each with its token's text."""
+
+    def __init__(self, tokenizer: Tokenizer, chat: bool, wanted: bool) -> None:
+        self.tokenizer, self.chat, self.wanted = tokenizer, chat, wanted
+        self.told = self.offset = 0  # tokens that the client has, and characters of their text
+
+    def of(self, answer: Part | Generation, length: float = math.inf) -> dict[str, Any] | None:
+        """Returns those of the tokens that were not told yet and whose text ends in the first `length` characters.
+
+        None when they are not wanted.
+        """
+        if not self.wanted or answer.log_probabilities is None:
+            return None
+        texts, offsets = [], []
+        for text in self.tokenizer.token_texts(answer.tokens, self.told):
+            if self.offset + len(text) > length:
+                break
+            texts.append(text)
+            offsets.append(self.offset)
+            self.offset += len(text)
+        values = answer.log_probabilities[self.told : self.told + len(texts)]
+        self.told += len(texts)
+        if not self.chat:
+            return {"tokens": texts, "token_logprobs": values, "top_logprobs": None, "text_offset": offsets}
+        entries = zip(texts, values, strict=True)
+        content = [
+            {"token": text, "logprob": value, "bytes": list(text.encode()), "top_logprobs": []}
+            for text, value in entries
+        ]
+        return {"content": content, "refusal": None}
 
 
 class Reply:
@@ -140,13 +194,15 @@ class Reply:
             "model": model,
         }
 
-    def whole(self, answers: Sequence[Generation], usage: dict[str, int]) -> dict[str, Any]:
+    def whole(
+        self, answers: Sequence[Generation], logprobs: Sequence[dict[str, Any] | None], usage: dict[str, int]
+    ) -> dict[str, Any]:
         """Returns the reply that is not streamed."""
         choices = []
-        for index, answer in enumerate(answers):
+        for index, (answer, known) in enumerate(zip(answers, logprobs, strict=True)):
             text = answer.text or ""
             said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-            choices.append({"index": index, **said, "logprobs": None, "finish_reason": finish_reason(answer)})
+            choices.append({"index": index, **said, "logprobs": known, "finish_reason": finish_reason(answer)})
         return {**self.head, "choices": choices, "usage": usage}
 
     def piece(
@@ -159,8 +215,8 @@ class Reply:
         role = {"role": "assistant"} if first else {}
         delta = role if text is None else {**role, "content": text}
         said: dict[str, Any] = {"delta": delta} if self.chat else {"text": text or ""}
-        reason = None if answer is None else finish_reason(answer)
-        return self._event([{"index": index, **said, "logprobs": None, "finish_reason": reason, **more}])
+        about = {"logprobs": None, "finish_reason": None if answer is None else finish_reason(answer), **more}
+        return self._event([{"index": index, **said, **about}])
 
     def usage(self, usage: dict[str, int]) -> bytes:
         """Returns the event behind the last piece."""

@@ -31,6 +31,7 @@ NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token"
 ADDED_MASK = "<|mask|>"  # what a tokenizer without a mask token gets
 TRAIN_TOKENIZER = "`python -m dllm_var tokenizer --data FILE.jsonl --vocab-size N --output DIR`"  # for messages
 MARK = "\ufdd0"  # put behind each letter of what spells a special token; Unicode keeps it for internal use
+_CONTEXT = 16  # tokens before one that its text may depend on
 _ENCODING = threading.Lock()  # whether a backend reads special tokens is a flag of the whole backend
 
 
@@ -121,6 +122,18 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids, special tokens left out."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def token_texts(self, ids: Sequence[int], first: int = 0) -> list[str]:
+        """Returns what each token from the `first` on adds to the text of those before it.
+
+        A character of several tokens comes with the last of them.
+        """
+        texts = []
+        for stop in range(first + 1, len(ids) + 1):
+            start = max(0, stop - _CONTEXT)
+            before, now = (self.decode(ids[start:end]).rstrip("\ufffd") for end in (stop - 1, stop))
+            texts.append(now[len(before) :])
+        return texts
 
     def id_to_token(self, index: int) -> str:
         """Returns the name of one token; ids that the vocabulary leaves free get a name too."""

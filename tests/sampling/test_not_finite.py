@@ -11,6 +11,7 @@ from dllm_var.sampling import (
     FreeDaveSampler,
     GuidedSampler,
     MultiBlockSampler,
+    StridedSampler,
     WinoSampler,
 )
 from dllm_var.sampling.base import NotFinite
@@ -41,6 +42,7 @@ def broken(causal, harm):
         (FreeDaveSampler, False, "overflow"),
         (GuidedSampler, False, "NaN"),
         (MultiBlockSampler, False, "NaN"),
+        (StridedSampler, True, "NaN"),
         (WinoSampler, False, "overflow"),
         (None, False, "NaN"),
     ],

@@ -49,6 +49,19 @@ def test_round_trips_keep_everything(tmp_path):
     assert Tokenizer.from_pretrained(folder).fingerprint != original.fingerprint
 
 
+@pytest.mark.parametrize("first", [0, 1, 20])
+def test_the_texts_of_tokens_are_together_their_text(first, cmudict, tmp_path):
+    """Also where a character has several tokens, and where blanks are put between tokens."""
+    for tokenizer, text in (
+        (Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path)), "a 🙂 and\n日本, " * 9),
+        (cmudict, "K IY B AO R D " * 9),
+    ):
+        ids = tokenizer.encode(text)
+        texts = tokenizer.token_texts(ids, first)
+        assert len(texts) == len(ids) - first and len({*texts}) > 4
+        assert tokenizer.decode(ids[:first]).rstrip("\ufffd") + "".join(texts) == tokenizer.decode(ids)
+
+
 def test_special_tokens_are_found_where_models_keep_them(tmp_path):
     folder = write_byte_tokenizer(tmp_path, mask_token=None, pad_token=None, eos_token={"content": "<|endoftext|>"})
     (folder / "config.json").write_text(json.dumps({"mask_token_id": 257, "eos_token_id": 258}))
