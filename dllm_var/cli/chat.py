@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 from dllm_var.cli.decoding_options import add_decoding_options, add_model_options, load_model, read_options
 from dllm_var.cli.generate import AnswerPrinter, Prompt, decode, token_ids
@@ -17,10 +21,11 @@ from dllm_var.settings import SettingsParser
 if TYPE_CHECKING:
     from dllm_var.model.transformer import Transformer
     from dllm_var.sampling import Sampler
+    from dllm_var.sampling.recording import Step
     from dllm_var.text.tokenizer import Tokenizer
 
-DESCRIPTION = """A conversation with a checkpoint that was trained on conversations. Each answer appears block by block.
-Every line is a message; /reset forgets the conversation, and Ctrl-D or Ctrl-C ends it."""
+DESCRIPTION = """A conversation with a checkpoint that was trained on conversations. A terminal shows every answer being
+denoised. Each line is a message; /reset forgets the conversation, and Ctrl-D or Ctrl-C ends it."""
 
 EXAMPLES = """examples:
   python -m dllm_var chat --checkpoint runs/chat/version_0
@@ -70,12 +75,55 @@ def converse(sampler: Sampler, model: Transformer, tokenizer: Tokenizer, options
         except UserError as error:  # a character that the vocabulary has not
             print(f"error: {error}", file=sys.stderr)
             continue
-        with AnswerPrinter(sys.stdout, [prompt], tokenizer, options) as printer:
-            decode(sampler, model, suppressed, printer)
-        [answer] = printer.done.values()
+        if sys.stdout.isatty():
+            wishes = dict(max_new_tokens=options.max_new_tokens, stop=options.stop or [], suppress=suppressed)
+            with Denoising(tokenizer) as shown:
+                [answer] = sampler.generate(model, [prompt.ids], tokenizer=tokenizer, on_step=shown.on_step, **wishes)
+            print(answer.text)
+        else:
+            with AnswerPrinter(sys.stdout, [prompt], tokenizer, options) as printer:
+                decode(sampler, model, suppressed, printer)
+            [answer] = printer.done.values()
         turns = [*asked, {"role": "assistant", "content": answer.text}]
         if longest is not None and len(prompt.ids) + answer.new_tokens > longest:
             print(f"this is longer than the {longest:,} tokens of training: {RESET} begins anew", file=sys.stderr)
+
+
+class Denoising:
+    """An answer in the terminal while it is denoised: a box for each mask, and bold what the last forward decided.
+
+    Nothing of it is left, unless the decoding was interrupted.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.tokens: dict[int, int] = {}  # by their places
+        self.live = Live(console=Console(file=sys.stdout), auto_refresh=False, transient=True)
+
+    def __enter__(self) -> Denoising:
+        self.live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        self.live.transient = kind is None
+        self.live.stop()
+
+    def on_step(self, index: int, step: Step) -> None:
+        """Shows the answer as a forward has left it."""
+        new = set()
+        for place, token, _ in step.changes:
+            self.tokens.pop(place, None)
+            if token is not None:
+                self.tokens[place] = token
+                new.add(place)
+        shown = Text()
+        for kind, places in groupby(range(step.length), lambda place: (place in self.tokens, place in new)):
+            tokens = [self.tokens.get(place) for place in places]
+            known = self.tokenizer.decode([token for token in tokens if token is not None])
+            shown.append(*(known, "bold" if kind[1] else "") if kind[0] else ("░" * len(tokens), "dim"))
+        # What does not fit the screen is above it.
+        lines = shown.wrap(self.live.console, self.live.console.width)[1 - self.live.console.height :]
+        self.live.update(Text("\n").join(lines), refresh=True)
 
 
 def user(text: str) -> dict[str, Any]:

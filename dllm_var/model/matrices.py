@@ -1,5 +1,6 @@
 """The matrices of a layer: fused ones for decoding, and ones with an adapter that acts at mask positions only."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Fused:
         self.layers, self.weight = layers, _joined([base.weight for base in bases])
         biases = [base.bias for base in bases]
         self.bias = None if biases[0] is None else _joined(biases)
-        adapted = [layer for layer in layers if isinstance(layer, AdaptedLinear)]
+        adapted: list[Any] = [layer for layer in layers if isinstance(layer, AdaptedLinear)]
         if not adapted:
             self.down = None
             return
@@ -58,7 +59,7 @@ class Fused:
         row = column = 0
         for layer in layers:
             if isinstance(layer, AdaptedLinear):
-                up = layer.lora_B["default"].weight
+                up: Any = layer.lora_B["default"].weight
                 block = self.up[row : row + up.size(0), column : column + up.size(1)]
                 up.data = block.copy_(up.data)
                 column += up.size(1)
@@ -82,7 +83,7 @@ def by_columns(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _joined(parameters: list[nn.Parameter]) -> Tensor:
+def _joined(parameters: Sequence[Tensor]) -> Tensor:
     """Returns parameters one below the other in one memory, of which each becomes a view."""
     joined = by_columns(torch.cat([parameter.data for parameter in parameters]))
     for parameter, part in zip(parameters, joined.split([len(one) for one in parameters]), strict=True):

@@ -218,6 +218,7 @@ class Sampler(Configurable, ABC):
         on_answer: OnAnswer | None = None,
         log_probabilities: bool = False,
         record: bool = False,
+        on_step: OnStep | None = None,
     ) -> list[Generation]:
         """Decodes prompts, token ids or texts, to their own ends and returns the answers in the prompts' order.
 
@@ -235,6 +236,7 @@ class Sampler(Configurable, ABC):
             log_probabilities: Whether answers get the log-probabilities of their tokens.
             record: Whether answers get these and the steps that led to them, masks and tokens that were taken back
                 included; every forward then waits for the device.
+            on_step: Called with (prompt index, step) for each of these steps.
         """
         transformer = getattr(model, "transformer", model)
         known: Any = tokenizer or getattr(model, "tokenizer", None)
@@ -245,7 +247,8 @@ class Sampler(Configurable, ABC):
         strings = StopStrings([stop] if isinstance(stop, str) else stop, known) if stop else None
         with torch.inference_mode(), without_training_modes(transformer), finite_logits(transformer) as check:
             wishes = (max_new_tokens, tuple(suppress), known, strings, on_block, on_answer, check)
-            request = Request(*wishes, log_probabilities=log_probabilities or record, records=record)
+            record = record or on_step is not None
+            request = Request(*wishes, log_probabilities=log_probabilities or record, records=record, on_step=on_step)
             answers = self.decode(transformer, ids, request)
             for index, answer in enumerate(answers):
                 request.finished(index, answer)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 
 import pytest
@@ -121,3 +122,21 @@ def test_mistakes_are_one_line(folders, capsys):
     assert "error: chat needs a tokenizer with a chat template" in capsys.readouterr().err
     assert main(["chat"]) == 2
     assert capsys.readouterr().err.startswith("error: chat needs --checkpoint PATH")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_how_an_answer_is_denoised(folders, monkeypatch, capsys):
+    """The boxes of masks become fewer, and at the end there is what a pipe gets."""
+    plain, _ = talk(monkeypatch, capsys, folders["chats"], "hello")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    talk(monkeypatch, capsys, folders["chats"], "hello")
+    *frames, last = re.split(r"\x1b\[2K", re.sub(r"\x1b\[\d*m", "", terminal.getvalue()))
+    assert last == plain
+    masks = [frame.count("░") for frame in frames]
+    assert masks[0] >= 3 > 0 == masks[-1]  # of blocks of four tokens
