@@ -149,16 +149,19 @@ class PackedDataModule(L.LightningDataModule):
         return self._loader(rows, self._train_sampler)
 
     def val_dataloader(self) -> DataLoader | list[Any]:
-        """Batches of validation rows, always the same, each once over all ranks; none without such a split."""
+        """Batches of validation rows, always the same, each once over all ranks; `fit` needs none."""
         return self._held_out_loader("validation")
 
     def test_dataloader(self) -> DataLoader | list[Any]:
-        """Batches of test rows, always the same, each once over all ranks; none without such a split."""
+        """Batches of test rows, always the same, each once over all ranks."""
         return self._held_out_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
         """Batches of the test split's prompts as lists of token ids, dealt to ranks in turn and filled up with []."""
-        prompts: Any = [example.prompt_ids for example in self.held_out("test")]
+        examples = self.held_out("test") if "test" in self.source.splits else []
+        prompts: Any = [example.prompt_ids for example in examples]
+        if not prompts:
+            raise self._empty("test")
         sampler = HeldOutSampler(prompts, *self._ranks(), shuffle=False)
         dealt: Any = [*prompts, []]  # the sampler's -1 is the last one
         return DataLoader(dealt, batch_size=self.batch_size, sampler=sampler, collate_fn=list)
@@ -310,9 +313,15 @@ class PackedDataModule(L.LightningDataModule):
 
     def _held_out_loader(self, split: str) -> DataLoader | list[Any]:
         if split not in self.source.splits or not len(self.table(split)):
+            if self.trainer is not None and self.trainer.state.fn in ("validate", "test"):
+                raise self._empty(split)
             return []
         rows = self.rows(split)
         return self._loader(rows, HeldOutSampler(rows, *self._ranks(), shuffle=False))
+
+    def _empty(self, split: str) -> UserError:
+        source = type(self.source).__name__
+        return UserError(f"the {split} split of {source} has no records: set data.source.{split}_size")
 
     def _loader(self, rows: PackedRows, sampler: RowSampler | HeldOutSampler) -> DataLoader:
         return DataLoader(

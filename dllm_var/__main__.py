@@ -48,6 +48,8 @@ example: python -m dllm_var fit --config configs/quickstart.yaml --trainer.max_s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what follows `python -m dllm_var`; returns 0, 2 for a mistake the user can mend, or 130 after Ctrl-C."""
+    if arguments is None and not getattr(sys.flags, "safe_path", False) and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does: the script dllm-var finds the same modules of the user's
     try:
         status = run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()

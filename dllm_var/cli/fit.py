@@ -87,7 +87,7 @@ def run(command: str, arguments: list[str], resume: str | None, held: ExitStack)
         chosen = None if settings.seed_everything is True else settings.seed_everything
         settings.seed_everything = L.seed_everything(chosen, workers=True)
     text = parser.dump(settings, skip_none=False, skip_validation=True)  # as it was given, without the run's folder
-    checkpoint = RunFolders(settings.trainer).enter(resume, held, trains=command == "fit")
+    checkpoint = RunFolders(settings.trainer, command).enter(resume, held, trains=command == "fit")
     path = settings.get("ckpt_path") if resume is None else checkpoint and str(checkpoint)
     built = parser.instantiate(settings)
     if isinstance(built.model, DiffusionLM):
@@ -205,6 +205,7 @@ def quieten() -> None:
     # Rows need no loader state: the data module goes on with the row after the last one trained.
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the data is in memory
+    warnings.filterwarnings("ignore", message=".*The dirpath has changed.*")  # of a new run from a checkpoint
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")  # inside Lightning
 
 

@@ -208,7 +208,7 @@ class Sampler(Configurable, ABC):
     def generate(
         self,
         model: Any,
-        prompts: Sequence[Sequence[int]] | Sequence[str],
+        prompts: Sequence[Sequence[int]] | Sequence[str] | str,
         *,
         tokenizer: Tokenizer | None = None,
         max_new_tokens: int | None = None,
@@ -226,6 +226,7 @@ class Sampler(Configurable, ABC):
 
         Args:
             model: A `Transformer`, or a module that holds one as `.transformer` (a `DiffusionLM`).
+            prompts: A text by itself is one prompt.
             tokenizer: For text prompts, stop strings and the answers' texts; the model's own when None.
             max_new_tokens: Overrides the sampler's limit.
             stop: Texts that an answer ends before.
@@ -240,6 +241,9 @@ class Sampler(Configurable, ABC):
         """
         transformer = getattr(model, "transformer", model)
         known: Any = tokenizer or getattr(model, "tokenizer", None)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        if any(isinstance(prompt, int) for prompt in prompts):
+            raise UserError("prompts must be a list of prompts, texts or lists of token ids: one is [[1, 2]]")
         if known is None and (stop or any(isinstance(prompt, str) for prompt in prompts)):
             raise UserError("text prompts and stop strings need a tokenizer: pass generate(..., tokenizer=...)")
         ids = [known.encode(prompt) if isinstance(prompt, str) else [*map(int, prompt)] for prompt in prompts]

@@ -77,7 +77,7 @@ class DenoisingEngine(Engine[AnyRow]):
 
     def decide(self, batch: Batch[AnyRow], view: BlockView) -> Decision:
         memory = self.memory(batch, view.step)
-        decision = self.policy.decide(view, memory)
+        decision = self.policy.decision(view, memory)
         self.remember(batch, memory)
         return decision
 

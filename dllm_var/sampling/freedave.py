@@ -96,7 +96,7 @@ class FreeDaveEngine(CopyEngine[DraftRow]):
         self.settle(batch, [line[:3] for line in found])
 
     def _step(self, view: BlockView, memory: State) -> Step:
-        decision = self.policy.decide(view, memory)
+        decision = self.policy.decision(view, memory)
         return take_step(view, decision, self.mask_id, self.terminators, self.sampler.terminator_last)
 
 

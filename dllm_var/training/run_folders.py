@@ -12,9 +12,11 @@ from typing import Any, TextIO
 from dllm_var.checkpoints.archive import is_shard_folder
 from dllm_var.checkpoints.run_checkpoint import check_or_offer, clear_leftovers, newest_checkpoint
 from dllm_var.errors import UserError
+from dllm_var.files import discard
 from dllm_var.training.ranks import is_first, is_launched_child
 
 RUNS = "runs"  # the default logger's save_dir
+CONFIG_FILE = "config.yaml"  # in the folder of a run whose work has begun
 _VERSIONED_LOGGERS = ("TensorBoardLogger", "CSVLogger")  # both keep a run in save_dir/name/version_N
 _RESUMED = "DLLM_VAR_RESUMED"  # the checkpoint that the first process goes on from, for those it starts
 
@@ -41,10 +43,11 @@ def checkpoint_at(path: str, setting: str) -> Path:
 class RunFolders:
     """The folders to which the `trainer` settings send a run: runs/NAME/version_N, and others for checkpoints.
 
-    The settings are completed in place: the loggers get the folder of the runs, and later the number of the run.
+    The settings are completed in place: the loggers get the folder of the runs, and later the number of the run. Those
+    of a `command` that does not train go to runs/NAME/COMMAND/version_N, and training keeps its numbers.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, command: str = "fit") -> None:
         root = os.path.expanduser(trainer.get("default_root_dir") or "")
         loggers = listed(trainer.get("logger"))
         versioned = [one for one in loggers if str(one.get("class_path")).rpartition(".")[2] in _VERSIONED_LOGGERS]
@@ -52,6 +55,8 @@ class RunFolders:
         for logger in self.loggers:
             parent = root if logger.save_dir == RUNS else ""
             logger.save_dir = os.path.join(parent, os.path.expanduser(os.path.expandvars(logger.save_dir)))
+            if command != "fit" and logger.version is None:
+                logger.name = os.path.join(logger.name or "", command)
         self.runs = [Path(logger.save_dir, logger.name or "") for logger in self.loggers]  # one for each logger
         callbacks = [callback.get("init_args") or {} for callback in listed(trainer.get("callbacks"))]
         self.checkpoints = [Path(os.path.expanduser(one["dirpath"])) for one in callbacks if one.get("dirpath")]
@@ -113,13 +118,13 @@ class RunFolders:
         )
 
     def reserve(self, held: ExitStack) -> None:
-        """Makes a new run's folder, which `held` removes if it stays empty, and gives its number to the loggers."""
+        """Makes a new run's folder, which `held` removes if nothing begins, and gives its number to the loggers."""
         new = [runs for logger, runs in zip(self.loggers, self.runs, strict=True) if logger.version is None]
         number = 1 + max((found for runs in new for found in _numbered(runs)), default=-1)
         if new:
             while not _make(folder := new[0] / version_name(number)):
                 number += 1
-            held.callback(_remove_if_empty, folder)
+            held.callback(_remove_unused, folder)
             self._set_version(number)
 
     def _set_version(self, version: int | str) -> None:
@@ -148,9 +153,9 @@ def _make(folder: Path) -> bool:
     return True
 
 
-def _remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()
+def _remove_unused(folder: Path) -> None:
+    if not (folder / CONFIG_FILE).exists():  # the run failed before its first step, and loggers have files there
+        discard(folder)
 
 
 @contextmanager

@@ -13,9 +13,8 @@ from dllm_var.checkpoints.checkpoint_io import CheckedFiles
 from dllm_var.checkpoints.run_checkpoint import SAVING, newest_usable
 from dllm_var.files import discard, publish, write_text
 from dllm_var.training.resume import rows_per_step
-from dllm_var.training.run_folders import listed
+from dllm_var.training.run_folders import CONFIG_FILE, listed
 
-CONFIG_FILE = "config.yaml"
 SAVE_EVERY = 500  # steps, when the settings do not say how checkpoints are kept
 
 
@@ -122,7 +121,7 @@ def default_checkpoints(trainer_settings: Any, best: bool) -> list[ModelCheckpoi
 
 
 class SaveConfig(Callback):
-    """Saves the resolved settings, a YAML `text`, in the run folder.
+    """Saves the resolved settings, a YAML `text`, in the run folder when all checks have passed and the work begins.
 
     Without a logger there is no run folder, and nothing is saved. A different config.yaml that is already there (a
     resumed run with changed settings) is kept as config.1.yaml, config.2.yaml and so on. Checkpoints have them, too.
@@ -131,7 +130,7 @@ class SaveConfig(Callback):
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         log_dir = trainer.log_dir  # asked on every rank: the first one tells the others
         if not trainer.loggers or log_dir is None or not trainer.is_global_zero:
             return
@@ -140,6 +139,12 @@ class SaveConfig(Callback):
             taken = len(list(path.parent.glob("config.*.yaml")))
             path.rename(path.with_name(f"config.{taken + 1}.yaml"))
         write_text(path, self.text)
+
+    on_test_start = on_predict_start = on_train_start
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self.on_train_start(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.text

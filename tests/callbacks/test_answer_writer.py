@@ -28,7 +28,7 @@ def test_predict_writes_every_test_prompt_once(tmp_path, monkeypatch, capsys):
     assert main(["predict", *arguments]) == 2
     assert "predict needs --ckpt_path" in capsys.readouterr().err
     assert main(["predict", *arguments, "--ckpt_path", "last", "--trainer.limit_predict_batches=3"]) == 0
-    [path] = Path("runs").glob("*/*/answers.jsonl")
+    [path] = Path("runs").glob("*/predict/*/answers.jsonl")
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len({line["prompt"] for line in lines}) == len(lines) == 48
     assert all(len(line["tokens"]) <= 3 for line in lines)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -241,6 +242,17 @@ def test_classes_are_replaced_and_callbacks_appended(tiny, capsys):
     assert names == ["ModelCheckpoint", "SpeedMonitor", "LearningRateMonitor"]
 
 
+def test_the_script_finds_modules_of_the_working_folder_as_python_m_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "of_my_own.py").write_text(
+        "from dllm_var import DiffusionLM\n\nclass Model(DiffusionLM):\n    'A model.'\n"
+    )
+    monkeypatch.setattr(sys, "path", ["/usr/bin", *(path for path in sys.path if path)])
+    monkeypatch.setattr(sys, "argv", ["dllm-var", "fit", "--model=of_my_own.Model", "--print_config"])
+    assert main() == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"] == "of_my_own.Model"
+
+
 def test_any_lightning_module_will_do(capsys):
     found = settings(capsys, f"--model={HERE}.PlainModel", "--model.width=3")
     assert found["model"]["init_args"] == {"width": 3}
@@ -334,8 +346,11 @@ def test_last_means_the_newest_run(trained, capsys):
     assert [path.name for path in RUN.parent.iterdir()] == ["version_0"]
     assert main(["validate", "--config", trained, "--ckpt_path=last"]) == 0
     assert "val/loss" in capsys.readouterr().out
-    saved = yaml.safe_load(Path("runs/tiny/version_1/config.yaml").read_text())
+    saved = yaml.safe_load(Path("runs/tiny/validate/version_0/config.yaml").read_text())
     assert saved["ckpt_path"] == str(LAST)
+    for command in ("test", "predict"):
+        line = complaint(capsys, command, "--config", trained, "--ckpt_path=last", "--data.source.test_size=0")
+        assert "the test split of JsonlSource has no records" in line and "data.source.test_size" in line
 
 
 def test_a_foreign_checkpoint_and_one_of_another_shape_are_told_in_one_line(trained, capsys):
@@ -352,6 +367,18 @@ def test_processes_on_a_cpu_are_announced_before_they_start(tiny, monkeypatch, c
         said = [line for line in capsys.readouterr().err.splitlines() if "processes on CPUs" in line]
         assert len(said) == (devices > 1)
     assert said[0].startswith("fit runs in 8 processes on CPUs") and "--trainer.devices=1" in said[0]
+
+
+def test_the_line_to_try_works_when_pasted(tiny, capsys):
+    summary = "{class_path: dllm_var.callbacks.RunSummary, init_args: {sampler: '${sampler}', split: validation}}"
+    arguments = [f"--trainer.callbacks+=[{{class_path: dllm_var.callbacks.ExportWeights}}, {summary}]"]
+    arguments += ["--trainer.default_root_dir=a folder"]
+    assert main(["fit", "--config", tiny, *arguments, "--sampler.max_new_tokens=2"]) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("try ")]
+    label, *words = shlex.split(line)
+    assert (label, words[:4]) == ("try", ["python", "-m", "dllm_var", "generate"])
+    assert main(words[3:]) == 0
+    assert " -> " in capsys.readouterr().out
 
 
 def test_resume_command_drops_the_first_checkpoint():

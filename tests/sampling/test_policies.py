@@ -7,9 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slow_reference import SlowCoherentCandidates, SlowEarlyExit, SlowEntropyBounded, SlowEntropyThreshold, SlowSaber
+from tiny_models import random_model
 
 from dllm_var.errors import UserError
+from dllm_var.sampling import BlockDiffusionSampler, FixedLengthSampler
 from dllm_var.sampling import policies as P
+from dllm_var.sampling.freedave import FreeDaveSampler
+from dllm_var.sampling.multi_block import MultiBlockSampler
 from dllm_var.sampling.policies.base import commit as choose_commits
 
 VOCABULARY = 7
@@ -311,3 +315,27 @@ def test_a_decaying_threshold_falls_with_each_rows_own_step(seed):
 def test_settings_out_of_range_are_named(make, named):
     with pytest.raises(UserError, match=named):
         make()
+
+
+@pytest.mark.parametrize(
+    ("decided", "says"),
+    [
+        (lambda view: view.masked, "must return a Decision, got Tensor: change its method decide"),
+        (lambda view: P.Decision(view.masked[:, 0]), r"Decision.commit must be \[., 4\] of torch.bool, got \[.\]"),
+        (lambda view: P.Decision(view.confidence), r"Decision.commit must be .* got \[., 4\] of torch.float32"),
+        (lambda view: P.Decision(view.masked, view.tokens[:, 1:]), r"Decision.tokens must be .* got \[., 3\]"),
+        (
+            lambda view: P.Decision(view.masked, finish_row=view.masked),
+            r"Decision.finish_row must be \[.\] of",
+        ),
+    ],
+)
+@pytest.mark.parametrize("sampler", [BlockDiffusionSampler, FixedLengthSampler, FreeDaveSampler, MultiBlockSampler])
+def test_a_decision_of_another_shape_is_told_in_one_line(decided, says, sampler):
+    class Own(P.UnmaskingPolicy):
+        def decide(self, view, state):
+            return decided(view)
+
+    limits = dict(canvas_length=8) if sampler is FixedLengthSampler else dict(max_new_tokens=8)
+    with pytest.raises(UserError, match=f"the policy Own:? {says}"):
+        sampler(Own(), block_length=4, **limits).generate(random_model(), [[5, 6], [7]])

@@ -46,6 +46,16 @@ def letters(words=LETTERS):
     return Tokenizer(backend, SpecialTokens(words.index("<mask>"), (words.index("<eos>"),), words.index("<pad>")))
 
 
+def test_a_text_by_itself_is_one_prompt():
+    model, tokenizer = random_model(), letters()
+    sampler = BlockDiffusionSampler(block_length=4, **LIMITS)
+    [alone] = sampler.generate(model, "kel", tokenizer=tokenizer)
+    [listed] = sampler.generate(model, ["kel"], tokenizer=tokenizer)
+    assert alone.tokens == listed.tokens
+    with pytest.raises(UserError, match="list of prompts"):
+        sampler.generate(model, [1, 2, 3], tokenizer=tokenizer)
+
+
 def random_model(causal=False):
     torch.manual_seed(1)
     config = dict(hidden_size=32, num_layers=2, num_heads=4, vocab_size=len(LETTERS), mask_id=MASK, causal=causal)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import lightning as L
 import pytest
 import yaml
 from jsonargparse import dict_to_namespace
@@ -120,7 +121,7 @@ def test_runs_go_and_are_found_where_default_root_dir_says(tiny, tmp_path):
     assert main(["validate", *tiny[1:], *there, "--ckpt_path=last"]) == 0
     saved = yaml.safe_load((last.parent.parent / "config.yaml").read_text())["trainer"]
     assert (saved["default_root_dir"], saved["logger"]["init_args"]["save_dir"]) == ("there", "runs")
-    assert runs("there/runs/tiny") == ["version_0", "version_1"]
+    assert runs("there/runs/tiny") == ["validate", "version_0"] and runs("there/runs/tiny/validate") == ["version_0"]
 
 
 def test_a_run_under_way_is_neither_resumed_nor_touched(tiny, capsys):
@@ -151,6 +152,41 @@ def test_a_checkpoint_that_a_killed_run_had_set_aside_is_found_and_put_back(tmp_
     with ExitStack() as held:
         folders.lock(held)
     assert folders.to_resume("newest") == folder / "last.ckpt"
+
+
+def test_what_measures_keeps_out_of_the_folders_of_training(tiny, capsys):
+    sizes = ["--data.source.validation_size=2", "--data.source.test_size=2", "--sampler.max_new_tokens=2"]
+    assert main([*tiny, *sizes]) == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("runs/tiny/version_0").rglob("*")}
+    for command in ("predict", "predict", "test"):
+        assert main([command, *tiny[1:], *sizes, "--ckpt_path=last"]) == 0
+    assert runs() == ["predict", "test", "version_0"] and runs("runs/tiny/predict") == ["version_0", "version_1"]
+    assert "runs/tiny/predict/version_1/answers.jsonl" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in Path("runs/tiny/version_0").rglob("*")} == before
+    assert main([*tiny, *sizes]) == 0 and runs() == ["predict", "test", "version_0", "version_1"]
+
+
+@pytest.mark.parametrize("change", ["--model.transformer.hidden_size=32", "--model.optimizer.lr=0.5"])
+def test_a_refused_resume_leaves_the_settings_of_the_run_alone(change, tiny, capsys):
+    assert main(tiny) == 0
+    before = Path("runs/tiny/version_0/config.yaml").read_bytes()
+    assert main([*tiny, "--resume", "--trainer.max_steps=4", change]) == 2
+    line = error_line(capsys)
+    assert "set it back" in line or "use the settings it was trained with" in line
+    assert [path.read_bytes() for path in Path("runs").rglob("config*.yaml")] == [before]
+
+
+class Fails(L.Callback):
+    """Fails once the loggers have made their files."""
+
+    def on_fit_start(self, trainer, pl_module):
+        assert list(Path(trainer.log_dir).iterdir())
+        raise UserError("not today: come back")
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_no_folder(tiny, capsys):
+    assert main([*tiny, f"--trainer.callbacks+={__name__}.Fails"]) == 2
+    assert error_line(capsys) == "error: not today: come back" and not runs()
 
 
 def test_settings_that_fail_or_are_only_shown_leave_no_folder(tiny, capsys):

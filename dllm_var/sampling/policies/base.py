@@ -2,16 +2,18 @@
 
 from abc import ABC, abstractmethod
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from dllm_var.errors import UserError
 from dllm_var.objectives.base import is_one_of
 from dllm_var.sampling.base import Configurable
 
 STEPS_WITH_REMASKING = 4  # per position of a block
+OF_ROWS = ("finish_block", "finish_row", "keep_open")  # entries of a decision that are for whole rows
 
 
 @dataclass
@@ -146,6 +148,19 @@ class UnmaskingPolicy(Configurable, ABC):
     @abstractmethod
     def decide(self, view: BlockView, state: State) -> Decision:
         """Returns what to commit, remask or edit at this step; changes the memory [R, ...] in place."""
+
+    def decision(self, view: BlockView, state: State) -> Decision:
+        """Returns what `decide` does; raises UserError when that is no decision on the blocks of the view."""
+        decision, name = self.decide(view, state), f"the policy {type(self).__name__}"
+        if not isinstance(decision, Decision):
+            raise UserError(f"{name} must return a Decision, got {type(decision).__name__}: change its method decide")
+        for each in fields(decision):
+            value, wanted = getattr(decision, each.name), view.tokens.shape[: 1 if each.name in OF_ROWS else 2]
+            kind = None if each.name == "scores" else torch.int64 if each.name == "tokens" else torch.bool
+            if value is not None and (value.shape != wanted or kind not in (None, value.dtype)):
+                must, got = f"{list(wanted)} of {kind or 'numbers'}", f"{list(value.shape)} of {value.dtype}"
+                raise UserError(f"{name}: Decision.{each.name} must be {must}, got {got}")
+        return decision
 
 
 @dataclass(eq=False)
