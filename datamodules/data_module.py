@@ -170,7 +170,14 @@ class PackedDataModule(L.LightningDataModule):
         """Notes how far training has come; a batch that was only prefetched does not count."""
         if self.trainer is not None and self.trainer.training and self._train_sampler is not None:
             self._next_row = self._train_sampler.trained(int(batch["row"][0]))
-        return batch
+        return self._prepared(batch)
+
+    def _prepared(self, batch: Any) -> Any:
+        """Lets the model do what it does on the host before a training batch goes to its device."""
+        if self.trainer is None or not self.trainer.training:
+            return batch
+        hide_tokens = getattr(self.trainer.lightning_module, "hide_tokens", None)  # other models have none
+        return batch if hide_tokens is None else hide_tokens(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """The row with which training goes on, whatever the number of ranks and workers then, and the identity."""

@@ -119,7 +119,7 @@ class StreamingDataModule(PackedDataModule):
             reader, *position = batch.pop(POSITION).tolist()
             self._turns.popleft()
             self._turns.append((reader, Position(*position)))
-        return batch
+        return self._prepared(batch)
 
     def state_dict(self) -> dict[str, Any]:
         """How far every reader of every rank has come; called on all ranks."""

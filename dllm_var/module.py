@@ -18,7 +18,7 @@ from dllm_var.checkpoints.run_checkpoint import check_identity, identity, read_i
 from dllm_var.checkpoints.starting_from import start_from, starting_config
 from dllm_var.errors import UserError
 from dllm_var.metrics.denoising import DenoisingMetrics
-from dllm_var.model.attention import document_rule
+from dllm_var.model.attention import Documents, document_rule
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.float8 import Float8, check_float8, use_float8
 from dllm_var.model.lora import Lora, add_adapters, reset_adapters
@@ -31,7 +31,7 @@ from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Gene
 from dllm_var.sampling.base import last_sampler, sampler_to_config
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.training.optim import AdamW, Schedule, parameter_groups
-from dllm_var.training.step import LossGuard, OptimizerStep, StepResult
+from dllm_var.training.step import LossGuard, OptimizerStep
 from dllm_var.training.strategies import shards_parameters
 
 OptimizerCallable = Callable[[Any], Optimizer]
@@ -114,7 +114,6 @@ class DiffusionLM(L.LightningModule):
         self.sampler: Sampler | None = None  # the `sampler` section, set by the command line
         self.last_step_stats: dict[str, int | Tensor] = {}  # counts on the device stay there
         self.step = OptimizerStep(loss_guard)
-        self.last_step: StepResult | None = None
         self.objective_metrics, self.bound_metrics = DenoisingMetrics(), DenoisingMetrics()
 
     # -- building ----------------------------------------------------------------------------------------------------
@@ -175,28 +174,48 @@ class DiffusionLM(L.LightningModule):
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        noised = self.objective.corrupt(batch, self.noise)  # 1. hide tokens, with noise keyed by (seed, row)
+    def hide_tokens(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Returns a training batch with what `training_step` would make of it first; for data modules to call.
+
+        On the host, before the batch goes to a GPU: the host then knows all shapes of the step, and need not wait for
+        the GPU to count scored positions, documents and blocks.
+        """
+        noised = self.objective.corrupt(batch, self.noise)
+        if self.attention == "full" or noised.attention_rule is not None:
+            return {**batch, "noised": noised}
+        return {**batch, "noised": noised, "documents": Documents.of(batch["segment_ids"])}
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        if "noised" not in batch:
+            batch = self.hide_tokens(batch)  # 1. hide tokens, with noise keyed by (seed, row)
+        noised = batch["noised"]
         hidden = self.hidden_at_loss(batch, noised)  # 2. forward, to the loss positions alone [M, hidden]
         scores = self.objective.score(self.transformer.lm_head, hidden, noised)  # 3. the head and the summed loss
         self.last_step_stats = noised.counts(batch, self.attention)
         return self.step.add(self.trainer, batch["row"], noised, scores)  # 4. `finish` divides when all batches are in
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        self.last_step = result = self.step.finish(self.trainer, optimizer)  # 5. divide, guard, clip
+        self.step.finish(self.trainer, optimizer)  # 5. divide, clip, guard
+        due = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if due or self.step.last is None:  # the first step's figures, too: checkpoints may ask for them
+            self.step.read(self.trainer)  # waits for the device
+            self._log_step()
+
+    def _log_step(self) -> None:
+        """Logs the figures of the last step; each costs a small model's step half a percent."""
 
         def log(name: str, value: float, prog_bar: bool = False) -> None:
             # Lightning would send a number of Python's to the device and wait for it twice.
             self.log(name, torch.tensor(value, device="cpu"), prog_bar=prog_bar)
 
+        result = self.step.last
+        assert result is not None
         log("train/loss", result.loss, prog_bar=True)
-        due = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if due or result.skipped:  # each costs a small model's step half a percent
-            log("train/masked_accuracy", result.masked_accuracy, prog_bar=True)
-            if result.gradient_norm is not None:
-                log("train/gradient_norm", result.gradient_norm)
-            if self.step.skipped:
-                log("train/skipped_updates", float(self.step.skipped))
+        log("train/masked_accuracy", result.masked_accuracy, prog_bar=True)
+        if result.gradient_norm is not None:
+            log("train/gradient_norm", result.gradient_norm)
+        if self.step.skipped:
+            log("train/skipped_updates", float(self.step.skipped))
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: `on_before_optimizer_step` has clipped the gradients."""
@@ -207,7 +226,10 @@ class DiffusionLM(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.step.check_skipped()
 
-    def hidden_at_loss(self, batch: Batch, noised: NoisedBatch) -> Tensor:
+    def on_train_end(self) -> None:
+        self.step.read(self.trainer)
+
+    def hidden_at_loss(self, batch: dict[str, Any], noised: NoisedBatch) -> Tensor:
         """Returns what the head reads at the loss positions [M, hidden]."""
         scored = noised.scored  # here, before any layer: a GPU is waited for
         own_layout = noised.attention_rule is not None  # the objective decides what is seen, and moves its targets
@@ -226,6 +248,7 @@ class DiffusionLM(L.LightningModule):
             position_ids,
             segment_ids,
             attention_rule=rule,
+            documents=batch.get("documents"),
             asked=None if everywhere else scored,
             shift=not own_layout,
         )
@@ -297,6 +320,7 @@ class DiffusionLM(L.LightningModule):
         sampler = sampler_to_config(last_sampler(self.trainer.callbacks))  # type: ignore[attr-defined]
         chat = bool(getattr(self.trainer.datamodule, "chats", False))  # type: ignore[attr-defined]
         checkpoint["dllm_var"] = identity(self.transformer.config, self.tokenizer, self.lora, sampler, chat)
+        self.step.read(self.trainer)
         checkpoint["loss_guard"] = self.step.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -45,8 +45,8 @@ class Watch(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         if trainer.global_step > len(self.losses) + self.began:
-            self.losses.append(pl_module.last_step.loss)
-            self.rows.append(sorted(pl_module.last_step.rows()))
+            self.losses.append(pl_module.step.last.loss)
+            self.rows.append(sorted(pl_module.step.last.rows()))
             self.weights.append(flat(pl_module))
 
     def on_train_start(self, trainer, pl_module):

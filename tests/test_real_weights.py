@@ -85,6 +85,7 @@ def trained(reference, tmp_path_factory):
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=20,
+        log_every_n_steps=1,
         gradient_clip_val=1.0,
         limit_val_batches=0,
         callbacks=[Losses()],

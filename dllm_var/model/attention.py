@@ -18,29 +18,42 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 # From this row length on, the CPU takes documents one by one. With a mask, a training step takes 1.1 (50M weights) to
 # 1.4 times as long (3M) in rows of 1,024 with documents of 250 tokens, but 0.8 times in the quickstart's rows of 128.
 LEAST_LENGTH = 256
 WIDEST_HEAD, WIDTH_MULTIPLE = 256, 8  # head widths that the varlen kernel takes (FlashAttention 2)
-QUERIES_COUNTED = 1024  # queries whose pairs are counted at a time
-Sees = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # (row, head, query, key) -> bool: flex_attention's mask_mod
+QUERIES_COUNTED = 1024  # of a row, whose pairs are counted on a GPU
+TAKES_GROUPS = TorchVersion(torch.__version__) >= (2, 12)  # whether the varlen kernel takes groups of heads
+LEAST_LONGEST = 128  # queries in a tile of the varlen kernel
 
 
 class AttentionRule:
     """A function that says which token of a batch [B, L] sees which, for patterns that no kernel knows.
 
-    `sees` is called with numbers of row, head, query and key, as tensors that broadcast; it returns whether the query
-    sees the key, the same for all heads. It may index tensors that it holds. Of `tokens` only shape and device matter.
+    `function` is called with the tensors `held`, and with numbers of row, head, query and key, as tensors that
+    broadcast. It returns whether the query sees the key, the same for all heads. Of `tokens` only shape and device
+    matter, which is also the device of `held`.
     """
 
-    def __init__(self, sees: Sees, tokens: Tensor) -> None:
-        self.sees, self.shape, self.device = sees, tokens.shape, tokens.device
+    def __init__(self, function: Callable[..., Tensor], tokens: Tensor, *held: Tensor) -> None:
+        self.function, self.shape, self.device, self.held = function, tokens.shape, tokens.device, held
+
+        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return function(*held, row, head, query, key)
+
+        self.sees = sees  # flex_attention's mask_mod
+
+    def to(self, device: torch.device) -> "AttentionRule":
+        """Returns the same rule on another device."""
+        tokens = torch.empty(1, device=device).expand(self.shape)
+        return AttentionRule(self.function, tokens, *(send(tensor, device) for tensor in self.held))
 
     @cached_property
     def mask(self) -> Tensor:
         """The rule as a boolean mask [B, 1, L, L], for the CPU."""
-        return self.of_queries(0, self.shape[1]).unsqueeze(1)
+        return self.of_queries(torch.arange(self.shape[1], device=self.device)).unsqueeze(1)
 
     def block_mask(self) -> Any:
         """Returns flex_attention's `BlockMask` [B, 1, L, L]: which tiles of 128 x 128 tokens have anything to see.
@@ -53,17 +66,21 @@ class AttentionRule:
         return compiled(create_block_mask)(self.sees, rows, None, length, length, device=self.device)
 
     def pairs(self) -> Tensor:
-        """Returns how many pairs of tokens attend; on a GPU without making the whole mask."""
-        if self.device.type == "cpu":
-            return self.mask.sum()
-        starts = range(0, self.shape[1], QUERIES_COUNTED)
-        return torch.stack([self.of_queries(at, at + QUERIES_COUNTED).sum() for at in starts]).sum()
+        """Returns how many pairs of tokens attend; on a GPU an estimate from evenly spaced queries of long rows."""
+        return self.mask.sum() if self.device.type == "cpu" else self.estimated_pairs()
 
-    def of_queries(self, start: int, end: int) -> Tensor:
-        """Returns what the queries from `start` to `end` see [B, queries, L]."""
+    def estimated_pairs(self, queries: int = QUERIES_COUNTED) -> Tensor:
+        """Returns how many pairs attend if others see as many keys as some evenly spaced queries of each row do."""
+        length = self.shape[1]
+        counted = min(length, queries)
+        places = torch.arange(counted, device=self.device) * length // counted
+        return self.of_queries(places).sum() * length // counted
+
+    def of_queries(self, queries: Tensor) -> Tensor:
+        """Returns what the queries at the given places [Q] see [B, Q, L]."""
         row, place = (torch.arange(size, device=self.device) for size in self.shape)
         row = row[:, None, None]
-        return self.sees(row, torch.zeros_like(row), place[start:end, None], place).expand(len(row), -1, -1)
+        return self.sees(row, torch.zeros_like(row), queries[:, None], place).expand(len(row), -1, -1)
 
 
 def document_rule(segment_ids: Tensor, causal: bool, shown: Tensor | None = None) -> AttentionRule:
@@ -72,13 +89,50 @@ def document_rule(segment_ids: Tensor, causal: bool, shown: Tensor | None = None
     If `causal`, it sees only the left of it, and of the right those tokens that are `shown` [B, L].
     """
 
-    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same = segment_ids[row, query] == segment_ids[row, key]
-        if not causal:
-            return same
-        return same & (query >= key) if shown is None else same & ((query >= key) | shown[row, key])
+    def sees(segment: Tensor, shown: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same = segment[row, query] == segment[row, key]
+        return same & ((query >= key) | shown[row, key]) if causal else same
 
-    return AttentionRule(sees, segment_ids)
+    return AttentionRule(
+        sees, segment_ids, segment_ids, torch.zeros_like(segment_ids).bool() if shown is None else shown
+    )
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor on a device; a GPU takes it from pinned memory, without being waited for."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+@dataclass
+class Documents:
+    """The documents of a batch whose rows are laid end to end, as the varlen kernel takes them.
+
+    The kernel's work grows with the number of documents times the length that none exceeds.
+    """
+
+    ends: Tensor  # where documents end, from 0 on: int32 [documents + 1]
+    longest: int  # a length that no document exceeds
+
+    @classmethod
+    def of(cls, segment_ids: Tensor) -> "Documents":
+        """Finds the documents of rows [B, L]; a run of padding is one, too. A GPU is waited for to count them.
+
+        The longest is rounded up to a power of two, so that few numbers are compiled for.
+        """
+        begins = torch.ones_like(segment_ids, dtype=torch.bool)
+        begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+        starts = begins.flatten().nonzero()[:, 0]
+        ends = F.pad(starts, (0, 1), value=segment_ids.numel()).to(torch.int32)
+        longest = segment_ids.size(1)  # on a GPU, rather than wait a second time
+        if ends.device.type == "cpu":
+            longest = 1 << (int(ends.diff().max()) - 1).bit_length()
+        return cls(ends, max(longest, LEAST_LONGEST))
+
+    def to(self, device: torch.device) -> "Documents":
+        """Returns the same documents on another device."""
+        return Documents(send(self.ends, device), self.longest)
 
 
 @dataclass
@@ -87,8 +141,7 @@ class Seen:
 
     mask: Tensor | None = None  # boolean mask for SDPA, broadcast to [B, heads, L, keys]
     is_causal: bool = False  # whether a token sees only its left
-    document_ends: Tensor | None = None  # what `document_ends` returns, when a token sees its own document
-    longest: int = 0  # a length that no document exceeds
+    documents: Documents | None = None  # for kernels that take them, when a token sees its own document
     block_mask: Any = None  # flex_attention's
 
     @classmethod
@@ -97,27 +150,22 @@ class Seen:
         return cls(block_mask=rule.block_mask()) if rule.device.type == "cuda" else cls(rule.mask)
 
     @classmethod
-    def by_document(cls, segment_ids: Tensor, is_causal: bool, dtype: torch.dtype, head_dim: int) -> "Seen":
+    def by_document(
+        cls,
+        segment_ids: Tensor,
+        is_causal: bool,
+        dtype: torch.dtype,
+        head_dim: int,
+        documents: Documents | None = None,
+    ) -> "Seen":
         """Returns what tokens see that see their own document [B, L], for attention that is computed in `dtype`.
 
-        The varlen kernel waits for the GPU to count the documents. A training step has just waited for its loss
-        positions then, and the queue is empty.
+        Without the same `documents`, found on the host, a GPU with the varlen kernel is waited for to count them.
         """
         length, device = segment_ids.size(1), segment_ids.device
         if has_varlen(device, dtype, head_dim) or (device.type == "cpu" and length >= LEAST_LENGTH):
-            return cls(is_causal=is_causal, document_ends=document_ends(segment_ids), longest=length)
+            return cls(is_causal=is_causal, documents=documents or Documents.of(segment_ids))
         return cls.by_rule(document_rule(segment_ids, is_causal))
-
-
-def document_ends(segment_ids: Tensor) -> Tensor:
-    """Returns where documents end when the rows [B, L] are laid end to end, from 0 on: int32 [documents + 1].
-
-    A run of padding is a document, too.
-    """
-    begins = torch.ones_like(segment_ids, dtype=torch.bool)
-    begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    starts = begins.flatten().nonzero()[:, 0]
-    return F.pad(starts, (0, 1), value=segment_ids.numel()).to(torch.int32)
 
 
 def has_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
@@ -133,8 +181,9 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, seen: Seen) -> Tensor:
 
     With fewer heads of keys than of queries, groups of queries share one.
     """
-    if seen.document_ends is not None:
-        return _attend_documents(queries, keys, values, seen, seen.document_ends)
+    if seen.documents is not None:
+        attend_documents = _one_by_one if queries.device.type == "cpu" else _end_to_end
+        return attend_documents(queries, keys, values, seen.is_causal, seen.documents)
     grouped = queries.size(2) != keys.size(2)
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
     if seen.block_mask is None and grouped and seen.mask is not None and queries.is_cuda:
@@ -164,25 +213,31 @@ def attend_by_group(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor)
 
 
 @torch.compiler.disable
-def _attend_documents(queries: Tensor, keys: Tensor, values: Tensor, seen: Seen, ends: Tensor) -> Tensor:
-    shape, heads = queries.shape, queries.size(2)
-    queries, keys, values = (x.flatten(0, 1) for x in (queries, keys, values))  # [tokens, heads, D]
-    if queries.device.type == "cpu":
-        sizes = [end - start for start, end in pairwise(ends.tolist())]
-        split = (x.transpose(0, 1).split(sizes, dim=1) for x in (queries, keys, values))
-        settings: Any = {"is_causal": seen.is_causal, "enable_gqa": heads != keys.size(1)}
-        mixed = [
-            F.scaled_dot_product_attention(q[None], k[None], v[None], **settings)
-            for q, k, v in zip(*split, strict=True)
-        ]
-        return torch.cat(mixed, dim=2).transpose(1, 2).reshape(shape)
+def _one_by_one(queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, documents: Documents) -> Tensor:
+    """Attends within one document after the other."""
+    shape, settings = queries.shape, {"is_causal": is_causal, "enable_gqa": queries.size(2) != keys.size(2)}
+    sizes = [end - start for start, end in pairwise(documents.ends.tolist())]
+    split = (x.flatten(0, 1).transpose(0, 1).split(sizes, dim=1) for x in (queries, keys, values))
+    mixed = [
+        F.scaled_dot_product_attention(q[None], k[None], v[None], **settings) for q, k, v in zip(*split, strict=True)
+    ]
+    return torch.cat(mixed, dim=2).transpose(1, 2).reshape(shape)
+
+
+def _end_to_end(queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, documents: Documents) -> Tensor:
+    """Attends within all documents at once, by torch's varlen kernel; a compiled layer has it inside its graph."""
     from torch.nn.attention.varlen import varlen_attn  # registers operators: no start of a command should wait for it
 
-    if heads != keys.size(1):  # the kernel of torch 2.11 takes no groups
+    shape, heads = queries.shape, queries.size(2)
+    queries, keys, values = (x.flatten(0, 1) for x in (queries, keys, values))  # [tokens, heads, D]
+    settings: Any = {"window_size": (-1, 0 if is_causal else -1)}
+    if heads != keys.size(1) and TAKES_GROUPS:
+        settings["enable_gqa"] = True
+    elif heads != keys.size(1):
         keys, values = (x.repeat_interleave(heads // x.size(1), dim=1) for x in (keys, values))
-    window = (-1, 0 if seen.is_causal else -1)
     queries, keys = queries.to(values.dtype), keys.to(values.dtype)  # norms of heads leave them in float32
-    found: Any = varlen_attn(queries, keys, values, ends, ends, seen.longest, seen.longest, window_size=window)
+    ends, longest = documents.ends, documents.longest
+    found: Any = varlen_attn(queries, keys, values, ends, ends, longest, longest, **settings)
     return found.view(shape)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dllm_var.errors import UserError
-from dllm_var.model.attention import AttentionRule, Seen, attend
+from dllm_var.model.attention import AttentionRule, Documents, Seen, attend
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import initialise
 from dllm_var.model.kv_cache import KVCache
@@ -257,6 +257,7 @@ class Transformer(nn.Module):
         segment_ids: Tensor | None = None,
         cache: KVCache | None = None,
         attention_rule: AttentionRule | None = None,
+        documents: Documents | None = None,
         asked: Tensor | None = None,
         shift: bool = True,
     ) -> Tensor:
@@ -273,6 +274,7 @@ class Transformer(nn.Module):
             cache: Keys and values of earlier tokens, opened for this forward with `cache.open`; gets this forward's.
             attention_rule: Which token sees which; not with a cache. `segment_ids` then only say where the token shift
                 begins anew.
+            documents: Those of `segment_ids`, when they were found on the host, so that a GPU need not be waited for.
             asked: Positions to return [M], counted through the flattened batch, when not all are: only those
                 [M, hidden] are computed after the last layer's attention. Not with a cache.
             shift: False leaves the hidden states where they are, although the model has `token_shift`: for rows whose
@@ -290,12 +292,14 @@ class Transformer(nn.Module):
             if position_ids is None:
                 position_ids = torch.arange(length, device=input_ids.device).unsqueeze(0)
             positions, reach = position_ids, length
-            seen = self._seen(causal, segment_ids, attention_rule)
+            seen = self._seen(causal, segment_ids, attention_rule, documents)
             if moved:
                 left = left_neighbours(input_ids, segment_ids).flatten()
                 asked = left if asked is None else left[asked]
-        if asked is not None and self.compiled:  # another number at each step must not compile the layer again
-            torch._dynamo.maybe_mark_dynamic(asked, 0)
+        if self.compiled:  # other numbers at each step must not compile the layer again
+            for counted in (asked, None if seen.documents is None else seen.documents.ends):
+                if counted is not None:
+                    torch._dynamo.maybe_mark_dynamic(counted, 0)
         on_masks = None
         if self.adapts_masks:
             on_masks = input_ids.eq(self.config.mask_id).unsqueeze(-1)  # type: ignore[arg-type]
@@ -311,14 +315,17 @@ class Transformer(nn.Module):
             return cache.shift(x) if moved else x
         return x.view(rows, length, -1) if moved and returned is None else x
 
-    def _seen(self, causal: bool, segment_ids: Tensor | None, rule: AttentionRule | None) -> Seen:
+    def _seen(
+        self, causal: bool, segment_ids: Tensor | None, rule: AttentionRule | None, documents: Documents | None
+    ) -> Seen:
         """Returns what tokens see in a forward without a cache."""
         if rule is not None:
             return Seen.by_rule(rule)
         if segment_ids is None:
             return Seen(is_causal=causal)
         assert self.config.head_dim is not None
-        return Seen.by_document(segment_ids, causal, autocast_dtype(self.embedding.weight), self.config.head_dim)
+        dtype = autocast_dtype(self.embedding.weight)
+        return Seen.by_document(segment_ids, causal, dtype, self.config.head_dim, documents)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """Returns an empty cache for this process's heads, of `capacity` tokens per row, windows included."""

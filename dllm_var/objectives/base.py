@@ -5,14 +5,14 @@ All their randomness is `KeyedNoise`: a pure function of (seed, row, position), 
 
 from abc import ABC, abstractmethod
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 
 import torch
 from torch import Tensor, nn
 
 from dllm_var.errors import UserError
-from dllm_var.model.attention import AttentionRule
+from dllm_var.model.attention import AttentionRule, send
 from dllm_var.objectives.cross_entropy import Scores, cross_entropy, head_loss, summed_cross_entropy
 from dllm_var.text.tokenizer import SpecialTokens
 
@@ -97,6 +97,18 @@ class NoisedBatch:
     def scored(self) -> Tensor:
         """Positions under `loss_mask` [M], counted through the flattened batch; a GPU is waited for to count them."""
         return self.loss_mask.flatten().nonzero()[:, 0]
+
+    def to(self, device: torch.device) -> "NoisedBatch":
+        """Returns the batch on another device, which is not waited for: the host counts what is scored."""
+        scored = self.scored
+        if scored.device == device:
+            return self
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts = {name: value.to(device) for name, value in values.items() if isinstance(value, AttentionRule)}
+        parts |= {name: send(value, device) for name, value in values.items() if isinstance(value, Tensor)}
+        moved = replace(self, **parts)
+        moved.scored = send(scored, device)
+        return moved
 
     def at_loss(self, values: Tensor) -> Tensor:
         """Returns `values` [B, L] at the scored positions [M]."""

@@ -222,7 +222,16 @@ class BlockDiffusion(Certainty):
         copy = after(torch.full_like(segments, CLEAN), copies[:, None, None].expand(copied))[0]
         sees_masks, causal_context = self.clean_sees_masks, self.causal_context
 
-        def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        def sees(
+            block: Tensor,
+            first: Tensor,
+            segment: Tensor,
+            copy: Tensor,
+            row: Tensor,
+            head: Tensor,
+            query: Tensor,
+            key: Tensor,
+        ) -> Tensor:
             own, its, clean = block[row, query], block[row, key], copy[key] == CLEAN
             begin = first[row, query]  # its own block for a clean token
             seen = ((begin <= its) & (its <= own) & (copy[query] == copy[key])) | ((its < begin) & clean)
@@ -232,7 +241,7 @@ class BlockDiffusion(Certainty):
                 seen = torch.where((copy[query] == CLEAN) & clean, query >= key, seen)
             return seen & (segment[row, query] == segment[row, key])
 
-        return AttentionRule(sees, tokens)
+        return AttentionRule(sees, tokens, block, first, segment, copy)
 
 
 class EvenBlockMasking(BlockDiffusion):

@@ -109,9 +109,11 @@ def stride_rule(column: Tensor, anchor: Tensor, segment: Tensor, tokens: Tensor,
     token is its own column. All masks behind one anchor are a stride.
     """
 
-    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def sees(
+        column: Tensor, anchor: Tensor, segment: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor
+    ) -> Tensor:
         its, own = column[row, key], anchor[row, query]
         in_stride = (key >= clean) & (query >= clean) & (anchor[row, key] == own) & (its <= column[row, query])
         return (((key < clean) & (its <= own)) | in_stride) & (segment[row, query] == segment[row, key])
 
-    return AttentionRule(sees, tokens)
+    return AttentionRule(sees, tokens, column, anchor, segment)

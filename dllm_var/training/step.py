@@ -32,6 +32,9 @@ class TooManySkipped(UserError):
 class LossGuard:
     """Limits beyond which a step is reported or training stops.
 
+    With torch's fused AdamW, the default, a GPU skips a harmful update by itself. The reports then come every
+    `trainer.log_every_n_steps`, when the figures of the steps are read.
+
     Args:
         max_skipped: Training stops when it has skipped this many updates since its first step.
         spike_factor: A loss of this many times the running median is reported, and trained on; None reports none.
@@ -59,6 +62,7 @@ class StepResult:
     masked_accuracy: float  # share of loss tokens whose most likely token is the right one
     gradient_norm: float | None  # of the divided gradients before clipping; None where DeepSpeed keeps them to itself
     batches: list[tuple[Tensor, Tensor, Tensor]]  # this rank's row numbers [B], loss mask [B, L], token losses [M]
+    step: int  # its number, from 1 on
     skipped: bool = False  # whether the update is skipped
 
     def rows(self) -> list[tuple[int, float, int]]:
@@ -78,19 +82,23 @@ class StepResult:
 class OptimizerStep:
     """Makes one update of several batches, the same however its rows are split over ranks and accumulated batches.
 
-    `add` only sums; `finish` waits for the device, once. An update whose loss or gradient is not finite is skipped on
-    every rank; an overflow that 16-bit training expects, while its loss scale comes down, is left to the scaler.
+    An update whose loss or gradient is not finite is skipped on every rank; an overflow that 16-bit training expects,
+    while its loss scale comes down, is left to the scaler. `add` only sums. `finish` leaves the figures of a step on
+    the device, where a fused optimizer looks whether it shall skip; they are read together when they are logged. Other
+    optimizers must be told by the host, which then waits for the device in each step.
     """
 
     def __init__(self, guard: LossGuard) -> None:
         self.guard, self.skipped = guard, 0
+        self.last: StepResult | None = None  # of the steps that have been read
+        self._unread: list[tuple[Tensor, StepResult]] = []  # loss, accuracy and norm [3], and where they will stand
         self._losses: deque[float] = deque(maxlen=guard.spike_window)
         self._sums: list[Tensor] = []  # summed loss, normaliser, right predictions, loss tokens
         self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def begin(self, trainer: L.Trainer) -> None:
         """Forgets the batches of a run that was broken off; raises UserError where DeepSpeed would accumulate them."""
-        self._sums, self._batches = [], []
+        self._sums, self._batches, self._unread = [], [], []
         if owns_gradients(trainer.strategy) and trainer.accumulate_grad_batches > 1:
             raise UserError(
                 "trainer.accumulate_grad_batches must be 1 with DeepSpeed, which cannot weigh batches by their loss "
@@ -109,25 +117,37 @@ class OptimizerStep:
         normaliser = trainer.strategy.reduce(noised.normaliser.clone(), reduce_op="sum")
         return loss_sum * (trainer.world_size / normaliser.clamp_min(1))  # DeepSpeed will average over ranks
 
-    def finish(self, trainer: L.Trainer, optimizer: Optimizer) -> StepResult:
+    def finish(self, trainer: L.Trainer, optimizer: Optimizer) -> None:
         """Divides and clips the gradients just before the optimizer's step, or makes that step do nothing."""
         gradients: dict[int, list[Tensor]] = {}  # this process's parts, by the number of processes that hold the same
         if not owns_gradients(trainer.strategy):
             for gradient in _gradients(optimizer):
                 held_by = copies(gradient) if shards_parameters(trainer.strategy) else trainer.world_size
                 gradients.setdefault(held_by, []).append(local_part(gradient))
-        result = self._divide(gradients, trainer, optimizer)
-        result.skipped = self._must_skip(result, trainer)
-        if result.skipped:
-            _skip_update(optimizer, trainer)
+        parts = [part for parts in gradients.values() for part in parts]
+        limit = trainer.gradient_clip_val if trainer.gradient_clip_algorithm != "value" else None
+        by_norm = bool(limit and parts) and not isinstance(trainer.strategy.model, FullyShardedDataParallel)
+        figures = self._divide(gradients, limit if by_norm else None, trainer, optimizer)
+        result = StepResult(math.nan, math.nan, None, self._batches, trainer.global_step + 1)
+        self._unread.append((figures if parts else figures[:2], result))
+        self._batches = []
+        if _skips_by_itself(optimizer, trainer):
+            optimizer.found_inf = (~figures.isfinite().all()).float()  # type: ignore[attr-defined]  # as GradScaler does
         else:
-            _clip([part for parts in gradients.values() for part in parts], result.gradient_norm, trainer, optimizer)
-        return result
+            self.read(trainer)
+            if result.skipped:
+                _skip_update(optimizer, trainer)
+                return
+        if not by_norm:
+            _clip(limit, trainer, optimizer)
 
-    def _divide(self, gradients: dict[int, list[Tensor]], trainer: L.Trainer, optimizer: Optimizer) -> StepResult:
-        """Divides the gradients by the loss tokens of all ranks and batches, and waits for the figures.
+    def _divide(
+        self, gradients: dict[int, list[Tensor]], limit: float | None, trainer: L.Trainer, optimizer: Optimizer
+    ) -> Tensor:
+        """Divides the gradients by the loss tokens of all ranks and batches, and clips their norm to `limit`.
 
-        Lightning has averaged the gradients over ranks and divided them by the accumulation; both are undone.
+        Lightning has averaged the gradients over ranks and divided them by the accumulation; both are undone. Returns
+        loss, accuracy and gradient norm before clipping [3], on the device.
         """
         device = self._sums[0].device
         exact = torch.float32 if device.type == "mps" else torch.float64  # counts beyond 2^24 need 64 bits
@@ -136,17 +156,27 @@ class OptimizerStep:
             norms = torch.stack(torch._foreach_norm(parts, 2, torch.float32))
             squares += norms.to(exact).square().sum() / held_by
         sums = torch.stack([part.to(exact) for part in (*self._sums, squares)])
+        self._sums = []
         loss_sum, normaliser, correct, scored, squares = trainer.strategy.reduce(sums, reduce_op="sum")
         factor = trainer.world_size * trainer.accumulate_grad_batches / LOSS_SCALE / normaliser.clamp_min(1)
-        for parts in gradients.values():
-            torch._foreach_mul_(parts, factor.float())
         scaler = _scaler_in_step(optimizer, trainer)
         norm = squares.sqrt() * factor / (1.0 if scaler is None else scaler.scale(torch.ones((), device=device)))
-        figures = torch.stack((loss_sum / normaliser.clamp_min(1), correct / scored.clamp_min(1), norm))
-        loss, accuracy, gradient_norm = figures.tolist()
-        result = StepResult(loss, accuracy, gradient_norm if gradients else None, self._batches)
-        self._sums, self._batches = [], []
-        return result
+        if limit is not None:
+            factor = factor * (limit / (norm + 1e-6)).clamp_max(1)
+        for parts in gradients.values():
+            torch._foreach_mul_(parts, factor.float())
+        return torch.stack((loss_sum / normaliser.clamp_min(1), correct / scored.clamp_min(1), norm))
+
+    def read(self, trainer: L.Trainer) -> None:
+        """Reads the figures of all steps since it was last called, for which it waits once; every rank must call it."""
+        if not self._unread:
+            return
+        figures = torch.stack([figures for figures, _ in self._unread]).tolist()
+        for (loss, accuracy, *norm), (_, result) in zip(figures, self._unread, strict=True):
+            result.loss, result.masked_accuracy, result.gradient_norm = loss, accuracy, norm[0] if norm else None
+            result.skipped = self._must_skip(result, trainer)
+            self.last = result
+        self._unread = []
 
     def _must_skip(self, result: StepResult, trainer: L.Trainer) -> bool:
         """Decides, the same on every rank, whether the update would do harm; says so, and when the loss jumps."""
@@ -167,7 +197,7 @@ class OptimizerStep:
             return False
         rows = sorted(result.rows(), key=lambda row: -row[1] if math.isfinite(row[1]) else -math.inf)
         worst = ", ".join(f"row {row} {row_loss:.4g}" for row, row_loss, _ in rows[:3])
-        rank_zero_info(f"step {trainer.global_step + 1}: {message}; highest losses per token: {worst}")
+        rank_zero_info(f"step {result.step}: {message}; highest losses per token: {worst}")
         return wrong is not None
 
     def check_skipped(self) -> None:
@@ -190,26 +220,34 @@ def _gradients(optimizer: Optimizer) -> list[Tensor]:
     return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
+def _is_fused(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is a fused one of torch, which looks at `grad_scale` and `found_inf` in its step."""
+    kinds = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+    return isinstance(optimizer, kinds) and bool(optimizer.defaults.get("fused"))
+
+
+def _skips_by_itself(optimizer: Optimizer, trainer: L.Trainer) -> bool:
+    """Whether an optimizer skips its step when its `found_inf` on the device says so."""
+    by_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
+    elsewhere = owns_gradients(trainer.strategy) or shards_parameters(trainer.strategy)
+    return _is_fused(optimizer) and not by_scaler and not elsewhere
+
+
 def _scaler_in_step(optimizer: Optimizer, trainer: L.Trainer) -> Any:
     """Returns the loss scaler of 16-bit training if the optimizer, a fused one of torch, divides by its scale itself.
 
     The gradients then still have the scale just before the optimizer's step.
     """
-    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-    return getattr(trainer.precision_plugin, "scaler", None) if fused else None
+    return getattr(trainer.precision_plugin, "scaler", None) if _is_fused(optimizer) else None
 
 
-def _clip(gradients: list[Tensor], norm: float | None, trainer: L.Trainer, optimizer: Optimizer) -> None:
-    """Clips as the Trainer's settings say: by the norm that is known already, or by value as Lightning does."""
-    limit, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
+def _clip(limit: float | None, trainer: L.Trainer, optimizer: Optimizer) -> None:
+    """Clips what `finish` has not clipped by its norm: FSDP1's gradients, and by value as Lightning does."""
     wrapped = trainer.strategy.model
-    if limit and algorithm != "value" and isinstance(wrapped, FullyShardedDataParallel):
+    if limit and isinstance(wrapped, FullyShardedDataParallel):
         wrapped.clip_grad_norm_(limit)  # Lightning refuses to
-    elif limit and algorithm != "value" and norm is not None:
-        if limit < norm + 1e-6:
-            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
     else:
-        trainer.lightning_module.clip_gradients(optimizer, limit, algorithm)
+        trainer.lightning_module.clip_gradients(optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
 
 
 def _skip_update(optimizer: Optimizer, trainer: L.Trainer) -> None:

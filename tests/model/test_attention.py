@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from dllm_var.model import Transformer, TransformerConfig
-from dllm_var.model.attention import LEAST_LENGTH, Seen, attend, attend_by_group, document_rule, has_varlen
+from dllm_var.model.attention import LEAST_LENGTH, Documents, Seen, attend, attend_by_group, document_rule, has_varlen
 
 PADDING = -1
 
@@ -52,7 +52,7 @@ def test_documents_give_what_the_mask_gives_forward_and_backward(name, causal, k
     upstream = torch.randn(*segments.shape, 4, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     expected = dense(qkv, mask_of(segments, causal))
     seen = Seen.by_document(segments, causal, torch.float64, 8)
-    assert (seen.document_ends is None) == (name == "short rows")
+    assert (seen.documents is None) == (name == "short rows")
     ours = attend(*qkv.split((4, kv_heads, kv_heads), dim=2), seen)
     torch.testing.assert_close(ours, expected)
     gradients = [torch.autograd.grad((x * upstream).sum(), qkv)[0] for x in (ours, expected)]
@@ -91,8 +91,10 @@ def test_a_rule_gives_flex_attention_what_its_mask_says(name):
         "partly causal documents": mask_of(segments, False) & partly,
     }[name]
     assert torch.equal(rule.mask[:, 0], expected)
-    counted = [rule.of_queries(start, start + 100) for start in range(0, segments.size(1), 100)]
-    assert torch.equal(torch.cat(counted, dim=1), expected) and rule.pairs() == expected.sum()
+    assert torch.equal(rule.of_queries(torch.tensor([5, 100])), expected[:, [5, 100]])
+    assert rule.pairs() == rule.estimated_pairs() == expected.sum()
+    assert rule.estimated_pairs(40) == pytest.approx(int(expected.sum()), rel=0.15)
+    assert torch.equal(rule.to(torch.device("cpu")).mask, rule.mask)
     length = segments.size(1)
     blocks = create_block_mask(rule.sees, len(segments), None, length, length, device="cpu")
     qkv = heads(segments).detach()
@@ -124,7 +126,7 @@ def test_16_bit_types_are_rounded_once():
 
 def test_the_varlen_kernel_takes_the_arguments_it_gets():
     """Its operator has a stand-in for devices without values, which checks shapes."""
-    seen = Seen(None, True, torch.zeros(9, dtype=torch.int32, device="meta"), longest=24)
+    seen = Seen(None, True, Documents(torch.zeros(9, dtype=torch.int32, device="meta"), 24))
     queries, keys, values = torch.empty(3, 24, 8, 8, device="meta", dtype=torch.bfloat16).split((4, 2, 2), dim=2)
     assert attend(queries.float(), keys, values, seen).shape == queries.shape
 

@@ -162,7 +162,7 @@ def test_a_run_resumed_between_skipped_updates_and_spikes_is_the_same_bit_for_bi
 def test_a_spike_is_reported_and_trained_on(tmp_path, said):
     model, watch, _ = fit(tmp_path, Poisoned(huge=[101]), 26)
     assert re.search(r"step 26: loss [\d.]+, the median is [\d.]+; highest losses per token: row 101 ", "\n".join(said))
-    rows, loss = model.last_step.rows(), model.last_step.loss
+    rows, loss = model.step.last.rows(), model.step.last.loss
     assert sorted(row for row, *_ in rows) == [100, 101, 102, 103]
     total = sum(loss * tokens for _, loss, tokens in rows)
     assert loss == pytest.approx(total / sum(tokens for *_, tokens in rows), rel=1e-6)

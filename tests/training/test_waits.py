@@ -1,12 +1,12 @@
-"""How often a training step would wait for a GPU, counted by operations whose results the host must read to go on."""
+"""What a training step would wait for on a GPU: operations whose results the host must read to go on."""
 
-from types import SimpleNamespace
-
+import lightning as L
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllm_var import DiffusionLM
+from dllm_var.callbacks import SpeedMonitor
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.model import TransformerConfig
 from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule, Mdlm, MultiBlockDiffusion
@@ -34,27 +34,54 @@ class Waits(TorchDispatchMode):
         return operation(*args, **kwargs)
 
 
+class Watch(L.Callback):
+    """Looks for waits in every batch after the first step, from the batch on its device to the end of the update."""
+
+    def __init__(self):
+        self.found, self.watched = [], 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx > 1:
+            self.waits = Waits().__enter__()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx > 1:
+            self.waits.__exit__(None, None, None)
+            self.found += self.waits.found
+            self.watched += 1
+
+
 @pytest.mark.parametrize(
-    ("objective", "attention", "waits"),
+    ("objective", "settings", "trained"),
     [
-        (EosSchedule(), "document", 2),
-        (EosSchedule(), "full", 1),
-        (Mdlm(), "document", 2),  # its losses have weights
-        (Autoregressive(), "document", 2),
-        (BlockDiffusion(block_length=4, autoregressive_weight=0.5, causal_context=True), "document", 2),
-        (MultiBlockDiffusion(block_length=4, autoregressive_weight=0.5, causal_context=True), "document", 2),
+        (EosSchedule(), {"attention": "document"}, {}),
+        (EosSchedule(), {"attention": "full"}, {"accumulate_grad_batches": 2}),
+        (Mdlm(), {"attention_annealing": 100}, {}),  # its losses have weights
+        (Autoregressive(), {}, {}),
+        (BlockDiffusion(block_length=4, autoregressive_weight=0.5, causal_context=True), {}, {}),
+        (MultiBlockDiffusion(block_length=4, autoregressive_weight=0.5, causal_context=True), {}, {}),
     ],
 )
-def test_a_batch_waits_for_its_loss_positions_and_its_documents(objective, attention, waits, monkeypatch):
-    """And block diffusion for the number of blocks; it has a rule in place of documents."""
+def test_a_step_waits_for_nothing_until_its_figures_are_due(objective, settings, trained, tmp_path, monkeypatch):
+    """The host hides tokens before it sends them, so that it knows all shapes; clipping and guard are the device's."""
     monkeypatch.setattr("dllm_var.model.attention.has_varlen", lambda *_: True)
     data = PackedDataModule(batch_size=4, context_length=48, packing="best_fit", overhang=4)
-    module = DiffusionLM(TransformerConfig(hidden_size=16, num_layers=2, num_heads=2), objective, attention)
-    module.use_tokenizer(data.tokenizer)
-    module.configure_model()
-    module._trainer = SimpleNamespace(strategy=None, global_step=0)
-    batch = data.rows("train").__getitems__(range(4))
-    module.training_step(batch, 0)  # what is made once
-    with Waits() as found:
-        module.training_step(batch, 0).backward()
-    assert len(found.found) == waits, found.found
+    module = DiffusionLM(TransformerConfig(hidden_size=16, num_layers=2, num_heads=2), objective, **settings)
+    watch = Watch()
+    L.Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        max_steps=6,
+        gradient_clip_val=1.0,
+        log_every_n_steps=100,
+        limit_val_batches=0,
+        callbacks=[SpeedMonitor(None), watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **trained,
+    ).fit(module, data)
+    assert watch.watched >= 4
+    assert watch.found == []
+    assert module.step.last.step == 6
