@@ -25,7 +25,7 @@ from torch.torch_version import TorchVersion
 LEAST_LENGTH = 256
 WIDEST_HEAD, WIDTH_MULTIPLE = 256, 8  # head widths that the varlen kernel takes (FlashAttention 2)
 QUERIES_COUNTED = 1024  # of a row, whose pairs are counted on a GPU
-TAKES_GROUPS = TorchVersion(torch.__version__) >= (2, 12)  # whether the varlen kernel takes groups of heads
+TAKES_GROUPS = TorchVersion(torch.__version__) >= "2.12"  # whether the varlen kernel takes groups of heads
 LEAST_LONGEST = 128  # queries in a tile of the varlen kernel
 
 
@@ -215,7 +215,8 @@ def attend_by_group(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor)
 @torch.compiler.disable
 def _one_by_one(queries: Tensor, keys: Tensor, values: Tensor, is_causal: bool, documents: Documents) -> Tensor:
     """Attends within one document after the other."""
-    shape, settings = queries.shape, {"is_causal": is_causal, "enable_gqa": queries.size(2) != keys.size(2)}
+    shape = queries.shape
+    settings: Any = {"is_causal": is_causal, "enable_gqa": queries.size(2) != keys.size(2)}
     sizes = [end - start for start, end in pairwise(documents.ends.tolist())]
     split = (x.flatten(0, 1).transpose(0, 1).split(sizes, dim=1) for x in (queries, keys, values))
     mixed = [

@@ -5,7 +5,7 @@ All their randomness is `KeyedNoise`: a pure function of (seed, row, position), 
 
 from abc import ABC, abstractmethod
 from copy import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 
 import torch
@@ -100,14 +100,14 @@ class NoisedBatch:
 
     def to(self, device: torch.device) -> "NoisedBatch":
         """Returns the batch on another device, which is not waited for: the host counts what is scored."""
-        scored = self.scored
-        if scored.device == device:
+        if self.scored.device == device:  # counted before anything moves
             return self
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        parts = {name: value.to(device) for name, value in values.items() if isinstance(value, AttentionRule)}
-        parts |= {name: send(value, device) for name, value in values.items() if isinstance(value, Tensor)}
-        moved = replace(self, **parts)
-        moved.scored = send(scored, device)
+        moved = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, AttentionRule):
+                setattr(moved, name, value.to(device))
+            elif value is not None:
+                setattr(moved, name, send(value, device))
         return moved
 
     def at_loss(self, values: Tensor) -> Tensor:

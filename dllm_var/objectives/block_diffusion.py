@@ -211,9 +211,10 @@ class BlockDiffusion(Certainty):
 
     def _attention_rule(self, tokens: Tensor, segments: Tensor, blocks: Blocks, copied: torch.Size) -> AttentionRule:
         """Returns which token of `[clean | copies]` sees which; `copied` is the shape [B, C, N, K] of the copies."""
-        # Places without a block see each other, so that no softmax is empty.
+        # A place without a block sees itself, so that no softmax is empty, and no other, so that few tiles are read.
+        nowhere = -1 - torch.arange(blocks.inside[0].numel(), device=tokens.device).view(blocks.inside.shape[1:])
         number, group = (
-            values.gather(1, blocks.start)[:, :, None].masked_fill(~blocks.inside, -1)[:, None].expand(copied)
+            torch.where(blocks.inside, values.gather(1, blocks.start)[:, :, None], nowhere)[:, None].expand(copied)
             for values in (blocks.number, blocks.group)
         )
         block, first = after(blocks.number, number), after(blocks.number, group)

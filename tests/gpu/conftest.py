@@ -53,7 +53,8 @@ class Losses(L.Callback):
         self.losses: list[float] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        self.losses.append(pl_module.last_step.loss)
+        pl_module.step.read(trainer)
+        self.losses.append(pl_module.step.last.loss)
 
 
 @pytest.fixture
