@@ -13,20 +13,38 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
+from dllm_var.checkpoints.families import LLAMA, write_config
 from dllm_var.checkpoints.run_checkpoint import provenance
+from dllm_var.errors import UserError
+from dllm_var.model.config import TransformerConfig
 from dllm_var.model.transformer import Transformer
 
 T = TypeVar("T")
 PHASES = ("data", "forward", "head_and_loss", "backward", "optimizer")  # of a training step
 
 
+def now(device: torch.device) -> Any:
+    """Returns the time; on CUDA an event, at which the device will have come so far."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Any, end: Any) -> float:
+    """Returns the seconds between two results of `now`; the device must have come that far."""
+    return end - start if isinstance(end, float) else start.elapsed_time(end) / 1000
+
+
 class ForwardClock:
     """Adds up the time that transformers spend in layers and output head; on CUDA by events, which wait for nothing."""
 
     def __init__(self, models: Sequence[Transformer]) -> None:
-        self._on_cuda = models[0].embedding.weight.is_cuda
+        self._device = models[0].embedding.weight.device
         self._timed = [pair for m in models for pair in ((m, "hidden_states"), (m.lm_head, "forward"))]
         self._marks: list[tuple[Any, Any]] = []  # before and after each call
 
@@ -42,30 +60,21 @@ class ForwardClock:
     @property
     def seconds(self) -> float:
         """Time spent so far; on CUDA this waits for the device."""
-        if not self._on_cuda:
-            return sum(end - start for start, end in self._marks)
-        torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in self._marks) / 1000
-
-    def _mark(self) -> Any:
-        if not self._on_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        synchronise(self._device)
+        return sum(seconds_between(start, end) for start, end in self._marks)
 
     def _marked(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            start = self._mark()
+            start = now(self._device)
             result = function(*args, **kwargs)
-            self._marks.append((start, self._mark()))
+            self._marks.append((start, now(self._device)))
             return result
 
         return call
 
 
 class StepClock:
-    """Cuts the time of training into phases without a gap: each mark waits for the device and ends one phase."""
+    """Cuts the time of training into phases without a gap; on CUDA by events, so that no mark waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -73,24 +82,34 @@ class StepClock:
 
     def restart(self) -> None:
         """Forgets all steps; the time from now to the first mark belongs to the first step."""
-        self.steps: list[dict[str, float]] = []
-        self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._last = time.perf_counter()
+        self._ended: list[tuple[list[tuple[str, Any]], dict[str, int | Tensor]]] = []
+        self._marks: list[tuple[str, Any]] = []
+        self._began = now(self.device)
 
     def mark(self, phase: str) -> None:
         """Charges a phase with the time since the last mark."""
-        synchronise(self.device)
-        now = time.perf_counter()
-        self._seconds[phase] += now - self._last
-        self._last = now
+        self._marks.append((phase, now(self.device)))
 
     def end_step(self, segment_ids: Tensor, counts: dict[str, int | Tensor]) -> None:
         """Ends the last phase and the step; its batch has `segment_ids` [B, L] and `counts` of `NoisedBatch`."""
         self.mark("optimizer")
-        work = {"loss_tokens": int(counts["loss_tokens"]), "pairs": int(counts["attended_pairs"])}
-        tokens = {"tokens": int((segment_ids >= 0).sum())}
-        self.steps.append({**self._seconds, **tokens, **work})
-        self._seconds = dict.fromkeys(PHASES, 0.0)
+        names = {"loss_tokens": "loss_tokens", "read": "read_tokens", "pairs": "attended_pairs"}
+        work = {name: counts[counted] for name, counted in names.items()}
+        self._ended.append((self._marks, {"tokens": (segment_ids >= 0).sum(), **work}))
+        self._marks = []
+
+    @property
+    def steps(self) -> list[dict[str, float]]:
+        """Seconds of each phase and counts of each step; this waits for the device."""
+        synchronise(self.device)
+        found, last = [], self._began
+        for marks, counts in self._ended:
+            seconds = dict.fromkeys(PHASES, 0.0)
+            for phase, moment in marks:
+                seconds[phase] += seconds_between(last, moment)
+                last = moment
+            found.append({**seconds, **{name: int(count) for name, count in counts.items()}})
+        return found
 
 
 class PeakMemory:
@@ -140,6 +159,33 @@ def synchronise(device: torch.device) -> None:
     """Waits for the device, so that a clock read now includes all its work so far."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def peak_bandwidth(device: torch.device, numbers: int) -> float:
+    """Returns the bytes per second that are read and written when so many 16-bit numbers are copied."""
+    source = torch.zeros(numbers, device=device, dtype=torch.bfloat16)
+    copy = Timer("target.copy_(source)", globals={"source": source, "target": torch.empty_like(source)})
+    return 2 * source.nbytes / copy.blocked_autorange(min_run_time=0.2).median
+
+
+@torch.no_grad()
+def random_model(config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """Builds a model whose weights are drawn where they are; gigabytes take a CPU minutes."""
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    model.to_empty(device=device).tie_weights()
+    for parameter in model.parameters():
+        parameter.fill_(1) if parameter.dim() == 1 else parameter.normal_(std=0.02)
+    return model
+
+
+def llama_config(shape: TransformerConfig, dtype: str) -> Any:
+    """Returns transformers' configuration of a Llama of this shape; raises UserError without transformers."""
+    try:
+        from transformers import LlamaConfig
+    except ImportError as error:
+        raise UserError('this baseline needs transformers: pip install "dllm-var[transformers]"') from error
+    return LlamaConfig(**write_config(LLAMA, shape.resolved(), dtype))
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -40,11 +40,14 @@ SPEED: tuple[Column, ...] = (
 TRAINING: tuple[Column, ...] = (
     ("tokens/s", "tokens_per_second", "{:,.0f}", 1),
     ("x plain", "over_plain_loop.tokens_per_second", "{:.2f}", 1),
+    ("x padded", "over_plain_loop.over_padded", "{:.2f}", 1),
     ("MFU", "mfu", "{:.0%}", 1),
     ("ms/step", "step_seconds", "{:,.0f}", MS),
     *((phase.replace("_", " "), f"phase_seconds.{phase}", "{:,.1f}", MS) for phase in PHASES),
     ("MB", "peak_memory_bytes", "{:,.0f}", MB),
+    ("first s", "warm_up_seconds", "{:,.0f}", 1),
 )
+DECODING: tuple[Column, ...] = (("ms/forward", "milliseconds", "{:,.2f}", 1), ("x graph", "over_graph", "{:.2f}", 1))
 RATIOS = {
     "over_fixed_length": "useful tokens/s over fixed-length diffusion",
     "over_autoregressive": "useful tokens/s over the autoregressive twin",
@@ -68,10 +71,15 @@ AUP_NOTE = (
     "weight for lost accuracy. One token per forward without a mistake is 100; more is better."
 )
 TRAINING_NOTE = (
-    "tokens/s counts tokens of samples, not padding. x plain: over the plain loop, within each round. Phases in ms per "
-    "step. MFU: FLOPs the task needs (forward and backward, pairs of tokens that attend, head where a loss is, nothing "
-    "recomputed) over the fastest matrix product of the same round. MB: weights, gradients, optimizer state and "
-    "activations at their peak."
+    "tokens/s counts tokens of samples, not padding. x plain, x padded: over the plain loop of packed rows, and of "
+    "padded samples, within each round. Phases in ms per step. MFU: FLOPs the task needs (forward and backward, pairs "
+    "of tokens that attend, head where a loss is, nothing recomputed) over the fastest matrix product of the same "
+    "round. MB: weights, gradients, optimizer state and activations at their peak. first s: seconds to build the "
+    "model, compile it and make its first step."
+)
+DECODING_NOTE = (
+    "Time of a forward with all around it: the sampler's or loop's, divided by its forwards. x graph: over the bare "
+    "forward of as many tokens, replayed as a CUDA graph."
 )
 
 
@@ -89,6 +97,8 @@ def report(title: str, result: Figures, pictures: Sequence[str] = ()) -> str:
     ]
     for task in result.get("tasks", []):
         lines += ["", *_task_lines(task)]
+    for case in result.get("decodings", []):
+        lines += ["", *_decoding_lines(case)]
     for case in result.get("trainings", []):
         lines += ["", *_training_lines(case)]
     for picture in pictures:
@@ -171,10 +181,37 @@ def _training_lines(case: Figures) -> list[str]:
     )
     contenders = [{**one, "over_plain_loop": case["over_plain_loop"].get(one["name"])} for one in case["contenders"]]
     lines = [title, "", *_aligned(_rows(TRAINING, contenders, case["ours"])), "", TRAINING_NOTE, ""]
+    if planned := case.get("planned"):
+        lines.append(
+            f"- `plan` says {MS * planned['seconds']:,.0f} ms/step at {planned['mfu']:.0%} of the products' speed, and "
+            f"{MB * planned['memory']:,.0f} MB"
+        )
+    lines += _failures(case)
     for name, bar in case["bars"].items():
-        of = "" if name.startswith("mfu") else f" of {case['ours']} over the plain loop's"
+        base = "padded samples'" if name.startswith("over_padded") else "plain loop's"
+        of = "" if name.startswith("mfu") else f" of {case['ours']} over the {base}"
         lines.append(_bar_line(name + of, name, bar))
     return lines
+
+
+def _decoding_lines(case: Figures) -> list[str]:
+    title = (
+        f"## {case['name']}: {case['parameters']:,} weights, vocabulary {case['vocab_size']:,}, prompts of "
+        f"{case['prompt_tokens']} tokens, blocks of {case['block_length']}, batches of {case['batch_size']}"
+    )
+    lines = [title, "", *_aligned(_rows(DECODING, case["ways"], None)), "", DECODING_NOTE, ""]
+    if case["bandwidth"]:
+        lines.append(
+            f"- memory copies at {case['bandwidth'] / 1e12:.2f} TB/s: the weights are read in "
+            f"{case['read_weights_ms']:.2f} ms"
+        )
+    if case["peak_memory_bytes"]:
+        lines.append(f"- {case['peak_memory_bytes'] / 2**30:.1f} GiB at the peak")
+    return [*lines, *_failures(case), *(_bar_line(name, name, bar) for name, bar in case["bars"].items())]
+
+
+def _failures(case: Figures) -> list[str]:
+    return [f"- {name} failed: {message}" for name, message in case["failed"].items()]
 
 
 def _rows(columns: Sequence[Column], results: Sequence[Figures], best: str | None) -> list[list[str]]:

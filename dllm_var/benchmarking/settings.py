@@ -14,15 +14,18 @@ from dllm_var.errors import UserError
 from dllm_var.settings import merged, read_settings
 
 COUNTS = ("prompts", "single_prompts", "batched_prompts")
-TrainingContender = Literal["ours", "ours, compiled", "ours, compiled, full attention", "full logits, plain loop"]
-OURS, COMPILED, FULL, PLAIN_LOOP = CONTENDERS = get_args(TrainingContender)
+TrainingContender = Literal[
+    "ours", "ours, compiled", "ours, compiled, full attention", "full logits, plain loop", "padded samples, plain loop"
+]
+OURS, COMPILED, FULL, PLAIN_LOOP, PADDED_LOOP = CONTENDERS = get_args(TrainingContender)
 BARS = {  # ratios of a task that can have a bar, and on which side of it they should be
     "over_fixed_length": "at least",
     "over_autoregressive": "at least",
     "batch_32_over_1": "at least",
     "sampler_overhead": "at most",
 }
-TRAINING_BARS = ("tokens_per_second", "peak_memory", "mfu")  # beginnings of the names of a training's bars
+# Beginnings of the names of a training's bars.
+TRAINING_BARS = ("tokens_per_second", "over_padded", "peak_memory", "mfu")
 
 
 @dataclass
@@ -138,11 +141,14 @@ class TrainingCase:
         batch_size: Rows in a batch.
         steps: Optimizer steps timed in each round, after one to warm up.
         contenders: Ways to train it; all when not given.
+        objective: `class_path` and `init_args` of what ours trains on; the EOS schedule when None.
+        precision: The Trainer's, of every contender; bf16-mixed on a GPU and 32-true on a CPU when None.
+        activation_checkpointing: What ours computes again, as in `DiffusionLM`.
         prompt_tokens: Median length of a sample's prompt, which carries no loss.
         answer_tokens: Median length of its answer.
-        bars: Names of ratios in the result, with the values they should reach: `mfu` at least (of full attention where
-            that takes part), `tokens_per_second_...` over the plain loop's at least, `peak_memory_...` over the plain
-            loop's at most.
+        bars: Names of ratios in the result, with the values they should reach: `mfu...` at least (of full attention
+            where that takes part), `tokens_per_second_...` over the plain loop's at least, `over_padded_...` over that
+            of padded samples at least, `peak_memory_...` over the plain loop's at most.
     """
 
     name: str
@@ -152,6 +158,9 @@ class TrainingCase:
     batch_size: PositiveInt = 2
     steps: PositiveInt = 2
     contenders: list[TrainingContender] = field(default_factory=lambda: list(CONTENDERS))
+    objective: dict[str, Any] | None = None
+    precision: str | None = None
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
     prompt_tokens: PositiveInt = 60
     answer_tokens: PositiveInt = 140
     bars: dict[str, float] = field(default_factory=dict)
@@ -173,8 +182,45 @@ class TrainingCase:
         """Returns the case with a tiny model and nothing compiled."""
         tiny: dict[str, Any] = dict(hidden_size=32, num_layers=1, num_heads=2)
         few: dict[str, Any] = dict(context_length=64, batch_size=2, steps=1, prompt_tokens=6, answer_tokens=10)
-        contenders = [name for name in self.contenders if name not in (COMPILED, FULL)]
-        return replace(self, transformer=tiny, vocab_size=min(self.vocab_size, 512), contenders=contenders, **few)
+        contenders: Any = dict.fromkeys(OURS if name in (COMPILED, FULL) else name for name in self.contenders)
+        return replace(self, transformer=tiny, vocab_size=min(self.vocab_size, 512), contenders=list(contenders), **few)
+
+
+@dataclass
+class DecodingCase:
+    """One shape with random weights, decoded in several ways.
+
+    Args:
+        name: Its name in the tables.
+        transformer: Its shape, as `model.transformer` in a training config.
+        vocab_size: Rows of embedding and output head.
+        prompt_tokens: Tokens of each prompt.
+        block_length: Tokens of a block.
+        batch_size: Rows of a batch; one row is measured, too.
+        limit: Tokens that are decoded.
+    """
+
+    name: str
+    transformer: dict[str, Any] = field(default_factory=dict)
+    vocab_size: PositiveInt = 126_464
+    prompt_tokens: PositiveInt = 128
+    block_length: PositiveInt = 32
+    batch_size: PositiveInt = 16
+    limit: PositiveInt = 64
+
+    @property
+    def parts(self) -> Sequence[str]:
+        return [self.name]
+
+    def only(self, names: Sequence[str]) -> "DecodingCase":
+        """Returns the case, all of which is measured."""
+        return self
+
+    def quick(self) -> "DecodingCase":
+        """Returns the case with a tiny model."""
+        tiny: dict[str, Any] = dict(hidden_size=32, num_layers=1, num_heads=2)
+        few: dict[str, Any] = dict(prompt_tokens=8, block_length=4, batch_size=2, limit=8)
+        return replace(self, transformer=tiny, vocab_size=min(self.vocab_size, 512), **few)
 
 
 Curves = dict[str, list[tuple[Any, str]]]  # of each sweep: its values, with the names of the settings that have them

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -16,17 +17,18 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
-from dllm_var.benchmarking.instruments import PHASES, PeakMemory, StepClock, shown
+from dllm_var.benchmarking.instruments import PHASES, PeakMemory, StepClock, llama_config, random_model, shown
 from dllm_var.benchmarking.results import against_bar
-from dllm_var.benchmarking.settings import COMPILED, FULL, OURS, PLAIN_LOOP, TrainingCase
+from dllm_var.benchmarking.settings import COMPILED, FULL, OURS, PADDED_LOOP, PLAIN_LOOP, TrainingCase
 from dllm_var.callbacks.speed import compute_dtype, measure_peak_flops
-from dllm_var.checkpoints.families import LLAMA, write_config
 from dllm_var.datamodules import CmudictSource, PackedDataModule, Source
-from dllm_var.errors import UserError
+from dllm_var.errors import one_line
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.transformer import Transformer
 from dllm_var.module import DiffusionLM, can_compile
-from dllm_var.objectives import EosSchedule, KeyedNoise
+from dllm_var.objectives import EosSchedule, KeyedNoise, Objective
+from dllm_var.objectives.base import Batch
+from dllm_var.settings import build
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.training.optim import AdamW, Schedule, parameter_groups
 from dllm_var.training.trainer import Trainer
@@ -35,8 +37,17 @@ Figures = dict[str, Any]
 PEAK_SECONDS = 0.5  # of matrix products in each round, whose fastest is the peak
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP = 1e-4, (0.9, 0.95), 0.1, 1.0  # of every contender
 SPREAD = 0.7  # standard deviation of the logarithm of a sample's lengths
+POOL = 50  # batches whose samples are sorted by length together, as transformers does
 ENOUGH = 4  # times as many tokens in the data as one round trains on
-REPORTED = ("name", "vocab_size", "transformer", "context_length", "batch_size", "steps")  # settings in the result
+REPORTED = (
+    "name",
+    "vocab_size",
+    "transformer",
+    "objective",
+    "context_length",
+    "batch_size",
+    "steps",
+)  # settings in the result
 
 
 class RandomSamples(Source):
@@ -75,7 +86,8 @@ class Contender(ABC):
         self.name, self.case, self.device, self.cache = name, case, device, cache
         self.shape = TransformerConfig(**case.transformer, vocab_size=case.vocab_size)
         self.clock = StepClock(device)
-        self.mixed = device.type == "cuda"  # bf16-mixed there, float32 on the CPU
+        self.precision = precision_of(case, device)
+        self.dtype = torch.bfloat16 if self.precision == "bf16-true" else torch.float32
 
     def data(self) -> PackedDataModule:
         """Returns the data, at its first row; the samples are strung together and cut, as in the paper."""
@@ -104,15 +116,17 @@ class Ours(Contender):
         super().__init__(name, case, device, cache)
         self.module = DiffusionLM(
             self.shape,
-            EosSchedule(),
+            objective_of(case),
             "full" if name == FULL else "document",
             lambda groups: AdamW(groups, LEARNING_RATE, BETAS, WEIGHT_DECAY),
             Schedule("constant", 0),
-            compile=name != OURS,
         )
         self.module.use_tokenizer(self.data().tokenizer)
-        self.module.configure_model()
-        transformer: Any = self.module.transformer
+        transformer: Any = random_model(self.module.config, device, self.dtype)
+        transformer.recompute_activations(case.activation_checkpointing)
+        if name != OURS:
+            transformer.compile_layers()
+        self.module.transformer = transformer
         hidden_states = transformer.hidden_states
 
         def marked(*args: Any, **kwargs: Any) -> Any:
@@ -137,9 +151,9 @@ class Ours(Contender):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # and its warnings about short ones
                 trainer = Trainer(
-                    accelerator="gpu" if self.mixed else "cpu",
+                    accelerator="gpu" if self.device.type == "cuda" else "cpu",
                     devices=1,
-                    precision="bf16-mixed" if self.mixed else "32-true",
+                    precision=self.precision,
                     max_steps=steps,
                     gradient_clip_val=CLIP,
                     callbacks=[marks],
@@ -164,25 +178,33 @@ class PlainLoop(Contender):
 
     def __init__(self, name: str, case: TrainingCase, device: torch.device, cache: Path) -> None:
         super().__init__(name, case, device, cache)
-        self.model: Any = bidirectional_llama(self.shape).to(device)
+        with device:
+            self.model: Any = bidirectional_llama(self.shape).to(self.dtype)
         self.model.lm_head.register_forward_pre_hook(lambda *_: self.clock.mark("forward"))
         self.objective, self.noise = EosSchedule().bind(self.data().tokenizer.special), KeyedNoise(0)
 
+    def batches(self) -> Iterator[Batch]:
+        """Yields batches from the data's first row on."""
+        yield from self.data().train_dataloader()
+
     def train(self, steps: int) -> None:
         optimizer = AdamW(parameter_groups(self.model), LEARNING_RATE, BETAS, WEIGHT_DECAY)
-        batches = iter(self.data().train_dataloader())
+        batches, mixed = self.batches(), self.precision == "bf16-mixed"
         for _ in range(steps):
             batch = {name: value.to(self.device) for name, value in next(batches).items()}
             self.clock.mark("data")
             noised = self.objective.corrupt(batch, self.noise)
             labels = noised.targets.masked_fill(~noised.loss_mask, -100)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
-                logits = self.model(input_ids=noised.input_ids, use_cache=False).logits
+            used = batch["segment_ids"] >= 0
+            seen = None if self.name == PLAIN_LOOP or bool(used.all()) else used.long()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+                logits = self.model(input_ids=noised.input_ids, attention_mask=seen, use_cache=False).logits
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
             self.clock.mark("head_and_loss")
             loss.backward()
-            pairs = labels.numel() * labels.size(1)
-            counts: dict[str, Any] = {"loss_tokens": noised.loss_mask.sum(), "attended_pairs": pairs}
+            lengths = used.sum(dim=1)
+            pairs = labels.numel() * labels.size(1) if self.name == PLAIN_LOOP else lengths.square().sum()
+            counts = {"loss_tokens": noised.loss_mask.sum(), "read_tokens": lengths.sum(), "attended_pairs": pairs}
             del logits, loss, noised, labels
             self.clock.mark("backward")
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
@@ -191,13 +213,61 @@ class PlainLoop(Contender):
             self.clock.end_step(batch["segment_ids"], counts)
 
 
+class PaddedLoop(PlainLoop):
+    """The plain loop with each sample in a row of its own, as the trainers of dllm and of transformers batch them.
+
+    Samples of similar lengths are batched (`group_by_length`): the shuffled data is cut into pools of so many batches,
+    each sorted by length, whose batches come in random order. A batch has as many samples as packed rows have on
+    average. A token sees its sample.
+    """
+
+    def batches(self) -> Iterator[Batch]:
+        table, generator = self.data().table("train"), np.random.default_rng(0)
+        count = max(1, round(self.case.batch_size * self.case.context_length * len(table) / len(table.tokens)))
+        lengths = np.diff(table.offsets)
+        while True:
+            order = generator.permutation(len(table))
+            pools = [order[at : at + count * POOL] for at in range(0, len(order), count * POOL)]
+            order = np.concatenate([pool[np.argsort(-lengths[pool], kind="stable")] for pool in pools])
+            groups = [order[at : at + count] for at in range(0, len(order) - count + 1, count)]
+            for number in generator.permutation(len(groups)):
+                yield self._padded(groups[number].tolist())
+
+    def _padded(self, samples: list[int]) -> Batch:
+        """Returns a batch of samples of the table, each a row padded to the longest."""
+        data = self.data()
+        table = data.table("train")
+        spans = [slice(int(table.offsets[sample]), int(table.offsets[sample + 1])) for sample in samples]
+        lengths = torch.tensor([span.stop - span.start for span in spans])
+        present = torch.arange(int(lengths.max())) < lengths[:, None]
+        tokens = torch.full(present.shape, data.tokenizer.pad_id)
+        supervised = torch.zeros(present.shape, dtype=torch.bool)
+        for row, span in enumerate(spans):
+            tokens[row, : lengths[row]] = torch.from_numpy(table.tokens[span].astype(np.int64))
+            supervised[row, : lengths[row]] = torch.from_numpy(table.supervised[span].astype(np.bool_))
+        positions = torch.arange(present.size(1)).expand(present.shape)
+        batch = {"input_ids": tokens, "supervised": supervised, "segment_ids": present.long() - 1}
+        return {**batch, "position_ids": positions, "row": torch.tensor(samples)}
+
+
+def precision_of(case: TrainingCase, device: torch.device) -> Any:
+    """Returns the Trainer's precision for a case."""
+    return case.precision or ("bf16-mixed" if device.type == "cuda" else "32-true")
+
+
+def objective_of(case: TrainingCase) -> Objective:
+    """Returns the objective that ours trains on."""
+    if case.objective is None:
+        return EosSchedule()
+    return build(Objective, "objective", case.objective, f"training {case.name}")
+
+
 def bidirectional_llama(shape: TransformerConfig) -> Any:
     """Returns a new LlamaForCausalLM of our shape whose every position reads all others."""
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError as error:
-        raise UserError('the plain loop needs transformers: pip install "dllm-var[transformers]"') from error
-    llama = LlamaForCausalLM(LlamaConfig(**write_config(LLAMA, shape.resolved(), "float32")))
+    config = llama_config(shape, "float32")
+    from transformers import LlamaForCausalLM
+
+    llama = LlamaForCausalLM(config)
     for layer in llama.model.layers:
         layer.self_attn.is_causal = False  # as the settings say; the attention's kernel asks the layer
     return llama
@@ -209,20 +279,29 @@ class TrainingRun:
     def __init__(self, case: TrainingCase, rounds: int, device: torch.device, cache: Path) -> None:
         self.case, self.rounds, self.device, self.cache = case, rounds, device, cache
         self.names = [name for name in case.contenders if name not in (COMPILED, FULL) or can_compile(device)]
+        self.precision = precision_of(case, device)
         self.peaks: list[float] = []
         self.measured: dict[str, list[Figures]] = {name: [] for name in self.names}
+        self.warm_up: dict[str, float] = {}  # seconds of the first step, with building and compiling the model
+        self.failed: dict[str, str] = {}
         with torch.device("meta"):
             self.shape = Transformer(TransformerConfig(**case.transformer, vocab_size=case.vocab_size))
 
     def run(self) -> None:
-        contenders = {}
-        for name in shown(f"{self.case.name}: warm-up", self.names):
-            kind = PlainLoop if name == PLAIN_LOOP else Ours
-            contenders[name] = kind(name, self.case, self.device, self.cache)
-            contenders[name].run(0)  # compiles, and fills caches and allocators
-        dtype = compute_dtype("bf16-mixed" if self.device.type == "cuda" else "32-true")
+        contenders: dict[str, Contender] = {}
+        for name in shown(f"{self.case.name}: warm-up", list(self.names)):
+            kind = {PLAIN_LOOP: PlainLoop, PADDED_LOOP: PaddedLoop}.get(name, Ours)
+            began = time.perf_counter()
+            try:
+                contenders[name] = kind(name, self.case, self.device, self.cache)
+                contenders[name].run(0)  # compiles, and fills caches and allocators
+            except RuntimeError as error:  # such as no memory: the others may still say something
+                self.failed[name] = one_line(error)
+                contenders.pop(name, None)
+                self.names.remove(name)
+            self.warm_up[name] = time.perf_counter() - began
         for number in range(self.rounds):
-            self.peaks.append(measure_peak_flops(self.device, dtype, PEAK_SECONDS))
+            self.peaks.append(measure_peak_flops(self.device, compute_dtype(self.precision), PEAK_SECONDS))
             for name in shown(f"{self.case.name}: round {number + 1} of {self.rounds}", self.names):
                 self.measured[name].append(self._measure(contenders[name]))
 
@@ -234,7 +313,8 @@ class TrainingRun:
         figures = add_up(steps)
         figures["peak_memory_bytes"] = None if memory.bytes is None else memory.bytes + weights
         # The FLOPs that the task needs, whoever does it: the pairs that attend, the head where there is a loss.
-        useful = self.shape.flops_per_token(figures["pairs_per_token"], figures["loss_share"])
+        read = figures["read_per_token"]
+        useful = read * self.shape.flops_per_token(figures["pairs_per_token"] / read, figures["loss_share"] / read)
         figures["flops_per_second"] = useful * figures["tokens_per_second"]
         figures["mfu"] = figures["flops_per_second"] / self.peaks[-1]
         return figures
@@ -243,16 +323,25 @@ class TrainingRun:
         """Returns the case's figures, ratios and bars as plain data."""
         case, base = self.case, self.measured.get(PLAIN_LOOP, [])
         measured = {name: rounds for name, rounds in self.measured.items() if rounds}
-        contenders = [{"name": name, "rounds": rounds, **medians(rounds)} for name, rounds in measured.items()]
-        ratios = {name: over(rounds, base) for name, rounds in measured.items()}
+        contenders = [
+            {"name": name, "warm_up_seconds": self.warm_up[name], "rounds": rounds, **medians(rounds)}
+            for name, rounds in measured.items()
+        ]
+        padded = self.measured.get(PADDED_LOOP, [])
+        ratios = {
+            name: {**over(rounds, base), "over_padded": over(rounds, padded)["tokens_per_second"]}
+            for name, rounds in measured.items()
+        }
         ours = next((name for name in (COMPILED, OURS) if name in self.names), None)
         return {
             **{name: getattr(case, name) for name in REPORTED},
+            "precision": self.precision,
             "parameters": self.shape.num_parameters,
             "ours": ours,
             "gemm_peak_flops": median(self.peaks) if self.peaks else None,
             "contenders": contenders,
             "over_plain_loop": ratios,
+            "failed": self.failed,
             "bars": bars(case.bars, ours, contenders, ratios),
         }
 
@@ -267,6 +356,7 @@ def add_up(steps: Sequence[dict[str, float]]) -> Figures:
         "phase_seconds": {phase: total[phase] / len(steps) for phase in PHASES},
         "loss_share": total["loss_tokens"] / tokens,
         "pairs_per_token": total["pairs"] / tokens,
+        "read_per_token": total["read"] / tokens,
     }
 
 

@@ -16,24 +16,25 @@ from typing import Any, TypeVar
 import torch
 from jsonargparse.typing import PositiveInt
 
+from dllm_var.benchmarking.decoding import DecodingRun
 from dllm_var.benchmarking.instruments import describe_machine
 from dllm_var.benchmarking.plot import draw_task
 from dllm_var.benchmarking.report import report
 from dllm_var.benchmarking.results import sampler_ratios
 from dllm_var.benchmarking.samplers import TaskRun
-from dllm_var.benchmarking.settings import Entry, Sweep, Task, TrainingCase, check_names
+from dllm_var.benchmarking.settings import DecodingCase, Entry, Sweep, Task, TrainingCase, check_names
 from dllm_var.cli.decoding_options import add_device_options, device_and_dtype
 from dllm_var.errors import UserError
 from dllm_var.files import open_output, write_text
 from dllm_var.settings import SettingsParser
 
 DESCRIPTION = """Measures what a config lists, side by side on one machine: a config with `tasks` compares samplers, one
-with `trainings` (benchmarks/training.yaml) ways to train.
+with `trainings` (benchmarks/training.yaml) ways to train, and one with `decodings` (benchmarks/gpu.yaml) a device.
 
 Writes FILE.json (--output) with every figure, FILE.md with the tables and, with matplotlib, a PNG file per task. Ctrl-C
 and SIGTERM write what has been measured so far.
 """
-Item = TypeVar("Item", Task, TrainingCase)
+Item = TypeVar("Item", Task, Any)
 
 
 def main(command: str, arguments: list[str]) -> int:
@@ -45,7 +46,10 @@ def main(command: str, arguments: list[str]) -> int:
     if output.suffix != ".json":
         raise UserError(f"--output must end in .json, got '{output}'; the tables go into the .md file beside it")
     tasks = wanted(read_tasks(options), options.only, options.quick)
-    cases = wanted([TrainingCase(**case.as_dict()) for case in options.trainings], options.only, options.quick)
+    cases: list[Any] = [DecodingCase(**case.as_dict()) for case in options.decodings]
+    cases = wanted(
+        [*cases, *(TrainingCase(**case.as_dict()) for case in options.trainings)], options.only, options.quick
+    )
     if bool(tasks) == bool(cases):
         raise UserError(f"{options.config[0]} must list either tasks or trainings to measure, and not both")
     if cases and options.dtype:
@@ -57,6 +61,8 @@ def main(command: str, arguments: list[str]) -> int:
         result, status = measure(tasks, cases, options)
         file.write(json.dumps(result, indent=1) + "\n")
     title = "Samplers side by side" if tasks else "Training measured"
+    if result.get("decodings"):
+        title = f"Measured on {result['machine']['device']}"
     write_text(output.with_suffix(".md"), report(title, result, draw_plots(result, output)))
     print(report(title, result))
     say(f"wrote {output} and {output.with_suffix('.md')}")
@@ -70,6 +76,8 @@ def build_parser(command: str) -> SettingsParser:
     add("--config", action="config", help="YAML file that lists what to measure; it has its comments")
     add("--tasks", type=list[Task], default=[], help="samplers to measure")
     add("--trainings", type=list[TrainingCase], default=[], help="trainings to measure")
+    add("--decodings", type=list[DecodingCase], default=[], help="shapes to decode with")
+    add("--minutes", type=PositiveInt, help="stop then, and write what has been measured")
     add("--output", type=str, help="JSON file to write; tables and plots go beside it")
     add("--repeats", type=PositiveInt, default=3, help="rounds of each timing")
     add("--threads", type=PositiveInt, help="torch's threads; its own choice when not given")
@@ -104,14 +112,14 @@ def wanted(items: list[Item], names: Sequence[str] | None, quick: bool) -> list[
         with_parts = [item for item in items if set(item.parts) & set(names)]
         named = [item for item in items if item.name in names] or with_parts
         items = [item.only(names) if item in with_parts else item for item in named]
-    items = [item.quick() for item in items] if quick else items
-    if not all(item.parts for item in items):
-        raise UserError("--quick compiles nothing: name a contender that is not compiled")
-    return items
+    return [item.quick() for item in items] if quick else items
 
 
-def measure(tasks: Sequence[Task], cases: Sequence[TrainingCase], options: Any) -> tuple[dict[str, Any], int]:
-    """Measures until the end, Ctrl-C or SIGTERM; returns the whole result, and the exit status: 0, 130 or 143."""
+def measure(tasks: Sequence[Task], cases: Sequence[Any], options: Any) -> tuple[dict[str, Any], int]:
+    """Measures tasks, or trainings and decodings, until the end, Ctrl-C, SIGTERM or `--minutes` are over.
+
+    Returns the whole result, and the exit status: 0, 130 or 143, or 1 where something failed.
+    """
     device, dtype = device_and_dtype(options)
     machine = describe_machine(device)  # the commit is that of the code that is measured
     began, date, status = time.perf_counter(), time.strftime("%Y-%m-%d %H:%M:%S"), 0
@@ -127,9 +135,17 @@ def measure(tasks: Sequence[Task], cases: Sequence[TrainingCase], options: Any) 
 
             ratios = training_ratios
             rounds = 2 if options.quick else options.repeats
-            runs = [TrainingRun(case, rounds, device, Path(cache)) for case in cases]
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+            runs = [
+                DecodingRun(case, device)
+                if isinstance(case, DecodingCase)
+                else TrainingRun(case, rounds, device, Path(cache))
+                for case in cases
+            ]
+        numbers = [signal.SIGINT, signal.SIGTERM, *([signal.SIGALRM] if options.minutes else [])]
+        before = {number: signal.signal(number, stop) for number in numbers}
         try:
+            if options.minutes:
+                signal.alarm(60 * options.minutes)
             for run in runs:
                 begun.append(run)
                 run.run()
@@ -137,9 +153,19 @@ def measure(tasks: Sequence[Task], cases: Sequence[TrainingCase], options: Any) 
             status = 128 + stopped.args[0]  # as shells count
             say("interrupted: writing what has been measured")
         finally:
+            if options.minutes:
+                signal.alarm(0)
             for number, handler in before.items():
                 signal.signal(number, handler)
     measured = [run.result() for run in begun]
+    decoded = [part for run, part in zip(begun, measured, strict=True) if isinstance(run, DecodingRun)]
+    trained = [part for part in measured if part not in decoded]
+    for case in (case for case in cases if isinstance(case, TrainingCase)):
+        for part in (part for part in trained if part["name"] == case.name and part["gemm_peak_flops"]):
+            part["planned"] = planned(case, part)
+    partial, late = status > 0, status == 128 + signal.SIGALRM
+    if any(part.get("failed") for part in measured) or late:
+        status = 0 if late else 1
     if options.quick:  # so little is measured that no bar is judged
         for bar in (bar for part in measured for bar in part["bars"].values()):
             bar["passed"] = None
@@ -149,13 +175,37 @@ def measure(tasks: Sequence[Task], cases: Sequence[TrainingCase], options: Any) 
         "date": date,
         "machine": machine,
         "quick": options.quick,
-        "partial": status > 0,
+        "partial": partial,
         "repeats": rounds,
         "seconds": time.perf_counter() - began,
-        "tasks" if tasks else "trainings": measured,
+        **({"decodings": decoded} if decoded else {}),
+        "tasks" if tasks else "trainings": trained,
         "ratios": ratios(measured),
     }
     return result, status
+
+
+def planned(case: TrainingCase, measured: dict[str, Any]) -> dict[str, Any]:
+    """Returns what `plan` says of a training on a device of the measured speed: seconds of a step, and bytes."""
+    from dllm_var.cli.plan import MFU, plan  # imports Lightning
+
+    settings: dict[str, Any] = {
+        "model": {"init_args": {"transformer": {**case.transformer, "vocab_size": case.vocab_size}}},
+        "data": {"init_args": {"batch_size": case.batch_size, "context_length": case.context_length}},
+        "trainer": {"precision": measured["precision"]},
+        "devices": 1,
+        "device_tflops": measured["gemm_peak_flops"] / 1e12,
+        "device_memory": 80.0,  # nothing depends on it
+        "mfu": MFU,
+        "supervised_share": case.answer_tokens / (case.prompt_tokens + case.answer_tokens),
+    }
+    settings["model"]["init_args"] |= {
+        "objective": case.objective,
+        "activation_checkpointing": case.activation_checkpointing,
+    }
+    result = plan(settings)
+    memory = result["memory"][result["this_config"]["strategy"]]
+    return {"seconds": result["step"]["seconds"], "mfu": MFU, "memory": memory["total"]}
 
 
 class Stopped(BaseException):

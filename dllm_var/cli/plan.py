@@ -34,6 +34,7 @@ EXAMPLES = """examples:
 
 MFU leaves out what is computed again. docs/finetune.md says what the figures hold."""
 DEVICE_MEMORY = 80.0  # GB, of an H100
+MFU = 0.4  # model FLOPs over peak FLOPs, when nothing better is known
 SAMPLE_LENGTH = 1024  # tokens of the rows on which an objective shows what it makes of them
 ASSUMED = ("device_tflops", "device_memory", "mfu", "supervised_share")
 Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
@@ -44,7 +45,7 @@ def main(command: str, arguments: list[str]) -> int:
     parser = build_reader(command, arguments, "[options]", DESCRIPTION, EXAMPLES)
     add = parser.add_argument_group("plan").add_argument
     add("--devices", type=PositiveInt, metavar="N", help="devices in all; what trainer says when not given")
-    add("--mfu", type=Share, default=0.4, metavar="X", help="model FLOPs over peak FLOPs (0.4)")
+    add("--mfu", type=Share, default=MFU, metavar="X", help=f"model FLOPs over peak FLOPs ({MFU})")
     peak = "peak of one device (989: an H100 in bf16)"
     add("--device-tflops", type=PositiveFloat, default=989.0, metavar="X", help=peak)
     memory = "memory of one device, such as 24GB (that of the GPU of this machine, or 80GB)"

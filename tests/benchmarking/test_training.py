@@ -10,8 +10,9 @@ import yaml
 
 from dllm_var.__main__ import main
 from dllm_var.benchmarking.instruments import PHASES, StepClock
-from dllm_var.benchmarking.settings import FULL, OURS, PLAIN_LOOP
+from dllm_var.benchmarking.settings import FULL, OURS, PADDED_LOOP, PLAIN_LOOP, TrainingCase
 from dllm_var.benchmarking.training import (
+    PaddedLoop,
     add_up,
     bars,
     bidirectional_llama,
@@ -31,8 +32,8 @@ def test_a_steps_phases_and_counts():
     segments = torch.tensor([[0, 0, 1, 1, 1, -1], [0, 0, 0, 0, 0, 0]])
     for phase in ("data", "forward", "head_and_loss", "backward"):
         clock.mark(phase)
-    clock.end_step(segments, {"loss_tokens": 5, "attended_pairs": 49})
-    clock.end_step(segments, {"loss_tokens": torch.tensor(5), "attended_pairs": 66})
+    clock.end_step(segments, {"loss_tokens": 5, "read_tokens": 12, "attended_pairs": 49})
+    clock.end_step(segments, {"loss_tokens": torch.tensor(5), "read_tokens": 12, "attended_pairs": 66})
     figures = add_up(clock.steps)
     phases = figures["phase_seconds"]
     assert set(phases) == set(PHASES) and all(seconds > 0 for seconds in phases.values())
@@ -40,6 +41,7 @@ def test_a_steps_phases_and_counts():
     assert figures["tokens_per_second"] == pytest.approx(11 / figures["step_seconds"])
     assert figures["loss_share"] == pytest.approx(5 / 11)
     assert figures["pairs_per_token"] == pytest.approx((49 + 66) / 22)
+    assert figures["read_per_token"] == pytest.approx(24 / 22)
 
 
 def figures(tokens_per_second, memory):
@@ -77,6 +79,35 @@ def test_the_baseline_has_our_shape_and_reads_both_ways():
     assert not torch.allclose(logits[0, 0], logits[1, 0], rtol=0, atol=1e-9)
 
 
+def test_padded_batches_have_whole_samples_of_similar_lengths_that_see_themselves_alone(tmp_path):
+    case = TrainingCase("padded", 300, SHAPE, 256, 2, 20, [PADDED_LOOP], prompt_tokens=10, answer_tokens=20)
+    loop = PaddedLoop(PADDED_LOOP, case, CPU, tmp_path)
+    table, batches = loop.data().table("train"), loop.batches()
+    first = [next(batches) for _ in range(20)]
+    seen = [row for batch in first for row in batch["row"].tolist()]
+    assert len(set(seen)) == len(seen)
+    used = torch.stack([(batch["segment_ids"] >= 0).float().mean() for batch in first])
+    assert used.mean() > 0.9  # 0.5 without grouping
+    batch = next(batch for batch in first if not (batch["segment_ids"] >= 0).all())
+    for row, tokens, present in zip(batch["row"], batch["input_ids"], batch["segment_ids"] >= 0, strict=True):
+        start, end = table.offsets[int(row)], table.offsets[int(row) + 1]
+        assert tokens[present].tolist() == table.tokens[start:end].tolist()
+    counted = []
+    loop.clock.end_step = lambda segments, counts: counted.append(int(counts["attended_pairs"]))
+    loop.batches = lambda: iter([batch])
+    logits = []
+    loop.model.register_forward_hook(lambda model, args, output: logits.append(output.logits.detach()))
+    loop.train(1)
+    lengths = (batch["segment_ids"] >= 0).sum(dim=1)
+    assert counted == [int(lengths.square().sum())]
+    loop.model.load_state_dict(bidirectional_llama(loop.shape).state_dict())
+    row = int(lengths.argmin())
+    noised = loop.objective.corrupt(batch, loop.noise)
+    alone = loop.model(input_ids=noised.input_ids[row, None, : lengths[row]]).logits
+    padded = loop.model(input_ids=noised.input_ids, attention_mask=(batch["segment_ids"] >= 0).long()).logits
+    torch.testing.assert_close(padded[row, : lengths[row]], alone[0])
+
+
 def run_quick(tmp_path, **settings):
     config, output = tmp_path / "training.yaml", tmp_path / "out" / "result.json"
     config.write_text(yaml.safe_dump({"trainings": [{"name": "tiny", "vocab_size": 300, **settings}]}))
@@ -91,7 +122,7 @@ def test_quick_run_writes_its_files(tmp_path):
     assert (result["kind"], result["quick"], result["partial"], result["repeats"]) == ("training", True, False, 2)
     assert result["ratios"]["mfu"] > 0 and result["ratios"]["tokens_per_second_256"] > 0
     names = {contender["name"]: contender for contender in result["trainings"][0]["contenders"]}
-    assert set(names) == {OURS, PLAIN_LOOP}
+    assert set(names) == {OURS, PLAIN_LOOP, PADDED_LOOP}
     assert names[OURS]["pairs_per_token"] < 40 and names[PLAIN_LOOP]["pairs_per_token"] == 64
     assert names[OURS]["loss_share"] == pytest.approx(names[PLAIN_LOOP]["loss_share"])  # the same rows and noise
     for contender in names.values():
