@@ -211,7 +211,7 @@ def _decoding_lines(case: Figures) -> list[str]:
 
 
 def _failures(case: Figures) -> list[str]:
-    return [f"- {name} failed: {message}" for name, message in case["failed"].items()]
+    return [f"- {name} failed: {message}" for name, message in case.get("failed", {}).items()]
 
 
 def _rows(columns: Sequence[Column], results: Sequence[Figures], best: str | None) -> list[list[str]]:
