@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
 
 # Share of real tokens under which the padding is left out of the layers, at the price of two copies per layer. Without,
@@ -183,8 +182,6 @@ class KVCache:
         its keys and values. Position 0 keeps its own.
         """
         assert self.hidden is not None
-        if self.positions is not self._slots and self._seen is not None:
-            raise UserError("this sampler decodes copies of a block, which a model with token_shift cannot do yet")
         row = torch.arange(hidden.size(0), device=hidden.device) if self._rows is None else self._rows
         self.hidden[row[:, None], self._slots] = hidden
         return self.hidden[row[:, None], (self.positions - 1).clamp(min=0)]

@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from dllm_var.errors import UserError
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling.base import Configurable, Request
 from dllm_var.sampling.captured import Arena, reach_of
@@ -301,6 +302,11 @@ class BlockDiffusionSampler(EngineSampler):
         super().__post_init__()
         self.check_range(1, math.inf, "block_length")
         self.policy = self.policy or ConfidenceThreshold()
+
+    def check_model(self, model: Transformer) -> None:
+        super().check_model(model)
+        if model.config.token_shift and issubclass(self.engine, CopyEngine):
+            raise UserError("this sampler decodes copies of a block, which a model with token_shift cannot do yet")
 
     @property
     def blocks_per_forward(self) -> int:

@@ -27,11 +27,12 @@ class Pane {
     this.replay = replay;
     this.root = make("section", "pane");
     this.blocks = make("div", "blocks");
+    this.text = make("p", "text");
     this.facts = make("p", "facts");
     if (named) this.root.append(make("h2", "", replay.label));
     if (replay.about) this.root.firstChild.append(make("small", "", replay.about));
     if (!given.live) this.root.append(make("p", "asked", replay.prompt)); // a live page has it in its form
-    this.root.append(this.blocks, this.facts);
+    this.root.append(this.blocks, this.text, this.facts);
   }
 
   get steps() {
@@ -60,6 +61,7 @@ class Pane {
     const open = [...starts].filter((place) => place < length).sort((a, b) => a - b);
     const edges = [...new Set([0, ...open, length])];
     const complete = done === this.steps.length && this.replay.finish;
+    if (complete && !length) edges.push(0); // a frame for the terminator alone
     this.blocks.replaceChildren();
     for (let block = 0; block + 1 < edges.length; block++) {
       const frame = make("div", "block");
@@ -99,7 +101,9 @@ class Pane {
   }
 
   tell(done, newest, complete) {
-    const {tokens, forwards, auxiliary, seconds, finish} = this.replay;
+    const {text, tokens, forwards, auxiliary, seconds, finish} = this.replay;
+    this.text.textContent = text ?? "";
+    this.text.hidden = !(complete && text);
     this.facts.replaceChildren();
     if (complete) {
       const rate = (tokens / Math.max(forwards, 1)).toFixed(2);
@@ -119,6 +123,7 @@ class Pane {
 // -- the slider, which moves all panes --------------------------------------------------------------------------------
 
 let panes = [], position = 0, timer = null;
+let follows = true; // whether the newest step is shown as it comes
 
 function longest() {
   return Math.max(0, ...panes.map((pane) => pane.steps.length));
@@ -152,6 +157,7 @@ function pause() {
 
 function play() {
   if (timer) return pause();
+  follows = false;
   if (position >= longest()) show(0);
   at("play").textContent = "❚❚";
   at("play").setAttribute("aria-label", "pause");
@@ -164,6 +170,7 @@ function play() {
 
 function move(where) {
   pause();
+  follows = where >= longest();
   show(where);
 }
 
@@ -230,7 +237,7 @@ async function* ask(body, path) {
 }
 
 /** Has one pane's answer decoded, and shows it as it comes. */
-async function decode(pane, follows) {
+async function decode(pane) {
   const {model, chat} = given.live;
   const asked = chat ? {messages: [{role: "user", content: pane.replay.prompt}]} : {prompt: pane.replay.prompt};
   const body = {model, ...asked, stream: true, steps: true, sampler: pane.replay.label};
@@ -243,7 +250,7 @@ async function decode(pane, follows) {
       if (step) pane.steps.push(step);
       if (took) Object.assign(pane.replay, took);
     }
-    show(follows() ? longest() : position);
+    show(follows ? longest() : position);
   }
 }
 
@@ -254,20 +261,22 @@ async function generate() {
   running = new AbortController();
   complain();
   pause();
+  follows = true;
   at("go").textContent = "Stop";
   const names = [at("sampler").value, at("other").value].filter(Boolean);
   setPanes(names.map((label) => ({prompt, label, about: given.live.samplers[label], steps: [], waits: true})), true);
   show(0);
   try {
     for (const pane of panes) { // one after the other, so that each one's time is its own
-      await decode(pane, () => position >= longest() - 1 || pane !== panes[0]);
+      await decode(pane);
     }
   } catch (error) {
-    if (error.name !== "AbortError") complain(error.message);
+    if (error.name === "TypeError") complain("The server does not answer: is it running?");
+    else if (error.name !== "AbortError") complain(error.message);
   }
   running = null;
   at("go").textContent = "Generate";
-  show(longest());
+  show(follows ? longest() : position);
 }
 
 if (given.live) {

@@ -134,15 +134,20 @@ def test_causal_samplers(sampler, counts, monkeypatch):
     ],
     ids=lambda sampler: type(sampler).__name__,
 )
-def test_log_probabilities(sampler, counts, monkeypatch):
+def test_log_probabilities_and_recorded_steps(sampler, counts, monkeypatch):
     model, wishes = random_model(3, causal=sampler.causal), dict(max_new_tokens=8, suppress=[3, 4])
 
     def known(**asked):
         return [answer.log_probabilities for answer in sampler.generate(model, PROMPTS[:1], **wishes, **asked)]
 
+    def recorded():
+        [answer] = sampler.generate(model, PROMPTS[:1], record=True, **wishes)
+        return [(one.forward, one.length, one.starts, [change[:2] for change in one.changes]) for one in answer.steps]
+
     assert known() == [None] and counts["replays"] > 0
-    found = [known(log_probabilities=True) for _ in range(2)][-1]
+    found, steps = [known(log_probabilities=True) for _ in range(2)][-1], recorded()
     monkeypatch.delitem(captured.CAPTURES, "cpu")
+    assert steps == recorded()
     for captured_values, eager_values in zip(found, known(log_probabilities=True), strict=True):
         assert captured_values == pytest.approx(eager_values, abs=1e-4)
 
