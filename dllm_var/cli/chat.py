@@ -21,7 +21,7 @@ from dllm_var.settings import SettingsParser
 if TYPE_CHECKING:
     from dllm_var.model.transformer import Transformer
     from dllm_var.sampling import Sampler
-    from dllm_var.sampling.recording import Step
+    from dllm_var.sampling.recording import RecordedStep
     from dllm_var.text.tokenizer import Tokenizer
 
 DESCRIPTION = """A conversation with a checkpoint that was trained on conversations. A terminal shows every answer being
@@ -108,7 +108,7 @@ class Denoising:
         self.live.transient = kind is None
         self.live.stop()
 
-    def on_step(self, index: int, step: Step) -> None:
+    def on_step(self, index: int, step: RecordedStep) -> None:
         """Shows the answer as a forward has left it."""
         new = set()
         for place, token, _ in step.changes:
