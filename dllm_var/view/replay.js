@@ -230,8 +230,7 @@ async function* ask(body, path) {
     const events = (rest + value).split("\n\n");
     rest = events.pop();
     for (const event of events) {
-      const data = event.replace(/^data: /, "");
-      if (data !== "[DONE]") yield JSON.parse(data);
+      if (event.startsWith("data: {")) yield JSON.parse(event.slice("data: ".length)); // not the closing [DONE]
     }
   }
 }
