@@ -12,7 +12,8 @@ from dllm_var.checkpoints.adapters import ADAPTER_FOLDER, merge_adapters
 from dllm_var.checkpoints.export import save_adapter, save_checkpoint_folder, save_settings
 from dllm_var.checkpoints.pretrained import EXPORT_FOLDER, PREFIX
 from dllm_var.model.lora import is_adapter, plain_name
-from dllm_var.sampling.base import last_sampler, sampler_to_config
+from dllm_var.sampling.base import last_sampler
+from dllm_var.sampling.configurable import sampler_to_config
 from dllm_var.training.strategies import shards_parameters
 
 

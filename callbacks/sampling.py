@@ -21,7 +21,7 @@ from dllm_var.datamodules import Example
 from dllm_var.errors import UserError
 from dllm_var.metrics import AnswerMetrics, nearest_reference
 from dllm_var.sampling import Generation, Sampler
-from dllm_var.sampling.base import NotFinite
+from dllm_var.sampling.guards import NotFinite
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.training.strategies import shards_parameters
 

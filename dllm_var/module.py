@@ -28,7 +28,8 @@ from dllm_var.objectives import Autoregressive, EosSchedule, KeyedNoise, NoisedB
 from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import summed_cross_entropy
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
-from dllm_var.sampling.base import last_sampler, sampler_to_config
+from dllm_var.sampling.base import last_sampler
+from dllm_var.sampling.configurable import sampler_to_config
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.training.optim import AdamW, Schedule, parameter_groups
 from dllm_var.training.step import LossGuard, OptimizerStep

@@ -15,7 +15,8 @@ from dllm_var.benchmarking.settings import DecodingCase
 from dllm_var.errors import one_line
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, ConfidenceThreshold, captured
-from dllm_var.sampling.base import special_ids, without_training_modes
+from dllm_var.sampling.base import special_ids
+from dllm_var.sampling.guards import without_training_modes
 
 Figures = dict[str, Any]
 WARM_UP, REPEATS = 3, 10  # calls of a forward

@@ -27,7 +27,8 @@ def read_options(
 ) -> tuple[Namespace, Sampler, Checkpoint]:
     """Returns the options of a command that decodes, the sampler, and the checkpoint; no weight is read yet."""
     from dllm_var.checkpoints.pretrained import open_checkpoint
-    from dllm_var.sampling.base import sampler_from_config, sampler_to_config
+    from dllm_var.sampling.base import sampler_from_config
+    from dllm_var.sampling.configurable import sampler_to_config
 
     spelled = spell_out(arguments)
     default: dict[str, Any] | None = {"class_path": "dllm_var.sampling.BlockDiffusionSampler"}

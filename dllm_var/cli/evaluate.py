@@ -71,7 +71,7 @@ def main(command: str, arguments: list[str]) -> int:
     settle_chat(options, checkpoint, tokenizer)
     from dllm_var.evaluation.likelihood import Likelihood
     from dllm_var.evaluation.lm import EvaluatedModel
-    from dllm_var.sampling.base import sampler_to_config
+    from dllm_var.sampling.configurable import sampler_to_config
 
     block_length = options.mc_block_length
     if block_length is None:

@@ -64,7 +64,8 @@ def build_parser(command: str) -> SettingsParser:
 def decoding_settings(checkpoint: Checkpoint, block_length: int | None, threshold: float | None) -> tuple[Any, Any]:
     """Returns the sampler to remember, and what other engines must know of it: `block_length` and `threshold`."""
     from dllm_var.sampling import BlockDiffusionSampler
-    from dllm_var.sampling.base import sampler_from_config, sampler_to_config
+    from dllm_var.sampling.base import sampler_from_config
+    from dllm_var.sampling.configurable import sampler_to_config
 
     sampler = checkpoint.meta.get("sampler")
     if sampler is None and not checkpoint.config.causal:

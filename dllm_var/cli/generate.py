@@ -56,7 +56,7 @@ def main(command: str, arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         build_parser(command, None).print_help()
         return 0
-    from dllm_var.sampling.base import lacks_memory
+    from dllm_var.sampling.guards import lacks_memory
 
     options, sampler, checkpoint = read_options(command, arguments, build_parser)
     page = None

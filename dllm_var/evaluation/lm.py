@@ -19,7 +19,8 @@ from dllm_var.errors import UserError
 from dllm_var.evaluation.likelihood import Likelihood, Pair, Score
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
-from dllm_var.sampling.base import finite_logits, sampler_from_config
+from dllm_var.sampling.base import sampler_from_config
+from dllm_var.sampling.guards import finite_logits
 from dllm_var.text.tokenizer import Tokenizer
 
 LONGEST_WINDOW = 2048  # tokens at a time in rolling likelihoods, for models that do not say what they were trained on

@@ -1,24 +1,18 @@
-"""The contract of samplers: prompts in, answers out, and what a checkpoint remembers of its sampler."""
+"""The contract of samplers: prompts in, answers out."""
 
-import inspect
 import json
-import math
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dllm_var.errors import UserError
-from dllm_var.files import fits
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.transformer import Transformer
-from dllm_var.sampling.captured import release
+from dllm_var.sampling.configurable import Configurable, build
+from dllm_var.sampling.guards import finite_logits, without_training_modes
 from dllm_var.sampling.recording import RecordedStep, Recording, replay_of
 from dllm_var.sampling.stopping import StopStrings
 from dllm_var.text.tokenizer import Tokenizer
@@ -27,44 +21,6 @@ from dllm_var.view import frame
 OnBlock = Callable[[int, list[int]], None]
 OnAnswer = Callable[[int, "Generation"], None]
 OnStep = Callable[[int, RecordedStep], None]
-
-DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # attention on a GPU
-
-_PACKAGE = "dllm_var.sampling."
-_PLAIN = str | int | float | bool | None
-_OWN: "dict[str, type[Configurable]]" = {}  # this package's samplers and policies: all that a checkpoint may name
-
-
-class Configurable:
-    """A sampler or policy: configs name it by `class_path`, and it keeps its arguments as attributes."""
-
-    owner = ""  # of a setting, in messages; the class's name when empty
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if cls.is_own() and not cls.__name__.startswith("_"):
-            _OWN[cls.__name__] = cls
-
-    @classmethod
-    def is_own(cls) -> bool:
-        """Whether the class is this package's."""
-        return cls.__module__.startswith(_PACKAGE)
-
-    def check_range(self, low: float, high: float, *names: str) -> None:
-        """Raises UserError for a setting outside [low, high]; None passes."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                self.refuse(name, f"at least {low}" if high == math.inf else f"in [{low}, {high}]")
-
-    def check_words(self) -> None:
-        """Raises UserError for a setting that is none of the words in its `Literal` annotation."""
-        for one in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
-            if get_origin(one.type) is Literal and not fits(getattr(self, one.name), one.type):
-                self.refuse(one.name, " or ".join(get_args(one.type)))
-
-    def refuse(self, name: str, allowed: str) -> NoReturn:
-        raise UserError(f"{self.owner or type(self).__name__}.{name} must be {allowed}, got {getattr(self, name)}")
 
 
 @dataclass
@@ -286,99 +242,9 @@ def special_ids(model: Transformer) -> tuple[int, tuple[int, ...]]:
     return config.mask_id, tuple(config.terminator_ids)
 
 
-@contextmanager
-def without_training_modes(transformer: Transformer) -> Iterator[None]:
-    """Switches off what is for training only: the training mode, mixed precision, compiled blocks, cuDNN's attention.
-
-    Decoding runs in the type of the weights, which is also the cache's. Compiled blocks would be compiled again for
-    every shape that decoding meets, and cuDNN makes a plan for each, in tens of milliseconds.
-    """
-    kind = transformer.embedding.weight.device.type
-    was_training = transformer.training
-    if was_training:  # visiting every module takes a noticeable part of a short answer's time
-        transformer.eval()
-    try:
-        eager = torch.compiler.set_stance("force_eager") if transformer.compiled else nullcontext()
-        with torch.autocast(kind, enabled=False), eager, sdpa_kernel(DECODING) if kind == "cuda" else nullcontext():
-            yield
-    finally:
-        if was_training:
-            transformer.train()
-            release(transformer)
-
-
-class NotFinite(UserError):
-    """A model's logits were NaN or infinite, so that there is no most likely token."""
-
-
-@contextmanager
-def finite_logits(model: Transformer) -> Iterator[Callable[[], None]]:
-    """Watches a model's output head; yields a function that raises `NotFinite` when a logit was NaN or infinite.
-
-    Each forward leaves one number on the device; the function waits for it, so it is called only with an answer. The
-    number stays where it is from call to call, as captured forwards write to it.
-    """
-    device = model.embedding.weight.device
-    if model.not_finite is None or model.not_finite.device != device:
-        with torch.inference_mode(False):  # it outlives this request
-            model.not_finite = torch.zeros((), device=device)
-    nothing = model.not_finite.zero_()
-
-    def watch(head: Any, inputs: Any, logits: Tensor) -> None:
-        if logits.numel():
-            most = logits.detach().aminmax().max  # NaN when any is; amax is slower in 16 bits
-            nothing.add_(most - most)  # NaN when it is infinite, too
-
-    def check() -> None:
-        if nothing.isnan():
-            raise NotFinite(
-                "the model's predictions are not numbers (NaN or infinite): its training diverged, or its numbers are "
-                "too large for its type; take an earlier checkpoint, or weights in bfloat16 or float32"
-            )
-
-    handle = model.lm_head.register_forward_hook(watch)
-    try:
-        yield check
-    except Exception:
-        check()  # whatever was raised came of it
-        raise
-    finally:
-        handle.remove()
-
-
-def lacks_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had; torch has no class for it on a CPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 def last_sampler(callbacks: Iterable[Any]) -> Sampler | None:
     """Returns the sampler of the last callback that has one: how the model in training is meant to be decoded."""
     return next((callback.sampler for callback in reversed([*callbacks]) if hasattr(callback, "sampler")), None)
-
-
-def sampler_to_config(sampler: Any) -> dict[str, Any] | None:
-    """Returns `{"class_path": ..., "init_args": {...}}` of a sampler or policy, None for what cannot be described.
-
-    The class must keep its arguments as attributes of the same name, as dataclasses do: plain values, lists of them,
-    policies. The path is the shortest that names the class, so that a checkpoint outlives a move of its file.
-    """
-    kind = type(sampler)
-    if not issubclass(kind, Configurable):
-        return None
-    arguments: dict[str, Any] = {}
-    for name, parameter in inspect.signature(kind).parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or not hasattr(sampler, name):
-            return None
-        value = getattr(sampler, name)
-        value = list(value) if isinstance(value, tuple) else value
-        described = sampler_to_config(value) if isinstance(value, Configurable) else None
-        if described is None and not fits(value, _PLAIN | list[_PLAIN]):
-            return None
-        arguments[name] = described or value
-    parts = kind.__module__.split(".")
-    packages = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
-    exporting = (p for p in packages if getattr(sys.modules.get(p), kind.__qualname__, None) is kind)
-    return {"class_path": f"{next(exporting, kind.__module__)}.{kind.__qualname__}", "init_args": arguments}
 
 
 def sampler_from_config(config: Any) -> Sampler:
@@ -388,37 +254,4 @@ def sampler_from_config(config: Any) -> Sampler:
     arguments are numbers, words that the class knows, lists of them and such descriptions. Raises UserError for
     anything else; the user alone names a guide, a drafter or a corpus.
     """
-    return _build(config, Sampler)
-
-
-def _build(config: Any, expected: type[Any]) -> Any:
-    described = isinstance(config, dict) and "class_path" in config and set(config) <= {"class_path", "init_args"}
-    if not described or not isinstance(config.get("init_args"), dict | None):
-        raise UserError("the checkpoint's sampler is not described by class_path and init_args: pass --sampler")
-    path = str(config["class_path"])
-    kind = _OWN.get(path.rpartition(".")[2])
-    if kind is None or inspect.isabstract(kind) or not path.startswith(_PACKAGE):
-        raise UserError(f"the checkpoint asks for {path}, not a part of dllm_var: if you trust it, pass --sampler")
-    if not issubclass(kind, expected):
-        raise UserError(f"the checkpoint's sampler is damaged: {path} is no {expected.__name__}; pass --sampler")
-    given, types = config.get("init_args") or {}, get_type_hints(kind)
-    arguments = {name: _argument(kind.__name__, name, value, types.get(name)) for name, value in given.items()}
-    try:
-        return kind(**arguments)
-    except TypeError as error:  # a setting is missing, or may not be given
-        raise UserError(f"cannot build the checkpoint's sampler {path}: {error}") from error
-
-
-def _argument(owner: str, name: str, value: Any, annotation: Any) -> Any:
-    alternatives = get_args(annotation) or (annotation,)
-    kinds = [one for one in alternatives if isinstance(one, type) and issubclass(one, Configurable)]
-    if isinstance(value, dict) and kinds:
-        return _build(value, kinds[0])
-    if isinstance(value, str) and str in alternatives:
-        raise UserError(
-            f"the checkpoint's sampler {owner} names {name} {value!r}, and a checkpoint may not name other files: name "
-            f"it yourself, with --sampler {_PACKAGE}{owner} --sampler.{name} PATH and the sampler's other settings"
-        )
-    if not fits(value, annotation):
-        raise UserError(f"the checkpoint's sampler is damaged: {owner} cannot have {name}={value!r}")
-    return value
+    return build(config, Sampler)

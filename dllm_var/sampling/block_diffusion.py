@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dllm_var.errors import UserError
 from dllm_var.model.transformer import Transformer
-from dllm_var.sampling.base import Configurable, Request
+from dllm_var.sampling.base import Request
 from dllm_var.sampling.captured import Arena, reach_of
+from dllm_var.sampling.configurable import Configurable
 from dllm_var.sampling.denoising import DenoisingEngine
 from dllm_var.sampling.engine import AnyRow, Batch, Engine, EngineSampler
 from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, UnmaskingPolicy

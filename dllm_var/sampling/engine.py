@@ -16,7 +16,8 @@ from dllm_var.errors import UserError
 from dllm_var.model.kv_cache import KVCache, kept_rows
 from dllm_var.model.transformer import Transformer
 from dllm_var.sampling import captured
-from dllm_var.sampling.base import Generation, Request, Sampler, sampler_to_config, special_ids
+from dllm_var.sampling.base import Generation, Request, Sampler, special_ids
+from dllm_var.sampling.configurable import sampler_to_config
 from dllm_var.sampling.drawing import draw, request_keys
 from dllm_var.sampling.policies.base import State
 

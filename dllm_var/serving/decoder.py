@@ -16,16 +16,9 @@ import torch
 
 from dllm_var.errors import UserError
 from dllm_var.model.transformer import Transformer
-from dllm_var.sampling.base import (
-    Generation,
-    NotFinite,
-    Request,
-    Sampler,
-    finite_logits,
-    lacks_memory,
-    without_training_modes,
-)
+from dllm_var.sampling.base import Generation, Request, Sampler
 from dllm_var.sampling.engine import Engine, EngineSampler
+from dllm_var.sampling.guards import NotFinite, finite_logits, lacks_memory, without_training_modes
 from dllm_var.sampling.recording import RecordedStep
 from dllm_var.sampling.stopping import StopStrings, settled_text
 from dllm_var.serving.metrics import Metrics

@@ -13,7 +13,7 @@ from dllm_var.__main__ import main
 from dllm_var.checkpoints.export import save_checkpoint_folder
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.sampling import BlockDiffusionSampler
-from dllm_var.sampling.base import sampler_to_config
+from dllm_var.sampling.configurable import sampler_to_config
 from dllm_var.text.tokenizer import Tokenizer
 
 

@@ -10,7 +10,8 @@ from tiny_models import ENDS, MASK, PROMPTS
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer
 from dllm_var.sampling import AutoregressiveSampler
-from dllm_var.sampling.base import sampler_from_config, sampler_to_config
+from dllm_var.sampling.base import sampler_from_config
+from dllm_var.sampling.configurable import sampler_to_config
 
 random_model = partial(tiny_models.random_model, causal=True)
 FIELDS = ("tokens", "finish_reason", "nfe", "commit_steps", "prompt_length")

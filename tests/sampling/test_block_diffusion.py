@@ -13,7 +13,8 @@ from dllm_var.errors import UserError
 from dllm_var.model import Transformer
 from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold, Decision, FixedSteps
 from dllm_var.sampling import policies as P
-from dllm_var.sampling.base import sampler_from_config, sampler_to_config
+from dllm_var.sampling.base import sampler_from_config
+from dllm_var.sampling.configurable import sampler_to_config
 
 random_model = partial(tiny_models.random_model, initializer_range=0.2)
 

@@ -13,7 +13,8 @@ from dllm_var.sampling import (
     FixedSteps,
 )
 from dllm_var.sampling import policies as P
-from dllm_var.sampling.base import sampler_from_config, sampler_to_config
+from dllm_var.sampling.base import sampler_from_config
+from dllm_var.sampling.configurable import sampler_to_config
 
 POLICIES = [ConfidenceThreshold(0.3), FixedSteps(3), P.JointThreshold(0.3, 0.2, max_edit_steps=2), P.Saber()]
 

@@ -6,7 +6,8 @@ from tiny_models import ENDS, MASK, PROMPTS, TOKENIZER, VOCABULARY, lookup_model
 
 from dllm_var.errors import UserError
 from dllm_var.sampling import AutoregressiveSampler, DiffuSpecSampler
-from dllm_var.sampling.base import sampler_from_config, sampler_to_config
+from dllm_var.sampling.base import sampler_from_config
+from dllm_var.sampling.configurable import sampler_to_config
 from dllm_var.text.tokenizer import SpecialTokens, Tokenizer
 
 FEW = [token for token in range(VOCABULARY) if token not in (3, 6, 7, 8)]  # leaves so few that models often agree

@@ -8,7 +8,8 @@ from test_block_diffusion import PROMPTS, Scripted, random_model
 from dllm_var.errors import UserError
 from dllm_var.sampling import BlockDiffusionSampler, ConfidenceThreshold, FixedSteps, FreeDaveSampler
 from dllm_var.sampling import policies as P
-from dllm_var.sampling.base import sampler_from_config, sampler_to_config
+from dllm_var.sampling.base import sampler_from_config
+from dllm_var.sampling.configurable import sampler_to_config
 
 ONE_PER_STEP = FixedSteps(steps=1 << 30)
 EVERY_POLICY = [

@@ -18,7 +18,8 @@ from dllm_var.sampling import (
     UnmaskingPolicy,
 )
 from dllm_var.sampling import policies as P
-from dllm_var.sampling.base import sampler_from_config, sampler_to_config
+from dllm_var.sampling.base import sampler_from_config
+from dllm_var.sampling.configurable import sampler_to_config
 
 POLICIES = [ConfidenceThreshold(0.3), FixedSteps(3), FixedSteps(2, "random"), *ALL_POLICIES]
 POLICIES = [P.JointThreshold(0.3, 0.2, 3) if isinstance(p, P.JointThreshold) else p for p in POLICIES]

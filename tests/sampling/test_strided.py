@@ -9,7 +9,8 @@ from tiny_models import ENDS, MASK, PROMPTS, VOCABULARY, lookup_model, shapes_of
 
 from dllm_var.errors import UserError
 from dllm_var.sampling import AutoregressiveSampler, StridedSampler
-from dllm_var.sampling.base import sampler_from_config, sampler_to_config
+from dllm_var.sampling.base import sampler_from_config
+from dllm_var.sampling.configurable import sampler_to_config
 
 random_model = partial(tiny_models.random_model, causal=True)
 constant = partial(lookup_model, {}, causal=True)

@@ -7,7 +7,8 @@ from test_block_diffusion import ENDS, MASK, PROMPTS, random_model
 
 from dllm_var.errors import UserError
 from dllm_var.sampling import WinoSampler
-from dllm_var.sampling.base import sampler_from_config, sampler_to_config
+from dllm_var.sampling.base import sampler_from_config
+from dllm_var.sampling.configurable import sampler_to_config
 from dllm_var.sampling.policies import BlockView
 from dllm_var.sampling.policies.remasking import RevokableThreshold
 

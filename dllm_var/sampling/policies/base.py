@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dllm_var.errors import UserError
 from dllm_var.objectives.base import is_one_of
-from dllm_var.sampling.base import Configurable
+from dllm_var.sampling.configurable import Configurable
 
 STEPS_WITH_REMASKING = 4  # per position of a block
 OF_ROWS = ("finish_block", "finish_row", "keep_open")  # entries of a decision that are for whole rows

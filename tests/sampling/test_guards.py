@@ -14,7 +14,7 @@ from dllm_var.sampling import (
     StridedSampler,
     WinoSampler,
 )
-from dllm_var.sampling.base import NotFinite
+from dllm_var.sampling.guards import NotFinite
 from dllm_var.sampling.infilling import infill
 from tests.sampling.tiny_models import MASK, random_model, save
 

@@ -6,7 +6,8 @@ import pytest
 
 from dllm_var.errors import UserError
 from dllm_var.sampling import BlockDiffusionSampler, FixedLengthSampler, FixedSteps, FreeDaveSampler, WinoSampler
-from dllm_var.sampling.base import sampler_from_config, sampler_to_config
+from dllm_var.sampling.base import sampler_from_config
+from dllm_var.sampling.configurable import sampler_to_config
 from dllm_var.sampling.policies import SchED
 
 SAMPLER = "dllm_var.sampling.BlockDiffusionSampler"
