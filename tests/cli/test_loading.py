@@ -78,8 +78,8 @@ def test_a_sampler_that_names_code_is_one_line_and_runs_nothing(named, trap, tmp
 def test_a_class_of_the_users_own_is_used_when_the_command_line_names_it(trap, tmp_path, capsys):
     folder = save_checkpoint_folder(tmp_path / "model", random_model(), TOKENIZER, {"sampler": NAMES["a file"]})
     ours = ["--sampler", SAMPLER, "--policy", "planted.Policy"]
-    with pytest.raises(AttributeError):  # it decides nothing
-        main(["generate", "--checkpoint", str(folder), "--prompt", "w5", *ours])
+    assert main(["generate", "--checkpoint", str(folder), "--prompt", "w5", *ours]) == 2  # it decides nothing
+    assert "the policy Policy must return a Decision, got NoneType" in capsys.readouterr().err
     assert trap.exists()
 
 
