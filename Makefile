@@ -5,7 +5,7 @@ PY = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 DEV_STAMP = $(VENV)/.installed-dev
 
-.PHONY: help quickstart test test-slow test-gpu lint types clean
+.PHONY: help quickstart test test-slow test-gpu lint types docs clean
 
 help:
 	@echo "make quickstart  train on CMUdict in two to four minutes on two CPU cores"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow   run the tests that take longer: interrupted runs, several processes"
 	@echo "make test-gpu    run the tests that need a CUDA device"
 	@echo "make lint        ruff and mypy"
+	@echo "make docs        build the documentation as a site, and show it at http://127.0.0.1:8001"
 	@echo "make clean       remove $(VENV) and caches; runs/ stays"
 
 quickstart: $(STAMP)
@@ -39,6 +40,10 @@ types:
 	@rm -rf build/types && mkdir -p build/types/dllm_var
 	@ln -s $(CURDIR)/dllm_var/* $(CURDIR)/callbacks $(CURDIR)/datamodules build/types/dllm_var/
 	cd build/types && $(MYPY) --cache-dir $(CURDIR)/.mypy_cache --config-file $(CURDIR)/pyproject.toml
+
+docs: $(DEV_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	$(PY) -m http.server --bind 127.0.0.1 --directory build/site 8001
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
