@@ -1,6 +1,5 @@
 """The packing data module: records in, rows of packed tokens out."""
 
-import os
 from contextlib import suppress
 from functools import cached_property, partial
 from itertools import islice
@@ -19,6 +18,7 @@ from dllm_var.datamodules.rows import HeldOutSampler, PackedRows, RowSampler
 from dllm_var.datamodules.sources import Source, SplitSource
 from dllm_var.datamodules.table import HELD_OUT_SEED, Example, RecordEncoder, Table, load_table
 from dllm_var.errors import UserError, warn
+from dllm_var.files import cache_folder
 from dllm_var.text.tokenizer import TRAIN_TOKENIZER, Tokenizer
 
 MANY = 0.01  # share of tokens that are unknown, or of samples that are dropped, from which on a warning says so
@@ -95,7 +95,7 @@ class PackedDataModule(L.LightningDataModule):
         self.overhang, self.canvas, self.eos_padding = overhang, canvas, eos_padding
         self.on_bad_record, self.on_too_long, self.on_special_text = on_bad_record, on_too_long, on_special_text
         self._check_settings()
-        self.cache_dir = Path(cache_dir or os.environ.get("DLLM_VAR_CACHE") or "~/.cache/dllm_var").expanduser()
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else cache_folder()
         self.source.cache_dir = self.cache_dir
         name_or_path = tokenizer or self.source.default_tokenizer
         if name_or_path is None:

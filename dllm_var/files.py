@@ -16,6 +16,11 @@ from dllm_var.errors import UserError
 PARTIAL, PREVIOUS = ".partial", ".previous"  # behind the name of what is being written, and of a folder being replaced
 
 
+def cache_folder() -> Path:
+    """Returns where things are kept that can be made again: ``$DLLM_VAR_CACHE``, or ``~/.cache/dllm_var``."""
+    return Path(os.environ.get("DLLM_VAR_CACHE") or "~/.cache/dllm_var").expanduser()
+
+
 @contextlib.contextmanager
 def write_atomically(path: Path, shared: bool = False) -> Iterator[Path]:
     """Yields where to write a file or a folder that becomes `path` when the block ends well, and is removed otherwise.

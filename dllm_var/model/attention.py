@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 from torch.torch_version import TorchVersion
 
 # From this row length on, the CPU takes documents one by one. With a mask, a training step takes 1.1 (50M weights) to
@@ -143,6 +144,7 @@ class Seen:
     is_causal: bool = False  # whether a token sees only its left
     documents: Documents | None = None  # for kernels that take them, when a token sees its own document
     block_mask: Any = None  # flex_attention's
+    kernels: tuple[Any, ...] | None = None  # of SDPA, the best first; torch's own choice when None
 
     @classmethod
     def by_rule(cls, rule: AttentionRule) -> "Seen":
@@ -189,12 +191,19 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, seen: Seen) -> Tensor:
     if seen.block_mask is None and grouped and seen.mask is not None and queries.is_cuda:
         return attend_by_group(queries, keys, values, seen.mask).transpose(1, 2)
     if seen.block_mask is None:
+        if grouped and queries.is_cuda and values.dtype == torch.float32:  # no kernel there takes groups
+            keys, values = (x.repeat_interleave(queries.size(1) // x.size(1), dim=1) for x in (keys, values))
+            grouped = False
         settings: Any = {"attn_mask": seen.mask, "is_causal": seen.is_causal, "enable_gqa": grouped}
-        return F.scaled_dot_product_attention(queries, keys, values, **settings).transpose(1, 2)
+        if seen.kernels is None:
+            return F.scaled_dot_product_attention(queries, keys, values, **settings).transpose(1, 2)
+        with sdpa_kernel(list(seen.kernels), set_priority=True):
+            return F.scaled_dot_product_attention(queries, keys, values, **settings).transpose(1, 2)
     from torch.nn.attention.flex_attention import flex_attention
 
     queries, keys = queries.to(values.dtype), keys.to(values.dtype)  # norms of heads leave them in float32
-    mixed = compiled(flex_attention)(queries, keys, values, block_mask=seen.block_mask, enable_gqa=grouped)
+    flex: Any = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
+    mixed = flex(queries, keys, values, block_mask=seen.block_mask, enable_gqa=grouped)
     return mixed.transpose(1, 2)
 
 

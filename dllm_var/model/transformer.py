@@ -11,6 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from dllm_var.errors import UserError
 from dllm_var.model.attention import AttentionRule, Documents, Seen, attend
+from dllm_var.model.attention_kernels import kernels_for
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.initialise import initialise
 from dllm_var.model.kv_cache import KVCache
@@ -292,7 +293,7 @@ class Transformer(nn.Module):
             if position_ids is None:
                 position_ids = torch.arange(length, device=input_ids.device).unsqueeze(0)
             positions, reach = position_ids, length
-            seen = self._seen(causal, segment_ids, attention_rule, documents)
+            seen = self._seen(length, causal, segment_ids, attention_rule, documents)
             if moved:
                 left = left_neighbours(input_ids, segment_ids).flatten()
                 asked = left if asked is None else left[asked]
@@ -316,15 +317,25 @@ class Transformer(nn.Module):
         return x.view(rows, length, -1) if moved and returned is None else x
 
     def _seen(
-        self, causal: bool, segment_ids: Tensor | None, rule: AttentionRule | None, documents: Documents | None
+        self,
+        length: int,
+        causal: bool,
+        segment_ids: Tensor | None,
+        rule: AttentionRule | None,
+        documents: Documents | None,
     ) -> Seen:
-        """Returns what tokens see in a forward without a cache."""
+        """Returns what tokens see in a forward of rows of this length without a cache."""
         if rule is not None:
             return Seen.by_rule(rule)
-        if segment_ids is None:
-            return Seen(is_causal=causal)
         assert self.config.head_dim is not None
-        dtype = autocast_dtype(self.embedding.weight)
+        weight, dtype = self.embedding.weight, autocast_dtype(self.embedding.weight)
+        if segment_ids is None:
+            kernels = None
+            if weight.is_cuda and dtype.itemsize == 2 and torch.is_grad_enabled():
+                attention: Any = self.layers[0].self_attn
+                sizes = (length, attention.num_heads, attention.num_kv_heads, self.config.head_dim)
+                kernels = kernels_for(sizes, causal, dtype, weight.device)
+            return Seen(is_causal=causal, kernels=kernels)
         return Seen.by_document(segment_ids, causal, dtype, self.config.head_dim, documents)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
