@@ -15,6 +15,7 @@ from dllm_var.model.sharding import VocabularySlice, vocabulary_slice
 from dllm_var.model.transformer import autocast_dtype
 
 LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}  # float32 logits alive at a time: 64 and 512 MiB
+TILE = 128  # rows
 TokenLoss = Callable[[Tensor, Tensor], Tensor]
 cross_entropy: TokenLoss = partial(F.cross_entropy, reduction="none")  # [M] in nats, from logits [M, V], targets [M]
 
@@ -75,8 +76,9 @@ def summed_cross_entropy(
 
 
 def _rows_per_chunk(head: nn.Linear, hidden: Tensor, logits: int | None) -> int:
-    """Returns how many positions' logits may exist at a time."""
-    return max(1, (logits or LOGITS_PER_CHUNK["cuda" if hidden.is_cuda else "cpu"]) // head.out_features)
+    """Returns how many positions' logits may exist at a time: whole tiles of a matrix product, when they are many."""
+    rows = max(1, (logits or LOGITS_PER_CHUNK["cuda" if hidden.is_cuda else "cpu"]) // head.out_features)
+    return rows - rows % TILE if rows > TILE else rows
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -100,8 +102,9 @@ class _SummedCrossEntropy(torch.autograd.Function):
         dtype = autocast_dtype(hidden)
         for_hidden, for_weight = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if for_hidden else None
-        weight_grad = torch.zeros_like(weight) if for_weight else None
         exact = torch.float32 if dtype == torch.bfloat16 else dtype
+        # Chunks are added up in float32, also where the weight has 16 bits.
+        weight_grad = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, exact)) if for_weight else None
         token_loss = torch.empty(hidden.size(0), dtype=exact, device=hidden.device)
         correct = torch.empty(hidden.size(0), dtype=torch.bool, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -136,7 +139,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                     weight_grad.add_(slopes.t() @ states)
         if hidden_grad is not None:
             vocabulary.reduced(hidden_grad)
-        ctx.gradients = (hidden_grad, weight_grad)
+        ctx.gradients = (hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
         ctx.mark_non_differentiable(token_loss, correct)
         loss_sum = token_loss.sum() if weights is None else (token_loss * weights).sum()
         return loss_sum, token_loss, correct
