@@ -30,6 +30,9 @@ def in_one_line(error: BaseException | None) -> str | None:
             if "Traceback (most recent call last)" in line:  # from a loader's worker process
                 line = line.splitlines()[-1].split("UserError: ", 1)[-1]
             return line
+        if isinstance(error, ModuleNotFoundError):
+            hint = "" if "pip install" in str(error) else ": install the package that has it, or correct the name"
+            return one_line(error) + hint
         if isinstance(error, OSError) and (failed := _file_error(error)):
             return "; ".join([failed, *notes])
         error = error.__cause__  # the settings parser wraps what a constructor raises

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from dllm_var.checkpoints.run_checkpoint import check_identity, identity, read_identity
 from dllm_var.checkpoints.starting_from import start_from, starting_config
-from dllm_var.errors import UserError
+from dllm_var.errors import UserError, one_line
 from dllm_var.metrics.denoising import DenoisingMetrics
 from dllm_var.model.attention import Documents, document_rule
 from dllm_var.model.config import TransformerConfig
@@ -168,7 +168,10 @@ class DiffusionLM(L.LightningModule):
         self.objective.bind(tokenizer.special)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(parameter_groups(self.transformer))
+        try:
+            optimizer = self.optimizer(parameter_groups(self.transformer))
+        except ValueError as error:  # a learning rate below 0, for one
+            raise UserError(f"model.optimizer: {one_line(error)}") from error
         steps = self.trainer.max_steps if self.trainer.max_steps >= 0 else self.trainer.estimated_stepping_batches
         scheduler = self.schedule.scheduler(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -13,6 +13,11 @@ from dllm_var.errors import UserError, in_one_line, one_line
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is several times faster
 LONGEST = 300  # characters of a reason that the parser gives
+_PLAINER = {  # what the parser says before a name, and how it is said here
+    "Expected a dot import path string: ": "there is no known class '{}': give its whole path, package.module.Name",
+    "Expected an instantiatable class, but ": "{}: name a class of that kind first, then its settings",
+}
+_TYPES = {"<class '": "", "typing.Literal[": "", "NoneType": "null", "'": "", ">": "", "[": " of ", "]": ""}
 NO_SETTING = "there is no setting"
 
 
@@ -87,10 +92,13 @@ class SettingsParser(ArgumentParser):
         unknown = _unknown(message)
         if unknown is not None:
             message, ex = f"{NO_SETTING} '{unknown}'{suggestion(unknown, self.names())}", None
+        if message.startswith(stray := "unrecognized arguments: "):
+            words = message.removeprefix(stray).strip()
+            message = f"'{words}' belongs to no option: options are --NAME VALUE, and a value with blanks needs quotes"
         if not self.exit_on_error:  # a parser inside the parser: the outer one reports
             super().error(message, ex)
         keys = dict.fromkeys(part.partition('"')[0] for part in message.split('Parser key "')[1:])
-        reason = one_line(_first_cause(ex) or UserError(message))[:LONGEST]
+        reason = _reason(ex or UserError(message))[:LONGEST]
         owner, _, problem = message.rpartition("given class_path '")[2].partition("':")
         if problem.strip().startswith(NO_SETTING):
             reason = reason.replace(NO_SETTING, f"{owner.rpartition('.')[2]} has no setting")
@@ -107,12 +115,26 @@ def _unknown(message: str) -> str | None:
     return ".".join(quoted) if message.startswith("Group '") else None
 
 
-def _first_cause(error: BaseException | None) -> BaseException | None:
-    """Returns the exception from which all others, up to this one, were raised."""
-    cause = error
-    while cause is not None:
-        error, cause = cause, cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-    return error
+def _reason(error: BaseException) -> str:
+    """Returns what the exception says from which all others, up to this one, were raised; and all allowed types."""
+    above: BaseException | None = None
+    while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        above, error = error, cause
+    reason = one_line(error)
+    if isinstance(error, AttributeError) and error.obj is not None:
+        classes = [name for name in dir(error.obj) if isinstance(getattr(error.obj, name, None), type)]
+        return reason + suggestion(str(error.name), classes)
+    if reason.startswith("Expected a ") and ". Got value: " in reason:
+        wanted, _, got = reason.removeprefix("Expected a ").partition(". Got value: ")
+        union = [line for line in str(above).splitlines() if line.startswith("Subtypes: ")]
+        wanted = union[-1].removeprefix("Subtypes: [").removesuffix("]") if union else wanted
+        for theirs, plain in _TYPES.items():
+            wanted = wanted.replace(theirs, plain)
+        return f"expected {wanted}, got {got}"
+    for theirs, plain in _PLAINER.items():
+        if reason.startswith(theirs):
+            return plain.format(reason.removeprefix(theirs))
+    return reason
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:

@@ -185,7 +185,9 @@ def locate_checkpoint(path: str | Path, files: list[str] = MODEL_FILES) -> Path:
     if (export / CONFIG).is_file() and (newest is None or not _goes_beyond(newest, export / CONFIG)):
         return export
     if newest is None:
-        raise UserError(f"no checkpoint in {place}: neither {EXPORT_FOLDER}/{CONFIG} nor a .ckpt file is there")
+        runs = {path.parent for name in ("checkpoints", EXPORT_FOLDER) for path in place.glob(f"**/version_*/{name}")}
+        hint = f"; did you mean {max(runs, key=lambda run: run.stat().st_mtime)}?" if runs else ""
+        raise UserError(f"no checkpoint in {place}: neither {EXPORT_FOLDER}/{CONFIG} nor a .ckpt file is there{hint}")
     return newest
 
 
@@ -286,7 +288,7 @@ def _open_tensors(file: Path) -> Readers:
         opened = safe_open(file, framework="pt")
         return {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118 (no iterator)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {file}: {error}") from error
+        raise UserError(f"cannot read {file}: {error}; it is damaged or missing: copy or export it again") from error
 
 
 def weight_shapes(config: TransformerConfig, lora: Lora | None = None) -> dict[str, list[int]]:

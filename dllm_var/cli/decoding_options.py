@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from inspect import isabstract
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -177,7 +178,8 @@ def spell_out(arguments: list[str]) -> list[str]:
         if option == "--policy" and "." not in value:
             from dllm_var.sampling import policies
 
-            known = [name for name in policies.__all__ if hasattr(getattr(policies, name), "decide")]
+            named = {name: getattr(policies, name) for name in policies.__all__}
+            known = [name for name, one in named.items() if hasattr(one, "decide") and not isabstract(one)]
             if value not in known:
                 raise UserError(f"--policy: there is no policy '{value}'; there are {', '.join(known)}")
         name = SHORTCUTS[option][0] if option in SHORTCUTS else option.removeprefix("--")

@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from dllm_var import DiffusionLM
 from dllm_var.callbacks import AnswerWriter
@@ -131,9 +132,13 @@ def build_trainer(built: Namespace, text: str) -> Trainer:
             plugins[number] = BackgroundFiles()  # Lightning's removes old checkpoints before the new one is whole
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(CheckedFiles())
+    wanted, found = built.trainer.get("accelerator"), torch.accelerator.current_accelerator(check_available=True)
+    if wanted in ("gpu", "cuda", "mps") and (found is None or wanted not in ("gpu", found.type)):
+        here = "only CPUs" if found is None else found.type
+        raise UserError(f"trainer.accelerator={wanted} is not here: this machine has {here}, which auto takes")
     try:
         trainer = Trainer(**{**built.trainer, "callbacks": callbacks, "plugins": plugins})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, MisconfigurationException) as error:
         raise UserError(f"trainer: {one_line(error)}") from error
     trainer.fit_loop = ResumableFitLoop(trainer)
     return trainer
@@ -144,9 +149,12 @@ def failure(error: Exception) -> str | None:
     text = one_line(error)
     if isinstance(error, OmegaConfBaseException):  # a resolver such as ${oc.env:NAME}, or a reference to itself
         setting = ".".join(key for key in str(error.full_key).split(".")[1:] if key != "init_args")
-        return f"{setting}: {str(error.msg or error).splitlines()[0]}"
-    if isinstance(error, MisconfigurationException):
-        return text
+        hint = "; a reference is written ${section.name}" if isinstance(error, GrammarParseError) else ""
+        return f"{setting}: {str(error.msg or error).splitlines()[0]}{hint}"
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    by_lightning = frame.f_globals.get("__name__", "").startswith("lightning.")
+    if isinstance(error, MisconfigurationException) or (isinstance(error, ValueError) and by_lightning):
+        return f"trainer: {text}"
     if isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in text.lower() and "onnect" in text
     ):
@@ -162,6 +170,9 @@ def split_resume(command: str, arguments: list[str]) -> tuple[list[str], str | N
     It is `auto` also where SLURM or torchrun has started the process again.
     """
     given = [argument for argument in arguments if argument.partition("=")[0] == "--resume"]
+    for option, value in zip(arguments, arguments[1:], strict=False):
+        if option == "--resume" and not value.startswith("-"):
+            raise UserError(f"--resume takes its value behind '=': --resume={value}")
     if given and command != "fit":
         raise UserError(f"--resume belongs to fit; {command} takes --ckpt_path FILE")
     if given:

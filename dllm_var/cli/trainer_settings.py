@@ -123,7 +123,8 @@ def check_settings(settings: Namespace, name: str) -> None:
     seed = settings.get("seed_everything")
     if isinstance(seed, int) and not 0 <= seed < 2**32:
         raise UserError(f"seed_everything must be from 0 to {2**32 - 1}, got {seed}")
-    for setting, least in (("gradient_clip_val", 0), ("accumulate_grad_batches", 1)):
+    ones = ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps")
+    for setting, least in {"gradient_clip_val": 0, **dict.fromkeys(ones, 1)}.items():
         value = trainer.get(setting)
         if isinstance(value, int | float) and not value >= least:
             raise UserError(f"trainer.{setting} must be at least {least}, got {value}")

@@ -72,7 +72,9 @@ def load_backend(folder: Path, name: str | Path) -> tokenizers.Tokenizer:
         loader = getattr(transformers, kind or "AutoTokenizer")
         return loader.from_pretrained(str(folder), trust_remote_code=False).backend_tokenizer
     except Exception as error:
-        raise UserError(f"no tokenizer.json in {name}, and it cannot be converted: {one_line(error)[:200]}") from None
+        reason = f"tokenizer.json, or files that can be converted: {one_line(error)[:100]}"
+        remedy = "give a folder that has one, or train one with python -m dllm_var tokenizer"
+        raise UserError(f"no tokenizer in {name} ({reason}): {remedy}") from None
 
 
 def read_if_there(path: Path) -> dict[str, Any]:

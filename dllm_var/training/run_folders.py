@@ -166,6 +166,8 @@ def hold(folder: Path) -> Iterator[None]:
     processes that outlive it for a moment do not keep it.
     """
     place = folder.resolve()  # the same for all links to it
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{folder} is a file, and checkpoints go into a folder: name another one")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         # Beside the folder if possible: Lightning takes a folder with any file in it for that of an earlier run.
