@@ -10,7 +10,8 @@ from dllm_var.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README + EXTENDING, flags=re.DOTALL)
 
 TOY = ["--model.transformer.hidden_size=16", "--model.transformer.num_layers=1", "--model.transformer.num_heads=2"]
 TOY += ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=2"]
@@ -24,7 +25,7 @@ def block(language: str, word: str) -> str:
 
 @pytest.fixture
 def policy(tmp_path, monkeypatch):
-    """The README's policy and its config, saved where the README says."""
+    """The policy of docs/extending.md and its config, saved where the page says."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "my_policy.py").write_text(block("python", "class LeftToRight"))
@@ -32,14 +33,14 @@ def policy(tmp_path, monkeypatch):
     return "my_policy.yaml"
 
 
-def test_the_policy_of_the_readme_samples_during_training(policy, capfd):
+def test_the_policy_of_the_extending_page_samples_during_training(policy, capfd):
     config = str(ROOT / "configs" / "quickstart.yaml")
     assert main(["fit", "--config", config, "--config", policy, *TOY]) == 0
     [saved] = Path("runs").glob("*/version_0/config.yaml")
     assert "my_policy.LeftToRight" in saved.read_text()
 
 
-def test_the_policy_of_the_readme_decodes_with_the_shipped_model(policy, capsys):
+def test_the_policy_of_the_extending_page_decodes_with_the_shipped_model(policy, capsys):
     checkpoint = str(ROOT / "checkpoints" / "cmudict")
     assert main(["generate", "--checkpoint", checkpoint, "--sampler", policy, "--prompt", "lightning"]) == 0
     assert capsys.readouterr().out.strip() == "lightning -> L AY T N IH NG"
@@ -59,9 +60,8 @@ def test_the_shipped_model_answers_as_the_readme_shows(monkeypatch, capsys):
 
 
 def test_the_source_of_the_extending_page_reverses_words(monkeypatch):
-    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     names: dict = {}
-    exec(compile(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], "docs/extending.md", "exec"), names)
+    exec(compile(block("python", "class Backwards"), "docs/extending.md", "exec"), names)
     source = names["Backwards"]()
     records = list(source.records("test"))
     assert len(records) == 2_000 and all(record["response"] == record["prompt"][::-1] for record in records)
@@ -76,6 +76,16 @@ def test_the_callback_of_the_extending_page_asks_at_each_validation(tmp_path, mo
     command = shlex.split(re.search(r"^\$ python -m dllm_var (.*)", page, re.MULTILINE)[1])
     assert main([*command, *TOY]) == 0
     assert "step 2: keyboard -> " in capfd.readouterr().out
+
+
+FITS = re.findall(r"^python -m dllm_var (fit --config.*)$", README, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", FITS)
+def test_the_settings_of_a_run_in_the_readme_are_settings(command, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert main([*shlex.split(command, comments=True), "--print_config"]) == 0
+    assert "class_path: dllm_var.objectives" in capsys.readouterr().out
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -18,7 +18,7 @@ def test_the_site_builds_from_the_pages_as_they_are(tmp_path: Path, monkeypatch:
     config.plugins.on_startup(command="build", dirty=False)
     build(config)  # raises Abort after any warning
     site = tmp_path / "site"
-    assert "Train and run diffusion language models" in (site / "index.html").read_text()
+    assert "diffusion language models that decide their own length" in (site / "index.html").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert (site / "docs" / page.stem / "index.html").is_file(), page.name
     for linked in ("docs/eos_ablation.png", "benchmarks/results/samplers/index.html", "dllm_var/model/transformer.py"):
