@@ -16,7 +16,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     pages = {ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")}
     linked = links_of(pages)
     reports = links_of(path for path in linked if path.suffix == ".md")
-    shown = dict.fromkeys(linked | reports, InclusionLevel.NOT_IN_NAV) | dict.fromkeys(pages, InclusionLevel.UNDEFINED)
+    style = {ROOT / "docs" / "site.css"}
+    shown = dict.fromkeys(linked | reports | style, InclusionLevel.NOT_IN_NAV) | dict.fromkeys(
+        pages, InclusionLevel.UNDEFINED
+    )
     theme = [file for file in files if not Path(str(file.abs_src_path)).is_relative_to(ROOT / "docs")]
     ours = [
         File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path), inclusion=level)
