@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+import dllm_var
 from dllm_var.errors import UserError, in_one_line, one_line
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is several times faster
@@ -46,6 +47,12 @@ def merged(base: Any, changes: dict[str, Any]) -> dict[str, Any]:
     for key, value in changes.items():
         result[key] = merged(result.get(key), value) if isinstance(value, dict) else value
     return result
+
+
+def overlays() -> dict[str, Path]:
+    """Returns the sampler overlays that ship, by name: those of configs/sampler/, which the wheel has, too."""
+    folders = [Path(folder) / "configs" / "sampler" for folder in dllm_var.__path__]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
 def given(arguments: Sequence[str], *options: str) -> list[str]:

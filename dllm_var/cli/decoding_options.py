@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 
 import dllm_var
 from dllm_var.errors import UserError
-from dllm_var.settings import SettingsParser, given, read_settings
+from dllm_var.settings import SettingsParser, given, overlays, read_settings
 
 if TYPE_CHECKING:
     import torch
@@ -185,9 +185,3 @@ def spell_out(arguments: list[str]) -> list[str]:
         name = SHORTCUTS[option][0] if option in SHORTCUTS else option.removeprefix("--")
         settings.append(f"--sampler.{name}={value}")
     return result + sorted(settings, key=lambda setting: setting.partition("=")[0].count("."))
-
-
-def overlays() -> dict[str, Path]:
-    """Returns the sampler overlays that ship, by name: those of configs/sampler/, which the wheel has, too."""
-    folders = [Path(folder) / "configs" / "sampler" for folder in dllm_var.__path__]
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
