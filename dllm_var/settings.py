@@ -55,6 +55,23 @@ def overlays() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
+def overlay(name: str, own: Any = None) -> dict[str, Any]:
+    """Returns the sampler of an overlay that ships, with the block length and the longest answer of a model's `own`.
+
+    Those that decode a canvas of fixed length keep theirs. Raises UserError, which lists the names, for another name.
+    """
+    known = overlays()
+    if name not in known:
+        raise UserError(f"--sampler: there is no '{name}'; there are {', '.join(known)}")
+    sampler: dict[str, Any] = read_settings(known[name])["sampler"]
+    limits = own.get("init_args") if isinstance(own, dict) else None
+    if isinstance(limits, dict) and "canvas_length" not in sampler["init_args"]:
+        for setting in ("block_length", "max_new_tokens"):
+            if setting in sampler["init_args"] and type(limits.get(setting)) is int:  # a checkpoint may say anything
+                sampler["init_args"][setting] = limits[setting]
+    return sampler
+
+
 def given(arguments: Sequence[str], *options: str) -> list[str]:
     """Returns the values that options have among the arguments, as `--option=value` or in two words."""
     pairs = zip(arguments, [*arguments, ""][1:], strict=True)

@@ -103,7 +103,7 @@ def test_the_wheel_holds_code_and_data(wheel):
 def test_the_unpacked_wheel_runs(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = "import dllm_var.datamodules as d; print(d.__file__, len(list(d.CmudictSource().records('test'))) > 1900)\n"
-    code += "from dllm_var.cli.decoding_options import overlays; print(overlays()['wino'])"
+    code += "from dllm_var.settings import overlays; print(overlays()['wino'])"
     result = run(code, tmp_path, path=tmp_path / "site")
     package = str(tmp_path / "site/dllm_var")
     shown = [f"{package}/datamodules/__init__.py", "True", f"{package}/configs/sampler/wino.yaml"]

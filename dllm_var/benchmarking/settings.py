@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from omegaconf import OmegaConf
 
+from dllm_var.checkpoints.pretrained import open_checkpoint
 from dllm_var.errors import UserError
-from dllm_var.settings import merged, overlays, read_settings
+from dllm_var.settings import merged, overlay, read_settings
 
 COUNTS = ("prompts", "single_prompts", "batched_prompts")
 TrainingContender = Literal[
@@ -34,7 +35,8 @@ class Entry:
 
     Args:
         name: Its name in the tables.
-        sampler: `class_path` and `init_args`, a YAML file with them, or the name of one of configs/sampler/.
+        sampler: `class_path` and `init_args`, a YAML file with them, or the name of one of configs/sampler/, which then
+            has the block length and the longest answer of the task's checkpoint.
         arguments: Values put over the sampler's `init_args`.
         checkpoint: `diffusion` or `autoregressive` for the task's checkpoints, or the path of another one.
         role: A `candidate` may become the best setting, and so may the `default`, whose accuracy is the others'
@@ -259,7 +261,8 @@ def expand(task: Task) -> tuple[list[Entry], Curves]:
 def _filled_in(entry: Entry, task: Task) -> Entry:
     """Returns an entry, or a sweep as one, with the sampler's file read and the task's numbers of prompts."""
     sampler: Any = entry.sampler
-    sampler = str(overlays().get(sampler, sampler)) if isinstance(sampler, str) else sampler
+    if isinstance(sampler, str) and sampler.isidentifier() and sampler.islower():
+        sampler = overlay(sampler, open_checkpoint(task.checkpoint).meta.get("sampler"))
     if isinstance(sampler, str) and Path(sampler).suffix in (".yaml", ".yml", ".json"):
         sampler = read_settings(Path(sampler))
         sampler = sampler.get("sampler") or sampler

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import Namespace
 
-import dllm_var
 from dllm_var.errors import UserError
-from dllm_var.settings import SettingsParser, given, overlays, read_settings
+from dllm_var.settings import SettingsParser, given, overlay, read_settings
 
 if TYPE_CHECKING:
     import torch
@@ -31,17 +30,18 @@ def read_options(
     from dllm_var.sampling.base import sampler_from_config
     from dllm_var.sampling.configurable import sampler_to_config
 
-    spelled = spell_out(arguments)
     default: dict[str, Any] | None = {"class_path": "dllm_var.sampling.BlockDiffusionSampler"}
     if given(arguments, "--sampler.help"):
-        builder(command, default).parse_args(spelled)  # shows and exits
+        builder(command, default).parse_args(spell_out(arguments))  # shows and exits
     paths = given(arguments, "--checkpoint")  # read first: the checkpoint knows the default sampler
     if not paths:
         raise UserError(f"{command} needs --checkpoint PATH: a run folder, a .ckpt file or an exported folder")
     checkpoint = open_checkpoint(paths[-1])
-    if not given(spelled, "--sampler") and checkpoint.meta.get("sampler") is not None:
+    own = checkpoint.meta.get("sampler")
+    spelled = spell_out(arguments, own)
+    if not given(spelled, "--sampler") and own is not None:
         # The parser imports what its values name: it gets what our own object says of itself, not the checkpoint's text
-        default = sampler_to_config(sampler_from_config(checkpoint.meta["sampler"]))
+        default = sampler_to_config(sampler_from_config(own))
     elif checkpoint.config.causal:
         default = {"class_path": "dllm_var.sampling.AutoregressiveSampler"}
     parser = builder(command, default)
@@ -145,11 +145,11 @@ def add_sampler_options(parser: SettingsParser, sampler: dict[str, Any] | None) 
         group.add_argument(option, type=str, metavar=metavar, help=text)
 
 
-def spell_out(arguments: list[str]) -> list[str]:
+def spell_out(arguments: list[str], own: Any = None) -> list[str]:
     """Puts `--sampler FILE` and short names of its settings as the parser understands them, classes before arguments.
 
-    A file, or the name of an overlay that ships, is replaced by what the file says under `sampler`, under
-    `vars.sampler` or at its top level.
+    A file is replaced by what it says under `sampler`, under `vars.sampler` or at its top level; the name of an overlay
+    that ships by its sampler, with the block length and the longest answer of the checkpoint's `own`.
     """
     result: list[str] = []
     settings: list[str] = []  # they follow their sampler
@@ -163,11 +163,10 @@ def spell_out(arguments: list[str]) -> list[str]:
         if not value:
             raise UserError(f"{option} needs a value")
         if option == "--sampler":
-            named = overlays() if value.isidentifier() and value.islower() else {}
-            if named and value not in named:
-                raise UserError(f"--sampler: there is no '{value}'; there are {', '.join(named)}")
-            if value in named or Path(value).suffix in (".yaml", ".yml", ".json"):
-                file = read_settings(named.get(value) or Path(value))
+            if value.isidentifier() and value.islower():
+                value = json.dumps(overlay(value, own))
+            elif Path(value).suffix in (".yaml", ".yml", ".json"):
+                file = read_settings(Path(value))
                 value = json.dumps(file.get("sampler") or (file.get("vars") or {}).get("sampler") or file)
             result.append(f"--sampler={value}")
             continue

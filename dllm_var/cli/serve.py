@@ -18,11 +18,10 @@ from dllm_var.cli.decoding_options import (
     add_model_options,
     add_sampler_options,
     load_model,
-    overlays,
     read_options,
 )
 from dllm_var.errors import UserError
-from dllm_var.settings import SettingsParser, read_settings
+from dllm_var.settings import SettingsParser, overlays, read_settings
 
 if TYPE_CHECKING:
     from dllm_var.model.transformer import Transformer

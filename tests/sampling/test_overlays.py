@@ -47,5 +47,9 @@ def test_overlay_decodes(name, checkpoints, capsys):
 def test_a_file_says_the_same_as_its_name_and_others_are_named():
     file = ROOT / "configs" / "sampler" / "wino.yaml"
     assert spell_out(["--sampler", "wino"]) == spell_out([f"--sampler={file}"])
+    own = {"init_args": {"block_length": 32, "max_new_tokens": "all"}}
+    [named] = spell_out(["--sampler", "wino"], own)
+    arguments = json.loads(named.removeprefix("--sampler="))["init_args"]
+    assert (arguments["block_length"], arguments["max_new_tokens"]) == (32, 48)
     with pytest.raises(UserError, match=r"--sampler: there is no 'winno'; there are .*wino"):
         spell_out(["--sampler", "winno"])
