@@ -129,6 +129,11 @@ def check_identity(
 
     The tokenizer is not compared when it is None.
     """
+    if tokenizer is not None and Tokenizer.from_dict(saved["tokenizer"]).fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            "the checkpoint was trained with another tokenizer than data.tokenizer: set it back, or go on all the "
+            "same with --data.check_resume=false"
+        )
     changeable = _CHANGEABLE if trained_on else _CHANGEABLE_WHEN_MEASURED
     theirs = saved["transformer"]
     pairs = {f"transformer.{name}": (theirs.get(name, ours), ours) for name, ours in config.to_dict().items()}
@@ -138,11 +143,6 @@ def check_identity(
                 f"the checkpoint has model.{name}={known}, the settings say {ours}: use the settings it was trained "
                 "with, or start a new run from it with model.init_from"
             )
-    if tokenizer is not None and Tokenizer.from_dict(saved["tokenizer"]).fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            "the checkpoint was trained with another tokenizer than data.tokenizer: set it back, or go on all the "
-            "same with --data.check_resume=false"
-        )
 
 
 @cache

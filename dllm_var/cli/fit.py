@@ -153,7 +153,7 @@ def failure(error: Exception) -> str | None:
         return f"{setting}: {str(error.msg or error).splitlines()[0]}{hint}"
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     by_lightning = frame.f_globals.get("__name__", "").startswith("lightning.")
-    if isinstance(error, MisconfigurationException) or (isinstance(error, ValueError) and by_lightning):
+    if isinstance(error, MisconfigurationException) or (isinstance(error, ValueError | RuntimeError) and by_lightning):
         return f"trainer: {text}"
     if isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in text.lower() and "onnect" in text

@@ -20,17 +20,24 @@ def without_training_modes(transformer: Transformer) -> Iterator[None]:
     """Switches off what is for training only: the training mode, mixed precision, compiled blocks, cuDNN's attention.
 
     Decoding runs in the type of the weights, which is also the cache's. Compiled blocks would be compiled again for
-    every shape that decoding meets, and cuDNN makes a plan for each, in tens of milliseconds.
+    every shape that decoding meets, and cuDNN makes a plan for each, in tens of milliseconds. The check of
+    `trainer.deterministic` is off, too: it refuses `put_`, which is deterministic at distinct places.
     """
+    checked = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
     kind = transformer.embedding.weight.device.type
     was_training = transformer.training
     if was_training:  # visiting every module takes a noticeable part of a short answer's time
         transformer.eval()
     try:
+        if checked:
+            torch.use_deterministic_algorithms(False)
         eager = torch.compiler.set_stance("force_eager") if transformer.compiled else nullcontext()
         with torch.autocast(kind, enabled=False), eager, sdpa_kernel(DECODING) if kind == "cuda" else nullcontext():
             yield
     finally:
+        if checked:
+            torch.use_deterministic_algorithms(True, warn_only=only_warns)
         if was_training:
             transformer.train()
             release(transformer)

@@ -155,6 +155,8 @@ class Muon(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
     ) -> None:
+        if min(lr, adamw_lr) < 0:
+            raise UserError(f"model.optimizer needs lr >= 0 and adamw_lr >= 0, got {lr} and {adamw_lr}")
         groups: list[dict[str, Any]] = [
             dict(group) if isinstance(group, dict) else {"params": [group]} for group in params
         ]

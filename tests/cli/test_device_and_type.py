@@ -43,6 +43,12 @@ def test_the_weights_are_of_the_type(module):
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("module", [generate, chat, serve, evaluate])
+def test_another_type_is_named_with_those_there_are(module):
+    with pytest.raises(UserError, match="dtype: expected float32, bfloat16, float16, got half"):
+        read_options("command", ["--checkpoint", CHECKPOINT, "--dtype=half"], module.build_parser)
+
+
 def test_benchmark_has_them_too():
     options = build_parser("benchmark").parse_args(["--device=cpu", "--dtype=float16"])
     assert device_and_dtype(options) == (torch.device("cpu"), torch.float16)

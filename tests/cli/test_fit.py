@@ -187,6 +187,9 @@ def test_mistakes_in_arguments_and_files_are_told_in_one_line(changes, words, ti
 def test_mistakes_of_commands(tiny, capsys):
     assert "no command 'fits'" in complaint(capsys, "fits")
     assert "--resume" in complaint(capsys, "validate", "--config", tiny, "--resume")
+    stopping = "{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: val_los}}"
+    text = complaint(capsys, "fit", "--config", tiny, f"--trainer.callbacks+=[{stopping}]")
+    assert "`val_los` which is not available" in text and "`val/loss`" in text
     own = [f"--data.source={HERE}.MistakenSource", "--data.source.path=p"]
     assert complaint(capsys, "fit", "--config", tiny, *own) == "error: data.source.path: nothing at p"
 

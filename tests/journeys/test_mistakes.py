@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from byte_tokenizer import write_byte_tokenizer
 from tiny_data import write_tiny
 
 from dllm_var.__main__ import main
 
 RUN = "runs/tiny/version_0"
 FIT = "fit --config tiny.yaml"
+VALIDATE = f"validate --config tiny.yaml --ckpt_path={RUN}"
 GENERATE = f"generate --checkpoint {RUN} --prompt cat"
 SERVE = f"serve --checkpoint {RUN} --port 0"
 EXPORT = f"export --checkpoint {RUN}"
@@ -50,6 +52,8 @@ MISTAKES = [
     (f"{FIT} --model.optimizer=torch.optim.Adamm", "model.optimizer", "did you mean 'Adam"),
     (f"{FIT} --model.optimizer=torch.optim.AdamW --model.optimizer.lr=-1", "model.optimizer", "learning rate: -1"),
     pytest.param(f"{FIT} --trainer.logger=WandbLogger", "wandb", "pip install", marks=WITHOUT_WANDB),
+    (f"{FIT} --model.optimizer=dllm_var.training.optim.Muon --model.optimizer.lr=-1", "model.optimizer", "lr >= 0"),
+    (f"{FIT} --trainer.callbacks=LearningRateMonitor --trainer.logger=false", "LearningRateMonitor", "has no logger"),
     # references
     (f"{FIT} --data.context_length='${{model.contxt}}'", "${model.contxt}", "names no setting"),
     (f"{FIT} --data.context_length='${{vars.x'", "data.context_length", "a reference is written ${section.name}"),
@@ -94,6 +98,7 @@ MISTAKES = [
         "give a checkpoint of another run",
     ),
     ("generate --checkpoint pickled.ckpt --prompt cat", "pickled.ckpt", "could run code"),
+    (f"{VALIDATE} --data.tokenizer=other", "another tokenizer than data.tokenizer", "set it back"),
     ("validate --config tiny.yaml", "--ckpt_path FILE", "--ckpt_path last"),
     (
         f"{FIT} --trainer.default_root_dir=new --resume",
@@ -151,6 +156,7 @@ def place(tmp_path_factory):
     (folder / "torn.jsonl").write_text("\n".join([*words, words[0][:20], *words]))
     (folder / "fields.jsonl").write_text("\n".join([*words, json.dumps({"question": "sun", "answer": "S"}), *words]))
     (folder / "empty.jsonl").touch()
+    write_byte_tokenizer(folder / "other")
     (folder / "half.yaml").write_text("model:\n  transformer: {hidden_size: 16\ndata: {}\n")
     torch.save({"state_dict": {}, "made_by": Path("someone")}, folder / "pickled.ckpt")
     return folder

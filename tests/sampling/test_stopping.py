@@ -56,6 +56,19 @@ def test_a_text_by_itself_is_one_prompt():
         sampler.generate(model, [1, 2, 3], tokenizer=tokenizer)
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kind", ["block diffusion", "autoregressive"])
+def test_answers_are_decoded_under_trainer_deterministic(kind, deterministic):
+    assert SAMPLERS[kind](None).generate(random_model(causal=kind == "autoregressive"), PROMPTS)
+    assert torch.are_deterministic_algorithms_enabled()
+
+
 def random_model(causal=False):
     torch.manual_seed(1)
     config = dict(hidden_size=32, num_layers=2, num_heads=4, vocab_size=len(LETTERS), mask_id=MASK, causal=causal)
