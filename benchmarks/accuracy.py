@@ -130,7 +130,7 @@ def draw(done: list[dict[str, Any]]) -> None:
     """Draws the error rates against epochs, one line for each recipe and one point for each run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for colour, name in zip(("C0", "C9", "C1", "C3", "C2"), RECIPES, strict=True):
         runs = [entry for entry in done if entry["recipe"] == name]
@@ -138,10 +138,19 @@ def draw(done: list[dict[str, Any]]) -> None:
             continue
         lengths = sorted({entry["epochs"] for entry in runs})
         errors = [[100 * run["test"]["token_error_rate"] for run in runs if run["epochs"] == some] for some in lengths]
-        axes.plot(lengths, [statistics.median(values) for values in errors], color=colour, label=name)
+        axes.plot(
+            lengths,
+            [statistics.median(values) for values in errors],
+            color=colour,
+            label=name.replace("EOS schedule", "diffusion"),
+        )
         for length, values in zip(lengths, errors, strict=True):
             axes.plot([length] * len(values), values, "o", color=colour, markersize=4)
-    axes.set(xscale="log", xlabel="epochs", ylabel="phoneme error rate on 2,000 unseen words, %")
+    axes.set(xscale="log", xlabel="epochs over 2,000 words", ylabel="phoneme error rate on 2,000 unseen words, %")
+    axes.set_title("Few words, many epochs: diffusion and its autoregressive twin", fontsize=11)
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.set_yticks(range(20, 38, 4))
+    axes.grid(alpha=0.25, axis="y")
     axes.set_xticks(EPOCHS, [str(epochs) for epochs in EPOCHS])
     axes.minorticks_off()
     axes.legend(frameon=False)

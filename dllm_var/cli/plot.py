@@ -96,11 +96,14 @@ def read_curves(folder: Path) -> dict[str, Curve]:
         for name in events.Tags()["scalars"]:
             found[name] = {event.step: event.value for event in events.Scalars(name)}
     else:
-        with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                for name, cell in row.items():
-                    if cell and name not in ("step", "epoch"):
-                        found[name][int(row["step"])] = float(cell)
+        try:
+            with (folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    for name, cell in row.items():
+                        if cell and name not in ("step", "epoch"):
+                            found[name][int(row["step"])] = float(cell)
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{folder / 'metrics.csv'} is not one that Lightning's CSVLogger has written") from None
     return {name: dict(sorted(curve.items())) for name, curve in found.items()}
 
 

@@ -74,6 +74,7 @@ def test_the_command_draws_every_run_below_a_folder(runs: list[Path], tmp_path: 
         ([], "plot needs a run folder"),
         (["nowhere"], "there is no run folder 'nowhere'"),
         (["empty"], "'empty' has neither TensorBoard events nor a metrics.csv"),
+        (["foreign"], "foreign/metrics.csv is not one that Lightning's CSVLogger has written"),
         (["board", "--output", "curves.pdf"], "--output must end in .png"),
         (["board", "--curves", "train/los"], "no run has 'train/los'; did you mean 'train/loss'?"),
     ],
@@ -83,6 +84,8 @@ def test_mistakes_are_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
+    Path("foreign").mkdir()
+    Path("foreign/metrics.csv").write_text("day,sales\nMonday,3\n")
     assert main(["plot", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
