@@ -88,12 +88,13 @@ def run(command: str, arguments: list[str], resume: str | None, held: ExitStack)
         chosen = None if settings.seed_everything is True else settings.seed_everything
         settings.seed_everything = L.seed_everything(chosen, workers=True)
     text = parser.dump(settings, skip_none=False, skip_validation=True)  # as it was given, without the run's folder
-    checkpoint = RunFolders(settings.trainer, command).enter(resume, held, trains=command == "fit")
+    folders = RunFolders(settings.trainer, command)
+    checkpoint = folders.enter(resume, held, trains=command == "fit")
     path = settings.get("ckpt_path") if resume is None else checkpoint and str(checkpoint)
     built = parser.instantiate(settings)
     if isinstance(built.model, DiffusionLM):
         built.model.sampler = built.sampler  # what predict decodes with
-    trainer = build_trainer(built, text)
+    trainer = build_trainer(built, text, folders)
     if trainer.world_size > 1 and isinstance(trainer.accelerator, CPUAccelerator) and is_first():
         print(
             f"{command} runs in {trainer.world_size} processes on CPUs, and this machine has {os.cpu_count()} cores; "
@@ -114,7 +115,7 @@ def run(command: str, arguments: list[str], resume: str | None, held: ExitStack)
     getattr(trainer, command)(built.model, datamodule=built.data, ckpt_path=path, **options)
 
 
-def build_trainer(built: Namespace, text: str) -> Trainer:
+def build_trainer(built: Namespace, text: str, folders: RunFolders) -> Trainer:
     """Returns the Trainer of the built settings, with what each run has besides: exact resume, signals, checkpoints."""
     stop = StopOnSignal()
     callbacks = [
@@ -124,7 +125,7 @@ def build_trainer(built: Namespace, text: str) -> Trainer:
         ExactResume(),
         stop,
         *default_checkpoints(built.trainer, best=isinstance(built.model, DiffusionLM)),
-        SaveConfig(text),
+        SaveConfig(text, folders),
     ]
     plugins = listed(built.trainer.plugins)
     for number, plugin in enumerate(plugins):

@@ -16,7 +16,6 @@ from dllm_var.files import discard
 from dllm_var.training.ranks import is_first, is_launched_child
 
 RUNS = "runs"  # the default logger's save_dir
-CONFIG_FILE = "config.yaml"  # in the folder of a run whose work has begun
 _VERSIONED_LOGGERS = ("TensorBoardLogger", "CSVLogger")  # both keep a run in save_dir/name/version_N
 _RESUMED = "DLLM_VAR_RESUMED"  # the checkpoint that the first process goes on from, for those it starts
 
@@ -48,6 +47,7 @@ class RunFolders:
     """
 
     def __init__(self, trainer: Any, command: str = "fit") -> None:
+        self.begun = False  # whether the folder is to stay: all checks have passed
         root = os.path.expanduser(trainer.get("default_root_dir") or "")
         loggers = listed(trainer.get("logger"))
         versioned = [one for one in loggers if str(one.get("class_path")).rpartition(".")[2] in _VERSIONED_LOGGERS]
@@ -124,8 +124,12 @@ class RunFolders:
         if new:
             while not _make(folder := new[0] / version_name(number)):
                 number += 1
-            held.callback(_remove_unused, folder)
+            held.callback(self._remove_unused, folder)
             self._set_version(number)
+
+    def _remove_unused(self, folder: Path) -> None:
+        if not self.begun:  # the run failed before its first step, but loggers have made files
+            discard(folder)
 
     def _set_version(self, version: int | str) -> None:
         for logger in self.loggers:
@@ -151,11 +155,6 @@ def _make(folder: Path) -> bool:
         reason = f"cannot make the run folder {folder}: {error.strerror}"
         raise UserError(f"{reason}; trainer.default_root_dir puts runs elsewhere") from error
     return True
-
-
-def _remove_unused(folder: Path) -> None:
-    if not (folder / CONFIG_FILE).exists():  # the run failed before its first step, and loggers have files there
-        discard(folder)
 
 
 @contextmanager

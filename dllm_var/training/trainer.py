@@ -13,8 +13,9 @@ from dllm_var.checkpoints.checkpoint_io import CheckedFiles
 from dllm_var.checkpoints.run_checkpoint import SAVING, newest_usable
 from dllm_var.files import discard, publish, write_text
 from dllm_var.training.resume import rows_per_step
-from dllm_var.training.run_folders import CONFIG_FILE, listed
+from dllm_var.training.run_folders import RunFolders, listed
 
+CONFIG_FILE = "config.yaml"
 SAVE_EVERY = 500  # steps, when the settings do not say how checkpoints are kept
 
 
@@ -127,10 +128,11 @@ class SaveConfig(Callback):
     resumed run with changed settings) is kept as config.1.yaml, config.2.yaml and so on. Checkpoints have them, too.
     """
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, text: str, folders: RunFolders) -> None:
+        self.text, self.folders = text, folders
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.folders.begun = True
         log_dir = trainer.log_dir  # asked on every rank: the first one tells the others
         if not trainer.loggers or log_dir is None or not trainer.is_global_zero:
             return
