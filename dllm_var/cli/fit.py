@@ -20,7 +20,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from dllm_var import DiffusionLM
-from dllm_var.callbacks import AnswerWriter
+from dllm_var.callbacks import AnswerWriter, ExportWeights, RunSummary
+from dllm_var.callbacks.summary import shown_path
 from dllm_var.checkpoints.archive import CannotSave
 from dllm_var.checkpoints.checkpoint_io import BackgroundFiles, CheckedFiles
 from dllm_var.checkpoints.run_checkpoint import check_or_offer
@@ -113,6 +114,10 @@ def run(command: str, arguments: list[str], resume: str | None, held: ExitStack)
     options = {name: settings[name] for name in ("verbose", "return_predictions") if name in settings}
     options["weights_only"] = True  # a checkpoint is data, never code to run
     getattr(trainer, command)(built.model, datamodule=built.data, ckpt_path=path, **options)
+    callbacks = listed(trainer.callbacks)
+    exported = shown_path(callback.path for callback in callbacks if isinstance(callback, ExportWeights))
+    if command == "fit" and exported and is_first() and not any(isinstance(one, RunSummary) for one in callbacks):
+        print(f"\nweights  {exported}\ntry      python -m dllm_var generate --checkpoint {exported} --prompt TEXT")
 
 
 def build_trainer(built: Namespace, text: str, folders: RunFolders) -> Trainer:
