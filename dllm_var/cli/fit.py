@@ -114,7 +114,7 @@ def run(command: str, arguments: list[str], resume: str | None, held: ExitStack)
     options = {name: settings[name] for name in ("verbose", "return_predictions") if name in settings}
     options["weights_only"] = True  # a checkpoint is data, never code to run
     getattr(trainer, command)(built.model, datamodule=built.data, ckpt_path=path, **options)
-    callbacks = listed(trainer.callbacks)
+    callbacks = listed(built.trainer.callbacks)
     exported = shown_path(callback.path for callback in callbacks if isinstance(callback, ExportWeights))
     if command == "fit" and exported and is_first() and not any(isinstance(one, RunSummary) for one in callbacks):
         print(f"\nweights  {exported}\ntry      python -m dllm_var generate --checkpoint {exported} --prompt TEXT")
