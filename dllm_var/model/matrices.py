@@ -91,9 +91,9 @@ def _joined(parameters: Sequence[Tensor]) -> Tensor:
     return joined
 
 
-def usable(fused: Fused | None, first: nn.Module) -> Fused | None:
-    """Returns the fused matrices if no gradient is wanted and `first` still is the first of them, at its place."""
-    if fused is None or torch.is_grad_enabled() or fused.layers[0] is not first:  # an adapter was put around it since
+def usable(fused: Fused | None, *layers: nn.Module) -> Fused | None:
+    """Returns the fused matrices if no gradient is wanted and they still are those of `layers`, at their place."""
+    if fused is None or torch.is_grad_enabled() or fused.layers != layers:  # an adapter was put around one since
         return None
-    weight: Any = getattr(first, "base_layer", first).weight
+    weight: Any = getattr(layers[0], "base_layer", layers[0]).weight
     return fused if weight.data_ptr() == fused.weight.data_ptr() else None  # else moved, as by `.to(device)`

@@ -1,5 +1,6 @@
 """A Llama-family transformer that reads in both directions, or causally for the autoregressive twin."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -62,7 +63,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: "LayerContext", layer: int) -> Tensor:
         x, on_masks = x.to(autocast_dtype(x)), context.on_masks
-        if (fused := usable(self.fused, self.q_proj)) is not None:
+        if (fused := usable(self.fused, self.q_proj, self.k_proj, self.v_proj)) is not None:
             queries_keys, values = fused(x, on_masks).split(
                 (self.q_proj.out_features + self.k_proj.out_features, self.v_proj.out_features), dim=-1
             )
@@ -96,7 +97,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor, on_masks: Tensor | None = None) -> Tensor:
         x = x.to(autocast_dtype(x))
-        if (fused := usable(self.fused, self.gate_proj)) is not None:
+        if (fused := usable(self.fused, self.gate_proj, self.up_proj)) is not None:
             gate, up = fused(x, on_masks).chunk(2, dim=-1)
         else:
             gate, up = project(self.gate_proj, x, on_masks), project(self.up_proj, x, on_masks)
@@ -214,6 +215,16 @@ class Transformer(nn.Module):
             for matrix in (attention.o_proj, mlp.down_proj):
                 weight = getattr(matrix, "base_layer", matrix).weight
                 weight.data = by_columns(weight.data)
+
+    def train(self, mode: bool = True) -> "Transformer":
+        """Sets the mode; for training every weight gets memory of its own again, as fused optimizers need it."""
+        parts: Iterable[Any] = self.modules() if mode else ()
+        for part in parts:
+            if getattr(part, "fused", None) is not None:
+                part.fused = None
+                for weight in part.parameters():
+                    weight.data = weight.data.contiguous()
+        return super().train(mode)
 
     def compile_layers(self) -> None:
         """Compiles the layers with torch.compile: one compilation serves all, and the state dict's keys stay."""

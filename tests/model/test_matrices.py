@@ -136,6 +136,34 @@ def test_fused_adapters_are_those_of_the_layers():
     torch.testing.assert_close(base(TOKENS), apart, atol=2e-5, rtol=1e-4)
 
 
+def test_an_adapter_of_any_of_the_fused_matrices_counts():
+    model = models()[0].eval()
+    model.fuse_projections()
+    add_adapters(model, Lora(r=3, targets=["v_proj", "up_proj"], on_masks_only=True))
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            parameter.data.fill_(0.3)
+    with_gradients = model(TOKENS)  # not by the fused matrices
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS), with_gradients, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_weights_laid_out_for_decoding_are_trained_as_others_are(adapted):
+    """A fused optimizer takes each weight for one piece of memory."""
+    states = []
+    for laid_out in (False, True):
+        model = models()[adapted]
+        if laid_out:
+            model.fuse_projections()
+        optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=0.1, fused=True)
+        loss(model, TOKENS, None).backward()
+        optimizer.step()
+        states.append(model.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, msg=name)
+
+
 def loss(model, tokens, asked):
     hidden = model.hidden_states(tokens, asked=asked)
     return (hidden * torch.linspace(-1, 1, 32)).sin().sum()
