@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import signal
@@ -75,6 +76,8 @@ def main(command: str, arguments: list[str]) -> int:
     print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1: {kind}, {rows} rows", flush=True)
     if key is None and not is_local(host):
         print(f"warning: {host} is open to other machines, and there is no API key: set {KEY}", file=sys.stderr)
+    gc.collect()
+    gc.freeze()  # a collection that looks at all of torch would stop every request for a tenth of a second
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has shut down
     try:
         server.run(sockets=[listening])

@@ -1,5 +1,9 @@
 """Keys and values of what a row has already decoded, for rows of different lengths."""
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,11 +38,9 @@ class KVCache:
     ) -> None:
         assert config.num_kv_heads is not None and config.head_dim is not None
         shape = (config.num_layers, 2, rows, capacity, num_kv_heads or config.num_kv_heads, config.head_dim)
-        # A single row reads nothing that it has not written; of several, the masked part must at least be numbers.
-        new = torch.empty if rows == 1 else torch.zeros
-        self.storage = new(shape, device=device, dtype=dtype)
+        self.storage = zeros(shape, device, dtype)  # what is read under a mask must at least be numbers
         shifted = config.token_shift and not config.causal
-        self.hidden = torch.zeros((rows, capacity, config.hidden_size), device=device, dtype=dtype) if shifted else None
+        self.hidden = zeros((rows, capacity, config.hidden_size), device, dtype) if shifted else None
         self.capacity = capacity
         self.lengths = torch.zeros(rows, dtype=torch.long, device="cpu")  # frozen tokens of each row
 
@@ -196,10 +198,27 @@ class KVCache:
 
     def keep(self, rows: Tensor, in_place: bool = False) -> None:
         """Drops every row but `rows`; `in_place` they become the first ones where they are, in the same memory."""
-        index = rows.to(self.storage.device)
-        self.storage = kept_rows(self.storage, index, in_place, dim=2)
-        self.hidden = None if self.hidden is None else kept_rows(self.hidden, index, in_place)
+        index, used = rows.to(self.storage.device), int(self.lengths.max())
+        self.storage = self._kept(self.storage, index, in_place, 2, used)
+        self.hidden = None if self.hidden is None else self._kept(self.hidden, index, in_place, 0, used)
         self.lengths = self.lengths[rows]
+
+    def _kept(self, values: Tensor, rows: Tensor, in_place: bool, dim: int, used: int) -> Tensor:
+        """Returns the `rows` of a tensor along `dim`, of whose tokens, the next dimension, only some are `used`."""
+        if in_place:
+            return kept_rows(values, rows, in_place, dim)
+        shape = list(values.shape)
+        shape[dim] = len(rows)
+        kept = zeros(shape, values.device, values.dtype)
+        kept.narrow(dim + 1, 0, used).copy_(values.narrow(dim + 1, 0, used).index_select(dim, rows))
+        return kept
+
+
+def zeros(shape: Sequence[int], device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """Returns a tensor of zeros; on the CPU it takes memory only where it is written."""
+    if torch.device(device).type != "cpu" or 0 in shape:
+        return torch.zeros(shape, device=device, dtype=dtype)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def kept_rows(values: Tensor, rows: Tensor, in_place: bool, dim: int = 0) -> Tensor:

@@ -128,13 +128,10 @@ class Engine(ABC, Generic[AnyRow]):
     def add_cache(self, model: Transformer, capacity: int | None = None) -> KVCache:
         """Returns a new cache for a model, whose slots are freed and dropped with the rows."""
 
-        def make() -> KVCache:
-            cache = model.new_cache(len(self.rows), capacity or self.capacity)
-            if self.arena is not None or self.request.context is not None:
-                cache.storage.zero_()  # what is read under a mask must at least be numbers
-            return cache
-
-        cache = copy(self.lasting(f"cache {len(self.caches)}", make))
+        made = self.lasting(
+            f"cache {len(self.caches)}", lambda: model.new_cache(len(self.rows), capacity or self.capacity)
+        )
+        cache = copy(made)
         cache.lengths = torch.zeros_like(cache.lengths)
         self.caches.append(cache)
         return cache
