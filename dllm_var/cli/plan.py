@@ -34,6 +34,7 @@ EXAMPLES = """examples:
 
 MFU leaves out what is computed again. docs/finetune.md says what the figures hold."""
 DEVICE_MEMORY = 80.0  # GB, of an H100
+NODE = 8  # devices of a node, where this machine has none
 MFU = 0.4  # model FLOPs over peak FLOPs, when nothing better is known
 SAMPLE_LENGTH = 1024  # tokens of the rows on which an objective shows what it makes of them
 ASSUMED = ("device_tflops", "device_memory", "mfu", "supervised_share")
@@ -44,7 +45,12 @@ def main(command: str, arguments: list[str]) -> int:
     """Runs `plan` with its own options and the settings of `fit`, and returns its exit status."""
     parser = build_reader(command, arguments, "[options]", DESCRIPTION, EXAMPLES)
     add = parser.add_argument_group("plan").add_argument
-    add("--devices", type=PositiveInt, metavar="N", help="devices in all; what trainer says when not given")
+    add(
+        "--devices",
+        type=PositiveInt,
+        metavar="N",
+        help=f"devices in all; what trainer says when not given, or {NODE} a node",
+    )
     add("--mfu", type=Share, default=MFU, metavar="X", help=f"model FLOPs over peak FLOPs ({MFU})")
     peak = "peak of one device (989: an H100 in bf16)"
     add("--device-tflops", type=PositiveFloat, default=989.0, metavar="X", help=peak)
@@ -194,15 +200,13 @@ def present_memory() -> float | None:
 
 
 def all_devices(trainer: dict[str, Any]) -> int:
-    """Returns the devices of all nodes that the Trainer's settings name, or those of this machine that they mean."""
+    """Returns the devices of all nodes that the Trainer's settings name; for all GPUs those of this machine, or 8."""
     devices: Any = trainer.get("devices")
     devices = len(devices) if isinstance(devices, list) else devices
-    if devices in ("auto", "-1", -1) and trainer.get("accelerator") == "cpu":
-        devices = 1
-    elif devices in ("auto", "-1", -1) and torch.cuda.is_available():
-        devices = torch.cuda.device_count()
+    if devices in ("auto", "-1", -1):
+        devices = 1 if trainer.get("accelerator") == "cpu" else torch.cuda.device_count() or NODE
     if not str(devices).isdigit() or int(devices) < 1:
-        raise UserError(f"trainer.devices {devices} says no number on a machine without a GPU: give plan --devices N")
+        raise UserError(f"trainer.devices {devices} says no number: give plan --devices N")
     return int(devices) * int(trainer.get("num_nodes") or 1)
 
 
@@ -260,7 +264,8 @@ def verdict(result: dict[str, Any]) -> str:
     needed = result["memory"][config["strategy"]]["total"] / 2**30
     compared = f"{needed:.2f} of the {room / 2**30:.2f} GiB of a device of {room / 1e9:g} GB"
     if config["fits"]:
-        return f"this config fits: {compared}, without the allocator's waste and CUDA's own memory (some GiB)"
+        closely = "just " if needed * 2**30 > 0.9 * room else ""
+        return f"this config {closely}fits: {compared}, without the allocator's waste and CUDA's own memory (some GiB)"
     too_large = f"a shorter data.context_length or a smaller model ({MOST_DEVICES} such devices are not enough)"
     remedy = config["remedy"] or too_large
     return f"this config does not fit: {compared}; try {remedy}"

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from published import REAL_SIZES
 
 from dllm_var.__main__ import main
@@ -71,6 +72,8 @@ def test_the_table_marks_the_line_of_the_config(capsys):
     out = capsys.readouterr().out
     assert [line.split("  ")[0] for line in out.splitlines()[-4:-2]] == ["one device", "one device, recomputed"]
     assert out.splitlines()[-1].startswith("this config fits: ")
+    assert main(["plan", *arguments, "--trainer.devices=auto", "--trainer.accelerator=gpu"]) == 0
+    assert f"step         devices {torch.cuda.device_count() or 8} x" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,7 @@ def test_what_objectives_read():
         (["--mfu", "0"], "mfu: 0 does not conform to restriction v>0 and v<=1"),
         (["--devices", "0"], "devices: 0 does not conform"),
         (["--data.batch_sise=3"], "batch_sise"),
-        ([], "give plan --devices N"),
+        (["--trainer.devices=some"], "give plan --devices N"),
         (["--devices=8", "--device-memory=lots"], "--device-memory takes GB, such as 24 or 24GB, not 'lots'"),
     ],
 )
