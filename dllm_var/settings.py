@@ -15,8 +15,9 @@ from dllm_var.errors import UserError, in_one_line, one_line
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is several times faster
 LONGEST = 300  # characters of a reason that the parser gives
 _PLAINER = {  # what the parser says before a name, and how it is said here
-    "Expected a dot import path string: ": "there is no known class '{}': give its whole path, package.module.Name",
-    "Expected an instantiatable class, but ": "{}: name a class of that kind first, then its settings",
+    "Expected a dot import path string:": "there is no known class '{}': give its whole path, package.module.Name",
+    "Unexpected import path format:": "'{}' is no class: give its path, package.module.Name",
+    "Expected an instantiatable class, but": "{}: name a class of that kind first, then its settings",
 }
 _TYPES = {"<class '": "", "typing.Literal[": "", "NoneType": "null", "'": "", ">": "", "[": " of ", "]": ""}
 NO_SETTING = "there is no setting"
@@ -91,6 +92,8 @@ class SettingsParser(ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)  # or --trainer.max_step would pass for max_steps
         super().__init__(*args, **kwargs)
         self.names: Callable[[], list[str]] = self._own_names  # what suggestions are taken from
+        self.meant: dict[str, str] = {}  # settings by the names that other programs have for them
+        self.besides: dict[str, str] = {}  # what is often given to a setting, and where it belongs
 
     @classmethod
     def of_command(cls, command: str, usage: str, description: str, examples: str = "") -> "SettingsParser":
@@ -102,6 +105,7 @@ class SettingsParser(ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.usage = f"{parser.prog} {usage}"
+        parser.names = lambda: [name if "." in name else name.replace("_", "-") for name in parser._own_names()]
         return parser
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
@@ -115,10 +119,16 @@ class SettingsParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         unknown = _unknown(message)
         if unknown is not None:
-            message, ex = f"{NO_SETTING} '{unknown}'{suggestion(unknown, self.names())}", None
+            known = self.meant.get(unknown.rpartition(".")[2])
+            known = known or (unknown.replace("_", "-") if unknown in self.names() else None)
+            hint = f"; did you mean '{known}'?" if known else suggestion(unknown, self.names())
+            message, ex = f"{NO_SETTING} '{unknown}'{hint}", None
         if message.startswith(stray := "unrecognized arguments: "):
-            words = message.removeprefix(stray).strip()
-            message = f"'{words}' belongs to no option: options are --NAME VALUE, and a value with blanks needs quotes"
+            word = message.removeprefix(stray).split()[0]
+            message = f"'{word}' belongs to no option: {_option_for(word)}"
+        if message.startswith("argument --") and message.endswith("expected one argument"):
+            option = message.split()[1].rstrip(":")
+            message, ex = f"{option} needs a value; one that begins with - is written {option}=VALUE", None
         if not self.exit_on_error:  # a parser inside the parser: the outer one reports
             super().error(message, ex)
         keys = dict.fromkeys(part.partition('"')[0] for part in message.split('Parser key "')[1:])
@@ -126,7 +136,16 @@ class SettingsParser(ArgumentParser):
         owner, _, problem = message.rpartition("given class_path '")[2].partition("':")
         if problem.strip().startswith(NO_SETTING):
             reason = reason.replace(NO_SETTING, f"{owner.rpartition('.')[2]} has no setting")
+        else:
+            reason += self.besides.get(".".join(keys), "")
         raise UserError(f"{'.'.join(keys)}: {reason}" if keys else reason) from ex
+
+
+def _option_for(word: str) -> str:
+    """Returns what was probably meant by a word that stands alone."""
+    if "=" in word or word.endswith((".yaml", ".yml")):
+        return f"did you mean --{'' if '=' in word else 'config '}{word}?"
+    return "options are --NAME VALUE, and a value with blanks needs quotes"
 
 
 def _unknown(message: str) -> str | None:
@@ -145,19 +164,24 @@ def _reason(error: BaseException) -> str:
     while cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         above, error = error, cause
     reason = one_line(error)
+    if isinstance(error, yaml.YAMLError):
+        return f"it is read as settings, and is no YAML: {reason}"
     if isinstance(error, AttributeError) and error.obj is not None:
         classes = [name for name in dir(error.obj) if isinstance(getattr(error.obj, name, None), type)]
         return reason + suggestion(str(error.name), classes)
-    if reason.startswith("Expected a ") and ". Got value: " in reason:
-        wanted, _, got = reason.removeprefix("Expected a ").partition(". Got value: ")
+    if reason.startswith("Expected a ") and ". Got value:" in reason:
+        problem = str(above).partition("Problem with given class_path '")[2].splitlines()
+        if problem[1:]:  # another of the types that may be given is the one that was meant
+            return problem[1].strip()
+        wanted, _, got = reason.removeprefix("Expected a ").partition(". Got value:")
         union = [line for line in str(above).splitlines() if line.startswith("Subtypes: ")]
         wanted = union[-1].removeprefix("Subtypes: [").removesuffix("]") if union else wanted
         for theirs, plain in _TYPES.items():
             wanted = wanted.replace(theirs, plain)
-        return f"expected {wanted}, got {got}"
+        return f"expected {wanted}, got {got.strip() or 'nothing'}"
     for theirs, plain in _PLAINER.items():
         if reason.startswith(theirs):
-            return plain.format(reason.removeprefix(theirs))
+            return plain.format(reason.removeprefix(theirs).strip())
     return reason
 
 

@@ -27,6 +27,16 @@ EXAMPLES = """examples:
 Settings of other classes: --model.objective.help=CLASS, --data.source.help=CLASS, --sampler.help=CLASS.
 """
 PASSED: set[str | int] = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}  # not settings
+MEANT = {  # names that other programs have for our settings
+    "gpus": "trainer.devices",
+    "epochs": "trainer.max_epochs",
+    "checkpoint": "ckpt_path",
+    "output": "trainer.default_root_dir",
+}
+BESIDES = {  # what is often given to a setting, and where it belongs
+    "model": "; a checkpoint to start from is model.init_from",
+    **dict.fromkeys(("data", "data.source"), "; a file of records is data.source.path"),
+}
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.\[\]]*)\}")
 
 
@@ -36,7 +46,7 @@ class TrainerParser(SettingsParser, LightningArgumentParser):
     # Without a command it is a parser inside this one, of one class's arguments.
     def __init__(self, command: str = "", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.command = command
+        self.command, self.meant, self.besides = command, MEANT, BESIDES
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         for argument in args or []:  # the parser would replace the whole value by this part
@@ -50,7 +60,7 @@ class TrainerParser(SettingsParser, LightningArgumentParser):
     def parse_resolved(self, arguments: list[str]) -> Namespace:
         """Returns the settings with all references resolved, once all files and arguments have been merged."""
         outer = SettingsParser(prog="python -m dllm_var", parser_mode="omegaconf+")
-        outer.names = self.names
+        outer.names, outer.meant, outer.besides = self.names, self.meant, self.besides
         outer.add_subcommands().add_subcommand(self.command, self)
         return outer.parse_args([self.command, *arguments])[self.command]
 

@@ -32,7 +32,10 @@ WITHOUT_WANDB = pytest.mark.skipif(importlib.util.find_spec("wandb") is not None
 MISTAKES = [
     # words and types
     ("fitt --config tiny.yaml", "no command 'fitt'", "commands are: fit, validate"),
-    ("fit tiny.yaml", "'tiny.yaml' belongs to no option", "options are --NAME VALUE"),
+    ("fit tiny.yaml", "'tiny.yaml' belongs to no option", "did you mean --config tiny.yaml?"),
+    (f"{FIT} trainer.max_steps=5", "'trainer.max_steps=5' belongs to no option", "mean --trainer.max_steps=5?"),
+    (f"{FIT} --epochs 3", "'epochs'", "did you mean 'trainer.max_epochs'?"),
+    (f"{FIT} --trainer.gpus 1", "'trainer.gpus'", "did you mean 'trainer.devices'?"),
     ("fit --config tiny.yml", "'tiny.yml'", "No such file"),
     (f"{FIT} --model.transformer.hiden_size=32", "model.transformer", "did you mean 'hidden_size'?"),
     (f"{FIT} --trainer.max_step=3", "'trainer.max_step'", "did you mean 'trainer.max_steps'?"),
@@ -54,6 +57,8 @@ MISTAKES = [
     pytest.param(f"{FIT} --trainer.logger=WandbLogger", "wandb", "pip install", marks=WITHOUT_WANDB),
     (f"{FIT} --model.optimizer=dllm_var.training.optim.Muon --model.optimizer.lr=-1", "model.optimizer", "lr >= 0"),
     (f"{FIT} --trainer.callbacks=LearningRateMonitor --trainer.logger=false", "LearningRateMonitor", "has no logger"),
+    (f"{FIT} --trainer.callbacks='{{class_path: dllm_var.callbacks.Sped}}'", "trainer.callbacks", "attribute 'Sped'"),
+    (f"{FIT} --model Qwen/Qwen3-0.6B", "model: 'Qwen/Qwen3-0.6B' is no class", "to start from is model.init_from"),
     # references
     (f"{FIT} --data.context_length='${{model.contxt}}'", "${model.contxt}", "names no setting"),
     (f"{FIT} --data.context_length='${{vars.x'", "data.context_length", "a reference is written ${section.name}"),
@@ -76,6 +81,7 @@ MISTAKES = [
     ("benchmark --config tiny.yaml --output x.json --dtype half", "dtype", "expected float32, bfloat16, float16"),
     # data
     (f"{FIT} --data.source.path=nowhere.jsonl", "data.source path", "no file 'nowhere.jsonl'"),
+    (f"{FIT} --data.source words.jsonl", "data.source", "a file of records is data.source.path"),
     (f"{FIT} --data.source.path=empty.jsonl", "the train split", "no records"),
     (f"{FIT} --data.source.path=torn.jsonl", "torn.jsonl:6", "data.on_bad_record=skip"),
     (f"{FIT} --data.source.path=fields.jsonl", "fields.jsonl:6", "prompt"),
@@ -98,6 +104,7 @@ MISTAKES = [
         "give a checkpoint of another run",
     ),
     ("generate --checkpoint pickled.ckpt --prompt cat", "pickled.ckpt", "could run code"),
+    (f"validate --config tiny.yaml --checkpoint {RUN}", "'checkpoint'", "did you mean 'ckpt_path'?"),
     (f"{VALIDATE} --data.tokenizer=other", "another tokenizer than data.tokenizer", "set it back"),
     ("validate --config tiny.yaml", "--ckpt_path FILE", "--ckpt_path last"),
     (
@@ -112,6 +119,8 @@ MISTAKES = [
     # decoding
     (f"generate --checkpoint {RUN}", "--prompt TEXT", "--prompts-file FILE"),
     (f"{GENERATE} --prompt ''", "--prompt: it is empty", "at least one token"),
+    (f"{GENERATE} --prompt -cat", "--prompt needs a value", "--prompt=VALUE"),
+    (f"{GENERATE} --max-tokens 4", "'max-tokens'", "did you mean 'max-new-tokens'?"),
     (f"{GENERATE} hat", "'hat' belongs to no option", "a value with blanks needs quotes"),
     (f"{GENERATE} --prompt 日本", "--prompt", "vocabulary has nothing for '日'"),
     (f"{GENERATE} --prompts-file torn.jsonl", "torn.jsonl, line 6", "not valid JSON"),
