@@ -110,6 +110,42 @@ def test_what_does_not_fit_fits_with_what_is_suggested(
     assert after["step"]["tokens"] // after["step"]["devices"] == before["step"]["tokens"] // before["step"]["devices"]
 
 
+@pytest.mark.parametrize(
+    ("names", "model", "devices", "settings", "strategy"),
+    [
+        (["llada_8b_sft", "lora", "strategy/one_gpu"], "GSAI-ML/LLaDA-8B-Base", 1, [], "one device"),
+        (
+            ["llada_8b_sft", "lora", "float8", "strategy/one_gpu"],
+            "GSAI-ML/LLaDA-8B-Base",
+            1,
+            ["--trainer.precision=bf16-true"],
+            "one device",
+        ),
+        (["qwen3_to_diffusion", "strategy/one_gpu"], "Qwen/Qwen3-1.7B-Base", 1, [], "one device"),
+        (["llada_8b_sft"], "GSAI-ML/LLaDA-8B-Base", 8, [], "fsdp2"),
+        (
+            ["llada_8b_sft", "strategy/deepspeed_zero2"],
+            "GSAI-ML/LLaDA-8B-Base",
+            8,
+            ["--data.batch_size=8", "--trainer.accumulate_grad_batches=1", "--data.context_length=2048"],
+            "zero2",
+        ),
+    ],
+)
+def test_overlays_for_cards_of_80_gb_compose_and_fit(names, model, devices, settings, strategy, tmp_path, capsys):
+    pytest.importorskip("peft")
+    asked = [f"--model.init_from={write_config(tmp_path, model)}", "--devices", str(devices), *settings]
+    result = plan(capsys, *names, arguments=[*asked, "--device-memory", "80"])
+    assert result["this_config"] == {"strategy": f"{strategy}, recomputed", "fits": True, "remedy": None}
+    assert (result["parameters"]["trained"] < result["parameters"]["total"] / 50) == ("lora" in names)
+    from dllm_var.cli.trainer_settings import build_parser
+
+    configs = [argument for name in names for argument in ("--config", str(CONFIGS / f"{name}.yaml"))]
+    fit = build_parser("fit", configs).parse_resolved([*configs, asked[0], *settings])
+    model = fit["model"]["init_args"]
+    assert model["compile"] == (devices == 1) and bool(model["float8"]) == ("float8" in names)
+
+
 def test_a_model_on_a_hub_that_cannot_be_reached(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     recipe = ["--config", str(CONFIGS / "qwen3_to_diffusion.yaml"), "--devices", "8"]
