@@ -114,14 +114,10 @@ def decode(
         limits = dict(max_new_tokens=options.max_new_tokens, stop=options.stop or [])
         sampler.generate(model, ids, on_block=on_block, **limits, **shared)
         return
-    from dllm_var.sampling.infilling import infill
+    from dllm_var.sampling.infilling import block_length_of, infill, settings_of
 
-    for name in ("policy", "batch_size", "temperature", "top_k", "top_p", "seed"):
-        if name in options.sampler.init_args:  # a sampler with a policy of its own does not lend it
-            shared[name] = getattr(sampler, name)
-    # What the sampler would show behind the answer: masks to the end of its block, or of its canvas.
-    block_length = getattr(sampler, "block_length", None) or getattr(sampler, "canvas_length", None)
-    infill(model, [prompt.infill_ids for prompt in prompts], prompts=ids, block_length=block_length, **shared)
+    shared |= {"block_length": block_length_of(sampler), **settings_of(sampler)}
+    infill(model, [prompt.infill_ids for prompt in prompts], prompts=ids, **shared)
 
 
 # -- options -----------------------------------------------------------------------------------------------------------

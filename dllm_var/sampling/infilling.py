@@ -1,5 +1,6 @@
 """Infilling: tokens for the gaps of a text, with all the rest of it in view on both sides."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 
 from dllm_var.errors import UserError
 from dllm_var.model.transformer import Transformer
-from dllm_var.sampling.base import Generation, OnAnswer, Request, special_ids
+from dllm_var.sampling.base import Generation, OnAnswer, Request, Sampler, special_ids
 from dllm_var.sampling.denoising import DenoisingEngine
 from dllm_var.sampling.engine import Batch, EngineSampler, Row
 from dllm_var.sampling.policies import ConfidenceThreshold, UnmaskingPolicy
@@ -54,8 +55,7 @@ def infill(
         settings: `batch_size`, `temperature`, `top_k`, `top_p` and `seed`; the other arguments are those of `generate`.
     """
     transformer = getattr(model, "transformer", model)
-    if transformer.config.causal or transformer.config.causal_context:
-        raise UserError("this checkpoint reads left to right: infilling needs a model that reads in both directions")
+    check_fills(transformer)
     if block_length is not None and block_length < 1:
         raise UserError(f"block_length must be at least 1, got {block_length}")
     mask_id, terminators = special_ids(transformer)
@@ -64,10 +64,9 @@ def infill(
     for index, (prompt, text) in enumerate(zip(before, texts, strict=True)):
         if mask_id not in text:
             raise UserError(f"text {index} has no gap: put one where tokens are wanted")
-        behind = 0 if block_length is None else block_length - len(text) % block_length
         spans.append(range(len(prompt), len(prompt) + len(text)))
-        rows.append([*prompt, *text, *[mask_id] * behind])
-    filler = _GapFiller(spans=spans, policy=policy or ConfidenceThreshold(), **settings)
+        rows.append([*prompt, *text, *[mask_id] * masks_behind(len(text), block_length)])
+    filler = gap_filler(spans, policy, **settings)
     filled = filler.generate(
         model,
         rows,
@@ -78,6 +77,33 @@ def infill(
         record=record,
     )
     return [answer for answer in filled if isinstance(answer, Infilling)]
+
+
+def check_fills(model: Transformer) -> None:
+    """Raises UserError for a model that cannot fill gaps."""
+    if model.config.causal or model.config.causal_context:
+        raise UserError("this checkpoint reads left to right: infilling needs a model that reads in both directions")
+
+
+def masks_behind(length: int, block_length: int | None) -> int:
+    """Returns how many masks follow a text of so many tokens, up to the end of its last block."""
+    return 0 if block_length is None else block_length - length % block_length
+
+
+def settings_of(sampler: Sampler) -> dict[str, Any]:
+    """Returns a sampler's settings that `infill` has too; a sampler with a policy of its own does not lend it."""
+    shared = {"policy", "batch_size", "temperature", "top_k", "top_p", "seed"}
+    return {name: getattr(sampler, name) for name in shared & {*inspect.signature(type(sampler)).parameters}}
+
+
+def block_length_of(sampler: Sampler) -> int | None:
+    """Returns to which block a sampler would show the end of an answer: that of its blocks, or of its canvas."""
+    return getattr(sampler, "block_length", None) or getattr(sampler, "canvas_length", None)
+
+
+def gap_filler(spans: list[range], policy: UnmaskingPolicy | None = None, **settings: Any) -> EngineSampler:
+    """Returns the sampler behind `infill`: its prompts are rows `prompt | text | masks` with their texts at `spans`."""
+    return _GapFiller(spans=spans, policy=policy or ConfidenceThreshold(), **settings)
 
 
 class GapEngine(DenoisingEngine[Row]):

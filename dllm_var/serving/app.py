@@ -21,6 +21,7 @@ from dllm_var.errors import UserError
 from dllm_var.sampling.base import Generation, check_request
 from dllm_var.sampling.drawing import random_key, request_keys
 from dllm_var.sampling.engine import EngineSampler
+from dllm_var.sampling.infilling import block_length_of, check_fills, masks_behind
 from dllm_var.sampling.recording import RecordedStep, label_of, summary_of
 from dllm_var.sampling.stopping import StopStrings
 from dllm_var.serving.decoder import OWN, Busy, Decoder, Drawing, Failed, Job, Part, Stopped, Told, can_draw
@@ -159,6 +160,7 @@ class Answering:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.answers: dict[int, Generation] = {}
         self.jobs: list[Job] = []
+        self.suffix: list[int] = []
         self.complete = False  # whether the reply was written to its end
 
     async def reply(self) -> Response:
@@ -190,7 +192,12 @@ class Answering:
         if len(prompts) * choices > self.decoder.max_queue:
             raise ApiError(f"one request may ask for at most {self.decoder.max_queue:,} answers", param="n")
         check_request(prompts, None, (), self.decoder.model.config)
-        limits = [self._limit(prompt) for prompt in prompts]
+        self.suffix = self._suffix()
+        limits = [self._limit(len(prompt) + len(self.suffix)) for prompt in prompts]
+        gaps: list[range | None] = [None] * len(prompts)
+        if self.suffix:
+            gaps = [range(len(prompt), len(prompt) + limit) for prompt, limit in zip(prompts, limits, strict=True)]
+            prompts = [self._with_gap(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
         drawing = self._drawing()
         repeated = [prompt for prompt in prompts for _ in range(choices)]
         keys = request_keys(repeated)
@@ -205,6 +212,7 @@ class Answering:
                 sampler=self.sampler,
                 drawing=drawing,
                 tell=self._teller(index),
+                gap=gaps[index // choices],
                 stop=StopStrings(stops, tokenizer) if stops else None,
                 streams=bool(self.wishes.stream),
                 records=bool(self.wishes.steps),
@@ -234,15 +242,32 @@ class Answering:
             raise UserError("there is no prompt: give at least one")
         return prompts
 
-    def _limit(self, prompt: list[int]) -> int:
-        """Returns how long a prompt's answer may be."""
+    def _suffix(self) -> list[int]:
+        """Returns the tokens that follow the answer."""
+        text = getattr(self.wishes, "suffix", None)
+        if not text:
+            return []
+        try:
+            check_fills(self.decoder.model)
+            return encode_prompt(text, self.decoder.tokenizer)
+        except UserError as error:
+            raise ApiError(str(error), param="suffix") from None
+
+    def _with_gap(self, prompt: list[int], limit: int) -> list[int]:
+        """Returns a prompt, masks where its answer will be, the suffix, and what the sampler shows behind a text."""
+        mask, length = self.decoder.tokenizer.mask_id, limit + len(self.suffix)
+        behind = masks_behind(length, block_length_of(self.sampler))
+        return [*prompt, *[mask] * limit, *self.suffix, *[mask] * behind]
+
+    def _limit(self, given: int) -> int:
+        """Returns how long an answer may be to so many given tokens."""
         wishes, context, own = self.wishes, self.decoder.context, self.sampler.max_new_tokens
         asked = wishes.max_tokens
         if isinstance(wishes, ChatWishes) and wishes.max_completion_tokens is not None:
             asked = wishes.max_completion_tokens
-        room = context - len(prompt)
+        room = context - given
         if room < (asked or 1):
-            taken = f"the prompt has {len(prompt):,} tokens"
+            taken = f"the prompt has {given:,} tokens"
             wanted = taken if asked is None else f"{taken}, and max_tokens is {asked:,}"
             message = f"{wanted}: this server takes {context:,} together, of which the answer needs one at least"
             raise ApiError(message, param="max_tokens" if room > 0 else "prompt", code="context_length_exceeded")
@@ -301,7 +326,7 @@ class Answering:
         answers = [self.answers[index] for index in range(len(self.jobs))]
         self._measure()
         known = [one.of(answer) for one, answer in zip(self._known(), answers, strict=True)]
-        return JSONResponse(self.written.whole(answers, known, usage_of(answers, self.choices)))
+        return JSONResponse(self.written.whole(answers, known, usage_of(answers, self.choices, len(self.suffix))))
 
     async def _whole(self) -> Response:
         """Returns the reply, or an empty one that nobody reads when the client has gone."""
@@ -349,7 +374,7 @@ class Answering:
                 yield self.written.piece(index, None, what, **more)
             if self.wishes.stream_options is not None and self.wishes.stream_options.include_usage:
                 answers = [self.answers[index] for index in shown]
-                yield self.written.usage(usage_of(answers, self.choices))
+                yield self.written.usage(usage_of(answers, self.choices, len(self.suffix)))
             self._measure()
             self.complete = True
             yield event("[DONE]")

@@ -16,9 +16,10 @@ import torch
 
 from dllm_var.errors import UserError
 from dllm_var.model.transformer import Transformer
-from dllm_var.sampling.base import Generation, Request, Sampler
+from dllm_var.sampling.base import Generation, Request, Sampler, special_ids
 from dllm_var.sampling.engine import Engine, EngineSampler
 from dllm_var.sampling.guards import NotFinite, finite_logits, lacks_memory, without_training_modes
+from dllm_var.sampling.infilling import gap_filler, settings_of
 from dllm_var.sampling.recording import RecordedStep
 from dllm_var.sampling.stopping import StopStrings, settled_text
 from dllm_var.serving.metrics import Metrics
@@ -77,6 +78,7 @@ class Job:
     drawing: Drawing
     tell: Callable[[Told], None]
     stop: StopStrings | None = None
+    gap: range | None = None  # where in the prompt masks stand for the answer, when text follows it
     streams: bool = False
     records: bool = False  # whether each step is told, too
     log_probabilities: bool = False  # whether those of the tokens are wanted
@@ -277,27 +279,39 @@ class Decoder(threading.Thread):
 
     def _key(self, job: Job) -> Any:
         """Returns what jobs of one engine have in common."""
+        if job.gap is not None:
+            return job  # no other has its engine
         return job.group, job.sampler, job.drawing, None if job.sampler.engine.has_limits else job.limit
 
     def _enter(self, job: Job) -> None:
         key = self._key(job)
         try:
             if key not in self.engines:
-                sampler = copy(job.sampler)
-                for name, value in job.drawing._asdict().items():
-                    setattr(sampler, name, value)
-                # Where rows have limits of their own, all engines shall be alike: captured steps are found again.
-                limit = None if sampler.engine.has_limits else job.limit
-                shared = Jobs(max_new_tokens=limit, tokenizer=self.tokenizer, context=self.context)
-                self.engines[key] = sampler.engine(sampler, self.model, [], shared)
+                self.engines[key] = self._engine(job)
         except Exception as error:
             job.tell(failure(error))
             return
-        engine, index = self.engines[key], next(self.indices)
+        engine, index = self.engines[key], next(self.indices) if job.gap is None else 0
         job.begin(self.tokenizer, self.metrics, self.check)
         wanted(engine).jobs[index] = job
         wanted(engine).entered += 1
-        engine.enter(index, job.prompt, job.key, job.limit)
+        if job.gap is None:
+            engine.enter(index, job.prompt, job.key, job.limit)
+
+    def _engine(self, job: Job) -> Engine[Any]:
+        """Returns a new engine for a job and for others like it; one that fills a gap has its job from the start."""
+        sampler = copy(job.sampler)
+        for name, value in job.drawing._asdict().items():
+            setattr(sampler, name, value)
+        if job.gap is None:
+            # Where rows have limits of their own, all engines shall be alike: captured steps are found again.
+            limit = None if sampler.engine.has_limits else job.limit
+            shared = Jobs(max_new_tokens=limit, tokenizer=self.tokenizer, context=self.context)
+            return sampler.engine(sampler, self.model, [], shared)
+        filler = gap_filler([job.gap], **settings_of(sampler))
+        engine = filler.engine(filler, self.model, [job.prompt], Jobs(suppressed=special_ids(self.model)[1]))
+        engine.keys[0] = job.key
+        return engine
 
     def _step(self, key: Any) -> None:
         """Takes the rows of an engine one forward further, and ends the engine when it has none."""

@@ -110,7 +110,16 @@ class CompletionWishes(Wishes):
     """The body of `/v1/completions`."""
 
     prompt: str | list[str] | list[int] | list[list[int]]
+    suffix: str | None = None
     logprobs: OwnAlone = None
+
+    @model_validator(mode="after")
+    def check_suffix(self) -> CompletionWishes:
+        if self.suffix and self.max_tokens is None:
+            raise ValueError("with 'suffix', 'max_tokens' is how many tokens stand before it: give it, too")
+        if self.suffix and self.stops:
+            raise ValueError("'suffix' does not go with 'stop': leave out one of them")
+        return self
 
     @property
     def prompts(self) -> list[Any]:
@@ -233,12 +242,12 @@ def event(data: str) -> bytes:
 
 
 def finish_reason(answer: Generation) -> str:
-    return "length" if answer.finish_reason == "length" else "stop"
+    return "length" if answer.finish_reason in ("length", "filled") else "stop"
 
 
-def usage_of(answers: Sequence[Generation], choices: int) -> dict[str, int]:
-    """Returns what answers took; a prompt with several `choices` counts once."""
-    prompt = sum(answer.prompt_length for answer in answers[::choices])
+def usage_of(answers: Sequence[Generation], choices: int, suffix: int = 0) -> dict[str, int]:
+    """Returns what answers took; a prompt with several `choices` counts once, and so do the tokens of its `suffix`."""
+    prompt = sum(answer.prompt_length + suffix for answer in answers[::choices])
     completion = sum(answer.new_tokens for answer in answers)
     return {
         "prompt_tokens": prompt,

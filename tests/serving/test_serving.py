@@ -158,7 +158,6 @@ MISTAKES = {
     '{"model": "tiny", "prompt": "cat", "seed": 1e30}': "seed: Input should be a valid integer",
     '{"model": "tiny", "prompt": "cat", "stop": [""]}': "'stop' takes at most 16 texts",
     '{"model": "tiny", "prompt": "cat", "logprobs": 2}': "logprobs: this server tells how likely an answer's own",
-    '{"model": "tiny", "prompt": "cat", "suffix": "S"}': "does not support 'suffix': leave it out",
     '{"model": "tiny", "prompt": "cat", "echo": true}': "does not support 'echo': leave it out",
 }
 
