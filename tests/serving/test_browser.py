@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def chromium():
+    api.expect.set_options(timeout=60_000)
     with api.sync_playwright() as playwright:
         found = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome", "chrome")]
         own = playwright.chromium.executable_path
@@ -42,7 +43,7 @@ def tab(chromium):
     def open_tab(url, **options):
         contexts.append(chromium.new_context(**options))
         page = contexts[-1].new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(60_000)  # milliseconds; a machine may be busy
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
