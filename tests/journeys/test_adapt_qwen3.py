@@ -70,7 +70,7 @@ def test_every_command_of_the_section_runs(tmp_path, monkeypatch, capfd):
         if words[3] == "fit":
             [tried] = [line for line in out.splitlines() if line.startswith("try ")]
             assert main(shlex.split(tried)[4:]) == 0
-    assert ran == ["plan", "inspect", "fit", "generate", "export", *["evaluate"] * harness, "benchmark"]
+    assert ran == ["plan", "inspect", "fit", "export", "generate", *["evaluate"] * harness, "benchmark"]
 
     assert {path.name for path in Path("runs/qwen3_to_diffusion/version_0").iterdir()} >= {"model", "adapter"}
     if harness:
