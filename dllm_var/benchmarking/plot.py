@@ -113,7 +113,7 @@ def _draw(axis: Any, task: Figures, timed: Sequence[Figures]) -> list[Label]:
     for model, colour in colours.items():
         if any(one["checkpoint"] == model and one["role"] != "autoregressive" for one in timed):
             axis.scatter([], [], s=45, color=colour, label=f"model {Path(paths.get(model) or model).name}")
-    if len(shown) < len(timed):
+    if not shown.issuperset(place):
         axis.scatter([], [], s=18, color="0.5", alpha=0.5, label="small: other settings, named in the tables")
     _limit(axis, place, shown)
     return labels

@@ -122,3 +122,11 @@ def test_few_settings_are_all_named_and_the_best_at_equal_accuracy_has_its_ratio
     assert names == {
         "autoregressive (the twin)", "strided 8", "strided 8, everywhere", "threshold 0.9", "diffuspec: 1.8x the twin"
     }  # fmt: skip
+
+
+def test_a_picture_needs_no_twin_and_no_best_setting():
+    pytest.importorskip("matplotlib")
+    [task] = shipped("gsm_symbolic")["tasks"]
+    one = next(setting for setting in task["settings"] if setting["role"] == "default")
+    task |= {"settings": [one], "autoregressive_checkpoint": None, "chosen": None, "at_equal_accuracy": {}}
+    assert [name for name, _ in labels(draw_task(task))] == ["threshold 0.9"]
