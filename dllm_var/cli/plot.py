@@ -30,6 +30,7 @@ PANELS = {  # what a picture shows of the curves that a run has, unless it is to
 }
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray")
 SMOOTHED = 200  # points of a curve from which on its moving average is drawn, over a fiftieth of it
+MEASURING = {"validate", "test", "predict"}  # commands whose folders below a run's have no curves
 Curve = dict[int, float]  # values by their steps
 
 
@@ -72,7 +73,8 @@ def run_folders(place: Path) -> list[Path]:
     if not place.is_dir():
         raise UserError(f"there is no run folder '{place}'")
     files = [*place.rglob("events.out.tfevents.*"), *place.rglob("metrics.csv")]
-    folders = sorted({file.parent for file in files}, key=lambda one: (len(one.parts), one))
+    below = {file.parent for file in files if not MEASURING & {*file.parent.relative_to(place).parts}}
+    folders = sorted(below, key=lambda one: (len(one.parts), one))
     if not folders:
         raise UserError(f"'{place}' has neither TensorBoard events nor a metrics.csv: give the folder of a run")
     return [place] if place in folders else folders

@@ -60,6 +60,7 @@ def test_a_long_training_curve_is_drawn_with_its_moving_average() -> None:
 
 
 def test_the_command_draws_every_run_below_a_folder(runs: list[Path], tmp_path: Path, capsys: Any) -> None:
+    write(CSVLogger(tmp_path, name="csv/validate"), range(1, 2))
     output = tmp_path / "new" / "curves.png"
     assert main(["plot", str(tmp_path), "--output", str(output)]) == 0
     names = [f"{tmp_path.name}/{logger}/version_0" for logger in ("board", "csv")]
