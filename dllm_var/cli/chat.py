@@ -111,6 +111,7 @@ class Denoising:
     def on_step(self, index: int, step: RecordedStep) -> None:
         """Shows the answer as a forward has left it."""
         new = set()
+        self.tokens = {place: token for place, token in self.tokens.items() if place < step.length}
         for place, token, _ in step.changes:
             self.tokens.pop(place, None)
             if token is not None:

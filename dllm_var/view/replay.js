@@ -10,6 +10,8 @@ const ENDS = {
 };
 const LIVE_SCALE = 12; // forwards that the colours are for while nobody knows how many there will be
 
+const LONG = 1000; // tokens of an answer from which on it would take too long to lay out all of them
+
 function make(tag, kind, text) {
   const element = document.createElement(tag);
   if (kind) element.className = kind;
@@ -31,8 +33,10 @@ class Pane {
     this.facts = make("p", "facts");
     if (named) this.root.append(make("h2", "", replay.label));
     if (replay.about) this.root.firstChild.append(make("small", "", replay.about));
-    if (!given.live) this.root.append(make("p", "asked", replay.prompt)); // a live page has it in its form
-    this.root.append(this.blocks, this.text, this.facts);
+    this.asked = make("p", "asked", replay.prompt);
+    this.asked.hidden = Boolean(given.live); // a live page has it in its form
+    for (const part of [this.asked, this.blocks, this.text]) part.dir = "auto"; // Hebrew and Arabic from the right
+    this.root.append(this.asked, this.blocks, this.text, this.facts);
   }
 
   get steps() {
@@ -63,6 +67,7 @@ class Pane {
     const complete = done === this.steps.length && this.replay.finish;
     if (complete && !length) edges.push(0); // a frame for the terminator alone
     this.blocks.replaceChildren();
+    this.blocks.classList.toggle("long", length > LONG);
     for (let block = 0; block + 1 < edges.length; block++) {
       const frame = make("div", "block");
       for (let place = edges[block]; place < edges[block + 1]; place++) {
@@ -198,6 +203,7 @@ if (given.replays.length) {
   for (const [index, replay] of given.replays.entries()) {
     const button = make("button", "", replay.prompt || `answer ${index + 1}`);
     button.type = "button";
+    button.dir = "auto";
     button.addEventListener("click", () => choose(index));
     at("list").append(button);
   }

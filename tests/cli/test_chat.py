@@ -11,9 +11,12 @@ from byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
 
 from dllm_var.__main__ import main
 from dllm_var.checkpoints.export import save_checkpoint_folder
+from dllm_var.checkpoints.pretrained import load_checkpoint
+from dllm_var.cli.chat import Denoising
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.sampling import BlockDiffusionSampler
 from dllm_var.sampling.configurable import sampler_to_config
+from dllm_var.sampling.recording import Recording
 from dllm_var.text.tokenizer import Tokenizer
 
 
@@ -140,3 +143,16 @@ def test_a_terminal_shows_how_an_answer_is_denoised(folders, monkeypatch, capsys
     assert last == plain
     masks = [frame.count("░") for frame in frames]
     assert masks[0] >= 3 > 0 == masks[-1]  # of blocks of four tokens
+
+
+def test_tokens_behind_an_end_that_is_taken_back_are_masks_again(folders, monkeypatch):
+    tokenizer = load_checkpoint(folders["chats"])[1]
+    letters = dict(enumerate(tokenizer.encode("abcd")))
+    recording, terminal = Recording(), Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with Denoising(tokenizer) as shown:
+        for forward, (length, there) in enumerate([(4, 4), (2, 2), (4, 2)], start=1):
+            tokens = [letters[place] if place < there else None for place in range(length)]
+            shown.on_step(0, recording.add(forward, tokens, None))
+        text = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", terminal.getvalue())
+    assert text.endswith("ab░░")

@@ -8,7 +8,7 @@ import pytest
 from servers import ROOT, Turnstile, running, wait_until
 
 from dllm_var.checkpoints.pretrained import load_checkpoint
-from dllm_var.sampling import WinoSampler
+from dllm_var.sampling import Generation, WinoSampler
 from dllm_var.sampling.recording import replay_of
 from dllm_var.view import page as page_of
 
@@ -185,6 +185,36 @@ def test_a_file_shows_hostile_text_as_text_in_light_and_dark_and_on_a_phone(tab,
     page.reload()
     assert is_dark(), "without a choice, as the system has it"
     assert wide_as_the_screen(tab(file.as_uri(), **PHONE))
+
+
+def test_hebrew_goes_from_right_to_left(tab, tmp_path):
+    changes = [[place, text, 0.5] for place, text in enumerate(["\u05d0\u05d1", "\u05d2\u05d3", "x"])]
+    step = {"forward": 1, "length": 3, "starts": [0], "changes": changes}
+    answer = Generation([5, 6, 7], "eos", 1, 0.1, prompt_length=1)
+    file = tmp_path / "page.html"
+    file.write_text(page_of([{**replay_of(answer, "\u05d0"), "given": [], "steps": [step]}]), encoding="utf-8")
+    page = tab(file.as_uri())
+    places = page.locator(".cell").evaluate_all("all => all.map(one => one.getBoundingClientRect().x)")
+    assert len(places) == 4 and places == sorted(places, reverse=True)
+    assert page.locator(".asked").evaluate("one => getComputedStyle(one).direction") == "rtl"
+
+
+def test_ten_thousand_tokens_are_replayed_without_waiting(tab, tmp_path):
+    blocks = range(0, 10_000, 50)
+    steps = [
+        {"forward": n, "length": start + 50, "starts": [start], "changes": [[start + k, "word", 0.9] for k in range(50)]}
+        for n, start in enumerate(blocks, start=1)
+    ]
+    answer = Generation([5] * 10_000, "length", len(steps), 1.0, prompt_length=1)
+    file = tmp_path / "page.html"
+    file.write_text(page_of([{**replay_of(answer), "given": [], "steps": steps}]), encoding="utf-8")
+    page = tab(file.as_uri())
+    assert page.locator(".cell").count() == 10_000 and wide_as_the_screen(page)
+    page.keyboard.press("Home")
+    page.locator("#slider").fill("2")
+    assert cells(page) == ["word"] * 100
+    page.keyboard.press("End")
+    assert page.evaluate("getComputedStyle(document.querySelector('.block')).contentVisibility") == "auto"
 
 
 def test_a_frame_in_a_notebook_is_as_high_as_its_page(tab, words, tmp_path):
