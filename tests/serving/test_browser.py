@@ -200,11 +200,10 @@ def test_hebrew_goes_from_right_to_left(tab, tmp_path):
 
 
 def test_ten_thousand_tokens_are_replayed_without_waiting(tab, tmp_path):
-    blocks = range(0, 10_000, 50)
-    steps = [
-        {"forward": n, "length": start + 50, "starts": [start], "changes": [[start + k, "word", 0.9] for k in range(50)]}
-        for n, start in enumerate(blocks, start=1)
-    ]
+    steps = []
+    for start in range(0, 10_000, 50):
+        changes = [[start + place, "word", 0.9] for place in range(50)]
+        steps.append({"forward": len(steps) + 1, "length": start + 50, "starts": [start], "changes": changes})
     answer = Generation([5] * 10_000, "length", len(steps), 1.0, prompt_length=1)
     file = tmp_path / "page.html"
     file.write_text(page_of([{**replay_of(answer), "given": [], "steps": steps}]), encoding="utf-8")
