@@ -3,6 +3,7 @@
 import os
 import signal
 
+import lightning  # noqa: F401  its log goes where standard error is now: a test's own is closed after the test
 import pytest
 import torch
 

@@ -43,7 +43,7 @@ diffusion models. Needs pip install "dllm-var[evaluate]"."""
 
 EXAMPLES = """examples:
   python -m dllm_var evaluate --checkpoint checkpoints/cmudict --tasks cmudict --output cmudict.json
-  python -m dllm_var evaluate --checkpoint checkpoints/cmudict --tasks cmudict --sampler configs/sampler/factor.yaml
+  python -m dllm_var evaluate --checkpoint checkpoints/cmudict --tasks cmudict --sampler factor
   python -m dllm_var evaluate --checkpoint RUN --tasks gsm8k arc_easy --limit 100 --mc-draws 128
 
 docs/evaluate.md explains estimators and figures."""
