@@ -157,8 +157,8 @@ def failure(error: Exception) -> str | None:
         setting = ".".join(key for key in str(error.full_key).split(".")[1:] if key != "init_args")
         hint = "; a reference is written ${section.name}" if isinstance(error, GrammarParseError) else ""
         return f"{setting}: {str(error.msg or error).splitlines()[0]}{hint}"
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    by_lightning = frame.f_globals.get("__name__", "").startswith("lightning.")
+    raised_in = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1:]
+    by_lightning = "".join(raised_in).startswith("lightning.")
     if isinstance(error, MisconfigurationException) or (isinstance(error, ValueError | RuntimeError) and by_lightning):
         return f"trainer: {text}"
     if isinstance(error, torch.distributed.DistError) or (
