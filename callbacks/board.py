@@ -11,7 +11,6 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from PIL import Image, ImageDraw, ImageFont
 
 from dllm_var.sampling import Generation
-from dllm_var.sampling.recording import piece
 from dllm_var.text.tokenizer import Tokenizer
 
 WIDTH, MARGIN, HEIGHT = 900, 12, 44  # of the picture, around it, and of a line of tokens, in pixels
@@ -42,7 +41,7 @@ def replay_picture(prompt: str, answer: Generation, tokenizer: Tokenizer) -> npt
     An answer of a sampler that does not record `commit_steps` has neither.
     """
     steps = answer.commit_steps or [0] * len(answer.tokens)
-    names = [piece(token, tokenizer) for token in answer.tokens]
+    names = [tokenizer.shown(token) for token in answer.tokens]
     large, small = ImageFont.load_default(size=15), ImageFont.load_default(size=11)
     x, y, places = MARGIN, MARGIN + 30, []
     for name in names:

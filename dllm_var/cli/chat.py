@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from dllm_var.cli.decoding_options import add_decoding_options, add_model_options, load_model, read_options
-from dllm_var.cli.generate import AnswerPrinter, Prompt, decode, token_ids
+from dllm_var.cli.generate import token_ids
 from dllm_var.errors import UserError
 from dllm_var.settings import SettingsParser
 
@@ -32,8 +32,6 @@ EXAMPLES = """examples:
   python -m dllm_var chat --checkpoint runs/chat/version_0 --system "Be brief." --temperature 0.7 --seed 1"""
 
 RESET = "/reset"
-# What `generate` can be told besides: the answer alone, streamed.
-PRINTED = {"answers_only": True, "stream": True, "no_stream": False, "json": False, "replay": None, "infill": None}
 
 
 def main(command: str, arguments: list[str]) -> int:
@@ -45,8 +43,6 @@ def main(command: str, arguments: list[str]) -> int:
     model, tokenizer = load_model(options, checkpoint)
     if tokenizer.chat_template is None:
         raise UserError(f"{command} needs a tokenizer with a chat template, which {options.checkpoint} has not")
-    for name, value in PRINTED.items():
-        options[name] = value
     try:
         converse(sampler, model, tokenizer, options)
     except KeyboardInterrupt:
@@ -59,7 +55,8 @@ def converse(sampler: Sampler, model: Transformer, tokenizer: Tokenizer, options
     """Answers lines of standard input until they end; each is read together with all turns before it."""
     from dllm_var.text.prompts import encode_prompt
 
-    suppressed = token_ids(options.suppress or [], tokenizer)
+    wishes: dict[str, Any] = dict(max_new_tokens=options.max_new_tokens, stop=options.stop or [])
+    wishes["suppress"] = token_ids(options.suppress or [], tokenizer)
     start = [] if options.system is None else [{"role": "system", "content": options.system}]
     tokenizer.encode_chat_prompt([*start, user("hello")])  # a template may refuse a system message
     longest = model.config.context_length
@@ -71,21 +68,16 @@ def converse(sampler: Sampler, model: Transformer, tokenizer: Tokenizer, options
         asked = [*turns, user(text)]
         try:
             encode_prompt(text, tokenizer)
-            prompt = Prompt(text, tokenizer.encode_chat_prompt(asked))
+            prompt = tokenizer.encode_chat_prompt(asked)
         except UserError as error:  # a character that the vocabulary has not
             print(f"error: {error}", file=sys.stderr)
             continue
-        if sys.stdout.isatty():
-            wishes = dict(max_new_tokens=options.max_new_tokens, stop=options.stop or [], suppress=suppressed)
-            with Denoising(tokenizer) as shown:
-                [answer] = sampler.generate(model, [prompt.ids], tokenizer=tokenizer, on_step=shown.on_step, **wishes)
-            print(answer.text)
-        else:
-            with AnswerPrinter(sys.stdout, [prompt], tokenizer, options) as printer:
-                decode(sampler, model, suppressed, printer)
-            [answer] = printer.done.values()
+        with Denoising(tokenizer) if sys.stdout.isatty() else nullcontext() as shown:
+            on_step = None if shown is None else shown.on_step
+            [answer] = sampler.generate(model, [prompt], tokenizer=tokenizer, on_step=on_step, **wishes)
+        print(answer.text, flush=True)
         turns = [*asked, {"role": "assistant", "content": answer.text}]
-        if longest is not None and len(prompt.ids) + answer.new_tokens > longest:
+        if longest is not None and len(prompt) + answer.new_tokens > longest:
             print(f"this is longer than the {longest:,} tokens of training: {RESET} begins anew", file=sys.stderr)
 
 

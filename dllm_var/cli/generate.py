@@ -323,10 +323,8 @@ def replay_page(printer: AnswerPrinter, sampler: Sampler) -> str:
     from dllm_var.sampling.recording import label_of, replay_of
     from dllm_var.view import page
 
-    prompts = [printer.prompts[index] for index in sorted(printer.done)]
-    answers = [printer.done[index] for index in sorted(printer.done)]
-    texts = [prompt.text or prompt.infill for prompt in prompts]
-    return page([replay_of(answer, text, label_of(sampler)) for answer, text in zip(answers, texts, strict=True)])
+    label, texts = label_of(sampler), [prompt.text or prompt.infill for prompt in printer.prompts]
+    return page([replay_of(answer, texts[index], label) for index, answer in sorted(printer.done.items())])
 
 
 def summary(answers: Sequence[Generation], seconds: float) -> str:

@@ -7,6 +7,8 @@ import re
 import shutil
 from typing import TYPE_CHECKING, TextIO
 
+from rich.cells import cell_len  # Chinese characters are two columns wide
+
 from dllm_var.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ def replay(answer: Generation, tokenizer: Tokenizer, width: int, colour: bool = 
     """
     if answer.commit_steps is None:
         return "  the sampler does not record when tokens are committed"
-    steps, cells = answer.commit_steps, [_name(token, tokenizer) for token in answer.tokens]
+    steps, cells = answer.commit_steps, [tokenizer.shown(token).strip(" ") for token in answer.tokens]
     forwards = sorted(set(steps) - {0})
     label = len(f"  forward {max(steps, default=0)}: ")
 
@@ -50,7 +52,7 @@ def replay(answer: Generation, tokenizer: Tokenizer, width: int, colour: bool = 
         return f"\033[38;5;{COLOURS[place]}m{text}\033[0m"
 
     numbers = [str(step) if step else "" for step in steps]
-    widths = [max(len(cell), len(number)) for cell, number in zip(cells, numbers, strict=True)]
+    widths = [max(cell_len(cell), len(number)) for cell, number in zip(cells, numbers, strict=True)]
     parts: list[list[int]] = [[]]  # the tokens of each line
     for index, size in enumerate(widths):
         if parts[-1] and sum(widths[i] + 1 for i in parts[-1]) + size > width - label:
@@ -59,7 +61,7 @@ def replay(answer: Generation, tokenizer: Tokenizer, width: int, colour: bool = 
     lines = []
     for part in parts:
         for head, words in (("token", cells), ("forward", numbers)):
-            text = " ".join(paint(words[i], steps[i]) + " " * (widths[i] - len(words[i])) for i in part)
+            text = " ".join(paint(words[i], steps[i]) + " " * (widths[i] - cell_len(words[i])) for i in part)
             lines.append(f"  {head:<{label - 2}}{text}".rstrip())
     for step in forwards:
         row = [cell if when <= step else "_" for cell, when in zip(cells, steps, strict=True)]
@@ -77,21 +79,14 @@ def width_and_colour(out: TextIO) -> tuple[int, bool]:
     return shutil.get_terminal_size((PLAIN_WIDTH, 24)).columns, "NO_COLOR" not in os.environ
 
 
-def _name(token: int, tokenizer: Tokenizer) -> str:
-    """Returns a token on one line, without blanks around it; the vocabulary's name for one that has no text."""
-    text = tokenizer.decode([token])
-    shown = text.strip(" ") or "␣" * len(text) or tokenizer.id_to_token(token)
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in shown)
-
-
 def _in_view(row: list[str], new: int, width: int) -> tuple[int, int]:
     """Returns the first and the last cell, exclusive, of those around the new one that fit on a line."""
-    if len(" ".join(row)) <= width:
+    if cell_len(" ".join(row)) <= width:
         return 0, len(row)
     room = width - len("… ") - len(" …")
     first, last = max(0, new - LEFT_IN_VIEW), min(len(row), new + width)
-    while first < new and len(" ".join(row[first : new + 1])) > room:
+    while first < new and cell_len(" ".join(row[first : new + 1])) > room:
         first += 1
-    while last > new + 1 and len(" ".join(row[first:last])) > room:
+    while last > new + 1 and cell_len(" ".join(row[first:last])) > room:
         last -= 1
     return first, last

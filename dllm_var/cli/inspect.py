@@ -11,7 +11,7 @@ from dllm_var.cli.infill_and_replay import width_and_colour
 from dllm_var.cli.trainer_settings import build_reader, canvas_warning, check_settings, run_name
 from dllm_var.datamodules import PackedDataModule, StreamingDataModule
 from dllm_var.errors import UserError, warn
-from dllm_var.text.tokenizer import Tokenizer
+from dllm_var.text.tokenizer import Tokenizer, printable
 
 DESCRIPTION = """Shows what the data module makes of the data of a config: counts, lengths, a sample and a packed row.
 What carries loss is green in a terminal, and in [brackets] elsewhere; _ is a mask. Warnings say what is probably
@@ -129,5 +129,4 @@ def runs(ids: np.ndarray, supervised: np.ndarray) -> list[tuple[np.ndarray, bool
 
 def shown(tokenizer: Tokenizer, ids: Any) -> str:
     """Returns the text of tokens on one line, special ones by their names."""
-    text = tokenizer.backend.decode([int(index) for index in ids], skip_special_tokens=False)
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    return printable(tokenizer.backend.decode([int(index) for index in ids], skip_special_tokens=False))

@@ -118,7 +118,6 @@ class Generation:
     # For each token the natural logarithm of the probability that the model gave it in the forward pass that committed
     # it, whatever the temperature; None unless `generate` was asked for them.
     log_probabilities: list[float] | None = None
-
     steps: list[RecordedStep] | None = field(default=None, repr=False)  # what each forward did, if it was recorded
     # For a notebook, which shows texts.
     prompt: list[int] | None = field(default=None, repr=False)
@@ -144,11 +143,10 @@ class Generation:
             "tokens_per_forward": round(self.new_tokens / max(self.nfe, 1), 4),
             "seconds": round(self.seconds, 6),
         }
-        left_out = {"prompt_length"} if self.drafted else {"prompt_length", "drafted", "accepted"}
-        if self.log_probabilities is None:
-            left_out.add("log_probabilities")
-        left_out |= {"steps", "prompt", "tokenizer"}
-        others = {name: value for name, value in vars(self).items() if name not in {*line, *left_out}}
+        left_out = {*line, "prompt_length", "steps", "prompt", "tokenizer"}
+        left_out |= set() if self.drafted else {"drafted", "accepted"}
+        left_out |= {"log_probabilities"} if self.log_probabilities is None else set()
+        others = {name: value for name, value in vars(self).items() if name not in left_out}
         return json.dumps({**line, **others, **more}, ensure_ascii=False)
 
 
@@ -206,9 +204,9 @@ class Sampler(Configurable, ABC):
         check_request(ids, max_new_tokens, suppress, transformer.config)
         strings = StopStrings([stop] if isinstance(stop, str) else stop, known) if stop else None
         with torch.inference_mode(), without_training_modes(transformer), finite_logits(transformer) as check:
-            wishes = (max_new_tokens, tuple(suppress), known, strings, on_block, on_answer, check)
-            record = record or on_step is not None
-            request = Request(*wishes, log_probabilities=log_probabilities or record, records=record, on_step=on_step)
+            request = Request(max_new_tokens, tuple(suppress), known, strings, on_block, on_answer, check)
+            request.records, request.on_step = record or on_step is not None, on_step
+            request.log_probabilities = log_probabilities or request.records
             answers = self.decode(transformer, ids, request)
             for index, answer in enumerate(answers):
                 request.finished(index, answer)

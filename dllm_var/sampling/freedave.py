@@ -66,10 +66,8 @@ class FreeDaveEngine(CopyEngine[DraftRow]):
         number = torch.arange(depth, device=self.device)  # of each version
 
         first, inside = cells[::depth], real[:, 0]
-        written, known = (
-            (step.tokens[last] != versions[:, 0]) & inside,
-            self.wanted_log_probabilities(view, step.tokens),
-        )
+        written = (step.tokens[last] != versions[:, 0]) & inside
+        known = self.wanted_log_probabilities(view, step.tokens)
         if known is not None:
             by_step = step.written.view_as(versions) & (number <= accepted[:, None])[:, :, None]
             last_step = (by_step * (1 + number[:, None])).argmax(1, keepdim=True)  # that wrote each position

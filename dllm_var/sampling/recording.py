@@ -120,10 +120,5 @@ def summary_of(answer: Generation) -> dict[str, Any]:
 
 
 def piece(token: int, tokenizer: Tokenizer | None) -> str:
-    """Returns one token on one line: its text, or the vocabulary's name for one that has none."""
-    if tokenizer is None:
-        return str(token)
-    text = tokenizer.decode([token])
-    if not text.strip(" "):
-        text = "␣" * len(text) or tokenizer.id_to_token(token)
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    """Returns one token on one line, its number without a tokenizer."""
+    return str(token) if tokenizer is None else tokenizer.shown(token)

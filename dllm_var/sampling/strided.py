@@ -119,9 +119,8 @@ class StridedEngine(Engine[StridedRow]):
             of_stop = first.gather(1, count[:, None]) + self.offsets  # [R, masks], also where the stop has fewer
             found += self._draft(self._logits(hidden, of_stop.clamp_max(longest - 1)), keys, batch)
         if self.request.log_probabilities:
-            added = torch.where(
-                torch.arange(drafts.size(1), device=self.device) < count[:, None], drafts, following[:, None]
-            )
+            is_draft = torch.arange(drafts.size(1), device=self.device) < count[:, None]
+            added = torch.where(is_draft, drafts, following[:, None])
             found.append(log_probabilities(logits, added).double())
         return torch.cat(found, dim=1)
 

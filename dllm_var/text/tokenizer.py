@@ -139,6 +139,11 @@ class Tokenizer:
         """Returns the name of one token; ids that the vocabulary leaves free get a name too."""
         return self.backend.id_to_token(index) or f"<{index}>"
 
+    def shown(self, index: int) -> str:
+        """Returns one token on one line: its text, or the vocabulary's name for one that has none."""
+        text = self.decode([index])
+        return printable(text if text.strip(" ") else "␣" * len(text) or self.id_to_token(index))
+
     @cached_property
     def _chat(self) -> ChatTemplate | None:
         if self.chat_template is None:
@@ -357,3 +362,8 @@ class Tokenizer:
         pads = [to_id(pad_token, "pad_token")] if pad_token else known(named.get("pad_token"), ends[0])
         special = SpecialTokens(masks[0], tuple(dict.fromkeys(ends)), pads[0])
         return cls(backend, special, read_chat_template(folder, config), named)
+
+
+def printable(text: str) -> str:
+    """Returns a text on one line: what cannot be printed as Python writes it."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

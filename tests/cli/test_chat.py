@@ -109,15 +109,14 @@ def test_ctrl_c_ends_it_in_one_line(folders, monkeypatch, capsys, at):
 
 
 def test_ctrl_c_within_an_answer_ends_it_in_one_line(folders, monkeypatch, capsys):
-    def interrupted(self, index, tokens):
-        self.streamed = "something"
+    def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dllm_var.cli.generate.AnswerPrinter.on_block", interrupted)
+    monkeypatch.setattr(BlockDiffusionSampler, "decode", interrupted)
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
     assert main(["chat", "--checkpoint", folders["chats"]]) == 130
     said = capsys.readouterr()
-    assert (said.out, said.err) == ("\n", "ended\n")
+    assert (said.out, said.err) == ("", "ended\n")
 
 
 def test_mistakes_are_one_line(folders, capsys):

@@ -11,13 +11,16 @@ from byte_tokenizer import write_byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import Namespace
+from rich.cells import cell_len
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
 
 from dllm_var.__main__ import main
 from dllm_var.cli.generate import AnswerPrinter, Prompt
 from dllm_var.cli.infill_and_replay import replay
 from dllm_var.sampling import Generation
 from dllm_var.sampling.stopping import StopStrings
-from dllm_var.text.tokenizer import Tokenizer
+from dllm_var.text.tokenizer import SpecialTokens, Tokenizer
 
 CHECKPOINT = str(Path(__file__).parent.parent.parent / "checkpoints" / "cmudict")
 
@@ -212,6 +215,15 @@ def test_lines_fit_and_show_every_new_token(width, colour, tokenizers):
     for line in listing:
         new = words[steps.index(int(re.search(r"\d+", line)[0]))]
         assert new in line.split(":")[1].split() and "…" in line
+
+
+def test_a_chinese_character_is_two_columns_wide():
+    words = {"\u65e5\u672c": 0, "a": 1, "<mask>": 2, "<end>": 3}
+    tokenizer = Tokenizer(Backend(WordLevel(words, unk_token="a")), SpecialTokens(2, (3,), 3))
+    generation = Generation([0, 1] * 6, "eos", 1, 0.0, 1, "", [1] * 12)
+    lines = replay(generation, tokenizer, 30).splitlines()
+    assert lines[:2] == ["  token      \u65e5\u672c a \u65e5\u672c a", "  forward    1    1 1    1"]
+    assert max(map(cell_len, lines)) <= 30
 
 
 def test_tokens_are_shown_on_one_line(tokenizers):
