@@ -36,9 +36,6 @@ RESET = "/reset"
 
 def main(command: str, arguments: list[str]) -> int:
     """Runs `chat`; returns 0 when its input ends, 130 after Ctrl-C."""
-    if {"-h", "--help"} & set(arguments):
-        build_parser(command, None).print_help()
-        return 0
     options, sampler, checkpoint = read_options(command, arguments, build_parser)
     model, tokenizer = load_model(options, checkpoint)
     if tokenizer.chat_template is None:
@@ -102,18 +99,17 @@ class Denoising:
 
     def on_step(self, index: int, step: RecordedStep) -> None:
         """Shows the answer as a forward has left it."""
-        new = set()
-        self.tokens = {place: token for place, token in self.tokens.items() if place < step.length}
-        for place, token, _ in step.changes:
-            self.tokens.pop(place, None)
-            if token is not None:
-                self.tokens[place] = token
-                new.add(place)
+        changes = {place: token for place, token, _ in step.changes}
+        tokens = {**self.tokens, **changes}.items()
+        self.tokens = {place: token for place, token in tokens if token is not None and place < step.length}
         shown = Text()
-        for kind, places in groupby(range(step.length), lambda place: (place in self.tokens, place in new)):
-            tokens = [self.tokens.get(place) for place in places]
-            known = self.tokenizer.decode([token for token in tokens if token is not None])
-            shown.append(*(known, "bold" if kind[1] else "") if kind[0] else ("░" * len(tokens), "dim"))
+        for (known, new), found in groupby(range(step.length), lambda place: (place in self.tokens, place in changes)):
+            places = [*found]
+            if known:
+                text = self.tokenizer.decode([self.tokens[place] for place in places])
+                shown.append(text, "bold" if new else "")
+            else:
+                shown.append("░" * len(places), "dim")
         # What does not fit the screen is above it.
         lines = shown.wrap(self.live.console, self.live.console.width)[1 - self.live.console.height :]
         self.live.update(Text("\n").join(lines), refresh=True)

@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 def read_options(
     command: str, arguments: list[str], builder: Callable[[str, dict[str, Any] | None], SettingsParser]
 ) -> tuple[Namespace, Sampler, Checkpoint]:
-    """Returns the options of a command that decodes, the sampler, and the checkpoint; no weight is read yet."""
+    """Returns the options of a command that decodes, the sampler, and the checkpoint; no weight is read yet.
+
+    With --help it shows the options and exits.
+    """
+    if {"-h", "--help"} & set(arguments):
+        builder(command, None).print_help()
+        raise SystemExit(0)
     from dllm_var.checkpoints.pretrained import open_checkpoint
     from dllm_var.sampling.base import sampler_from_config
     from dllm_var.sampling.configurable import sampler_to_config

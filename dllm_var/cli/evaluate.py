@@ -51,14 +51,11 @@ docs/evaluate.md explains estimators and figures."""
 
 def main(command: str, arguments: list[str]) -> int:
     """Runs `evaluate` and returns its exit status; raises UserError for a mistake, or without lm-eval."""
-    if {"-h", "--help"} & set(arguments):
-        build_parser(command, None).print_help()
-        return 0
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's bars are for terminals
+    options, sampler, checkpoint = read_options(command, arguments, build_parser)
     if find_spec("lm_eval") is None:
         raise UserError('evaluate needs lm-evaluation-harness: pip install "dllm-var[evaluate]"')
-    options, sampler, checkpoint = read_options(command, arguments, build_parser)
     if not options.tasks:
         raise UserError("evaluate needs --tasks NAME ..., such as cmudict")
     if options.limit is not None and not 0 < options.limit < math.inf:

@@ -53,12 +53,9 @@ CONFLICTS += [("infill", "prompts_file")]
 
 def main(command: str, arguments: list[str]) -> int:
     """Runs `generate`; returns 0, or 130 after Ctrl-C, when the answers finished by then have been written."""
-    if {"-h", "--help"} & set(arguments):
-        build_parser(command, None).print_help()
-        return 0
+    options, sampler, checkpoint = read_options(command, arguments, build_parser)
     from dllm_var.sampling.guards import lacks_memory
 
-    options, sampler, checkpoint = read_options(command, arguments, build_parser)
     page = None
     if options.replay not in (None, IN_TERMINAL):
         page, options.replay = options.replay, None

@@ -49,9 +49,7 @@ NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 
 def main(command: str, arguments: list[str]) -> int:
     """Runs `serve` until a signal ends it; returns 0 after the last request was answered."""
-    if {"-h", "--help"} & set(arguments):
-        build_parser(command, None).print_help()
-        return 0
+    options, sampler, checkpoint = read_options(command, arguments, build_parser)
     if any(find_spec(name) is None for name in NEEDED):
         raise UserError('serve needs FastAPI and uvicorn: pip install "dllm-var[serve]"')
     import uvicorn
@@ -60,7 +58,6 @@ def main(command: str, arguments: list[str]) -> int:
     from dllm_var.serving.decoder import Decoder
     from dllm_var.serving.metrics import Metrics
 
-    options, sampler, checkpoint = read_options(command, arguments, build_parser)
     check_options(options)
     listening = listen(options.host, options.port)
     model, tokenizer = load_model(options, checkpoint)

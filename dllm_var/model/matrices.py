@@ -45,7 +45,7 @@ class Fused:
     """
 
     def __init__(self, *layers: nn.Linear | AdaptedLinear) -> None:
-        bases = [layer.base_layer if isinstance(layer, AdaptedLinear) else layer for layer in layers]
+        bases = [_base(layer) for layer in layers]
         self.layers, self.weight = layers, _joined([base.weight for base in bases])
         biases = [base.bias for base in bases]
         self.bias = None if biases[0] is None else _joined(biases)
@@ -95,5 +95,9 @@ def usable(fused: Fused | None, *layers: nn.Module) -> Fused | None:
     """Returns the fused matrices if no gradient is wanted and they still are those of `layers`, at their place."""
     if fused is None or torch.is_grad_enabled() or fused.layers != layers:  # an adapter was put around one since
         return None
-    weight: Any = getattr(layers[0], "base_layer", layers[0]).weight
-    return fused if weight.data_ptr() == fused.weight.data_ptr() else None  # else moved, as by `.to(device)`
+    moved = _base(layers[0]).weight.data_ptr() != fused.weight.data_ptr()  # as by `.to(device)`
+    return None if moved else fused
+
+
+def _base(layer: Any) -> Any:
+    return layer.base_layer if isinstance(layer, AdaptedLinear) else layer
