@@ -14,6 +14,7 @@ from dllm_var.sampling import Generation
 from dllm_var.text.tokenizer import Tokenizer
 
 WIDTH, MARGIN, HEIGHT = 900, 12, 44  # of the picture, around it, and of a line of tokens, in pixels
+SHOWN = 1000  # tokens in the picture at most: it is drawn in the midst of training
 EARLY_TO_LATE = ((255, 238, 170), (245, 140, 95), (90, 70, 165))  # colours of the first, middle and last forward pass
 
 
@@ -38,10 +39,10 @@ def _cell(text: str) -> str:
 def replay_picture(prompt: str, answer: Generation, tokenizer: Tokenizer) -> npt.NDArray[np.uint8]:
     """Draws an answer [height, width, 3]: a token's colour and number are the forward pass that committed it.
 
-    An answer of a sampler that does not record `commit_steps` has neither.
+    An answer of a sampler that does not record `commit_steps` has neither. No more than `SHOWN` tokens are drawn.
     """
-    steps = answer.commit_steps or [0] * len(answer.tokens)
-    names = [tokenizer.shown(token) for token in answer.tokens]
+    steps = (answer.commit_steps or [0] * len(answer.tokens))[:SHOWN]
+    names = [tokenizer.shown(token) for token in answer.tokens[:SHOWN]]
     large, small = ImageFont.load_default(size=15), ImageFont.load_default(size=11)
     x, y, places = MARGIN, MARGIN + 30, []
     for name in names:
@@ -53,6 +54,8 @@ def replay_picture(prompt: str, answer: Generation, tokenizer: Tokenizer) -> npt
     picture = Image.new("RGB", (WIDTH, y + HEIGHT + MARGIN), "white")
     draw = ImageDraw.Draw(picture)
     title = f"{' '.join(prompt.split())[:70]}: {answer.nfe} forward passes, ended by {answer.finish_reason}"
+    if answer.new_tokens > SHOWN:
+        title += f"; the first {SHOWN:,} of {answer.new_tokens:,} tokens"
     draw.text((MARGIN, MARGIN), title, fill="black", font=large)
     for name, step, place in zip(names, steps, places, strict=True):
         colour = _colour((step - 1) / max(max(steps) - 1, 1)) if step else (235, 235, 235)

@@ -25,7 +25,7 @@ OnStep = Callable[[int, RecordedStep], None]
 
 @dataclass
 class Request:
-    """The wishes of the caller of `generate`, and the way of tokens and answers back to the caller."""
+    """What the caller of `generate` asks for, and how tokens and answers get back to the caller."""
 
     max_new_tokens: int | None = None  # longest answer, instead of the sampler's own limit
     suppressed: tuple[int, ...] = ()  # token ids that are never produced; the mask token never is
@@ -35,9 +35,9 @@ class Request:
     on_answer: OnAnswer | None = None
     check: Callable[[], None] = lambda: None  # raises when the model's predictions were not numbers
     context: int | None = None  # tokens of the longest prompt and its answer, when prompts enter a running engine
-    log_probabilities: bool = False  # whether answers get those of their tokens
+    log_probabilities: bool = False  # whether answers get the log-probabilities of their tokens
     records: bool = False  # whether answers get the steps that led to them
-    on_step: OnStep | None = None  # called with each of these, too
+    on_step: OnStep | None = None  # called with each step
     _recordings: dict[int, Recording] = field(init=False, default_factory=dict)
     _told: set[int] = field(init=False, default_factory=set)  # prompts whose answer the caller has
 
@@ -119,7 +119,7 @@ class Generation:
     # it, whatever the temperature; None unless `generate` was asked for them.
     log_probabilities: list[float] | None = None
     steps: list[RecordedStep] | None = field(default=None, repr=False)  # what each forward did, if it was recorded
-    # For a notebook, which shows texts.
+    # What a replay needs besides.
     prompt: list[int] | None = field(default=None, repr=False)
     tokenizer: Tokenizer | None = field(default=None, repr=False, compare=False)
 

@@ -95,5 +95,5 @@ class DenoisingEngine(Engine[AnyRow]):
             known.put_(cells, torch.where(written, log_probabilities, known.take(cells)))
 
     def wanted_log_probabilities(self, view: BlockView, tokens: Tensor) -> Tensor | None:
-        """Returns the log-probabilities of tokens [R, K] at the scored positions; None when nobody wants any."""
+        """Returns the log-probabilities of tokens [R, K] at the scored positions; None when they are not wanted."""
         return view.log_probability_of(tokens) if self.request.log_probabilities else None

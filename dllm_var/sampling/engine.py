@@ -232,7 +232,7 @@ class Engine(ABC, Generic[AnyRow]):
         self.run_forward(self.batch(slots if len(slots) < len(self.rows) else None))
 
     def run_forward(self, batch: Batch[AnyRow]) -> None:
-        """Runs a forward, and records what it did to the answers whose requests want to know."""
+        """Runs a forward, and records what it did to the answers that are to be recorded."""
         self.forward(batch)
         for slot in batch.slots if self.request.records else ():
             row = self.rows[slot]
@@ -243,7 +243,7 @@ class Engine(ABC, Generic[AnyRow]):
                 self.request.stepped(row.index, row.nfe, tokens, known, [place - start for place in blocks])
 
     def in_sight(self, slot: int) -> tuple[int, list[int]]:
-        """Returns where what the model reads or predicts of a row ends, and where its open blocks begin."""
+        """Returns the end of what the model reads or predicts of a row, and the places where its open blocks begin."""
         start = self.rows[slot].prompt_length
         return start + int((self.committed_at[slot, start:] > 0).sum()), []
 
@@ -294,7 +294,7 @@ class Engine(ABC, Generic[AnyRow]):
         )
 
     def log_probabilities_of(self, slot: int, count: int) -> list[float] | None:
-        """Returns those of the first `count` tokens of a row's answer; None when nobody wants any."""
+        """Returns the log-probabilities of a row's first `count` new tokens; None when they are not wanted."""
         if not self.request.log_probabilities:
             return None
         start = self.rows[slot].prompt_length

@@ -16,7 +16,7 @@ from dllm_var.sampling.engine import Batch, Engine, EngineSampler, Row
 DRAFTED = "draft_probabilities"  # in the engine's state: what the drafts of each slot were drawn from [slots, masks, V]
 NO_DRAFT = -1
 WIDTH_MULTIPLE = 16  # of the tokens of a step that is captured
-TINY = 1e-300  # a chance below which its logarithm is that of this
+TINY = 1e-300  # the least chance whose logarithm is taken
 UNREAD = 0  # group of a window's text: its unread tokens and its drafts; those of masks are 1, 2, ..., of padding -1
 
 

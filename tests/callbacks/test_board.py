@@ -32,4 +32,5 @@ def test_the_picture_colours_tokens_by_their_forward_pass_and_wraps_long_answers
     assert {early, middle, late} <= found
     assert {early} == {early, middle, late} & shades([1] * 6)[0]
     assert not {early, middle, late} & shades(None)[0]  # a sampler that does not record it
-    assert shades([1] * 60, times=10)[1] > height
+    high = shades([1] * 60, times=10)[1]
+    assert shades([1] * 6_000, times=1_000)[1] == shades([1] * 1_200, times=200)[1] > high > height

@@ -93,7 +93,7 @@ class BlockView:
         return self.spread(self._log_probabilities(tokens))
 
     def _log_probabilities(self, tokens: Tensor) -> Tensor:
-        """Returns what `log_probability_of` does, [M]."""
+        """Returns the log-probabilities of given tokens [R, K] at the scored positions alone [M]."""
         chosen = self.scored_logits.gather(1, tokens.reshape(-1)[self.scored, None]).squeeze(1)
         return chosen - self._normaliser
 
