@@ -39,23 +39,22 @@ import psutil
 import torch
 
 from dllm_var.checkpoints.pretrained import load_checkpoint
-from dllm_var.datamodules import CmudictSource
+from dllm_var.datamodules import CmudictSource, GsmSymbolicSource
 from dllm_var.sampling.base import Sampler, sampler_from_config
 
-SHARE = 0.9  # of the throughput of `generate`
-GROWTH = 1.1  # of the server's memory from a third of the requests to the end
+TASKS = {"cmudict": CmudictSource, "gsm_symbolic": GsmSymbolicSource}
 SETTINGS: list[dict[str, Any]] = [{}, {}, {"max_tokens": 4}, {"stop": "N"}]
 SETTINGS += [{"temperature": 1.2, "seed": seed} for seed in (1, 2)]
-MALFORMED = [b"", b"{", b'{"model": "load"}', b'{"model": "load", "prompt": "CAT"}', b"\xff\xfe", b"[" * 9_999]
-MALFORMED += [b'{"model": "load", "prompt": "cat", "max_tokens": 9999}']  # longer than the server takes
+MALFORMED = [b"", b"{", b'{"model": "load"}', b'{"model": "load", "prompt": ""}', b"\xff\xfe", b"[" * 9_999]
+MALFORMED += [b'{"model": "load", "prompt": "cat", "max_tokens": 99999}']  # longer than the server takes
 KINDS = {"whole": 5, "stream": 5, "leaves a stream": 2, "leaves": 1, "malformed": 2}  # how many of fifteen
 
 
 @contextmanager
-def serving(checkpoint: str, rows: int) -> Iterator[tuple[str, psutil.Process]]:
+def serving(checkpoint: str, rows: int, tokens: int) -> Iterator[tuple[str, psutil.Process]]:
     """Starts a server; yields its address and its process, and ends it as a signal does."""
     command = [sys.executable, "-m", "dllm_var", "serve", "--checkpoint", checkpoint, "--port", "0", "--name", "load"]
-    command += ["--batch-size", str(rows), "--max-queue", "4096", "--max-tokens", "256"]
+    command += ["--batch-size", str(rows), "--max-queue", "4096", "--max-tokens", str(tokens)]
     with tempfile.NamedTemporaryFile("w") as log:  # a pipe would be full after some hundred lines
         process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
@@ -176,13 +175,15 @@ class Load:
         return time.perf_counter() - began
 
 
-def measure(checkpoint: str, requests: int, clients: int, rows: int, rounds: int) -> dict[str, Any]:
+def measure(task: str, requests: int, clients: int, rows: int, rounds: int) -> dict[str, Any]:
     """Returns the figures of all requests; raises AssertionError when an answer is lost or not its own."""
+    checkpoint = f"checkpoints/{task}"
     model, tokenizer, meta = load_checkpoint(checkpoint)
     sampler = replace(sampler_from_config(meta["sampler"]), batch_size=rows)  # type: ignore[type-var]
-    prompts = [record["prompt"] for record in islice(CmudictSource().records("test"), requests)]
+    prompts = [record["prompt"] for record in islice(TASKS[task]().records("test"), requests)]
+    tokens = max(map(len, tokenizer.encode_batch(prompts))) + sampler.max_new_tokens
     memory: dict[int, float] = {}
-    with serving(checkpoint, rows) as (url, process):
+    with serving(checkpoint, rows, tokens) as (url, process):
         load = Load(url, sampler, model, tokenizer, prompts)
         for number in range(requests):
             load.expected(load.wishes(number))
@@ -236,14 +237,14 @@ def measure(checkpoint: str, requests: int, clients: int, rows: int, rounds: int
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="checkpoints/cmudict", help="a model of CMUdict")
+    parser.add_argument("--task", choices=TASKS, default="cmudict", help="gsm_symbolic has longer answers")
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--rows", type=int, default=32, help="answers decoded at a time, also by `generate`")
     parser.add_argument("--rounds", type=int, default=9, help="pairs of server and `generate`")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
-    found = measure(options.checkpoint, options.requests, options.clients, options.rows, options.rounds)
+    found = measure(options.task, options.requests, options.clients, options.rows, options.rounds)
     print(json.dumps({name: value for name, value in found.items() if not name.startswith("pairs")}, indent=2))
     if options.output is not None:
         options.output.write_text(json.dumps(found, indent=2) + "\n")

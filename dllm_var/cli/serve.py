@@ -54,7 +54,8 @@ def main(command: str, arguments: list[str]) -> int:
         raise UserError('serve needs FastAPI and uvicorn: pip install "dllm-var[serve]"')
     import uvicorn
 
-    from dllm_var.serving.app import Settings, build_app
+    from dllm_var.serving.answering import Settings
+    from dllm_var.serving.app import build_app
     from dllm_var.serving.decoder import Decoder
     from dllm_var.serving.metrics import Metrics
 

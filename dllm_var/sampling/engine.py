@@ -106,6 +106,8 @@ class Engine(ABC, Generic[AnyRow]):
             self.arena = captured.take_arena(model, self.arena_key)
             model.rotary.reserve(self.capacity, self.device)
             self.lasting("rotary", lambda: (model.rotary.cos, model.rotary.sin))  # a longer table may replace it
+        elif self.device.type == "cpu":  # rows at powers of two would share few lines of the processor's cache
+            self.capacity += self.capacity % 64 == 0
         self.banned = self.lasting("banned", lambda: torch.tensor(banned, dtype=torch.long, device=self.device))
         shape = (slots, self.capacity)
         # Tokens, then masks; the forward that committed each token; and its log-probability there, if that is wanted.
@@ -194,7 +196,7 @@ class Engine(ABC, Generic[AnyRow]):
             known.pop(index, None)
 
     def fit_rows(self) -> None:
-        """Adds or drops slots, by powers of two, so that all rows in flight and those that wait have one."""
+        """Adds slots, to a power of two, so that all rows in flight and those that wait have one; drops idle ones."""
         if self.arena is not None:
             return
         before, needed = len(self.rows), len(self.active) + len(self.waiting)
@@ -203,8 +205,8 @@ class Engine(ABC, Generic[AnyRow]):
             self.compact([*range(before), *[0] * (wanted - before)])
             for slot in range(before, len(self.rows)):
                 self.free_slot(slot)
-        elif 2 * wanted < before:
-            self.keep_rows(wanted)
+        elif 2 * needed <= before:
+            self.keep_rows(max(needed, 1))
 
     def keep_rows(self, count: int) -> None:
         """Drops free slots until `count` are left."""

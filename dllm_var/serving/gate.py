@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import time
 from dataclasses import dataclass
 
+import anyio
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -55,8 +55,9 @@ class Gate:
             if complete:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), ends - time.monotonic())
-            except asyncio.TimeoutError:
+                with anyio.fail_after(ends - time.monotonic()):
+                    message = await receive()
+            except TimeoutError:
                 raise HTTPException(408, "the request took too long to arrive") from None
             size += len(message.get("body", b""))
             if size > self.max_body:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -197,7 +197,7 @@ class Reply:
     def __init__(self, model: str, chat: bool) -> None:
         self.chat = chat
         self.head = {
-            "id": ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex,
+            "id": ("chatcmpl-" if chat else "cmpl-") + f"{random.getrandbits(128):032x}",
             "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
             "model": model,

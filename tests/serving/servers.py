@@ -11,7 +11,8 @@ import httpx
 import openai
 import uvicorn
 
-from dllm_var.serving.app import Settings, build_app
+from dllm_var.serving.answering import Settings
+from dllm_var.serving.app import build_app
 from dllm_var.serving.decoder import Decoder
 from dllm_var.serving.metrics import Metrics
 
