@@ -24,6 +24,7 @@ class SpeedMonitor(L.Callback):
       On a GPU, which works on while the host waits, that is an upper limit of what faster data could save.
     - `speed/flops_per_second`: useful model FLOPs (forward and backward, nothing recomputed) per device.
     - `speed/mfu`: the same over the peak (model FLOPs utilisation, PaLM, arXiv 2204.02311, appendix B).
+    - `speed/first_batch_seconds`: of the first batch of the run, compilation included.
     - `speed/peak_memory_gib`: most memory allocated on the GPU so far; on CPU the most resident memory of process 0.
 
     FLOPs are those of the tokens that the layers read and of the pairs of tokens that attend: of documents, the sum of
@@ -47,6 +48,7 @@ class SpeedMonitor(L.Callback):
         self._sums: defaultdict[str, Any] = defaultdict(float)
         self._step = trainer.global_step
         self._is_first = True  # no batch has been trained yet
+        self._began, self._first_batch = time.perf_counter(), 0.0
         self._mark: float | None = None  # the time from which the next interval counts; None leaves that interval out
 
     def on_train_batch_start(self, *_: Any) -> None:
@@ -59,6 +61,7 @@ class SpeedMonitor(L.Callback):
             torch.cuda.synchronize()  # within a window the host may run ahead; at its end all work must be done
         if self._is_first:
             self._is_first = False
+            self._first_batch = time.perf_counter() - self._began
             if self.peak_flops == "measure":
                 self._peak = measure_peak_flops(trainer.strategy.root_device, compute_dtype(str(trainer.precision)))
             self._mark = time.perf_counter()
@@ -104,6 +107,7 @@ class SpeedMonitor(L.Callback):
             "step_seconds": seconds / self._sums["steps"],
             "data_wait_share": self._sums["data_seconds"] / seconds,
             "flops_per_second": flops_per_second,
+            "first_batch_seconds": self._first_batch,
             "peak_memory_gib": peak_memory(pl_module.device) / 2**30,
         }
         if self._peak:

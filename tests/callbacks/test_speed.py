@@ -77,6 +77,7 @@ def test_counts_work_and_waiting_but_neither_validation_nor_checkpoints_nor_the_
     assert speed["mfu"] == pytest.approx(speed["flops_per_second"] / 1e6)
     low, high = (4 * ROW_TOKENS * model.transformer.flops_per_token(16, share) / seconds for share in (0.0, 0.5))
     assert low < speed["flops_per_second"] <= high * (1 + 1e-6)
+    assert speed["first_batch_seconds"] == pytest.approx(1.25)
     assert speed["peak_memory_gib"] > 0.05
 
 

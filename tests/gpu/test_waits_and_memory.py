@@ -1,6 +1,8 @@
 """What a step waits for and what sampling takes: to be seen on a GPU alone."""
 
+import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,6 +13,8 @@ from dllm_var import DiffusionLM
 from dllm_var.callbacks import EmaWeights, SamplingCallback
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.model import TransformerConfig
+from dllm_var.model.attention import Seen, attend
+from dllm_var.model.attention_kernels import kernels_for
 from dllm_var.objectives import BlockDiffusion
 from dllm_var.sampling import BlockDiffusionSampler
 from dllm_var.training.strategies import FSDP2
@@ -98,3 +102,15 @@ def test_sampling_during_fit_takes_little_and_leaves_nothing(strategy: str, fit:
     root = sum(p.numel() * p.element_size() for p in module.transformer.parameters()) - 8 * block
     assert sampling.grown < 3 * block + root + 64 * 2**20
     assert sampling.left < 2**20
+
+
+def test_the_order_of_attention_kernels_is_measured_and_changes_nothing(
+    cuda: torch.device, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("DLLM_VAR_CACHE", str(tmp_path))
+    queries, keys, values = torch.randn(2, 512, 8, 64, device=cuda, dtype=torch.bfloat16).split((4, 2, 2), dim=2)
+    kernels = kernels_for((512, 4, 2, 64), False, torch.bfloat16, cuda)
+    [seconds] = json.loads((tmp_path / "attention_kernels.json").read_text()).values()
+    assert min(seconds.values()) < 0.1
+    ordered = attend(queries, keys, values, Seen(kernels=kernels))
+    torch.testing.assert_close(ordered, attend(queries, keys, values, Seen()), rtol=0.02, atol=0.02)
