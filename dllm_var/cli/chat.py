@@ -121,8 +121,8 @@ def user(text: str) -> dict[str, Any]:
 
 
 def lines() -> Iterator[str]:
-    """Yields the lines of standard input that are not empty; a terminal shows where to write."""
-    in_terminal = sys.stdin.isatty()
+    """Yields the lines of standard input that are not empty; a terminal shows where to write, a file only answers."""
+    in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if in_terminal:
         with suppress(ImportError):  # Windows has none
             import readline  # noqa: F401  (arrow keys edit the line)
