@@ -64,7 +64,7 @@ def load_pretrained(path: str | Path, causal: bool = False) -> Transformer:
     """Loads what `load_checkpoint` loads as a bare model from token ids [B, L] to logits [B, L, V].
 
     With `causal` it reads left to right, as published Llama and Qwen models were trained to; one of our own checkpoints
-    that was trained causally always does.
+    that was trained causally always does. It is in eval mode and laid out for decoding: call `train()` to train it.
     """
     checkpoint = open_checkpoint(path)
     causal = causal or (checkpoint.config.causal and not checkpoint.published) or checkpoint.lora is not None

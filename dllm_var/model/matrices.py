@@ -45,16 +45,18 @@ class Fused:
     """
 
     def __init__(self, *layers: nn.Linear | AdaptedLinear) -> None:
-        bases = [_base(layer) for layer in layers]
+        bases: list[Any] = [layer.base_layer if isinstance(layer, AdaptedLinear) else layer for layer in layers]
         self.layers, self.weight = layers, _joined([base.weight for base in bases])
         biases = [base.bias for base in bases]
         self.bias = None if biases[0] is None else _joined(biases)
+        self.firsts = [(bases[0], self.weight)]  # of each memory the layer whose weight begins it
         adapted: list[Any] = [layer for layer in layers if isinstance(layer, AdaptedLinear)]
         if not adapted:
             self.down = None
             return
         self.scaling = adapted[0].scaling
         self.down = _joined([layer.lora_A["default"].weight for layer in adapted])
+        self.firsts.append((adapted[0].lora_A["default"], self.down))
         self.up = self.down.new_zeros(self.weight.size(0), self.down.size(0))
         row = column = 0
         for layer in layers:
@@ -95,9 +97,5 @@ def usable(fused: Fused | None, *layers: nn.Module) -> Fused | None:
     """Returns the fused matrices if no gradient is wanted and they still are those of `layers`, at their place."""
     if fused is None or torch.is_grad_enabled() or fused.layers != layers:  # an adapter was put around one since
         return None
-    moved = _base(layers[0]).weight.data_ptr() != fused.weight.data_ptr()  # as by `.to(device)`
-    return None if moved else fused
-
-
-def _base(layer: Any) -> Any:
-    return layer.base_layer if isinstance(layer, AdaptedLinear) else layer
+    in_place = all(first.weight.data_ptr() == memory.data_ptr() for first, memory in fused.firsts)
+    return fused if in_place else None  # else moved, as by `.to(device)`, or replaced

@@ -148,6 +148,16 @@ def test_an_adapter_of_any_of_the_fused_matrices_counts():
         torch.testing.assert_close(model(TOKENS), with_gradients, atol=2e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_adapters_that_are_put_in_the_place_of_others_count():
+    model, wanted = models()[1], models()[1]
+    others = {name: -2.0 * value for name, value in wanted.state_dict().items() if is_adapter(name)}
+    wanted.load_state_dict(others, strict=False)
+    model.fuse_projections()
+    model.load_state_dict(others, strict=False, assign=True)
+    torch.testing.assert_close(model(TOKENS), wanted(TOKENS), atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 def test_weights_laid_out_for_decoding_are_trained_as_others_are(adapted):
     """A fused optimizer takes each weight for one piece of memory."""
