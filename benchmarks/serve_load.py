@@ -242,12 +242,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--rows", type=int, default=32, help="answers decoded at a time, also by `generate`")
     parser.add_argument("--rounds", type=int, default=9, help="pairs of server and `generate`")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=Path, help="JSON file to write; it keeps what it has of the other task")
     options = parser.parse_args(arguments)
     found = measure(options.task, options.requests, options.clients, options.rows, options.rounds)
     print(json.dumps({name: value for name, value in found.items() if not name.startswith("pairs")}, indent=2))
     if options.output is not None:
-        options.output.write_text(json.dumps(found, indent=2) + "\n")
+        known = json.loads(options.output.read_text()) if options.output.exists() else {}
+        options.output.write_text(json.dumps({**known, options.task: found}, indent=2) + "\n")
     return found
 
 

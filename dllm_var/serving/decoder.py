@@ -91,7 +91,6 @@ class Job:
 
     def begin(self, tokenizer: Tokenizer, metrics: Metrics, check: Callable[[], None]) -> None:
         """Prepares a job for its engine: from then on what its `request` learns of the answer is told."""
-
         numbers = count(1)
 
         def on_block(_: int, tokens: list[int]) -> None:
@@ -110,11 +109,10 @@ class Job:
             metrics.count(answer)
             self.tell(answer)
 
-        following = on_block if self.streams else None
         self.request = Request(
             tokenizer=tokenizer,
             stop=self.stop,
-            on_block=following,
+            on_block=on_block if self.streams else None,
             on_answer=on_answer,
             on_step=on_step,
             check=check,
@@ -281,7 +279,7 @@ class Decoder(threading.Thread):
         """Returns what jobs of one engine have in common."""
         if job.gap is not None:
             return job  # no other has its engine
-        return job.group, job.sampler, job.drawing, None if job.sampler.engine.has_limits else job.limit
+        return job.group, id(job.sampler), job.drawing, None if job.sampler.engine.has_limits else job.limit
 
     def _enter(self, job: Job) -> None:
         key = self._key(job)
@@ -354,6 +352,7 @@ class Decoder(threading.Thread):
         jobs = [*told.jobs.values()]
         if len(jobs) == told.entered == 1:
             jobs[0].tell(failure(error))
+        if len(jobs) == told.entered == 1 or not jobs:
             return
         LOG.warning("%d answers failed together (%s): decoding each half again", len(jobs), type(error).__name__)
         for part in jobs[::2], jobs[1::2]:

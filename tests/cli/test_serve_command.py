@@ -87,6 +87,7 @@ def test_a_signal_ends_the_server_after_its_answers(number, tmp_path):
             ": BlockDiffusionSampler, 2 rows\n"
         )
         url = line.split(" at ")[1].partition("/v1")[0]
+        assert httpx.get(url + "/v1/models").status_code == 401
         replies = []
 
         def ask():

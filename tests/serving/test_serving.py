@@ -346,3 +346,39 @@ def test_metrics_and_health(words):
     assert lines["dllm_var_latency_seconds_count"] == "2.0"
     assert lines["dllm_var_first_text_seconds_count"] == "1.0"
     assert lines["dllm_var_queue_length"] == lines["dllm_var_rows"] == "0.0"
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(words):
+    with running(*words, timeout=0.5) as server:
+        connection = HTTPConnection(*server.address)
+        connection.putrequest("POST", "/v1/completions")
+        for header in (("content-type", "application/json"), ("content-length", "99")):
+            connection.putheader(*header)
+        connection.endheaders(b'{"model": ')
+        reply = connection.getresponse()
+        assert reply.status == 408 and "took too long to arrive" in json.loads(reply.read())["error"]["message"]
+        connection.close()
+
+
+def test_what_is_not_json_is_refused(server):
+    """A page of another site may send a form, or text, to a server on its reader's machine."""
+    reply = post(server, '{"model": "tiny", "prompt": "cat"}', **{"content-type": "text/plain"})
+    assert reply.status_code == 400 and "content-type: application/json" in reply.json()["error"]["message"]
+
+
+def test_a_dead_decoder_is_told(words, monkeypatch, caplog):
+    with running(*words) as server:
+
+        def die(self, key):
+            raise SystemExit(" ".join(["at", "the", "prompt"]))
+
+        monkeypatch.setattr(type(server.decoder), "_step", die)
+        with pytest.raises(openai.InternalServerError, match="shutting down") as told:
+            ask(server, "cat")
+        assert told.value.status_code == 503
+        server.decoder.join(20)
+        health = httpx.get(server.url + "/health")
+        assert health.status_code == 503 and health.json() == {"status": "failed"}
+        with pytest.raises(openai.InternalServerError, match="shutting down"):
+            ask(server, "cat")
+    assert "the decoding thread has died: SystemExit" in caplog.text and "at the prompt" not in caplog.text
