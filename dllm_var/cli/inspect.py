@@ -98,9 +98,8 @@ def sample_lines(data: PackedDataModule, number: int, colour: bool) -> list[str]
     span = slice(table.offsets[number], table.offsets[number + 1])
     for ids, carries in runs(table.tokens[span], table.supervised[span]):
         tokens = "·".join(shown(data.tokenizer, [index]) for index in ids)
-        lines.append(
-            f"  {'loss' if carries else 'no loss':<8}" + (f"{GREEN}{tokens}{PLAIN}" if carries and colour else tokens)
-        )
+        tokens = f"{GREEN}{tokens}{PLAIN}" if carries and colour else tokens
+        lines.append(f"  {'loss' if carries else 'no loss':<8}{tokens}")
     return lines
 
 

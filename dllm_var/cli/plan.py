@@ -45,12 +45,8 @@ def main(command: str, arguments: list[str]) -> int:
     """Runs `plan` with its own options and the settings of `fit`, and returns its exit status."""
     parser = build_reader(command, arguments, "[options]", DESCRIPTION, EXAMPLES)
     add = parser.add_argument_group("plan").add_argument
-    add(
-        "--devices",
-        type=PositiveInt,
-        metavar="N",
-        help=f"devices in all; what trainer says when not given, or {NODE} a node",
-    )
+    devices = f"devices in all; what trainer says when not given, or {NODE} a node"
+    add("--devices", type=PositiveInt, metavar="N", help=devices)
     add("--mfu", type=Share, default=MFU, metavar="X", help=f"model FLOPs over peak FLOPs ({MFU})")
     peak = "peak of one device (989: an H100 in bf16)"
     add("--device-tflops", type=PositiveFloat, default=989.0, metavar="X", help=peak)

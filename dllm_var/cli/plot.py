@@ -47,9 +47,7 @@ def main(command: str, arguments: list[str]) -> int:
     folders = [folder for run in options.runs for folder in run_folders(Path(run).expanduser())]
     folders = list(dict.fromkeys(folders))
     if len(folders) > len(COLOURS):
-        raise UserError(
-            f"there are {len(folders)} runs in {', '.join(options.runs)}: name at most {len(COLOURS)} of them"
-        )
+        raise UserError(f"{', '.join(options.runs)}: there are {len(folders)} runs; name at most {len(COLOURS)}")
     runs = dict(zip(names_of(folders), map(read_curves, folders), strict=True))
     figure = draw(runs, panels_of(runs, options.curves))
     with write_atomically(output) as partial:

@@ -114,9 +114,8 @@ class Engine(ABC, Generic[AnyRow]):
         self.canvas = self.lasting("canvas", lambda: torch.empty(shape, dtype=torch.long, device=self.device))
         self.canvas.fill_(self.mask_id)
         self.committed_at = self.lasting("committed_at", lambda: torch.empty_like(self.canvas)).zero_()
-        self.log_probabilities = self.lasting(
-            "log_probabilities", lambda: torch.empty(shape, dtype=torch.float, device=self.device)
-        ).zero_()
+        known = self.lasting("log_probabilities", lambda: torch.empty_like(self.canvas, dtype=torch.float))
+        self.log_probabilities = known.zero_()
         self.state: State = {}  # what is remembered for each slot, beside its tokens
         self.caches: list[KVCache] = []
 
@@ -129,11 +128,8 @@ class Engine(ABC, Generic[AnyRow]):
 
     def add_cache(self, model: Transformer, capacity: int | None = None) -> KVCache:
         """Returns a new cache for a model, whose slots are freed and dropped with the rows."""
-
-        made = self.lasting(
-            f"cache {len(self.caches)}", lambda: model.new_cache(len(self.rows), capacity or self.capacity)
-        )
-        cache = copy(made)
+        name, room = f"cache {len(self.caches)}", capacity or self.capacity
+        cache = copy(self.lasting(name, lambda: model.new_cache(len(self.rows), room)))
         cache.lengths = torch.zeros_like(cache.lengths)
         self.caches.append(cache)
         return cache

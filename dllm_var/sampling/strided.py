@@ -250,9 +250,8 @@ class StridedEngine(Engine[StridedRow]):
         taken, row.drafts = row.drafts[:sure], row.drafts[sure:worth]
         logarithms = [math.log(max(chance, TINY)) for chance in row.chances[:sure]]  # of each draft and all before it
         of_taken = [now - before for now, before in zip(logarithms, [0.0, *logarithms], strict=False)]
-        row.chances = [
-            chance / max(row.chances[sure - 1], 1e-9) if sure else chance for chance in row.chances[sure:worth]
-        ]
+        of_sure = max(row.chances[sure - 1], 1e-9) if sure else 1.0
+        row.chances = [chance / of_sure for chance in row.chances[sure:worth]]
         return taken, of_taken
 
 
