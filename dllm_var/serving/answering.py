@@ -228,7 +228,8 @@ class Answering:
         """Frees the rows of what is not finished, and counts a client that has gone."""
         if not self.complete:
             self.decoder.metrics.disconnected.inc()
-        self.decoder.cancel([job for index, job in enumerate(self.jobs) if index not in self.answers])
+        if left := [job for index, job in enumerate(self.jobs) if index not in self.answers]:
+            self.decoder.cancel(left)
 
     # -- what the jobs tell --------------------------------------------------------------------------------------------
 
