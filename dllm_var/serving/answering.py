@@ -22,7 +22,8 @@ from dllm_var.sampling.engine import EngineSampler
 from dllm_var.sampling.infilling import block_length_of, check_fills, masks_behind
 from dllm_var.sampling.recording import RecordedStep, summary_of
 from dllm_var.sampling.stopping import StopStrings
-from dllm_var.serving.decoder import OWN, Busy, Decoder, Drawing, Failed, Job, Part, Stopped, Told, can_draw
+from dllm_var.serving.decoder import OWN, Busy, Decoder, Failed, Stopped, can_draw
+from dllm_var.serving.jobs import Drawing, Job, Part, Told
 from dllm_var.serving.protocol import (
     ApiError,
     ChatWishes,

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from dllm_var.sampling.base import Generation
-from dllm_var.serving.decoder import Part
+from dllm_var.serving.jobs import Part
 from dllm_var.text.tokenizer import Tokenizer
 
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"}
