@@ -62,6 +62,7 @@ def check(path: Path) -> None:
         if path.is_dir():
             _check_folder(path)
         else:
+            _refuse_pipe(path)
             state = path.stat()
             _check_file(path, state.st_size, state.st_mtime_ns, state.st_ino)
     except OSError as error:
@@ -138,10 +139,16 @@ def check_archive(file: IO[bytes], path: Path) -> None:
 
 def load_archive(file: Path | IO[bytes], path: Path, **options: Any) -> Any:
     """Loads an archive with `torch.load`: tensors, on the CPU when `options` do not say otherwise, and plain values."""
+    _refuse_pipe(path)
     try:
         return torch.load(file, weights_only=True, **{"map_location": "cpu", **options})
     except Exception as error:  # torch raises many kinds
         raise _cannot_read(path, error) from error
+
+
+def _refuse_pipe(path: Path) -> None:
+    if path.is_fifo():  # whoever reads it waits for its writer
+        raise UnusableCheckpoint(f"{path} is not a checkpoint: it is a pipe")
 
 
 def _cannot_read(path: Path, error: Exception) -> UnusableCheckpoint:
