@@ -74,6 +74,7 @@ def main(command: str, arguments: list[str]) -> int:
     print(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1: {kind}, {rows} rows", flush=True)
     if key is None and not is_local(host):
         print(f"warning: {host} is open to other machines, and there is no API key: set {KEY}", file=sys.stderr)
+    sys.setswitchinterval(5e-4)  # seconds that what decodes may have to wait for what parses requests; 5 ms otherwise
     gc.collect()
     gc.freeze()  # a collection that looks at all of torch would stop every request for a tenth of a second
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has shut down
