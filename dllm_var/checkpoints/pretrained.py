@@ -284,6 +284,8 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _open_tensors(file: Path) -> Readers:
+    if file.is_fifo():  # whoever reads it waits for its writer
+        raise UserError(f"cannot read {file}: it is a pipe")
     try:
         opened = safe_open(file, framework="pt")
         return {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118 (no iterator)
