@@ -19,7 +19,7 @@ import numpy as np
 
 from dllm_var.datamodules.records import FIELDS, prompt_key
 from dllm_var.errors import UserError, one_line
-from dllm_var.files import write_atomically
+from dllm_var.files import naming, write_atomically
 
 SPLITS = ("train", "validation", "test")
 LARGE = 2**24  # bytes from which on the digest of a file is kept in the cache
@@ -290,7 +290,7 @@ def file_digest(file: Path, cache: Path | None) -> str:
 
     def read() -> str:
         digest = hashlib.sha256()
-        with open(file, "rb") as stream:
+        with naming(file), open(file, "rb") as stream:
             while part := stream.read(2**20):
                 digest.update(part)
         return digest.hexdigest()

@@ -110,6 +110,16 @@ def _sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Gives an OSError of the block that names no file the name of this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def open_output(name: str | Path) -> Iterator[TextIO]:
     """Yields a text file to write bit by bit: NAME.partial until the block ends well; a device is written directly.
 
@@ -124,14 +134,15 @@ def open_output(name: str | Path) -> Iterator[TextIO]:
         error.filename = str(name) or "."
         raise
     try:
-        yield stream
+        with naming(name):
+            yield stream
     except BaseException:
         with contextlib.suppress(OSError):  # a full disk; the exception that led here says so
             stream.close()
         if not is_device and partial.stat().st_size == 0:
             partial.unlink()
         raise
-    with contextlib.nullcontext() if is_device else _whole_or_removed(partial, path):
+    with naming(name) if is_device else _whole_or_removed(partial, path):
         stream.close()
         if not is_device:
             publish(partial, path)

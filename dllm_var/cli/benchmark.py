@@ -54,7 +54,10 @@ def main(command: str, arguments: list[str]) -> int:
         raise UserError(f"{options.config[0]} must list either tasks or trainings to measure, and not both")
     if cases and options.dtype:
         raise UserError("--dtype is for tasks: a training has bf16-mixed precision on a GPU and float32 on a CPU")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot make its folder: {error.strerror}") from error
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with open_output(output) as file:  # before the work, which a mistake would lose
