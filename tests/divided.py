@@ -45,7 +45,7 @@ class Watch(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        step = pl_module.last_step
+        step = pl_module.step.last
         self.seen["losses"].append(step.loss)
         self.seen["norms"].append(step.gradient_norm)
         self.seen["accuracies"].append(step.masked_accuracy)
