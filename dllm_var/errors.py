@@ -40,6 +40,8 @@ def in_one_line(error: BaseException | None) -> str | None:
 
 
 def _file_error(error: OSError) -> str | None:
+    if isinstance(error, ConnectionError):
+        return None
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
     if error.errno in _REMEDIES:
         return f"cannot write {name or 'a file'}: {error.strerror}; {_REMEDIES[error.errno]}"

@@ -150,6 +150,9 @@ def build_trainer(built: Namespace, text: str, folders: RunFolders) -> Trainer:
     return trainer
 
 
+FEWER_WORKERS = "too little memory is the usual cause: lower data.num_workers"
+
+
 def failure(error: Exception) -> str | None:
     """Returns the line that says all about an error: a wrong setting, or another process that is gone; None else."""
     text = one_line(error)
@@ -157,16 +160,22 @@ def failure(error: Exception) -> str | None:
         setting = ".".join(key for key in str(error.full_key).split(".")[1:] if key != "init_args")
         hint = "; a reference is written ${section.name}" if isinstance(error, GrammarParseError) else ""
         return f"{setting}: {str(error.msg or error).splitlines()[0]}{hint}"
-    raised_in = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1:]
-    by_lightning = "".join(raised_in).startswith("lightning.")
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    by_lightning = "".join(modules[-1:]).startswith("lightning.")
     if isinstance(error, MisconfigurationException) or (isinstance(error, ValueError | RuntimeError) and by_lightning):
         return f"trainer: {text}"
     if isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in text.lower() and "onnect" in text
     ):
         return "lost contact with another process of this run"
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
-        return f"{text.rstrip('. ')}; too little memory is the usual cause: lower data.num_workers"
+    one: BaseException | None = error
+    while one is not None:  # a loader's process may be missed first, and its end told while a checkpoint is saved
+        text = one_line(one)
+        if isinstance(one, RuntimeError) and text.startswith("DataLoader worker (pid"):
+            return f"{text.rstrip('. ')}; {FEWER_WORKERS}"
+        one = one.__cause__ or one.__context__
+    if isinstance(error, ConnectionError | EOFError) and "torch.utils.data.dataloader" in modules:
+        return f"a DataLoader worker is gone; {FEWER_WORKERS}"
     return None
 
 
