@@ -8,7 +8,7 @@ DEV_STAMP = $(VENV)/.installed-dev
 .PHONY: help quickstart test test-slow test-gpu lint types docs clean
 
 help:
-	@echo "make quickstart  train on CMUdict in two to four minutes on two CPU cores"
+	@echo "make quickstart  train on CMUdict in one to four minutes on two CPU cores"
 	@echo "make test        run the test suite"
 	@echo "make test-slow   run the tests that take longer: interrupted runs, several processes"
 	@echo "make test-gpu    run the tests that need a CUDA device"
