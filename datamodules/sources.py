@@ -1,7 +1,6 @@
 """Sources of records: the base class, splits carved out of training data, and files of JSON Lines or Parquet."""
 
 import bz2
-import contextlib
 import gzip
 import hashlib
 import json
@@ -19,7 +18,7 @@ import numpy as np
 
 from dllm_var.datamodules.records import FIELDS, prompt_key
 from dllm_var.errors import UserError, one_line
-from dllm_var.files import naming, write_atomically
+from dllm_var.files import naming, remember
 
 SPLITS = ("train", "validation", "test")
 LARGE = 2**24  # bytes from which on the digest of a file is kept in the cache
@@ -298,16 +297,3 @@ def file_digest(file: Path, cache: Path | None) -> str:
     state = file.stat()
     key = [str(file.absolute()), state.st_size, state.st_mtime_ns, state.st_ino]
     return remember(cache if state.st_size >= LARGE else None, key, read)
-
-
-def remember(cache: Path | None, key: Any, find_out: Callable[[], Any]) -> Any:
-    """The finding, a plain value, that the cache has for a key; it is found out, and kept, when the cache has none."""
-    if cache is None:
-        return find_out()
-    path = cache / "findings" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
-    with contextlib.suppress(OSError, ValueError):  # it is missing or damaged
-        return json.loads(path.read_text(encoding="utf-8"))
-    found = find_out()
-    with contextlib.suppress(OSError), write_atomically(path, shared=True) as partial:
-        partial.write_text(json.dumps(found), encoding="utf-8")
-    return found

@@ -1,12 +1,13 @@
 """Files: written whole or not at all, and read as plain values that are checked before they are used."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TextIO, Union, get_args, get_origin
@@ -19,6 +20,19 @@ PARTIAL, PREVIOUS = ".partial", ".previous"  # behind the name of what is being 
 def cache_folder() -> Path:
     """Returns where things are kept that can be made again: ``$DLLM_VAR_CACHE``, or ``~/.cache/dllm_var``."""
     return Path(os.environ.get("DLLM_VAR_CACHE") or "~/.cache/dllm_var").expanduser()
+
+
+def remember(cache: Path | None, key: Any, find_out: Callable[[], Any]) -> Any:
+    """Returns what a cache folder has for a key, a plain value; it is found out, and kept, when the cache has none."""
+    if cache is None:
+        return find_out()
+    path = cache / "findings" / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
+    with contextlib.suppress(OSError, ValueError):  # it is missing or damaged
+        return json.loads(path.read_text(encoding="utf-8"))
+    found = find_out()
+    with contextlib.suppress(OSError), write_atomically(path, shared=True) as partial:
+        partial.write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 @contextlib.contextmanager

@@ -235,7 +235,7 @@ class DiffusionLM(L.LightningModule):
 
     def hidden_at_loss(self, batch: dict[str, Any], noised: NoisedBatch) -> Tensor:
         """Returns what the head reads at the loss positions [M, hidden]."""
-        scored = noised.scored  # here, before any layer: a GPU is waited for
+        scored = noised.scored  # before any layer: a GPU is waited for, if the host has not hidden the tokens
         own_layout = noised.attention_rule is not None  # the objective decides what is seen, and moves its targets
         position_ids, segment_ids = noised.position_ids, None
         if self.attention == "document" and not own_layout:

@@ -35,6 +35,8 @@ from dllm_var.training.run_folders import RunFolders, checkpoint_at, listed
 from dllm_var.training.strategies import check_strategy
 from dllm_var.training.trainer import SaveConfig, Trainer, default_checkpoints
 
+FEWER_WORKERS = "too little memory is the usual cause: lower data.num_workers"
+
 
 def main(command: str, arguments: list[str]) -> int:
     """Runs `fit`, `validate`, `test` or `predict`; returns 0, or 128 and the number of the signal that stopped it."""
@@ -148,9 +150,6 @@ def build_trainer(built: Namespace, text: str, folders: RunFolders) -> Trainer:
         raise UserError(f"trainer: {one_line(error)}") from error
     trainer.fit_loop = ResumableFitLoop(trainer)
     return trainer
-
-
-FEWER_WORKERS = "too little memory is the usual cause: lower data.num_workers"
 
 
 def failure(error: Exception) -> str | None:

@@ -15,12 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from dllm_var.cli.decoding_options import (
-    add_model_options,
-    add_sampler_options,
-    load_model,
-    read_options,
-)
+from dllm_var.cli.decoding_options import add_model_options, add_sampler_options, load_model, read_options
 from dllm_var.errors import UserError
 from dllm_var.settings import SettingsParser, overlays, read_settings
 

@@ -4,7 +4,6 @@ On Hopper cuDNN's kernel may be twice as fast as FlashAttention 2, or not be the
 on versions and on sizes.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dllm_var.files import cache_folder, write_text
+from dllm_var.files import cache_folder, remember
 
 Sizes = tuple[int, int, int, int]  # length of a row, heads of queries, heads of keys, width of a head
 CANDIDATES = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -33,21 +32,7 @@ def kernels_for(sizes: Sizes, causal: bool, dtype: torch.dtype, device: torch.de
 
 def remembered(key: str, measure: Callable[[str], float]) -> tuple[SDPBackend, ...]:
     """Returns the candidates by the seconds that `measure` says or once said, and behind them those for all sizes."""
-    path = cache_folder() / "attention_kernels.json"
-    try:
-        known = json.loads(path.read_text())
-        seconds = {name: float(known[key][name]) for name in CANDIDATES}
-    except (OSError, ValueError, KeyError, TypeError):
-        seconds = {name: measure(name) for name in CANDIDATES}
-        try:
-            known = json.loads(path.read_text())
-        except (OSError, ValueError):
-            known = {}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps({**known, key: seconds}, indent=1))
-        except OSError:
-            pass  # then the next run measures again
+    seconds = remember(cache_folder(), ["attention kernels", key], lambda: {name: measure(name) for name in CANDIDATES})
     return (*(CANDIDATES[name] for name in sorted(seconds, key=lambda name: seconds[name])), *OTHERWISE)
 
 

@@ -1,4 +1,4 @@
-"""What surrounds decoding: training modes are off, and predictions that are not numbers are noticed."""
+"""Guards around decoding: training modes are off, and predictions that are not numbers are noticed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext

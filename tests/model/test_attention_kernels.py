@@ -27,8 +27,10 @@ def test_each_card_is_measured_once(seconds, order, tmp_path, monkeypatch):
         assert measured == ["cudnn", "flash"]
     assert remembered("another card", lambda name: 0.0)[:2] == (CUDNN, FLASH)
     assert remembered("this card", measure)[:2] == order and len(measured) == 2
-    (tmp_path / "cache" / "attention_kernels.json").write_text("{broken")
-    assert remembered("this card", measure)[:2] == order and len(measured) == 4
+    for file in (tmp_path / "cache").rglob("*.json"):
+        file.write_text("{broken")
+    for _ in range(2):
+        assert remembered("this card", measure)[:2] == order and len(measured) == 4
 
 
 def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path, monkeypatch):
