@@ -209,7 +209,6 @@ ALL_POLICIES = [
     P.Saber(),
     P.SchED(high=2.0, low=0.5),
     P.Sequential(2),
-    P.SubBlocks(length=2),
 ]
 
 

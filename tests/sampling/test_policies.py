@@ -131,33 +131,6 @@ def test_sequential_takes_the_leftmost(seed):
         assert commit[row].nonzero().flatten().tolist() == view.masked[row].nonzero().flatten().tolist()[:2]
 
 
-@seeds
-def test_sub_blocks_fill_a_block_part_by_part_from_the_left(seed):
-    """Of 8 positions in parts of 3: each step commits what the base does in the leftmost part that has masks."""
-    view, logits = make_view(seed, rows=6)
-    commit = P.SubBlocks(P.ConfidenceThreshold(0.4), length=3).decide(view, {}).commit
-    for row in range(6):
-        masks = view.masked[row].nonzero().flatten().tolist()
-        part = [at for at in masks if at // 3 == masks[0] // 3]
-        expected = [at for at in part if float(confidences(logits)[row, at]) > 0.4]
-        assert commit[row].nonzero().flatten().tolist() == expected
-    finished = P.SubBlocks(P.Prophet(high=0, middle=0, low=0), length=3).decide(view, {})
-    assert finished.finish_block is None and (finished.commit & view.masked).sum() == sum(
-        sum(at // 3 == (row.nonzero()[0] // 3) for at in row.nonzero()) for row in view.masked
-    )
-
-
-def test_sub_blocks_may_begin_a_block_with_its_first_token_alone():
-    view, _ = make_view(1, masked=1.0)
-    policy = P.SubBlocks(P.ConfidenceThreshold(0.0), length=4, first_alone=True)
-    assert policy.decide(view, {}).commit.tolist() == [[True] + [False] * 7] * 3
-    view.step = view.step + 1
-    assert policy.decide(view, {}).commit.tolist() == [[True] * 4 + [False] * 4] * 3
-    view.masked[:, 0] = False  # the block begins with given text
-    view.step = view.step - 1
-    assert policy.decide(view, {}).commit.tolist() == [[False] + [True] * 3 + [False] * 4] * 3
-
-
 def test_first_hitting_takes_one_masked_position_each_equally_often():
     counts = torch.zeros(8)
     for step in range(200):
@@ -268,7 +241,6 @@ def test_the_paper_s_example_of_an_entropy_bound():
         (P.EntropyBounded(0.0), lambda p: (p * p.clamp_min(1e-30).log()).sum()),
         (P.CoherentCandidates(1), lambda p: (p * p.clamp_min(1e-30).log()).sum()),
         (P.FixedSteps(8, "margin"), lambda p: p.topk(2).values.diff().neg()),
-        (P.SubBlocks(P.FixedSteps(8, "margin"), length=8), lambda p: p.topk(2).values.diff().neg()),
         (P.Prophet(P.FixedSteps(8, "entropy"), 99, 99, 99), lambda p: (p * p.clamp_min(1e-30).log()).sum()),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, P.UnmaskingPolicy) else "",

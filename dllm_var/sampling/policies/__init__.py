@@ -9,10 +9,11 @@ from dllm_var.sampling.policies.committing import (
     EntropyThreshold,
     FirstHitting,
     FixedSteps,
+    Prophet,
+    SchED,
     Sequential,
 )
 from dllm_var.sampling.policies.remasking import JointThreshold, RunningConfidenceRemasking, Saber
-from dllm_var.sampling.policies.wrapping import Prophet, SchED, SubBlocks
 
 __all__ = [
     "ONE_AT_A_TIME",
@@ -32,7 +33,6 @@ __all__ = [
     "SchED",
     "Sequential",
     "State",
-    "SubBlocks",
     "UnmaskingPolicy",
     "top_n",
 ]
