@@ -31,6 +31,8 @@ KINDS = {
         ["dream_7b_sft"],
         ["qwen3_to_diffusion"],
         ["qwen3_to_diffusion", "annealing"],
+        ["qwen3_to_diffusion", "adapt/nbdiff"],
+        ["qwen3_to_diffusion", "adapt/strided"],
     ],
     ids="+".join,
 )
@@ -49,21 +51,31 @@ def test_recipe_trains_two_steps_and_answers(names, tmp_path, monkeypatch, capfd
     (tmp_path / "sft.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     configs = [argument for name in names for argument in ("--config", str(CONFIGS / f"{name}.yaml"))]
     toy = [
-        *("--model.init_from=base", "--data.context_length=192", "--data.batch_size=2", "--sampler.block_length=4"),
+        *("--model.init_from=base", "--data.context_length=192", "--data.batch_size=2"),
         *("--data.terminators=[<|im_end|>,<|endoftext|>]", "--sampler.max_new_tokens=8", "--trainer.strategy=auto"),
         *("--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.precision=32", "--trainer.max_steps=2"),
         *("--trainer.val_check_interval=1", "--trainer.limit_val_batches=1", "--trainer.log_every_n_steps=1"),
+        "--model.schedule.warmup_steps=1",
     ]
-    if names == ["qwen3_to_diffusion"]:
+    strided, annealed = "adapt/strided" in names, "annealing" in names
+    toy.append("--sampler.stride=3" if strided else "--sampler.block_length=4")
+    if names[0] == "qwen3_to_diffusion" and not (strided or annealed):
         toy.append("--model.objective.init_args.block_length=4")
     assert main(["fit", *configs, *toy]) == 0
     [run] = tmp_path.glob("runs/*/version_0")
     trained, _, meta = load_checkpoint(run)
-    assert meta["step"] == 2 and not trained.config.causal
-    assert trained.config.token_shift == ("dream_7b_sft" in names or "annealing" in names)
-    assert trained.config.causal_context == (names == ["qwen3_to_diffusion"])
-    moved = [not torch.equal(a, b) for a, b in zip(base.parameters(), trained.parameters(), strict=True)]
-    assert any(moved) and (all(moved) or "lora" in names)
+    assert meta["step"] == 2 and trained.config.causal == strided
+    assert trained.config.token_shift == bool({"dream_7b_sft", "annealing", "adapt/nbdiff"} & {*names})
+    assert trained.config.causal_context == (names in (["qwen3_to_diffusion"], ["qwen3_to_diffusion", "adapt/nbdiff"]))
+    if strided:  # what the model says of text is what it said
+        base.config.causal, text = True, torch.arange(40, 60)[None]
+        text[:, 12:] = trained.config.mask_id
+        adapted, plain = trained(text), base(text)
+        assert torch.allclose(adapted[:, :12], plain[:, :12], atol=1e-6)
+        assert not torch.allclose(adapted[:, 12:], plain[:, 12:], atol=1e-6)
+    else:
+        moved = [not torch.equal(a, b) for a, b in zip(base.parameters(), trained.parameters(), strict=True)]
+        assert any(moved) and (all(moved) or "lora" in names)
     assert main(["generate", "--checkpoint", str(run), "--prompt", "2 + 2 =", "--max-new-tokens", "4"]) == 0
 
 

