@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
@@ -20,10 +21,11 @@ from dllm_var.errors import UserError, one_line
 from dllm_var.metrics.denoising import DenoisingMetrics
 from dllm_var.model.attention import Documents, document_rule
 from dllm_var.model.config import TransformerConfig
+from dllm_var.model.context_parallel import RowPart
 from dllm_var.model.float8 import Float8, check_float8, use_float8
 from dllm_var.model.lora import Lora, add_adapters, reset_adapters
-from dllm_var.model.sharding import DATA_PARALLEL, TENSOR_PARALLEL, shard, tensor_parallel
-from dllm_var.model.transformer import Recompute, Transformer
+from dllm_var.model.sharding import DATA_PARALLEL, TENSOR_PARALLEL, shard, share_rows, tensor_parallel
+from dllm_var.model.transformer import Recompute, Transformer, left_neighbours
 from dllm_var.objectives import Autoregressive, EosSchedule, KeyedNoise, NoisedBatch, Objective
 from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import summed_cross_entropy
@@ -33,7 +35,7 @@ from dllm_var.sampling.configurable import sampler_to_config
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.training.optim import AdamW, Schedule, parameter_groups
 from dllm_var.training.step import LossGuard, OptimizerStep
-from dllm_var.training.strategies import shards_parameters
+from dllm_var.training.strategies import ContextParallel, shards_parameters
 
 OptimizerCallable = Callable[[Any], Optimizer]
 
@@ -112,6 +114,7 @@ class DiffusionLM(L.LightningModule):
             )
         self.transformer: Transformer = None  # type: ignore[assignment]  # until `configure_model` builds it
         self.tokenizer: Tokenizer = None  # type: ignore[assignment]  # until `use_tokenizer`
+        self.row_group: ProcessGroup | None = None  # the processes that share rows with this one
         self.sampler: Sampler | None = None  # the `sampler` section, set by the command line
         self.last_step_stats: dict[str, int | Tensor] = {}  # counts on the device stay there
         self.step = OptimizerStep(loss_guard)
@@ -137,6 +140,10 @@ class DiffusionLM(L.LightningModule):
             check_float8(float8, self.trainer.strategy.root_device, self.trainer.precision)
         mesh = self.device_mesh  # of a strategy that shards
         device = None if mesh is None else self.trainer.strategy.root_device
+        if mesh is not None and isinstance(self.trainer.strategy, ContextParallel):
+            if float8 is not None:
+                raise UserError("model.float8 does not go with context parallelism: take configs/strategy/fsdp2.yaml")
+            self.row_group, mesh = share_rows(self.config, mesh)
         self.transformer = build_transformer(self.config, self.lora, init_from is None, mesh, device, float8)
         if init_from is not None:
             start_from(self.transformer, self.tokenizer, init_from)
@@ -184,10 +191,24 @@ class DiffusionLM(L.LightningModule):
         On the host, before the batch goes to a GPU: the host then knows all shapes of the step, and need not wait for
         the GPU to count scored positions, documents and blocks.
         """
-        noised = self.objective.corrupt(batch, self.noise)
+        noised = self._corrupt(batch, self.objective, self.noise)
         if self.attention == "full" or noised.attention_rule is not None:
             return {**batch, "noised": noised}
         return {**batch, "noised": noised, "documents": Documents.of(batch["segment_ids"])}
+
+    def _corrupt(self, batch: Batch, objective: Objective, noise: KeyedNoise) -> NoisedBatch:
+        """Returns the noised batch; of rows that several processes share, what this one scores."""
+        noised = objective.corrupt(batch, noise)
+        if self.row_group is None:
+            return noised
+        ids = noised.input_ids
+        if self.config.token_shift and not self.config.causal and noised.attention_rule is None:
+            return noised.shared(self.row_group, left_neighbours(ids, self._segments(batch)))
+        return noised.shared(self.row_group, torch.arange(ids.numel(), device=ids.device).view(ids.shape))
+
+    def _segments(self, batch: Batch) -> Tensor | None:
+        """Returns the documents of a batch [B, L] when a token sees its own; None when it sees the whole row."""
+        return batch["segment_ids"] if self.attention == "document" else None
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         if "noised" not in batch:
@@ -237,9 +258,9 @@ class DiffusionLM(L.LightningModule):
         """Returns what the head reads at the loss positions [M, hidden]."""
         scored = noised.scored  # before any layer: a GPU is waited for, if the host has not hidden the tokens
         own_layout = noised.attention_rule is not None  # the objective decides what is seen, and moves its targets
-        position_ids, segment_ids = noised.position_ids, None
-        if self.attention == "document" and not own_layout:
-            position_ids, segment_ids = batch["position_ids"], batch["segment_ids"]
+        position_ids, segment_ids = noised.position_ids, None if own_layout else self._segments(batch)
+        if segment_ids is not None:
+            position_ids = batch["position_ids"]
         rule = noised.attention_rule
         if self.training and 0 < self.attention_annealing > self.trainer.global_step:
             chance = self.trainer.global_step / self.attention_annealing
@@ -255,6 +276,7 @@ class DiffusionLM(L.LightningModule):
             documents=batch.get("documents"),
             asked=None if everywhere else scored,
             shift=not own_layout,
+            part=noised.part,
         )
         return hidden.flatten(0, 1)[scored] if everywhere else hidden
 
@@ -268,7 +290,10 @@ class DiffusionLM(L.LightningModule):
 
     def _measure(self, batch: Batch, objective: Objective, metrics: DenoisingMetrics) -> None:
         """Adds a batch under fixed noise to the metrics."""
-        noised = objective.corrupt(batch, self.validation_noise)
+        noised = self._corrupt(batch, objective, self.validation_noise)
+        supervised = batch["supervised"]
+        if noised.part is not None:  # each is counted by one process
+            supervised = supervised[:, RowPart.of(noised.part.group, supervised.size(1)).columns]
         targets = noised.at_loss(noised.targets)
         hidden = self.hidden_at_loss(batch, noised)
         _, token_loss, correct = summed_cross_entropy(self.transformer.lm_head, hidden, targets)
@@ -278,7 +303,7 @@ class DiffusionLM(L.LightningModule):
             None if objective.causal else noised.at_loss(noised.mask_rate),
             is_one_of(targets, objective.specials().terminator_ids),
             noised.weighted(torch.ones_like(token_loss)),
-            batch["supervised"].sum(),
+            supervised.sum(),
         )
 
     def on_validation_epoch_end(self) -> None:

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 from dllm_var.errors import UserError
+from dllm_var.model.config import TransformerConfig
 from dllm_var.model.transformer import Transformer
 
 TENSOR_PARALLEL, DATA_PARALLEL = "tensor_parallel", "data_parallel"  # dimensions of Lightning's device mesh
@@ -90,6 +91,21 @@ class SharedEmbedding(nn.Embedding):
         vectors = F.embedding(place, rows).masked_fill(~here.unsqueeze(-1), 0.0)
         summed = DTensor.from_local(vectors, weight.device_mesh, [Partial()], run_check=False)
         return summed.redistribute(placements=[Replicate()]).to_local()
+
+
+def share_rows(config: TransformerConfig, mesh: DeviceMesh) -> tuple[dist.ProcessGroup, DeviceMesh]:
+    """Returns the group that shares rows with this process, and a mesh on which all processes shard the weights.
+
+    Raises UserError when the size of a group does not divide the heads.
+    """
+    group, heads = mesh[TENSOR_PARALLEL], config.resolved().num_heads
+    if heads % group.size():
+        raise UserError(
+            f"trainer.strategy: context_parallel_size {group.size()} does not divide model.transformer.num_heads "
+            f"{heads}: choose a smaller one that does, or take configs/strategy/fsdp2.yaml"
+        )
+    names = (DATA_PARALLEL, TENSOR_PARALLEL)
+    return group.get_group(), init_device_mesh(mesh.device_type, (mesh.size(), 1), mesh_dim_names=names)
 
 
 def shard(transformer: Transformer, mesh: DeviceMesh) -> None:

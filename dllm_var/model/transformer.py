@@ -1,5 +1,6 @@
 """A Llama-family transformer that reads in both directions, or causally for the autoregressive twin."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +15,7 @@ from dllm_var.errors import UserError
 from dllm_var.model.attention import AttentionRule, Documents, Seen, attend
 from dllm_var.model.attention_kernels import kernels_for
 from dllm_var.model.config import TransformerConfig
+from dllm_var.model.context_parallel import RowPart
 from dllm_var.model.initialise import initialise
 from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.matrices import Fused, by_columns, project, usable
@@ -79,7 +81,10 @@ class Attention(nn.Module):
         cache = context.cache
         if cache is not None:
             queries, (keys, values) = cache.pad(queries), cache.write(layer, keys, values)
-        mixed = attend(queries, keys, values, context.seen).flatten(2)
+        if context.part is not None:
+            queries, keys, values = context.part.to_heads(queries, keys, values)
+        mixed = attend(queries, keys, values, context.seen)
+        mixed = (mixed if context.part is None else context.part.to_positions(mixed)).flatten(2)
         mixed = context.asked_of(mixed) if cache is None else cache.pack(mixed)
         return project(self.o_proj, mixed, context.on_asked_masks)
 
@@ -109,7 +114,7 @@ class LayerContext:
     """What the layers of one forward share: rotary angles, what each token sees, and the cache.
 
     `on_masks` [B, L, 1] says which tokens are masks, in a model with adapters that act on them only. The last layer has
-    a context of its own when only some positions are `asked` for.
+    a context of its own when only some positions are `asked` for. With a `part`, the layers read only that of each row.
     """
 
     cos: Tensor
@@ -118,6 +123,7 @@ class LayerContext:
     cache: KVCache | None = None
     asked: Tensor | None = None
     on_masks: Tensor | None = None
+    part: RowPart | None = None
 
     @property
     def on_asked_masks(self) -> Tensor | None:
@@ -272,6 +278,7 @@ class Transformer(nn.Module):
         documents: Documents | None = None,
         asked: Tensor | None = None,
         shift: bool = True,
+        part: RowPart | None = None,
     ) -> Tensor:
         """Returns the normalised last hidden states [B, L, hidden], so that the head may run on a few of them.
 
@@ -291,6 +298,8 @@ class Transformer(nn.Module):
                 [M, hidden] are computed after the last layer's attention. Not with a cache.
             shift: False leaves the hidden states where they are, although the model has `token_shift`: for rows whose
                 order is not that of the text, as in block diffusion, whose targets are moved instead.
+            part: The part of each row that this process computes, when others compute the rest. `asked`, which it then
+                needs, are positions whose hidden states come from that part. All arguments are of whole rows.
         """
         rows, length = input_ids.shape
         causal = self.config.causal
@@ -304,10 +313,13 @@ class Transformer(nn.Module):
             if position_ids is None:
                 position_ids = torch.arange(length, device=input_ids.device).unsqueeze(0)
             positions, reach = position_ids, length
-            seen = self._seen(length, causal, segment_ids, attention_rule, documents)
+            seen = self._seen(length, causal, segment_ids, attention_rule, documents, 1 if part is None else part.ranks)
             if moved:
                 left = left_neighbours(input_ids, segment_ids).flatten()
                 asked = left if asked is None else left[asked]
+            if part is not None:
+                assert asked is not None, "a part of the rows has no hidden states of the whole"
+                input_ids, positions, asked = input_ids[:, part.columns], positions[:, part.columns], part.place(asked)
         if self.compiled:  # other numbers at each step must not compile the layer again
             for counted in (asked, None if seen.documents is None else seen.documents.ends):
                 if counted is not None:
@@ -315,7 +327,7 @@ class Transformer(nn.Module):
         on_masks = None
         if self.adapts_masks:
             on_masks = input_ids.eq(self.config.mask_id).unsqueeze(-1)  # type: ignore[arg-type]
-        context = LayerContext(*self.rotary(positions, reach), seen, cache, on_masks=on_masks)
+        context = LayerContext(*self.rotary(positions, reach), seen, cache, on_masks=on_masks, part=part)
         x = self.embedding(input_ids)
         for number, layer in enumerate(self.layers):
             if asked is not None and number == self.config.num_layers - 1:
@@ -334,8 +346,9 @@ class Transformer(nn.Module):
         segment_ids: Tensor | None,
         rule: AttentionRule | None,
         documents: Documents | None,
+        ranks: int,
     ) -> Seen:
-        """Returns what tokens see in a forward of rows of this length without a cache."""
+        """Returns what tokens see in a forward of rows of this length without a cache; `ranks` share the heads."""
         if rule is not None:
             return Seen.by_rule(rule)
         assert self.config.head_dim is not None
@@ -344,7 +357,8 @@ class Transformer(nn.Module):
             kernels = None
             if weight.is_cuda and dtype.itemsize == 2 and torch.is_grad_enabled():
                 attention: Any = self.layers[0].self_attn
-                sizes = (length, attention.num_heads, attention.num_kv_heads, self.config.head_dim)
+                kv_heads = attention.num_kv_heads // math.gcd(ranks, attention.num_kv_heads)
+                sizes = (length, attention.num_heads // ranks, kv_heads, self.config.head_dim)
                 kernels = kernels_for(sizes, causal, dtype, weight.device)
             return Seen(is_causal=causal, kernels=kernels)
         return Seen.by_document(segment_ids, causal, dtype, self.config.head_dim, documents)

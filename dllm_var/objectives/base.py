@@ -5,14 +5,16 @@ All their randomness is `KeyedNoise`: a pure function of (seed, row, position), 
 
 from abc import ABC, abstractmethod
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from dllm_var.errors import UserError
 from dllm_var.model.attention import AttentionRule, send
+from dllm_var.model.context_parallel import RowPart
 from dllm_var.objectives.cross_entropy import Scores, cross_entropy, head_loss, summed_cross_entropy
 from dllm_var.text.tokenizer import SpecialTokens
 
@@ -92,11 +94,24 @@ class NoisedBatch:
     normaliser: Tensor  # divides the summed loss, after both are added up over ranks and accumulated batches
     position_ids: Tensor | None = None  # rotary position of each token [B, L]; None for the batch's
     attention_rule: AttentionRule | None = None  # which token sees which; None for what `model.attention` says
+    part: RowPart | None = None  # of rows that several processes share: what this one computes and scores
 
     @cached_property
     def scored(self) -> Tensor:
         """Positions under `loss_mask` [M], counted through the flattened batch; a GPU is waited for to count them."""
         return self.loss_mask.flatten().nonzero()[:, 0]
+
+    def shared(self, group: dist.ProcessGroup, predicted_at: Tensor) -> "NoisedBatch":
+        """Returns what this process scores when a group of them shares the rows: what is predicted in its part.
+
+        `predicted_at` [B, L] says where each token's prediction stands, counted through the flattened batch. The first
+        process has the whole normaliser and the others none, so that sums over processes count it once.
+        """
+        part = RowPart.of(group, self.input_ids.size(1))
+        column = predicted_at % part.length
+        here = (column >= part.columns.start) & (column < part.columns.stop)
+        own = self.normaliser if part.rank == 0 else torch.zeros_like(self.normaliser)
+        return replace(self, loss_mask=self.loss_mask & here, normaliser=own, part=part)
 
     def to(self, device: torch.device) -> "NoisedBatch":
         """Returns the batch on another device, which is not waited for: the host counts what is scored."""
@@ -106,7 +121,7 @@ class NoisedBatch:
         for name, value in vars(self).items():
             if isinstance(value, AttentionRule):
                 setattr(moved, name, value.to(device))
-            elif value is not None:
+            elif isinstance(value, Tensor):
                 setattr(moved, name, send(value, device))
         return moved
 
@@ -123,7 +138,8 @@ class NoisedBatch:
 
         They are `tokens`, `supervised_tokens` and `samples` of the rows; `loss_tokens`; `read_tokens`, which the layers
         read, an objective's copies included; `attended_pairs` of tokens: both halves of a causal square, and of
-        annealed attention as many as at its end.
+        annealed attention as many as at its end. Processes that share rows all count them as a whole, and those loss
+        tokens which they score as many times as there are processes.
         """
         rows, length = self.input_ids.shape
         used = batch["segment_ids"] >= 0  # padding is at position 0 too
@@ -138,7 +154,7 @@ class NoisedBatch:
             "read_tokens": self.input_ids.numel(),
             "attended_pairs": pairs,
             "supervised_tokens": batch["supervised"].sum(),
-            "loss_tokens": len(self.scored),
+            "loss_tokens": len(self.scored) * (1 if self.part is None else self.part.ranks),
             "samples": ((batch["position_ids"] == 0) & used).sum(),
         }
 
@@ -254,6 +270,9 @@ class Certainty(Objective):
         counted = noised.loss_mask.sum(dim=1)  # [B]
         row = torch.arange(len(counted), device=right.device).repeat_interleave(counted, output_size=len(right))
         rights = torch.zeros_like(counted).index_add_(0, row, right.long())
+        if noised.part is not None:  # of whole rows
+            for count in (counted, rights):
+                dist.all_reduce(count, group=noised.part.group)
         # The step divides by loss tokens, this mean by right ones.
         token_loss = token_loss + self.certainty * entropy * right * (counted / rights.clamp_min(1))[row]
         return Scores(noised.weighted(token_loss).sum(), token_loss.detach(), right)

@@ -269,5 +269,5 @@ def rows_per_step(trainer: L.Trainer, datamodule: Any) -> int | None:
     batch_size = getattr(datamodule, "batch_size", None)
     if not isinstance(batch_size, int):
         return None
-    groups = trainer.num_devices * trainer.num_nodes // getattr(trainer.strategy, "tensor_parallel_size", 1)
+    groups = trainer.num_devices * trainer.num_nodes // getattr(trainer.strategy, "group_size", 1)
     return batch_size * groups * trainer.accumulate_grad_batches

@@ -67,16 +67,21 @@ class StepResult:
 
     def rows(self) -> list[tuple[int, float, int]]:
         """Gathers (row, loss per token, loss tokens) of every row of the step; every rank must call it."""
-        mine = [
-            (row, float(losses.sum()) / max(len(losses), 1), len(losses))
-            for rows, loss_mask, token_loss in self.batches
-            for row, losses in zip(rows.tolist(), token_loss.split(loss_mask.sum(dim=1).tolist()), strict=True)
-        ]
-        if not (dist.is_available() and dist.is_initialized()):
-            return mine
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)
-        return list({row[0]: row for part in parts for row in part}.values())  # tensor parallelism: ranks share rows
+        mine = {}
+        for rows, loss_mask, token_loss in self.batches:
+            counted, first = loss_mask.sum(dim=1).tolist(), loss_mask.int().argmax(dim=1).tolist()
+            for row, place, losses in zip(rows.tolist(), first, token_loss.split(counted), strict=True):
+                mine[row, place, len(losses)] = float(losses.sum())
+        parts: list[Any] = [mine]
+        if dist.is_available() and dist.is_initialized():
+            parts *= dist.get_world_size()
+            dist.all_gather_object(parts, mine)
+        sums: dict[int, tuple[float, int]] = {}
+        # Under tensor parallelism, ranks have the same tokens of a row; under context parallelism, different ones.
+        for (row, _, count), loss in {key: loss for part in parts for key, loss in part.items()}.items():
+            loss_sum, tokens = sums.get(row, (0.0, 0))
+            sums[row] = loss_sum + loss, tokens + count
+        return [(row, loss_sum / max(tokens, 1), tokens) for row, (loss_sum, tokens) in sums.items()]
 
 
 class OptimizerStep:

@@ -19,14 +19,31 @@ class FSDP2(ModelParallelStrategy):
 
     def __init__(self, save_distributed_checkpoint: bool = True) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint)
-        self.tensor_parallel_size = 1
+        self.group_size = 1  # neighbouring processes that work on the same rows
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes // self.tensor_parallel_size
+        self._data_parallel_size = self.num_nodes * self.num_processes // self.group_size
         super().setup_environment()
 
 
-class TensorParallel(FSDP2):
+class _InGroups(FSDP2):
+    """Groups of processes of a node that work on the same rows; `setting` names the size of a group."""
+
+    def __init__(self, setting: str, size: int) -> None:
+        ModelParallelStrategy.__init__(self, tensor_parallel_size=size)  # Lightning's name for it
+        self.setting, self.group_size = setting, size
+
+    def setup_environment(self) -> None:
+        if self.group_size < 2 or self.num_processes % self.group_size:
+            raise UserError(
+                f"trainer.strategy: {self.setting} {self.group_size} must be at least 2 and divide the "
+                f"{self.num_processes} processes of a node: change it or trainer.devices, or take "
+                "configs/strategy/fsdp2.yaml"
+            )
+        super().setup_environment()
+
+
+class TensorParallel(_InGroups):
     """Each layer and the vocabulary divided among processes of a node, and their parts sharded over groups of these.
 
     The processes of a group work on the same rows; groups work on different ones, as the processes of FSDP2 do. The
@@ -34,17 +51,18 @@ class TensorParallel(FSDP2):
     """
 
     def __init__(self, tensor_parallel_size: int = 2) -> None:
-        ModelParallelStrategy.__init__(self, tensor_parallel_size=tensor_parallel_size)
-        self.tensor_parallel_size = tensor_parallel_size
+        super().__init__("tensor_parallel_size", tensor_parallel_size)
 
-    def setup_environment(self) -> None:
-        size = self.tensor_parallel_size
-        if size < 2 or self.num_processes % size:
-            raise UserError(
-                f"trainer.strategy: tensor_parallel_size {size} must be at least 2 and divide the {self.num_processes} "
-                "processes of a node: change it or trainer.devices, or take configs/strategy/fsdp2.yaml"
-            )
-        super().setup_environment()
+
+class ContextParallel(_InGroups):
+    """The positions of each row divided among processes of a node, for rows whose activations one device cannot hold.
+
+    Weights, gradients and optimizer state are sharded over all processes, as under FSDP2. The size of a group must
+    divide the processes of a node and the heads.
+    """
+
+    def __init__(self, context_parallel_size: int = 2) -> None:
+        super().__init__("context_parallel_size", context_parallel_size)
 
 
 def shards_parameters(strategy: Any) -> bool:
