@@ -1,4 +1,4 @@
-"""Small training runs that must come out the same under tensor parallelism; for test_tensor_parallel.py."""
+"""Small training runs that must come out the same however layers or rows are divided among processes."""
 
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ from dllm_var.model import TransformerConfig
 from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule, Mdlm
 from dllm_var.sampling import BlockDiffusionSampler
 from dllm_var.training.optim import AdamW, Muon, Schedule
-from dllm_var.training.strategies import FSDP2, TensorParallel
+from dllm_var.training.strategies import FSDP2, ContextParallel, TensorParallel
 from dllm_var.training.trainer import Trainer
 
 STEPS, SAVED_AT, GLOBAL_BATCH = 3, 2, 8
@@ -33,6 +33,13 @@ RUNS = {
         activation_checkpointing="selective",
     ),
     "autoregressive": dict(objective=Autoregressive),
+}
+ROWS = {  # runs whose rows are divided
+    "documents": dict(RUNS["adamw"], context_length=257),  # one after the other, at this length
+    "shifted": dict(RUNS["muon"], shape=dict(token_shift=True, num_kv_heads=1), context_length=49, attention="full"),
+    "shifted_documents": dict(shape=dict(token_shift=True), objective=Mdlm, context_length=49),
+    "blocks": RUNS["blocks"],
+    "autoregressive": dict(RUNS["autoregressive"], context_length=257),
 }
 
 
@@ -102,20 +109,22 @@ class Samples(SamplingCallback):
         return self.generations
 
 
-def fit(folder, name, devices=1, strategy="auto", accumulate=1, checkpoint=None, groups=1):
+def fit(folder, name, devices=1, strategy="auto", accumulate=1, checkpoint=None, groups=1, rows=False):
     """Trains on the same eight rows a step, whatever the split."""
-    run = RUNS[name]
+    run = (ROWS if rows else RUNS)[name]
     optimizer = run.get("optimizer", AdamW)
     L.seed_everything(0, verbose=False)
     model = DiffusionLM(
-        TransformerConfig(**SHAPE, **run.get("shape", {})),
+        TransformerConfig(**{**SHAPE, **run.get("shape", {})}),
         run.get("objective", EosSchedule)(),
         optimizer=lambda params: optimizer(params),
         schedule=Schedule("constant", 0),
+        attention=run.get("attention", "document"),
         activation_checkpointing=run.get("activation_checkpointing", "none"),
     )
+    length = run.get("context_length", 48)
     data = PackedDataModule(
-        batch_size=GLOBAL_BATCH // groups // accumulate, context_length=48, packing="best_fit", canvas=4
+        batch_size=GLOBAL_BATCH // groups // accumulate, context_length=length, packing="best_fit", canvas=4
     )
     first = FirstStep()
     watch, samples = Watch(), Samples(BlockDiffusionSampler(max_new_tokens=6), num_examples=5, every_n_steps=STEPS)
@@ -164,6 +173,17 @@ def divided(folder, devices):
         fit(folder / "resumed_fsdp2", "adamw", devices, FSDP2(), checkpoint=saved, groups=2)
 
 
+def divided_rows(folder, devices):
+    """All runs whose rows are divided among two processes; with four, there are two groups."""
+    groups = devices // 2
+    for name in ("documents",) if groups > 1 else ROWS:
+        fit(folder / f"{name}{devices}", name, devices, ContextParallel(2), groups=groups, rows=True)
+    if groups == 1:
+        saved = folder / "documents2" / f"step={SAVED_AT}.ckpt"
+        fit(folder / "resumed", "documents", devices, ContextParallel(2), checkpoint=saved, rows=True)
+        fit(folder / "resumed_fsdp2", "documents", devices, FSDP2(), checkpoint=saved, groups=2, rows=True)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    divided(Path(sys.argv[1]), int(sys.argv[2]))
+    {"layers": divided, "rows": divided_rows}[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))

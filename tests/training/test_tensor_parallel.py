@@ -37,7 +37,7 @@ def alone(tmp_path_factory):
 
 def on_processes(folder, count):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "divided.py"), str(folder), str(count)]
+    command = [sys.executable, str(ROOT / "tests" / "divided.py"), "layers", str(folder), str(count)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert run.returncode == 0, run.stderr[-3000:]
     return folder
