@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from dllm_var import DiffusionLM
 from dllm_var.callbacks import ExportWeights, SamplingCallback
+from dllm_var.callbacks.speed import sum_over_processes
 from dllm_var.checkpoints.checkpoint_io import CheckedFiles
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.model import TransformerConfig
@@ -34,12 +35,14 @@ RUNS = {
     ),
     "autoregressive": dict(objective=Autoregressive),
 }
-ROWS = {  # runs whose rows are divided
-    "documents": dict(RUNS["adamw"], context_length=257),  # one after the other, at this length
-    "shifted": dict(RUNS["muon"], shape=dict(token_shift=True, num_kv_heads=1), context_length=49, attention="full"),
+SHARED_ROWS = {  # runs whose rows are divided; at a length of 257, documents are taken one by one
+    "rows": dict(RUNS["adamw"], context_length=257),
+    "shifted_rows": dict(
+        RUNS["muon"], shape=dict(token_shift=True, num_kv_heads=1), context_length=49, attention="full"
+    ),
     "shifted_documents": dict(shape=dict(token_shift=True), objective=Mdlm, context_length=49),
-    "blocks": RUNS["blocks"],
-    "autoregressive": dict(RUNS["autoregressive"], context_length=257),
+    "rows_of_blocks": RUNS["blocks"],
+    "causal_rows": dict(RUNS["autoregressive"], context_length=257),
 }
 
 
@@ -61,11 +64,11 @@ class Watch(L.Callback):
 
 
 class Operations(TorchDispatchMode):
-    """Sees forward and backward of this process: sizes of tensors along any dimension, and numbers that are summed."""
+    """Sees forward and backward of this process: shapes and sizes of tensors, and numbers that are summed."""
 
     def __init__(self):
         super().__init__()
-        self.sizes, self.reduced = set(), []
+        self.shapes, self.sizes, self.reduced = set(), set(), []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
@@ -73,6 +76,7 @@ class Operations(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves((args, result)):
             if isinstance(tensor, torch.Tensor) and tensor.dim() > 1 and not isinstance(tensor, FakeTensor):
+                self.shapes.add(tuple(tensor.shape))
                 self.sizes.update(tensor.shape)
         name = str(function)
         if name in ("c10d.allreduce_.default", "_c10d_functional.all_reduce.default"):
@@ -93,7 +97,10 @@ class FirstStep(L.Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if trainer.global_step == 0:
             self.operations.__exit__(None, None, None)
-            self.scored, self.tokens = pl_module.last_step_stats["loss_tokens"], pl_module.last_step_stats["tokens"]
+            counts = pl_module.last_step_stats
+            self.scored, self.tokens = counts["loss_tokens"], counts["tokens"]
+            summed = sum_over_processes(trainer, [float(count) for count in counts.values()])
+            self.counts = dict(zip(counts, summed, strict=True))  # as the speed report has them
 
 
 def whole_weights(transformer):
@@ -109,9 +116,9 @@ class Samples(SamplingCallback):
         return self.generations
 
 
-def fit(folder, name, devices=1, strategy="auto", accumulate=1, checkpoint=None, groups=1, rows=False):
+def fit(folder, name, devices=1, strategy="auto", accumulate=1, checkpoint=None, groups=1):
     """Trains on the same eight rows a step, whatever the split."""
-    run = (ROWS if rows else RUNS)[name]
+    run = {**RUNS, **SHARED_ROWS}[name]
     optimizer = run.get("optimizer", AdamW)
     L.seed_everything(0, verbose=False)
     model = DiffusionLM(
@@ -148,15 +155,15 @@ def fit(folder, name, devices=1, strategy="auto", accumulate=1, checkpoint=None,
             watch,
             *([first] if accumulate == 1 and checkpoint is None else []),
             ExportWeights(),
-            *([] if name == "autoregressive" else [samples]),
+            *([] if run.get("objective") is Autoregressive else [samples]),
             L.pytorch.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=SAVED_AT, save_top_k=-1),
         ],
     )
     trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
     answers = [answer.tokens for answer in getattr(samples, "generations", [])]
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
-    seen = {key: value for key, value in vars(first).items() if isinstance(value, int)}
-    seen |= {"sizes": first.operations.sizes, "reduced": first.operations.reduced}
+    seen = {key: value for key, value in vars(first).items() if isinstance(value, int | dict)}
+    seen |= {key: value for key, value in vars(first.operations).items() if isinstance(value, set | list)}
     if trainer.is_global_zero:
         torch.save({**watch.seen, "answers": answers, "validated": metrics, **seen}, folder / "result.pt")
     return trainer
@@ -167,23 +174,14 @@ def divided(folder, devices):
     groups = devices // 2
     for name in ("adamw", "muon") if groups > 1 else RUNS:
         fit(folder / f"{name}{devices}", name, devices, TensorParallel(2), accumulate=groups, groups=groups)
-    if groups == 1:
-        saved = folder / "adamw2" / f"step={SAVED_AT}.ckpt"
-        fit(folder / "resumed", "adamw", devices, TensorParallel(2), checkpoint=saved)
-        fit(folder / "resumed_fsdp2", "adamw", devices, FSDP2(), checkpoint=saved, groups=2)
-
-
-def divided_rows(folder, devices):
-    """All runs whose rows are divided among two processes; with four, there are two groups."""
-    groups = devices // 2
-    for name in ("documents",) if groups > 1 else ROWS:
-        fit(folder / f"{name}{devices}", name, devices, ContextParallel(2), groups=groups, rows=True)
-    if groups == 1:
-        saved = folder / "documents2" / f"step={SAVED_AT}.ckpt"
-        fit(folder / "resumed", "documents", devices, ContextParallel(2), checkpoint=saved, rows=True)
-        fit(folder / "resumed_fsdp2", "documents", devices, FSDP2(), checkpoint=saved, groups=2, rows=True)
+    for name in ("rows",) if groups > 1 else SHARED_ROWS:
+        fit(folder / f"{name}{devices}", name, devices, ContextParallel(2), groups=groups)
+    for name, strategy in (("adamw", TensorParallel), ("rows", ContextParallel)) if groups == 1 else ():
+        saved = folder / f"{name}2" / f"step={SAVED_AT}.ckpt"
+        fit(folder / f"{name}_resumed", name, devices, strategy(), checkpoint=saved)
+        fit(folder / f"{name}_resumed_fsdp2", name, devices, FSDP2(), checkpoint=saved, groups=2)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"layers": divided, "rows": divided_rows}[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))
+    divided(Path(sys.argv[1]), int(sys.argv[2]))

@@ -95,7 +95,9 @@ def test_adapters_have_no_state_but_their_own():
 
 
 def test_the_strategies_of_the_overlays_have_their_lines():
-    expected = dict(ddp="ddp", fsdp="fsdp2", fsdp2="fsdp2", deepspeed_zero2="zero2", tensor_parallel=None)
+    expected = dict(
+        ddp="ddp", fsdp="fsdp2", fsdp2="fsdp2", deepspeed_zero2="zero2", tensor_parallel=None, context_parallel=None
+    )
     for name, line in expected.items():
         strategy = yaml.safe_load((CONFIGS / "strategy" / f"{name}.yaml").read_text())["trainer"]["strategy"]
         assert planned_strategy(strategy, 8) == line

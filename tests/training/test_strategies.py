@@ -20,7 +20,7 @@ from dllm_var.sampling.base import sampler_from_config
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = ROOT / "configs"
-STRATEGIES = ["ddp", "deepspeed_zero2", "fsdp", "fsdp2", "tensor_parallel"]
+STRATEGIES = ["context_parallel", "ddp", "deepspeed_zero2", "fsdp", "fsdp2", "tensor_parallel"]
 PLACES = {"trainer.strategy", "trainer.accelerator", "trainer.devices"}
 FLAT = {"fsdp", "deepspeed_zero2"}  # they keep parameters flat, which Muon cannot use
 

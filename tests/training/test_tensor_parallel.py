@@ -1,9 +1,5 @@
 """Tensor parallelism: the same losses, weights, answers and checkpoints as one process, and nothing whole on any."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import divided
@@ -19,33 +15,11 @@ from dllm_var.model.sharding import tensor_parallel
 from dllm_var.module import build_transformer
 from dllm_var.training.strategies import TensorParallel
 
-ROOT = Path(__file__).parent.parent.parent
 CLOSE = {"adamw": dict(atol=1e-4, rtol=1e-3)}  # AdamW moves weights whose gradient is next to nothing by its sign
 
 
 def result(folder):
     return torch.load(folder / "result.pt", weights_only=True)
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    for name in divided.RUNS:
-        divided.fit(folder / name, name)
-    return folder
-
-
-def on_processes(folder, count):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "divided.py"), "layers", str(folder), str(count)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return folder
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    return on_processes(tmp_path_factory.mktemp("two"), 2)
 
 
 def assert_same_run(ours, expected, name, first=0):
@@ -74,15 +48,14 @@ def test_two_processes_that_share_each_layer_train_as_one(name, alone, two):
 
 
 @pytest.mark.slow
-def test_four_processes_as_two_groups_of_two_train_as_one(alone, tmp_path):
+def test_four_processes_as_two_groups_of_two_train_as_one(alone, four):
     """With FSDP2 over the groups, and accumulated batches."""
-    folder = on_processes(tmp_path, 4)
     for name in ("adamw", "muon"):
-        assert_same_run(result(folder / f"{name}4"), result(alone / name), name)
+        assert_same_run(result(four / f"{name}4"), result(alone / name), name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["resumed", "resumed_fsdp2"])
+@pytest.mark.parametrize("run", ["adamw_resumed", "adamw_resumed_fsdp2"])
 def test_a_checkpoint_goes_on_under_tensor_parallelism_and_under_fsdp2(run, alone, two):
     assert_same_run(result(two / run), result(alone / "adamw"), "adamw", first=divided.SAVED_AT)
 
