@@ -13,10 +13,12 @@ from torch import Tensor
 from dllm_var.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ON_MASKS, PEFT_PREFIX
 from dllm_var.checkpoints.families import EXTRAS, Family, natural_family, write_config
 from dllm_var.checkpoints.pretrained import CONFIG, INDEX, WEIGHTS, Checkpoint, decoding_config, weight_shapes
+from dllm_var.checkpoints.quantised import QUANTIZATION, pack, scale_of, write_quantization
 from dllm_var.errors import UserError
 from dllm_var.files import write_atomically, write_text
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.lora import Lora, is_adapter
+from dllm_var.model.quantised import QuantizeName
 from dllm_var.model.transformer import Transformer
 from dllm_var.text.tokenizer import Tokenizer
 
@@ -91,12 +93,14 @@ def export_checkpoint(
     output: Path,
     decoding: dict[str, Any],
     dtype: torch.dtype | None = None,
+    quantize: QuantizeName | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> TransformerConfig:
     """Writes a checkpoint as a model of a published family, a shard at a time; the folder appears when it is complete.
 
     `decoding` is how the model is meant to be decoded (`block_length`, `threshold`), kept beside the weights; `dtype`
-    converts them, where None leaves their type. Returns the settings of the model that was written.
+    converts them, where None leaves their type, and `quantize` rounds the matrices of the layers. Returns the settings
+    of the model that was written.
     """
     from huggingface_hub import split_torch_state_dict_into_shards  # slow to import
 
@@ -114,18 +118,34 @@ def export_checkpoint(
     values[EXTRAS] = {**checkpoint.meta, **values[EXTRAS], **decoding}
     ids = {"eos_token_id": list(tokenizer.terminator_ids), "pad_token_id": tokenizer.pad_id}
     settings = {CONFIG: values, "generation_config.json": {**ids, "mask_token_id": tokenizer.mask_id, **decoding}}
-    shapes = weight_shapes(config)
-    names = {family.theirs(name): name for name in shapes}
-    outline = {theirs: torch.empty(shapes[ours], dtype=kind, device="meta") for theirs, ours in names.items()}
+    shapes, integers = weight_shapes(config), checkpoint.stored_as(quantize)
+    quantised = weight_shapes(config, integers=integers)
+    if integers is not None:
+        values[QUANTIZATION] = write_quantization(integers, [family.theirs("lm_head")])
+    like = torch.empty(0, dtype=kind)
+    outline = {
+        name: torch.empty(quantised[name], dtype=torch.uint8 if scale_of(name) in quantised else kind, device="meta")
+        for name in shapes
+    }
     shards = split_torch_state_dict_into_shards(outline, max_shard_size=shard_bytes)
-    if shards.is_sharded:
-        settings[INDEX] = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+    weight_map: dict[str, str] = {}
+    total = 0
     with write_atomically(output) as partial:
         for file, held in shards.filename_to_tensors.items():
-            weights = {theirs: checkpoint.weight(names[theirs], shapes[names[theirs]]) for theirs in held}
-            if dtype is not None:
-                weights = {theirs: weight.to(dtype) for theirs, weight in weights.items()}
+            weights: dict[str, Tensor] = {}
+            for name in held:
+                theirs = family.theirs(name)
+                if integers is not None and scale_of(name) in quantised:
+                    packed = pack(*checkpoint.integers(name, shapes[name], integers, like))
+                    weights |= {theirs.removesuffix(".weight") + end: part for end, part in packed.items()}
+                else:
+                    weight = checkpoint.weight(name, shapes[name])
+                    weights[theirs] = weight if dtype is None else weight.to(dtype)
             save_tensors(weights, partial / file)
+            weight_map |= dict.fromkeys(weights, file)
+            total += sum(weight.nbytes for weight in weights.values())
+        if shards.is_sharded:
+            settings[INDEX] = {"metadata": {"total_size": total}, "weight_map": weight_map}
         tokenizer.save(partial)
         for file, content in settings.items():
             (partial / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

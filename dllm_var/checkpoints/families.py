@@ -25,6 +25,7 @@ DESCRIPTIVE |= {"output_attentions", "output_hidden_states", "return_dict", "tor
 DESCRIPTIVE |= {"chunk_size_feed_forward", "max_window_layers", "sliding_window"}  # the window of models that use it
 DESCRIPTIVE |= {"alibi_bias_max", "attention_layer_norm_with_affine", "flash_attention", "mlp_ratio", "precision"}
 DESCRIPTIVE |= {"init_cutoff_factor", "init_device", "init_fn"}
+DESCRIPTIVE |= {"quantization_config"}  # read where the weights are
 
 
 @dataclass(frozen=True)

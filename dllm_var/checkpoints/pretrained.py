@@ -25,12 +25,21 @@ from dllm_var.checkpoints.adapters import (
 )
 from dllm_var.checkpoints.archive import is_shard_folder, read_state, read_weights
 from dllm_var.checkpoints.families import EXTRAS, family_of, read_config, read_settings
+from dllm_var.checkpoints.quantised import (
+    QUANTIZATION,
+    dequantised,
+    read_numbers,
+    read_quantization,
+    scale_of,
+    unpacked,
+)
 from dllm_var.checkpoints.run_checkpoint import check_or_offer, newest_checkpoint, read_identity, step_of
 from dllm_var.errors import UserError, one_line
 from dllm_var.files import fits, read_object
 from dllm_var.model.config import SIZES, TransformerConfig
 from dllm_var.model.initialise import fill
 from dllm_var.model.lora import Lora, add_adapters, is_adapter, plain_name
+from dllm_var.model.quantised import KINDS, Integers, QuantisedLinear, QuantizeName, quantise, quantise_layers
 from dllm_var.model.transformer import Transformer
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.text.tokenizer_files import TOKENIZER_FILES, download, is_hub_name
@@ -46,18 +55,23 @@ Readers = dict[str, Callable[[], Tensor]]  # of weights by name; each weight is 
 
 
 def load_checkpoint(
-    path: "str | Path | Checkpoint", device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path: "str | Path | Checkpoint",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    quantize: QuantizeName | None = None,
 ) -> tuple[Transformer, Tokenizer, dict[str, Any]]:
     """Loads a checkpoint to decode with: the transformer, its tokenizer, and what else it remembers (`sampler`, ...).
 
     `path` is a run folder, a `.ckpt`, a folder with `config.json` (our own or that of a published model, see
     docs/checkpoints.md), a published model's name on the hub, or what `open_checkpoint` returned. `dtype` converts the
-    weights. A published model without a mask token gets one. Raises UserError for what is missing, damaged or not fully
+    weights, and `quantize` keeps the matrices of the layers in 8 or 4 bits, as those of a quantised folder always are.
+    A published model without a mask token gets one. Raises UserError for what is missing, damaged or not fully
     understood.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     tokenizer = checkpoint.load_tokenizer()
-    return _load(checkpoint, decoding_config(checkpoint, tokenizer), device, dtype), tokenizer, checkpoint.meta
+    model = _load(checkpoint, decoding_config(checkpoint, tokenizer), device, dtype, quantize)
+    return model, tokenizer, checkpoint.meta
 
 
 def load_pretrained(path: str | Path, causal: bool = False) -> Transformer:
@@ -76,10 +90,14 @@ def _load(
     config: TransformerConfig,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    quantize: QuantizeName | None = None,
 ) -> Transformer:
     """Builds a transformer without weights, fills it one weight at a time and lays them out for decoding."""
+    integers = checkpoint.stored_as(quantize)
     with torch.device("meta"):
         transformer = Transformer(config)
+    if integers is not None:
+        quantise_layers(transformer.layers, integers)
     if checkpoint.lora is not None:
         add_adapters(transformer, checkpoint.lora)
     transformer.to(dtype or checkpoint.dtype)
@@ -92,10 +110,21 @@ def _load(
 
 @torch.no_grad()
 def copy_weights(transformer: Transformer, checkpoint: "Checkpoint") -> None:
-    """Fills the transformer's weights, which may be sharded, one at a time; adapters that it lacks keep theirs."""
+    """Fills the transformer's weights, which may be sharded, one at a time; adapters that it lacks keep theirs.
+
+    Quantised ones are taken over from a checkpoint that has such, else they are rounded.
+    """
     own = {plain_name(name): value for name, value in transformer.state_dict().items()}
+    modules = {plain_name(f"{name}.weight"): module for name, module in transformer.named_modules()}
     for name in weight_shapes(transformer.config, checkpoint.lora):
-        fill(own[name], checkpoint.weight(name, list(own[name].shape)))
+        matrix = modules.get(name)
+        if isinstance(matrix, QuantisedLinear):
+            shape = [matrix.out_features, matrix.in_features]
+            weight, scale = checkpoint.integers(name, shape, matrix.integers, matrix.scale)
+            matrix.weight.copy_(weight)
+            matrix.scale.copy_(scale)
+        else:
+            fill(own[name], checkpoint.weight(name, list(own[name].shape)))
 
 
 def decoding_config(checkpoint: "Checkpoint", tokenizer: Tokenizer) -> TransformerConfig:
@@ -127,6 +156,7 @@ class Checkpoint:
     published: bool = False  # others wrote it, so that it says nothing about how we are to read it
     rows: int | None = None  # tokens that its embedding has, when the config, an adapter's, has more
     lora: Lora | None = None  # adapters on masks only, which are among the weights; all others are merged into them
+    quantised: Integers | None = None  # how `weights` has the matrices of the layers
 
     @property
     def dtype(self) -> torch.dtype:
@@ -137,7 +167,30 @@ class Checkpoint:
 
         Embedding and head of a published model get rows for tokens that it does not have: the mean of the others.
         """
-        value = self.weights[name]()
+        return self._checked(name, read_numbers(self.weights, name), shape)
+
+    def stored_as(self, quantize: QuantizeName | None) -> Integers | None:
+        """Returns how a model of this checkpoint keeps the matrices of its layers, None for as they are."""
+        if quantize is None or self.quantised is None:
+            return self.quantised if quantize is None else KINDS[quantize]
+        if KINDS[quantize].bits != self.quantised.bits:
+            raise UserError(
+                f"{self.place} has weights of {self.quantised.bits} bits already: leave out the setting quantize "
+                f"{quantize}, or start from the checkpoint that they were made of"
+            )
+        return self.quantised
+
+    def integers(self, name: str, shape: list[int], integers: Integers, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Reads a matrix as integers and scales of the type of `like`; one that is not quantised is rounded there."""
+        if self.quantised is None:
+            return quantise(self.weight(name, shape).to(like), integers)
+        weight, scale = self.weights[name](), self.weights[scale_of(name)]()
+        packed, scales = integers.shapes(*shape)
+        if list(weight.shape) != packed:
+            raise UserError(f"{self.place}: weight {name} has shape {list(weight.shape)}, the config says {packed}")
+        return weight, self._checked(scale_of(name), scale, scales).to(like.dtype)
+
+    def _checked(self, name: str, value: Tensor, shape: list[int]) -> Tensor:
         if value.dtype not in FLOATING:
             raise UserError(f"{self.place}: weight {name} is of type {value.dtype}, which cannot be computed with")
         more = shape[0] - (self.rows or self.config.vocab_size or 0)
@@ -207,9 +260,13 @@ def _open_folder(folder: Path) -> Checkpoint:
     if lora is not None:
         files.append(folder / ADAPTER_FOLDER / ADAPTER_WEIGHTS)
     weights = {named_as_in_model(name): read for file in files for name, read in _open_tensors(file).items()}
-    weights = _matched(config, weights, sum(file.stat().st_size for file in files), folder, family.theirs, lora)
+    integers = read_quantization(values.get(QUANTIZATION), folder / CONFIG)
+    if integers is not None:
+        weights = unpacked(weights, integers)
+    size = sum(file.stat().st_size for file in files)
+    weights = _matched(config, weights, size, folder, family.theirs, lora, integers)
     tokenizer = partial(Tokenizer.from_pretrained, folder)
-    return Checkpoint(folder, config, weights, tokenizer, _meta(extras), extras is None, lora=lora)
+    return Checkpoint(folder, config, weights, tokenizer, _meta(extras), extras is None, lora=lora, quantised=integers)
 
 
 def _meta(ours: dict[str, Any] | None) -> dict[str, Any]:
@@ -228,7 +285,8 @@ def _open_adapter(folder: Path, adapters: tuple[Path, ...]) -> Checkpoint:
     elif base.lora is not None:
         raise UserError(f"the adapter {folder} cannot be merged into {path}, which has adapters on masks only")
     else:
-        weights = merge_adapters({**base.weights, **own}, settings.scaling)
+        weights = merge_adapters({**dequantised(base.weights), **own}, settings.scaling)
+        base = replace(base, quantised=None)
     if not (folder / CONFIG).is_file():  # peft's own
         return replace(base, place=folder, weights=weights, lora=lora)
     values = read_object(folder / CONFIG)
@@ -252,11 +310,15 @@ def _open_run_checkpoint(path: Path) -> Checkpoint:
         raise UserError(f"{path} holds no weights: its 'state_dict' is not a dictionary of tensors")
     own = {plain_name(name): value.detach for name, value in state.items() if name.startswith(PREFIX)}
     weights = {name.removeprefix(PREFIX): read for name, read in own.items()}
+    numbers = dequantised(weights)
+    halves = 2 if len(numbers) < len(weights) else 1  # of a byte, which a number takes at least
+    weights = numbers
     config, lora = read_settings(ours.get("transformer"), path), read_lora(ours.get("lora"), path)
     if lora is not None and not lora.on_masks_only:
         weights, lora = merge_adapters(weights, lora.scaling), None
     parts = [part for part in path.rglob("*") if part.is_file()] if path.is_dir() else [path]
-    weights = _matched(config, weights, sum(part.stat().st_size for part in parts), path, lora=lora)
+    size = halves * sum(part.stat().st_size for part in parts)
+    weights = _matched(config, weights, size, path, lora=lora)
     tokenizer = partial(_tokenizer_of, ours.get("tokenizer"), path)
     return Checkpoint(path, config, weights, tokenizer, _meta(ours), lora=lora)
 
@@ -293,10 +355,14 @@ def _open_tensors(file: Path) -> Readers:
         raise UserError(f"cannot read {file}: {error}; it is damaged or missing: copy or export it again") from error
 
 
-def weight_shapes(config: TransformerConfig, lora: Lora | None = None) -> dict[str, list[int]]:
+def weight_shapes(
+    config: TransformerConfig, lora: Lora | None = None, integers: Integers | None = None
+) -> dict[str, list[int]]:
     """Returns names and shapes of the distinct weights of a transformer, adapters included; a tied head is none."""
     with torch.device("meta"):
         transformer = Transformer(config)
+    if integers is not None:
+        quantise_layers(transformer.layers, integers)
     if lora is not None:
         add_adapters(transformer, lora)
     weights = transformer.state_dict()
@@ -312,6 +378,7 @@ def _matched(
     place: Path,
     theirs: Callable[[str], str] = str,
     lora: Lora | None = None,
+    integers: Integers | None = None,
 ) -> Readers:
     """Returns the weights of a model under our names; nothing of its size is made before they are known to fit.
 
@@ -321,7 +388,7 @@ def _matched(
     for name in SIZES:
         if (getattr(config, name) or 0) > (len(weights) if name == "num_layers" else size):
             raise UserError(f"{place} has {name}={getattr(config, name)}, {beside}")
-    shapes = weight_shapes(config, lora)
+    shapes = weight_shapes(config, lora, integers)
     needed = sum(map(math.prod, shapes.values()))
     if needed > size:  # a number takes a byte at least
         raise UserError(f"{place} describes a model of {needed:,} weights, {beside}")

@@ -59,7 +59,7 @@ def load_model(options: Namespace, checkpoint: Checkpoint) -> tuple[Transformer,
     """Returns the model, where and in the type that the options say, and its tokenizer."""
     from dllm_var.checkpoints.pretrained import load_checkpoint
 
-    model, tokenizer, _ = load_checkpoint(checkpoint, *device_and_dtype(options))
+    model, tokenizer, _ = load_checkpoint(checkpoint, *device_and_dtype(options), options.quantize)
     if options.get("rope_scaling") is not None:
         from dllm_var.model.rotary import read_rope_scaling
 
@@ -84,6 +84,7 @@ def add_model_options(parser: SettingsParser) -> None:
     model = parser.add_argument_group("model")
     model.add_argument("--checkpoint", type=str, metavar="PATH", help="run folder, .ckpt file or exported folder")
     add_device_options(model)
+    add_quantize_option(model)
     rope = "read longer contexts: a factor on rope_theta (4), or trained and wanted length (4096:8192)"
     model.add_argument("--rope-scaling", type=str, metavar="X", help=rope)
 
@@ -94,6 +95,12 @@ def add_device_options(group: Any) -> None:
     group.add_argument("--device", type=str, metavar="NAME", help=device)
     dtype = "type of the weights and of the computation; the checkpoint's when not given"
     group.add_argument("--dtype", type=Literal["float32", "bfloat16", "float16"], help=dtype)
+
+
+def add_quantize_option(group: Any) -> None:
+    """Adds --quantize to a parser or a group of its options."""
+    quantize = "keep the layers' matrices in 8 or 4 bits; as the checkpoint has them when not given"
+    group.add_argument("--quantize", type=Literal["int8", "int4"], help=quantize)
 
 
 def add_chat_options(group: Any) -> None:

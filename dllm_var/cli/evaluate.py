@@ -20,6 +20,7 @@ from dllm_var.checkpoints.run_checkpoint import provenance
 from dllm_var.cli.decoding_options import (
     add_chat_options,
     add_device_options,
+    add_quantize_option,
     add_sampler_options,
     load_model,
     read_options,
@@ -103,6 +104,7 @@ def build_parser(command: str, sampler: dict[str, Any] | None) -> SettingsParser
     what = parser.add_argument_group("what to measure")
     what.add_argument("--checkpoint", type=str, metavar="PATH", help="run folder, .ckpt file or model folder")
     add_device_options(what)
+    add_quantize_option(what)
     what.add_argument("--tasks", nargs="+", type=str, metavar="NAME", help="names of tasks, or YAML files of tasks")
     what.add_argument("--include-path", type=str, metavar="FOLDER", help="folder with YAML files of further tasks")
     what.add_argument("--limit", type=float, metavar="N", help="documents per task; below 1 the share of them")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dllm_var.cli.decoding_options import add_quantize_option
 from dllm_var.errors import UserError
 from dllm_var.files import fits
 from dllm_var.settings import SettingsParser
@@ -17,7 +18,8 @@ DESCRIPTION = """Writes a checkpoint as the folder of a published model family: 
 template, mask token, terminators, and how to decode it. docs/checkpoints.md says which engine serves which format."""
 EXAMPLES = """examples:
   python -m dllm_var export --checkpoint runs/llada_8b_sft/version_0 --format llada --output llada-var --dtype bfloat16
-  python -m dllm_var export --checkpoint checkpoints/cmudict --format llama --output cmudict-llama"""
+  python -m dllm_var export --checkpoint checkpoints/cmudict --format llama --output cmudict-llama
+  python -m dllm_var export --checkpoint GSAI-ML/LLaDA-8B-Instruct --format llada --quantize int4 --output llada-int4"""
 
 
 def main(command: str, arguments: list[str]) -> int:
@@ -38,7 +40,8 @@ def main(command: str, arguments: list[str]) -> int:
     sampler, decoding = decoding_settings(checkpoint, options.block_length, options.threshold)
     checkpoint = replace(checkpoint, meta={**checkpoint.meta, "sampler": sampler})
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    config = export_checkpoint(checkpoint, FORMATS[options.format], Path(options.output), decoding, dtype)
+    family, output = FORMATS[options.format], Path(options.output)
+    config = export_checkpoint(checkpoint, family, output, decoding, dtype, options.quantize)
     print(
         f"{options.output}: {options.format}, {config.num_layers} layers of width {config.hidden_size}, "
         f"mask {config.mask_id}, terminators {', '.join(map(str, config.terminator_ids or []))}"
@@ -55,6 +58,7 @@ def build_parser(command: str) -> SettingsParser:
     parser.add_argument("--output", type=str, metavar="FOLDER", help="where to; must not exist yet")
     dtypes = Literal["float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", type=dtypes, help="type of the weights; as they are when not given")
+    add_quantize_option(parser)
     parser.add_argument("--block-length", type=int, metavar="N", help="tokens decoded together; else the sampler's")
     confidence = "confidence from which tokens are committed; else the sampler's"
     parser.add_argument("--threshold", type=float, metavar="P", help=confidence)

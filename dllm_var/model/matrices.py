@@ -19,7 +19,8 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.base_layer, self.scaling, self.dropout = base_layer, scaling, nn.Dropout(dropout)
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-        like: Any = {"bias": False, "device": base_layer.weight.device, "dtype": base_layer.weight.dtype}
+        weight: Any = getattr(base_layer, "scale", base_layer.weight)  # of integers, the type that they stand for
+        like: Any = {"bias": False, "device": weight.device, "dtype": weight.dtype}
         self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, r, **like)})
         self.lora_B = nn.ModuleDict({"default": nn.Linear(r, base_layer.out_features, **like)})
 

@@ -19,6 +19,7 @@ from dllm_var.model.context_parallel import RowPart
 from dllm_var.model.initialise import initialise
 from dllm_var.model.kv_cache import KVCache
 from dllm_var.model.matrices import Fused, by_columns, project, usable
+from dllm_var.model.quantised import QuantisedLinear
 from dllm_var.model.rotary import RotaryTable, rotate
 
 Recompute = Literal["none", "full", "selective"]
@@ -36,6 +37,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
     enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if enabled else x.dtype
+
+
+def in_matrices(module: nn.Module) -> int:
+    """Returns the number of weights in the matrices of a module, adapters included."""
+    matrices = (part for part in module.modules() if isinstance(part, nn.Linear))
+    return sum(matrix.in_features * matrix.out_features for matrix in matrices)
 
 
 def left_neighbours(input_ids: Tensor, segment_ids: Tensor | None) -> Tensor:
@@ -212,7 +219,12 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embedding.weight
 
     def fuse_projections(self) -> None:
-        """Lays out the weights for decoding: without gradients, q, k and v are one product, gate and up another."""
+        """Lays out the weights for decoding: without gradients, q, k and v are one product, gate and up another.
+
+        Quantised ones stay as they are: they are turned into numbers a part at a time.
+        """
+        if any(isinstance(module, QuantisedLinear) for module in self.layers.modules()):
+            return
         for layer in self.layers:
             attention: Any = layer.self_attn
             mlp: Any = layer.mlp
@@ -370,8 +382,10 @@ class Transformer(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        """Number of distinct weights."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Number of distinct weights; of a quantised matrix as many as it stands for."""
+        stored = [module for module in self.modules() if isinstance(module, QuantisedLinear)]
+        more = sum(one.in_features * one.out_features - one.weight.numel() - one.scale.numel() for one in stored)
+        return sum(parameter.numel() for parameter in self.parameters()) + more
 
     def flops_per_token(self, context_length: int, head_share: float = 1.0) -> float:
         """Returns forward plus backward FLOPs per token: 6 per matrix weight and 12 L d per layer of attention.
@@ -381,10 +395,9 @@ class Transformer(nn.Module):
         """
         config = self.config
         assert config.head_dim is not None
-        in_layers = sum(p.numel() for p in self.layers.parameters() if p.dim() == 2)
         last: Any = self.layers[-1]
-        after_attention = [*last.self_attn.o_proj.parameters(), *last.mlp.parameters()]
-        in_layers -= sum(p.numel() for p in after_attention if p.dim() == 2) * (1 - head_share)
+        after_attention = in_matrices(last.self_attn.o_proj) + in_matrices(last.mlp)
+        in_layers = in_matrices(self.layers) - after_attention * (1 - head_share)
         head = self.lm_head.weight.numel() * head_share
         attention = config.num_layers * 12 * context_length * config.num_heads * config.head_dim
         return 6 * (in_layers + head) + attention / (2 if config.causal else 1)
