@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dllm_var.errors import UserError
+from dllm_var.model.experts import refuse_experts
 from dllm_var.model.transformer import Transformer
 
 # Compute capability from which there are such products: Ada and Hopper, and Hopper for scales by the row.
@@ -49,8 +50,9 @@ def use_float8(transformer: Transformer, float8: Float8) -> None:
     """Makes matrix products of the layers 8-bit ones, in place; names and types of the weights stay.
 
     The transformer may be on the meta device, and must not have been sharded, compiled or given adapters. Raises
-    UserError when no matrix has sides that the hardware can do.
+    UserError when no matrix has sides that the hardware can do, or the model has experts.
     """
+    refuse_experts(transformer.config, "model.float8")
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     names = float8_matrices(transformer)

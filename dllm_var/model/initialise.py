@@ -37,7 +37,7 @@ def initialise(module: nn.Module, config: TransformerConfig, seed: int) -> None:
         sizes = [parameter.shape[0] for parameter in parameters]
         values = torch.zeros((sum(sizes), *parameters[0].shape[1:]), device="cpu")
         if values.dim() > 1:
-            residual = key.endswith(("attention.out.weight", "mlp.down.weight"))
+            residual = key.endswith(("attention.out.weight", "mlp.down.weight", "down_proj", "down_proj.weight"))
             std = config.initializer_range / (math.sqrt(2 * config.num_layers) if residual else 1)
             values.normal_(std=std, generator=named_generator(seed, key))
         elif not key.endswith("bias"):

@@ -8,6 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Returns the type in which products of `x` with matrices are computed; autocast may choose another than its own.
+
+    What several matrices read is brought into that type first, so that each does not cast it anew.
+    """
+    kind = x.device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled else x.dtype
+
+
 class AdaptedLinear(nn.Module):
     """A matrix with a low-rank adapter (LoRA) that adds to its products at mask positions only.
 

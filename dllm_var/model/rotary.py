@@ -13,13 +13,12 @@ class RotaryTable:
     """Cosines and sines of every position, computed once per device and grown on demand."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        assert config.head_dim is not None
-        self.head_dim, self.llama3 = config.head_dim, config.rope_llama3
+        self.turned, self.llama3 = config.rotary_dim, config.rope_llama3
         self.theta = config.rope_theta * config.rope_scaling
         self.cos = self.sin = torch.empty(0)
 
     def __call__(self, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Returns cos and signed sin, each [B, L, 1, head_dim], for `position_ids` [B, L], all below `length`."""
+        """Returns cos and signed sin, each [B, L, 1, rotary_dim], for `position_ids` [B, L], all below `length`."""
         self.reserve(length, position_ids.device)
         return self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)
 
@@ -30,17 +29,22 @@ class RotaryTable:
 
     def _grow(self, length: int, device: torch.device) -> None:
         with torch.inference_mode(False):  # the table outlives the request that first needs it
-            exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
+            exponents = torch.arange(0, self.turned, 2, dtype=torch.float32, device=device) / self.turned
             periods = self.theta**exponents
             periods = periods if self.llama3 is None else llama3_periods(periods, self.llama3)
             angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] / periods
             # Both halves of a head turn by the same angles (Llama's layout); the first half subtracts.
             self.cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
-            self.sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)  # [length, head_dim]
+            self.sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)  # [length, rotary_dim]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, full_precision: bool) -> Tensor:
-    """Turns heads [B, L, heads, head_dim] by the angles of a `RotaryTable`, in float32 at least if `full_precision`."""
+    """Turns heads [B, L, heads, head_dim] by the angles of a `RotaryTable`, in float32 at least if `full_precision`.
+
+    Where the table is narrower than a head, only the first dimensions turn.
+    """
+    if (turned := cos.size(-1)) < x.size(-1):
+        return torch.cat((rotate(x[..., :turned], cos, sin, full_precision), x[..., turned:]), dim=-1)
     exact = x.to(torch.promote_types(x.dtype, cos.dtype)) if full_precision else x
     swapped = exact.roll(x.size(-1) // 2, dims=-1)
     return torch.addcmul(exact * cos.to(exact.dtype), swapped, sin.to(exact.dtype)).to(x.dtype)
@@ -79,10 +83,9 @@ def ntk_scaling(trained_length: int, target_length: int, head_dim: int, theta: f
 def read_rope_scaling(setting: str, config: TransformerConfig) -> float:
     """Returns the factor that `--rope-scaling` means: `4`, or `4096:8192` for trained and wanted length."""
     trained, colon, target = setting.partition(":")
-    assert config.head_dim is not None
     try:
         if colon:
-            return float(ntk_scaling(int(trained), int(target), config.head_dim, config.rope_theta))
+            return float(ntk_scaling(int(trained), int(target), config.rotary_dim, config.rope_theta))
         return float(trained)
     except ValueError as error:
         raise UserError(

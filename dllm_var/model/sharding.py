@@ -13,6 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
+from dllm_var.model.experts import refuse_experts
 from dllm_var.model.transformer import Transformer
 
 TENSOR_PARALLEL, DATA_PARALLEL = "tensor_parallel", "data_parallel"  # dimensions of Lightning's device mesh
@@ -35,9 +36,11 @@ QK_NORM_PLAN = {
 def tensor_parallel(transformer: Transformer, mesh: DeviceMesh) -> None:
     """Divides each layer and the vocabulary among the processes of a one-dimensional mesh, in place.
 
-    Hidden states stay whole. Raises UserError when the size of the mesh does not divide the heads or the features.
+    Hidden states stay whole. Raises UserError when the size of the mesh does not divide the heads or the features, or
+    the model has experts.
     """
     config, ranks = transformer.config, mesh.size()
+    refuse_experts(config, "trainer.strategy: tensor_parallel_size above 1")
     sizes = ("num_kv_heads", "num_heads", "intermediate_size")
     wrong = [f"does not divide model.transformer.{n} {getattr(config, n)}" for n in sizes if getattr(config, n) % ranks]
     if (ranks - 1) * -(-config.vocab_size // ranks) >= config.vocab_size:  # type: ignore[operator]

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -16,9 +15,11 @@ from dllm_var.model.attention import AttentionRule, Documents, Seen, attend
 from dllm_var.model.attention_kernels import kernels_for
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.context_parallel import RowPart
+from dllm_var.model.experts import ExpertLayer, Experts, Router
+from dllm_var.model.feed_forward import SwiGLU
 from dllm_var.model.initialise import initialise
 from dllm_var.model.kv_cache import KVCache
-from dllm_var.model.matrices import Fused, by_columns, project, usable
+from dllm_var.model.matrices import Fused, autocast_dtype, by_columns, project, usable
 from dllm_var.model.quantised import QuantisedLinear
 from dllm_var.model.rotary import RotaryTable, rotate
 
@@ -29,20 +30,12 @@ Recompute = Literal["none", "full", "selective"]
 EXPENSIVE = ("mm.default", "attention", "attn")
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """Returns the type in which products of `x` with matrices are computed; autocast may choose another than its own.
-
-    What several matrices read is brought into that type first, so that each does not cast it anew.
-    """
-    kind = x.device.type
-    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if enabled else x.dtype
-
-
 def in_matrices(module: nn.Module) -> int:
-    """Returns the number of weights in the matrices of a module, adapters included."""
+    """Returns the number of weights of a module's matrices, adapters included, by which one token is multiplied."""
+    chosen = sum(part.active_parameters for part in module.modules() if isinstance(part, Experts))
+    routers = sum(part.weight.numel() for part in module.modules() if isinstance(part, Router))
     matrices = (part for part in module.modules() if isinstance(part, nn.Linear))
-    return sum(matrix.in_features * matrix.out_features for matrix in matrices)
+    return chosen + routers + sum(matrix.in_features * matrix.out_features for matrix in matrices)
 
 
 def left_neighbours(input_ids: Tensor, segment_ids: Tensor | None) -> Tensor:
@@ -96,26 +89,6 @@ class Attention(nn.Module):
         return project(self.o_proj, mixed, context.on_asked_masks)
 
 
-class SwiGLU(nn.Module):
-    """The gated feed-forward layer of Llama (2002.05202)."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        assert config.intermediate_size is not None
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.fused: Fused | None = None
-
-    def forward(self, x: Tensor, on_masks: Tensor | None = None) -> Tensor:
-        x = x.to(autocast_dtype(x))
-        if (fused := usable(self.fused, self.gate_proj, self.up_proj)) is not None:
-            gate, up = fused(x, on_masks).chunk(2, dim=-1)
-        else:
-            gate, up = project(self.gate_proj, x, on_masks), project(self.up_proj, x, on_masks)
-        return project(self.down_proj, F.silu(gate) * up, on_masks)
-
-
 @dataclass
 class LayerContext:
     """What the layers of one forward share: rotary angles, what each token sees, and the cache.
@@ -149,14 +122,15 @@ def kept_in_memory(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Ch
 
 
 class Layer(nn.Module):
-    """One pre-norm transformer layer."""
+    """One pre-norm transformer layer, the one of that number; it has experts where the config says so."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, number: int) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = SwiGLU(config)
+        dense, inner = not config.has_experts(number), config.intermediate_size or 0
+        self.mlp: nn.Module = SwiGLU(config.hidden_size, inner) if dense else ExpertLayer(config)
         self.recompute: Recompute = "none"
 
     def forward(self, x: Tensor, context: LayerContext, layer: int) -> Tensor:
@@ -179,7 +153,7 @@ class Decoder(nn.Module):
         super().__init__()
         assert config.vocab_size is not None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
 
 
@@ -225,14 +199,16 @@ class Transformer(nn.Module):
         """
         if any(isinstance(module, QuantisedLinear) for module in self.layers.modules()):
             return
-        for layer in self.layers:
-            attention: Any = layer.self_attn
-            mlp: Any = layer.mlp
-            attention.fused = Fused(attention.q_proj, attention.k_proj, attention.v_proj)
-            mlp.fused = Fused(mlp.gate_proj, mlp.up_proj)
-            for matrix in (attention.o_proj, mlp.down_proj):
-                weight = getattr(matrix, "base_layer", matrix).weight
-                weight.data = by_columns(weight.data)
+        parts: Iterable[Any] = self.layers.modules()
+        for part in parts:
+            if isinstance(part, Attention):
+                part.fused, last = Fused(part.q_proj, part.k_proj, part.v_proj), part.o_proj
+            elif isinstance(part, SwiGLU):
+                part.fused, last = Fused(part.gate_proj, part.up_proj), part.down_proj
+            else:
+                continue
+            weight = getattr(last, "base_layer", last).weight
+            weight.data = by_columns(weight.data)
 
     def train(self, mode: bool = True) -> "Transformer":
         """Sets the mode; for training every weight gets memory of its own again, as fused optimizers need it."""
@@ -387,11 +363,17 @@ class Transformer(nn.Module):
         more = sum(one.in_features * one.out_features - one.weight.numel() - one.scale.numel() for one in stored)
         return sum(parameter.numel() for parameter in self.parameters()) + more
 
+    @property
+    def active_parameters(self) -> int:
+        """Number of weights that one token passes: of the experts, only those that are chosen for it."""
+        stacks = [part for part in self.modules() if isinstance(part, Experts)]
+        return self.num_parameters - sum(stack.num_parameters - stack.active_parameters for stack in stacks)
+
     def flops_per_token(self, context_length: int, head_share: float = 1.0) -> float:
         """Returns forward plus backward FLOPs per token: 6 per matrix weight and 12 L d per layer of attention.
 
-        Each token attends to `context_length` others. The output head, and what comes after the last layer's attention,
-        run on the share `head_share` of the tokens.
+        Of experts, those count that are chosen for a token. Each token attends to `context_length` others. The output
+        head, and what comes after the last layer's attention, run on the share `head_share` of the tokens.
         """
         config = self.config
         assert config.head_dim is not None

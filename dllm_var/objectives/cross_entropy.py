@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from dllm_var.model.matrices import autocast_dtype
 from dllm_var.model.sharding import VocabularySlice, vocabulary_slice
-from dllm_var.model.transformer import autocast_dtype
 
 LOGITS_PER_CHUNK = {"cpu": 1 << 24, "cuda": 1 << 27}  # float32 logits alive at a time: 64 and 512 MiB
 TILE = 128  # rows

@@ -233,7 +233,7 @@ class Muon(Optimizer):
             update = orthogonalise_as_placed(gradients.lerp(momentum, group["momentum"]), stack)
             weights = [local_part(p) for p in parameters]
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            scale = max(1.0, shape[0] / shape[1]) ** 0.5  # a tall matrix has fewer singular values than rows
+            scale = max(1.0, shape[-2] / shape[-1]) ** 0.5  # a tall matrix has fewer singular values than rows
             torch._foreach_add_(weights, list(update.unbind()), alpha=-group["lr"] * scale)
 
 
@@ -256,13 +256,13 @@ def orthogonalise_as_placed(matrices: Tensor, like: Tensor) -> Tensor:
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """Returns matrices [N, R, C] with all singular values brought near 1 by a quintic Newton-Schulz iteration."""
+    """Returns matrices [..., R, C] with all singular values brought near 1 by a quintic Newton-Schulz iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = (matrices.bfloat16() if matrices.is_cuda else matrices.float()).flatten(0, -3)
     wide = x.size(-2) <= x.size(-1)
     x = x if wide else x.mT
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if wide else x.mT).to(matrices.dtype)
+    return (x if wide else x.mT).to(matrices.dtype).view(matrices.shape)
