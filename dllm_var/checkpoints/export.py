@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dllm_var.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ON_MA
 from dllm_var.checkpoints.families import EXTRAS, Family, natural_family, write_config
 from dllm_var.checkpoints.pretrained import CONFIG, INDEX, WEIGHTS, Checkpoint, decoding_config, weight_shapes
 from dllm_var.checkpoints.quantised import QUANTIZATION, pack, scale_of, write_quantization
+from dllm_var.checkpoints.weight_layout import layout_of, stored, stored_shape
 from dllm_var.errors import UserError
 from dllm_var.files import write_atomically, write_text
 from dllm_var.model.config import TransformerConfig
@@ -123,23 +125,30 @@ def export_checkpoint(
     if integers is not None:
         values[QUANTIZATION] = write_quantization(integers, [family.theirs("lm_head")])
     like = torch.empty(0, dtype=kind)
+    layout = layout_of(family, shapes)
     outline = {
-        name: torch.empty(quantised[name], dtype=torch.uint8 if scale_of(name) in quantised else kind, device="meta")
-        for name in shapes
+        theirs: torch.empty(
+            stored_shape(parts, quantised),
+            dtype=torch.uint8 if scale_of(parts[0][0]) in quantised else kind,
+            device="meta",
+        )
+        for theirs, parts in layout.items()
     }
+    # A stack of experts is read once and written expert by expert.
+    read = lru_cache(maxsize=1)(lambda name: checkpoint.weight(name, shapes[name]))
     shards = split_torch_state_dict_into_shards(outline, max_shard_size=shard_bytes)
     weight_map: dict[str, str] = {}
     total = 0
     with write_atomically(output) as partial:
         for file, held in shards.filename_to_tensors.items():
             weights: dict[str, Tensor] = {}
-            for name in held:
-                theirs = family.theirs(name)
+            for theirs in held:
+                name = layout[theirs][0][0]
                 if integers is not None and scale_of(name) in quantised:
                     packed = pack(*checkpoint.integers(name, shapes[name], integers, like))
                     weights |= {theirs.removesuffix(".weight") + end: part for end, part in packed.items()}
                 else:
-                    weight = checkpoint.weight(name, shapes[name])
+                    weight = stored(layout[theirs], read)
                     weights[theirs] = weight if dtype is None else weight.to(dtype)
             save_tensors(weights, partial / file)
             weight_map |= dict.fromkeys(weights, file)

@@ -1,7 +1,8 @@
 """Families of published checkpoints: one table each of their settings and names of weights, read in both directions.
 
 The facts are those of the published `config.json` and safetensors files and of the classes that read them: LLaDA
-(arXiv 2502.09992), Dream (2508.15487), and Llama, Qwen2 and Qwen3 as transformers has them. Our weights have the names
+(arXiv 2502.09992), LLaDA-MoE (2509.24389), LLaDA2 (2512.15745), Dream (2508.15487), and Llama, Qwen2 and Qwen3 as
+transformers has them. Our weights have the names
 that transformers gives them. What is not fully understood is refused by name.
 """
 
@@ -26,6 +27,7 @@ DESCRIPTIVE |= {"chunk_size_feed_forward", "max_window_layers", "sliding_window"
 DESCRIPTIVE |= {"alibi_bias_max", "attention_layer_norm_with_affine", "flash_attention", "mlp_ratio", "precision"}
 DESCRIPTIVE |= {"init_cutoff_factor", "init_device", "init_fn"}
 DESCRIPTIVE |= {"quantization_config"}  # read where the weights are
+DESCRIPTIVE |= {"output_router_logits", "router_aux_loss_coef", "router_num_group", "router_topk_group", "rotary_dim"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class Family:
     # Keys, and the values under which the model computes what ours does; the first is written. A key may be left out
     # if one of its values is None, False or 0.
     fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    renamed: dict[str, str] = field(default_factory=dict)  # parts of our weights' names and its own, where they differ
+    # Parts of our weights' names and its own, where they differ. Several of ours under one of its names are one weight
+    # there, joined in our order.
+    renamed: dict[str, str] = field(default_factory=dict)
     causal: bool = True  # its models read left to right
     remote_code: tuple[str, str, str] | None = None  # a hub repository with its classes of config and model
 
@@ -154,19 +158,107 @@ LLADA = Family(
     causal=False,
     remote_code=("GSAI-ML/LLaDA-8B-Base", "configuration_llada.LLaDAConfig", "modeling_llada.LLaDAModelLM"),
 )
+_EXPERT_SETTINGS = {
+    **_SETTINGS,
+    "num_experts": ("num_experts", REQUIRED),
+    "experts_per_token": ("num_experts_per_tok", REQUIRED),
+    "norm_eps": ("rms_norm_eps", 1e-5),
+}
+_NO_DROPOUT = dict.fromkeys(("attention_dropout", "embedding_dropout", "output_dropout"), (0.0,))
+LLADA2 = Family(
+    "llada2_moe",
+    "LLaDA2MoeModelLM",
+    settings={
+        **_EXPERT_SETTINGS,
+        "head_dim": ("head_dim", None),
+        "partial_rotary_factor": ("partial_rotary_factor", 0.5),
+        "qkv_bias": ("use_qkv_bias", False),
+        "qk_norm": ("use_qk_norm", True),
+        "expert_intermediate_size": ("moe_intermediate_size", REQUIRED),
+        "shared_experts": ("num_shared_experts", 0),
+        "first_dense_layers": ("first_k_dense_replace", 0),
+        "router_scale": ("routed_scaling_factor", 2.5),
+        "expert_groups": ("n_group", 8),
+        "groups_per_token": ("topk_group", 4),
+    },
+    implied={
+        "rope_full_precision": False,
+        "token_shift": False,
+        **{"router": "sigmoid", "router_bias": True, "router_normalise": True},
+    },
+    fixed={
+        "hidden_act": ("silu",),
+        **_NO_DROPOUT,
+        "score_function": ("sigmoid", None),
+        "moe_router_enable_expert_bias": (True, None),
+        "norm_topk_prob": (True, None),
+        "router_dtype": ("fp32", None),
+        "use_rmsnorm": (True, None),
+        **dict.fromkeys(("use_bias", "norm_head", "norm_softmax", "use_sliding_window"), (False,)),
+        "using_split_qkv_in_self_attention": (False,),
+    },
+    renamed={
+        "model.embed_tokens": "model.word_embeddings",
+        **{f"self_attn.{name}_proj": "attention.query_key_value" for name in "qkv"},
+        "self_attn.q_norm": "attention.query_layernorm",
+        "self_attn.k_norm": "attention.key_layernorm",
+        "self_attn.o_proj": "attention.dense",
+    },
+    causal=False,
+    remote_code=(
+        "inclusionAI/LLaDA2.0-mini",
+        "configuration_llada2_moe.LLaDA2MoeConfig",
+        "modeling_llada2_moe.LLaDA2MoeModelLM",
+    ),
+)
+LLADA_MOE = Family(  # its config.json has the model_type of LLaDA
+    "llada",
+    "LLaDAMoEModelLM",
+    settings={
+        **_EXPERT_SETTINGS,
+        "num_kv_heads": ("num_key_value_heads", None),
+        "intermediate_size": ("dense_intermediate_size", None),
+        "partial_rotary_factor": ("partial_rotary_factor", 1.0),
+        "qk_norm": ("qk_layernorm", False),
+        "expert_intermediate_size": ("expert_intermediate_size", REQUIRED),
+    },
+    implied={
+        **{"qkv_bias": False, "rope_full_precision": False, "token_shift": False, "first_dense_layers": 0},
+        **{"shared_experts": 0, "router": "softmax", "router_bias": False, "router_normalise": False},
+        **{"router_scale": 1.0, "expert_groups": 1, "groups_per_token": 1},
+    },
+    fixed={
+        "hidden_act": ("silu",),
+        "moe_layer_freq": (1,),
+        "moe_router_score_function": ("softmax", None),
+        "routed_scaling_factor": (1.0, None),
+        **dict.fromkeys(("attention_bias", "moe_router_enable_expert_bias"), (False,)),
+        "norm_topk_prob": (None, False),
+        "attention_dropout": (0.0,),
+        **dict.fromkeys(("clip_qkv", "shared_expert_intermediate_size"), (None,)),
+    },
+    causal=False,
+    remote_code=(
+        "inclusionAI/LLaDA-MoE-7B-A1B-Base",
+        "configuration_lladamoe.LLaDAConfig",
+        "modeling_lladamoe.LLaDAMoEModelLM",
+    ),
+)
 # A model that no published family has, such as one with biases and norms of heads; transformers does not open it.
 OTHER = Family("dllm_var", "Transformer")
 
 FORMATS = {family.model_type.lower(): family for family in (LLADA, DREAM, LLAMA, QWEN2, QWEN3)}
+FORMATS |= {"llada2": LLADA2, "llada_moe": LLADA_MOE}
 
 
 def family_of(values: dict[str, Any], file: Path) -> Family:
     """Returns the family of the values of a `config.json`; raises UserError when it is none of ours."""
-    for family in (*FORMATS.values(), OTHER):
-        if values.get("model_type") == family.model_type:
-            return family
-    known = ", ".join(family.model_type for family in FORMATS.values())
-    raise UserError(f"{file} is of model_type {values.get('model_type')!r}; dense models of {known} can be loaded")
+    families = [family for family in (*FORMATS.values(), OTHER) if values.get("model_type") == family.model_type]
+    if not families:
+        known = ", ".join(dict.fromkeys(family.model_type for family in FORMATS.values()))
+        raise UserError(f"{file} is of model_type {values.get('model_type')!r}; models of {known} can be loaded")
+    alike = (family for family in families if ("num_experts" in family.settings) == ("num_experts" in values))
+    return next(alike, families[0])
 
 
 def read_config(values: dict[str, Any], file: Path) -> TransformerConfig:
@@ -240,7 +332,7 @@ def _read_rope(values: dict[str, Any], file: Path) -> dict[str, Any]:
     if not all(isinstance(part, dict) for part in given):
         raise UserError(f"{file} has rope_scaling or rope_parameters that are no settings by name")
     rope = {**given[0], **given[1]}
-    if rope.get("partial_rotary_factor") == 1.0:  # all of each head turns, as it does here
+    if rope.get("partial_rotary_factor") == values.get("partial_rotary_factor", 1.0):  # read as a key of its own
         del rope["partial_rotary_factor"]
     theta = rope.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0  # transformers' default
     kind = rope.pop("rope_type", "default")
@@ -268,9 +360,12 @@ def write_config(family: Family, config: TransformerConfig, dtype: str) -> dict[
         return {**values, "torch_dtype": dtype, EXTRAS: {"transformer": ours}}
     reason = _inexpressible(family, config)
     if reason is not None:
-        raise UserError(f"--format {family.model_type.lower()} cannot hold this model: {reason}")
+        name = next(name for name, known in FORMATS.items() if known is family)
+        raise UserError(f"--format {name} cannot hold this model: {reason}")
     values |= {key: ours[name] for name, (key, _) in family.settings.items() if ours[name] is not None}
     values |= {key: allowed[0] for key, allowed in family.fixed.items() if allowed[0] is not None}
+    if "moe_layer_freq" in family.fixed:
+        values["moe_layer_freq"] = [1] * config.num_layers  # each has experts
     values |= {"vocab_size": config.vocab_size, "rope_theta": config.rope_theta * config.rope_scaling}
     ends = config.terminator_ids or []
     reads_left = config.causal or config.causal_context  # a causal context is read so until a block is denoised
@@ -297,6 +392,13 @@ def _inexpressible(family: Family, config: TransformerConfig) -> str | None:
     for name, value in family.implied.items():
         if getattr(config, name) != value:
             return f"its models have {name}={value}, this one {getattr(config, name)}"
+    if config.num_experts is not None and "num_experts" not in family.settings:
+        return f"its models have no experts, this one {config.num_experts}"
+    if config.partial_rotary_factor != 1 and "partial_rotary_factor" not in family.settings:
+        return f"all of a head turns with the position, here a share of {config.partial_rotary_factor}"
+    for name, (_, default) in family.settings.items():
+        if default is REQUIRED and getattr(config, name) is None and name != "mask_id":
+            return f"its models have {name}, this one none"
     width = config.num_heads * (config.head_dim or 0)
     if "head_dim" not in family.settings and width != config.hidden_size:
         return f"its heads share hidden_size {config.hidden_size} evenly, this one's take {width}"

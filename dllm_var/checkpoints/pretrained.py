@@ -24,7 +24,6 @@ from dllm_var.checkpoints.adapters import (
     read_lora,
 )
 from dllm_var.checkpoints.archive import is_shard_folder, read_state, read_weights
-from dllm_var.checkpoints.families import EXTRAS, family_of, read_config, read_settings
 from dllm_var.checkpoints.quantised import (
     QUANTIZATION,
     dequantised,
@@ -33,10 +32,13 @@ from dllm_var.checkpoints.quantised import (
     scale_of,
     unpacked,
 )
+from dllm_var.checkpoints.families import EXTRAS, OTHER, Family, family_of, read_config, read_settings
 from dllm_var.checkpoints.run_checkpoint import check_or_offer, newest_checkpoint, read_identity, step_of
+from dllm_var.checkpoints.weight_layout import as_ours, layout_of
 from dllm_var.errors import UserError, one_line
 from dllm_var.files import fits, read_object
 from dllm_var.model.config import SIZES, TransformerConfig
+from dllm_var.model.experts import refuse_experts
 from dllm_var.model.initialise import fill
 from dllm_var.model.lora import Lora, add_adapters, is_adapter, plain_name
 from dllm_var.model.quantised import KINDS, Integers, QuantisedLinear, QuantizeName, quantise, quantise_layers
@@ -171,6 +173,8 @@ class Checkpoint:
 
     def stored_as(self, quantize: QuantizeName | None) -> Integers | None:
         """Returns how a model of this checkpoint keeps the matrices of its layers, None for as they are."""
+        if quantize is not None:
+            refuse_experts(self.config, f"the setting quantize {quantize}")
         if quantize is None or self.quantised is None:
             return self.quantised if quantize is None else KINDS[quantize]
         if KINDS[quantize].bits != self.quantised.bits:
@@ -262,9 +266,10 @@ def _open_folder(folder: Path) -> Checkpoint:
     weights = {named_as_in_model(name): read for file in files for name, read in _open_tensors(file).items()}
     integers = read_quantization(values.get(QUANTIZATION), folder / CONFIG)
     if integers is not None:
+        refuse_experts(config, f"{QUANTIZATION} in {folder / CONFIG}")
         weights = unpacked(weights, integers)
     size = sum(file.stat().st_size for file in files)
-    weights = _matched(config, weights, size, folder, family.theirs, lora, integers)
+    weights = _matched(config, weights, size, folder, family, lora, integers)
     tokenizer = partial(Tokenizer.from_pretrained, folder)
     return Checkpoint(folder, config, weights, tokenizer, _meta(extras), extras is None, lora=lora, quantised=integers)
 
@@ -376,13 +381,13 @@ def _matched(
     weights: Readers,
     size: int,
     place: Path,
-    theirs: Callable[[str], str] = str,
+    family: Family = OTHER,
     lora: Lora | None = None,
     integers: Integers | None = None,
 ) -> Readers:
     """Returns the weights of a model under our names; nothing of its size is made before they are known to fit.
 
-    `size` is how many bytes the weights take on the disk; `theirs` gives the name that one of ours has there.
+    `size` is how many bytes the weights take on the disk, where they have the names of a family.
     """
     beside = f"and beside it are {len(weights):,} tensors of {size:,} bytes: config and weights do not belong together"
     for name in SIZES:
@@ -392,14 +397,15 @@ def _matched(
     needed = sum(map(math.prod, shapes.values()))
     if needed > size:  # a number takes a byte at least
         raise UserError(f"{place} describes a model of {needed:,} weights, {beside}")
-    ours = {theirs(name): name for name in (*shapes, "lm_head.weight")}
-    found = {ours.get(name, name): read for name, read in weights.items() if not name.endswith(".rotary_emb.inv_freq")}
-    head = found.pop("lm_head.weight", None) if config.tie_embeddings else None
-    missing, unknown = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
+    layout = layout_of(family, shapes)
+    found = {name: read for name, read in weights.items() if not name.endswith(".rotary_emb.inv_freq")}
+    head = found.pop(family.theirs("lm_head.weight"), None) if config.tie_embeddings else None
+    missing, unknown = sorted(layout.keys() - found.keys()), sorted(found.keys() - layout.keys())
     if missing:
         raise UserError(f"{place} lacks {len(missing)} weights of its config, such as {missing[0]}")
     if unknown:
         raise UserError(f"{place} has {len(unknown)} weights that its config does not name, such as {unknown[0]}")
+    found = as_ours(layout, shapes, found)
     if head is not None and not torch.equal(head(), found["model.embed_tokens.weight"]()):
         raise UserError(f"{place} ties lm_head.weight to the embedding, but holds another lm_head.weight")
     return found

@@ -54,7 +54,7 @@ def build_parser(command: str) -> SettingsParser:
     usage = "--checkpoint PATH --format NAME --output FOLDER [options]"
     parser = SettingsParser.of_command(command, usage, DESCRIPTION, EXAMPLES)
     parser.add_argument("--checkpoint", type=str, metavar="PATH", help="run folder, .ckpt file or model folder")
-    parser.add_argument("--format", type=str, metavar="NAME", help="model family: llada, dream, llama, qwen2 or qwen3")
+    parser.add_argument("--format", type=str, metavar="NAME", help="model family, such as llada, dream or qwen3")
     parser.add_argument("--output", type=str, metavar="FOLDER", help="where to; must not exist yet")
     dtypes = Literal["float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", type=dtypes, help="type of the weights; as they are when not given")

@@ -90,11 +90,12 @@ def plan(settings: dict[str, Any]) -> dict[str, Any]:
     embedding, head = transformer.embedding.weight, transformer.lm_head.weight
     parameters = {
         "embedding": embedding.numel(),
-        "block": sum(p.numel() for p in transformer.layers[0].parameters()),
+        "block": sum(p.numel() for p in transformer.layers[-1].parameters()),
         "blocks": sum(p.numel() for p in transformer.layers.parameters()),
         "head": 0 if head is embedding else head.numel(),
         "norm": transformer.model.norm.weight.numel(),
         "total": transformer.num_parameters,
+        "active": transformer.active_parameters,  # that one token passes: of experts, those chosen for it
     }
     flops_per_row = read * transformer.flops_per_token(read, scored / read)
     if model.get("lora"):
@@ -226,12 +227,14 @@ def report(result: dict[str, Any]) -> str:
     """Returns the figures as a table for people."""
     parameters, step, assumed, run = (result[part] for part in ("parameters", "step", "assumed", "run"))
     model, config = result["model"], result["this_config"]
-    trained = "" if parameters["trained"] == parameters["total"] else f"; trained {parameters['trained']:,}"
+    parts = [
+        f"; {name} {parameters[name]:,}" for name in ("active", "trained") if parameters[name] != parameters["total"]
+    ]
     lines = [
         f"model        {model['from']}: {model['num_layers']} layers of width {model['hidden_size']:,}, "
         f"{model['num_heads']} heads, {model['vocab_size']:,} tokens in the vocabulary",
         f"parameters   {parameters['total']:,}: embedding {parameters['embedding']:,}, "
-        f"blocks {parameters['blocks']:,}, head {parameters['head']:,}, norm {parameters['norm']:,}{trained}",
+        f"blocks {parameters['blocks']:,}, head {parameters['head']:,}, norm {parameters['norm']:,}{parts}",
         f"step         devices {step['devices']} x batches {step['accumulated']} x rows {step['rows']} x "
         f"{step['context_length']:,} tokens = {step['tokens']:,} tokens",
         f"row          {step['read']:,} tokens read, {step['scored']:,} scored "

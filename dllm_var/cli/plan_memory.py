@@ -23,15 +23,31 @@ def activation_bytes(config: TransformerConfig, tokens: int, precision: str, rec
     hidden, heads, kv_heads = sizes.hidden_size, sizes.num_heads, sizes.num_kv_heads
     queries_keys, width = (heads + kv_heads) * sizes.head_dim, 4 if precision == "32" else 2
     before_norms = queries_keys if sizes.qk_norm and precision == "32" else 0
-    kept = width * (2 * queries_keys + before_norms + 4 * sizes.intermediate_size + 2 * hidden)
+    kept = width * (2 * queries_keys + before_norms + 2 * hidden)
     kept += 4 * heads  # the logarithms of attention's sums
     kept += 16 * hidden + 8  # norms: the input and the normalised one, in 32 bits
     if sizes.qk_norm:
         kept += (4 if width == 4 else 8) * queries_keys + 4 * (heads + kv_heads)
+    layers = [
+        kept + _feed_forward_bytes(sizes, config.has_experts(number), width) for number in range(sizes.num_layers)
+    ]
     if not recompute:
-        return tokens * kept * sizes.num_layers
+        return tokens * sum(layers)
     residual = 2 if precision == "16-true" else 4
-    return tokens * (kept + residual * hidden * sizes.num_layers)
+    return tokens * (max(layers) + residual * hidden * sizes.num_layers)
+
+
+def _feed_forward_bytes(sizes: Any, experts: bool, width: int) -> int:
+    """Returns the bytes that are kept of a token's way through a feed-forward layer, or through its experts.
+
+    An expert gets a copy of the token, and its output is kept for the gradient of its weight.
+    """
+    if not experts:
+        return width * 4 * sizes.intermediate_size
+    inner, chosen = sizes.expert_intermediate_size, sizes.experts_per_token
+    routed = chosen * (width * (2 * sizes.hidden_size + 4 * inner) + 28)  # and its number, places and weight
+    router = 4 * sizes.num_experts + (4 * sizes.hidden_size if width == 2 else 0)  # in 32 bits
+    return routed + router + width * 4 * inner * sizes.shared_experts
 
 
 def device_memory(
@@ -45,18 +61,18 @@ def device_memory(
     (DeepSpeed) shards gradients and optimizer state. The model is on the meta device and has its adapters.
     """
     held, trained = model.num_parameters, sum(p.numel() for p in model.parameters() if p.requires_grad)
-    layers, in_layer = len(model.layers), list(model.layers[0].parameters())
-    layer, matrices = sum(p.numel() for p in in_layer), sum(p.numel() for p in in_layer if p.dim() == 2)
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
+    matrices = [sum(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in model.layers]
     width = 2 if precision == "16-true" else 4
     # Autocast multiplies by 16-bit copies, which autograd keeps: of all layers, or of the one that is computed again.
-    gathered = 2.0 * matrices * (1 if recompute else layers) if precision == "16-mixed" else 0
+    gathered = 2.0 * (max(matrices) if recompute else sum(matrices)) if precision == "16-mixed" else 0
     weights, gradients, optimizer = float(width * held), float(width * trained), 2.0 * width * trained
     if strategy == "ddp":
         gradients *= 2
     elif strategy == ONE_DEVICE:
         pass
     elif strategy == "fsdp2":
-        gathered += width * (held - layers * layer + 2 * layer) if devices > 1 else 0
+        gathered += width * (held - sum(layers) + 2 * max(layers)) if devices > 1 else 0
         weights, gradients, optimizer = weights / devices, gradients / devices, optimizer / devices
     else:
         width, master = (4, 0) if precision == "32" else (2, 4)

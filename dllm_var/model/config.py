@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 from dllm_var.errors import UserError
 
-SIZES = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size")
-SIZES += ("num_experts", "experts_per_token", "expert_intermediate_size")
+SIZES = (
+    *("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "vocab_size"),
+    *("num_experts", "experts_per_token", "expert_intermediate_size"),
+)
 EXPERT_MULTIPLE = 8  # of the sides of experts' matrices, which grouped products of 16-bit numbers ask for
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 

@@ -21,16 +21,14 @@ class Router(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         assert config.num_experts is not None and config.experts_per_token is not None
-        self.chosen, self.sigmoid, self.scaling = (
-            config.experts_per_token,
-            config.router == "sigmoid",
-            config.router_scale,
-        )
+        self.chosen, self.sigmoid = config.experts_per_token, config.router == "sigmoid"
         self.groups, self.groups_chosen = config.expert_groups, config.groups_per_token
+        self.scale = config.router_scale
         self.normalise = config.router_normalise and self.chosen > 1
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        bias = nn.Parameter(torch.empty(config.num_experts), requires_grad=False) if config.router_bias else None
-        self.register_parameter("expert_bias", bias)
+        self.expert_bias: nn.Parameter | None = None
+        if config.router_bias:
+            self.expert_bias = nn.Parameter(torch.empty(config.num_experts), requires_grad=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns numbers and weights of the experts of tokens [N, hidden], both [N, experts_per_token]."""

@@ -61,6 +61,14 @@ def test_activations_are_what_autograd_keeps(precision, qk_norm):
     assert activation_bytes(config, 3 * 32, precision) == pytest.approx(kept, rel=0.03)
 
 
+@pytest.mark.parametrize("precision", ["32", "16-true", "16-mixed"])
+def test_experts_keep_a_copy_of_each_token_they_get(precision):
+    experts = dict(num_experts=8, experts_per_token=3, expert_intermediate_size=40, shared_experts=2)
+    config = TransformerConfig(**SMALL, **experts, first_dense_layers=1, router="sigmoid", router_bias=True).resolved()
+    kept = kept_bytes(config, precision, 3, 32)
+    assert activation_bytes(config, 3 * 32, precision) == pytest.approx(kept, rel=0.05)
+
+
 def test_recomputation_keeps_the_inputs_of_the_layers_and_one_layer():
     config = TransformerConfig(**SMALL).resolved()
     one = activation_bytes(TransformerConfig(**{**SMALL, "num_layers": 1}).resolved(), 2 * 16, "16-mixed")

@@ -1,0 +1,177 @@
+"""Families with experts: the published forward written out, a lossless way back, and a name for what is not known."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from byte_tokenizer import write_byte_tokenizer
+from published import VOCABULARY
+from published_experts import (
+    LLADA2_CONFIG,
+    LLADA_MOE_CONFIG,
+    llada2_logits,
+    llada_moe_logits,
+    write_llada2,
+    write_llada_moe,
+)
+from safetensors.torch import load_file, save_file
+
+from dllm_var.checkpoints.export import export_checkpoint
+from dllm_var.checkpoints.families import FORMATS, read_config
+from dllm_var.checkpoints.pretrained import load_pretrained, open_checkpoint
+from dllm_var.errors import UserError
+from dllm_var.model import KVCache
+from dllm_var.text.tokenizer import Tokenizer
+
+IDS = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
+WRITERS = {"llada2": write_llada2, "llada_moe": write_llada_moe}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_qkv_bias": True, "num_shared_experts": 2, "first_k_dense_replace": 0},
+        {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "num_shared_experts": 0},
+    ],
+)
+@torch.no_grad()
+def test_llada2_computes_its_published_forward(changes, tmp_path):
+    weights = write_llada2(tmp_path, **changes)
+    model = load_pretrained(tmp_path)
+    expected = torch.stack([llada2_logits(weights, ids, **changes) for ids in IDS])
+    torch.testing.assert_close(model(IDS), expected, atol=1e-5, rtol=1e-5)
+    cache = KVCache(model.config, 2, 24, "cpu", torch.float32)
+    cache.open(24)
+    torch.testing.assert_close(model(IDS, cache=cache), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2, "num_experts_per_tok": 1}])
+@torch.no_grad()
+def test_llada_moe_computes_its_published_forward(changes, tmp_path):
+    weights = write_llada_moe(tmp_path, **changes)
+    expected = torch.stack([llada_moe_logits(weights, ids, **changes) for ids in IDS])
+    torch.testing.assert_close(load_pretrained(tmp_path)(IDS), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_export_has_the_published_keys_and_weights(name, tmp_path, byte_tokenizer):
+    """Other engines read these keys; a weight that was joined or stacked on the way comes out as it was."""
+    changes = {"vocab_size": byte_tokenizer.vocab_size, "pad_token_id": byte_tokenizer.pad_id}
+    changes["eos_token_id"] = byte_tokenizer.terminator_id
+    weights = WRITERS[name](tmp_path / "in", **changes)
+    byte_tokenizer.save(tmp_path / "in")
+    for shard_bytes in (10**9, 5_000):
+        out = tmp_path / str(shard_bytes)
+        export_checkpoint(open_checkpoint(tmp_path / "in"), FORMATS[name], out, {}, shard_bytes=shard_bytes)
+        files = sorted(out.glob("*.safetensors"))
+        written = {key: value for file in files for key, value in load_file(file).items()}
+        assert written.keys() == weights.keys() and all(torch.equal(written[key], weights[key]) for key in weights)
+        assert (len(files) > 3) == (shard_bytes < 10**9)
+    published, ours = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("in", "5000"))
+    unsaid = {"dtype", "transformers_version", "auto_map", "output_router_logits", "rotary_dim", "sliding_window"}
+    unsaid |= {"max_window_layers", "router_aux_loss_coef"}  # change nothing
+    assert {key: ours.get(key) for key in published.keys() - unsaid} == {
+        key: published[key] for key in published.keys() - unsaid
+    }
+    model, again = load_pretrained(tmp_path / "in"), load_pretrained(tmp_path / "5000")
+    assert torch.equal(model(IDS), again(IDS))
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory):
+    return Tokenizer.from_pretrained(write_byte_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+REFUSED = [
+    ("llada2", dict(colour="red"), "colour='red'"),
+    ("llada2", dict(image_token_offset=157184), "image_token_offset=157184"),
+    ("llada2", dict(score_function="softmax"), "score_function='softmax'"),
+    ("llada2", dict(num_experts=...), "no num_experts"),
+    ("llada2", dict(num_experts=2.5), "num_experts=2.5"),
+    ("llada2", dict(num_experts=10**9), "num_experts=1000000000, and beside it"),
+    ("llada2", dict(num_experts=12), "lacks|has 24 weights"),
+    ("llada2", dict(num_experts=18), "num_experts 18 must be a multiple of expert_groups 4"),
+    ("llada2", dict(n_group=16), "two experts or more in a group"),
+    ("llada2", dict(topk_group=5), "groups_per_token at most expert_groups, got 5"),
+    ("llada2", dict(num_experts_per_tok=9), "experts_per_token 9 is more than the 8"),
+    ("llada2", dict(moe_intermediate_size=12), "expert_intermediate_size 12 must be a multiple of 8"),
+    ("llada2", dict(moe_intermediate_size=24), "shape"),
+    ("llada2", dict(num_key_value_heads=1), "shape"),
+    ("llada2", dict(partial_rotary_factor=0.3), "partial_rotary_factor 0.3"),
+    ("llada2", dict(routed_scaling_factor=0), "router_scale must be a number above 0"),
+    ("llada2", dict(first_k_dense_replace=0), "lacks .* such as model.layers.0.mlp.experts.0.down_proj.weight"),
+    ("llada2", dict(model_type="llada2_moe_veomni"), "llada2_moe_veomni"),
+    ("llada_moe", dict(moe_layer_freq=[1, 0, 1]), "moe_layer_freq=0"),
+    ("llada_moe", dict(shared_expert_intermediate_size=16), "shared_expert_intermediate_size=16"),
+    ("llada_moe", dict(clip_qkv=8.0), "clip_qkv=8.0"),
+    ("llada_moe", dict(qk_layernorm=None), "has 6 weights .*k_norm"),
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of both families."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in WRITERS}
+    for name, folder in folders.items():
+        WRITERS[name](folder)
+    return folders
+
+
+@pytest.mark.parametrize(("name", "changes", "named"), REFUSED)
+def test_what_is_not_understood_is_named(name, changes, named, saved, tmp_path):
+    folder = shutil.copytree(saved[name], tmp_path / "copy")
+    values = {**json.loads((folder / "config.json").read_text()), **changes}
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+    with pytest.raises(UserError, match=named) as error:
+        load_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config", [LLADA2_CONFIG, LLADA_MOE_CONFIG], ids=["llada2", "llada_moe"])
+def test_a_published_key_that_decides_what_is_computed_is_taken_over_or_has_one_value(config, tmp_path):
+    """Any other value is refused by name, except for keys that change nothing and those that hold a number."""
+    descriptive = {"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+    descriptive |= {"eos_token_id", "max_window_layers", "sliding_window", "output_router_logits", "rotary_dim"}
+    descriptive |= {"router_aux_loss_coef", "router_num_group", "router_topk_group", "model_type"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for key in config.keys() - descriptive:
+        values = {**config, key: "another"} if key != "rope_scaling" else {**config, key: {"type": "another"}}
+        with pytest.raises(UserError, match=key.replace("rope_scaling", "another")):
+            read_config(values, tmp_path / "config.json")
+
+
+UP = "model.layers.2.mlp.experts.{}.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "named"),
+    [
+        (lambda w: w.pop(UP.format(7)), r"lacks 1 .*experts\.7\.up_proj"),
+        (
+            lambda w: w.update({UP.format(16): torch.ones(16, 32)}),
+            r"has 1 .*experts\.16\.",
+        ),
+        (lambda w: w.update({UP.format(7): torch.ones(8, 32)}), "experts.up_proj has"),
+        (lambda w: w[UP.format(7)].fill_(torch.nan), "NaN"),
+        (
+            lambda w: w.update({"model.layers.2.attention.query_key_value.weight": torch.ones(32, 32)}),
+            "k_proj.* has shape",
+        ),
+    ],
+)
+def test_an_expert_that_is_missing_wrong_or_too_many_is_named(edit, named, tmp_path):
+    weights = write_llada2(tmp_path)
+    edit(weights)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=named):
+        load_pretrained(tmp_path)
+
+
+def test_formats_without_experts_refuse_them(tmp_path, byte_tokenizer):
+    write_llada2(tmp_path / "in", vocab_size=byte_tokenizer.vocab_size)
+    byte_tokenizer.save(tmp_path / "in")
+    for name in ("llada", "llama", "qwen3", "llada_moe"):
+        with pytest.raises(UserError, match=f"--format {name} cannot hold this model"):
+            export_checkpoint(open_checkpoint(tmp_path / "in"), FORMATS[name], tmp_path / name, {})
