@@ -24,6 +24,7 @@ from dllm_var.checkpoints.adapters import (
     read_lora,
 )
 from dllm_var.checkpoints.archive import is_shard_folder, read_state, read_weights
+from dllm_var.checkpoints.families import EXTRAS, OTHER, Family, family_of, read_config, read_settings
 from dllm_var.checkpoints.quantised import (
     QUANTIZATION,
     dequantised,
@@ -32,7 +33,6 @@ from dllm_var.checkpoints.quantised import (
     scale_of,
     unpacked,
 )
-from dllm_var.checkpoints.families import EXTRAS, OTHER, Family, family_of, read_config, read_settings
 from dllm_var.checkpoints.run_checkpoint import check_or_offer, newest_checkpoint, read_identity, step_of
 from dllm_var.checkpoints.weight_layout import as_ours, layout_of
 from dllm_var.errors import UserError, one_line
