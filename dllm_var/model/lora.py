@@ -24,7 +24,8 @@ class Lora:
         alpha: Their weight is alpha / r.
         dropout: Share of their inputs that is dropped in training.
         targets: Names of the adapted matrices: `q_proj`, `k_proj`, `v_proj` and `o_proj` of the attention,
-            `gate_proj`, `up_proj` and `down_proj` of the feed-forward layer, `lm_head`.
+            `gate_proj`, `up_proj` and `down_proj` of the feed-forward layer, `lm_head`. Of a mixture of experts, what
+            every token passes is adapted: dense layers and shared experts.
         on_masks_only: Adds the adapters at mask positions only (R-ISD, arXiv 2604.11035). The model must be causal, so
             that clean tokens see no mask: at each of them it computes exactly what it does without adapters. They are
             not merged into the weights.
@@ -71,10 +72,16 @@ def add_adapters(transformer: Transformer, lora: Lora) -> None:
     """Gives a transformer adapters, in place: the matrix `x` becomes `x.base_layer`, and all else is frozen.
 
     On the meta device they have no values until `reset_adapters` draws them. Raises UserError when peft is needed and
-    not installed, or the head is to be adapted that is the embedding, too.
+    not installed, the head is to be adapted that is the embedding, too, or only experts are.
     """
     if "lm_head" in lora.targets and transformer.config.tie_embeddings:
         raise UserError("model.lora.targets: lm_head is tied to the embedding in this model: leave it out")
+    matrices = {name.rpartition(".")[2] for name, part in transformer.named_modules() if isinstance(part, nn.Linear)}
+    if matrices.isdisjoint(lora.targets):
+        raise UserError(
+            f"model.lora.targets: no matrix of this model is called {' or '.join(lora.targets)}, and experts get no "
+            "adapters: name matrices of the attention, too"
+        )
     on_meta = transformer.embedding.weight.is_meta
     if lora.on_masks_only:
         _adapt_masks(transformer, lora)
