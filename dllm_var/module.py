@@ -168,6 +168,8 @@ class DiffusionLM(L.LightningModule):
             pad_id=tokenizer.pad_id,
             causal=self.objective.causal,
             causal_context=self.objective.causal_context,
+            block_causal=self.objective.grid is not None,
+            block_length=self.objective.grid,
             token_shift=self.config.token_shift or self.objective.token_shift,
         )
         if self.config.token_shift and self.objective.document_attention_only and not self.objective.token_shift:

@@ -16,7 +16,8 @@ from dllm_var.text.tokenizer import Tokenizer
 # Settings in which a run may differ from the checkpoint it starts from, and those that tokenizer and objective decide.
 ADJUSTABLE = {"rope_theta", "rope_scaling", "rope_full_precision", "norm_eps"}
 ADJUSTABLE |= {"initializer_range", "token_shift", "context_length"}
-SET_BY_OTHERS = {"vocab_size", "mask_id", "terminator_ids", "pad_id", "causal", "causal_context"}
+SET_BY_OTHERS = {"vocab_size", "mask_id", "terminator_ids", "pad_id", "causal"}
+SET_BY_OTHERS |= {"causal_context", "block_causal", "block_length"}
 
 
 def starting_config(settings: TransformerConfig, path: str | Path, lora: Lora | None = None) -> TransformerConfig:

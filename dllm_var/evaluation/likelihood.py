@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dllm_var.errors import UserError
 from dllm_var.model.attention import AttentionRule
+from dllm_var.model.config import TransformerConfig
 from dllm_var.model.transformer import Transformer
 from dllm_var.objectives.base import KeyedNoise
 from dllm_var.sampling.base import special_ids
@@ -62,7 +63,8 @@ class Likelihood:
     come from the seed and its own tokens: they do not depend on the other pairs.
 
     With `block_length` the continuation is scored block by block, each given those before it, as block samplers decode:
-    a sum of such bounds. Models that read finished text from left to right (`causal_context`) need it.
+    a sum of such bounds. Models that read finished text from left to right (`causal_context`) need it; a block-causal
+    model has its own blocks, and `canvas` then fills up the last one.
 
     Greedy decoding of a diffusion model, for `is_greedy`, commits the most confident token of the L, one per forward.
 
@@ -104,7 +106,7 @@ class Likelihood:
             )
         causal = model.config.causal
         totals, greedy = [0.0] * len(pairs), [causal or decode] * len(pairs)
-        parts = [part for index, pair in enumerate(pairs) for part in self._parts(index, pair, causal)]
+        parts = [part for index, pair in enumerate(pairs) for part in self._parts(index, pair, model.config)]
         longest_first = sorted(parts, key=lambda part: len(part.context) + len(part.continuation), reverse=True)
         bar = tqdm(longest_first, unit=" likelihoods", disable=quiet)
         for batch in _chunks((row for part in bar for row in self._rows(part, model)), self.batch_size):
@@ -116,11 +118,14 @@ class Likelihood:
             self._decode_greedily(model, parts, greedy)
         return list(map(Score, totals, greedy))
 
-    def _parts(self, index: int, pair: Pair, causal: bool) -> Iterator[Part]:
+    def _parts(self, index: int, pair: Pair, config: TransformerConfig) -> Iterator[Part]:
         context, continuation = pair
-        length = self.block_length if self.block_length and not causal else max(len(continuation), 1)
-        for start in range(0, len(continuation), length):
-            yield Part(index, [*context, *continuation[:start]], list(continuation[start : start + length]))
+        whole = max(len(continuation), 1)
+        length = config.grid or (whole if config.causal else self.block_length or whole)
+        first = len(context) % length if config.grid else 0  # tokens of the context in the first block
+        for start in range(-first if continuation else 0, len(continuation), length):
+            block = list(continuation[max(start, 0) : start + length])
+            yield Part(index, [*context, *continuation[: max(start, 0)]], block)
 
     def _rows(self, part: Part, model: Transformer) -> Iterator[Row]:
         """Yields the rows of a part; their weighted log-probabilities add up to its score."""
@@ -159,6 +164,8 @@ class Likelihood:
     def _row(self, part: Part, hidden: Sequence[int], weight: float, model: Transformer) -> Row:
         mask, _ = special_ids(model)
         tail = -len(part.continuation) % self.canvas if self.canvas else 0
+        if self.canvas and model.config.grid:
+            tail = -(len(part.context) + len(part.continuation)) % model.config.grid
         tokens = [*part.context, *part.continuation, *[mask] * tail]
         columns = [len(part.context) + place for place in hidden]
         for column in columns:

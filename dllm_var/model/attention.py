@@ -99,6 +99,19 @@ def document_rule(segment_ids: Tensor, causal: bool, shown: Tensor | None = None
     )
 
 
+def block_causal_rule(tokens: Tensor, grid: int, position_ids: Tensor, segment_ids: Tensor | None) -> AttentionRule:
+    """Returns the rule with which a token sees, of its own segment [B, L], its block and those before it.
+
+    Blocks of `grid` tokens are counted by the positions [B, L] or [1, L].
+    """
+    block = (position_ids // grid).expand(tokens.shape)
+
+    def sees(block: Tensor, segment: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (block[row, key] <= block[row, query]) & (segment[row, query] == segment[row, key])
+
+    return AttentionRule(sees, tokens, block, torch.zeros_like(tokens) if segment_ids is None else segment_ids)
+
+
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """Returns a tensor on a device; a GPU takes it from pinned memory, without being waited for."""
     if device.type == "cuda" and tensor.device.type == "cpu":

@@ -68,6 +68,9 @@ class TransformerConfig:
         pad_id: Id that fills unused positions; taken from the tokenizer when None.
         causal: Each position sees only its left; set by the objective.
         causal_context: Of prompt and finished blocks each position sees only its left; set by the objective.
+        block_causal: Each position sees its own block and those before it, in blocks of `block_length` tokens that are
+            counted from the beginning of the text, prompt included (SDAR, LLaDA2, Fast-dLLM v2); set by the objective.
+        block_length: Tokens of such a block.
     """
 
     hidden_size: int = _default(256)
@@ -105,6 +108,13 @@ class TransformerConfig:
     pad_id: int | None = None
     causal: bool = False
     causal_context: bool = False
+    block_causal: bool = False
+    block_length: int | None = None
+
+    @property
+    def grid(self) -> int | None:
+        """Length of the blocks of a block-causal model; None for others."""
+        return self.block_length if self.block_causal else None
 
     def resolved(self) -> "TransformerConfig":
         """Returns a copy with the defaults and derived sizes filled in; raises UserError when sizes do not fit."""
@@ -139,6 +149,10 @@ class TransformerConfig:
             if token is not None and filled.vocab_size is not None and not 0 <= token < filled.vocab_size:
                 raise UserError(f"mask or terminator has id {token}, outside the vocabulary of {filled.vocab_size}")
         _check_experts(filled)
+        if filled.block_causal and (filled.block_length or 0) < 1:
+            raise UserError(f"transformer.block_causal needs block_length of at least 1, got {filled.block_length}")
+        if filled.block_causal and (filled.causal or filled.causal_context):
+            raise UserError("transformer.block_causal does not go with causal or causal_context: set one of them")
         num_kv_heads = filled.num_kv_heads or num_heads
         if num_heads % num_kv_heads:
             raise UserError(f"transformer.num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}")

@@ -42,7 +42,7 @@ class KVCache:
         self.storage = zeros(shape, device, dtype)  # what is read under a mask must at least be numbers
         shifted = config.token_shift and not config.causal
         self.hidden = zeros((rows, capacity, config.hidden_size), device, dtype) if shifted else None
-        self.capacity = capacity
+        self.capacity, self.grid = capacity, config.grid
         self.lengths = torch.zeros(rows, dtype=torch.long, device="cpu")  # frozen tokens of each row
 
     def open(
@@ -85,6 +85,9 @@ class KVCache:
         last = ends[:, None] - 1  # the last token that is seen, in each row [B, 1] or by each of its tokens [B, L]
         if left_to_right is not None:
             last = torch.where(offsets < left_to_right[:, None], lengths[:, None] + offsets, last)
+        if self.grid is not None:
+            own = lengths[:, None] + offsets if slots is None and positions is None else self.positions
+            last = torch.minimum(last.to(own.device), self.block_ends(own))
         self._last_seen = None if bool((last == self.reach - 1).all()) else last.to(device)
         self.packed: Tensor | None = None
         if windows is not None and len(windows) > 1 and visible is None:
@@ -111,7 +114,14 @@ class KVCache:
         self._rows, self.packed, self._uniform = None, None, False
         self._width, self.reach, self._slots = slots.size(1), reach, slots
         self.positions = slots if positions is None else positions
+        if self.grid is not None and last_seen is not None:
+            last_seen = torch.minimum(last_seen, self.block_ends(self.positions))
         self._starts, self._seen, self._last_seen, self._constant = slots[:, 0], seen, last_seen, True
+
+    def block_ends(self, positions: Tensor) -> Tensor:
+        """Returns the last position of each token's block in a block-causal model."""
+        assert self.grid is not None
+        return positions // self.grid * self.grid + self.grid - 1
 
     def _pack(self, windows: Tensor, rows: Tensor | None, offsets: Tensor) -> None:
         """Finds the real tokens of a forward when much of it is padding."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dllm_var.errors import UserError
-from dllm_var.model.attention import AttentionRule, Documents, Seen, attend
+from dllm_var.model.attention import AttentionRule, Documents, Seen, attend, block_causal_rule
 from dllm_var.model.attention_kernels import kernels_for
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.context_parallel import RowPart
@@ -301,6 +301,8 @@ class Transformer(nn.Module):
             if position_ids is None:
                 position_ids = torch.arange(length, device=input_ids.device).unsqueeze(0)
             positions, reach = position_ids, length
+            if self.config.grid is not None and attention_rule is None:
+                attention_rule = block_causal_rule(input_ids, self.config.grid, position_ids, segment_ids)
             seen = self._seen(length, causal, segment_ids, attention_rule, documents, 1 if part is None else part.ranks)
             if moved:
                 left = left_neighbours(input_ids, segment_ids).flatten()

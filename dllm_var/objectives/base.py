@@ -164,6 +164,7 @@ class Objective(ABC):
 
     causal: bool = False  # whether the transformer reads left to right under this objective
     causal_context: bool = False  # whether it reads prompts and finished blocks left to right
+    grid: int | None = None  # length of the blocks, counted from a text's beginning, in which it is block-causal
     token_shift: bool = False  # whether it predicts each token at the position left of it, although not `causal`
     document_attention_only: bool = False  # whether it decides itself which token of a sample sees which
     growth_rows: int = 0  # rows of the training over which it grows, where it can

@@ -31,10 +31,23 @@ class Blocks(NamedTuple):
 
     number: Tensor  # block of each clean token [B, L]: counts up along the row, an unsupervised span being one block
     group: Tensor  # number of the block that begins each clean token's group [B, L]: of blocks that see each other
-    start: Tensor  # column where each supervised block starts [B, N]
+    start: Tensor  # column where the answer starts in each supervised block [B, N]
+    offset: Tensor  # tokens of the block that are left of it, such as the end of a prompt [B, N]
     inside: Tensor  # which of the K places they have, as rows have fewer blocks or shorter ones [B, N, K]
     column: Tensor  # column of each of their tokens [B, N, K]; a column inside the row also where there is no token
     answer: Tensor  # which of these tokens belong to the answer; those behind its end do not [B, N, K]
+    shown: Tensor  # which are left of it, and never masked [B, N, K]
+    of_grid: Tensor | None = None  # number of each clean token's block of the grid [B, L], where there is one
+
+    @property
+    def clean(self) -> Tensor:
+        """The number by which clean tokens see each other [B, L]: none sees a higher one."""
+        return self.number if self.of_grid is None else self.of_grid
+
+    @property
+    def hidden(self) -> Tensor:
+        """The number from which on clean tokens are hidden from the copies of a token's block [B, L]."""
+        return self.group if self.of_grid is None else self.of_grid
 
     def take(self, values: Tensor) -> Tensor:
         """Returns `values` [B, L] at the blocks' tokens [B, N, K]."""
@@ -47,19 +60,20 @@ class BlockDiffusion(Certainty):
     The model reads `[clean | copies of the answers' blocks]` at once (BD3-LM, arXiv 2503.09573, section 3). A clean
     token sees its own block and those before it; a copied token sees its own copy of its block, and the clean blocks
     before. Blocks are counted from each answer's start, and the prompt is one block, because that is how
-    `BlockDiffusionSampler` decodes. (SDAR, LLaDA 2.0, Fast-dLLM v2 and dllm count them from the start of the text.)
+    `BlockDiffusionSampler` decodes. If `block_causal`, they are counted from the start of the text instead.
     Masks fill what an answer leaves free in its last block. Each block has a mask rate t ~ U(t_min, t_max) of its own;
     terminators are always masked. The loss is the mean cross-entropy over the masked tokens of all copies.
 
     Args:
         block_length: The sampler's `block_length`.
         kv_commit: The sampler's `kv_commit`. With `joint_next` clean tokens also see the next block as nothing but
-            masks. That takes one more copy, which is scored too: it is the first step of every block.
+            masks. That takes one more copy, which is scored too: it is the first step of every block. It makes no
+            difference with `causal_context` or `block_causal`, whose clean tokens see nothing behind them.
         t_min: Smallest mask rate.
         t_max: Largest mask rate.
         whole_share: Fraction of the blocks whose mask rate is 1 instead: all masks, as in the sampler's first step.
         causal_context: Clean tokens see only their left, as in an autoregressive model (NBDiff, arXiv 2512.06776); the
-            model remembers it for its samplers. `kv_commit` then makes no difference.
+            model remembers it for its samplers.
         autoregressive_weight: Weight of each clean token's prediction of the next one, beside the masked tokens' (0.5
             in NBDiff); needs `causal_context`.
         token_shift: Predicts each token at the position left of it, as an autoregressive model does (Fast-dLLM v2), the
@@ -75,6 +89,11 @@ class BlockDiffusion(Certainty):
         start_length: Block length of the first row when it grows.
         growth_rows: Rows of the training over which the block length grows evenly from `start_length` to `block_length`
             (1 to 32 in NBDiff, 16 to 32 in d3LLM); 0 for none. Validation has the full length.
+        block_causal: Counts blocks from the start of each text, prompt included, and lets a prompt's token see its own
+            block and those before it (SDAR, LLaDA 2.0, Fast-dLLM v2, dllm's BD3LM); the model remembers it. The end of
+            a prompt that shares a block with the answer is shown in its copy. What follows an answer in its block, such
+            as a user's next turn, is masked there and not scored, as it is when the block is decoded; the released
+            codes show it.
     """
 
     document_attention_only = True
@@ -97,6 +116,7 @@ class BlockDiffusion(Certainty):
         certainty_temperature: float = 0.5,
         start_length: int = 1,
         growth_rows: int = 0,
+        block_causal: bool = False,
     ) -> None:
         super().__init__(certainty, certainty_temperature)
         name = type(self).__name__
@@ -111,7 +131,9 @@ class BlockDiffusion(Certainty):
                 f"objective {name} autoregressive_weight {autoregressive_weight} must not be below 0; above "
                 "0 it needs causal_context: what sees the next token cannot learn to predict it"
             )
-        self.block_length, self.kv_commit = block_length, kv_commit
+        if block_causal and causal_context:
+            raise UserError(f"objective {name} takes block_causal or causal_context, not both: leave one out")
+        self.block_length, self.kv_commit, self.grid = block_length, kv_commit, block_length if block_causal else None
         self.t_min, self.t_max, self.whole_share = t_min, t_max, whole_share
         self.causal_context, self.autoregressive_weight = causal_context, autoregressive_weight
         self.token_shift, self.complementary = token_shift, complementary
@@ -123,7 +145,8 @@ class BlockDiffusion(Certainty):
         return EvenBlockMasking(self).bind(self.specials())
 
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
-        blocks = find_blocks(batch, self.block_lengths(batch["row"]) if self.growth_rows else self.block_length)
+        lengths = self.block_lengths(batch["row"]) if self.growth_rows else self.block_length
+        blocks = find_blocks(batch, lengths, self.grid is not None)
         rate = self.rates(batch, blocks, generator)[:, :, None].expand_as(blocks.column)
         masked = self._draw_masked(batch, blocks, rate, generator)
         ends = torch.zeros_like(masked) if self.even else self.terminators(batch, blocks)
@@ -146,7 +169,7 @@ class BlockDiffusion(Certainty):
     @property
     def clean_sees_masks(self) -> bool:
         """Whether clean tokens see the block behind theirs as masks."""
-        return self.kv_commit == "joint_next" and not self.causal_context
+        return self.kv_commit == "joint_next" and not self.causal_context and self.grid is None
 
     def rates(self, batch: Batch, blocks: Blocks, generator: KeyedNoise) -> Tensor:
         """Draws the mask rate of each block [B, N], keyed by the column where it starts."""
@@ -179,9 +202,9 @@ class BlockDiffusion(Certainty):
         """
         tokens, segments = batch["input_ids"], batch["segment_ids"]
         answers = blocks.take(tokens)[:, None].expand_as(masked)
-        read = torch.where(blocks.answer[:, None] & ~masked, answers, self.specials().mask_id)
+        read = torch.where((blocks.shown | blocks.answer)[:, None] & ~masked, answers, self.specials().mask_id)
         offsets = torch.arange(masked.size(-1), device=tokens.device)
-        positions = batch["position_ids"].gather(1, blocks.start)[:, None, :, None] + offsets
+        positions = (batch["position_ids"].gather(1, blocks.start) - blocks.offset)[:, None, :, None] + offsets
         scored = masked.clone()
         if self.even and self.clean_sees_masks:
             scored[:, 0] = False  # the copy that is nothing but masks
@@ -194,7 +217,7 @@ class BlockDiffusion(Certainty):
                 torch.cat((values[..., 1:], F.pad(values[:, :, 1:, :1], (0, 0, 0, 1)) * goes_on), dim=-1)
                 for values in (answers, scored, rate)
             )
-            before_group = clean_scored & (blocks.group != blocks.group.roll(-1, dims=1))
+            before_group = clean_scored & (blocks.hidden != blocks.hidden.roll(-1, dims=1))
             weight = weight.masked_fill(before_group, 1.0)
         loss_mask = after(clean_scored & (weight > 0), scored)
         input_ids = after(tokens, read)
@@ -213,11 +236,12 @@ class BlockDiffusion(Certainty):
         """Returns which token of `[clean | copies]` sees which; `copied` is the shape [B, C, N, K] of the copies."""
         # A place without a block sees itself, so that no softmax is empty, and no other, so that few tiles are read.
         nowhere = -1 - torch.arange(blocks.inside[0].numel(), device=tokens.device).view(blocks.inside.shape[1:])
-        number, group = (
+        number, group, hidden = (
             torch.where(blocks.inside, values.gather(1, blocks.start)[:, :, None], nowhere)[:, None].expand(copied)
-            for values in (blocks.number, blocks.group)
+            for values in (blocks.number, blocks.group, blocks.hidden)
         )
-        block, first = after(blocks.number, number), after(blocks.number, group)
+        block, first = after(blocks.clean, number), after(blocks.clean, group)
+        end = after(blocks.clean + 1, hidden)  # of the clean blocks that a token sees
         segment = after(segments, segments.gather(1, blocks.start)[:, None, :, None].expand(copied))
         copies = torch.arange(FIRST_COPY, FIRST_COPY + copied[1], device=tokens.device)
         copy = after(torch.full_like(segments, CLEAN), copies[:, None, None].expand(copied))[0]
@@ -226,6 +250,7 @@ class BlockDiffusion(Certainty):
         def sees(
             block: Tensor,
             first: Tensor,
+            end: Tensor,
             segment: Tensor,
             copy: Tensor,
             row: Tensor,
@@ -234,15 +259,15 @@ class BlockDiffusion(Certainty):
             key: Tensor,
         ) -> Tensor:
             own, its, clean = block[row, query], block[row, key], copy[key] == CLEAN
-            begin = first[row, query]  # its own block for a clean token
-            seen = ((begin <= its) & (its <= own) & (copy[query] == copy[key])) | ((its < begin) & clean)
+            in_group = (first[row, query] <= its) & (its <= own) & (copy[query] == copy[key])
+            seen = in_group | ((its < end[row, query]) & clean)
             if sees_masks:
                 seen = seen | ((own + 1 == its) & (copy[query] == CLEAN) & (copy[key] == FIRST_COPY))
             if causal_context:
                 seen = torch.where((copy[query] == CLEAN) & clean, query >= key, seen)
             return seen & (segment[row, query] == segment[row, key])
 
-        return AttentionRule(sees, tokens, block, first, segment, copy)
+        return AttentionRule(sees, tokens, block, first, end, segment, copy)
 
 
 class EvenBlockMasking(BlockDiffusion):
@@ -255,6 +280,7 @@ class EvenBlockMasking(BlockDiffusion):
 
     def __init__(self, objective: BlockDiffusion) -> None:
         super().__init__(objective.block_length, objective.kv_commit, SMALLEST_RATE)
+        self.grid = objective.grid
         self.causal_context, self.token_shift = objective.causal_context, objective.token_shift
 
     def corrupt(self, batch: Batch, generator: KeyedNoise) -> NoisedBatch:
@@ -274,20 +300,26 @@ def after(clean: Tensor, copies: Tensor) -> Tensor:
     return torch.cat([clean, copies.flatten(1)], dim=1)
 
 
-def find_blocks(batch: Batch, block_length: int | Tensor) -> Blocks:
+def find_blocks(batch: Batch, block_length: int | Tensor, on_grid: bool = False) -> Blocks:
     """Finds the blocks of every supervised span, counted from where it starts, each a group of its own.
 
+    `on_grid` counts them from where its text starts: a block that the span shares with what is before it is shorter.
     `block_length` is that of all rows, or of each [B]; a GPU is then waited for to find the longest.
     """
-    supervised = batch["supervised"]
+    supervised, position = batch["supervised"], batch["position_ids"]
     length, longest = supervised.size(1), block_length if isinstance(block_length, int) else int(block_length.max())
     lengths = block_length if isinstance(block_length, int) else block_length[:, None]
     place = torch.arange(length, device=supervised.device) - span_starts(batch)  # in its span
-    begins = (place == 0) | (supervised & (place % lengths == 0))
+    grid = position % lengths if on_grid else place % lengths  # in its block
+    begins = (place == 0) | (supervised & (grid == 0))
     number = begins.cumsum(dim=1)
     start, exists = columns_where(begins & supervised)
+    offset = grid.gather(1, start)
     offsets = torch.arange(longest, device=start.device)
     inside = exists[:, :, None] & (offsets < lengths).view(-1, 1, len(offsets))
-    column = start[:, :, None] + offsets
-    blocks = Blocks(number, number, start, inside, column.clamp_max(length - 1), inside & (column < length))
-    return blocks._replace(answer=blocks.answer & (blocks.take(number) == number.gather(1, start)[:, :, None]))
+    column = (start - offset)[:, :, None] + offsets
+    shown = inside & (offsets < offset[:, :, None])
+    answer = inside & ~shown & (column < length)
+    of_grid = (grid == 0).cumsum(dim=1) if on_grid else None
+    blocks = Blocks(number, number, start, offset, inside, column.clamp(0, length - 1), answer, shown, of_grid)
+    return blocks._replace(answer=answer & (blocks.take(number) == number.gather(1, start)[:, :, None]))

@@ -67,6 +67,9 @@ class BlockEngine(DenoisingEngine[AnyRow]):
     The cache holds the first `cache.lengths` tokens of a row; its `pending` tokens are finished but not cached yet. One
     forward takes the pending tokens and the active block, keeps the keys and values of the former and predicts the
     latter, whether the pending ones are a prompt (prefill), a finished block (`joint_next`) or nothing.
+
+    A block-causal model reads whole blocks of its own grid: beside the active block also what is finished of its block,
+    such as the end of the prompt, and the masks up to its end. A shorter active block is a sub-block of it.
     """
 
     sampler: "BlockDiffusionSampler"
@@ -76,7 +79,8 @@ class BlockEngine(DenoisingEngine[AnyRow]):
         self, sampler: "BlockDiffusionSampler", model: Transformer, prompts: list[list[int]], request: Request
     ) -> None:
         blocks = sampler.blocks_per_forward  # as many may be pending beside them
-        super().__init__(sampler, model, prompts, request, slack=2 * blocks * sampler.block_length)
+        self.widest = model.config.grid or sampler.block_length  # tokens that a step reads at most of a row
+        super().__init__(sampler, model, prompts, request, slack=2 * blocks * self.widest)
         self.cache = self.add_cache(model)
         assert sampler.policy is not None  # set by its `__post_init__`
         self.use_policy(sampler.policy, sampler.block_length, blocks)
@@ -90,12 +94,21 @@ class BlockEngine(DenoisingEngine[AnyRow]):
         self.canvas[slot, finished:] = self.mask_id  # drafts, and tokens behind a terminator that was edited away
         row.width = row.left = self.next_width(slot, finished)
         row.steps = 0
+        self.align(slot)
+
+    def align(self, slot: int) -> None:
+        """Makes the window of a block-causal model whole blocks; what is finished of the first one stays in it."""
+        row, cached, grid = self.rows[slot], int(self.cache.lengths[slot]), self.model.config.grid
+        if grid is not None:
+            finished = cached + row.pending + row.shown
+            row.shown, row.ahead = finished % grid, -(finished + row.width) % grid
+            row.pending = finished - row.shown - cached
 
     def next_width(self, slot: int, finished: int) -> int:
         """Returns the width of a row's block behind its first `finished` tokens."""
-        row, length = self.rows[slot], self.sampler.block_length
-        width = length - finished % length if self.sampler.grid == "absolute" else length
-        width = min(width, row.prompt_length + row.limit - finished)
+        row, length, grid = self.rows[slot], self.sampler.block_length, self.model.config.grid
+        width = length - finished % length if grid or self.sampler.grid == "absolute" else length
+        width = min(width, row.prompt_length + row.limit - finished, grid - finished % grid if grid else width)
         if self.sampler.block_length_policy is not None:
             done = finished - row.prompt_length
             wanted = self.sampler.block_length_policy(BlockStart(done, row.limit, length, row.width, row.steps))
@@ -103,13 +116,14 @@ class BlockEngine(DenoisingEngine[AnyRow]):
         return width
 
     def in_sight(self, slot: int) -> tuple[int, list[int]]:
-        row, finished = self.rows[slot], int(self.cache.lengths[slot]) + self.rows[slot].pending
+        row = self.rows[slot]
+        finished = int(self.cache.lengths[slot]) + row.pending + row.shown
         return finished + row.width, [finished]
 
     def forward(self, batch: Batch[AnyRow]) -> None:
         if self.sampler.kv_commit == "alone":  # a finished block (or prompt) has a forward of its own
-            batch.width = batch.width.masked_fill(batch.pending > 0, 0)
-        arena = self.arena_for(batch, self.sampler.block_length)
+            batch.only_pending(batch.pending > 0)
+        arena = self.arena_for(batch, self.widest)
         if arena is not None:
             self.settle(batch, self.step_of_constant_shape(batch, arena))
             return
@@ -124,7 +138,7 @@ class BlockEngine(DenoisingEngine[AnyRow]):
 
     def read_window(self, batch: Batch[AnyRow]) -> Tensor:
         """Reads pending tokens and active blocks, and returns their hidden states [R, L, hidden]."""
-        return self.read(batch, batch.pending + batch.width, batch.pending)
+        return self.read(batch, batch.pending + batch.window, batch.pending)
 
     def predict(self, batch: Batch[AnyRow], hidden: Tensor) -> None:
         """Takes the active blocks one denoising step further; ends blocks and rows that are complete."""
@@ -140,12 +154,11 @@ class BlockEngine(DenoisingEngine[AnyRow]):
 
     def step_of_constant_shape(self, batch: Batch[AnyRow], arena: Arena) -> list[Any]:
         """Takes all rows a step further, in shapes that depend on their number and the block length alone."""
-        start, length = self.cache.lengths.clone(), self.sampler.block_length
-        wide = 2 * length if batch.pending.any() else length
+        start, wide = self.cache.lengths.clone(), self.widest * (2 if batch.pending.any() else 1)
         self.cache.advance(batch.pending)
         self.has_read(batch)
         numbers, _ = self.number_blocks(batch, wide)
-        table = torch.cat((start[:, None], batch.pending[:, None], numbers), dim=1)
+        table = torch.cat((torch.stack((start, batch.pending, batch.window), dim=1), numbers), dim=1)
         reach = reach_of(int(start.max()) + wide, self.capacity)
         constants = wide, reach, self.request.log_probabilities
         return arena.run(lambda given: self.denoise(batch, given, wide, reach), table, *constants)
@@ -153,24 +166,24 @@ class BlockEngine(DenoisingEngine[AnyRow]):
     def denoise(self, batch: Batch[AnyRow], numbers: Tensor, wide: int, reach: int) -> Tensor:
         """Reads all rows' pending tokens and blocks, and takes the blocks a step further.
 
-        All that differs from step to step is on the device: `numbers` [R, 10] are each row's cached tokens, its pending
-        ones, and what `number_blocks` says of its block.
+        All that differs from step to step is on the device: `numbers` [R, 12] are each row's cached tokens, its pending
+        ones, those of its window, and what `number_blocks` says of its block.
         """
-        start, pending, width = numbers[:, :1], numbers[:, 1:2], numbers[:, 4:5]
+        start, pending, window = numbers[:, :1], numbers[:, 1:2], numbers[:, 2:3]
         slots = start + torch.arange(wide, device=self.device)
-        last_seen = start + (pending + width).clamp_min(1) - 1  # an idle row reads one token
+        last_seen = start + (pending + window).clamp_min(1) - 1  # an idle row reads one token
         if self.model.config.causal_context:  # pending tokens see their own left alone
             last_seen = torch.where(slots < start + pending, slots, last_seen)
         self.cache.open_constant(slots, last_seen, reach)
         hidden = self.model.hidden_states(self.canvas.gather(1, slots), cache=self.cache)
-        return self.take_step(batch, *self.view_at(hidden, numbers[:, 2:], None))
+        return self.take_step(batch, *self.view_at(hidden, numbers[:, 3:], None))
 
     def blocks(self, row: AnyRow, width: int) -> list[tuple[int, int, int, int]]:
         """Returns the blocks that a forward predicts of a row; as many for every row, without positions where not real.
 
         Of each: where it begins behind the row's cached tokens, its width, its steps, and what tells its draws apart.
         """
-        return [(0, width, row.steps, 0)]
+        return [(row.shown, width, row.steps, 0)]
 
     def view_blocks(self, batch: Batch[AnyRow], hidden: Tensor) -> tuple[Tensor, Tensor, BlockView]:
         """Returns where N blocks are in the flat canvas [N, K], their rows' forwards [N], and what a policy sees."""
@@ -178,34 +191,35 @@ class BlockEngine(DenoisingEngine[AnyRow]):
         return self.view_at(hidden, numbers.to(self.device), count)
 
     def number_blocks(self, batch: Batch[AnyRow], wide: int) -> tuple[Tensor, int]:
-        """Returns eight numbers of each block in a forward of `wide` tokens a row [N, 8], and how many are scored.
+        """Returns nine numbers of each block in a forward of `wide` tokens a row [N, 9], and how many are scored.
 
         The numbers are where the block begins in the flat canvas and in the flattened forward, its width and steps, the
-        number of its draws, and its row's decoded tokens, limit and forwards.
+        number of its draws, and its row's decoded tokens, limit, forwards and window.
         """
         lengths, found, count = self.cache.lengths.tolist(), [], 0
         counts = zip(batch.slots, batch.rows, batch.pending.tolist(), batch.width.tolist(), strict=True)
         for number, (slot, row, pending, width) in enumerate(counts):
             count += self.scored(row) if width else 0
             cached, window = lengths[slot], number * wide + pending
-            done, base = cached - row.prompt_length, slot * self.capacity + cached
+            done, base = cached + row.shown - row.prompt_length, slot * self.capacity + cached
             for start, own, steps, apart in self.blocks(row, width):
                 draw = row.key + row.nfe + apart
-                found.append((base + start, window + start, own, steps, draw, done, row.limit, row.nfe))
+                told = (row.limit, row.nfe, row.window)
+                found.append((base + start, window + start, own, steps, draw, done, *told))
         return torch.tensor(found), count
 
     def view_at(self, hidden: Tensor, numbers: Tensor, count: int | None) -> tuple[Tensor, Tensor, BlockView]:
         """Returns what `view_blocks` does, from the `numbers` of blocks; without a `count` all positions are scored."""
-        cell, place, width, step, key, decoded, limit, nfe = numbers.T.contiguous().unbind()
+        cell, place, width, step, key, decoded, limit, nfe, window = numbers.T.contiguous().unbind()
         inside = self.offsets < width[:, None]
         # Positions behind a block's end stand in the canvas's last cell, which no row reaches.
         cells = torch.where(inside, cell[:, None] + self.offsets, self.canvas.numel() - 1)
         tokens = self.canvas.take(cells)
-        places = self.places(place[:, None] + self.offsets, tokens, width)
+        places = self.places(place[:, None] + self.offsets, (tokens != self.mask_id) & inside, window)
         view = self.view(hidden, places, tokens, inside, count, step=step, progress=decoded / limit, key=key)
         return cells, nfe, view
 
-    def places(self, places: Tensor, tokens: Tensor, width: Tensor) -> Tensor:
+    def places(self, places: Tensor, committed: Tensor, window: Tensor) -> Tensor:
         """Returns where in the flattened forward the positions that stand at `places` are predicted [N, K]."""
         return places
 
@@ -221,25 +235,27 @@ class BlockEngine(DenoisingEngine[AnyRow]):
                 self.end_block(slot, end)
             elif end >= 0:  # kept open for edits: nothing behind the answer's end is decoded any more
                 row.width, row.left = end + 1, 0
+                self.align(slot)
 
     def end_block(self, slot: int, end: int) -> None:
         """Ends a row whose answer is complete, at `end` in its block unless that is -1; or begins its next block."""
-        row, cached = self.rows[slot], int(self.cache.lengths[slot])
-        finished = cached + row.width
+        row, cached, grid = self.rows[slot], int(self.cache.lengths[slot]), self.model.config.grid
+        begin = cached + row.shown
+        finished = begin + row.width
         reason = "eos" if end >= 0 else "length" if finished - row.prompt_length >= row.limit else None
-        if self.tell(slot, cached + end if end >= 0 else finished, reason):
+        if self.tell(slot, begin + end if end >= 0 else finished, reason):
             return
         if self.sampler.kv_commit == "last_step":  # what the last forward wrote is where it belongs
-            self.cache.lengths[slot] = finished
-        else:
-            row.pending = row.width
+            self.cache.lengths[slot] = cached = finished - finished % (grid or 1)
+        row.pending, row.shown = finished - cached, 0
         self.start(slot)
 
 
 class CopyEngine(BlockEngine[AnyRow]):
     """Rows `prompt | finished blocks | active block | copy 1 | copy 2 ... | masks`.
 
-    In a forward the copies, versions of the block, stand where the block stands: they repeat its rotary positions.
+    In a forward the copies, versions of the block, stand where the block stands: they repeat its rotary positions. In a
+    block-causal model each also repeats what is beside the block in the window.
     """
 
     @abstractmethod
@@ -257,19 +273,24 @@ class CopyEngine(BlockEngine[AnyRow]):
         copies = [self.copies(row, width) for row, width in zip(batch.rows, batch.width.tolist(), strict=True)]
         if not any(copies):
             return super().read_window(batch)
-        counts = torch.stack((self.cache.lengths, batch.pending, batch.width, torch.tensor(copies)))
-        longest = int((batch.pending + batch.width * (1 + counts[3])).max())
-        start, pending, width, number = counts.to(self.device)[:, :, None]
+        shown = torch.tensor([row.shown for row in batch.rows])
+        counts = torch.stack((self.cache.lengths, batch.pending, batch.window, torch.tensor(copies), shown))
+        longest = int((batch.pending + batch.window * (1 + counts[3])).max())
+        start, pending, window, number, shown = counts.to(self.device)[:, :, None]
         place = torch.arange(longest, device=self.device)
-        inside = place - pending  # [R, L], below 0 for what is left of the block
-        copy = inside.div(width.clamp_min(1), rounding_mode="floor").clamp_min(0)
-        positions = start + place - copy * width
-        seen, real = self.sees(copy, positions), inside < width * (1 + number)
+        inside = place - pending  # [R, L], below 0 for what is left of the window
+        copy = inside.div(window.clamp_min(1), rounding_mode="floor").clamp_min(0)
+        positions = start + place - copy * window
+        seen, real = self.sees(copy, positions), inside < window * (1 + number)
+        if self.model.config.grid is not None:  # and pending tokens their own block and those before it
+            seen = seen & (positions[:, None] <= self.cache.block_ends(positions)[:, :, None])
         if self.model.config.causal_context:  # pending tokens see their own left alone
             seen = seen & ~((inside < 0)[:, :, None] & (positions[:, None] > positions[:, :, None]))
         seen = (seen & real[:, None]) | ~real[:, :, None]  # padding sees everything, so no softmax is empty
         self.cache.open(longest, positions=positions, seen=seen)
-        hidden = self.model.hidden_states(self.canvas.gather(1, start + place), cache=self.cache)
+        original = positions < start + pending + shown  # what is finished of the block is in the canvas once
+        cells = torch.where(original, positions, start + place)
+        hidden = self.model.hidden_states(self.canvas.gather(1, cells), cache=self.cache)
         self.cache.advance(batch.pending)
         return hidden
 
@@ -285,7 +306,8 @@ class BlockDiffusionSampler(EngineSampler):
         kv_commit: How a finished block enters the cache: `joint_next` in one forward with the next block (the paper),
             `alone` in a forward of its own, `last_step` as its last denoising step left it (FreeCache, 2505.21467):
             what that step committed is remembered as masks, so accuracy suffers.
-        grid: Where blocks start: at the `prompt`'s end (the paper) or at `absolute` multiples of the block length.
+        grid: Where blocks start: at the `prompt`'s end (the paper) or at `absolute` multiples of the block length, as
+            those of a block-causal model always do.
         block_length_policy: Decides how wide each block is, `block_length` being the widest; all are when None.
     """
 
@@ -308,6 +330,11 @@ class BlockDiffusionSampler(EngineSampler):
         super().check_model(model)
         if model.config.token_shift and issubclass(self.engine, CopyEngine):
             raise UserError("this sampler decodes copies of a block, which a model with token_shift cannot do yet")
+        if model.config.grid is not None and self.block_length > model.config.grid:
+            raise UserError(
+                f"sampler.block_length {self.block_length} is longer than the blocks of {model.config.grid} tokens in "
+                f"which this checkpoint reads: set it to {model.config.grid}, or to less for sub-blocks"
+            )
 
     @property
     def blocks_per_forward(self) -> int:

@@ -38,9 +38,16 @@ class Row:
     drafted: int = 0  # tokens of drafts that the model has verified
     accepted: int = 0  # those of them that it confirmed
     pending: int = 0  # finished tokens that are not in the cache yet; they follow those that are
-    width: int = 0  # tokens of the active block, which follow the pending ones
+    shown: int = 0  # finished tokens behind them that each step reads again, as a block-causal model's block has them
+    width: int = 0  # tokens of the active block, which follow these
+    ahead: int = 0  # masks behind it that belong to the same block of a block-causal model
     steps: int = 0  # denoising steps that the block has had
     left: int = 0  # masked positions left in it
+
+    @property
+    def window(self) -> int:
+        """Tokens that a step reads to take the active block further."""
+        return self.shown + self.width + self.ahead
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)
@@ -56,6 +63,11 @@ class Batch(Generic[AnyRow]):
     index: Tensor | None  # the slots as a tensor on the CPU; None when they are all
     pending: Tensor  # pending tokens that the forward takes of each row [R], on the CPU
     width: Tensor  # tokens of its active block that the forward takes of each row [R], on the CPU
+    window: Tensor  # tokens that it reads for that [R], on the CPU: the active block and what is beside it
+
+    def only_pending(self, rows: Tensor) -> None:
+        """Leaves the active blocks of some rows [R] out of the forward."""
+        self.width, self.window = self.width.masked_fill(rows, 0), self.window.masked_fill(rows, 0)
 
 
 class Engine(ABC, Generic[AnyRow]):
@@ -151,8 +163,8 @@ class Engine(ABC, Generic[AnyRow]):
     def batch(self, slots: list[int] | None = None) -> Batch[AnyRow]:
         where = list(range(len(self.rows))) if slots is None else slots
         rows = [self.rows[slot] for slot in where]
-        pending, width = torch.tensor([(row.pending, row.width) for row in rows]).unbind(1)
-        return Batch(where, rows, None if slots is None else torch.tensor(slots), pending, width)
+        counts = torch.tensor([(row.pending, row.width, row.window) for row in rows]).unbind(1)
+        return Batch(where, rows, None if slots is None else torch.tensor(slots), *counts)
 
     def run(self) -> list[Generation]:
         while self.waiting or self.active:

@@ -39,7 +39,10 @@ class FreeDaveEngine(CopyEngine[DraftRow]):
         return row.width * (1 + row.drafts) if self.policy.scores_committed else row.left + row.masks_in_drafts
 
     def blocks(self, row: DraftRow, width: int) -> list[tuple[int, int, int, int]]:
-        return [(n * width, width if n <= row.drafts else 0, row.steps + n, n) for n in range(self.sampler.drafts)]
+        return [
+            (row.shown + n * row.window, width if n <= row.drafts else 0, row.steps + n, n)
+            for n in range(self.sampler.drafts)
+        ]
 
     def copies(self, row: DraftRow, width: int) -> int:
         return row.drafts
@@ -66,6 +69,7 @@ class FreeDaveEngine(CopyEngine[DraftRow]):
         number = torch.arange(depth, device=self.device)  # of each version
 
         first, inside = cells[::depth], real[:, 0]
+        to_next = torch.tensor([row.window for row in batch.rows], device=self.device)[:, None]
         written = (step.tokens[last] != versions[:, 0]) & inside
         known = self.wanted_log_probabilities(view, step.tokens)
         if known is not None:
@@ -82,7 +86,7 @@ class FreeDaveEngine(CopyEngine[DraftRow]):
             step = self._step(view, memory)
             goes_on = goes_on & ((step.end < 0) & ~step.over)[last]  # drafts of finished blocks are discarded
             live, masks = live + goes_on, masks + step.left[last] * goes_on
-            first = first + inside * inside.sum(1, keepdim=True)
+            first = first + inside * to_next
             self.canvas.put_(first, step.tokens[last])
             remembered.append({name: value[last] for name, value in memory.items()})
         self.remember(batch, {name: torch.stack([each[name] for each in remembered], 1) for name in memory})

@@ -42,13 +42,14 @@ class GuidedEngine(BlockEngine[Row]):
 
         `masks` are the masked positions in each block [R], 0 for rows that do not ask.
         """
-        asks, cached, read = masks > 0, self.cache.lengths[batch.slots], self.guide_cache.lengths[batch.slots]
-        ends = cached + batch.width  # of the blocks
+        asks, read = masks > 0, self.guide_cache.lengths[batch.slots]
+        begins = self.cache.lengths[batch.slots] + torch.tensor([row.shown for row in batch.rows])
+        ends = begins + batch.width  # of the blocks
         known = ends - masks  # tokens that are committed; the last of them predicts the first mask
         kept = torch.where(asks, torch.minimum(read, known - 1), read)
         self.guide_cache.lengths[batch.slots] = kept
         unread = (ends - 1 - kept).masked_fill(~asks, 0)  # the proposal's last token predicts what nobody asks for
-        cells = torch.tensor(batch.slots) * self.capacity + cached
+        cells = torch.tensor(batch.slots) * self.capacity + begins
         table = torch.stack((cells, known - 1 - kept - (batch.width - masks), asks.long()))
         start, shift, asking = table.to(self.device)[:, :, None]
         proposal = torch.where(view.masked, view.predicted, view.tokens)

@@ -44,14 +44,15 @@ def infill(
 ) -> list[Infilling]:
     """Fills the gaps of texts, token ids with the mask id wherever a token is wanted, all gaps of a text together.
 
-    Every forward reads prompt and text whole. Given tokens stay as they are; terminators and the mask are never put in
-    a gap. Raises UserError when the model reads left to right, a text has no gap, or a setting is out of range.
+    Every forward reads prompt and text whole; a block-causal model sees nothing of what is behind a gap's block. Given
+    tokens stay as they are; terminators and the mask are never put in a gap. Raises UserError when the model reads left to right, a text has no gap, or a setting is out of range.
 
     Args:
         policy: Sees a text's gaps, one behind the other, as its block; `ConfidenceThreshold(0.9)` when None.
         prompts: What stands before each text; nothing when None.
         block_length: Shows a text's end as block diffusion does, by masks behind it up to the end of its last block; at
-            least one, where the terminator would be. Nothing is behind it when None.
+            least one, where the terminator would be. Nothing is behind it when None. A block-causal model has its own
+            blocks, of which the last is always filled up.
         settings: `batch_size`, `temperature`, `top_k`, `top_p` and `seed`; the other arguments are those of `generate`.
     """
     transformer = getattr(model, "transformer", model)
@@ -65,7 +66,8 @@ def infill(
         if mask_id not in text:
             raise UserError(f"text {index} has no gap: put one where tokens are wanted")
         spans.append(range(len(prompt), len(prompt) + len(text)))
-        rows.append([*prompt, *text, *[mask_id] * masks_behind(len(text), block_length)])
+        behind = masks_behind(len(prompt), len(text), block_length, transformer.config.grid)
+        rows.append([*prompt, *text, *[mask_id] * behind])
     filler = gap_filler(spans, policy, **settings)
     filled = filler.generate(
         model,
@@ -85,9 +87,11 @@ def check_fills(model: Transformer) -> None:
         raise UserError("this checkpoint reads left to right: infilling needs a model that reads in both directions")
 
 
-def masks_behind(length: int, block_length: int | None) -> int:
-    """Returns how many masks follow a text of so many tokens, up to the end of its last block."""
-    return 0 if block_length is None else block_length - length % block_length
+def masks_behind(prompt: int, text: int, block_length: int | None, grid: int | None) -> int:
+    """Returns how many masks follow a text behind a prompt, of so many tokens, up to the end of its last block."""
+    if grid is not None:
+        return -(prompt + text) % grid
+    return 0 if block_length is None else block_length - text % block_length
 
 
 def settings_of(sampler: Sampler) -> dict[str, Any]:

@@ -48,20 +48,21 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
             super().start(slot)
             row.open = [OpenBlock(row.width, row.width)]
         row.add_up()
+        self.align(slot)
 
     def in_sight(self, slot: int) -> tuple[int, list[int]]:
-        stop, [finished] = super().in_sight(slot)
-        return stop, [finished + start for start, *_ in self.blocks(self.rows[slot], 1)[: len(self.rows[slot].open)]]
+        row, (stop, [finished]) = self.rows[slot], super().in_sight(slot)
+        return stop, [finished + start - row.shown for start, *_ in self.blocks(row, 1)[: len(row.open)]]
 
     def blocks(self, row: MultiBlockRow, width: int) -> list[tuple[int, int, int, int]]:
-        start, found = 0, list[tuple[int, int, int, int]]()
+        start, found = row.shown, list[tuple[int, int, int, int]]()
         for block in row.open if width else []:
             found.append((start, block.width, block.steps, len(found) * _FORWARDS_PER_BLOCK))
             start += block.width
         return found + [(start, 0, 0, 0)] * (self.sampler.blocks - len(found))
 
     def read_window(self, batch: Batch[MultiBlockRow]) -> Tensor:
-        if self.sampler.sees_ahead:
+        if self.sampler.sees_ahead or self.model.config.grid:  # a block-causal model never sees ahead
             return super().read_window(batch)
         counts, pending = batch.pending + batch.width, batch.pending[:, None, None]
         prompt = torch.tensor([row.prompt_length for row in batch.rows], device="cpu")[:, None]
@@ -149,6 +150,8 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
             row.open[-1].width = offset + 1
             for block in row.open:
                 block.left = 0
+            row.add_up()
+            self.align(slot)
         row.add_up()
         complete = 0
         while complete < len(row.open) and not left[complete] and not kept[complete]:
@@ -165,12 +168,13 @@ class MultiBlockEngine(BlockEngine[MultiBlockRow]):
         row, last = self.rows[slot], self.rows[slot].open[-1]
         if len(row.open) == self.sampler.blocks or 1 - last.left / max(last.width, 1) < self.sampler.open_at:
             return
-        finished = int(self.cache.lengths[slot]) + row.pending + row.width
+        finished = int(self.cache.lengths[slot]) + row.pending + row.shown + row.width
         width = self.next_width(slot, finished)
         if width > 0:  # below the limit
             self.canvas[slot, finished:] = self.mask_id  # tokens behind a terminator that was edited away
             row.open.append(OpenBlock(width, width))
             row.add_up()
+            self.align(slot)
 
 
 @dataclass(eq=False)

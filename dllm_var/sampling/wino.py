@@ -27,10 +27,9 @@ class WinoEngine(CopyEngine[Row]):
         by_shadow = shadow[:, None] | (positions[:, :, None] != positions[:, None])
         return torch.where(shadow[:, :, None], by_shadow, ~shadow[:, None])
 
-    def places(self, places: Tensor, tokens: Tensor, width: Tensor) -> Tensor:
+    def places(self, places: Tensor, committed: Tensor, window: Tensor) -> Tensor:
         """Lets the policy see committed positions as their shadows predict them."""
-        committed = (tokens != self.mask_id) & (self.offsets < width[:, None])
-        return places + width[:, None] * committed
+        return places + window[:, None] * committed
 
 
 @dataclass(eq=False)

@@ -185,7 +185,8 @@ class Answering:
     def _with_gap(self, prompt: list[int], limit: int) -> list[int]:
         """Returns a prompt, masks where its answer will be, the suffix, and what the sampler shows behind a text."""
         mask, length = self.decoder.tokenizer.mask_id, limit + len(self.suffix)
-        behind = masks_behind(length, block_length_of(self.sampler))
+        grid = self.decoder.model.config.grid
+        behind = masks_behind(len(prompt), length, block_length_of(self.sampler), grid)
         return [*prompt, *[mask] * limit, *self.suffix, *[mask] * behind]
 
     def _limit(self, given: int) -> int:

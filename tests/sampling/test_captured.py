@@ -106,6 +106,11 @@ def test_kinds_of_model(changes, counts, monkeypatch):
     check(blocks(), random_model(2, **changes), counts, monkeypatch)
 
 
+@pytest.mark.parametrize("settings", [{}, {"block_length": 2}, {"kv_commit": "alone"}], ids=str)
+def test_block_causal_models(settings, counts, monkeypatch):
+    check(blocks(**settings), random_model(2, block_causal=True, block_length=4), counts, monkeypatch)
+
+
 @pytest.mark.parametrize(
     "sampler",
     [
