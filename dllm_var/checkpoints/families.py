@@ -404,6 +404,8 @@ def _inexpressible(family: Family, config: TransformerConfig) -> str | None:
         return f"its heads share hidden_size {config.hidden_size} evenly, this one's take {width}"
     if not family.causal and (config.causal or config.causal_context):
         return f"its models read in both directions, this one {'' if config.causal else 'its context '}left to right"
+    if config.block_causal and "block_length" not in family.settings:
+        return f"its models read all of a text, this one blocks of {config.block_length} from left to right"
     if config.mask_id is None and not family.causal:
         return "its models have a mask token, this one none"
     return None

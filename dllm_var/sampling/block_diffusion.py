@@ -215,7 +215,9 @@ class BlockEngine(DenoisingEngine[AnyRow]):
         # Positions behind a block's end stand in the canvas's last cell, which no row reaches.
         cells = torch.where(inside, cell[:, None] + self.offsets, self.canvas.numel() - 1)
         tokens = self.canvas.take(cells)
-        places = self.places(place[:, None] + self.offsets, (tokens != self.mask_id) & inside, window)
+        # Without a count those are scored, too, and must at least stand in the forward.
+        places = (place[:, None] + self.offsets).clamp_max(hidden[..., 0].numel() - 1)
+        places = self.places(places, (tokens != self.mask_id) & inside, window)
         view = self.view(hidden, places, tokens, inside, count, step=step, progress=decoded / limit, key=key)
         return cells, nfe, view
 

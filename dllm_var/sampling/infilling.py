@@ -45,7 +45,8 @@ def infill(
     """Fills the gaps of texts, token ids with the mask id wherever a token is wanted, all gaps of a text together.
 
     Every forward reads prompt and text whole; a block-causal model sees nothing of what is behind a gap's block. Given
-    tokens stay as they are; terminators and the mask are never put in a gap. Raises UserError when the model reads left to right, a text has no gap, or a setting is out of range.
+    tokens stay as they are; terminators and the mask are never put in a gap. Raises UserError when the model reads left
+    to right, a text has no gap, or a setting is out of range.
 
     Args:
         policy: Sees a text's gaps, one behind the other, as its block; `ConfidenceThreshold(0.9)` when None.

@@ -1,13 +1,14 @@
-"""Block diffusion on the grid of a text: against BD3-LM's `[noisy | clean]` rows, and against plain block-causal rows."""
+"""Block diffusion on the grid of a text: against rows of BD3-LM, noisy beside clean, and plain block-causal rows."""
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from dllm_var.errors import UserError
 from dllm_var.objectives import BlockDiffusion, KeyedNoise
 from dllm_var.objectives.block_diffusion import find_blocks
 from dllm_var.objectives.cross_entropy import head_loss
 from tests.objectives.test_block_denoising import BLOCK, END, MASK, ROWS, SPECIAL, bound, by_mask, make_batch, model
-from torch.nn import functional as F
 
 LENGTH = 34
 
@@ -135,7 +136,7 @@ def test_blocks_grow_on_the_grid():
     """While blocks grow, rows are read in blocks of their own length; the model keeps that of the end."""
     objective = BlockDiffusion(8, block_causal=True, start_length=2, growth_rows=100).bind(SPECIAL)
     batch, transformer = make_batch(ROWS, LENGTH), block_causal()
-    noised, hidden = packed(transformer, objective, batch)
+    _, hidden = packed(transformer, objective, batch)
     transformer.config.block_length = 2
     plain = transformer.hidden_states(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
     torch.testing.assert_close(hidden[:, :LENGTH], plain, atol=1e-5, rtol=1e-5)

@@ -1,7 +1,8 @@
-"""Block-causal models: decoded as one plain row is, whose every forward reads all of it under a mask made by loops."""
+"""Block-causal models: decoded as one plain row is, which every forward reads whole under a mask made by loops."""
 
 import pytest
 import torch
+
 from dllm_var.errors import UserError
 from dllm_var.evaluation.likelihood import Likelihood
 from dllm_var.model import TransformerConfig
@@ -185,7 +186,7 @@ def test_refuses_blocks_longer_than_the_models():
 
 
 @pytest.mark.parametrize(
-    "settings, reason",
+    ("settings", "reason"),
     [
         (dict(block_causal=True), "block_causal needs block_length of at least 1, got None"),
         (dict(block_causal=True, block_length=0), "block_causal needs block_length of at least 1, got 0"),
