@@ -93,6 +93,61 @@ DREAM_CONFIG = dict(  # the keys of Dream-org/Dream-v0-Base-7B/config.json
     use_sliding_window=False,
     **SIZES,
 )
+SDAR_CONFIG = dict(  # the keys of training/model/SDAR-4B-Chat/config.json in JetAstra/SDAR
+    architectures=["SDARForCausalLM"],
+    attention_bias=False,
+    attention_dropout=0.0,
+    attn_implementation="flex_attention",
+    auto_map={"AutoConfig": "configuration_sdar.SDARConfig", "AutoModel": "modeling_sdar.SDARModel"},
+    block_size=4,
+    bos_token_id=3,
+    debug=False,
+    eos_token_id=3,
+    ep_size=1,
+    fuse_cross_entropy=True,
+    head_dim=16,
+    hidden_act="silu",
+    initializer_range=0.02,
+    mask_token_id=VOCABULARY - 1,
+    max_window_layers=2,
+    micro_forward=False,
+    model_type="sdar",
+    rms_norm_eps=1e-6,
+    rope_scaling=None,
+    skip_checkpoint=False,
+    sliding_window=None,
+    tie_word_embeddings=False,
+    torch_dtype="bfloat16",
+    transformers_version="4.52.4",
+    use_cache=False,
+    use_deepep=False,
+    use_sliding_window=False,
+    **SIZES,
+)
+FAST_DLLM_V2_CONFIG = dict(  # the keys of Efficient-Large-Model/Fast_dLLM_v2_7B/config.json
+    architectures=["Fast_dLLM_QwenForCausalLM"],
+    attention_dropout=0.0,
+    auto_map={"AutoConfig": "configuration.Fast_dLLM_QwenConfig", "AutoModel": "modeling.Fast_dLLM_QwenModel"},
+    bd_size=32,
+    bos_token_id=3,
+    conplemenrary_mask=True,
+    eos_token_id=3,
+    hidden_act="silu",
+    initializer_range=0.02,
+    layer_types=["full_attention", "full_attention"],
+    max_window_layers=28,
+    model_type="Fast_dLLM_Qwen",
+    pad_token_id=3,
+    rms_norm_eps=1e-6,
+    rope_scaling=None,
+    sliding_window=None,
+    tie_word_embeddings=False,
+    torch_dtype="bfloat16",
+    transformers_version="4.53.1",
+    use_cache=True,
+    use_sliding_window=False,
+    **SIZES,
+)
 QWEN3_1_7B = dict(  # the keys of Qwen/Qwen3-1.7B-Base/config.json
     architectures=["Qwen3ForCausalLM"],
     attention_bias=False,
@@ -244,3 +299,86 @@ def write_dream(folder):
             return model(ids, use_cache=False).logits
 
     return logits
+
+
+def write_block_causal(folder, config):
+    """Writes a random SDAR or Fast-dLLM v2 checkpoint and returns a function from ids [B, L] to what its head computes.
+
+    Their layers are Qwen3's and Qwen2's: transformers' classes do that when they are told which tokens see which.
+    """
+    kind, key = ("Qwen3", "block_size") if config["model_type"] == "sdar" else ("Qwen2", "bd_size")
+    names = ("vocab_size", "rms_norm_eps", "tie_word_embeddings", *(["head_dim"] if "head_dim" in config else []))
+    model = transformers_model(kind, **{name: config[name] for name in names})
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = dict(model.state_dict())
+    if config["tie_word_embeddings"]:
+        del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def logits(ids):
+        block = torch.arange(ids.size(1)) // config[key]
+        hidden = torch.zeros(len(block), len(block)).masked_fill(block[:, None] < block, -torch.inf)
+        with torch.no_grad():
+            return model(ids, attention_mask=hidden.expand(len(ids), 1, -1, -1), use_cache=False).logits
+
+    return logits
+
+
+def likeliest(logits, row, mask):
+    """What each position of a row predicts, and with which probability; never the mask."""
+    values = logits(torch.tensor([row]))[0].index_fill(-1, torch.tensor(mask), -torch.inf)
+    confidence, tokens = values.softmax(-1).max(-1)
+    return tokens.tolist(), confidence.tolist()
+
+
+def sdar_generate(logits, prompt, blocks, length, mask, ends, threshold=None, steps=None):
+    """SDAR's generate.py read plainly and greedily: its dynamic rule with a `threshold`, its static one without.
+
+    Every forward reads the row anew. The prompt and the answer together fill this number of blocks. Where fewer masks
+    are left than are due, the release also overwrites given tokens; here it does not.
+    """
+    row, steps = list(prompt), steps or length
+    for _ in range(blocks - len(prompt) // length):
+        row += [mask] * (length - len(row) % length)
+        for step in range(length):
+            masked = [place for place, token in enumerate(row) if token == mask]
+            if not masked:
+                break
+            tokens, confidence = likeliest(logits, row, mask)
+            due = length // steps + (step < length % steps)
+            best = sorted(masked, key=lambda place: -confidence[place])[:due]
+            sure = [place for place in masked if threshold is not None and confidence[place] > threshold]
+            for place in sure if len(sure) >= due else best:
+                row[place] = tokens[place]
+        if set(ends) & set(row[len(prompt) :]):
+            break
+    return cut(row[len(prompt) :], ends)
+
+
+def fast_dllm_v2_generate(logits, prompt, blocks, length, part, mask, ends, threshold):
+    """Fast-dLLM v2's generate read plainly and greedily, without a cache of parts.
+
+    The head at each position predicts the next token, and the one behind a finished block is taken at once. A prompt of
+    exactly one block is lost in the release; here it is not.
+    """
+    row = list(prompt)
+    for _ in range(blocks - len(prompt) // length):
+        if len(row) % length == 0:
+            row.append(likeliest(logits, row, mask)[0][-1])
+        row += [mask] * (-len(row) % length)
+        for start in range(len(row) - length, len(row), part):
+            while mask in row[start : start + part]:
+                tokens, confidence = likeliest(logits, row, mask)
+                masked = [place for place in range(start, start + part) if row[place] == mask]
+                sure = [place for place in masked if confidence[place - 1] > threshold]
+                for place in sure or [max(masked, key=lambda place: confidence[place - 1])]:
+                    row[place] = tokens[place - 1]
+        if set(ends) & set(row[len(prompt) :]):
+            break
+    return cut(row[len(prompt) :], ends)
+
+
+def cut(answer, ends):
+    """An answer without its first terminator and what is behind it."""
+    return answer[: next((place for place, token in enumerate(answer) if token in ends), len(answer))]

@@ -119,7 +119,8 @@ def export_checkpoint(
     values = write_config(family, config, str(kind).removeprefix("torch."))
     values[EXTRAS] = {**checkpoint.meta, **values[EXTRAS], **decoding}
     ids = {"eos_token_id": list(tokenizer.terminator_ids), "pad_token_id": tokenizer.pad_id}
-    settings = {CONFIG: values, "generation_config.json": {**ids, "mask_token_id": tokenizer.mask_id, **decoding}}
+    generation = {**ids, "mask_token_id": tokenizer.mask_id, **_sampling(checkpoint.meta.get("sampler")), **decoding}
+    settings = {CONFIG: values, "generation_config.json": generation}
     shapes, integers = weight_shapes(config), checkpoint.stored_as(quantize)
     quantised = weight_shapes(config, integers=integers)
     if integers is not None:
@@ -159,3 +160,12 @@ def export_checkpoint(
         for file, content in settings.items():
             (partial / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return config
+
+
+def _sampling(sampler: Any) -> dict[str, Any]:
+    """Returns whether a sampler, as a checkpoint describes it, draws tokens, and how, in transformers' words."""
+    arguments = (sampler or {}).get("init_args") or {}
+    if not arguments.get("temperature"):
+        return {"do_sample": False}
+    drawn = {name: arguments[name] for name in ("temperature", "top_k", "top_p") if arguments.get(name)}
+    return {"do_sample": True, **drawn}

@@ -1,11 +1,12 @@
 """Families of published checkpoints: one table each of their settings and names of weights, read in both directions.
 
 The facts are those of the published `config.json` and safetensors files and of the classes that read them: LLaDA
-(arXiv 2502.09992), LLaDA-MoE (2509.24389), LLaDA2 (2512.15745), Dream (2508.15487), and Llama, Qwen2 and Qwen3 as
-transformers has them. Our weights have the names
-that transformers gives them. What is not fully understood is refused by name.
+(arXiv 2502.09992), LLaDA-MoE (2509.24389), LLaDA2 (2512.15745), Dream (2508.15487), SDAR (2510.06303), Fast-dLLM v2
+(2509.26328), and Llama, Qwen2 and Qwen3 as transformers has them. Our weights have the names that transformers gives
+them. What is not fully understood is refused by name.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -47,6 +48,9 @@ class Family:
     renamed: dict[str, str] = field(default_factory=dict)
     causal: bool = True  # its models read left to right
     remote_code: tuple[str, str, str] | None = None  # a hub repository with its classes of config and model
+    # Keys that change nothing of what is computed, with the values that are written for programs which ask for them.
+    described: dict[str, Any] = field(default_factory=dict)
+    sampler: dict[str, Any] | None = None  # how its release decodes, where that is not our default
 
     def theirs(self, ours: str) -> str:
         """Returns the name under which the family keeps one of our weights."""
@@ -244,11 +248,54 @@ LLADA_MOE = Family(  # its config.json has the model_type of LLaDA
         "modeling_lladamoe.LLaDAMoEModelLM",
     ),
 )
+
+
+def _by_threshold(threshold: float, **settings: Any) -> dict[str, Any]:
+    """Returns the arguments of a block sampler that commits what is above a threshold, terminators too."""
+    policy = {"class_path": "dllm_var.sampling.policies.ConfidenceThreshold", "init_args": {"threshold": threshold}}
+    return {"policy": policy, "terminator_last": False, **settings}
+
+
+SDAR = Family(  # the layers of Qwen3
+    "sdar",
+    "SDARForCausalLM",
+    settings={**QWEN3.settings, "block_length": ("block_size", REQUIRED)},
+    implied={**QWEN3.implied, "block_causal": True, "token_shift": False},
+    fixed=QWEN3.fixed,
+    causal=False,
+    remote_code=("JetLM/SDAR-1.7B-Chat", "configuration_sdar.SDARConfig", "modeling_sdar.SDARForCausalLM"),
+    described={
+        **{"bos_token_id": None, "sliding_window": None, "max_position_embeddings": 32768, "debug": False},
+        **{"ep_size": 1, "fuse_cross_entropy": False, "micro_forward": False, "skip_checkpoint": False},
+        **{"use_deepep": False},
+    },
+    sampler=_by_threshold(0.85),  # `low_confidence_dynamic` of its generate.py
+)
+FAST_DLLM_V2 = Family(  # the layers of Qwen2
+    "Fast_dLLM_Qwen",
+    "Fast_dLLM_QwenForCausalLM",
+    settings={**QWEN2.settings, "block_length": ("bd_size", 32)},
+    implied={**QWEN2.implied, "block_causal": True, "token_shift": True},
+    fixed=QWEN2.fixed,
+    causal=False,
+    remote_code=(
+        "Efficient-Large-Model/Fast_dLLM_v2_7B",
+        "configuration.Fast_dLLM_QwenConfig",
+        "modeling.Fast_dLLM_QwenForCausalLM",
+    ),
+    described={"bos_token_id": None, "sliding_window": None, "conplemenrary_mask": True},  # as the release spells it
+    sampler=_by_threshold(0.9, block_length=8),  # sub-blocks, as on its model card
+)
 # A model that no published family has, such as one with biases and norms of heads; transformers does not open it.
 OTHER = Family("dllm_var", "Transformer")
 
-FORMATS = {family.model_type.lower(): family for family in (LLADA, DREAM, LLAMA, QWEN2, QWEN3)}
-FORMATS |= {"llada2": LLADA2, "llada_moe": LLADA_MOE}
+FORMATS = {family.model_type.lower(): family for family in (LLADA, DREAM, LLAMA, QWEN2, QWEN3, SDAR)}
+FORMATS |= {"fast_dllm_v2": FAST_DLLM_V2, "llada2": LLADA2, "llada_moe": LLADA_MOE}
+# What keeps models of other types from being read.
+UNREADABLE = {
+    "nemotron_labs_diffusion": "its positions are turned by YaRN and its queries scaled with their position",
+    "sdar_moe": "its experts are not those of LLaDA2 or LLaDA-MoE",
+}
 
 
 def family_of(values: dict[str, Any], file: Path) -> Family:
@@ -256,6 +303,9 @@ def family_of(values: dict[str, Any], file: Path) -> Family:
     families = [family for family in (*FORMATS.values(), OTHER) if values.get("model_type") == family.model_type]
     if not families:
         known = ", ".join(dict.fromkeys(family.model_type for family in FORMATS.values()))
+        reason = UNREADABLE.get(str(values.get("model_type")))
+        if reason is not None:
+            raise UserError(f"{file} is of model_type {values['model_type']!r}, which cannot be loaded yet: {reason}")
         raise UserError(f"{file} is of model_type {values.get('model_type')!r}; models of {known} can be loaded")
     alike = (family for family in families if ("num_experts" in family.settings) == ("num_experts" in values))
     return next(alike, families[0])
@@ -274,7 +324,7 @@ def read_config(values: dict[str, Any], file: Path) -> TransformerConfig:
     if family is OTHER:
         return read_settings(more, file)
     kinds = get_type_hints(TransformerConfig)
-    known_keys = DESCRIPTIVE | {key for key, _ in family.settings.values()} | set(family.fixed)
+    known_keys = DESCRIPTIVE | {key for key, _ in family.settings.values()} | set(family.fixed) | set(family.described)
     ours: dict[str, Any] = dict(family.implied)
     for name, (key, default) in family.settings.items():
         value = values.get(key)
@@ -344,6 +394,15 @@ def _read_rope(values: dict[str, Any], file: Path) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_llama3": rope if kind == "llama3" else None}
 
 
+def released_sampler(family: Family, config: TransformerConfig) -> dict[str, Any] | None:
+    """Returns how the release of a family decodes a model, as checkpoints describe samplers; None for our default."""
+    if family.sampler is None:
+        return None
+    arguments = {"block_length": config.block_length, **family.sampler}
+    arguments["block_length"] = min(arguments["block_length"], config.block_length or math.inf)
+    return {"class_path": "dllm_var.sampling.BlockDiffusionSampler", "init_args": arguments}
+
+
 def natural_family(config: TransformerConfig) -> Family:
     """Returns the family as which transformers opens a model, or `OTHER` when it has none such."""
     return next((family for family in (LLAMA, QWEN2, QWEN3) if _inexpressible(family, config) is None), OTHER)
@@ -362,6 +421,7 @@ def write_config(family: Family, config: TransformerConfig, dtype: str) -> dict[
     if reason is not None:
         name = next(name for name, known in FORMATS.items() if known is family)
         raise UserError(f"--format {name} cannot hold this model: {reason}")
+    values |= family.described
     values |= {key: ours[name] for name, (key, _) in family.settings.items() if ours[name] is not None}
     values |= {key: allowed[0] for key, allowed in family.fixed.items() if allowed[0] is not None}
     if "moe_layer_freq" in family.fixed:

@@ -24,7 +24,15 @@ from dllm_var.checkpoints.adapters import (
     read_lora,
 )
 from dllm_var.checkpoints.archive import is_shard_folder, read_state, read_weights
-from dllm_var.checkpoints.families import EXTRAS, OTHER, Family, family_of, read_config, read_settings
+from dllm_var.checkpoints.families import (
+    EXTRAS,
+    OTHER,
+    Family,
+    family_of,
+    read_config,
+    read_settings,
+    released_sampler,
+)
 from dllm_var.checkpoints.quantised import (
     QUANTIZATION,
     dequantised,
@@ -270,8 +278,10 @@ def _open_folder(folder: Path) -> Checkpoint:
         weights = unpacked(weights, integers)
     size = sum(file.stat().st_size for file in files)
     weights = _matched(config, weights, size, folder, family, lora, integers)
-    tokenizer = partial(Tokenizer.from_pretrained, folder)
-    return Checkpoint(folder, config, weights, tokenizer, _meta(extras), extras is None, lora=lora, quantised=integers)
+    tokenizer, meta = partial(Tokenizer.from_pretrained, folder), _meta(extras)
+    if extras is None and (sampler := released_sampler(family, config)) is not None:
+        meta["sampler"] = sampler
+    return Checkpoint(folder, config, weights, tokenizer, meta, extras is None, lora=lora, quantised=integers)
 
 
 def _meta(ours: dict[str, Any] | None) -> dict[str, Any]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Writes a checkpoint as the folder of a published model family: config, safetensors, tokenizer, chat
 template, mask token, terminators, and how to decode it. docs/checkpoints.md says which engine serves which format."""
+# Engines that take an id of their own for the mask, whatever a folder says.
+ASSUMED_MASKS = {"sdar": ("SGLang and LMDeploy take", 151669), "llada2": ("SGLang takes", 156895)}
 EXAMPLES = """examples:
   python -m dllm_var export --checkpoint runs/llada_8b_sft/version_0 --format llada --output llada-var --dtype bfloat16
   python -m dllm_var export --checkpoint checkpoints/cmudict --format llama --output cmudict-llama
@@ -47,6 +49,9 @@ def main(command: str, arguments: list[str]) -> int:
         f"mask {config.mask_id}, terminators {', '.join(map(str, config.terminator_ids or []))}"
         + "".join(f", {name.replace('_', ' ')} {value}" for name, value in decoding.items())
     )
+    engines, assumed = ASSUMED_MASKS.get(options.format, ("", config.mask_id))
+    if assumed != config.mask_id:
+        print(f"{engines} {assumed} for the mask: use an engine that is told {config.mask_id}")
     return 0
 
 
@@ -66,14 +71,17 @@ def build_parser(command: str) -> SettingsParser:
 
 
 def decoding_settings(checkpoint: Checkpoint, block_length: int | None, threshold: float | None) -> tuple[Any, Any]:
-    """Returns the sampler to remember, and what other engines must know of it: `block_length` and `threshold`."""
+    """Returns the sampler to remember, and what other engines must know of it: `block_length` and `threshold`.
+
+    Engines read a block-causal model in the blocks of its own, also where the sampler decodes a part at a time.
+    """
     from dllm_var.sampling import BlockDiffusionSampler
     from dllm_var.sampling.base import sampler_from_config
     from dllm_var.sampling.configurable import sampler_to_config
 
     sampler = checkpoint.meta.get("sampler")
     if sampler is None and not checkpoint.config.causal:
-        sampler = sampler_to_config(BlockDiffusionSampler())
+        sampler = sampler_to_config(BlockDiffusionSampler(block_length=checkpoint.config.grid or 64))
     if block_length is not None or threshold is not None:
         if sampler is None:
             raise UserError("--block-length and --threshold do not go with this model, which reads left to right")
@@ -88,7 +96,8 @@ def decoding_settings(checkpoint: Checkpoint, block_length: int | None, threshol
         sampler_from_config(sampler)  # checks the ranges
     settings = _arguments(sampler)
     places = {"block_length": settings, "threshold": _arguments(settings.get("policy"))}
-    return sampler, {name: place[name] for name, place in places.items() if fits(place.get(name), float)}
+    decoding = {name: place[name] for name, place in places.items() if fits(place.get(name), float)}
+    return sampler, {**decoding, **({"block_length": checkpoint.config.grid} if checkpoint.config.grid else {})}
 
 
 def _arguments(described: Any) -> dict[str, Any]:

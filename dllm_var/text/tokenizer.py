@@ -21,7 +21,7 @@ import tokenizers
 
 from dllm_var.errors import UserError
 from dllm_var.files import fits
-from dllm_var.text.tokenizer_files import find_folder, load_backend, read_chat_template, read_if_there
+from dllm_var.text.tokenizer_files import MASKS, find_folder, load_backend, read_chat_template, read_if_there
 
 if TYPE_CHECKING:
     from dllm_var.text.chat_templates import ChatTemplate
@@ -341,6 +341,7 @@ class Tokenizer:
             return list(dict.fromkeys(ids))
 
         masks = known(named.get("mask_token"), model.get("mask_token_id"))
+        masks = masks or known(MASKS.get(str(model.get("model_type"))))
         if not masks:
             mask_token = mask_token or named.get("mask_token") or ADDED_MASK
             backend.add_special_tokens([tokenizers.AddedToken(mask_token, special=True, normalized=False)])

@@ -12,6 +12,8 @@ TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "chat_template*", "v
 TOKENIZER_FILES += ["*config.json", "*.model"]
 # Classes that come as code with a checkpoint, and the class of transformers that they are a copy of.
 _SAME_AS = {"DreamTokenizer": "Qwen2TokenizerFast"}
+# Mask tokens by `model_type`, where only the published code names them.
+MASKS = {"Fast_dLLM_Qwen": "|<MASK>|"}
 
 
 def find_folder(path_or_name: str | Path) -> Path:

@@ -25,6 +25,7 @@ from dllm_var.sampling import BlockDiffusionSampler
 from dllm_var.sampling.base import sampler_from_config
 from dllm_var.text.tokenizer import Tokenizer
 from tests.byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
+from tests.published import SDAR_CONFIG, write_block_causal
 from tests.sampling.tiny_models import TOKENIZER, random_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -124,6 +125,28 @@ def test_likelihoods_choose_the_right_pronunciation(checkpoint, capsys):
     result = json.loads(Path("result.json").read_text())
     assert result["results"]["which"]["acc,none"] == 1
     assert result["dllm_var"]["likelihood"]["estimator"] == ("exact" if checkpoint == TWIN else "Monte-Carlo bound")
+
+
+def test_a_published_block_causal_model_is_evaluated_as_its_release_decodes(folder):
+    """A tiny SDAR: generated answers are those of the sampler that its family has, choices those of its likelihoods."""
+    config = {**SDAR_CONFIG, "vocab_size": 270, "mask_token_id": 257, "eos_token_id": 260}
+    write_block_causal(folder / "sdar", config)
+    write_byte_tokenizer(folder / "sdar", CHAT_TEMPLATE)
+    lines = [{"word": word, "choices": list(WORDS.values()), "right": n} for n, word in enumerate(WORDS)]
+    Path("which.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    Path("which.yaml").write_text(CHOICES.format(file=Path("which.jsonl").absolute()))
+    options = ["--limit=4", "--max-new-tokens=9", "--mc-draws=4", "--output=result.json", "--samples"]
+    assert main(["evaluate", "--checkpoint", "sdar", "--tasks", "cmudict", "which.yaml", *options]) == 0
+    result = json.loads(Path("result.json").read_text())
+    model, tokenizer, meta = load_checkpoint("sdar")
+    assert result["dllm_var"]["sampler"]["init_args"]["block_length"] == 4
+    prompts = [sample["arguments"][0][0] for sample in result["samples"]["cmudict"]]
+    answers = sampler_from_config(meta["sampler"]).generate(model, prompts, tokenizer=tokenizer, max_new_tokens=9)
+    assert [sample["resps"][0][0] for sample in result["samples"]["cmudict"]] == [answer.text for answer in answers]
+    pairs = [(tokenizer.encode(word), tokenizer.encode(f" {answer}")) for word in WORDS for answer in WORDS.values()]
+    scores = [score.log_likelihood for score in Likelihood(draws=4)(model, pairs)]
+    best = [max(range(4), key=lambda choice: scores[4 * n + choice]) for n in range(4)]
+    assert result["results"]["which"]["acc,none"] == sum(choice == n for n, choice in enumerate(best)) / 4
 
 
 def test_generate_until_is_the_samplers_generate():

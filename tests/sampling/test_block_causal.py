@@ -43,6 +43,8 @@ def decode(transformer, prompt, threshold, sub_block=GRID, limit=LIMIT):
     while len(row) < len(prompt) + limit:
         begin, end = len(row), len(prompt) + limit
         end = min(end, *(begin // length * length + length for length in (sub_block, grid)))
+        if transformer.config.token_shift and begin % grid == 0:
+            end = begin + 1  # what the last token of the block before predicts
         row += [MASK] * (end - begin)
         while MASK in row:
             steps += 1
