@@ -64,6 +64,8 @@ class EmaWeights(WeightAveraging):
         return True
 
     def _mix(self, average: Tensor, weight: Tensor, updates: Tensor | int) -> Tensor:
+        if not average.is_floating_point():  # integers of a quantised matrix, which stay
+            return average
         return average.lerp(weight.to(average.dtype), 1 - self._kept)  # weights may have 16 bits
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

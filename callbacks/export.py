@@ -11,6 +11,7 @@ from dllm_var.callbacks.ema import averaged
 from dllm_var.checkpoints.adapters import ADAPTER_FOLDER, merge_adapters
 from dllm_var.checkpoints.export import save_adapter, save_checkpoint_folder, save_settings
 from dllm_var.checkpoints.pretrained import EXPORT_FOLDER, PREFIX
+from dllm_var.checkpoints.quantised import dequantised
 from dllm_var.model.lora import is_adapter, plain_name
 from dllm_var.sampling.base import last_sampler
 from dllm_var.sampling.configurable import sampler_to_config
@@ -50,15 +51,15 @@ class ExportWeights(L.Callback):
             with averaged(trainer, pl_module):
                 if lora is not None:
                     weights = state or transformer.state_dict()
+                    readers = dequantised({name: weights[name].detach for name in weights})
                     save_adapter(Path(run) / ADAPTER_FOLDER, weights, lora, base)
                     save_settings(Path(run) / ADAPTER_FOLDER, transformer, tokenizer, meta)
                     if lora.on_masks_only:
                         save_adapter(self.path / ADAPTER_FOLDER, weights, lora, base)
                         meta["lora"] = asdict(lora)
-                        state = {plain_name(name): weights[name] for name in weights if not is_adapter(name)}
+                        state = {plain_name(name): read() for name, read in readers.items() if not is_adapter(name)}
                     else:
-                        merged = merge_adapters({name: weights[name].detach for name in weights}, lora.scaling)
-                        state = {name: read() for name, read in merged.items()}
+                        state = {name: read().cpu() for name, read in merge_adapters(readers, lora.scaling).items()}
                 save_checkpoint_folder(self.path, transformer, tokenizer, meta, state)
 
 

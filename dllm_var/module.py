@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from dllm_var.checkpoints.run_checkpoint import check_identity, identity, read_identity
-from dllm_var.checkpoints.starting_from import start_from, starting_config
+from dllm_var.checkpoints.starting_from import integers_of, start_from, starting_config
 from dllm_var.errors import UserError, one_line
 from dllm_var.metrics.denoising import DenoisingMetrics
 from dllm_var.model.attention import Documents, document_rule
@@ -24,6 +24,7 @@ from dllm_var.model.config import TransformerConfig
 from dllm_var.model.context_parallel import RowPart
 from dllm_var.model.float8 import Float8, check_float8, use_float8
 from dllm_var.model.lora import Lora, add_adapters, reset_adapters
+from dllm_var.model.quantised import Integers, QuantizeName, quantise_layers
 from dllm_var.model.sharding import DATA_PARALLEL, TENSOR_PARALLEL, shard, share_rows, tensor_parallel
 from dllm_var.model.transformer import Recompute, Transformer, left_neighbours
 from dllm_var.objectives import Autoregressive, EosSchedule, KeyedNoise, NoisedBatch, Objective
@@ -62,6 +63,8 @@ class DiffusionLM(L.LightningModule):
         loss_guard: When an update is skipped, a loss reported and training stopped.
         lora: Adapters to train in place of the weights, which stay as `init_from` has them; None trains all weights.
         float8: How the layers multiply in 8 bits while `fit` runs; None for not at all.
+        quantize: Keeps the matrices below the adapters as integers of 8 or 4 bits (QLoRA, arXiv 2305.14314); None for
+            as they are.
         attention_annealing: Optimizer steps in which attention grows from causal to what `attention` says, for a model
             that was causal: by step s of n, a token is shown to those left of it with probability s / n (DiffuLLaMA,
             arXiv 2410.17891, section 3.2; there drawn for each pair of tokens). 0 for none.
@@ -81,6 +84,7 @@ class DiffusionLM(L.LightningModule):
         loss_guard: LossGuard = LossGuard(),  # noqa: B008
         lora: Lora | None = None,
         float8: Float8 | None = None,
+        quantize: QuantizeName | None = None,
         attention_annealing: int = 0,
     ) -> None:
         super().__init__()
@@ -106,6 +110,12 @@ class DiffusionLM(L.LightningModule):
         self.compile_blocks, self.init_from, self.lora, self.float8 = compile, init_from, lora, float8
         if lora is not None and init_from is None:
             raise UserError("model.lora needs model.init_from: adapters are trained on a model that is already there")
+        if quantize is not None and (lora is None or float8 is not None):
+            raise UserError(
+                f"model.quantize {quantize} needs model.lora, since integers are not trained, and does not go with "
+                "model.float8: add configs/qlora.yaml"
+            )
+        self.quantize, self.integers = quantize, None if quantize is None else integers_of(str(init_from), quantize)
         reads_masks = self.objective.causal and not isinstance(self.objective, Autoregressive)
         if lora is not None and lora.on_masks_only and not reads_masks:
             raise UserError(
@@ -144,7 +154,9 @@ class DiffusionLM(L.LightningModule):
             if float8 is not None:
                 raise UserError("model.float8 does not go with context parallelism: take configs/strategy/fsdp2.yaml")
             self.row_group, mesh = share_rows(self.config, mesh)
-        self.transformer = build_transformer(self.config, self.lora, init_from is None, mesh, device, float8)
+        self.transformer = build_transformer(
+            self.config, self.lora, init_from is None, mesh, device, float8, self.integers
+        )
         if init_from is not None:
             start_from(self.transformer, self.tokenizer, init_from)
         self.transformer.recompute_activations(self.recompute)
@@ -350,7 +362,9 @@ class DiffusionLM(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         sampler = sampler_to_config(last_sampler(self.trainer.callbacks))  # type: ignore[attr-defined]
         chat = bool(getattr(self.trainer.datamodule, "chats", False))  # type: ignore[attr-defined]
-        checkpoint["dllm_var"] = identity(self.transformer.config, self.tokenizer, self.lora, sampler, chat)
+        checkpoint["dllm_var"] = identity(
+            self.transformer.config, self.tokenizer, self.lora, sampler, chat, self.quantize
+        )
         self.step.read(self.trainer)
         checkpoint["loss_guard"] = self.step.state_dict()
 
@@ -362,7 +376,8 @@ class DiffusionLM(L.LightningModule):
             self.transformer.config,
             self.tokenizer if checked else None,
             self.lora,
-            trained_on=checked and self.trainer.state.fn == "fit",
+            checked and self.trainer.state.fn == "fit",
+            self.quantize,
         )
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         averaging = any(isinstance(callback, WeightAveraging) for callback in callbacks)
@@ -382,8 +397,9 @@ def build_transformer(
     mesh: DeviceMesh | None = None,
     device: torch.device | None = None,
     float8: Float8 | None = None,
+    integers: Integers | None = None,
 ) -> Transformer:
-    """Builds a transformer with adapters and 8-bit products as asked; raises UserError for what does not go together.
+    """Builds a transformer with adapters, 8-bit products and quantised matrices as asked.
 
     Over Lightning's mesh of `data_parallel` and `tensor_parallel` processes it is sharded before any weight exists, so
     that it never exists as a whole. With `draw` false its weights hold whatever the memory held, to be filled. They go
@@ -395,10 +411,17 @@ def build_transformer(
             f"model.{'float8' if lora is None else 'lora'} does not go with tensor parallelism: take "
             "configs/strategy/fsdp2.yaml, which shards the weights"
         )
+    if mesh is not None and integers is not None:
+        raise UserError(
+            "model.quantize does not go with sharded weights: take configs/strategy/ddp.yaml, or one_gpu.yaml, or "
+            "leave it out"
+        )
     with torch.device("meta"):
         transformer = Transformer(config)
     if float8 is not None:
         use_float8(transformer, float8)
+    if integers is not None:
+        quantise_layers(transformer, integers)
     if lora is not None:
         add_adapters(transformer, lora)
     if mesh is not None and divided:

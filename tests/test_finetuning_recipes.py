@@ -28,6 +28,7 @@ KINDS = {
     [
         ["llada_8b_sft"],
         ["llada_8b_sft", "lora"],
+        ["llada_8b_sft", "qlora"],
         ["dream_7b_sft"],
         ["qwen3_to_diffusion"],
         ["qwen3_to_diffusion", "annealing"],
@@ -37,7 +38,8 @@ KINDS = {
     ids="+".join,
 )
 def test_recipe_trains_two_steps_and_answers(names, tmp_path, monkeypatch, capfd):
-    if "lora" in names:
+    adapted = {"lora", "qlora"} & {*names}
+    if adapted:
         pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     folder = write_byte_tokenizer(tmp_path / "tokenizer", CHAT_TEMPLATE)
@@ -75,7 +77,7 @@ def test_recipe_trains_two_steps_and_answers(names, tmp_path, monkeypatch, capfd
         assert not torch.allclose(adapted[:, 12:], plain[:, 12:], atol=1e-6)
     else:
         moved = [not torch.equal(a, b) for a, b in zip(base.parameters(), trained.parameters(), strict=True)]
-        assert any(moved) and (all(moved) or "lora" in names)
+        assert any(moved) and (all(moved) or adapted)
     assert main(["generate", "--checkpoint", str(run), "--prompt", "2 + 2 =", "--max-new-tokens", "4"]) == 0
 
 

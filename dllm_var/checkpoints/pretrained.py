@@ -46,7 +46,6 @@ from dllm_var.checkpoints.weight_layout import as_ours, layout_of
 from dllm_var.errors import UserError, one_line
 from dllm_var.files import fits, read_object
 from dllm_var.model.config import SIZES, TransformerConfig
-from dllm_var.model.experts import refuse_experts
 from dllm_var.model.initialise import fill
 from dllm_var.model.lora import Lora, add_adapters, is_adapter, plain_name
 from dllm_var.model.quantised import KINDS, Integers, QuantisedLinear, QuantizeName, quantise, quantise_layers
@@ -107,7 +106,7 @@ def _load(
     with torch.device("meta"):
         transformer = Transformer(config)
     if integers is not None:
-        quantise_layers(transformer.layers, integers)
+        quantise_layers(transformer, integers)
     if checkpoint.lora is not None:
         add_adapters(transformer, checkpoint.lora)
     transformer.to(dtype or checkpoint.dtype)
@@ -181,8 +180,6 @@ class Checkpoint:
 
     def stored_as(self, quantize: QuantizeName | None) -> Integers | None:
         """Returns how a model of this checkpoint keeps the matrices of its layers, None for as they are."""
-        if quantize is not None:
-            refuse_experts(self.config, f"the setting quantize {quantize}")
         if quantize is None or self.quantised is None:
             return self.quantised if quantize is None else KINDS[quantize]
         if KINDS[quantize].bits != self.quantised.bits:
@@ -274,7 +271,6 @@ def _open_folder(folder: Path) -> Checkpoint:
     weights = {named_as_in_model(name): read for file in files for name, read in _open_tensors(file).items()}
     integers = read_quantization(values.get(QUANTIZATION), folder / CONFIG)
     if integers is not None:
-        refuse_experts(config, f"{QUANTIZATION} in {folder / CONFIG}")
         weights = unpacked(weights, integers)
     size = sum(file.stat().st_size for file in files)
     weights = _matched(config, weights, size, folder, family, lora, integers)
@@ -285,7 +281,8 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 
 def _meta(ours: dict[str, Any] | None) -> dict[str, Any]:
-    return {name: value for name, value in (ours or {}).items() if name not in ("transformer", "tokenizer", "lora")}
+    apart = ("transformer", "tokenizer", "lora", "quantize")
+    return {name: value for name, value in (ours or {}).items() if name not in apart}
 
 
 def _open_adapter(folder: Path, adapters: tuple[Path, ...]) -> Checkpoint:
@@ -377,7 +374,7 @@ def weight_shapes(
     with torch.device("meta"):
         transformer = Transformer(config)
     if integers is not None:
-        quantise_layers(transformer.layers, integers)
+        quantise_layers(transformer, integers)
     if lora is not None:
         add_adapters(transformer, lora)
     weights = transformer.state_dict()

@@ -93,10 +93,12 @@ def identity(
     lora: Lora | None,
     sampler: dict[str, Any] | None,
     chat: bool = False,
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Returns the `dllm_var` entry of a checkpoint: what builds the model without its config, as plain values.
 
-    `chat` says that it was trained on conversations in the tokenizer's chat template, which prompts then need, too.
+    `chat` says that it was trained on conversations in the tokenizer's chat template, which prompts then need, too;
+    `quantize`, what the matrices below its adapters are.
     """
     return {
         "transformer": config.to_dict(),
@@ -104,6 +106,7 @@ def identity(
         "sampler": sampler,
         "chat": chat,
         "lora": None if lora is None else asdict(lora),
+        "quantize": quantize,
         "format": FORMAT,
         **provenance(),
     }
@@ -123,7 +126,12 @@ def read_identity(checkpoint: Any, path: str | Path) -> dict[str, Any]:
 
 
 def check_identity(
-    saved: dict[str, Any], config: TransformerConfig, tokenizer: Tokenizer | None, lora: Lora | None, trained_on: bool
+    saved: dict[str, Any],
+    config: TransformerConfig,
+    tokenizer: Tokenizer | None,
+    lora: Lora | None,
+    trained_on: bool,
+    quantize: str | None = None,
 ) -> None:
     """Compares a run with the entry of a checkpoint; raises UserError, which names the setting, when they do not fit.
 
@@ -137,7 +145,9 @@ def check_identity(
     changeable = _CHANGEABLE if trained_on else _CHANGEABLE_WHEN_MEASURED
     theirs = saved["transformer"]
     pairs = {f"transformer.{name}": (theirs.get(name, ours), ours) for name, ours in config.to_dict().items()}
-    for name, (known, ours) in {**pairs, "lora": (read_lora(saved.get("lora"), "the checkpoint"), lora)}.items():
+    pairs["lora"] = (read_lora(saved.get("lora"), "the checkpoint"), lora)
+    pairs["quantize"] = (saved.get("quantize"), quantize)
+    for name, (known, ours) in pairs.items():
         if known != ours and name.removeprefix("transformer.") not in changeable:
             raise UserError(
                 f"the checkpoint has model.{name}={known}, the settings say {ours}: use the settings it was trained "

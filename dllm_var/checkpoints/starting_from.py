@@ -10,6 +10,7 @@ from dllm_var.errors import UserError
 from dllm_var.files import read_object
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.lora import Lora
+from dllm_var.model.quantised import Integers, QuantizeName
 from dllm_var.model.transformer import Transformer
 from dllm_var.text.tokenizer import Tokenizer
 
@@ -34,6 +35,13 @@ def starting_config(settings: TransformerConfig, path: str | Path, lora: Lora | 
             f"set to {theirs}, or start from the checkpoint that they were trained on"
         )
     return _adjusted(checkpoint.config, settings, path)
+
+
+def integers_of(path: str | Path, quantize: QuantizeName) -> Integers:
+    """Returns how a model that starts from a checkpoint keeps its matrices under `model.quantize`."""
+    integers = open_checkpoint(path).stored_as(quantize)
+    assert integers is not None
+    return integers
 
 
 def planned_config(settings: TransformerConfig, path: str | Path) -> TransformerConfig:

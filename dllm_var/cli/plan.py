@@ -18,6 +18,7 @@ from dllm_var.cli.trainer_settings import build_reader, check_settings, run_name
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig
 from dllm_var.model.lora import Lora, add_adapters
+from dllm_var.model.quantised import KINDS, quantise_layers
 from dllm_var.model.transformer import Transformer
 from dllm_var.objectives import EosSchedule, KeyedNoise, Objective
 from dllm_var.settings import build
@@ -98,6 +99,8 @@ def plan(settings: dict[str, Any]) -> dict[str, Any]:
         "active": transformer.active_parameters,  # that one token passes: of experts, those chosen for it
     }
     flops_per_row = read * transformer.flops_per_token(read, scored / read)
+    if model.get("quantize"):
+        quantise_layers(transformer, KINDS[model["quantize"]])
     if model.get("lora"):
         add_adapters(transformer, Lora(**model["lora"]))
     parameters["trained"] = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
@@ -109,23 +112,27 @@ def plan(settings: dict[str, Any]) -> dict[str, Any]:
     def place(run: Placed, model: Transformer = transformer) -> dict[str, float]:
         return device_memory(model, run.strategy, run.devices, run.rows * read, precision, run.recompute)
 
+    several = ("ddp",) if model.get("quantize") else ("ddp", "fsdp2", "zero2")  # quantised matrices are not sharded
     placed = {
         strategy + ", recomputed" * again: Placed(strategy, again, rows, devices)
-        for strategy in (("ddp", "fsdp2", "zero2") if devices > 1 else (ONE_DEVICE,))
+        for strategy in (several if devices > 1 else (ONE_DEVICE,))
         for again in (False, True)
     }
     memory = {name: place(run) for name, run in placed.items()}
     strategy = planned_strategy(trainer.get("strategy"), devices)
     own = strategy and strategy + ", recomputed" * (model.get("activation_checkpointing") == "full")
+    own = own if own in memory else None
     room, remedy = settings["device_memory"] * 1e9, None
     fits = memory[own]["total"] <= room if own else None
     if own and not fits:
-        adapted = adapted_model(transformer) if model.get("init_from") and not model.get("lora") else None
+        adapted = adapted_models(config) if model.get("init_from") and not model.get("quantize") else {}
+        if model.get("lora"):
+            adapted.pop("lora", None)
 
         def needed(run: Placed) -> float:
-            return place(run, adapted if run.adapters and adapted is not None else transformer)["total"]
+            return place(run, adapted.get(run.adapters, transformer))["total"]
 
-        remedy = what_fits(placed[own], needed, room, accumulated, adaptable=adapted is not None)
+        remedy = what_fits(placed[own], needed, room, accumulated, adapted)
     steps = trainer.get("max_steps") or -1
     return {
         "model": {
@@ -172,14 +179,18 @@ def read_config(model: dict[str, Any], data: dict[str, Any], objective: Objectiv
     return replace(config, causal=objective.causal).resolved(), said_by
 
 
-def adapted_model(transformer: Transformer) -> Transformer | None:
-    """Returns a model of the same shape with the adapters that configs/lora.yaml gives it; None without peft."""
-    if find_spec("peft") is None:
-        return None
-    with torch.device("meta"):
-        adapted = Transformer(transformer.config)
-    add_adapters(adapted, Lora())
-    return adapted
+def adapted_models(config: TransformerConfig) -> dict[str, Transformer]:
+    """Returns models with the adapters that configs/lora.yaml and configs/qlora.yaml give them; none without peft."""
+    models = {}
+    for name in ("lora", "qlora") if find_spec("peft") is not None else ():
+        with torch.device("meta"):
+            model = Transformer(config)
+        with suppress(UserError):  # its rows cannot be divided into groups
+            if name == "qlora":
+                quantise_layers(model, KINDS["int4"])
+            add_adapters(model, Lora())
+            models[name] = model
+    return models
 
 
 def gigabytes(text: str) -> float:

@@ -1,11 +1,14 @@
 """The memory of each device in training: what `plan` foresees, and what a run needs that does not fit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from torch import Tensor
+
 from dllm_var.model.config import TransformerConfig
+from dllm_var.model.quantised import QuantisedLinear
 from dllm_var.model.transformer import Transformer
 
 LOGITS_BYTES = 2 * 512 * 2**20  # of the head on CUDA, a chunk at a time: logits in 32 bits, and their gradient
@@ -61,12 +64,16 @@ def device_memory(
     (DeepSpeed) shards gradients and optimizer state. The model is on the meta device and has its adapters.
     """
     held, trained = model.num_parameters, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    quantised = [module for module in model.modules() if isinstance(module, QuantisedLinear)]
     layers = [sum(p.numel() for p in layer.parameters()) for layer in model.layers]
-    matrices = [sum(p.numel() for p in layer.parameters() if p.dim() > 1) for layer in model.layers]
+    matrices = [sum(map(copied, layer.named_parameters())) for layer in model.layers]
     width = 2 if precision == "16-true" else 4
     # Autocast multiplies by 16-bit copies, which autograd keeps: of all layers, or of the one that is computed again.
     gathered = 2.0 * (max(matrices) if recompute else sum(matrices)) if precision == "16-mixed" else 0
-    weights, gradients, optimizer = float(width * held), float(width * trained), 2.0 * width * trained
+    if quantised:  # the numbers of one matrix at a time, as halves of bytes, bytes and in the type of the products
+        gathered += (2 + (4 if precision == "32" else 2)) * max(one.in_features * one.out_features for one in quantised)
+    held_bytes = sum(p.numel() * (width if p.is_floating_point() else 1) for p in model.parameters())
+    weights, gradients, optimizer = float(held_bytes), float(width * trained), 2.0 * width * trained
     if strategy == "ddp":
         gradients *= 2
     elif strategy == ONE_DEVICE:
@@ -81,6 +88,13 @@ def device_memory(
     parts = {"weights": weights, "gathered": gathered, "gradients": gradients, "optimizer": optimizer}
     parts["activations"] = activation_bytes(model.config, tokens, precision, recompute) + LOGITS_BYTES
     return {**parts, "total": sum(parts.values())}
+
+
+def copied(named: tuple[str, Tensor]) -> int:
+    """Returns how many numbers of a weight autocast copies into 16 bits: those of matrices, but for integers."""
+    name, weight = named
+    plain = weight.dim() > 1 and weight.is_floating_point() and not name.endswith(".scale")
+    return weight.numel() if plain else 0
 
 
 def planned_strategy(strategy: Any, devices: int) -> str | None:
@@ -100,24 +114,26 @@ class Placed:
     recompute: bool
     rows: int  # of a batch on one device
     devices: int
-    adapters: bool = False
+    adapters: str = ""  # `lora` or `qlora` for those of the config of this name
 
 
 def what_fits(
-    run: Placed, needed: Callable[[Placed], float], memory: float, accumulated: int, adaptable: bool
+    run: Placed, needed: Callable[[Placed], float], memory: float, accumulated: int, adaptable: Iterable[str]
 ) -> str | None:
     """Returns the arguments with which a run fits in the memory; None when none of those tried is enough.
 
     `needed` gives the bytes of a device, `accumulated` the batches of a step. What costs time alone is tried first,
-    then adapters where the model is `adaptable`, then more devices.
+    then the adapters that the model is `adaptable` with, then more devices.
     """
     devices = [run.devices << n for n in range(MOST_DEVICES) if n == 0 or run.devices << n <= MOST_DEVICES]
     rows = [run.rows // n for n in range(1, run.rows + 1) if run.rows % n == 0]
     strategies = [run.strategy] if run.strategy in ("fsdp2", "zero2") else [run.strategy, "fsdp2"]
-    adapted = [False, True] if adaptable else [False]
+    adapted = ["", *adaptable]
     recomputed = [run.recompute] if run.recompute else [False, True]
     for n, adapters, fewer, recompute, strategy in product(devices, adapted, rows, recomputed, strategies):
         spread = "ddp" if strategy == ONE_DEVICE and n > 1 else strategy
+        if adapters == "qlora" and spread not in ("ddp", ONE_DEVICE):  # quantised matrices are not sharded
+            continue
         if needed(Placed(spread, recompute, fewer, n, adapters)) > memory:
             continue
         changes = {
@@ -125,7 +141,7 @@ def what_fits(
             "--model.activation_checkpointing=full": recompute != run.recompute,
             f"--data.batch_size={fewer}": fewer != run.rows,
             f"--trainer.accumulate_grad_batches={accumulated * run.rows // fewer}": fewer != run.rows,
-            "--config configs/lora.yaml": adapters,
+            f"--config configs/{adapters}.yaml": adapters != run.adapters,
             f"--devices {n}": n != run.devices,
         }
         return " ".join(argument for argument, changed in changes.items() if changed)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dllm_var.errors import UserError
+from dllm_var.model.experts import refuse_experts
 
 QuantizeName = Literal["int8", "int4"]
 # Rows that a CPU turns into numbers at a time: they stay in its cache. At 4096 x 4096 and 32 tokens it takes half the
@@ -112,9 +113,13 @@ def quantise(matrix: Tensor, integers: Integers) -> tuple[Tensor, Tensor]:
     return halves[..., 0] & 15 | halves[..., 1] << 4, scale
 
 
-def quantise_layers(layers: nn.Module, integers: Integers) -> None:
-    """Puts matrices of integers, without values, in place of all linear layers in a module."""
-    for part in list(layers.modules()):
+def quantise_layers(transformer: Any, integers: Integers) -> None:
+    """Puts matrices of integers, without values, in place of all linear layers in a transformer's layers.
+
+    Raises UserError for a mixture of experts, whose stacked matrices are no linear layers.
+    """
+    refuse_experts(transformer.config, f"the setting quantize {integers.name}")
+    for part in list(transformer.layers.modules()):
         for name, matrix in list(part.named_children()):
             if isinstance(matrix, nn.Linear):
                 setattr(part, name, QuantisedLinear(matrix, integers))

@@ -89,6 +89,7 @@ def test_the_table_marks_the_line_of_the_config(capsys):
             [],
             "accumulate_grad_batches=8 --config configs/lora.yaml",
         ),
+        ("Qwen/Qwen3-8B-Base", 24, 1, ["--trainer.strategy=auto"], "configs/qlora.yaml"),
         ("Qwen/Qwen3-8B-Base", 4, 8, [], None),
     ],
 )
@@ -108,6 +109,21 @@ def test_what_does_not_fit_fits_with_what_is_suggested(
     after = plan(capsys, "qwen3_to_diffusion", arguments=[*asked, *shlex.split(before["this_config"]["remedy"])])
     assert after["this_config"]["fits"]
     assert after["step"]["tokens"] // after["step"]["devices"] == before["step"]["tokens"] // before["step"]["devices"]
+
+
+def test_llada_8b_above_4_bits_fits_on_a_card_of_24_gb(tmp_path, capsys):
+    pytest.importorskip("peft")
+    asked = [f"--model.init_from={write_config(tmp_path, 'GSAI-ML/LLaDA-8B-Base')}", "--device-memory", "24"]
+    names = ["llada_8b_sft", "strategy/one_gpu"]
+    one = [*asked, "--devices", "1"]
+    plain, quantised = (plan(capsys, *names, overlay, arguments=one) for overlay in ("lora", "qlora"))
+    assert not plain["this_config"]["fits"] and quantised["this_config"]["fits"]
+    assert plain["parameters"] == quantised["parameters"]
+    saved = [plain["memory"][name]["weights"] - quantised["memory"][name]["weights"] for name in plain["memory"]]
+    per_weight = 4 - 0.5 - 4 / 32  # bytes: 32 bits less 4, and a scale for 32 weights
+    assert saved == [pytest.approx(per_weight * 32 * (4 * 4096**2 + 3 * 4096 * 12288))] * 2
+    spread = plan(capsys, *names, "qlora", arguments=[*asked, "--devices", "2"])
+    assert list(spread["memory"]) == ["ddp", "ddp, recomputed"]
 
 
 @pytest.mark.parametrize(

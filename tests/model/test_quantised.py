@@ -36,7 +36,7 @@ def models(kind, **changes):
     torch.manual_seed(0)
     plain = Transformer(TransformerConfig(**{**SHAPE, "initializer_range": 0.2, **changes})).eval()
     integers = copy.deepcopy(plain)
-    quantise_layers(integers.layers, KINDS[kind])
+    quantise_layers(integers, KINDS[kind])
     for name, module in integers.named_modules():
         if isinstance(module, QuantisedLinear):
             matrix = plain.get_submodule(name).weight
