@@ -172,6 +172,11 @@ class DiffusionLM(L.LightningModule):
                 f"model.transformer.vocab_size {vocab_size} is smaller than the tokenizer's {least}: leave it out or "
                 "raise it"
             )
+        if self.config.grid not in (None, self.objective.grid):
+            rank_zero_warn(
+                f"the checkpoint reads text in blocks of {self.config.grid} tokens, and is trained to read otherwise: "
+                f"objectives.BlockDiffusion with block_causal and block_length={self.config.grid} does not"
+            )
         self.config = replace(
             self.config,
             vocab_size=max(vocab_size, least),  # a checkpoint gets rows for tokens that are new, such as a mask

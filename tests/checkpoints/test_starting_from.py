@@ -24,7 +24,7 @@ from dllm_var.datamodules import JsonlSource, PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.model.sharding import shard
-from dllm_var.objectives import Autoregressive
+from dllm_var.objectives import Autoregressive, BlockDiffusion
 from dllm_var.settings import SettingsParser
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.training.optim import Schedule
@@ -75,6 +75,22 @@ def test_a_run_takes_shape_and_weights_and_adds_a_row_for_the_mask(tmp_path):
         ids = torch.arange(40)[None]
         theirs.config.is_causal = False
         torch.testing.assert_close(model.transformer(ids)[..., :261], theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_block_causal_model_is_remembered_and_no_other_objective_takes_it_in_silence(tmp_path, recwarn):
+    write_model(tmp_path / "hub", rows=261, mask_token="<|new mask|>")
+    blocks = BlockDiffusion(8, block_causal=True)
+    model = run(tmp_path, tokenizer=str(tmp_path / "hub"), init_from=str(tmp_path / "hub"), objective=blocks)
+    assert (model.config.grid, model.transformer.config.grid, model.config.causal) == (8, 8, False)
+    again = save_checkpoint_folder(tmp_path / "again", model.transformer, model.tokenizer)
+    assert load_pretrained(again).config.grid == 8
+
+    settings = dict(tokenizer=str(again), init_from=str(again))
+    run(tmp_path, objective=BlockDiffusion(8, block_causal=True), **settings)
+    assert not [each for each in recwarn if "reads text in blocks" in str(each.message)]
+    with pytest.warns(UserWarning, match="reads text in blocks of 8 tokens, and is trained to read otherwise"):
+        model = run(tmp_path, objective=BlockDiffusion(8), **settings)
+    assert model.transformer.config.grid is None
 
 
 def test_spare_rows_need_no_new_row(tmp_path):

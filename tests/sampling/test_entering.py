@@ -62,10 +62,17 @@ def alone(sampler, model, prompt, limit):
     return [getattr(answer, name) for name in FIELDS]
 
 
-@pytest.mark.parametrize("kind", SAMPLERS)
-def test_prompts_enter_and_leave_a_running_engine(kind):
+BLOCK_CAUSAL = dict(block_causal=True, block_length=8)  # which blocks of 4 fill in two parts
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [*((kind, {}) for kind in SAMPLERS), ("block", BLOCK_CAUSAL), ("multi", BLOCK_CAUSAL), ("freedave", BLOCK_CAUSAL)],
+    ids=str,
+)
+def test_prompts_enter_and_leave_a_running_engine(kind, changes):
     sampler = SAMPLERS[kind]
-    model = random_model(causal=sampler.causal, terminator_ids=[3])
+    model = random_model(causal=sampler.causal, terminator_ids=[3], **changes)
     own_limits = sampler.engine.has_limits
     limits = [(20, 7, 12, 1, 20, 9, 16)[n] if own_limits else 20 for n in range(len(PROMPTS))]
     told = Told(max_new_tokens=20, context=CONTEXT)
