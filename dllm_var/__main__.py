@@ -27,6 +27,10 @@ COMMANDS = {
     "benchmark": ("dllm_var.cli.benchmark", "measure samplers side by side (--config benchmarks/samplers.yaml)"),
 }
 
+# Rounds of busy waiting before an idle thread of torch's sleeps, some 40 microseconds; libgomp's own 300,000 are 4 ms.
+# When other programs need the cores, what is waited for cannot run meanwhile, and every operation waits so long.
+SPINS = 3000
+
 
 def overview() -> str:
     """Returns what `python -m dllm_var --help` shows."""
@@ -81,6 +85,8 @@ def run(arguments: list[str]) -> int:
     if command not in COMMANDS:
         raise UserError(f"no command '{command}'; commands are: {', '.join(COMMANDS)}")
     enter()  # before anything heavy is imported: a launcher that dies meanwhile leaves no process behind
+    if "OMP_WAIT_POLICY" not in os.environ:  # read on Linux when torch is imported
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
     try:
         return import_module(COMMANDS[command][0]).main(command, rest)
     except SystemExit as stop:  # the parser, after --help or --print_config

@@ -19,7 +19,7 @@ import yaml
 from tiny_data import write_tiny
 
 from dllm_var import DiffusionLM, UserError
-from dllm_var.__main__ import COMMANDS, main
+from dllm_var.__main__ import COMMANDS, SPINS, main
 from dllm_var.cli.fit import resume_command, tell_thread_failure
 from dllm_var.datamodules import CmudictSource, PackedDataModule
 
@@ -117,6 +117,25 @@ def test_help_is_quick_and_imports_nothing_heavy():
     assert result.stdout.splitlines()[-1] == "[]", result.stderr
     for command in COMMANDS:
         assert sum(line.split()[:1] == [command] for line in result.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, str(SPINS)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_idle_threads_sleep_soon_unless_the_environment_says_otherwise(given, spins, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    code = (
+        "import os, sys\n"
+        "from dllm_var import __main__ as program\n"
+        "found = lambda name: print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules) or sys.exit()\n"
+        "program.import_module = found\n"  # the command's module, before it imports torch
+        "program.run(['fit'])\n"
+    )
+    run = [sys.executable, "-c", code]
+    result = subprocess.run(run, cwd=ROOT, env={**os.environ, **given}, capture_output=True, text=True, check=True)
+    assert result.stdout == f"{spins} False\n"
 
 
 @pytest.mark.parametrize(("arguments", "shown"), [([], "generate"), (["-h"], "generate"), (["--version"], "dllm-var ")])
