@@ -221,9 +221,10 @@ class DiffusionLM(L.LightningModule):
         if self.row_group is None:
             return noised
         ids = noised.input_ids
+        predicted_at = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
         if self.config.token_shift and not self.config.causal and noised.attention_rule is None:
-            return noised.shared(self.row_group, left_neighbours(ids, self._segments(batch)))
-        return noised.shared(self.row_group, torch.arange(ids.numel(), device=ids.device).view(ids.shape))
+            predicted_at = left_neighbours(ids, self._segments(batch))
+        return noised.within(RowPart.of(self.row_group, ids.size(1)), predicted_at)
 
     def _segments(self, batch: Batch) -> Tensor | None:
         """Returns the documents of a batch [B, L] when a token sees its own; None when it sees the whole row."""

@@ -68,7 +68,7 @@ class Operations(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.shapes, self.sizes, self.reduced = set(), set(), []
+        self.shapes, self.sizes, self.reduced, self.exchanged = set(), set(), [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
@@ -81,6 +81,8 @@ class Operations(TorchDispatchMode):
         name = str(function)
         if name in ("c10d.allreduce_.default", "_c10d_functional.all_reduce.default"):
             self.reduced += [tensor.numel() for tensor in tree_leaves(args[0]) if isinstance(tensor, torch.Tensor)]
+        if name == "c10d.alltoall_base_.default":
+            self.exchanged.append(args[1].numel())
         return result
 
 

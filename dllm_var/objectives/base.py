@@ -101,13 +101,12 @@ class NoisedBatch:
         """Positions under `loss_mask` [M], counted through the flattened batch; a GPU is waited for to count them."""
         return self.loss_mask.flatten().nonzero()[:, 0]
 
-    def shared(self, group: dist.ProcessGroup, predicted_at: Tensor) -> "NoisedBatch":
-        """Returns what this process scores when a group of them shares the rows: what is predicted in its part.
+    def within(self, part: RowPart, predicted_at: Tensor) -> "NoisedBatch":
+        """Returns what this process scores of rows that several share: what is predicted in its part.
 
         `predicted_at` [B, L] says where each token's prediction stands, counted through the flattened batch. The first
         process has the whole normaliser and the others none, so that sums over processes count it once.
         """
-        part = RowPart.of(group, self.input_ids.size(1))
         column = predicted_at % part.length
         here = (column >= part.columns.start) & (column < part.columns.stop)
         own = self.normaliser if part.rank == 0 else torch.zeros_like(self.normaliser)
