@@ -231,6 +231,26 @@ def llada2_logits(weights, ids: torch.Tensor, block: int | None = None, **change
     return _normed(x, weights["model.norm.weight"], config) @ weights["lm_head.weight"].T
 
 
+def llada2_generate(weights, prompt, blocks, mask, end, threshold=0.95, length=32, **changes) -> list[int]:
+    """How LLaDA2's `generate` decodes a prompt to that many blocks, greedily; up to the terminator, or all.
+
+    The prompt's unfinished block is decoded with the answer's first tokens. Every step reads all blocks so far; it
+    commits what is above the threshold, at least one token.
+    """
+    ids = [*prompt, *[mask] * (blocks * length - len(prompt))]
+    for block in range(len(prompt) // length, blocks):
+        seen = range((block + 1) * length)
+        while masked := [place for place in seen[block * length :] if ids[place] == mask]:
+            logits = llada2_logits(weights, torch.tensor(ids[: len(seen)]), length, **changes)
+            best = {place: logits[place].softmax(dim=0).max(dim=0) for place in masked}
+            sure = [place for place in masked if best[place].values > threshold]
+            for place in sure or [max(masked, key=lambda place: best[place].values.item())]:
+                ids[place] = int(best[place].indices)
+        if end in ids[len(prompt) : len(seen)]:
+            return ids[len(prompt) : ids.index(end, len(prompt)) + 1]
+    return ids[len(prompt) :]
+
+
 def llada_moe_logits(weights, ids: torch.Tensor, **changes) -> torch.Tensor:
     """What a LLaDA-MoE model computes for token ids [L], one token and expert at a time; logits [L, V]."""
     config = {**LLADA_MOE_CONFIG, **changes}

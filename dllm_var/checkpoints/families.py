@@ -162,6 +162,14 @@ LLADA = Family(
     causal=False,
     remote_code=("GSAI-ML/LLaDA-8B-Base", "configuration_llada.LLaDAConfig", "modeling_llada.LLaDAModelLM"),
 )
+
+
+def _by_threshold(threshold: float, **settings: Any) -> dict[str, Any]:
+    """Returns the arguments of a block sampler that commits what is above a threshold, terminators too."""
+    policy = {"class_path": "dllm_var.sampling.policies.ConfidenceThreshold", "init_args": {"threshold": threshold}}
+    return {"policy": policy, "terminator_last": False, **settings}
+
+
 _EXPERT_SETTINGS = {
     **_SETTINGS,
     "num_experts": ("num_experts", REQUIRED),
@@ -184,10 +192,10 @@ LLADA2 = Family(
         "router_scale": ("routed_scaling_factor", 2.5),
         "expert_groups": ("n_group", 8),
         "groups_per_token": ("topk_group", 4),
+        "block_length": ("block_length", 32),  # an argument of its `generate`; no published config.json names it
     },
     implied={
-        "rope_full_precision": False,
-        "token_shift": False,
+        **{"block_causal": True, "rope_full_precision": False, "token_shift": False},
         **{"router": "sigmoid", "router_bias": True, "router_normalise": True},
     },
     fixed={
@@ -214,6 +222,7 @@ LLADA2 = Family(
         "configuration_llada2_moe.LLaDA2MoeConfig",
         "modeling_llada2_moe.LLaDA2MoeModelLM",
     ),
+    sampler=_by_threshold(0.95),  # the defaults of its `generate`
 )
 LLADA_MOE = Family(  # its config.json has the model_type of LLaDA
     "llada",
@@ -248,14 +257,6 @@ LLADA_MOE = Family(  # its config.json has the model_type of LLaDA
         "modeling_lladamoe.LLaDAMoEModelLM",
     ),
 )
-
-
-def _by_threshold(threshold: float, **settings: Any) -> dict[str, Any]:
-    """Returns the arguments of a block sampler that commits what is above a threshold, terminators too."""
-    policy = {"class_path": "dllm_var.sampling.policies.ConfidenceThreshold", "init_args": {"threshold": threshold}}
-    return {"policy": policy, "terminator_last": False, **settings}
-
-
 SDAR = Family(  # the layers of Qwen3
     "sdar",
     "SDARForCausalLM",

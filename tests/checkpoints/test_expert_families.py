@@ -10,6 +10,7 @@ from published import VOCABULARY
 from published_experts import (
     LLADA2_CONFIG,
     LLADA_MOE_CONFIG,
+    llada2_generate,
     llada2_logits,
     llada_moe_logits,
     write_llada2,
@@ -17,6 +18,7 @@ from published_experts import (
 )
 from safetensors.torch import load_file, save_file
 
+from dllm_var.__main__ import main
 from dllm_var.checkpoints.export import export_checkpoint
 from dllm_var.checkpoints.families import FORMATS, read_config
 from dllm_var.checkpoints.pretrained import load_pretrained, open_checkpoint
@@ -24,7 +26,7 @@ from dllm_var.errors import UserError
 from dllm_var.model import KVCache
 from dllm_var.text.tokenizer import Tokenizer
 
-IDS = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
 WRITERS = {"llada2": write_llada2, "llada_moe": write_llada_moe}
 
 
@@ -40,11 +42,15 @@ WRITERS = {"llada2": write_llada2, "llada_moe": write_llada_moe}
 def test_llada2_computes_its_published_forward(changes, tmp_path):
     weights = write_llada2(tmp_path, **changes)
     model = load_pretrained(tmp_path)
-    expected = torch.stack([llada2_logits(weights, ids, **changes) for ids in IDS])
-    torch.testing.assert_close(model(IDS), expected, atol=1e-5, rtol=1e-5)
-    cache = KVCache(model.config, 2, 24, "cpu", torch.float32)
-    cache.open(24)
-    torch.testing.assert_close(model(IDS, cache=cache), expected, atol=1e-5, rtol=1e-5)
+    for length in (7, 32, 40):  # in blocks of 32
+        expected = torch.stack([llada2_logits(weights, ids, 32, **changes) for ids in IDS[:, :length]])
+        torch.testing.assert_close(model(IDS[:, :length]), expected, atol=1e-5, rtol=1e-5)
+    cache, found = KVCache(model.config, 2, 40, "cpu", torch.float32), []
+    for block in IDS.split(32, dim=1):
+        cache.open(block.size(1))
+        found.append(model(block, cache=cache))
+        cache.advance(torch.full((2,), block.size(1)))
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2, "num_experts_per_tok": 1}])
@@ -53,6 +59,23 @@ def test_llada_moe_computes_its_published_forward(changes, tmp_path):
     weights = write_llada_moe(tmp_path, **changes)
     expected = torch.stack([llada_moe_logits(weights, ids, **changes) for ids in IDS])
     torch.testing.assert_close(load_pretrained(tmp_path)(IDS), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", ["0123456", "0123456789" * 3 + "ab", "0123456789" * 4])
+def test_generate_decodes_llada2_as_its_release_does(prompt, byte_tokenizer, tmp_path, capsys):
+    """In blocks of 32 from the start of the prompt, with threshold 0.95."""
+    changes = {"vocab_size": byte_tokenizer.vocab_size, "first_k_dense_replace": 0, "num_hidden_layers": 2}
+    weights = write_llada2(tmp_path, **changes)
+    weights["lm_head.weight"] *= 6  # sure of some tokens
+    weights["lm_head.weight"][byte_tokenizer.mask_id] = 0
+    save_file(weights, tmp_path / "model.safetensors")
+    byte_tokenizer.save(tmp_path)
+    arguments = ["generate", "--checkpoint", str(tmp_path), "--prompt", prompt, "--json", "--sampler.max_new_tokens"]
+    assert main([*arguments, str(64 - len(prompt))]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    mask, end = byte_tokenizer.mask_id, byte_tokenizer.terminator_id
+    assert answer["tokens"] == llada2_generate(weights, byte_tokenizer.encode(prompt), 2, mask, end, **changes)
+    assert answer["nfe"] < len(answer["tokens"])
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -85,6 +108,7 @@ def byte_tokenizer(tmp_path_factory):
 
 
 REFUSED = [
+    ("llada2", dict(block_length=0), "block_length of at least 1, got 0"),
     ("llada2", dict(colour="red"), "colour='red'"),
     ("llada2", dict(image_token_offset=157184), "image_token_offset=157184"),
     ("llada2", dict(score_function="softmax"), "score_function='softmax'"),
