@@ -10,6 +10,7 @@ from dllm_var.sampling.guided import GuidedSampler
 from dllm_var.sampling.multi_block import MultiBlockSampler
 from dllm_var.sampling.policies import BlockView, ConfidenceThreshold, Decision, FixedSteps, UnmaskingPolicy
 from dllm_var.sampling.strided import StridedSampler
+from dllm_var.sampling.sub_blocks import SubBlockSampler
 from dllm_var.sampling.wino import WinoSampler
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Request",
     "Sampler",
     "StridedSampler",
+    "SubBlockSampler",
     "UnmaskingPolicy",
     "WinoSampler",
 ]

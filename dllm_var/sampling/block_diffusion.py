@@ -142,6 +142,10 @@ class BlockEngine(DenoisingEngine[AnyRow]):
         """Reads pending tokens and active blocks, and returns their hidden states [R, L, hidden]."""
         return self.read(batch, batch.pending + batch.window, batch.pending)
 
+    def skipped(self, row: AnyRow) -> int:
+        """Returns how many of the window's first tokens a forward takes from the cache instead."""
+        return 0
+
     def predict(self, batch: Batch[AnyRow], hidden: Tensor) -> None:
         """Takes the active blocks one denoising step further; ends blocks and rows that are complete."""
         cells, nfe, view = self.view_blocks(batch, hidden)
@@ -202,7 +206,7 @@ class BlockEngine(DenoisingEngine[AnyRow]):
         counts = zip(batch.slots, batch.rows, batch.pending.tolist(), batch.width.tolist(), strict=True)
         for number, (slot, row, pending, width) in enumerate(counts):
             count += self.scored(row) if width else 0
-            cached, window = lengths[slot], number * wide + pending
+            cached, window = lengths[slot], number * wide + pending - self.skipped(row)
             done, base = cached + row.shown - row.prompt_length, slot * self.capacity + cached
             for start, own, steps, apart in self.blocks(row, width):
                 draw = row.key + row.nfe + apart
