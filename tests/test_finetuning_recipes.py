@@ -32,6 +32,8 @@ KINDS = {
         ["dream_7b_sft"],
         ["qwen3_to_diffusion"],
         ["qwen3_to_diffusion", "annealing"],
+        ["qwen3_to_diffusion", "adapt/sdar"],
+        ["qwen3_to_diffusion", "adapt/fast_dllm_v2"],
         ["qwen3_to_diffusion", "adapt/nbdiff"],
         ["qwen3_to_diffusion", "adapt/strided"],
     ],
@@ -62,12 +64,14 @@ def test_recipe_trains_two_steps_and_answers(names, tmp_path, monkeypatch, capfd
     strided, annealed = "adapt/strided" in names, "annealing" in names
     toy.append("--sampler.stride=3" if strided else "--sampler.block_length=4")
     if names[0] == "qwen3_to_diffusion" and not (strided or annealed):
-        toy.append("--model.objective.init_args.block_length=4")
+        toy.append(f"--model.objective.init_args.block_length={8 if 'adapt/fast_dllm_v2' in names else 4}")
     assert main(["fit", *configs, *toy]) == 0
     [run] = tmp_path.glob("runs/*/version_0")
     trained, _, meta = load_checkpoint(run)
     assert meta["step"] == 2 and trained.config.causal == strided
-    assert trained.config.token_shift == bool({"dream_7b_sft", "annealing", "adapt/nbdiff"} & {*names})
+    shifted = {"dream_7b_sft", "annealing", "adapt/nbdiff", "adapt/fast_dllm_v2"}
+    assert trained.config.token_shift == bool(shifted & {*names})
+    assert trained.config.grid == {"adapt/sdar": 4, "adapt/fast_dllm_v2": 8}.get(names[-1])
     assert trained.config.causal_context == (names in (["qwen3_to_diffusion"], ["qwen3_to_diffusion", "adapt/nbdiff"]))
     if strided:  # what the model says of text is what it said
         base.config.causal, text = True, torch.arange(40, 60)[None]
