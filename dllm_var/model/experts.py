@@ -99,6 +99,16 @@ def _grouped_mm(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(x, matrices.transpose(1, 2), offs=ends)
 
 
+def keeps_the_host_out(weight: Tensor) -> bool:
+    """Whether products with experts of a weight's type and device are computed without the host knowing their sizes.
+
+    Elsewhere torch copies them to the host, which waits for the device at each product.
+    """
+    if not weight.is_cuda or weight.dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(weight.device)[0] in (9, 10)  # Hopper and Blackwell
+
+
 class ExpertLayer(nn.Module):
     """The feed-forward layer of a mixture of experts: a router, its experts, and one layer that every token passes."""
 

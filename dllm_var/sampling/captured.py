@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dllm_var.errors import one_line
+from dllm_var.model.experts import keeps_the_host_out
 from dllm_var.model.transformer import Transformer
 
 EAGER_USES = 2  # of a step before it is captured: a short answer should not pay for it
@@ -95,8 +96,11 @@ _ARENAS: "weakref.WeakKeyDictionary[Transformer, dict[Any, Arena]]" = weakref.We
 
 
 def can_capture(model: Transformer) -> bool:
-    """Whether steps of a model can be captured: on a GPU, where no process waits for another."""
-    if model.embedding.weight.device.type not in CAPTURES:
+    """Whether steps of a model can be captured: on a GPU, where neither a process nor the host is waited for."""
+    weight = model.embedding.weight
+    if weight.device.type not in CAPTURES:
+        return False
+    if model.config.num_experts is not None and not keeps_the_host_out(weight):
         return False
     return not any(isinstance(parameter, DTensor) for parameter in model.parameters())
 

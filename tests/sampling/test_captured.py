@@ -106,6 +106,18 @@ def test_kinds_of_model(changes, counts, monkeypatch):
     check(blocks(), random_model(2, **changes), counts, monkeypatch)
 
 
+@pytest.mark.parametrize("on_device", [True, False])
+def test_experts_are_captured_where_their_products_need_nothing_from_the_host(on_device, counts, monkeypatch):
+    """On the CPU they do not either: a replay with other tokens, which choose other experts, gives the same answers."""
+    experts = dict(num_experts=8, experts_per_token=2, expert_intermediate_size=16, shared_experts=1)
+    model = random_model(2, router="sigmoid", router_bias=True, expert_groups=4, groups_per_token=2, **experts)
+    if on_device:
+        monkeypatch.setattr(captured, "keeps_the_host_out", lambda weight: True)
+        check(blocks(), model, counts, monkeypatch)
+    else:
+        assert not captured.can_capture(model)
+
+
 @pytest.mark.parametrize("settings", [{}, {"block_length": 2}, {"kv_commit": "alone"}], ids=str)
 def test_block_causal_models(settings, counts, monkeypatch):
     check(blocks(**settings), random_model(2, block_causal=True, block_length=4), counts, monkeypatch)
