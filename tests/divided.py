@@ -42,6 +42,7 @@ SHARED_ROWS = {  # runs whose rows are divided; at a length of 257, documents ar
     ),
     "shifted_documents": dict(shape=dict(token_shift=True), objective=Mdlm, context_length=49),
     "rows_of_blocks": RUNS["blocks"],
+    "rows_on_the_grid": dict(objective=lambda: BlockDiffusion(8, block_causal=True), context_length=49),
     "causal_rows": dict(RUNS["autoregressive"], context_length=257),
 }
 
@@ -136,7 +137,10 @@ def fit(folder, name, devices=1, strategy="auto", accumulate=1, checkpoint=None,
         batch_size=GLOBAL_BATCH // groups // accumulate, context_length=length, packing="best_fit", canvas=4
     )
     first = FirstStep()
-    watch, samples = Watch(), Samples(BlockDiffusionSampler(max_new_tokens=6), num_examples=5, every_n_steps=STEPS)
+    watch, samples = (
+        Watch(),
+        Samples(BlockDiffusionSampler(block_length=8, max_new_tokens=6), num_examples=5, every_n_steps=STEPS),
+    )
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
