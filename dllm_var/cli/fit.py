@@ -99,9 +99,11 @@ def run(command: str, arguments: list[str], resume: str | None, held: ExitStack)
         built.model.sampler = built.sampler  # what predict decodes with
     trainer = build_trainer(built, text, folders)
     if trainer.world_size > 1 and isinstance(trainer.accelerator, CPUAccelerator) and is_first():
+        shared_by = getattr(trainer.strategy, "group_size", 1)
+        readers = "process" if shared_by == 1 else f"group of {shared_by} processes"
         print(
             f"{command} runs in {trainer.world_size} processes on CPUs, and this machine has {os.cpu_count()} cores; "
-            "each process has its own batches; --trainer.devices=1 runs in one process",
+            f"each {readers} has its own batches; --trainer.devices=1 runs in one process",
             file=sys.stderr,
         )
     if command == "fit":  # before any data is read
