@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from dllm_var.checkpoints.families import LLAMA, write_config
+from dllm_var.checkpoints.config_json import write_config
+from dllm_var.checkpoints.families import LLAMA
 from dllm_var.checkpoints.run_checkpoint import provenance
 from dllm_var.errors import UserError
 from dllm_var.model.config import TransformerConfig

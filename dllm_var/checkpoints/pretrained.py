@@ -24,15 +24,8 @@ from dllm_var.checkpoints.adapters import (
     read_lora,
 )
 from dllm_var.checkpoints.archive import is_shard_folder, read_state, read_weights
-from dllm_var.checkpoints.families import (
-    EXTRAS,
-    OTHER,
-    Family,
-    family_of,
-    read_config,
-    read_settings,
-    released_sampler,
-)
+from dllm_var.checkpoints.config_json import family_of, read_config, read_settings, released_sampler
+from dllm_var.checkpoints.families import EXTRAS, OTHER, Family
 from dllm_var.checkpoints.quantised import (
     QUANTIZATION,
     dequantised,

@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from dllm_var.checkpoints.adapters import ADAPTER_CONFIG
-from dllm_var.checkpoints.families import read_config
+from dllm_var.checkpoints.config_json import read_config
 from dllm_var.checkpoints.pretrained import CONFIG, copy_weights, locate_checkpoint, open_checkpoint
 from dllm_var.errors import UserError
 from dllm_var.files import read_object

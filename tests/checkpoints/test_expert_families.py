@@ -19,8 +19,9 @@ from published_experts import (
 from safetensors.torch import load_file, save_file
 
 from dllm_var.__main__ import main
+from dllm_var.checkpoints.config_json import read_config
 from dllm_var.checkpoints.export import export_checkpoint
-from dllm_var.checkpoints.families import FORMATS, read_config
+from dllm_var.checkpoints.families import FORMATS
 from dllm_var.checkpoints.pretrained import load_pretrained, open_checkpoint
 from dllm_var.errors import UserError
 from dllm_var.model import KVCache

@@ -19,7 +19,7 @@ from published import (
     write_llada,
 )
 
-from dllm_var.checkpoints.families import read_config
+from dllm_var.checkpoints.config_json import read_config
 from dllm_var.checkpoints.pretrained import load_pretrained
 from dllm_var.errors import UserError
 from dllm_var.model import KVCache

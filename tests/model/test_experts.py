@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from published_experts import LLADA2_MINI
 from torch._dynamo.testing import CompileCounter
 
-from dllm_var.checkpoints.families import read_config
+from dllm_var.checkpoints.config_json import read_config
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
 from dllm_var.model.float8 import Float8, use_float8
