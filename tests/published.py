@@ -124,6 +124,11 @@ SDAR_CONFIG = dict(  # the keys of training/model/SDAR-4B-Chat/config.json in Je
     use_sliding_window=False,
     **SIZES,
 )
+SDAR_MOE_CONFIG = dict(  # the keys of SDAR and those by which engines and Qwen3-MoE describe experts
+    SDAR_CONFIG,
+    **dict(architectures=["SDARMoeForCausalLM"], model_type="sdar_moe", decoder_sparse_step=1, mlp_only_layers=[]),
+    **dict(moe_intermediate_size=16, norm_topk_prob=True, num_experts=8, num_experts_per_tok=2),
+)
 FAST_DLLM_V2_CONFIG = dict(  # the keys of Efficient-Large-Model/Fast_dLLM_v2_7B/config.json
     architectures=["Fast_dLLM_QwenForCausalLM"],
     attention_dropout=0.0,
@@ -304,16 +309,19 @@ def write_dream(folder):
 def write_block_causal(folder, config):
     """Writes a random SDAR or Fast-dLLM v2 checkpoint and returns a function from ids [B, L] to what its head computes.
 
-    Their layers are Qwen3's and Qwen2's: transformers' classes do that when they are told which tokens see which.
+    Their layers are those of Qwen3, Qwen3-MoE and Qwen2: transformers' classes do that when they are told which tokens
+    see which.
     """
-    kind, key = ("Qwen3", "block_size") if config["model_type"] == "sdar" else ("Qwen2", "bd_size")
-    names = ("vocab_size", "rms_norm_eps", "tie_word_embeddings", *(["head_dim"] if "head_dim" in config else []))
-    model = transformers_model(kind, **{name: config[name] for name in names})
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = dict(model.state_dict())
-    if config["tie_word_embeddings"]:
-        del weights["lm_head.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    kind, key = {
+        "sdar": ("Qwen3", "block_size"),
+        "sdar_moe": ("Qwen3Moe", "block_size"),
+        "Fast_dLLM_Qwen": ("Qwen2", "bd_size"),
+    }[config["model_type"]]
+    names = {"vocab_size", "rms_norm_eps", "tie_word_embeddings", "head_dim", "num_experts", "num_experts_per_tok"}
+    names |= {"moe_intermediate_size", "norm_topk_prob"}
+    model = transformers_model(kind, **{name: config[name] for name in names & config.keys()})
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config))
 
     def logits(ids):

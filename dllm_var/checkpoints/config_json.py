@@ -176,6 +176,8 @@ def write_config(family: Family, config: TransformerConfig, dtype: str) -> dict[
 
 def _inexpressible(family: Family, config: TransformerConfig) -> str | None:
     """Returns why a family has no such model, or None when it has."""
+    if config.num_experts is None and family.settings.get("num_experts", (None, None))[1] is REQUIRED:
+        return "its models are mixtures of experts, this one has none"
     for name, value in family.implied.items():
         if getattr(config, name) != value:
             return f"its models have {name}={value}, this one {getattr(config, name)}"

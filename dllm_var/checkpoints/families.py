@@ -266,6 +266,29 @@ SDAR = Family(  # the layers of Qwen3
     },
     sampler=_by_threshold(0.85),  # `low_confidence_dynamic` of its generate.py
 )
+SDAR_MOE = Family(  # the layers of Qwen3-MoE
+    "sdar_moe",
+    "SDARMoeForCausalLM",
+    settings={
+        **SDAR.settings,
+        "num_experts": ("num_experts", REQUIRED),
+        "experts_per_token": ("num_experts_per_tok", REQUIRED),
+        "expert_intermediate_size": ("moe_intermediate_size", REQUIRED),
+    },
+    implied={
+        **{**SDAR.implied, "first_dense_layers": 0, "shared_experts": 0, "router": "softmax", "router_bias": False},
+        **{"router_normalise": True, "router_scale": 1.0, "expert_groups": 1, "groups_per_token": 1},
+    },
+    fixed={**SDAR.fixed, "norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": (None,)},
+    causal=False,
+    remote_code=(
+        "JetLM/SDAR-30B-A3B-Chat",
+        "configuration_sdar_moe.SDARMoeConfig",
+        "modeling_sdar_moe.SDARMoeForCausalLM",
+    ),
+    described={**SDAR.described, "mlp_only_layers": []},
+    sampler=SDAR.sampler,
+)
 FAST_DLLM_V2 = Family(  # the layers of Qwen2
     "Fast_dLLM_Qwen",
     "Fast_dLLM_QwenForCausalLM",
@@ -284,10 +307,9 @@ FAST_DLLM_V2 = Family(  # the layers of Qwen2
 # A model that no published family has, such as one with biases and norms of heads; transformers does not open it.
 OTHER = Family("dllm_var", "Transformer")
 
-FORMATS = {family.model_type.lower(): family for family in (LLADA, DREAM, LLAMA, QWEN2, QWEN3, SDAR)}
+FORMATS = {family.model_type.lower(): family for family in (LLADA, DREAM, LLAMA, QWEN2, QWEN3, SDAR, SDAR_MOE)}
 FORMATS |= {"fast_dllm_v2": FAST_DLLM_V2, "llada2": LLADA2, "llada_moe": LLADA_MOE}
 # What keeps models of other types from being read.
 UNREADABLE = {
     "nemotron_labs_diffusion": "its positions are turned by YaRN and its queries scaled with their position",
-    "sdar_moe": "its experts are not those of LLaDA2 or LLaDA-MoE",
 }

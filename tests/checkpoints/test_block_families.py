@@ -8,6 +8,7 @@ from byte_tokenizer import write_byte_tokenizer
 from published import (
     FAST_DLLM_V2_CONFIG,
     SDAR_CONFIG,
+    SDAR_MOE_CONFIG,
     VOCABULARY,
     fast_dllm_v2_generate,
     sdar_generate,
@@ -24,6 +25,7 @@ MASK, ENDS = VOCABULARY - 1, [3]
 IDS = torch.randint(0, VOCABULARY, (2, 70), generator=torch.Generator().manual_seed(0))
 FAST = {**FAST_DLLM_V2_CONFIG, "mask_token_id": MASK}
 CONFIGS = {"sdar-b4": SDAR_CONFIG, "sdar-b16": {**SDAR_CONFIG, "block_size": 16}, "fast-dllm-v2": FAST}
+CONFIGS["sdar-moe"] = SDAR_MOE_CONFIG
 CONFIGS["fast-dllm-v2-tied"] = {**FAST, "tie_word_embeddings": True}  # as the one of 1.5B
 
 

@@ -68,6 +68,13 @@ ROUND_TRIPS = [
     ("qwen3", {"qk_norm": True, "causal_context": True}),
     ("sdar", {"qk_norm": True, "head_dim": 16, "tie_embeddings": True, "block_causal": True, "block_length": 16}),
     (
+        "sdar_moe",
+        {
+            **dict(qk_norm=True, block_causal=True, block_length=4, num_experts=8, experts_per_token=2),
+            **dict(expert_intermediate_size=16, router_normalise=True),
+        },
+    ),
+    (
         "fast_dllm_v2",
         {"qkv_bias": True, "token_shift": True, "rope_theta": 1e6, "block_causal": True, "block_length": 32},
     ),
@@ -233,10 +240,11 @@ def test_a_folder_of_sdar_has_what_each_engine_reads(engine, tmp_path, tokenizer
         ("llada", {"rope_llama3": LLAMA3}, "rope_llama3=None"),
         ("llada", {"causal_context": True}, "this one its context left to right"),
         ("dream", {"qkv_bias": True}, "token_shift=True, this one False"),
+        ("llada2", {"block_causal": True, "block_length": 32}, "are mixtures of experts, this one has none"),
         ("llama", {"block_causal": True, "block_length": 16}, "read all of a text, this one blocks of 16"),
         ("sdar", {"qk_norm": True}, "block_causal=True, this one False"),
         ("sdar", {"block_causal": True, "block_length": 16}, "qk_norm=True, this one False"),
-        ("gguf", {}, "there are llada, dream, llama, qwen2, qwen3, sdar, fast_dllm_v2"),
+        ("gguf", {}, "there are llada, dream, llama, qwen2, qwen3, sdar, sdar_moe, fast_dllm_v2"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused_with_the_reason(name, changes, reason, tmp_path, tokenizer, capsys):
