@@ -216,6 +216,7 @@ LLADA2 = Family(
         "configuration_llada2_moe.LLaDA2MoeConfig",
         "modeling_llada2_moe.LLaDA2MoeModelLM",
     ),
+    described={"max_position_embeddings": 16384},
     sampler=_by_threshold(0.95),  # the defaults of its `generate`
 )
 LLADA_MOE = Family(  # its config.json has the model_type of LLaDA

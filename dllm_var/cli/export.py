@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """Writes a checkpoint as the folder of a published model family: config, safetensors, tokenizer, chat
 template, mask token, terminators, and how to decode it. docs/checkpoints.md says which engine serves which format."""
 # Engines that take an id of their own for the mask, whatever a folder says.
-ASSUMED_MASKS = {name: ("SGLang and LMDeploy take", 151669) for name in ("sdar", "sdar_moe")}
+ASSUMED_MASKS = dict.fromkeys(("sdar", "sdar_moe"), ("SGLang and LMDeploy take", 151669))
 ASSUMED_MASKS |= {"llada2": ("SGLang takes", 156895)}
 EXAMPLES = """examples:
   python -m dllm_var export --checkpoint runs/llada_8b_sft/version_0 --format llada --output llada-var --dtype bfloat16

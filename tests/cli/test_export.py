@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
-from safetensors.torch import load_file
 
 from dllm_var.__main__ import main
 from dllm_var.checkpoints.export import export_checkpoint, save_checkpoint_folder
@@ -174,58 +173,6 @@ def test_other_engines_find_what_they_need(tmp_path, tokenizer, capsys):
     _, _, meta = load_checkpoint(tmp_path / "out")
     assert meta["sampler"]["init_args"]["policy"]["init_args"] == {"threshold": 0.8, "decay": 1.0}
     assert load_pretrained(tmp_path / "out").lm_head.weight.dtype == torch.bfloat16
-
-
-WHOLE, WORDS, FLAG, NUMBER = int, list, bool, (int, float)
-SHAPE = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), WHOLE)
-SHAPE |= dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), WHOLE)
-SHAPE |= {"rms_norm_eps": NUMBER, "attention_bias": FLAG, "tie_word_embeddings": FLAG}
-SHAPE |= {"rope_theta": NUMBER, "rope_scaling": (dict, type(None)), "max_position_embeddings": WHOLE}
-ENGINES = {  # what each reads of config.json for SDAR, and of which type
-    # python/sglang/srt/models/sdar.py, dllm/config.py
-    "SGLang": {**SHAPE, "architectures": WORDS},
-    # lmdeploy/pytorch/models/sdar.py, configurations/sdar.py, configurations/default.py
-    "LMDeploy": {
-        **{**SHAPE, "model_type": str, "architectures": WORDS, "bos_token_id": (int, type(None))},
-        **{"eos_token_id": (int, list), "pad_token_id": WHOLE, "use_sliding_window": FLAG},
-        **{"sliding_window": (int, type(None))},
-    },
-    # jetengine/config.py, models/sdar.py, engine/model_runner.py
-    "JetEngine": {**SHAPE, "model_type": str, "hidden_act": str},
-    # diffulex/model/sdar.py, model/config/sdar/configuration_sdar.py, config.py
-    "Diffulex": {**SHAPE, "hidden_act": str, "mask_token_id": WHOLE},
-    # modeling_sdar.py of the release
-    "transformers with remote code": {
-        **{**SHAPE, "auto_map": dict, "hidden_act": str, "attention_dropout": NUMBER, "use_sliding_window": FLAG},
-        **{"sliding_window": (int, type(None)), "fuse_cross_entropy": FLAG, "block_size": WHOLE},
-        **{"mask_token_id": WHOLE, "pad_token_id": WHOLE},
-    },
-}
-LAYER = ["input_layernorm", "mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "post_attention_layernorm"]
-LAYER += [f"self_attn.{part}" for part in ("k_norm", "k_proj", "o_proj", "q_norm", "q_proj", "v_proj")]
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_folder_of_sdar_has_what_each_engine_reads(engine, tmp_path, tokenizer, capsys):
-    sampler = {**SAMPLER, "init_args": {**SAMPLER["init_args"], "block_length": 4, "temperature": 0.7, "top_k": 5}}
-    trained(tmp_path / "run", tokenizer, sampler=sampler, qk_norm=True, block_causal=True, block_length=8)
-    assert export(tmp_path / "run", tmp_path / "out", "--format", "sdar", "--dtype", "bfloat16") == 0
-    assert "SGLang and LMDeploy take 151669 for the mask: use an engine that is told 257" in capsys.readouterr().out
-    values, generation = (
-        json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", "generation_config.json")
-    )
-    for key, kind in ENGINES[engine].items():
-        assert key in values and isinstance(values[key], kind) and (kind is FLAG or values[key] is not True), key
-    assert (values["model_type"], values["architectures"], values["block_size"]) == ("sdar", ["SDARForCausalLM"], 8)
-    names = {f"model.layers.{layer}.{part}.weight" for layer in range(2) for part in LAYER}
-    names |= {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
-    assert set(load_file(tmp_path / "out" / "model.safetensors")) == names
-    drawn = {"do_sample": True, "temperature": 0.7, "top_k": 5}
-    blocks = {"mask_token_id": 257, "block_length": 8, "threshold": 0.7}
-    assert generation == {"eos_token_id": [260, 258], "pad_token_id": 256, **drawn, **blocks}
-    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert (settings["mask_token"], settings["eos_token"]) == ("<|mask|>", "<|im_end|>")
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
 
 
 @pytest.mark.parametrize(
