@@ -22,6 +22,8 @@ def decode(transformer, prompt, threshold, sub_block):
     while len(row) < len(prompt) + LIMIT:
         begin = len(row)
         end = min(len(prompt) + LIMIT, *(begin // length * length + length for length in (sub_block, GRID)))
+        if shift and begin % GRID == 0:
+            end = begin + 1  # what the last token of the block before predicts
         row += [MASK] * (end - begin)
         padded = row + [MASK] * (-len(row) % GRID)
         places = range(len(padded))
