@@ -18,6 +18,11 @@ SHAPE = dict(hidden_size=32, num_layers=1, num_heads=4, num_kv_heads=2, head_dim
 KINDS = {
     "llada_8b_sft": dict(num_kv_heads=4, rope_theta=500000.0, norm_eps=1e-5),
     "dream_7b_sft": dict(qkv_bias=True, token_shift=True, rope_theta=1000000.0),
+    "llada2_mini_sft": dict(
+        **dict(qk_norm=True, partial_rotary_factor=0.5, num_layers=2, first_dense_layers=1, num_experts=8),
+        **dict(experts_per_token=2, expert_intermediate_size=16, shared_experts=1, expert_groups=4, groups_per_token=2),
+        **dict(router="sigmoid", router_bias=True, router_normalise=True, router_scale=2.5),
+    ),
     "qwen3_to_diffusion": dict(qk_norm=True, tie_embeddings=True, rope_theta=1000000.0),
 }
 
@@ -30,6 +35,8 @@ KINDS = {
         ["llada_8b_sft", "lora"],
         ["llada_8b_sft", "qlora"],
         ["dream_7b_sft"],
+        ["llada2_mini_sft"],
+        ["llada2_mini_sft", "lora"],
         ["qwen3_to_diffusion"],
         ["qwen3_to_diffusion", "annealing"],
         ["qwen3_to_diffusion", "adapt/sdar"],
@@ -63,6 +70,8 @@ def test_recipe_trains_two_steps_and_answers(names, tmp_path, monkeypatch, capfd
     ]
     strided, annealed = "adapt/strided" in names, "annealing" in names
     toy.append("--sampler.stride=3" if strided else "--sampler.block_length=4")
+    if names[0] == "llada2_mini_sft":
+        toy.append("--model.objective.init_args.block_length=4")
     if names[0] == "qwen3_to_diffusion" and not (strided or annealed):
         toy.append(f"--model.objective.init_args.block_length={8 if 'adapt/fast_dllm_v2' in names else 4}")
     assert main(["fit", *configs, *toy]) == 0
@@ -71,7 +80,8 @@ def test_recipe_trains_two_steps_and_answers(names, tmp_path, monkeypatch, capfd
     assert meta["step"] == 2 and trained.config.causal == strided
     shifted = {"dream_7b_sft", "annealing", "adapt/nbdiff", "adapt/fast_dllm_v2"}
     assert trained.config.token_shift == bool(shifted & {*names})
-    assert trained.config.grid == {"adapt/sdar": 4, "adapt/fast_dllm_v2": 8}.get(names[-1])
+    grids = {"adapt/sdar": 4, "adapt/fast_dllm_v2": 8, "llada2_mini_sft": 4}
+    assert trained.config.grid == next((grids[name] for name in names if name in grids), None)
     assert trained.config.causal_context == (names in (["qwen3_to_diffusion"], ["qwen3_to_diffusion", "adapt/nbdiff"]))
     if strided:  # what the model says of text is what it said
         base.config.causal, text = True, torch.arange(40, 60)[None]
@@ -80,7 +90,8 @@ def test_recipe_trains_two_steps_and_answers(names, tmp_path, monkeypatch, capfd
         assert torch.allclose(adapted[:, :12], plain[:, :12], atol=1e-6)
         assert not torch.allclose(adapted[:, 12:], plain[:, 12:], atol=1e-6)
     else:
-        moved = [not torch.equal(a, b) for a, b in zip(base.parameters(), trained.parameters(), strict=True)]
+        weights = zip(base.parameters(), trained.parameters(), strict=True)
+        moved = [not torch.equal(a, b) for a, b in weights if a.requires_grad]  # all but the bias of a router
         assert any(moved) and (all(moved) or adapted)
     assert main(["generate", "--checkpoint", str(run), "--prompt", "2 + 2 =", "--max-new-tokens", "4"]) == 0
 

@@ -238,9 +238,8 @@ def report(result: dict[str, Any]) -> str:
     """Returns the figures as a table for people."""
     parameters, step, assumed, run = (result[part] for part in ("parameters", "step", "assumed", "run"))
     model, config = result["model"], result["this_config"]
-    parts = [
-        f"; {name} {parameters[name]:,}" for name in ("active", "trained") if parameters[name] != parameters["total"]
-    ]
+    fewer = [name for name in ("active", "trained") if parameters[name] != parameters["total"]]
+    parts = "".join(f"; {name} {parameters[name]:,}" for name in fewer)
     lines = [
         f"model        {model['from']}: {model['num_layers']} layers of width {model['hidden_size']:,}, "
         f"{model['num_heads']} heads, {model['vocab_size']:,} tokens in the vocabulary",

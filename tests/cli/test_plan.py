@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from published import REAL_SIZES
+from published_experts import LLADA2_MINI
 
 from dllm_var.__main__ import main
 from dllm_var.cli.plan import tokens_read
@@ -18,7 +19,8 @@ CONFIGS = Path(__file__).parent.parent.parent / "configs"
 def write_config(folder, name):
     """A folder of a published model with its config.json and nothing else."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(REAL_SIZES[name]))
+    sizes = {**REAL_SIZES, "inclusionAI/LLaDA2.0-mini": LLADA2_MINI}
+    (folder / "config.json").write_text(json.dumps(sizes[name]))
     return str(folder)
 
 
@@ -28,11 +30,25 @@ def plan(capsys, *names, arguments=()):
     return json.loads(capsys.readouterr().out)
 
 
+def test_compute_is_that_of_the_experts_a_token_passes_and_memory_that_of_all(tmp_path, capsys):
+    model = f"--model.init_from={write_config(tmp_path, 'inclusionAI/LLaDA2.0-mini')}"
+    result = plan(capsys, "llada2_mini_sft", arguments=[model])
+    parameters, step = result["parameters"], result["step"]
+    assert parameters["active"] == pytest.approx(1.433e9, rel=1e-3)
+    layers = parameters["active"] - parameters["embedding"] - parameters["head"]
+    per_token = 6 * layers * step["read"] / step["context_length"]
+    assert 1 < step["flops"] / (per_token * step["tokens"]) < 1.5  # attention, and the head on scored positions
+    assert result["memory"]["zero2"]["weights"] == 2 * parameters["total"]
+    assert main(["plan", "--config", str(CONFIGS / "llada2_mini_sft.yaml"), "--devices", "8", model]) == 0
+    assert "; active 1,432,973,056; trained" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("recipe", "model", "billions", "tokens"),
     [
         ("llada_8b_sft", "GSAI-ML/LLaDA-8B-Base", 8.0156, 8 * 2 * 4 * 8192),  # as the model cards have them
         ("dream_7b_sft", "Dream-org/Dream-v0-Base-7B", 7.6156, 8 * 4 * 2 * 4096),
+        ("llada2_mini_sft", "inclusionAI/LLaDA2.0-mini", 16.2556, 8 * 1 * 1 * 2048),
         ("qwen3_to_diffusion", "Qwen/Qwen3-1.7B-Base", 1.7206, 8 * 8 * 2 * 2048),
         ("qwen3_to_diffusion", "Qwen/Qwen3-8B-Base", 8.1907, 8 * 8 * 2 * 2048),
     ],
