@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dllm_var.benchmarking.training import RandomSamples
+from dllm_var.benchmarking.contenders import RandomSamples
 from dllm_var.datamodules import CmudictSource, GsmSymbolicSource, PackedDataModule, Source
 from dllm_var.datamodules.table import Table
 from dllm_var.errors import UserError

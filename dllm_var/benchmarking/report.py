@@ -5,6 +5,7 @@ from typing import Any
 
 from dllm_var.benchmarking.instruments import PHASES
 from dllm_var.benchmarking.results import EQUAL
+from dllm_var.benchmarking.settings import BASELINES, PLAIN_LOOP
 
 MISSING = "-"
 Figures = dict[str, Any]
@@ -188,8 +189,8 @@ def _training_lines(case: Figures) -> list[str]:
         )
     lines += _failures(case)
     for name, bar in case["bars"].items():
-        base = "padded samples'" if name.startswith("over_padded") else "plain loop's"
-        of = "" if name.startswith("mfu") else f" of {case['ours']} over the {base}"
+        base = next((base for ratio, base in BASELINES.items() if name.startswith(ratio)), PLAIN_LOOP)
+        of = "" if name.startswith("mfu") else f" of {case['ours']} over {base}"
         lines.append(_bar_line(name + of, name, bar))
     return lines
 

@@ -16,9 +16,16 @@ from dllm_var.settings import merged, overlay, read_settings
 
 COUNTS = ("prompts", "single_prompts", "batched_prompts")
 TrainingContender = Literal[
-    "ours", "ours, compiled", "ours, compiled, full attention", "full logits, plain loop", "padded samples, plain loop"
+    "ours",
+    "ours, compiled",
+    "ours, compiled, full attention",
+    "full logits, plain loop",
+    "padded samples, plain loop",
+    "padded samples, dllm's loss",
+    "padded samples, Automodel's loss",
 ]
-OURS, COMPILED, FULL, PLAIN_LOOP, PADDED_LOOP = CONTENDERS = get_args(TrainingContender)
+OURS, COMPILED, FULL, PLAIN_LOOP, PADDED_LOOP, DLLM_LOSS, AUTOMODEL_LOSS = CONTENDERS = get_args(TrainingContender)
+BASELINES = {"over_padded": PADDED_LOOP, "over_dllm": DLLM_LOSS, "over_automodel": AUTOMODEL_LOSS}  # of ratios
 BARS = {  # ratios of a task that can have a bar, and on which side of it they should be
     "over_fixed_length": "at least",
     "over_autoregressive": "at least",
@@ -26,7 +33,7 @@ BARS = {  # ratios of a task that can have a bar, and on which side of it they s
     "sampler_overhead": "at most",
 }
 # Beginnings of the names of a training's bars.
-TRAINING_BARS = ("tokens_per_second", "over_padded", "peak_memory", "mfu")
+TRAINING_BARS = ("tokens_per_second", *BASELINES, "peak_memory", "mfu")
 
 
 @dataclass
@@ -142,15 +149,16 @@ class TrainingCase:
         context_length: Tokens in a row.
         batch_size: Rows in a batch.
         steps: Optimizer steps timed in each round, after one to warm up.
-        contenders: Ways to train it; all when not given.
+        contenders: Ways to train it; the first five when not given.
         objective: `class_path` and `init_args` of what ours trains on; the EOS schedule when None.
         precision: The Trainer's, of every contender; bf16-mixed on a GPU and 32-true on a CPU when None.
         activation_checkpointing: What ours computes again, as in `DiffusionLM`.
         prompt_tokens: Median length of a sample's prompt, which carries no loss.
         answer_tokens: Median length of its answer.
         bars: Names of ratios in the result, with the values they should reach: `mfu...` at least (of full attention
-            where that takes part), `tokens_per_second_...` over the plain loop's at least, `over_padded_...` over that
-            of padded samples at least, `peak_memory_...` over the plain loop's at most.
+            where that takes part), `tokens_per_second_...` over the plain loop's at least, `over_padded_...`,
+            `over_dllm_...` and `over_automodel_...` over those loops' at least, `peak_memory_...` over the plain
+            loop's at most.
     """
 
     name: str
@@ -159,7 +167,7 @@ class TrainingCase:
     context_length: PositiveInt = 1024
     batch_size: PositiveInt = 2
     steps: PositiveInt = 2
-    contenders: list[TrainingContender] = field(default_factory=lambda: list(CONTENDERS))
+    contenders: list[TrainingContender] = field(default_factory=lambda: list(CONTENDERS[:5]))
     objective: dict[str, Any] | None = None
     precision: str | None = None
     activation_checkpointing: Literal["none", "full", "selective"] = "none"

@@ -9,17 +9,18 @@ import torch
 import yaml
 
 from dllm_var.__main__ import main
+from dllm_var.benchmarking.contenders import PaddedLoop, bidirectional_llama, build_contender
 from dllm_var.benchmarking.instruments import PHASES, StepClock
-from dllm_var.benchmarking.settings import FULL, OURS, PADDED_LOOP, PLAIN_LOOP, TrainingCase
-from dllm_var.benchmarking.training import (
-    PaddedLoop,
-    add_up,
-    bars,
-    bidirectional_llama,
-    medians,
-    over,
-    training_ratios,
+from dllm_var.benchmarking.settings import (
+    AUTOMODEL_LOSS,
+    DLLM_LOSS,
+    FULL,
+    OURS,
+    PADDED_LOOP,
+    PLAIN_LOOP,
+    TrainingCase,
 )
+from dllm_var.benchmarking.training import add_up, bars, medians, over, training_ratios
 from dllm_var.model import Transformer, TransformerConfig
 
 ROOT = Path(__file__).parent.parent.parent
@@ -106,6 +107,17 @@ def test_padded_batches_have_whole_samples_of_similar_lengths_that_see_themselve
     alone = loop.model(input_ids=noised.input_ids[row, None, : lengths[row]]).logits
     padded = loop.model(input_ids=noised.input_ids, attention_mask=(batch["segment_ids"] >= 0).long()).logits
     torch.testing.assert_close(padded[row, : lengths[row]], alone[0])
+
+
+@pytest.mark.parametrize("name", [DLLM_LOSS, AUTOMODEL_LOSS])
+def test_the_losses_of_peers_are_that_of_our_objective(name, tmp_path):
+    case = TrainingCase("peers", 300, SHAPE, 128, 2, 1, [name], prompt_tokens=10, answer_tokens=20)
+    loop = build_contender(name, case, CPU, tmp_path)
+    noised = loop.objective.corrupt(next(loop.batches()), loop.noise)
+    head, hidden = torch.nn.Linear(32, 300, bias=False), torch.randn(*noised.targets.shape, 32)
+    ours = loop.objective.score(head, hidden.flatten(0, 1)[noised.scored], noised).loss_sum / noised.normaliser
+    torch.testing.assert_close(loop.loss(head(hidden), noised), ours)
+    assert noised.loss_mask.any() and noised.weights.max() > 1
 
 
 def run_quick(tmp_path, **settings):
