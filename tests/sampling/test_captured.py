@@ -118,9 +118,11 @@ def test_experts_are_captured_where_their_products_need_nothing_from_the_host(on
         assert not captured.can_capture(model)
 
 
+@pytest.mark.parametrize("shift", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"block_length": 2}, {"kv_commit": "alone"}], ids=str)
-def test_block_causal_models(settings, counts, monkeypatch):
-    check(blocks(**settings), random_model(2, block_causal=True, block_length=4), counts, monkeypatch)
+def test_block_causal_models(settings, shift, counts, monkeypatch):
+    model = random_model(2, block_causal=True, block_length=4, token_shift=shift)
+    check(blocks(**settings), model, counts, monkeypatch)
 
 
 @pytest.mark.parametrize(
