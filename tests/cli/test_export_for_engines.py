@@ -23,6 +23,9 @@ LLADA2 = {**DENSE, "num_experts": WHOLE, "num_experts_per_tok": WHOLE, "moe_inte
 LLADA2 |= dict.fromkeys(("num_shared_experts", "first_k_dense_replace", "n_group", "topk_group"), WHOLE)
 LLADA2 |= {"partial_rotary_factor": NUMBER, "routed_scaling_factor": NUMBER, "hidden_act": TEXT, "use_bias": FLAG}
 LLADA2 |= {"use_qkv_bias": FLAG, "norm_topk_prob": FLAG}
+LLADA = dict.fromkeys(("d_model", "n_heads", "n_kv_heads", "n_layers", "mlp_hidden_size", "vocab_size"), WHOLE)
+LLADA |= {"max_sequence_length": WHOLE, "rms_norm_eps": NUMBER, "rope_theta": NUMBER, "activation_type": TEXT}
+LLADA |= {"weight_tying": FLAG, "model_type": TEXT}
 LMDEPLOY = {"model_type": TEXT, "architectures": list, "bos_token_id": (int, NOTHING), "eos_token_id": (int, list)}
 LMDEPLOY |= {"pad_token_id": WHOLE, "use_sliding_window": FLAG, "sliding_window": (int, NOTHING)}
 READ = {  # what each engine reads of config.json, by format; the files are those of its repository
@@ -37,15 +40,22 @@ READ = {  # what each engine reads of config.json, by format; the files are thos
     },
     ("sdar_moe", "LMDeploy"): {**SDAR, **LMDEPLOY, **SDAR_EXPERTS},  # pytorch/models/sdar_moe.py
     ("sdar_moe", "JetEngine"): {**SDAR, **SDAR_EXPERTS, "model_type": TEXT},  # models/sdar_moe.py
+    ("llada", "JetEngine"): LLADA,  # config.py, models/llada.py
+    ("llada", "Diffulex"): {  # model/llada.py, config.py
+        **{**LLADA, "embedding_size": WHOLE, "include_qkv_bias": FLAG, "mask_token_id": WHOLE, "alibi": FLAG},
+        **{"rope": FLAG, "embedding_dropout": NUMBER},
+    },
     ("llada2", "SGLang"): {  # srt/models/llada2.py
         **{**LLADA2, "architectures": list, "use_qk_norm": FLAG, "embedding_dropout": NUMBER, "norm_head": FLAG},
         **{"score_function": TEXT, "router_dtype": TEXT, "moe_router_enable_expert_bias": FLAG},
     },
     ("llada2", "Diffulex"): {**LLADA2, "mask_token_id": WHOLE},  # model/llada2.py
 }
-ARCHITECTURES = {"sdar": "SDARForCausalLM", "sdar_moe": "SDARMoeForCausalLM", "llada2": "LLaDA2MoeModelLM"}
+ARCHITECTURES = {"llada": "LLaDAModelLM", "llada2": "LLaDA2MoeModelLM"}
+ARCHITECTURES |= {"sdar": "SDARForCausalLM", "sdar_moe": "SDARMoeForCausalLM"}
 EXPERTS = dict(num_experts=8, experts_per_token=2, expert_intermediate_size=16, router_normalise=True)
 MODELS = {
+    "llada": dict(qk_norm=False, block_causal=False, context_length=512),
     "sdar": {},
     "sdar_moe": EXPERTS,
     "llada2": {
@@ -85,7 +95,7 @@ def folders(tmp_path_factory):
     for name, changes in MODELS.items():
         torch.manual_seed(0)
         blocks = dict(block_causal=True, block_length=8, vocab_size=tokenizer.vocab_size)
-        model = Transformer(TransformerConfig(**shape, **special, **blocks, **changes))
+        model = Transformer(TransformerConfig(**{**shape, **special, **blocks, **changes}))
         run = save_checkpoint_folder(root / f"run_{name}", model, tokenizer, {"sampler": sampler})
         options = ["--format", name, "--output", str(root / name), "--dtype", "bfloat16"]
         assert main(["export", "--checkpoint", str(run), *options]) == 0
@@ -102,7 +112,7 @@ def test_config_has_what_an_engine_reads(name, engine, folders):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["sdar", "sdar_moe", "llada2"])
 def test_weights_tokenizer_and_defaults_are_there(name, folders):
     weights = load_file(folders / name / "model.safetensors")
     expected = {f"model.layers.{layer}.{part}.weight" for layer in range(2) for part in names(name, layer)}
