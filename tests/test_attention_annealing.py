@@ -8,8 +8,8 @@ from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model import TransformerConfig
 from dllm_var.model.attention import document_rule
+from dllm_var.model.build import build_transformer
 from dllm_var.model.transformer import left_neighbours
-from dllm_var.module import build_transformer
 from dllm_var.objectives import Autoregressive, BlockDiffusion
 
 SMALL = TransformerConfig(hidden_size=16, num_layers=2, num_heads=2, initializer_range=0.3)

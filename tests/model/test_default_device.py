@@ -14,8 +14,8 @@ from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.checkpoints.starting_from import start_from
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.model.build import build_transformer
 from dllm_var.model.lora import Lora, is_adapter
-from dllm_var.module import build_transformer
 from dllm_var.training.strategies import FSDP2
 from dllm_var.training.trainer import Trainer
 

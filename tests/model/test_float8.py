@@ -20,9 +20,9 @@ from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.model.build import build_transformer
 from dllm_var.model.float8 import Float8, check_float8, float8_matrices, use_float8
 from dllm_var.model.lora import Lora
-from dllm_var.module import build_transformer
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = TransformerConfig(hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, qkv_bias=True, vocab_size=48)

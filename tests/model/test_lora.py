@@ -24,8 +24,8 @@ from dllm_var.cli.export import main as export
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.model.build import build_transformer
 from dllm_var.model.lora import Lora, add_adapters, is_adapter, plain_name
-from dllm_var.module import build_transformer
 from dllm_var.training.optim import AdamW, Schedule
 
 ROOT = Path(__file__).parent.parent.parent

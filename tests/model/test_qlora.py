@@ -13,10 +13,10 @@ from dllm_var.checkpoints.pretrained import load_checkpoint, open_checkpoint, we
 from dllm_var.datamodules import PackedDataModule
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.model.build import build_transformer
 from dllm_var.model.lora import Lora, is_adapter
 from dllm_var.model.quantised import KINDS, QuantisedLinear, dequantise, quantise
 from dllm_var.model.sharding import DATA_PARALLEL, TENSOR_PARALLEL
-from dllm_var.module import build_transformer
 from dllm_var.objectives import IntrospectiveStride
 from dllm_var.training.optim import AdamW, Schedule
 

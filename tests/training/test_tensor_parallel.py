@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from dllm_var.checkpoints.archive import read_weights
 from dllm_var.errors import UserError
 from dllm_var.model import Transformer, TransformerConfig
+from dllm_var.model.build import build_transformer
 from dllm_var.model.lora import Lora
 from dllm_var.model.sharding import tensor_parallel
-from dllm_var.module import build_transformer
 from dllm_var.training.strategies import TensorParallel
 
 CLOSE = {"adamw": dict(atol=1e-4, rtol=1e-3)}  # AdamW moves weights whose gradient is next to nothing by its sign
