@@ -30,9 +30,10 @@ from dllm_var.model.transformer import Recompute, Transformer, left_neighbours
 from dllm_var.objectives import Autoregressive, EosSchedule, KeyedNoise, NoisedBatch, Objective
 from dllm_var.objectives.base import Batch, is_one_of
 from dllm_var.objectives.cross_entropy import summed_cross_entropy
-from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
+from dllm_var.sampling import Generation, Sampler
 from dllm_var.sampling.base import last_sampler
 from dllm_var.sampling.configurable import sampler_to_config
+from dllm_var.sampling.defaults import default_sampler
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.training.optim import AdamW, Schedule, parameter_groups
 from dllm_var.training.step import LossGuard, OptimizerStep
@@ -351,7 +352,7 @@ class DiffusionLM(L.LightningModule):
         """
         sampler = self.sampler or last_sampler(self.trainer.callbacks)  # type: ignore[attr-defined]
         if sampler is None:
-            sampler = AutoregressiveSampler() if self.objective.causal else BlockDiffusionSampler()
+            sampler = default_sampler(self.transformer.config)
         prompts = [prompt for prompt in batch if len(prompt)]
         if not shards_parameters(self.trainer.strategy):
             return sampler.generate(self, prompts) if prompts else []

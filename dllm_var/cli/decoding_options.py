@@ -35,6 +35,7 @@ def read_options(
     from dllm_var.checkpoints.pretrained import open_checkpoint
     from dllm_var.sampling.base import sampler_from_config
     from dllm_var.sampling.configurable import sampler_to_config
+    from dllm_var.sampling.defaults import default_sampler
 
     default: dict[str, Any] | None = {"class_path": "dllm_var.sampling.BlockDiffusionSampler"}
     if given(arguments, "--sampler.help"):
@@ -48,8 +49,8 @@ def read_options(
     if not given(spelled, "--sampler") and own is not None:
         # The parser imports what its values name: it gets what our own object says of itself, not the checkpoint's text
         default = sampler_to_config(sampler_from_config(own))
-    elif checkpoint.config.causal:
-        default = {"class_path": "dllm_var.sampling.AutoregressiveSampler"}
+    else:
+        default = sampler_to_config(default_sampler(checkpoint.config))
     parser = builder(command, default)
     options = parser.parse_args(spelled)
     return options, parser.instantiate(options).sampler, checkpoint

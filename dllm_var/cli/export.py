@@ -76,13 +76,13 @@ def decoding_settings(checkpoint: Checkpoint, block_length: int | None, threshol
 
     Engines read a block-causal model in the blocks of its own, also where the sampler decodes a part at a time.
     """
-    from dllm_var.sampling import BlockDiffusionSampler
     from dllm_var.sampling.base import sampler_from_config
     from dllm_var.sampling.configurable import sampler_to_config
+    from dllm_var.sampling.defaults import default_sampler
 
     sampler = checkpoint.meta.get("sampler")
     if sampler is None and not checkpoint.config.causal:
-        sampler = sampler_to_config(BlockDiffusionSampler(block_length=checkpoint.config.grid or 64))
+        sampler = sampler_to_config(default_sampler(checkpoint.config))
     if block_length is not None or threshold is not None:
         if sampler is None:
             raise UserError("--block-length and --threshold do not go with this model, which reads left to right")

@@ -18,8 +18,9 @@ from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.errors import UserError
 from dllm_var.evaluation.likelihood import Likelihood, Pair, Score
 from dllm_var.model.transformer import Transformer
-from dllm_var.sampling import AutoregressiveSampler, BlockDiffusionSampler, Generation, Sampler
+from dllm_var.sampling import Generation, Sampler
 from dllm_var.sampling.base import sampler_from_config
+from dllm_var.sampling.defaults import default_sampler
 from dllm_var.sampling.guards import finite_logits
 from dllm_var.text.tokenizer import Tokenizer
 
@@ -70,7 +71,7 @@ class EvaluatedModel(TemplateLM):
     ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.likelihood = model, tokenizer, likelihood
-        self.sampler = sampler or (AutoregressiveSampler() if model.config.causal else BlockDiffusionSampler())
+        self.sampler = sampler or default_sampler(model.config)
         self.max_new_tokens, self.quiet = max_new_tokens, not sys.stderr.isatty()
         self.decoded: defaultdict[str, Decoded] = defaultdict(Decoded)  # by task
         self._told = self._renders = False
