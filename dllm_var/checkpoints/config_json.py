@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from dllm_var.checkpoints.families import (
+    A2D,
     DESCRIPTIVE,
     EXTRAS,
     FORMATS,
@@ -27,9 +28,9 @@ from dllm_var.model.config import TransformerConfig
 
 def family_of(values: dict[str, Any], file: Path) -> Family:
     """Returns the family of the values of a `config.json`; raises UserError when it is none of ours."""
-    families = [family for family in (*FORMATS.values(), OTHER) if values.get("model_type") == family.model_type]
+    families = [one for one in (*FORMATS.values(), *A2D, OTHER) if values.get("model_type") == one.model_type]
     if not families:
-        known = ", ".join(dict.fromkeys(family.model_type for family in FORMATS.values()))
+        known = ", ".join(dict.fromkeys(family.model_type for family in (*FORMATS.values(), *A2D)))
         reason = UNREADABLE.get(str(values.get("model_type")))
         if reason is not None:
             raise UserError(f"{file} is of model_type {values['model_type']!r}, which cannot be loaded yet: {reason}")
@@ -57,9 +58,12 @@ def read_config(values: dict[str, Any], file: Path) -> TransformerConfig:
         value = values.get(key)
         ours[name] = default if value is None else value
         if ours[name] is REQUIRED:
-            raise UserError(f"{file} has no {key}, which a {family.model_type} checkpoint must name")
+            remedy = f": {family.no_block_length}" if name == "block_length" else ""
+            raise UserError(f"{file} has no {key}, which a {family.model_type} checkpoint must name{remedy}")
         if value is not None:
             _check_kind(key, value, kinds[name], file)
+    if family in A2D:
+        ours["block_causal"], ours["block_length"] = ours["block_length"] != 0, ours["block_length"] or None
     if "rope_theta" not in family.settings:
         known_keys |= ROPE_KEYS
         ours |= _read_rope(values, file)
@@ -123,7 +127,7 @@ def _read_rope(values: dict[str, Any], file: Path) -> dict[str, Any]:
 
 def released_sampler(family: Family, config: TransformerConfig) -> dict[str, Any] | None:
     """Returns how the release of a family decodes a model, as checkpoints describe samplers; None for our default."""
-    if family.sampler is None:
+    if family.sampler is None or config.grid is None:
         return None
     arguments = {"block_length": config.block_length, **family.sampler}
     arguments["block_length"] = min(arguments["block_length"], config.block_length or math.inf)

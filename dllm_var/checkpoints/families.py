@@ -2,11 +2,11 @@
 
 The facts are those of the published `config.json` and safetensors files and of the classes that read them: LLaDA
 (arXiv 2502.09992), LLaDA-MoE (2509.24389), LLaDA2 (2512.15745), Dream (2508.15487), SDAR (2510.06303), Fast-dLLM v2
-(2509.26328), and Llama, Qwen2 and Qwen3 as transformers has them. Our weights have the names that transformers gives
-them. What is not fully understood is refused by name.
+(2509.26328), dllm's (2602.22661), and Llama, Qwen2 and Qwen3 as transformers has them. Our weights have the names that
+transformers gives them. What is not fully understood is refused by name.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 EXTRAS = "dllm_var"  # the entry of config.json with what the family has no keys for
@@ -44,7 +44,8 @@ class Family:
     remote_code: tuple[str, str, str] | None = None  # a hub repository with its classes of config and model
     # Keys that change nothing of what is computed, with the values that are written for programs which ask for them.
     described: dict[str, Any] = field(default_factory=dict)
-    sampler: dict[str, Any] | None = None  # how its release decodes, where that is not our default
+    sampler: dict[str, Any] | None = None  # how its release decodes in blocks, where that is not our default
+    no_block_length: str = ""  # what to do where a published file does not say it
 
     def theirs(self, ours: str) -> str:
         """Returns the name under which the family keeps one of our weights."""
@@ -266,6 +267,7 @@ SDAR = Family(  # the layers of Qwen3
         **{"use_deepep": False},
     },
     sampler=_by_threshold(0.85),  # `low_confidence_dynamic` of its generate.py
+    no_block_length="add it, 4 for SDAR-*-Chat, 16, 32 or 64 where the name says so",
 )
 SDAR_MOE = Family(  # the layers of Qwen3-MoE
     "sdar_moe",
@@ -289,6 +291,7 @@ SDAR_MOE = Family(  # the layers of Qwen3-MoE
     ),
     described={**SDAR.described, "mlp_only_layers": []},
     sampler=SDAR.sampler,
+    no_block_length=SDAR.no_block_length,
 )
 FAST_DLLM_V2 = Family(  # the layers of Qwen2
     "Fast_dLLM_Qwen",
@@ -304,6 +307,27 @@ FAST_DLLM_V2 = Family(  # the layers of Qwen2
     ),
     described={"bos_token_id": None, "sliding_window": None, "conplemenrary_mask": True},  # as the release spells it
     sampler=_by_threshold(0.9, block_length=8),  # sub-blocks, as on its model card
+)
+
+
+def _by_dllm(layers: Family, architecture: str) -> Family:
+    """Returns the family of models that dllm made of autoregressive ones: with MDLM or BD3LM, which no key tells."""
+    return replace(
+        layers,
+        model_type=f"a2d-{layers.model_type}",
+        architecture=architecture,
+        settings={**layers.settings, "block_length": ("block_size", REQUIRED)},
+        implied={**layers.implied, "token_shift": False},
+        causal=False,
+        sampler={},
+        no_block_length="add it, 0 for a model of MDLM, the length of its blocks for one of BD3LM (32 for -bd3lm-v0.1)",
+    )
+
+
+A2D = (
+    _by_dllm(LLAMA, "A2DLlamaLMHeadModel"),
+    _by_dllm(QWEN2, "A2DQwen2LMHeadModel"),
+    _by_dllm(QWEN3, "A2DQwen3LMHeadModel"),
 )
 # A model that no published family has, such as one with biases and norms of heads; transformers does not open it.
 OTHER = Family("dllm_var", "Transformer")

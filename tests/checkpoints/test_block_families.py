@@ -12,11 +12,13 @@ from published import (
     VOCABULARY,
     fast_dllm_v2_generate,
     sdar_generate,
+    transformers_model,
     write_block_causal,
 )
 
 from dllm_var.__main__ import main
 from dllm_var.checkpoints.pretrained import load_pretrained, open_checkpoint
+from dllm_var.errors import UserError
 from dllm_var.model import KVCache
 from dllm_var.sampling.base import sampler_from_config
 from dllm_var.text.tokenizer import Tokenizer
@@ -52,6 +54,28 @@ def test_logits_are_those_of_the_published_forward(name, tmp_path):
             found.append(model(piece, cache=cache))
             cache.advance(torch.full((2,), piece.size(1)))
     torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize("blocks", [0, 32])
+@torch.no_grad()
+def test_dllm_s_models_read_all_of_a_text_or_blocks(kind, blocks, tmp_path):
+    """Their file does not say if they come from MDLM or BD3LM: it must be added."""
+    reference = transformers_model(kind, **({"head_dim": 16} if kind == "Qwen3" else {}))
+    reference.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    values |= {"model_type": f"a2d-{kind.lower()}", "architectures": [f"A2D{kind}LMHeadModel"]}
+    file.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"no block_size, .*: add it, 0 for a model of MDLM"):
+        open_checkpoint(tmp_path)
+    file.write_text(json.dumps({**values, "block_size": blocks}))
+    model, place = load_pretrained(tmp_path), torch.arange(70) // (blocks or 70)
+    hidden = torch.zeros(70, 70).masked_fill(place[:, None] < place, -torch.inf)
+    expected = reference(IDS, attention_mask=hidden.expand(2, 1, -1, -1), use_cache=False).logits
+    torch.testing.assert_close(model(IDS), expected, atol=1e-5, rtol=1e-5)
+    sampler = open_checkpoint(tmp_path).meta.get("sampler")
+    assert (sampler and sampler["init_args"]) == ({"block_length": 32} if blocks else None)
 
 
 def decode(folder, prompts, blocks, batch_size=3, **policy):

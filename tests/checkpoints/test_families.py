@@ -107,7 +107,7 @@ REFUSED = [
     ("Llama", dict(model_type="nemotron_labs_diffusion"), "cannot be loaded yet: its positions are turned by YaRN"),
     ("Llama", dict(num_local_experts=8), "num_local_experts=8"),
     ("Qwen2", dict(model_type="Dream", layer_types=..., mask_token_id=5, block_size=32), "block_size=32"),
-    ("Qwen3", dict(model_type="sdar", layer_types=...), "no block_size"),
+    ("Qwen3", dict(model_type="sdar", layer_types=...), "no block_size, .*: add it, 4 for SDAR"),
     ("Qwen3", dict(model_type="sdar", block_size=4, attention_bias=True), "attention_bias=True"),
     ("Qwen3", dict(model_type="sdar", block_size=0), "block_length of at least 1, got 0"),
     ("Qwen3", dict(model_type="Fast_dLLM_Qwen", head_dim=8, attention_bias=...), "lacks 6 weights .*bias"),
