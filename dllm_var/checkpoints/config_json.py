@@ -51,6 +51,12 @@ def read_config(values: dict[str, Any], file: Path) -> TransformerConfig:
     more = extras.get("transformer", {})
     if family is OTHER:
         return read_settings(more, file)
+    own, classes = values.get("auto_map") or {}, values.get("architectures")
+    if family.remote_code is None and classes != [family.architecture] and any("AutoModel" in str(key) for key in own):
+        raise UserError(
+            f"{file} has architectures={classes}, code of its own, which may compute something else than "
+            f"{family.architecture}: delete the entry auto_map if it does not"
+        )
     kinds = get_type_hints(TransformerConfig)
     known_keys = DESCRIPTIVE | {key for key, _ in family.settings.values()} | set(family.fixed) | set(family.described)
     ours: dict[str, Any] = dict(family.implied)

@@ -106,6 +106,11 @@ REFUSED = [
     ("Llama", dict(model_type="qwen3_moe"), "qwen3_moe"),
     ("Llama", dict(model_type="nemotron_labs_diffusion"), "cannot be loaded yet: its positions are turned by YaRN"),
     ("Llama", dict(num_local_experts=8), "num_local_experts=8"),
+    (
+        "Llama",
+        dict(auto_map={"AutoModel": "own.Own"}, architectures=["Own"]),
+        r"architectures=\['Own'\], code of its own",
+    ),
     ("Qwen2", dict(model_type="Dream", layer_types=..., mask_token_id=5, block_size=32), "block_size=32"),
     ("Qwen3", dict(model_type="sdar", layer_types=...), "no block_size, .*: add it, 4 for SDAR"),
     ("Qwen3", dict(model_type="sdar", block_size=4, attention_bias=True), "attention_bias=True"),
