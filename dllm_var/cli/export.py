@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from jsonargparse import Namespace
 
 from dllm_var.cli.decoding_options import add_quantize_option
 from dllm_var.errors import UserError
@@ -44,6 +47,8 @@ def main(command: str, arguments: list[str]) -> int:
     checkpoint = replace(checkpoint, meta={**checkpoint.meta, "sampler": sampler})
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     family, output = FORMATS[options.format], Path(options.output)
+    if options.calibrate is not None:
+        checkpoint = calibrate(checkpoint, options, int(decoding.get("block_length", 0)))
     config = export_checkpoint(checkpoint, family, output, decoding, dtype, options.quantize)
     print(
         f"{options.output}: {options.format}, {config.num_layers} layers of width {config.hidden_size}, "
@@ -65,10 +70,36 @@ def build_parser(command: str) -> SettingsParser:
     dtypes = Literal["float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", type=dtypes, help="type of the weights; as they are when not given")
     add_quantize_option(parser)
+    calibrate = "round (GPTQ) for the inputs that the first 64 records of a JSONL file give, hidden as in decoding"
+    parser.add_argument("--calibrate", type=str, metavar="FILE", help=calibrate)
     parser.add_argument("--block-length", type=int, metavar="N", help="tokens decoded together; else the sampler's")
     confidence = "confidence from which tokens are committed; else the sampler's"
     parser.add_argument("--threshold", type=float, metavar="P", help=confidence)
     return parser
+
+
+def calibrate(checkpoint: Checkpoint, options: Namespace, block_length: int) -> Checkpoint:
+    """Returns the checkpoint quantised for the inputs that its matrices have on the records of `--calibrate`."""
+    import torch
+
+    from dllm_var.datamodules import JsonlSource
+    from dllm_var.datamodules.table import RecordEncoder
+    from dllm_var.evaluation.calibration import RECORDS, calibrated
+    from dllm_var.evaluation.likelihood import Likelihood
+
+    if options.quantize is None or checkpoint.quantised is not None or Path(options.output).exists():
+        raise UserError(
+            "--calibrate needs --quantize, a checkpoint whose weights are not quantised yet, and an --output that does "
+            "not exist"
+        )
+    source = JsonlSource(options.calibrate)
+    encoder = RecordEncoder(checkpoint.load_tokenizer(), bool(checkpoint.meta.get("chat")))
+    table = encoder.encode(list(islice(source.located_records("train"), RECORDS)))
+    samples = ((table.ids(n), max(1, int(table.answer_start[n]))) for n in range(len(table)))
+    pairs = [(ids[:start], ids[start:]) for ids, start in samples]
+    likelihood = Likelihood(draws=4, block_length=block_length, canvas=block_length)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return calibrated(checkpoint, pairs, likelihood, options.quantize, device)
 
 
 def decoding_settings(checkpoint: Checkpoint, block_length: int | None, threshold: float | None) -> tuple[Any, Any]:

@@ -106,11 +106,17 @@ def quantise(matrix: Tensor, integers: Integers) -> tuple[Tensor, Tensor]:
     most = 2 ** (integers.bits - 1)
     scale = numbers.abs().amax(dim=-1) / (most - 0.5)
     scale = scale.clamp_min(torch.finfo(torch.float32).eps).to(matrix.dtype)
-    whole = (numbers * (1 / scale.float()).unsqueeze(-1)).round_().clamp_(-most, most - 1).to(torch.int8).flatten(-2)
+    whole = (numbers * (1 / scale.float()).unsqueeze(-1)).round_().clamp_(-most, most - 1).flatten(-2)
+    return packed(whole, integers), scale
+
+
+def packed(whole: Tensor, integers: Integers) -> Tensor:
+    """Returns whole numbers [out, in] as `QuantisedLinear` has them."""
+    whole = whole.to(torch.int8)
     if integers.bits == 8:
-        return whole, scale
+        return whole
     halves = whole.view(torch.uint8).unflatten(-1, (-1, 2))
-    return halves[..., 0] & 15 | halves[..., 1] << 4, scale
+    return halves[..., 0] & 15 | halves[..., 1] << 4
 
 
 def quantise_layers(transformer: Any, integers: Integers) -> None:
