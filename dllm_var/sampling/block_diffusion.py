@@ -110,7 +110,7 @@ class BlockEngine(DenoisingEngine[AnyRow]):
         width = length - finished % length if grid or self.sampler.grid == "absolute" else length
         width = min(width, row.prompt_length + row.limit - finished, grid - finished % grid if grid else width)
         if grid and self.model.config.token_shift and finished % grid == 0:
-            width = 1  # predicted where the block before ends, by the forward that stores it (Fast-dLLM v2)
+            width = min(width, 1)  # predicted where the block before ends, by the forward that stores it (Fast-dLLM v2)
         if self.sampler.block_length_policy is not None:
             done = finished - row.prompt_length
             wanted = self.sampler.block_length_policy(BlockStart(done, row.limit, length, row.width, row.steps))

@@ -139,6 +139,14 @@ def test_several_open_blocks_do_not_see_ahead():
     assert answers(ahead, model(2)) == answers(plain, model(2))
 
 
+@pytest.mark.parametrize("limit", [1, 2, 5])
+def test_no_block_of_several_opens_behind_the_limit(limit):
+    """The limit may end at the grid, where the next block of a shifted model begins with one token of its own."""
+    ahead = MultiBlockSampler(Sequential(), blocks=3, open_at=0.0, block_length=GRID, max_new_tokens=limit)
+    found = ahead.generate(model(token_shift=True), PROMPTS, suppress=ENDS, record=True)
+    assert {(answer.new_tokens, max(step.length for step in answer.steps)) for answer in found} == {(limit, limit)}
+
+
 def test_reads_the_window_only():
     """A prompt of 10 tokens on a grid of 4: 8 with the first block, whose other 2 are read at each of its steps."""
     transformer = model()
