@@ -120,7 +120,7 @@ def _read_rope(values: dict[str, Any], file: Path) -> dict[str, Any]:
         raise UserError(f"{file} has rope_scaling or rope_parameters that are no settings by name")
     rope = {**given[0], **given[1]}
     if rope.get("partial_rotary_factor") == values.get("partial_rotary_factor", 1.0):  # read as a key of its own
-        del rope["partial_rotary_factor"]
+        rope.pop("partial_rotary_factor", None)
     theta = rope.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0  # transformers' default
     kind = rope.pop("rope_type", "default")
     if kind not in ("default", "llama3") or (kind == "default" and rope):

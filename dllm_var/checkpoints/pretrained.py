@@ -35,7 +35,7 @@ from dllm_var.checkpoints.quantised import (
     unpacked,
 )
 from dllm_var.checkpoints.run_checkpoint import check_or_offer, newest_checkpoint, read_identity, step_of
-from dllm_var.checkpoints.weight_layout import as_ours, layout_of
+from dllm_var.checkpoints.weight_layout import FLOATING, as_ours, layout_of
 from dllm_var.errors import UserError, one_line
 from dllm_var.files import fits, read_object
 from dllm_var.model.config import SIZES, TransformerConfig
@@ -51,7 +51,6 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth")
 PREFIX = "transformer."  # of the weights' names in a checkpoint of a run
 MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Readers = dict[str, Callable[[], Tensor]]  # of weights by name; each weight is read when its reader is called
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from dllm_var.checkpoints.families import OTHER, Family
 
 STACKS = re.compile(r"(.*\.mlp\.experts)\.(gate_proj|up_proj|down_proj)$")  # of experts; files hold them one by one
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Layout = dict[str, list[tuple[str, int | None]]]  # by name in the files: our weights, each with the number of an expert
 Readers = Mapping[str, Callable[[], Tensor]]
@@ -45,7 +46,7 @@ def stored(parts: list[tuple[str, int | None]], read: Callable[[str], Tensor]) -
 def as_ours(layout: Layout, shapes: Mapping[str, list[int]], files: Readers) -> dict[str, Callable[[], Tensor]]:
     """Returns readers of our weights, which read no more of the files than the weight that is asked for.
 
-    A weight in the files of another shape than expected is given as it is, for its reader to refuse.
+    A weight in the files of another shape or kind than expected is given as it is, for its reader to refuse.
     """
     ours: dict[str, Callable[[], Tensor]] = {}
     stacks: dict[str, list[Callable[[], Tensor]]] = {}
@@ -72,7 +73,7 @@ def _stacked(experts: list[Callable[[], Tensor]], shape: list[int]) -> Tensor:
     stack: Tensor | None = None
     for number, read in enumerate(experts):
         expert = read()
-        if list(expert.shape) != shape[1:]:
+        if list(expert.shape) != shape[1:] or expert.dtype not in FLOATING:
             return expert
         stack = expert.new_empty(shape) if stack is None else stack
         stack[number] = expert

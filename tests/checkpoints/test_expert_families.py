@@ -167,6 +167,13 @@ def test_a_published_key_that_decides_what_is_computed_is_taken_over_or_has_one_
             read_config(values, tmp_path / "config.json")
 
 
+def test_a_key_without_a_value_is_as_one_that_is_not_there(tmp_path):
+    for key in ("partial_rotary_factor", "routed_scaling_factor", "use_qk_norm"):
+        left_out = {name: value for name, value in LLADA2_CONFIG.items() if name != key}
+        without, null = (read_config(values, tmp_path) for values in (left_out, {**left_out, key: None}))
+        assert null == without
+
+
 UP = "model.layers.2.mlp.experts.{}.up_proj.weight"
 
 
@@ -180,6 +187,7 @@ UP = "model.layers.2.mlp.experts.{}.up_proj.weight"
         ),
         (lambda w: w.update({UP.format(7): torch.ones(8, 32)}), "experts.up_proj has"),
         (lambda w: w[UP.format(7)].fill_(torch.nan), "NaN"),
+        (lambda w: w.update({UP.format(7): w[UP.format(7)].to(torch.float8_e4m3fn)}), "experts.up_proj is of type"),
         (
             lambda w: w.update({"model.layers.2.attention.query_key_value.weight": torch.ones(32, 32)}),
             "k_proj.* has shape",
