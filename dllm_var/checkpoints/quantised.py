@@ -63,19 +63,25 @@ def pack(weight: Tensor, scale: Tensor) -> dict[str, Tensor]:
 def unpacked(readers: Readers, integers: Integers) -> dict[str, Callable[[], Tensor]]:
     """Returns readers of a folder's weights, in which packed matrices are `weight` and `scale` as in a model."""
 
-    def integers_of(read: Callable[[], Tensor]) -> Tensor:
-        packed = read()
-        if packed.dtype != torch.int32:
-            raise UserError(f"a packed matrix is of type {packed.dtype}, where int32 is expected")
+    def integers_of(name: str) -> Tensor:
+        packed = readers[name]()
+        if packed.dtype != torch.int32 or packed.dim() != 2:
+            raise UserError(
+                f"weight {name} is of type {packed.dtype} and shape {list(packed.shape)}, where a matrix of packed "
+                "int32 is expected: the file is damaged, or not of its config"
+            )
         shifted = packed.view(torch.uint8) ^ (0x88 if integers.bits == 4 else 0x80)
         return shifted if integers.bits == 4 else shifted.view(torch.int8)
 
     result: dict[str, Callable[[], Tensor]] = {}
     for name, read in readers.items():
-        if name.endswith(PACKED):
-            result[name.removesuffix(PACKED) + ".weight"] = partial(integers_of, read)
-        elif not name.endswith(SHAPE):
-            result[name.removesuffix(SCALE) + ".scale" if name.endswith(SCALE) else name] = read
+        if name.endswith(SHAPE):
+            continue
+        matrix = name.removesuffix(PACKED)
+        ours = f"{matrix}.weight" if matrix != name else name.removesuffix(SCALE) + ".scale" * name.endswith(SCALE)
+        if ours in result:
+            raise UserError(f"the files hold {ours} twice, packed and as it was: export the model again")
+        result[ours] = read if matrix == name else partial(integers_of, name)
     return result
 
 

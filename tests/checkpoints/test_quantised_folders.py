@@ -107,6 +107,12 @@ def test_transformers_reads_the_same_numbers(trained, kind, tmp_path):
         ("group_size", "weight .*scale has shape|some of 32"),
         ("weight", r"weight .* has shape \[32, 8\], the config says \[32, 16\]"),
         ("scale", "NaN or infinite"),
+        (
+            "number",
+            r"q_proj.weight_packed is of type torch.int32 and shape \[\], where a matrix",
+        ),
+        ("floats", r"weight .*q_proj.weight_packed is of type torch.float32"),
+        ("both", r"hold model.layers.1.self_attn.q_proj.weight twice"),
     ],
 )
 def test_what_is_not_understood_or_damaged_is_named(trained, change, says, tmp_path):
@@ -123,6 +129,12 @@ def test_what_is_not_understood_or_damaged_is_named(trained, change, says, tmp_p
         weights[change] = {"symmetric": False, "num_bits": 3, "group_size": 64}[change]
     elif change == "weight":
         tensors[f"{stem}.weight_packed"] = tensors[f"{stem}.weight_packed"][:, :2].clone()
+    elif change == "number":
+        tensors[f"{stem}.weight_packed"] = torch.tensor(1, dtype=torch.int32)
+    elif change == "floats":
+        tensors[f"{stem}.weight_packed"] = torch.ones(32, 4)
+    elif change == "both":
+        tensors[f"{stem}.weight"] = torch.ones(32, 32)
     else:
         tensors[f"{stem}.weight_scale"][0] = torch.nan
     save_file(tensors, tmp_path / "out" / WEIGHTS)
