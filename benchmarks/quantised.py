@@ -4,7 +4,8 @@
 
 A checkpoint is followed by the task whose documents it answers. Likelihoods are those of `evaluate`, block by block as
 the checkpoint's sampler decodes; of a checkpoint without a sampler, which reads from left to right, they are exact. The
-kinds take turns in decoding, and the fastest of the rounds counts.
+kinds take turns in decoding, and the fastest of the rounds counts; its time is that of the processor, so that others on
+the machine do not matter much.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(path: str, task: str, scored: int, answered: int, draws: int, rounds: int) -> list[dict[str, Any]]:
+def measure(path: str, task: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns the figures of each kind of weights."""
     checkpoint = open_checkpoint(path)
     lines = (TASKS / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
     sampler = sampler_of(checkpoint)
     length = 0 if isinstance(sampler, AutoregressiveSampler) else int(getattr(sampler, "block_length", 0))
-    likelihood = Likelihood(draws=draws, block_length=length, canvas=length)
+    likelihood = Likelihood(draws=options.draws, block_length=length, canvas=length)
     models = {kind: load_checkpoint(checkpoint, **how)[:2] for kind, how in KINDS.items()}
     tokenizer = models["float32"][1]
 
@@ -48,22 +49,22 @@ def measure(path: str, task: str, scored: int, answered: int, draws: int, rounds
         ends = [[*tokenizer.encode(one["responses"][0]), tokenizer.terminator_id] for one in given]
         return list(zip((tokenizer.encode(one["prompt"]) for one in given), ends, strict=True))
 
-    known = calibrated(checkpoint, pairs_of(lines[-RECORDS:]), replace(likelihood, draws=4), "int4")
+    known = calibrated(checkpoint, pairs_of(lines[-options.records :]), replace(likelihood, draws=4), "int4")
     models["int4, calibrated"] = load_checkpoint(known)[:2]
-    pairs = pairs_of(lines[: max(scored, answered)])
+    pairs = pairs_of(lines[: max(options.scored, options.answered)])
     results = {kind: {"checkpoint": path, "weights": kind} for kind in models}
     answers: dict[str, list[list[int]]] = {}
-    tokens = sum(len(answer) for _, answer in pairs[:scored])
+    tokens = sum(len(answer) for _, answer in pairs[: options.scored])
     for kind, (model, _) in models.items():
-        scores = likelihood(model, pairs[:scored], decode=False)
+        scores = likelihood(model, pairs[: options.scored], decode=False)
         results[kind]["nats_per_token"] = -sum(score.log_likelihood for score in scores) / tokens
         results[kind]["megabytes"] = sum(parameter.nbytes for parameter in set(model.parameters())) / 1e6
         results[kind]["layers_megabytes"] = sum(parameter.nbytes for parameter in model.layers.parameters()) / 1e6
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         for kind, (model, _) in models.items():
-            began = time.perf_counter()
-            found = sampler.generate(model, [prompt for prompt, _ in pairs[:answered]])
-            rate = sum(len(answer.tokens) for answer in found) / (time.perf_counter() - began)
+            began = time.process_time()
+            found = sampler.generate(model, [prompt for prompt, _ in pairs[: options.answered]])
+            rate = sum(len(answer.tokens) for answer in found) / (time.process_time() - began)
             results[kind]["tokens_per_second"] = max(rate, results[kind].get("tokens_per_second", 0.0))
             answers[kind] = [answer.tokens for answer in found]
     for kind, found in answers.items():
@@ -84,13 +85,14 @@ def main() -> None:
     parser.add_argument("--answered", type=int, default=64, help="documents that are answered")
     parser.add_argument("--draws", type=int, default=16, help="draws of each block's likelihood")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of decoding")
+    parser.add_argument("--records", type=int, default=RECORDS, help="documents, of the last ones, that calibrate")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     options = parser.parse_args()
     results = []
     print("| checkpoint | weights | nats/token | same answers | MB (layers) | tokens/s |\n|---|---|---|---|---|---|")
     for given in options.checkpoint:
         path, _, task = given.rpartition(":")
-        found = measure(path, task, options.scored, options.answered, options.draws, options.rounds)
+        found = measure(path, task, options)
         for one in found:
             print(
                 f"| {Path(path).name} | {one['weights']} | {one['nats_per_token']:.4f} | {one['same_answers']:.1%} | "
