@@ -121,7 +121,8 @@ def _read_rope(values: dict[str, Any], file: Path) -> dict[str, Any]:
     rope = {**given[0], **given[1]}
     if rope.get("partial_rotary_factor") == values.get("partial_rotary_factor", 1.0):  # read as a key of its own
         rope.pop("partial_rotary_factor", None)
-    theta = rope.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0  # transformers' default
+    thetas = (rope.pop("rope_theta", None), values.get("rope_theta"), 10_000.0)  # transformers' default
+    theta = next(one for one in thetas if one is not None)
     kind = rope.pop("rope_type", "default")
     if kind not in ("default", "llama3") or (kind == "default" and rope):
         raise UserError(

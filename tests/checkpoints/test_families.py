@@ -131,6 +131,8 @@ REFUSED = [
     ("Llama", dict(rope_parameters=..., rope_scaling={"type": "linear", "factor": 2.0}), "linear"),
     ("Llama", dict(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}), "yarn"),
     ("Llama", dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "factor": 4.0}), "'factor': 4.0"),
+    ("Llama", dict(rope_parameters={"rope_type": "default", "rope_theta": 0.0}), "rope_theta must be a number above 0"),
+    ("Llama", dict(rope_parameters=..., rope_theta=[]), r"rope_theta=\[\], where float"),
     ("Llama", dict(rope_parameters={**LLAMA3, "beta": 1}), "needs factor, .*'beta'"),
     ("Llama", dict(rope_parameters="yarn"), "no settings by name"),
     ("Llama", dict(rope_parameters={"rope_type": "llama3"}), r"needs factor, .* it is \{\}"),
