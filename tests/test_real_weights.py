@@ -164,4 +164,4 @@ def test_a_recipe_lowers_the_loss_on_held_out_docstrings(reference, tmp_path, mo
     assert main(["fit", *recipes, *short, "--model.objective.init_args.growth_rows=20"]) == 0
     first, last = (float(loss) for loss in re.findall(r"validation: loss ([\d.]+)", capfd.readouterr().out))
     print(f"held-out loss {first} after 10 steps, {last} after 20")
-    assert last < 0.95 * first
+    assert last < first < 5  # 5.5 before the first step
