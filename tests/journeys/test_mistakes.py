@@ -128,7 +128,7 @@ MISTAKES = [
     (f"{GENERATE} --temperature -1", "temperature", "at least 0"),
     (f"{GENERATE} --top-p 2", "top_p", "in (0, 1]"),
     (f"{GENERATE} --threshold high", "sampler.policy.threshold", "expected float, got high"),
-    (f"{GENERATE} --quantize int5", "--quantize", "int8"),
+    (f"{GENERATE} --quantize int5", "quantize", "expected int8, int4, got int5"),
     (f"{GENERATE} --block-length 0", "sampler.block_length", "at least 1"),
     (f"{GENERATE} --policy Confidence", "no policy 'Confidence'", "ConfidenceThreshold"),
     (f"{GENERATE} --sampler wnio", "--sampler: there is no 'wnio'", "wino"),
