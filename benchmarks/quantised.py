@@ -2,7 +2,8 @@
 
     python benchmarks/quantised.py --checkpoint checkpoints/cmudict:cmudict
 
-A checkpoint is followed by the task whose documents it answers. Likelihoods are those of `evaluate`, block by block as
+A checkpoint is followed by the task whose documents it answers, or by a file of them, one {"prompt": ..., "response":
+...} a line. Likelihoods are those of `evaluate`, block by block as
 the checkpoint's sampler decodes; of a checkpoint without a sampler, which reads from left to right, they are exact. The
 kinds take turns in decoding, and the fastest of the rounds counts; its time is that of the processor, so that others on
 the machine do not matter much.
@@ -37,7 +38,8 @@ KINDS: dict[str, dict[str, Any]] = {
 def measure(path: str, task: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns the figures of each kind of weights."""
     checkpoint = open_checkpoint(path)
-    lines = (TASKS / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()
+    documents = Path(task) if task.endswith(".jsonl") else TASKS / f"{task}.jsonl"
+    lines = documents.read_text(encoding="utf-8").splitlines()
     sampler = sampler_of(checkpoint)
     length = 0 if isinstance(sampler, AutoregressiveSampler) else int(getattr(sampler, "block_length", 0))
     likelihood = Likelihood(draws=options.draws, block_length=length, canvas=length)
@@ -46,7 +48,8 @@ def measure(path: str, task: str, options: argparse.Namespace) -> list[dict[str,
 
     def pairs_of(lines: list[str]) -> list[tuple[list[int], list[int]]]:
         given = [json.loads(line) for line in lines]
-        ends = [[*tokenizer.encode(one["responses"][0]), tokenizer.terminator_id] for one in given]
+        responses = [one["response"] if "response" in one else one["responses"][0] for one in given]
+        ends = [[*tokenizer.encode(response), tokenizer.terminator_id] for response in responses]
         return list(zip((tokenizer.encode(one["prompt"]) for one in given), ends, strict=True))
 
     known = calibrated(checkpoint, pairs_of(lines[-options.records :]), replace(likelihood, draws=4), "int4")

@@ -12,20 +12,43 @@ from dllm_var.sampling.block_diffusion import BlockDiffusionSampler, BlockEngine
 from dllm_var.sampling.engine import Batch, Engine, Row
 
 
-class SubBlockEngine(BlockEngine[Row]):
-    """Reads a row's whole window at a sub-block's first step, and the sub-block alone at the others.
+@dataclass(eq=False)
+class SubBlockRow(Row):
+    lead: int = 0  # tokens of its sub-block that are left of those to be decoded, such as a prompt's end
+    begun: bool = False  # whether the first token of its sub-block is known, and the rest of the block in the cache
 
-    What is beside the sub-block in its block is then in the cache as the first step left it.
+
+class SubBlockEngine(BlockEngine[SubBlockRow]):
+    """Reads a row's whole window until a sub-block's first token is known, and then the sub-block alone.
+
+    What is beside the sub-block in its block is then in the cache as the last whole read left it.
     """
 
-    def skipped(self, row: Row) -> int:
-        return row.shown if row.steps else 0
+    row_class = SubBlockRow
 
-    def read_window(self, batch: Batch[Row]) -> Tensor:
+    def start(self, slot: int) -> None:
+        super().start(slot)
+        row = self.rows[slot]
+        begin = int(self.cache.lengths[slot]) + row.pending + row.shown
+        row.lead, row.begun = min(begin % self.sampler.block_length, row.shown), False
+
+    def skipped(self, row: SubBlockRow) -> int:
+        return row.shown - row.lead if row.begun else 0
+
+    def settle(self, batch: Batch[SubBlockRow], status: list[list[int]]) -> None:
+        super().settle(batch, status)
+        before = torch.tensor([row.shown - row.lead for row in batch.rows])
+        firsts = (self.cache.lengths[batch.slots] + before).to(self.device)
+        known = self.canvas[batch.slots].gather(1, firsts[:, None])[:, 0] != self.mask_id
+        for row, is_known in zip(batch.rows, known.tolist(), strict=True):
+            row.begun = row.steps > 0 and is_known
+
+    def read_window(self, batch: Batch[SubBlockRow]) -> Tensor:
         lengths = self.cache.lengths if batch.index is None else self.cache.lengths[batch.index]
-        steps, skipped = torch.tensor([(row.steps, self.skipped(row)) for row in batch.rows]).unbind(1)
+        told = [(row.begun, self.skipped(row), row.lead) for row in batch.rows]
+        begun, skipped, lead = torch.tensor(told).unbind(1)
         whole = batch.pending + batch.window
-        counts, start = torch.where(steps > 0, batch.width, whole)[:, None], (lengths + skipped)[:, None]
+        counts, start = torch.where(begun > 0, lead + batch.width, whole)[:, None], (lengths + skipped)[:, None]
         place = torch.arange(max(int(counts.max()), 1), device="cpu")
         # Padding must not overwrite what is beside a sub-block: its keys go where no row reaches.
         slots = torch.where(place < counts, start + place, self.capacity - 1).to(self.device)
@@ -46,11 +69,11 @@ class SubBlockEngine(BlockEngine[Row]):
 
 @dataclass(eq=False)
 class SubBlockSampler(BlockDiffusionSampler):
-    """Decodes a block-causal model in sub-blocks, and reads the rest of a block only when a sub-block begins.
+    """Decodes a block-causal model in sub-blocks, the rest of a block in the cache once a sub-block has begun.
 
-    `BlockDiffusionSampler` with the same `block_length` reads the whole block at each step. Here the steps after a
-    sub-block's first one read `block_length` tokens, so that the rest of the block does not see what they commit. The
-    released code of Fast-dLLM v2 reads the whole block until the sub-block's first token is known.
+    `BlockDiffusionSampler` with the same `block_length` reads the whole block at each step. Here, once a sub-block's
+    first token is known, further steps read `block_length` tokens, so that the rest of the block does not see what they
+    commit: `use_block_cache` of the released code.
 
     Args:
         block_length: Tokens of a sub-block; the model's block is longer.

@@ -28,14 +28,20 @@ def decode(transformer, prompt, threshold, sub_block):
         padded = row + [MASK] * (-len(row) % GRID)
         places = range(len(padded))
         sees = [[key // GRID <= query // GRID for key in places] for query in places]
-        whole, keys = forward(transformer, padded, places, [], sees)
-        others = [place for place in places if not begin <= place < end]
-        kept = [[(key[:, :, others], value[:, :, others]) for key, value in keys]]
-        hidden = whole[0, begin:end]
+        first = max(begin // sub_block * sub_block, begin // GRID * GRID)  # of the sub-block
+        others = [place for place in places if not first <= place < end]
+        kept = None
         while MASK in row:
             steps += 1
-            if shift:  # the first is predicted where the block's first step left the token before it
-                hidden = torch.cat((whole[0, max(begin - 1, 0)][None], hidden[:-1]))
+            if kept is None or row[first] == MASK:
+                whole, keys = forward(transformer, row + padded[len(row) :], places, [], sees)
+                kept = [[(key[:, :, others], value[:, :, others]) for key, value in keys]]
+                read = whole[0, first:end]
+            else:
+                read = forward(transformer, row[first:end], range(first, end), kept)[0][0]
+            if shift:
+                read = torch.cat((whole[0, max(first - 1, 0)][None], read[:-1]))
+            hidden = read[begin - first :]
             logits = transformer.lm_head(hidden)
             logits[:, MASK] = -torch.inf
             confidence, predicted = logits.softmax(-1).max(-1)
@@ -48,7 +54,6 @@ def decode(transformer, prompt, threshold, sub_block):
                     break
                 if row[place] in ENDS:
                     return row[len(prompt) : place], "eos", steps
-            hidden = forward(transformer, row[begin:end], range(begin, end), kept)[0][0]
     return row[len(prompt) :], "length", steps
 
 
@@ -85,12 +90,17 @@ def test_a_sub_block_as_long_as_the_block_is_the_block():
     assert [each.tokens for each in cached] == [each.tokens for each in whole]
 
 
-def test_steps_after_the_first_read_the_sub_block_alone():
+def test_a_sub_block_is_read_alone_once_its_first_token_is_known():
     transformer = model()
     shapes = shapes_of(transformer)
     one_by_one = SubBlockSampler(ConfidenceThreshold(1.0), block_length=3, max_new_tokens=6)
     one_by_one.generate(transformer, [PROMPTS[5]], suppress=ENDS)  # of as many tokens as a block
-    assert shapes == [(1, 12), (1, 3), (1, 3), (1, 6), (1, 3), (1, 3)]
+    assert shapes[0] == (1, 12) and shapes.count((1, 3)) > 1
+    [answer] = one_by_one.generate(transformer, [PROMPTS[5]], suppress=ENDS)
+    known, expected = {0: answer.commit_steps[0], 3: answer.commit_steps[3]}, [(1, 12)]
+    for step in range(2, 7):  # until a sub-block's first token is known, all of the block is read
+        expected.append((1, 3) if known[3 * (step > 3)] < step else (1, 6))
+    assert shapes[:6] == expected
 
 
 def test_other_models_are_refused():
