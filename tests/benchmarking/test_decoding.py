@@ -35,6 +35,7 @@ def test_the_released_loop_takes_the_forwards_of_our_sampler(spread):
     assert forwards == answer.nfe and (forwards == 16) == (spread < 1)
 
 
+@pytest.mark.slow
 def test_a_dry_run_measures_every_way_and_writes_the_table(tmp_path, capsys):
     output = tmp_path / "gpu.json"
     arguments = ["--config", str(ROOT / "benchmarks" / "gpu.yaml"), "--output", str(output), "--quick"]

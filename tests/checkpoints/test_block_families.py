@@ -123,7 +123,7 @@ def test_sdar_s_static_rule_is_a_fixed_number_of_steps(steps, prompts, tmp_path)
         assert answer.tokens == sdar_generate(reference, prompt, 5, 8, MASK, ENDS, steps=steps), len(prompt)
 
 
-@pytest.mark.parametrize("threshold", [0.1, 0.2, 0.9])
+@pytest.mark.parametrize("threshold", [0.1, *(pytest.param(one, marks=pytest.mark.slow) for one in (0.2, 0.9))])
 def test_fast_dllm_v2_decodes_as_its_release_does(threshold, tmp_path):
     """In sub-blocks of 8; a block's first token is that which the forward before it predicts, however sure."""
     reference = write_block_causal(tmp_path, FAST)

@@ -16,6 +16,10 @@ from dllm_var.objectives import Autoregressive, BlockDiffusion, EosSchedule
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 
 
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 def write_config(folder, name):
     """A folder of a published model with its config.json and nothing else."""
     folder.mkdir(exist_ok=True)
@@ -94,16 +98,10 @@ def test_the_table_marks_the_line_of_the_config(capsys):
     [
         ("Qwen/Qwen3-1.7B-Base", 24, 8, ["--trainer.strategy=ddp"], "FSDP2"),
         ("Qwen/Qwen3-1.7B-Base", 80, 8, ["--model.activation_checkpointing=none"], "activation_checkpointing=full"),
-        ("Qwen/Qwen3-1.7B-Base", 24, 1, ["--trainer.strategy=auto"], "configs/lora.yaml"),
-        (
-            "Qwen/Qwen3-8B-Base",
-            24,
-            8,
-            [],
-            "accumulate_grad_batches=8 --config configs/lora.yaml",
-        ),
-        ("Qwen/Qwen3-8B-Base", 24, 1, ["--trainer.strategy=auto"], "configs/qlora.yaml"),
-        ("Qwen/Qwen3-8B-Base", 4, 8, [], None),
+        slow("Qwen/Qwen3-1.7B-Base", 24, 1, ["--trainer.strategy=auto"], "configs/lora.yaml"),
+        slow("Qwen/Qwen3-8B-Base", 24, 8, [], "accumulate_grad_batches=8 --config configs/lora.yaml"),
+        slow("Qwen/Qwen3-8B-Base", 24, 1, ["--trainer.strategy=auto"], "configs/qlora.yaml"),
+        slow("Qwen/Qwen3-8B-Base", 4, 8, [], None),
     ],
 )
 def test_what_does_not_fit_fits_with_what_is_suggested(

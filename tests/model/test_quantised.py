@@ -133,6 +133,7 @@ def test_rows_that_cannot_be_divided_are_named(kind, columns):
         quantise(random_matrix(8, columns), KINDS[kind])
 
 
+@pytest.mark.slow
 def test_quantising_imports_no_torchao():
     code = "import sys, dllm_var.checkpoints.pretrained; assert not any('torchao' in name for name in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ})

@@ -118,8 +118,22 @@ def test_experts_are_captured_where_their_products_need_nothing_from_the_host(on
         assert not captured.can_capture(model)
 
 
-@pytest.mark.parametrize("shift", [False, True])
-@pytest.mark.parametrize("settings", [{}, {"block_length": 2}, {"kv_commit": "alone"}], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "shift"),
+    [
+        ({"block_length": 2}, True),
+        *(
+            pytest.param(settings, shift, marks=pytest.mark.slow)
+            for settings, shift in (
+                ({}, False),
+                ({}, True),
+                ({"block_length": 2}, False),
+                ({"kv_commit": "alone"}, False),
+            )
+        ),
+    ],
+    ids=str,
+)
 def test_block_causal_models(settings, shift, counts, monkeypatch):
     model = random_model(2, block_causal=True, block_length=4, token_shift=shift)
     check(blocks(**settings), model, counts, monkeypatch)

@@ -64,7 +64,12 @@ def neighbours(sampler, model):
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+FAST = ("a policy raises", "not numbers on a canvas", "not numbers, strided")
+
+
+@pytest.mark.parametrize(
+    "case", [each if each in FAST else pytest.param(each, marks=pytest.mark.slow) for each in CASES]
+)
 def test_its_neighbours_get_their_own_answers(case, caplog):
     sampler = CASES[case]
     model = random_model(3, causal=sampler.causal)
