@@ -38,10 +38,11 @@ from dllm_var.checkpoints.run_checkpoint import check_or_offer, newest_checkpoin
 from dllm_var.checkpoints.weight_layout import FLOATING, as_ours, layout_of
 from dllm_var.errors import UserError, one_line
 from dllm_var.files import fits, read_object
+from dllm_var.model.build import outline
 from dllm_var.model.config import SIZES, TransformerConfig
 from dllm_var.model.initialise import fill
-from dllm_var.model.lora import Lora, add_adapters, is_adapter, plain_name
-from dllm_var.model.quantised import KINDS, Integers, QuantisedLinear, QuantizeName, quantise, quantise_layers
+from dllm_var.model.lora import Lora, is_adapter, plain_name
+from dllm_var.model.quantised import KINDS, Integers, QuantisedLinear, QuantizeName, quantise
 from dllm_var.model.transformer import Transformer
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.text.tokenizer_files import TOKENIZER_FILES, download, is_hub_name
@@ -94,13 +95,7 @@ def _load(
     quantize: QuantizeName | None = None,
 ) -> Transformer:
     """Builds a transformer without weights, fills it one weight at a time and lays them out for decoding."""
-    integers = checkpoint.stored_as(quantize)
-    with torch.device("meta"):
-        transformer = Transformer(config)
-    if integers is not None:
-        quantise_layers(transformer, integers)
-    if checkpoint.lora is not None:
-        add_adapters(transformer, checkpoint.lora)
+    transformer = outline(config, checkpoint.lora, checkpoint.stored_as(quantize))
     transformer.to(dtype or checkpoint.dtype)
     transformer.to_empty(device=device)
     transformer.tie_weights()
@@ -363,13 +358,7 @@ def weight_shapes(
     config: TransformerConfig, lora: Lora | None = None, integers: Integers | None = None
 ) -> dict[str, list[int]]:
     """Returns names and shapes of the distinct weights of a transformer, adapters included; a tied head is none."""
-    with torch.device("meta"):
-        transformer = Transformer(config)
-    if integers is not None:
-        quantise_layers(transformer, integers)
-    if lora is not None:
-        add_adapters(transformer, lora)
-    weights = transformer.state_dict()
+    weights = outline(config, lora, integers).state_dict()
     if config.tie_embeddings:
         del weights["lm_head.weight"]
     return {plain_name(name): list(weight.shape) for name, weight in weights.items()}

@@ -16,9 +16,10 @@ from dllm_var.cli.fit import quieten
 from dllm_var.cli.plan_memory import MOST_DEVICES, ONE_DEVICE, Placed, device_memory, planned_strategy, what_fits
 from dllm_var.cli.trainer_settings import build_reader, check_settings, run_name
 from dllm_var.errors import UserError
+from dllm_var.model.build import outline
 from dllm_var.model.config import TransformerConfig
-from dllm_var.model.lora import Lora, add_adapters
-from dllm_var.model.quantised import KINDS, quantise_layers
+from dllm_var.model.lora import Lora
+from dllm_var.model.quantised import KINDS
 from dllm_var.model.transformer import Transformer
 from dllm_var.objectives import EosSchedule, KeyedNoise, Objective
 from dllm_var.settings import build
@@ -86,8 +87,7 @@ def plan(settings: dict[str, Any]) -> dict[str, Any]:
     precision = "32" if bits.startswith("32") else "16-true" if bits.endswith("true") else "16-mixed"
 
     config, shape_from = read_config(model, data, objective)
-    with torch.device("meta"):
-        transformer = Transformer(config)
+    transformer = outline(config)
     embedding, head = transformer.embedding.weight, transformer.lm_head.weight
     parameters = {
         "embedding": embedding.numel(),
@@ -99,10 +99,9 @@ def plan(settings: dict[str, Any]) -> dict[str, Any]:
         "active": transformer.active_parameters,  # that one token passes: of experts, those chosen for it
     }
     flops_per_row = read * transformer.flops_per_token(read, scored / read)
-    if model.get("quantize"):
-        quantise_layers(transformer, KINDS[model["quantize"]])
-    if model.get("lora"):
-        add_adapters(transformer, Lora(**model["lora"]))
+    if model.get("lora") or model.get("quantize"):
+        integers = KINDS[model["quantize"]] if model.get("quantize") else None
+        transformer = outline(config, Lora(**model["lora"]) if model.get("lora") else None, integers)
     parameters["trained"] = sum(p.numel() for p in transformer.parameters() if p.requires_grad)
     # Of the FLOPs a third is the forward pass, and a third makes gradients of weights, which only trained ones have.
     done = (2 + min(1.0, parameters["trained"] / parameters["total"])) / 3
@@ -183,13 +182,8 @@ def adapted_models(config: TransformerConfig) -> dict[str, Transformer]:
     """Returns models with the adapters that configs/lora.yaml and configs/qlora.yaml give them; none without peft."""
     models = {}
     for name in ("lora", "qlora") if find_spec("peft") is not None else ():
-        with torch.device("meta"):
-            model = Transformer(config)
         with suppress(UserError):  # its rows cannot be divided into groups
-            if name == "qlora":
-                quantise_layers(model, KINDS["int4"])
-            add_adapters(model, Lora())
-            models[name] = model
+            models[name] = outline(config, Lora(), KINDS["int4"] if name == "qlora" else None)
     return models
 
 

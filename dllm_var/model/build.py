@@ -12,6 +12,24 @@ from dllm_var.model.sharding import DATA_PARALLEL, TENSOR_PARALLEL, shard, tenso
 from dllm_var.model.transformer import Transformer
 
 
+def outline(
+    config: TransformerConfig,
+    lora: Lora | None = None,
+    integers: Integers | None = None,
+    float8: Float8 | None = None,
+) -> Transformer:
+    """Returns a transformer without memory for its weights, with 8-bit products, quantised matrices and adapters."""
+    with torch.device("meta"):
+        transformer = Transformer(config)
+    if float8 is not None:
+        use_float8(transformer, float8)
+    if integers is not None:
+        quantise_layers(transformer, integers)
+    if lora is not None:
+        add_adapters(transformer, lora)
+    return transformer
+
+
 def build_transformer(
     config: TransformerConfig,
     lora: Lora | None = None,
@@ -38,14 +56,7 @@ def build_transformer(
             "model.quantize does not go with sharded weights: take configs/strategy/ddp.yaml, or one_gpu.yaml, or "
             "leave it out"
         )
-    with torch.device("meta"):
-        transformer = Transformer(config)
-    if float8 is not None:
-        use_float8(transformer, float8)
-    if integers is not None:
-        quantise_layers(transformer, integers)
-    if lora is not None:
-        add_adapters(transformer, lora)
+    transformer = outline(config, lora, integers, float8)
     if mesh is not None and divided:
         tensor_parallel(transformer, mesh[TENSOR_PARALLEL])
     if mesh is not None:

@@ -89,14 +89,14 @@ class Experts(nn.Module):
 
 def grouped_product(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """Multiplies rows [N, in] by matrices [G, out, in]: those before `ends[0]` by the first, and so on."""
-    matrices = matrices.to(x.dtype)
-    # torch 2.13 traces grouped products in bfloat16 alone; others are computed outside of a compiled graph.
-    product = _grouped_mm if x.dtype == torch.bfloat16 else torch.compiler.disable(_grouped_mm)
-    return product(x, matrices, ends)
+    matrices = matrices.to(x.dtype).transpose(1, 2)
+    return F.grouped_mm(x, matrices, offs=ends) if x.dtype == torch.bfloat16 else _untraced(x, matrices, ends)
 
 
-def _grouped_mm(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    return F.grouped_mm(x, matrices.transpose(1, 2), offs=ends)
+@torch.compiler.disable
+def _untraced(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """A grouped product outside of a compiled graph: torch 2.13 traces those in bfloat16 alone."""
+    return F.grouped_mm(x, matrices, offs=ends)
 
 
 def keeps_the_host_out(weight: Tensor) -> bool:

@@ -10,6 +10,7 @@ from dllm_var.sampling import (
     BlockDiffusionSampler,
     FixedLengthSampler,
     FreeDaveSampler,
+    GuidedSampler,
     MultiBlockSampler,
     WinoSampler,
 )
@@ -17,7 +18,7 @@ from dllm_var.sampling.block_diffusion import ConstantSteps
 from dllm_var.sampling.infilling import infill
 from dllm_var.sampling.policies import ConfidenceThreshold, FixedSteps, Sequential
 from tests.sampling.slow_reference import forward
-from tests.sampling.tiny_models import ENDS, MASK, random_model, shapes_of
+from tests.sampling.tiny_models import ENDS, MASK, random_model, save, shapes_of
 
 GRID, LIMIT = 4, 11
 PROMPTS = [torch.randint(5, 19, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(1, 10)]
@@ -37,8 +38,11 @@ def read(transformer, tokens):
     return torch.cat((logits[:1], logits[:-1])) if transformer.config.token_shift else logits
 
 
-def decode(transformer, prompt, threshold, sub_block=GRID, limit=LIMIT):
-    """Returns the answer, its finish reason and the number of forwards that predicted something."""
+def decode(transformer, prompt, threshold, sub_block=GRID, limit=LIMIT, guide=None, banned=()):
+    """Returns the answer, its finish reason and the number of forwards that predicted something.
+
+    With a guide, what stands is the masks up to the first one where the guide expects another token than is proposed.
+    """
     grid, row, steps = transformer.config.block_length, list(prompt), 0
     while len(row) < len(prompt) + limit:
         begin, end = len(row), len(prompt) + limit
@@ -49,10 +53,17 @@ def decode(transformer, prompt, threshold, sub_block=GRID, limit=LIMIT):
         while MASK in row:
             steps += 1
             logits = read(transformer, row + [MASK] * (-len(row) % grid))
-            logits[:, MASK] = -torch.inf
+            logits[:, [MASK, *banned]] = -torch.inf
             confidence, predicted = logits.softmax(-1).max(-1)
             masked = [place for place in range(begin, end) if row[place] == MASK]
             sure = [place for place in masked if confidence[place] > threshold]
+            if guide is not None:
+                proposal = [int(predicted[place]) if place in masked else row[place] for place in range(end)]
+                with torch.no_grad():
+                    expected = guide(torch.tensor([proposal]))[0]
+                expected[:, [MASK, *banned]] = -torch.inf
+                others = [place for place in masked if int(expected[place - 1].argmax()) != proposal[place]]
+                sure = [place for place in masked if place < min(others, default=end)] or masked[:1]
             for place in sure or [max(masked, key=lambda place: (float(confidence[place]), -place))]:
                 row[place] = int(predicted[place])
             for place in range(begin, end):
@@ -109,6 +120,18 @@ def test_samplers_that_decode_the_same_text_still_do(other):
     assert [each[:2] for each in found] == [each[:2] for each in expected]
     if isinstance(other, FreeDaveSampler):
         assert sum(each[2] for each in found) < sum(each[2] for each in expected)
+
+
+@pytest.mark.parametrize("sub_block", [4, 2])
+def test_a_guide_decides_what_stands(sub_block, tmp_path):
+    """It reads the text from left to right, and proposals behind what is finished of a block."""
+    transformer, guide = model(4), random_model(14, causal=True, num_layers=1)
+    few = [token for token in range(MASK) if token not in (3, 6, 7, 8)]  # leaves so few that the two often agree
+    sampler = GuidedSampler(save(guide, tmp_path), block_length=sub_block, max_new_tokens=LIMIT, batch_size=4)
+    expected = [decode(transformer, prompt, 1.0, sub_block, guide=guide, banned=few) for prompt in PROMPTS]
+    found = sampler.generate(transformer, PROMPTS, suppress=few)
+    assert [(each.tokens, each.finish_reason) for each in found] == [one[:2] for one in expected]
+    assert any(steps < len(tokens) for tokens, _, steps in expected)
 
 
 @pytest.mark.parametrize(
