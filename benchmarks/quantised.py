@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from dllm_var.checkpoints.pretrained import Checkpoint, load_checkpoint, open_checkpoint
+from dllm_var.checkpoints.checkpoint import Checkpoint
+from dllm_var.checkpoints.pretrained import load_checkpoint, open_checkpoint
 from dllm_var.evaluation import TASKS
 from dllm_var.evaluation.calibration import RECORDS, calibrated
 from dllm_var.evaluation.likelihood import Likelihood

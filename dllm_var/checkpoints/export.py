@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dllm_var.checkpoints.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ON_MASKS, PEFT_PREFIX
+from dllm_var.checkpoints.checkpoint import Checkpoint, decoding_config, weight_shapes
 from dllm_var.checkpoints.config_json import natural_family, write_config
 from dllm_var.checkpoints.families import EXTRAS, Family
-from dllm_var.checkpoints.pretrained import CONFIG, INDEX, WEIGHTS, Checkpoint, decoding_config, weight_shapes
+from dllm_var.checkpoints.pretrained import CONFIG, INDEX, WEIGHTS
 from dllm_var.checkpoints.quantised import QUANTIZATION, pack, scale_of, write_quantization
 from dllm_var.checkpoints.weight_layout import layout_of, stored, stored_shape
 from dllm_var.errors import UserError

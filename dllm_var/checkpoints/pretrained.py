@@ -4,8 +4,7 @@ Weights are read one at a time, when they are asked for. No code that comes with
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,25 +23,24 @@ from dllm_var.checkpoints.adapters import (
     read_lora,
 )
 from dllm_var.checkpoints.archive import is_shard_folder, read_state, read_weights
+from dllm_var.checkpoints.checkpoint import Checkpoint, Readers, decoding_config, weight_shapes
 from dllm_var.checkpoints.config_json import family_of, read_config, read_settings, released_sampler
 from dllm_var.checkpoints.families import EXTRAS, OTHER, Family
 from dllm_var.checkpoints.quantised import (
     QUANTIZATION,
     dequantised,
-    read_numbers,
     read_quantization,
-    scale_of,
     unpacked,
 )
 from dllm_var.checkpoints.run_checkpoint import check_or_offer, newest_checkpoint, read_identity, step_of
-from dllm_var.checkpoints.weight_layout import FLOATING, as_ours, layout_of
+from dllm_var.checkpoints.weight_layout import as_ours, layout_of
 from dllm_var.errors import UserError, one_line
 from dllm_var.files import fits, read_object
 from dllm_var.model.build import outline
 from dllm_var.model.config import SIZES, TransformerConfig
 from dllm_var.model.initialise import fill
 from dllm_var.model.lora import Lora, is_adapter, plain_name
-from dllm_var.model.quantised import KINDS, Integers, QuantisedLinear, QuantizeName, quantise
+from dllm_var.model.quantised import Integers, QuantisedLinear, QuantizeName
 from dllm_var.model.transformer import Transformer
 from dllm_var.text.tokenizer import Tokenizer
 from dllm_var.text.tokenizer_files import TOKENIZER_FILES, download, is_hub_name
@@ -53,11 +51,9 @@ PICKLED = ("*.bin", "*.pt", "*.pth")
 PREFIX = "transformer."  # of the weights' names in a checkpoint of a run
 MODEL_FILES = ["*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
 
-Readers = dict[str, Callable[[], Tensor]]  # of weights by name; each weight is read when its reader is called
-
 
 def load_checkpoint(
-    path: "str | Path | Checkpoint",
+    path: str | Path | Checkpoint,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     quantize: QuantizeName | None = None,
@@ -88,7 +84,7 @@ def load_pretrained(path: str | Path, causal: bool = False) -> Transformer:
 
 
 def _load(
-    checkpoint: "Checkpoint",
+    checkpoint: Checkpoint,
     config: TransformerConfig,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -105,7 +101,7 @@ def _load(
 
 
 @torch.no_grad()
-def copy_weights(transformer: Transformer, checkpoint: "Checkpoint") -> None:
+def copy_weights(transformer: Transformer, checkpoint: Checkpoint) -> None:
     """Fills the transformer's weights, which may be sharded, one at a time; adapters that it lacks keep theirs.
 
     Quantised ones are taken over from a checkpoint that has such, else they are rounded.
@@ -121,86 +117,6 @@ def copy_weights(transformer: Transformer, checkpoint: "Checkpoint") -> None:
             matrix.scale.copy_(scale)
         else:
             fill(own[name], checkpoint.weight(name, list(own[name].shape)))
-
-
-def decoding_config(checkpoint: "Checkpoint", tokenizer: Tokenizer) -> TransformerConfig:
-    """Returns a checkpoint's settings with its tokenizer's ids, and rows for tokens that a published model lacks."""
-    config, place = checkpoint.config, checkpoint.place
-    ids: dict[str, Any] = {"mask_id": tokenizer.mask_id, "pad_id": tokenizer.pad_id}
-    ids["terminator_ids"] = list(tokenizer.terminator_ids)
-    if checkpoint.published:
-        return replace(config, vocab_size=max(config.vocab_size or 0, tokenizer.vocab_size), **ids)
-    for name, value in ids.items():
-        known = getattr(config, name)
-        if known not in (None, value):
-            raise UserError(
-                f"{place} has {name}={known} in its config, and its tokenizer says {value}: the tokenizer is not the "
-                "one it was trained with"
-            )
-    return config
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint holds; nothing of its weights is read before it is asked for."""
-
-    place: Path  # the folder or file
-    config: TransformerConfig  # resolved
-    weights: Readers  # under our names
-    load_tokenizer: Callable[[], Tokenizer]  # one without a mask token gets one
-    meta: dict[str, Any]  # what else it remembers (`sampler`, `step`, ...)
-    published: bool = False  # others wrote it, so that it says nothing about how we are to read it
-    rows: int | None = None  # tokens that its embedding has, when the config, an adapter's, has more
-    lora: Lora | None = None  # adapters on masks only, which are among the weights; all others are merged into them
-    quantised: Integers | None = None  # how `weights` has the matrices of the layers
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weight("model.norm.weight", [self.config.hidden_size]).dtype
-
-    def weight(self, name: str, shape: list[int]) -> Tensor:
-        """Reads one weight; raises UserError when it has another shape, or values that are NaN or infinite.
-
-        Embedding and head of a published model get rows for tokens that it does not have: the mean of the others.
-        """
-        return self._checked(name, read_numbers(self.weights, name), shape)
-
-    def stored_as(self, quantize: QuantizeName | None) -> Integers | None:
-        """Returns how a model of this checkpoint keeps the matrices of its layers, None for as they are."""
-        if quantize is None or self.quantised is None:
-            return self.quantised if quantize is None else KINDS[quantize]
-        if KINDS[quantize].bits != self.quantised.bits:
-            raise UserError(
-                f"{self.place} has weights of {self.quantised.bits} bits already: leave out the setting quantize "
-                f"{quantize}, or start from the checkpoint that they were made of"
-            )
-        return self.quantised
-
-    def integers(self, name: str, shape: list[int], integers: Integers, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Reads a matrix as integers and scales of the type of `like`; one that is not quantised is rounded there."""
-        if self.quantised is None:
-            return quantise(self.weight(name, shape).to(like), integers)
-        weight, scale = self.weights[name](), self.weights[scale_of(name)]()
-        packed, scales = integers.shapes(*shape)
-        if list(weight.shape) != packed:
-            raise UserError(f"{self.place}: weight {name} has shape {list(weight.shape)}, the config says {packed}")
-        return weight, self._checked(scale_of(name), scale, scales).to(like.dtype)
-
-    def _checked(self, name: str, value: Tensor, shape: list[int]) -> Tensor:
-        if value.dtype not in FLOATING:
-            raise UserError(f"{self.place}: weight {name} is of type {value.dtype}, which cannot be computed with")
-        more = shape[0] - (self.rows or self.config.vocab_size or 0)
-        if self.published and more > 0 and name in ("model.embed_tokens.weight", "lm_head.weight"):
-            mean = value.float().mean(dim=0, keepdim=True).to(value.dtype)
-            value = torch.cat((value, mean.expand(more, -1)))
-        if list(value.shape) != shape:
-            raise UserError(f"{self.place}: weight {name} has shape {list(value.shape)}, the config says {shape}")
-        if not all(bound.isfinite() for bound in value.aminmax()):  # one pass; both are NaN when any value is
-            raise UserError(
-                f"{self.place}: weight {name} has values that are NaN or infinite: the run that wrote it had diverged, "
-                "or the file is damaged; take an earlier checkpoint"
-            )
-        return value
 
 
 def open_checkpoint(path: str | Path, adapters: tuple[Path, ...] = ()) -> Checkpoint:
@@ -352,16 +268,6 @@ def _open_tensors(file: Path) -> Readers:
         return {name: partial(opened.get_tensor, name) for name in opened.keys()}  # noqa: SIM118 (no iterator)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {file}: {error}; it is damaged or missing: copy or export it again") from error
-
-
-def weight_shapes(
-    config: TransformerConfig, lora: Lora | None = None, integers: Integers | None = None
-) -> dict[str, list[int]]:
-    """Returns names and shapes of the distinct weights of a transformer, adapters included; a tied head is none."""
-    weights = outline(config, lora, integers).state_dict()
-    if config.tie_embeddings:
-        del weights["lm_head.weight"]
-    return {plain_name(name): list(weight.shape) for name, weight in weights.items()}
 
 
 def _matched(

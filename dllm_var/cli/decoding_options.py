@@ -16,7 +16,7 @@ from dllm_var.settings import SettingsParser, given, overlay, read_settings
 if TYPE_CHECKING:
     import torch
 
-    from dllm_var.checkpoints.pretrained import Checkpoint
+    from dllm_var.checkpoints.checkpoint import Checkpoint
     from dllm_var.model.transformer import Transformer
     from dllm_var.sampling import Sampler
     from dllm_var.text.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ from dllm_var.files import fits
 from dllm_var.settings import SettingsParser
 
 if TYPE_CHECKING:
-    from dllm_var.checkpoints.pretrained import Checkpoint
+    from dllm_var.checkpoints.checkpoint import Checkpoint
 
 DESCRIPTION = """Writes a checkpoint as the folder of a published model family: config, safetensors, tokenizer, chat
 template, mask token, terminators, and how to decode it. docs/checkpoints.md says which engine serves which format."""

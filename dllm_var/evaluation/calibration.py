@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dllm_var.checkpoints.pretrained import Checkpoint, load_checkpoint
+from dllm_var.checkpoints.checkpoint import Checkpoint
+from dllm_var.checkpoints.pretrained import load_checkpoint
 from dllm_var.evaluation.likelihood import Likelihood, Pair
 from dllm_var.model.experts import refuse_experts
 from dllm_var.model.gptq import gptq
